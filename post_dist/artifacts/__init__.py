@@ -1,0 +1,1 @@
+"""What the stages leave behind: run folders, manifests, soft prompts and their cards."""

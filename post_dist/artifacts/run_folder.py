@@ -1,0 +1,87 @@
+"""The folder of one run of one stage: `runs/<name>/<stage>-<first 8 digits of its signature>/`."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from post_dist.artifacts.manifest import FILE_NAME, digest_of
+from post_dist.config.schema import RunConfig, Stage
+from post_dist.errors import InputError
+
+_PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one signature of a stage leaves its work. A finished one has its artefact, whole."""
+
+    path: Path
+    stage: Stage
+    config: RunConfig
+    """The stage's view of the run file."""
+
+    @property
+    def artifact(self) -> Path:
+        """The folder that the stage hands on."""
+        return self.path / "artifact"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an unfinished run goes on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artefact is there; it is renamed into place only when it is whole."""
+        return (self.artifact / FILE_NAME).is_file()
+
+    def open(self) -> None:
+        """Make the folder and write down the settings and the environment.
+
+        Raises:
+            InputError: the place cannot be written to.
+        """
+        environment = {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "cpu_cores": os.cpu_count(),
+            "packages": {package: version(package) for package in _PACKAGES},
+        }
+        try:
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            if self.config.private_task is not None:
+                self.path.chmod(0o700)
+            (self.path / "resolved.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+            (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}", "give another --output") from None
+
+
+def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = "") -> RunFolder:
+    """The folder for `stage` with these settings and inputs.
+
+    Args:
+        config: the whole run file.
+        stage: which of its stages.
+        inputs: digest of each thing that the stage reads.
+        label: set for a baseline's run of the stage, to tell its folder from the stage's own.
+    """
+    view = config.view(stage)
+    settings = view.model_dump(mode="json", exclude={"output", "inputs"})
+    signature = digest_of({"stage": stage, "settings": _without_paths(settings), "inputs": dict(inputs)})
+    title = f"{stage}-{label}" if label else stage
+    return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
+
+
+def _without_paths(value: object) -> object:
+    """Drop paths from settings: the digest of what they hold stands in the inputs."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items() if key != "path"}
+    return value

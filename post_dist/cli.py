@@ -1,0 +1,157 @@
+"""The command line: parse, load the run file, call a stage. Loads no torch before a stage is called."""
+
+import json
+import shutil
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from post_dist import __version__
+from post_dist.config.assets import asset
+from post_dist.config.load import load_run
+from post_dist.config.schema import Stage
+from post_dist.errors import InputError, PostDistError
+
+if TYPE_CHECKING:
+    from post_dist.artifacts.run_folder import RunFolder
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Private soft-prompt transfer: distill, tune, transfer.")
+
+
+class Resume(StrEnum):
+    """What to do with an unfinished run of the same settings."""
+
+    auto = "auto"
+    never = "never"
+
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as transfer.alpha=0.5.")]
+Output = Annotated[Path | None, typer.Option("--output", help="Folder for the runs, instead of the run file's own.")]
+ResumeOption = Annotated[Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+
+
+@app.callback()
+def root(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Take the option that the deepspeed launcher puts before the sub-command; LOCAL_RANK says the same."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def pipeline(
+    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+) -> None:
+    """Run the three stages and the evaluation; what is finished is not run again."""
+    _run("evaluate", frozenset(("distill", "tune", "transfer", "evaluate")), run, set_, output, resume, json_)
+
+
+@app.command()
+def distill(run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False) -> None:
+    """Provider: distil the large LLM into a student."""
+    _run("distill", frozenset(("distill",)), run, set_, output, resume, json_)
+
+
+@app.command()
+def tune(run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False) -> None:
+    """Owner: tune a soft prompt on the student with the private data."""
+    _run("tune", frozenset(("tune",)), run, set_, output, resume, json_)
+
+
+@app.command()
+def transfer(
+    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+) -> None:
+    """Provider: carry the soft prompt to the large LLM with public text alone."""
+    _run("transfer", frozenset(("transfer",)), run, set_, output, resume, json_)
+
+
+@app.command()
+def evaluate(
+    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+) -> None:
+    """Compare zero-shot, the prompts and the baselines on one split."""
+    _run("evaluate", frozenset(("evaluate",)), run, set_, output, resume, json_)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; made if missing.")]) -> None:
+    """Write the demo's run file and its fetching script, to start your own from."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("demo.yaml", "fetch_demo.py"):
+            if (folder / name).exists():
+                raise InputError(f"{folder / name} exists already", "give another folder")
+        for name in ("demo.yaml", "fetch_demo.py"):
+            shutil.copyfile(asset(f"examples/{name}"), folder / name)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    print(
+        f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data\npost-dist pipeline {folder / 'demo.yaml'}   runs it"
+    )
+
+
+def _run(
+    command: Stage, may_run: frozenset[Stage], run: Path, overrides: list[str] | None, output: Path | None, resume: Resume, as_json: bool
+) -> None:
+    """Load the run file, then torch, then run; rank 0 prints what came of it."""
+    config = load_run(run, overrides, output)
+    from post_dist.runtime.distributed import start
+    from post_dist.runtime.logs import speak
+    from post_dist.stages.pipeline import Pipeline
+
+    speak(_rank())
+    stages = Pipeline(config, start(config.seed), may_run, resume)
+    whole = len(may_run) > 1
+    folder = stages.everything() if whole else getattr(stages, command)()
+    if _rank() == 0:
+        _print_result(folder, whole, as_json)
+
+
+def _print_result(folder: "RunFolder", whole: bool, as_json: bool) -> None:
+    from post_dist.report import print_table, read_table, write_report
+
+    result: dict[str, Any] = {"stage": folder.stage, "artifact": str(folder.artifact)}
+    if folder.stage == "evaluate":
+        result = read_table(folder)
+        if whole:
+            result["report"] = str(write_report(folder))
+    if as_json:
+        print(json.dumps(result))
+    elif folder.stage == "evaluate":
+        print_table(result)
+        print(f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}")
+    else:
+        print(folder.artifact)
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK") or 0)
+
+
+def main() -> None:
+    """Run the command line; a PostDistError becomes one message and its exit code."""
+    try:
+        app()
+    except PostDistError as error:
+        print(f"post-dist: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        # The message of an unforeseen error may quote private data, so only its kind and place are shown.
+        print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

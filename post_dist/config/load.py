@@ -1,0 +1,114 @@
+"""From a YAML file and `--set` overrides to a checked run file; all that is wrong is said at once."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
+
+
+def load_run(path: Path, overrides: list[str] | None = None, output: Path | None = None) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        path: the YAML file; relative paths in it are read from its folder.
+        overrides: `section.field=value` strings, the value in YAML.
+        output: folder for the run folders, instead of the file's own.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or breaks the schema; names each place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the run file {path}: {error}", "`post-dist init DIR` writes one") from None
+    fields = _parse(text, str(path))
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds no sections", "a run file is a YAML mapping; `post-dist init DIR` writes one")
+    for override in overrides or []:
+        _override(fields, override)
+    if output is not None:
+        fields["output"] = str(output.resolve())
+    try:
+        return RunConfig.model_validate(fields, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors(include_url=False)]
+        count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+        raise InputError(f"{path}: {count} in the run file\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users mean it: no duplicate keys, `no` is a word, and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is not valid YAML: {error}") from None
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    """Apply one `section.field=value` to the raw mapping, in place."""
+    place, equals, value = override.partition("=")
+    keys = place.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: not of the form section.field=value")
+    target = fields
+    for key in keys[:-1]:
+        inner = target.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: '{key}' is not a section")
+        target = inner
+    target[keys[-1]] = _parse(value, f"--set {override}")
+
+
+def _describe(problem: Any) -> str:
+    """One line for one pydantic error: the place, what is wrong, and what would be right."""
+    place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple[")))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        allowed = sorted(_fields_at(problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        guess = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{place}: unknown key{guess} (allowed: {', '.join(allowed)})"
+    if problem["type"] == "missing":
+        return f"{place}: is missing"
+    given = problem.get("input")
+    shown = f" (found {given!r:.60})" if isinstance(given, str | int | float | bool | None) and problem["type"] != "value_error" else ""
+    return f"{place or 'run file'}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(place: tuple[int | str, ...]) -> set[str]:
+    """The field names of the section at `place`."""
+    model: type[BaseModel] = RunConfig
+    for part in place:
+        annotation = model.model_fields[str(part)].annotation
+        model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return set(model.model_fields)

@@ -1,0 +1,324 @@
+"""The run file's sections. Frozen, and every unknown key is an error.
+
+A stage sees only the sections that it reads (`RunConfig.view`), so the provider's stages cannot reach the private task.
+"""
+
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Stage = Literal["distill", "tune", "transfer", "evaluate"]
+
+STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
+    "distill": ("teacher", "student", "corpus", "distill", "engine"),
+    "tune": ("private_task", "tune", "engine"),
+    "transfer": ("teacher", "public_task", "transfer", "engine"),
+    "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
+}
+"""What each stage reads, beside the general fields and the artefacts that it is handed."""
+
+
+def _beside_run_file(path: Path, info: ValidationInfo) -> Path:
+    """Read a relative path from the folder of the run file, wherever the command was started."""
+    folder = (info.context or {}).get("folder", Path())
+    return (folder / path.expanduser()).resolve()
+
+
+FilePath = Annotated[Path, AfterValidator(_beside_run_file)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Teacher(Section):
+    """The provider's large LLM: the teacher in distillation, the target in transfer."""
+
+    path: str
+    """A folder in Hugging Face format, or a hub name."""
+    revision: str | None = None
+    """The commit of a hub model; required with a hub name, so that a run names one model for ever."""
+
+    @field_validator("path")
+    @classmethod
+    def _local_folder_beside_run_file(cls, path: str, info: ValidationInfo) -> str:
+        local = _beside_run_file(Path(path), info)
+        return str(local) if local.exists() or path.startswith((".", "/", "~")) else path
+
+    @model_validator(mode="after")
+    def _hub_name_needs_revision(self) -> "Teacher":
+        if not Path(self.path).is_absolute() and not self.revision:
+            raise ValueError(f"'{self.path}' is not a folder; a hub name needs `revision` (a commit)")
+        return self
+
+
+class Student(Section):
+    """Which layers of the teacher make the student, and what of it stays as copied."""
+
+    layers: Literal["first_last", "even", "auto"] | tuple[int, ...] = "first_last"
+    num_layers: PositiveInt | None = None
+    """How many layers; required unless `layers` is a list."""
+    frozen_lower_layers: Annotated[int, Field(ge=0)] = 0
+    """The student's first layers that are not trained; they must be the teacher's own first layers."""
+    freeze_embeddings: bool = True
+    freeze_head: bool = True
+
+    @model_validator(mode="after")
+    def _layers_and_number_agree(self) -> "Student":
+        if isinstance(self.layers, str):
+            if self.num_layers is None:
+                raise ValueError(f"layers: {self.layers} needs num_layers")
+            if self.layers == "first_last" and self.num_layers < 2:
+                raise ValueError("layers: first_last needs num_layers of 2 or more")
+        else:
+            if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+                raise ValueError("a list of layers holds rising numbers from 0, at least one")
+            if self.num_layers not in (None, len(self.layers)):
+                raise ValueError(f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed")
+            if self.layers[: self.frozen_lower_layers] != tuple(range(self.frozen_lower_layers)):
+                raise ValueError("frozen_lower_layers must be the teacher's own first layers (0, 1, 2, ...)")
+        return self
+
+
+class DataSource(Section):
+    """A local CSV, JSONL, Parquet or text file, or a data set on the hub."""
+
+    path: FilePath | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    """The commit of a hub data set; required with `hub`."""
+    hub_split: str = "train"
+    text: str = "{text}"
+    """How a row's columns make the text, such as '{title} {content}'."""
+    max_rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSource":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a file) or `hub` (a data set's name)")
+        if self.hub and not self.revision:
+            raise ValueError("`hub` needs `revision` (a commit), so that the data stay the same")
+        return self
+
+    @field_validator("text")
+    @classmethod
+    def _names_a_column(cls, text: str) -> str:
+        if not placeholders(text):
+            raise ValueError("names no column; write one in braces, such as '{text}'")
+        return text
+
+
+class Corpus(DataSource):
+    """The provider's public text for distillation."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    max_tokens: PositiveInt | None = None
+    held_out_sequences: PositiveInt = 64
+    """Sequences kept out of training, for the figures that the student is judged by."""
+
+
+class Task(DataSource):
+    """A classification task; `name` fills in what it does not say from the named tasks."""
+
+    name: str
+    visibility: Literal["private", "public"]
+    template: str | None = None
+    """What the model reads: holds {text}, and {mask} for a masked model. A public task without one takes the prompt's."""
+    label_column: str = "label"
+    labels: dict[str, tuple[str, ...]] = {}
+    """For each value of the label column, the words that stand for it."""
+    allow_multi_token: bool = False
+    """Let a label word that is several tokens be judged by its first."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of one templated text; a longer text loses its beginning, never the template."""
+    test_hub_split: str | None = None
+    """The hub split that is the sealed test; without it the test rows are drawn by hash."""
+    validation_share: Share = 0.1
+    test_share: Share = 0.1
+    split_salt: str = "post_dist"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_task(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = dict(named_tasks().get(str(fields.get("name")), {}))
+        if fields.get("path") is not None:
+            for key in ("hub", "hub_config", "revision", "hub_split", "test_hub_split", "text", "label_column"):
+                known.pop(key, None)
+        merged = known | fields
+        if isinstance(merged.get("labels"), dict):
+            merged["labels"] = {str(label): words for label, words in merged["labels"].items()}
+        return merged
+
+    @field_validator("template")
+    @classmethod
+    def _template_places(cls, template: str | None) -> str | None:
+        if template is None:
+            return None
+        found = placeholders(template)
+        if found.count("text") != 1 or set(found) - {"text", "mask"} or found.count("mask") > 1:
+            raise ValueError("must hold {text} once, and besides it at most one {mask}")
+        return template
+
+    @model_validator(mode="after")
+    def _label_words_and_shares(self) -> "Task":
+        if self.visibility == "private":
+            if self.template is None:
+                raise ValueError("a private task needs a `template`")
+            if len(self.labels) < 2:
+                raise ValueError(f"`labels` must give the words of two classes or more (found {len(self.labels)})")
+        for label, words in self.labels.items():
+            if not words or not all(word.strip() for word in words):
+                raise ValueError(f"labels.{label} has an empty list or word")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share + test_share leave nothing to train on")
+        return self
+
+
+class Distill(Section):
+    """Stage 1. The defaults of weights and optimizer are the paper's (Table 8, and its code)."""
+
+    steps: PositiveInt = 10_000
+    micro_batch_size_per_gpu: PositiveInt = 5
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 2.5e-4
+    warmup_share: Share = 0.05
+    max_grad_norm: PositiveFloat = 5.0
+    temperature: PositiveFloat = 2.0
+    alpha_ce: Annotated[float, Field(ge=0)] = 5.0
+    alpha_lm: Annotated[float, Field(ge=0)] = 2.0
+    alpha_cos: Annotated[float, Field(ge=0)] = 1.0
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of tokens that a masked model must fill in."""
+    checkpoint_every_steps: PositiveInt = 500
+
+
+class PromptTraining(Section):
+    """What tuning and transfer share: how a soft prompt is trained."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Rows a step, over all ranks."""
+    learning_rate: PositiveFloat
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_share: Share = 0.05
+    checkpoint_every_steps: PositiveInt = 50
+
+
+class Tune(PromptTraining):
+    """Stage 2, without privacy."""
+
+    num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
+    init_text: str = "Predict if the sentiment of this text is positive or negative"
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3
+
+    @field_validator("init_text")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("is blank; the prompt starts from its words")
+        return text
+
+
+class Transfer(PromptTraining):
+    """Stage 3: `published` is (1-alpha) L1 + alpha L2 of the paper, `proxy` is KL toward the proxy-tuned distribution."""
+
+    objective: Literal["published", "proxy"] = "published"
+    scores: Literal["vocabulary", "classes"] = "vocabulary"
+    """Compare the whole vocabulary, or the scores of the task's classes alone."""
+    alpha: Share = 0.5
+    temperature: PositiveFloat = 2.0
+    proxy_lambda: PositiveFloat = 1.0
+    """lambda in z_t(x) + lambda (z_s(p_s+x) - z_s(x)); also used by the training-free row of the evaluation."""
+    trained_share: Share = 0.0
+    """Where the prompt starts: 0 from text, 1 from the tuned prompt, or between."""
+    steps: PositiveInt = 5000
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class Evaluate(Section):
+    """The comparison table."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    batch_size: PositiveInt = 32
+    baselines: tuple[Literal["published transfer", "full prompt tuning"], ...] = ()
+    """Rows that need a training run of their own."""
+
+
+class Engine(Section):
+    """DeepSpeed: the student's ZeRO stage and the precision of all models. Frozen large models are always ZeRO-3."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class Inputs(Section):
+    """Artefacts that came from the other party: the stage that would make one is not run."""
+
+    student: FilePath | None = None
+    source_prompt: FilePath | None = None
+    target_prompt: FilePath | None = None
+
+
+class RunConfig(Section):
+    """One run file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    output: FilePath = Field(default=Path("runs"), validate_default=True)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    inputs: Inputs = Inputs()
+    teacher: Teacher | None = None
+    student: Student | None = None
+    corpus: Corpus | None = None
+    private_task: Task | None = None
+    public_task: Task | None = None
+    distill: Distill = Distill()
+    tune: Tune = Tune()
+    transfer: Transfer = Transfer()
+    evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _tasks_stand_on_their_side(self) -> "RunConfig":
+        if self.private_task and self.private_task.visibility != "private":
+            raise ValueError("private_task.visibility must be private")
+        return self
+
+    def view(self, stage: Stage) -> "RunConfig":
+        """The run file with every section blanked that `stage` does not read."""
+        general = ("name", "output", "seed", "inputs")
+        kept = {key: getattr(self, key) for key in (*general, *STAGE_SECTIONS[stage])}
+        return RunConfig.model_construct(**kept)
+
+
+def placeholders(template: str) -> list[str]:
+    """The names in braces of a template, in order.
+
+    Raises:
+        ValueError: the braces do not pair up.
+    """
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"has braces that do not pair up ({error}); write {{{{ for a brace") from None
+
+
+@cache
+def named_tasks() -> dict[str, dict[str, Any]]:
+    """The tasks that the paper names, with their sources, templates and label words."""
+    return yaml.safe_load((Path(__file__).parent / "named_tasks.yaml").read_text())

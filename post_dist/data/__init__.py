@@ -1,0 +1,1 @@
+"""Public text for distillation; labelled tasks, their templates and splits."""

@@ -1,0 +1,99 @@
+"""Public text for distillation: tokenised once, packed into equal sequences, in an order that a seed fixes.
+
+Shapes: B sequences, T tokens.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.config.schema import Corpus as CorpusSection
+from post_dist.config.schema import placeholders
+from post_dist.data.order import shuffled_rows
+from post_dist.data.source import read_columns, texts_of
+from post_dist.errors import InputError
+from post_dist.runtime.distributed import World
+
+log = logging.getLogger(__name__)
+
+_DOCUMENTS_AT_ONCE = 1000
+
+
+class Corpus:
+    """Packed sequences [N, T] on disk, read by memory map; the last `held_out` of them are never trained on."""
+
+    def __init__(self, path: Path, held_out: int, seed: int) -> None:
+        self._sequences = np.load(path, mmap_mode="r")
+        self._held_out = held_out
+        self._seed = seed
+
+    @property
+    def num_training_sequences(self) -> int:
+        """How many sequences are trained on."""
+        return len(self._sequences) - self._held_out
+
+    def training_batch(self, index: int, size: int, world: World) -> torch.Tensor:
+        """This rank's part [B, T] of global batch `index`, which has `size` sequences a rank.
+
+        A function of the seed and the index alone: nothing to save, and the global batch does not depend on the ranks.
+        """
+        first = index * size * world.size + world.rank * size
+        return self._take(shuffled_rows(first, size, self.num_training_sequences, self._seed))
+
+    def held_out_batches(self, size: int, world: World) -> list[torch.Tensor]:
+        """The held-out sequences in batches of `size`; every rank gets equally many, all rows over all ranks."""
+        rows = range(self.num_training_sequences, len(self._sequences))
+        per_rank = len(rows) // world.size
+        own = rows[world.rank * per_rank : (world.rank + 1) * per_rank]
+        return [self._take(list(own[start : start + size])) for start in range(0, len(own), size)]
+
+    def _take(self, rows: list[int]) -> torch.Tensor:
+        return torch.from_numpy(self._sequences[rows].astype(np.int64))
+
+
+def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World) -> Corpus:
+    """Tokenise and pack the text once into `path`; other ranks, and later starts, read what is there.
+
+    Documents follow each other with an end-of-text token between them, and are cut into sequences of `sequence_length`.
+
+    Raises:
+        InputError: the text is too short for one training batch beside the held-out sequences.
+    """
+    with world.main_first():
+        if not path.exists():
+            sequences = _pack(section, tokenizer)
+            if len(sequences) <= section.held_out_sequences:
+                raise InputError(
+                    f"corpus: {len(sequences)} sequences of {section.sequence_length} tokens, and {section.held_out_sequences} are held out",
+                    "give more text, a shorter sequence_length or fewer held_out_sequences",
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, sequences)
+            partial.rename(path)
+    corpus = Corpus(path, section.held_out_sequences, seed)
+    log.info(
+        "corpus: %d sequences of %d tokens to train on, %d held out",
+        corpus.num_training_sequences,
+        section.sequence_length,
+        section.held_out_sequences,
+    )
+    return corpus
+
+
+def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    texts = texts_of(read_columns(section, placeholders(section.text), section.hub_split, "corpus"), section.text)[: section.max_rows]
+    separator = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id]
+    stream: list[int] = []
+    wanted = section.max_tokens or float("inf")
+    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+        for tokens in tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False).input_ids:
+            stream += tokens + separator
+        if len(stream) >= wanted:
+            del stream[int(wanted) :]
+            break
+    count = len(stream) // section.sequence_length
+    return np.array(stream[: count * section.sequence_length], dtype=np.int32).reshape(count, section.sequence_length)

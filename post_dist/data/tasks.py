@@ -1,0 +1,75 @@
+"""Labelled tasks: their rows, their splits by a fixed hash, and the wall between private rows and the provider."""
+
+import hashlib
+from dataclasses import dataclass
+
+from post_dist.config.schema import Task, placeholders
+from post_dist.data.source import read_columns, texts_of
+from post_dist.errors import InputError, PrivacyRefused
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with the index of their class among the task's `labels`."""
+
+    texts: list[str]
+    classes: list[int]
+
+
+def load_examples(task: Task, split: str, where: str) -> Examples:
+    """The labelled rows of one split, without repeated texts.
+
+    Args:
+        task: the task.
+        split: train, validation or test.
+        where: the run file's section, for messages.
+
+    Raises:
+        InputError: a label is not in the verbalizer (the row is named, never its contents), or the split is empty.
+    """
+    own_test_set = task.test_hub_split is not None
+    hub_split = task.test_hub_split if own_test_set and split == "test" else task.hub_split
+    columns = [*placeholders(task.text), task.label_column]
+    table = read_columns(task, columns, str(hub_split), where)
+    classes = {label: index for index, label in enumerate(task.labels)}
+    rows: dict[str, int] = {}
+    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[task.label_column].astype(str), strict=True), 1):
+        if label not in classes:
+            raise InputError(
+                f"{where}: row {number} has a label in column '{task.label_column}' that is not in the verbalizer",
+                f"{where}.labels has {', '.join(classes)}",
+            )
+        if text and ((own_test_set and split == "test") or split_of(text, task) == split):
+            rows.setdefault(text, classes[label])
+    if not rows:
+        raise InputError(f"{where}: no row falls into the {split} split")
+    kept = list(rows.items())[: task.max_rows]
+    return Examples([text for text, _ in kept], [index for _, index in kept])
+
+
+def load_public_texts(task: Task, where: str) -> list[str]:
+    """The texts of a public task. Its label column is not read.
+
+    Raises:
+        PrivacyRefused: the task is private.
+        InputError: it has no text.
+    """
+    if task.visibility != "public":
+        raise PrivacyRefused(f"{where} is private; the provider's stages read public text alone", "give a task with `visibility: public`")
+    texts = texts_of(read_columns(task, placeholders(task.text), task.hub_split, where), task.text)
+    unique = [text for text in dict.fromkeys(texts) if text]
+    if not unique:
+        raise InputError(f"{where}: no row has any text")
+    return unique[: task.max_rows]
+
+
+def split_of(text: str, task: Task) -> str:
+    """Which split a text belongs to: decided by sha256 of the salt and the text alone, so it never changes.
+
+    A task with a test set of its own draws only train and validation.
+    """
+    place = int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64
+    test_share = 0.0 if task.test_hub_split is not None else task.test_share
+    if place < test_share:
+        return "test"
+    return "validation" if place < test_share + task.validation_share else "train"

@@ -1,0 +1,130 @@
+"""From a text to the tokens that a model reads, and from label words to the tokens that it answers with.
+
+Shapes: B rows, T tokens, C classes, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.errors import InputError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One templated text: its tokens, and where the model's answer stands."""
+
+    token_ids: list[int]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: `input_ids` and `attention_mask` [B, T], `answer` [B]."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer: torch.Tensor
+
+
+class Template:
+    """A template bound to a tokenizer.
+
+    Args:
+        text: holds {text}; for a masked model also {mask}, where the answer stands. Otherwise the answer follows the end.
+        tokenizer: a fast tokenizer.
+        max_length: most tokens of a row; a longer text loses its beginning.
+        masked: whether the model fills in a mask.
+
+    Raises:
+        InputError: the template does not suit the model, or leaves no room for text.
+    """
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, masked: bool) -> None:
+        if masked != ("{mask}" in text):
+            raise InputError(f"template '{text}': {'a masked model needs {mask}' if masked else '{mask} is for masked models'}")
+        if not masked and text != text.rstrip():
+            raise InputError(f"template '{text}' ends in white space", "the label words carry the space before them")
+        if not tokenizer.is_fast:
+            raise InputError("the tokenizer is not a fast one, so long texts cannot be cut", "use a model with a tokenizer.json")
+        self._tokenizer = tokenizer
+        self._masked = masked
+        before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition("{text}")
+        self._before, self._after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
+        self._max_length = max_length
+        if len(self._tokens("")) >= max_length:
+            raise InputError(f"template '{text}' alone fills max_length ({max_length} tokens)", "raise max_length")
+
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        """Tokens of each text in the template."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Encoded:
+        if self._masked:
+            # The text may name the mask token itself; only the template's own mask asks for an answer.
+            text = text.replace(self._tokenizer.mask_token, " ")
+        tokens = self._tokens(text)
+        while len(tokens) > self._max_length:
+            text = self._without_first_tokens(text, len(tokens) - self._max_length)
+            tokens = self._tokens(text)
+        answer = tokens.index(self._tokenizer.mask_token_id) if self._masked else len(tokens) - 1
+        return Encoded(tokens, answer)
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(self._before + text + self._after).input_ids
+        return tokens
+
+    def _without_first_tokens(self, text: str, count: int) -> str:
+        """The text without its first tokens; cut in the characters, so that the template's tokens stay as they are."""
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        return text[offsets[count][0] :].lstrip() if count < len(offsets) else ""
+
+    def collate(self, rows: list[Encoded]) -> Batch:
+        """Pad rows on the right, where a causal model's real tokens never look."""
+        longest = max(len(row.token_ids) for row in rows)
+        padding = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        input_ids = torch.full((len(rows), longest), padding or 0)
+        attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
+            attention_mask[index, : len(row.token_ids)] = 1
+        return Batch(input_ids, attention_mask, torch.tensor([row.answer for row in rows]))
+
+
+class Verbalizer:
+    """Class scores: the mean logit of each class's label words (POST's code; its paper says mean probability).
+
+    Args:
+        label_words: for each class its words.
+        tokenizer: the model's.
+        allow_multi_token: judge a word of several tokens by its first.
+
+    Raises:
+        InputError: a word is several tokens, or stands for two classes.
+    """
+
+    def __init__(self, label_words: tuple[tuple[str, ...], ...], tokenizer: PreTrainedTokenizerBase, *, allow_multi_token: bool) -> None:
+        self.token_ids = [[_word_token(word, tokenizer, allow_multi_token) for word in words] for words in label_words]
+        owner: dict[int, int] = {}
+        for index, ids in enumerate(self.token_ids):
+            for token_id in set(ids):
+                if owner.setdefault(token_id, index) != index:
+                    token = tokenizer.convert_ids_to_tokens(token_id)
+                    raise InputError(f"the label words of classes {owner[token_id]} and {index} share the token '{token}'")
+
+    def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """[B, C] in fp32."""
+        return torch.stack([logits_BV[:, ids].float().mean(dim=1) for ids in self.token_ids], dim=1)
+
+
+def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:
+    """The token that a word begins with when it follows another word."""
+    carrier = tokenizer("a", add_special_tokens=False).input_ids
+    tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
+    if len(tokens) != 1 and not allow_multi_token:
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(tokens))
+        raise InputError(
+            f"the label word '{word}' is {len(tokens)} tokens ({pieces})", "choose another word, or set allow_multi_token: true"
+        )
+    return int(tokens[0])

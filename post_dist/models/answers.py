@@ -1,0 +1,48 @@
+"""Logits at the answer of many rows, without gradients, shared among the ranks.
+
+Shapes: N rows, V vocabulary, n prompt tokens, d width.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from post_dist.data.template import Encoded, Template
+from post_dist.models.language_model import LanguageModel
+from post_dist.runtime.distributed import World
+from post_dist.runtime.progress import progress
+
+
+@torch.no_grad()
+def answers(
+    language_model: LanguageModel,
+    rows: list[Encoded],
+    template: Template,
+    prompt_nd: torch.Tensor | None,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    batch_size: int,
+    world: World,
+    label: str,
+) -> torch.Tensor:
+    """For each row what `reduce` makes of its logits [B, V], in the order of the rows, on the CPU of every rank.
+
+    Every rank runs equally many batches, as a sharded model needs; rows that fill up the last are dropped again.
+    Rows are sorted by length, so that a batch pads little.
+    """
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].token_ids))
+    share = batch_size * world.size
+    padded = by_length + by_length[-1:] * (-len(rows) % share)
+    results: list[torch.Tensor] = []
+    with progress(label, len(padded) // share, show=world.is_main) as advance:
+        for start in range(world.rank * batch_size, len(padded), share):
+            batch = template.collate([rows[index] for index in padded[start : start + batch_size]])
+            logits = language_model(
+                batch.input_ids.to(world.device), batch.attention_mask.to(world.device), prompt_nd, batch.answer.to(world.device)
+            )
+            results.append(world.concatenate(reduce(logits)).cpu())
+            advance("")
+    stacked = torch.cat(results)[: len(rows)]
+    in_order = torch.empty_like(stacked)
+    in_order[torch.tensor(by_length)] = stacked
+    return in_order

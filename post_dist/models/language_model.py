@@ -1,0 +1,134 @@
+"""A causal or masked language model with room for a soft prompt in front, split into trunk and head.
+
+Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
+"""
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from post_dist.errors import InputError
+
+
+class LanguageModel(nn.Module):
+    """Wraps a transformers model; its forward gives hidden states, or logits at one position a row.
+
+    Attributes:
+        model: the transformers model.
+        masked: whether it fills in masks; otherwise it predicts the next token.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, masked: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.masked = masked
+        parts = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+        if model.base_model is model or len(parts) != 1:
+            raise InputError(f"{type(model).__name__} is not one trunk with one head, so its head cannot be told apart")
+        self._head_name = parts[0]
+
+    @property
+    def width(self) -> int:
+        """The width d of embeddings and hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the positions reach; RoBERTa's first positions are taken by its padding index."""
+        config = self.model.config
+        reserved = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        return int(config.max_position_embeddings - reserved)
+
+    @property
+    def head_module(self) -> nn.Module:
+        """From hidden states to logits, before any soft cap."""
+        module: nn.Module = getattr(self.model, self._head_name)
+        return module
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers.
+
+        Raises:
+            InputError: they are not in one ModuleList.
+        """
+        return cast(nn.ModuleList, self.model.get_submodule(layer_list_name(self.model)))
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [..., d], as the trunk takes them."""
+        embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
+        return embeddings
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., d]."""
+        return self.capped(self.head_module(hidden))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """The soft cap that Gemma 2 puts on its logits; other families have none."""
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt: torch.Tensor | None = None,
+        answer: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the trunk, and the head where an answer is wanted.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            attention_mask: [B, T]; None when nothing is padded.
+            prompt: soft prompt [n, d], put before every row.
+            answer: [B], the position of each row's answer, counted without the prompt.
+
+        Returns:
+            The trunk's last hidden states [B, n+T, d]; with `answer`, the logits [B, V] there.
+        """
+        embeddings = self.embed(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        offset = 0
+        if prompt is not None:
+            offset = prompt.shape[0]
+            rows = prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1)
+            embeddings = torch.cat([rows, embeddings], dim=1)
+            mask = torch.cat([mask.new_ones(len(mask), offset), mask], dim=1)
+        hidden: torch.Tensor = self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, **self._no_cache).last_hidden_state
+        if answer is None:
+            return hidden
+        return self.head(hidden[torch.arange(len(answer), device=answer.device), answer + offset])
+
+    @property
+    def _no_cache(self) -> dict[str, bool]:
+        return {} if self.masked else {"use_cache": False}
+
+
+def check_split(language_model: LanguageModel) -> None:
+    """Compare trunk and head, run apart, with the model's own forward.
+
+    Raises:
+        InputError: they differ, as for a model that scales or caps its logits in a way not known here.
+    """
+    device = language_model.model.device
+    input_ids = torch.arange(4, 8, device=device)[None]
+    with torch.no_grad():
+        ours = language_model.head(language_model(input_ids)).float()
+        own = language_model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits.float()
+    if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        raise InputError(f"{type(language_model.model).__name__} does more to its logits than post_dist knows of")
+
+
+def layer_list_name(model: PreTrainedModel) -> str:
+    """The name of the one ModuleList that holds the transformer layers.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+    if len(found) != 1:
+        raise InputError(f"{type(model).__name__} keeps its {wanted} layers in {len(found)} lists, not in one")
+    return found[0]

@@ -1,0 +1,1 @@
+"""Processes, DeepSpeed engines, checkpoints, metrics and progress."""

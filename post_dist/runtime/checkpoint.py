@@ -1,0 +1,78 @@
+"""Where an unfinished stage goes on: the prompt's state as tensors, the student's as a DeepSpeed checkpoint.
+
+Every checkpoint is written beside its place and renamed; the newest whole one counts, and the two newest are kept.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors.torch import load_file, save_file
+
+from post_dist.artifacts.manifest import write_folder
+from post_dist.runtime.distributed import World
+
+log = logging.getLogger(__name__)
+
+_KEEP = 2
+_TENSORS = "state.safetensors"
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint, 0 when there is none."""
+    return max((_step_of(path) for path in folder.glob("step-*")), default=0)
+
+
+def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Keep a few small tensors, such as a prompt and its optimizer's moments."""
+    write_folder(
+        folder / f"step-{step}",
+        lambda partial: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS),
+    )
+    _drop_old(folder)
+
+
+def load_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint at `step`."""
+    return load_file(folder / f"step-{step}" / _TENSORS)
+
+
+def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
+    """Keep an engine's trained weights and optimizer; all ranks call it."""
+    partial = folder / f".step-{step}.partial"
+    with world.main_first():
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    engine.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+    world.barrier()
+    if world.is_main:
+        partial.rename(folder / f"step-{step}")
+        _drop_old(folder)
+
+
+def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Put an engine back to the checkpoint at `step`; all ranks call it, as many as saved it."""
+    engine.load_checkpoint(str(folder / f"step-{step}"), tag="engine", load_module_strict=False)
+
+
+def start_step(folder: Path, resume: str, world: World) -> int:
+    """The step to start from; `resume` of `never` throws earlier checkpoints away."""
+    with world.main_first():
+        if resume == "never" and world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        step = newest_step(folder)
+    if step:
+        log.info("going on from step %d of %s", step, folder.parent.name)
+    return step
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _drop_old(folder: Path) -> None:
+    for old in sorted(folder.glob("step-*"), key=_step_of)[:-_KEEP]:
+        shutil.rmtree(old)

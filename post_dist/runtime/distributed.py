@@ -1,0 +1,156 @@
+"""The processes of a run: which launcher started them, who they are, and the few collectives that stages need."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from post_dist.config.deepspeed import Precision
+from post_dist.config.schema import Engine
+from post_dist.errors import EnvironmentFault, InputError
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other; the longest wait is for rank 0 while it tunes alone."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, its place on its machine, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows in rank order; every rank gives equally many."""
+        if self.size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on rank 0, then on the others: they find what it has made."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+def find_launcher(environment: Mapping[str, str]) -> str:
+    """Name what started this process.
+
+    Raises:
+        EnvironmentFault: the launcher's variables are incomplete or contradict each other.
+    """
+    given = [name for name in _TORCHRUN if environment.get(name)]
+    slurm_tasks = int(environment.get("SLURM_NTASKS") or 1)
+    in_slurm_step = bool(environment.get("SLURM_PROCID"))
+    if not given or given == ["MASTER_ADDR"]:
+        if in_slurm_step and slurm_tasks > 1:
+            raise EnvironmentFault(
+                f"Slurm started {slurm_tasks} tasks, but RANK and WORLD_SIZE are not set: each would think it is alone",
+                "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR MASTER_PORT in each task",
+            )
+        return "none"
+    missing = sorted(set(_TORCHRUN) - set(given))
+    if missing:
+        raise EnvironmentFault(f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none")
+    try:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        int(environment["LOCAL_RANK"])
+    except ValueError:
+        raise EnvironmentFault("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+    if not 0 <= rank < size:
+        raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
+    if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
+        raise EnvironmentFault(f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank")
+    if environment.get("TORCHELASTIC_RUN_ID"):
+        return "torchrun"
+    return "srun" if in_slurm_step else "deepspeed or plain environment"
+
+
+def start(seed: int) -> World:
+    """Join the process group (a group of one when there is no launcher) and seed this process.
+
+    Raises:
+        EnvironmentFault: see `find_launcher`; or more local ranks than GPUs.
+    """
+    launcher = find_launcher(os.environ)
+    if launcher == "none":
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    import deepspeed  # 3 s to import, and it reads the environment
+
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise EnvironmentFault(f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Only DeepSpeed's inference all-reduce uses this op. Without it a CPU run compiles nothing, and no
+        # killed compiler can leave a lock that hangs every later start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, verbose=False)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
+    torch.manual_seed(seed)
+    log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)
+    return world
+
+
+def choose_precision(engine: Engine, device: torch.device) -> Precision:
+    """What `engine.precision` means on this device.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
+    if engine.precision == "fp16" and device.type == "cpu":
+        raise InputError("engine.precision: fp16 does not run on a CPU", "use auto, bf16 or fp32")
+    if engine.precision != "auto":
+        return engine.precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        instructions = torch.cpu.get_capabilities()
+        fast = bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
+    precision: Precision = "bf16" if fast else "fp32"
+    log.info("precision %s: this %s %s bf16 instructions", precision, device.type, "has" if fast else "lacks")
+    return precision
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

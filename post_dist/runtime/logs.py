@@ -1,0 +1,39 @@
+"""Logging: rank 0 speaks on standard error, every rank keeps a file in its run folder."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NOISY = ("transformers", "datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
+
+
+def speak(rank: int) -> None:
+    """Send this package's log to standard error on rank 0, and hush the libraries."""
+    logger = logging.getLogger("post_dist")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if rank == 0 and not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+
+
+@contextmanager
+def log_file(folder: Path, rank: int) -> Iterator[None]:
+    """Also write this rank's log to `logs/rank<N>.log` of a run folder while the body runs."""
+    logger = logging.getLogger("post_dist")
+    handler = logging.FileHandler(folder / "logs" / f"rank{rank}.log")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,253 @@
+"""Stage 1, the provider's: distil the large LLM into a student that can be handed out.
+
+Shapes: B sequences, T tokens, d width, N = B T positions.
+"""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from post_dist.artifacts.card import write_card
+from post_dist.artifacts.manifest import fingerprint, write_artefact
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.deepspeed import frozen_settings, training_settings
+from post_dist.config.schema import Corpus as CorpusSection
+from post_dist.config.schema import Distill, Student
+from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.errors import InputError
+from post_dist.losses import DistillationTerms, distillation_terms, softened_kl, unexplained_share
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
+from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
+from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
+from post_dist.runtime.distributed import World, choose_precision
+from post_dist.runtime.metrics import Metrics
+from post_dist.runtime.progress import progress
+from post_dist.runtime.zero import full_weights, gathered, shard_frozen, shard_share, train_sharded
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY_STEPS = 10
+_ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
+
+
+def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) -> None:
+    """Train a student and leave it in `folder.artifact`, with the figures of the held-out text in its manifest."""
+    config = folder.config
+    section, corpus_section, student_section = config.distill, config.corpus, config.student
+    if corpus_section is None or student_section is None:
+        raise InputError("distill needs the sections `corpus` and `student`")
+    precision = choose_precision(config.engine, world.device)
+    tokenizer = load_tokenizer(teacher_folder)
+    teacher = shard_frozen(
+        model_loader(teacher_folder, precision, world.device), frozen_settings(precision, section.micro_batch_size_per_gpu)
+    )
+    log.info("teacher: %d layers, ZeRO-3, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
+    _check_length(corpus_section, teacher)
+    corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)
+    masking = _Masking(tokenizer.mask_token_id, len(tokenizer), section.mask_share, config.seed) if teacher.masked else None
+
+    layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
+    start_folder = folder.checkpoints / f"untrained-{'-'.join(map(str, layers))}"
+    with world.main_first():
+        if not start_folder.exists():
+            start_folder.mkdir(parents=True)
+            write_student(start_folder, teacher_folder, layers, tokenizer)
+    student = load_whole(start_folder, precision, world.device)
+    freeze(student, student_section)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    model = DistillationModel(student, head_is_frozen=student_section.freeze_head, temperature=section.temperature)
+    engine = train_sharded(
+        model,
+        torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
+        training_settings(config.engine.zero_stage, precision, section),
+    )
+    first_step = start_step(folder.checkpoints, resume, world)
+    if first_step:
+        load_engine(folder.checkpoints, first_step, engine)
+    _train(engine, teacher, corpus, masking, section, folder, world, first_step)
+
+    figures = _held_out_figures(engine, teacher, corpus, masking, section.micro_batch_size_per_gpu, world)
+    log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    weights = full_weights(student)
+    if world.is_main:
+        facts = {
+            "layers": list(layers),
+            "num_teacher_layers": len(teacher.layers),
+            "student": student_section.model_dump(mode="json"),
+            "distill": section.model_dump(mode="json"),
+            "held_out": figures,
+        }
+
+        def fill(artifact: Path) -> None:
+            own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+            student.model.save_pretrained(artifact, state_dict=own)
+            tokenizer.save_pretrained(artifact)
+            summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {list(layers)}), distilled on public text."
+            write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
+
+        write_artefact(
+            folder.artifact,
+            "student",
+            fill,
+            parents={"teacher": fingerprint(teacher_folder)},
+            config=facts,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+        )
+    world.barrier()
+
+
+class DistillationModel(nn.Module):
+    """The student with its loss, so that the logits are made a few positions at a time inside the engine's forward."""
+
+    def __init__(self, student: LanguageModel, *, head_is_frozen: bool, temperature: float) -> None:
+        super().__init__()
+        self.student = student
+        # A frozen head is the teacher's own; a trained one needs the teacher's kept beside it.
+        self.teacher_head = None if head_is_frozen else copy.deepcopy(student.head_module).requires_grad_(False)
+        self._temperature = temperature
+
+    def teacher_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [..., V] of its last hidden states [..., d]."""
+        if self.teacher_head is None:
+            return self.student.head(hidden)
+        return self.student.capped(self.teacher_head(hidden))
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, teacher_BTd: torch.Tensor
+    ) -> tuple[DistillationTerms, torch.Tensor]:
+        """The loss terms, and the student's last hidden states [B, T, d]."""
+        hidden_BTd = self.student(input_ids_BT)
+        terms = distillation_terms(
+            hidden_BTd.flatten(0, 1),
+            teacher_BTd.flatten(0, 1),
+            labels_BT.flatten(),
+            self.student.head,
+            self.teacher_logits,
+            temperature=self._temperature,
+        )
+        return terms, hidden_BTd
+
+
+class _Masking:
+    """Masks a fixed number of tokens in each sequence: 80% become the mask, 10% another token, 10% stay (BERT's rule)."""
+
+    def __init__(self, mask_token: int, vocabulary: int, share: float, seed: int) -> None:
+        self._mask_token, self._vocabulary, self._share, self._seed = mask_token, vocabulary, share, seed
+
+    def __call__(self, input_ids_BT: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corrupted tokens and labels [B, T], a function of the seed and the batch's index."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        count = max(1, round(self._share * input_ids_BT.shape[1]))
+        places = torch.rand(input_ids_BT.shape, generator=generator).topk(count, dim=1).indices
+        labels = torch.full_like(input_ids_BT, -100).scatter(1, places, input_ids_BT.gather(1, places))
+        draw = torch.rand(places.shape, generator=generator)
+        other = torch.randint(self._vocabulary, places.shape, generator=generator)
+        kept = input_ids_BT.gather(1, places)
+        changed = torch.where(draw < 0.8, torch.full_like(kept, self._mask_token), torch.where(draw < 0.9, other, kept))
+        return input_ids_BT.scatter(1, places, changed), labels
+
+
+def _train(
+    engine: Any,
+    teacher: LanguageModel,
+    corpus: Corpus,
+    masking: _Masking | None,
+    section: Distill,
+    folder: RunFolder,
+    world: World,
+    first_step: int,
+) -> None:
+    metrics = Metrics(folder.path / "metrics.jsonl" if world.is_main else None)
+    micro_batch, accumulation = section.micro_batch_size_per_gpu, section.gradient_accumulation_steps
+    with progress("distill", section.steps, first_step, show=world.is_main) as advance:
+        for step in range(first_step, section.steps):
+            for group in engine.optimizer.param_groups:
+                group["lr"] = section.learning_rate * _linear_schedule(step, section.steps, section.warmup_share)
+            for micro_step in range(step * accumulation, (step + 1) * accumulation):
+                input_ids, labels = _inputs(
+                    corpus.training_batch(micro_step, micro_batch, world), masking, micro_step * world.size + world.rank, world
+                )
+                with torch.no_grad():
+                    teacher_hidden = teacher(input_ids)
+                terms, _ = engine(input_ids, labels, teacher_hidden)
+                engine.backward(terms.weighted(section.alpha_ce, section.alpha_lm, section.alpha_cos))
+                engine.step()
+            if step % _LOG_EVERY_STEPS == 0 or step + 1 == section.steps:
+                ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos]).detach()).tolist()
+                metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
+                text = f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}"
+            advance(text)
+            if (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps:
+                save_engine(folder.checkpoints, step + 1, engine, world)
+
+
+def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, index: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the models read and the label of each position."""
+    if masking is None:
+        labels = torch.cat([sequences_BT[:, 1:], torch.full_like(sequences_BT[:, :1], -100)], dim=1)
+        input_ids = sequences_BT
+    else:
+        input_ids, labels = masking(sequences_BT, index)
+    return input_ids.to(world.device), labels.to(world.device)
+
+
+@torch.no_grad()
+def _held_out_figures(
+    engine: Any, teacher: LanguageModel, corpus: Corpus, masking: _Masking | None, batch_size: int, world: World
+) -> dict[str, float]:
+    """Means over the held-out text, and the last position: how far the student's answer is, and what it misses.
+
+    A low KL does not predict transfer; the unexplained share of the last position's variance says more.
+    """
+    model: DistillationModel = engine.module
+    terms, last = [], []
+    for index, sequences in enumerate(corpus.held_out_batches(batch_size, world)):
+        input_ids, labels = _inputs(sequences, masking, -1 - index, world)
+        teacher_hidden = teacher(input_ids)
+        batch, student_hidden = engine(input_ids, labels, teacher_hidden)
+        terms.append(torch.stack([batch.ce, batch.lm, batch.cos]))
+        place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
+        rows = torch.arange(len(labels), device=labels.device)
+        last.append(torch.stack([student_hidden[rows, place], teacher_hidden[rows, place]]).float())
+    ce, lm, cos = world.mean(torch.stack(terms).mean(dim=0)).tolist()
+    student_last, teacher_last = (world.concatenate(part) for part in torch.cat(last, dim=1))
+    dtype = next(model.parameters()).dtype
+    with gathered(model):
+        last_kl = softened_kl(model.teacher_logits(teacher_last.to(dtype)), model.student.head(student_last.to(dtype)), temperature=1.0)
+    return {
+        "ce": ce,
+        "lm": lm,
+        "cos": cos,
+        "last_position_kl_nats": float(last_kl),
+        "unexplained_share": unexplained_share(student_last, teacher_last),
+    }
+
+
+def _choose_layers(section: Student, teacher: LanguageModel, corpus: Corpus, batch_size: int, world: World) -> tuple[int, ...]:
+    if section.layers != "auto":
+        layers = listed_layers(section, len(teacher.layers))
+        log.info("student: layers %s (%s)", list(layers), section.layers if isinstance(section.layers, str) else "listed")
+        return layers
+    num_layers = int(section.num_layers or 0)
+    if num_layers > len(teacher.layers):
+        raise InputError(f"student.num_layers is {num_layers}; the teacher has {len(teacher.layers)} layers")
+    sample = corpus.training_batch(0, batch_size, world).to(world.device)
+    layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers)
+    log.info("student: layers %s, those whose removal hurts the last position most", list(layers))
+    return layers
+
+
+def _check_length(section: CorpusSection, teacher: LanguageModel) -> None:
+    if section.sequence_length > teacher.context_length:
+        raise InputError(f"corpus.sequence_length {section.sequence_length} exceeds the teacher's context of {teacher.context_length}")
+
+
+def _linear_schedule(step: int, steps: int, warmup_share: float) -> float:
+    """Linear rise over the first share of the steps, then linear fall to zero after the last."""
+    rise = max(1, round(warmup_share * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))

@@ -1,0 +1,140 @@
+"""Stage 3, the provider's: carry a soft prompt from the student to the large LLM, with public text alone.
+
+Nothing here can reach private data: the stage is handed no private section, and reads no label column.
+Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), n prompt tokens, d width.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from post_dist.artifacts.card import write_card
+from post_dist.artifacts.manifest import write_artefact
+from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt_files
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.deepspeed import Precision, frozen_settings
+from post_dist.config.schema import Transfer
+from post_dist.data.order import shuffled_rows
+from post_dist.data.tasks import load_public_texts
+from post_dist.data.template import Template, Verbalizer
+from post_dist.errors import ArtefactRefused, InputError
+from post_dist.losses import proxy_logits, published_transfer_loss, softened_kl
+from post_dist.models.answers import answers
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
+from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.runtime.distributed import World, choose_precision
+from post_dist.runtime.zero import shard_frozen
+from post_dist.stages.prompt_training import train_prompt
+
+log = logging.getLogger(__name__)
+
+
+def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prompt_folder: Path, world: World, resume: str) -> None:
+    """Train a prompt for the target and leave it in `folder.artifact`.
+
+    Args:
+        folder: the run's folder; its config has no private section.
+        teacher_folder: the target.
+        student_folder: the model that the source prompt was tuned on.
+        prompt_folder: the source prompt, from the owner; checked before it is used.
+        world: the ranks.
+        resume: auto or never.
+
+    Raises:
+        ArtefactRefused: the prompt fails its checks, or does not belong to these models.
+        PrivacyRefused: the public task is marked private.
+    """
+    config, section = folder.config, folder.config.transfer
+    if config.public_task is None:
+        raise InputError("transfer needs the section `public_task`")
+    texts = load_public_texts(config.public_task, "public_task")
+    source_prompt = read_prompt(prompt_folder)
+    tokenizer = load_tokenizer(teacher_folder)
+    precision = choose_precision(config.engine, world.device)
+    student = load_whole(student_folder, precision, world.device)
+    target = load_target(teacher_folder, precision, section.batch_size, world)
+    check_belongs(source_prompt, student, target, teacher_folder, student_folder)
+
+    task = source_prompt.task
+    num_virtual_tokens = len(source_prompt.embeddings)
+    template = Template(config.public_task.template or task.template, tokenizer, task.max_length, masked=target.masked)
+    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
+    check_room(target, num_virtual_tokens, task.max_length)
+    rows = template.encode(texts)
+    scores = verbalizer.scores if section.scores == "classes" else torch.Tensor.detach
+    source_nd = source_prompt.embeddings.to(world.device)
+    log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
+
+    # Three of the four forwards of the loss do not depend on the prompt that is trained: once is enough.
+    common = {"batch_size": section.batch_size, "world": world}
+    source_NK = answers(student, rows, template, None, scores, label="student", **common)  # type: ignore[arg-type]
+    source_prompted_NK = answers(student, rows, template, source_nd, scores, label="student + prompt", **common)  # type: ignore[arg-type]
+    target_NK = answers(target, rows, template, None, scores, label="target", **common)  # type: ignore[arg-type]
+
+    def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
+        chosen = shuffled_rows(step * section.batch_size, section.batch_size, len(rows), config.seed)[world.rank :: world.size]
+        batch = template.collate([rows[index] for index in chosen])
+        device = world.device
+        logits = target(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))
+        source, source_prompted, before = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
+        return _loss(section, source, source_prompted, before, verbalizer.scores(logits) if section.scores == "classes" else logits)
+
+    text_nd = prompt_from_text(target, tokenizer, task.init_text, num_virtual_tokens)
+    start_nd = torch.lerp(text_nd, source_nd, section.trained_share)
+    prompt_nd = train_prompt(start_nd, loss_at, section, folder, world, resume, metrics_name="metrics.jsonl", show_loss=True)
+
+    if world.is_main:
+        name = config.teacher.path if config.teacher and not Path(config.teacher.path).is_absolute() else teacher_folder.name
+
+        def fill(artifact: Path) -> None:
+            write_prompt_files(artifact, prompt_nd, task, name)
+            summary = "A soft prompt that was transferred from a student with public text alone (POST)."
+            write_card(artifact, f"Soft prompt for {name}", summary, section.model_dump(), library="peft", tag="prompt-tuning")
+
+        write_artefact(
+            folder.artifact,
+            "soft prompt",
+            fill,
+            parents={"source prompt": source_prompt.manifest.digest, **source_prompt.manifest.parents},
+            config={"transfer": section.model_dump(mode="json"), "task": asdict(task)},
+            tokenizer=tokenizer_fingerprint(tokenizer),
+        )
+    world.barrier()
+
+
+def load_target(teacher_folder: Path, precision: Precision, batch_size: int, world: World) -> LanguageModel:
+    """The large LLM, frozen, in ZeRO-3 shards."""
+    return shard_frozen(model_loader(teacher_folder, precision, world.device), frozen_settings(precision, batch_size))
+
+
+def check_belongs(
+    prompt: SoftPromptArtefact, student: LanguageModel, target: LanguageModel, teacher_folder: Path, student_folder: Path
+) -> None:
+    """Check that a prompt, its student and the target fit together.
+
+    Raises:
+        ArtefactRefused: widths or tokenizers differ.
+    """
+    width = prompt.embeddings.shape[1]
+    for name, model in (("student", student), ("target", target)):
+        if model.width != width:
+            raise ArtefactRefused(f"the prompt has vectors of width {width}, the {name} of width {model.width}")
+    if student.masked != target.masked:
+        raise ArtefactRefused("student and target are not both causal or both masked models")
+    for folder in (student_folder, teacher_folder):
+        if tokenizer_fingerprint(load_tokenizer(folder)) != prompt.manifest.tokenizer:
+            raise ArtefactRefused(f"the tokenizer of {folder} is not the one that the prompt was tuned with")
+
+
+def _loss(
+    section: Transfer, source_BK: torch.Tensor, source_prompted_BK: torch.Tensor, target_BK: torch.Tensor, target_prompted_BK: torch.Tensor
+) -> torch.Tensor:
+    if section.objective == "published":
+        return published_transfer_loss(
+            source_BK, source_prompted_BK, target_BK, target_prompted_BK, alpha=section.alpha, temperature=section.temperature
+        )
+    wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda)
+    return softened_kl(wanted_BK, target_prompted_BK, section.temperature)

@@ -1,0 +1,98 @@
+"""Stage 2, the owner's: tune a soft prompt on the student with the private data, on one process.
+
+Shapes: B rows, n prompt tokens, d width, C classes.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from post_dist.artifacts.card import write_card
+from post_dist.artifacts.manifest import write_artefact
+from post_dist.artifacts.prompt import PromptTask, write_prompt_files
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.data.order import shuffled_rows
+from post_dist.data.tasks import load_examples
+from post_dist.data.template import Template, Verbalizer
+from post_dist.errors import InputError
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.runtime.distributed import World, choose_precision
+from post_dist.stages.prompt_training import train_prompt
+
+log = logging.getLogger(__name__)
+
+
+def tune(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:
+    """Tune a prompt on a model and leave it in `folder.artifact`.
+
+    Runs on rank 0 alone: private data stay in one process. Without privacy: what comes out may show the private data.
+
+    Args:
+        folder: the run's folder.
+        model_folder: the student, or the target for the baseline of full prompt tuning.
+        parents: digest of that model.
+        model_name: what the adapter's configuration calls it.
+        world: the ranks.
+        resume: auto or never.
+    """
+    if world.is_main:
+        _tune_alone(folder, model_folder, parents, model_name, replace(world, size=1), resume)
+    world.barrier()
+
+
+def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:
+    section, task_section = folder.config.tune, folder.config.private_task
+    if task_section is None or task_section.template is None:
+        raise InputError("tune needs the section `private_task`")
+    tokenizer = load_tokenizer(model_folder)
+    examples = load_examples(task_section, "train", "private_task")
+    model = load_whole(model_folder, choose_precision(folder.config.engine, world.device), world.device)
+    template = Template(task_section.template, tokenizer, task_section.max_length, masked=model.masked)
+    task = PromptTask(
+        template=task_section.template,
+        label_words=tuple(task_section.labels.values()),
+        max_length=task_section.max_length,
+        allow_multi_token=task_section.allow_multi_token,
+        init_text=section.init_text,
+    )
+    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
+    check_room(model, section.num_virtual_tokens, task.max_length)
+    rows = template.encode(examples.texts)
+    classes = torch.tensor(examples.classes)
+
+    def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
+        chosen = shuffled_rows(step * section.batch_size, section.batch_size, len(rows), folder.config.seed)
+        batch = template.collate([rows[index] for index in chosen])
+        device = world.device
+        logits = model(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))
+        return functional.cross_entropy(verbalizer.scores(logits), classes[chosen].to(device))
+
+    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+    log.info("tune: %d prompt tokens on %s, without privacy", section.num_virtual_tokens, model_name)
+    prompt_nd = train_prompt(start_nd, loss_at, section, folder, world, resume, metrics_name="private_metrics.jsonl", show_loss=False)
+
+    def fill(artifact: Path) -> None:
+        write_prompt_files(artifact, prompt_nd, task, model_name)
+        settings = section.model_dump() | {"epsilon": "none: tuned without differential privacy"}
+        summary = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+        write_card(artifact, f"Soft prompt for {model_name}", summary, settings, library="peft", tag="prompt-tuning")
+
+    write_artefact(
+        folder.artifact,
+        "soft prompt",
+        fill,
+        parents=parents,
+        config={"tune": section.model_dump(mode="json"), "split": _split_rule(folder)},
+        tokenizer=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def _split_rule(folder: RunFolder) -> dict[str, object]:
+    """How rows fall into splits: the rule, never a count, for how many rows there are is private."""
+    task = folder.config.private_task
+    fields = {"split_salt", "validation_share", "test_share", "test_hub_split"}
+    return {"hash": "sha256", **(task.model_dump(include=fields) if task else {})}

@@ -1,0 +1,114 @@
+"""Small models of real families with a tokenizer of their own, and small labelled texts, for tests."""
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+GOOD = ("great", "lovely", "brilliant", "moving", "funny")
+BAD = ("awful", "dull", "terrible", "boring", "weak")
+NOUNS = ("film", "story", "cast", "plot", "music", "scene")
+FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "roberta")
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    """Short reviews whose adjective gives their class."""
+    source = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label = source.randrange(2)
+        words = " ".join(f"the {source.choice(NOUNS)} {source.randrange(50)} is {source.choice((BAD, GOOD)[label])}" for _ in range(2))
+        rows.append((f"{words} {number}", label))
+    return rows
+
+
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on the sentences."""
+    special = ["<pad>", "<s>", "</s>", "<mask>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    text = [f"Review: {row} It was {word}. good bad" for row, _ in sentences(400, 0) for word in ("good", "bad")]
+    core.train_from_iterator(text, trainer)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    if family == "roberta":
+        core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+        names["mask_token"] = "<mask>"
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def write_model(folder: Path, family: str, *, layers: int = 4, width: int = 32, seed: int = 0) -> Path:
+    """Write a random model of a family with its tokenizer."""
+    torch.manual_seed(seed)
+    words = tokenizer(family)
+    common = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    positions = {"max_position_embeddings": 128}
+    if family == "gpt2":
+        config = GPT2Config(**common, n_embd=width, n_layer=layers, n_head=4, n_positions=128)
+    elif family == "roberta":
+        config = RobertaConfig(**(common | sizes | {"max_position_embeddings": 130}))
+    elif family == "gemma2":
+        config = Gemma2Config(**common, **sizes, **positions, num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
+    elif family == "qwen2":
+        config = Qwen2Config(**common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False)
+    else:
+        config = LlamaConfig(**common, **sizes, **positions, num_key_value_heads=2)
+    model = (AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM).from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:
+    """Write rows with the columns text and label."""
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return path
+
+
+def write_run(folder: Path, family: str = "llama", **changes: str) -> Path:
+    """Write a model, its data and a small run file into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "teacher", family)
+    write_csv(folder / "private.csv", sentences(200, 1))
+    write_csv(folder / "public.csv", sentences(60, 2))
+    template = "{text} It was {mask}." if family == "roberta" else "Review: {text} It was"
+    run = folder / "run.yaml"
+    run.write_text(
+        f"""
+name: tiny
+teacher: {{path: teacher}}
+student: {{layers: first_last, num_layers: 2}}
+corpus: {{path: public.csv, sequence_length: 32, held_out_sequences: 8}}
+private_task:
+  name: toy
+  visibility: private
+  path: private.csv
+  template: "{template}"
+  labels: {{0: [bad], 1: [good]}}
+  max_length: 48
+public_task: {{name: toy public, visibility: public, path: public.csv, max_length: 48}}
+distill: {{steps: 6, micro_batch_size_per_gpu: 4, checkpoint_every_steps: 2}}
+tune: {{num_virtual_tokens: 5, steps: 6, batch_size: 8, learning_rate: 0.01, checkpoint_every_steps: 2}}
+transfer: {{steps: 6, batch_size: 8, checkpoint_every_steps: 2}}
+evaluate: {{baselines: [published transfer, full prompt tuning]}}
+engine: {{precision: fp32}}
+"""
+    )
+    return run
