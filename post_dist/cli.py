@@ -107,13 +107,15 @@ def _run(
     config = load_run(run, overrides, output)
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
-    from post_dist.stages.pipeline import Pipeline
 
     speak(_rank())
-    stages = Pipeline(config, start(config.seed), may_run, resume)
+    world = start(config.seed)
+    from post_dist.stages.pipeline import Pipeline  # imports DeepSpeed, for which `start` has prepared the environment
+
+    stages = Pipeline(config, world, may_run, resume)
     whole = len(may_run) > 1
     folder = stages.everything() if whole else getattr(stages, command)()
-    if _rank() == 0:
+    if world.is_main:
         _print_result(folder, whole, as_json)
 
 
@@ -147,6 +149,9 @@ def main() -> None:
     except PostDistError as error:
         print(f"post-dist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("post-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(6)
     except Exception as error:
         # The message of an unforeseen error may quote private data, so only its kind and place are shown.
         print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)

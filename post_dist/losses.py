@@ -99,7 +99,9 @@ def distillation_terms(
     for start in range(0, len(student_Nd), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
         # Recomputed in the backward, so that no more than one part's logits are ever alive.
-        part_ce, part_lm = checkpoint(sums, student_Nd[part], teacher_Nd[part], labels_N[part], use_reentrant=False, determinism_check="none")
+        part_ce, part_lm = checkpoint(
+            sums, student_Nd[part], teacher_Nd[part], labels_N[part], use_reentrant=False, determinism_check="none"
+        )
         ce, lm = ce + part_ce, lm + part_lm
     cosine = functional.cosine_similarity(student_Nd.float(), teacher_Nd.float(), dim=-1)
     asked_for = (labels_N != -100).sum().clamp(min=1)

@@ -30,7 +30,7 @@ def print_table(table: dict[str, Any]) -> None:
     """Show the table on standard output."""
     shown = Table(title=f"{table['task']}, {table['split']} split")
     for column in _COLUMNS:
-        shown.add_column(column, justify="left" if column == "row" else "right")
+        shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for cells in _cells(table):
         shown.add_row(*cells)
     Console().print(shown)

@@ -67,7 +67,7 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
             sequences = _pack(section, tokenizer)
             if len(sequences) <= section.held_out_sequences:
                 raise InputError(
-                    f"corpus: {len(sequences)} sequences of {section.sequence_length} tokens, and {section.held_out_sequences} are held out",
+                    f"corpus: {len(sequences)} sequences in all, and {section.held_out_sequences} to be held out",
                     "give more text, a shorter sequence_length or fewer held_out_sequences",
                 )
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,9 @@ class Template:
     def _without_first_tokens(self, text: str, count: int) -> str:
         """The text without its first tokens; cut in the characters, so that the template's tokens stay as they are."""
         offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        return text[offsets[count][0] :].lstrip() if count < len(offsets) else ""
+        # One character may be several tokens, so the cut moves on to where a later character begins.
+        cut = next((start for start, _ in offsets[count:] if start > 0), len(text))
+        return text[cut:].lstrip()
 
     def collate(self, rows: list[Encoded]) -> Batch:
         """Pad rows on the right, where a causal model's real tokens never look."""

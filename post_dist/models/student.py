@@ -20,6 +20,7 @@ from post_dist.config.schema import Student
 from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel, layer_list_name
 from post_dist.models.load import is_masked, load_config
+from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +43,27 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
     return tuple(round(index * (num_teacher_layers - 1) / max(wanted - 1, 1)) for index in range(wanted))
 
 
-def least_harmful_layers(teacher: LanguageModel, input_ids: torch.Tensor, num_layers: int, frozen_lower_layers: int) -> tuple[int, ...]:
+def least_harmful_layers(
+    teacher: LanguageModel, batches: list[torch.Tensor], num_layers: int, frozen_lower_layers: int, world: World
+) -> tuple[int, ...]:
     """The layers that are left when those are dropped whose removal, one at a time, hurts the last position least.
 
     Hurt is KL(teacher || teacher without the layer) of the next token, or of the last token's own place in a masked model.
 
     Args:
-        teacher: may be sharded; all ranks call this with equally many rows.
-        input_ids: public text [B, T].
+        teacher: may be sharded; all ranks call this with equally many batches.
+        batches: this rank's rows of public text, each [B, T].
         num_layers: how many layers to leave.
         frozen_lower_layers: how many of the first layers are left whatever it costs.
+        world: the ranks, which agree on the mean.
     """
-    whole = _last_log_probabilities(teacher, input_ids)
+    whole = [_last_log_probabilities(teacher, batch) for batch in batches]
     hurt: dict[int, float] = {}
     for index in range(frozen_lower_layers, len(teacher.layers)):
         with _without_layer(teacher, index):
-            without = _last_log_probabilities(teacher, input_ids)
-        hurt[index] = float(nn.functional.kl_div(without, whole, reduction="batchmean", log_target=True))
+            without = [_last_log_probabilities(teacher, batch) for batch in batches]
+        divergences = [nn.functional.kl_div(*pair, reduction="batchmean", log_target=True) for pair in zip(without, whole, strict=True)]
+        hurt[index] = float(world.mean(torch.stack(divergences).mean()))
         log.info("without layer %d the last position is off by %.3f nats", index, hurt[index])
     dropped = sorted(hurt, key=hurt.__getitem__)[: len(teacher.layers) - num_layers]
     return tuple(index for index in range(len(teacher.layers)) if index not in dropped)

@@ -109,8 +109,6 @@ def start(seed: int) -> World:
     launcher = find_launcher(os.environ)
     if launcher == "none":
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    import deepspeed  # 3 s to import, and it reads the environment
-
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -119,10 +117,15 @@ def start(seed: int) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # reads the environment
+
         # Only DeepSpeed's inference all-reduce uses this op. Without it a CPU run compiles nothing, and no
         # killed compiler can leave a lock that hangs every later start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        import deepspeed
+
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, verbose=False)
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
     torch.manual_seed(seed)

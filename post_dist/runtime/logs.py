@@ -22,7 +22,7 @@ def speak(rank: int) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed; nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from post_dist.runtime.zero import full_weights, gathered, shard_frozen, shard_s
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_STEPS = 10
+_ROWS_FOR_LAYER_CHOICE = 32
 _ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
 
 
@@ -236,8 +237,9 @@ def _choose_layers(section: Student, teacher: LanguageModel, corpus: Corpus, bat
     num_layers = int(section.num_layers or 0)
     if num_layers > len(teacher.layers):
         raise InputError(f"student.num_layers is {num_layers}; the teacher has {len(teacher.layers)} layers")
-    sample = corpus.training_batch(0, batch_size, world).to(world.device)
-    layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers)
+    batches = range(-(-_ROWS_FOR_LAYER_CHOICE // (batch_size * world.size)))
+    sample = [corpus.training_batch(index, batch_size, world).to(world.device) for index in batches]
+    layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers, world)
     log.info("student: layers %s, those whose removal hurts the last position most", list(layers))
     return layers
 

@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up everything that they need in .venv; nothing else is installed by hand.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/ready demo/demo.yaml
+	$(BIN)/python demo/fetch_demo.py
+	$(BIN)/post-dist pipeline demo/demo.yaml
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo/demo.yaml: examples/demo.yaml examples/fetch_demo.py | .venv/ready
+	rm -f demo/demo.yaml demo/fetch_demo.py
+	$(BIN)/post-dist init demo
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "post_dist needs Python 3.11 or newer: set PYTHON, or install python3.11"; exit 3; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python lacks venv: install the system package python3-venv"; exit 3; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch .venv/ready
+
+clean:
+	rm -rf .venv demo runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,46 @@
+"""What all tests share: one thread, and a helper that starts real processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def post_dist() -> Run:
+    """Start `post-dist` as a user does, in a process of its own or under a launcher."""
+
+    def run(*arguments: object, launcher: tuple[str, ...] = (), timeout: float = 300) -> subprocess.CompletedProcess:
+        program = (*launcher, "post_dist") if launcher else (sys.executable, "-m", "post_dist")
+        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line in this process; gives its exit code, standard output and standard error."""
+    from post_dist import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["post-dist", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

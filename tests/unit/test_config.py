@@ -1,0 +1,79 @@
+"""The run file: what is accepted, and what each stage sees of it."""
+
+from pathlib import Path
+
+import pytest
+
+from post_dist.config.assets import asset
+from post_dist.config.deepspeed import preset
+from post_dist.config.load import load_run
+from post_dist.config.schema import RunConfig, named_tasks
+from post_dist.errors import InputError
+
+MINIMAL = "name: run\nteacher: {path: /model}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_run(path, list(overrides))
+
+
+@pytest.mark.parametrize("path", sorted(asset("examples").rglob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_run_files_load(path: Path) -> None:
+    assert load_run(path).name
+
+
+@pytest.mark.parametrize("path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_presets_name_their_stage(path: Path) -> None:
+    assert f"zero{preset(path.stem)['zero_optimization']['stage']}" in path.stem
+
+
+@pytest.mark.parametrize("name", named_tasks())
+def test_named_tasks_load(tmp_path: Path, name: str) -> None:
+    run = load(tmp_path, MINIMAL + f"private_task: {{name: {name}, visibility: private, revision: abc}}\n")
+    assert run.private_task is not None
+    assert len(run.private_task.labels) >= 2
+
+
+def test_a_file_takes_the_place_of_a_named_task_s_hub(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL + "private_task: {name: sst2, visibility: private, path: rows.csv}\n")
+    assert run.private_task is not None
+    assert run.private_task.hub is None
+    assert run.private_task.path == tmp_path / "rows.csv"
+    assert run.private_task.labels["1"][1] == "good"
+
+
+def test_yaml_reads_numbers_and_words_as_people_write_them(tmp_path: Path) -> None:
+    task = "private_task: {name: t, visibility: private, path: a.csv, template: '{text} Is it', labels: {no: [no, No], yes: [yes]}}\n"
+    run = load(tmp_path, MINIMAL + task + "tune: {learning_rate: 1e-3}\n")
+    assert run.tune.learning_rate == 1e-3
+    assert run.private_task is not None
+    assert run.private_task.labels["no"] == ("no", "No")
+
+
+def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL, "transfer.alpha=0.25", "student.layers=[0, 2]", "tune.init_text=say yes")
+    assert run.transfer.alpha == 0.25
+    assert run.student is not None
+    assert run.student.layers == (0, 2)
+    assert run.tune.init_text == "say yes"
+
+
+def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, MINIMAL + "transfer: {alfa: 0.5, steps: -1}\nengine: {precision: fp8}\n")
+    message = str(caught.value)
+    assert "3 errors" in message
+    assert "transfer.alfa: unknown key; did you mean 'alpha'?" in message
+    assert "transfer.steps: input should be greater than 0 (found -1)" in message
+    assert "engine.precision" in message
+    assert "'auto', 'fp32', 'bf16' or 'fp16'" in message
+
+
+def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:
+    task = "private_task: {name: t, visibility: private, path: a.csv, template: '{text} Is it', labels: {a: [no], b: [yes]}}\n"
+    run = load(tmp_path, MINIMAL + task)
+    assert run.view("tune").private_task is not None
+    assert run.view("distill").private_task is None
+    assert run.view("transfer").private_task is None

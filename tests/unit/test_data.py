@@ -1,0 +1,171 @@
+"""Splits, templates, verbalizers, packing and order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from post_dist.config.schema import Corpus as CorpusSection
+from post_dist.config.schema import Task
+from post_dist.data.corpus import build_corpus
+from post_dist.data.order import shuffled_rows
+from post_dist.data.tasks import load_examples, load_public_texts, split_of
+from post_dist.data.template import Template, Verbalizer
+from post_dist.errors import InputError, PrivacyRefused
+from post_dist.runtime.distributed import World
+
+WORDS = tiny.tokenizer("llama")
+MASKED_WORDS = tiny.tokenizer("roberta")
+ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+
+
+def task(path: Path, **fields: object) -> Task:
+    base = {
+        "name": "t",
+        "visibility": "private",
+        "path": path,
+        "template": "Review: {text} It was",
+        "labels": {"0": ["bad"], "1": ["good"]},
+    }
+    return Task.model_validate(base | fields)
+
+
+def test_splits_part_the_rows_and_stay_when_rows_are_added(tmp_path: Path) -> None:
+    rows = tiny.sentences(300, 0)
+    section = task(tiny.write_csv(tmp_path / "a.csv", rows))
+    parts = {split: set(load_examples(section, split, "t").texts) for split in ("train", "validation", "test")}
+    assert set.union(*parts.values()) == {text for text, _ in rows}
+    assert sum(map(len, parts.values())) == len({text for text, _ in rows})
+    assert 15 <= len(parts["test"]) <= 50
+    more = task(tiny.write_csv(tmp_path / "b.csv", tiny.sentences(100, 9) + rows[::-1]))
+    assert parts["test"] <= set(load_examples(more, "test", "t").texts)
+
+
+def test_repeated_texts_count_once(tmp_path: Path) -> None:
+    rows = tiny.sentences(50, 0)
+    section = task(tiny.write_csv(tmp_path / "a.csv", rows + rows))
+    assert len(load_examples(section, "train", "t").texts) == len({text for text, _ in rows if split_of(text, section) == "train"})
+
+
+def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path: Path) -> None:
+    section = task(tiny.write_csv(tmp_path / "a.csv", [*tiny.sentences(5, 0), ("secret words", 77)]))
+    with pytest.raises(InputError) as caught:
+        load_examples(section, "train", "private_task")
+    assert "row 6" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "77" not in str(caught.value)
+
+
+def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\nfirst\nsecond\nfirst\n")
+    assert load_public_texts(task(path, visibility="public"), "public_task") == ["first", "second"]
+    with pytest.raises(PrivacyRefused):
+        load_public_texts(task(path), "public_task")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"text": [f"row {n} with words" for n in range(30)], "label": [n % 2 for n in range(30)]})
+    path = tmp_path / f"a.{ending}"
+    writers = {
+        "csv": lambda: table.to_csv(path, index=False),
+        "tsv": lambda: table.to_csv(path, index=False, sep="\t"),
+        "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        "parquet": lambda: table.to_parquet(path),
+    }
+    writers[ending]()
+    examples = load_examples(task(path), "train", "t")
+    wanted = [(row.text, row.label) for row in table.itertuples() if split_of(row.text, task(path)) == "train"]
+    assert list(zip(examples.texts, examples.classes, strict=True)) == wanted
+
+
+def test_columns_are_composed(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("title,content\nA,b c\n")
+    assert load_public_texts(task(path, visibility="public", text="{title}: {content}"), "t") == ["A: b c"]
+
+
+@given(st.text(max_size=300))
+def test_template_stays_whole_whatever_the_text(text: str) -> None:
+    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    (row,) = template.encode([text])
+    assert len(row.token_ids) <= 24
+    assert row.answer == len(row.token_ids) - 1
+    shown = WORDS.decode(row.token_ids)
+    assert shown.startswith("Review:")
+    assert shown.endswith(" It was")
+
+
+def test_a_long_text_loses_its_beginning() -> None:
+    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    (row,) = template.encode(["the start " + "the film is dull " * 20 + "the finish"])
+    assert "the finish It was" in WORDS.decode(row.token_ids)
+
+
+def test_only_the_template_s_mask_asks_for_an_answer() -> None:
+    template = Template("{text} It was {mask}.", MASKED_WORDS, 32, masked=True)
+    (row,) = template.encode(["a <mask> in the text"])
+    assert row.token_ids.count(MASKED_WORDS.mask_token_id) == 1
+    assert row.token_ids[row.answer] == MASKED_WORDS.mask_token_id
+
+
+def test_padding_is_on_the_right() -> None:
+    template = Template("{text} It was", WORDS, 32, masked=False)
+    batch = template.collate(template.encode(["the film", "the film is dull"]))
+    assert batch.attention_mask.tolist()[0] == sorted(batch.attention_mask.tolist()[0], reverse=True)
+    assert batch.answer.tolist() == (batch.attention_mask.sum(dim=1) - 1).tolist()
+
+
+def test_verbalizer_scores_are_mean_logits_of_the_words() -> None:
+    verbalizer = Verbalizer((("bad", "awful"), ("good",)), WORDS, allow_multi_token=False)
+    logits = torch.randn(3, len(WORDS))
+    (bad, awful), (good,) = verbalizer.token_ids
+    assert WORDS.convert_ids_to_tokens([bad, awful, good]) == ["Ġbad", "Ġawful", "Ġgood"]
+    torch.testing.assert_close(verbalizer.scores(logits), torch.stack([(logits[:, bad] + logits[:, awful]) / 2, logits[:, good]], dim=1))
+
+
+def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
+    with pytest.raises(InputError, match="'extraordinary' is"):
+        Verbalizer((("bad",), ("extraordinary",)), WORDS, allow_multi_token=False)
+    assert Verbalizer((("bad",), ("extraordinary",)), WORDS, allow_multi_token=True).token_ids
+    with pytest.raises(InputError, match="share the token"):
+        Verbalizer((("bad", "good"), ("good",)), WORDS, allow_multi_token=False)
+
+
+def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -> None:
+    texts = [text for text, _ in tiny.sentences(60, 0)]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
+    corpus = build_corpus(section, WORDS, tmp_path / "corpus.npy", 0, ALONE)
+    stream = [token for text in texts for token in [*WORDS(text, add_special_tokens=False).input_ids, WORDS.eos_token_id]]
+    packed = np.load(tmp_path / "corpus.npy")
+    assert packed.flatten().tolist() == stream[: packed.size]
+    trained = corpus.training_batch(0, corpus.num_training_sequences, ALONE)
+    held_out = torch.cat(corpus.held_out_batches(3, ALONE))
+    assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
+    assert held_out.tolist() == packed[-4:].tolist()
+
+
+def test_a_global_batch_is_the_same_for_any_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(text for text, _ in tiny.sentences(60, 0)))
+    section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
+    corpus = build_corpus(section, WORDS, tmp_path / "corpus.npy", 0, ALONE)
+    ranks = [World(rank, 2, rank, "none", torch.device("cpu")) for rank in range(2)]
+    for step in range(20):
+        assert (
+            corpus.training_batch(step, 4, ALONE).tolist() == torch.cat([corpus.training_batch(step, 2, rank) for rank in ranks]).tolist()
+        )
+
+
+def test_order_reads_all_rows_once_an_epoch() -> None:
+    rows = shuffled_rows(0, 30, 10, seed=3)
+    assert [sorted(rows[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
+    assert rows[:10] != rows[10:20]
+    assert shuffled_rows(7, 6, 10, seed=3) == rows[7:13]

@@ -1,0 +1,72 @@
+"""The losses against their formulas, written out once more in fp64."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from post_dist.losses import distillation_terms, proxy_logits, published_transfer_loss, softened_kl, unexplained_share
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    shifted = np.exp(values - values.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def kl(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first * (np.log(first) - np.log(second))).sum(axis=-1).mean())
+
+
+@pytest.fixture
+def logits() -> list[np.ndarray]:
+    return list(3 * np.random.default_rng(0).standard_normal((4, 5, 11)))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_published_loss_is_the_paper_s(logits: list[np.ndarray], alpha: float, temperature: float) -> None:
+    z_s, z_s_p, z_t, z_t_p = logits
+    mimic = temperature**2 * kl(softmax(z_s_p / temperature), softmax(z_t_p / temperature))
+    shift = temperature**2 * kl(softmax((z_s_p - z_s) / temperature), softmax((z_t_p - z_t) / temperature))
+    ours = published_transfer_loss(*(torch.tensor(z) for z in logits), alpha=alpha, temperature=temperature)
+    assert float(ours) == pytest.approx((1 - alpha) * mimic + alpha * shift, rel=1e-5)
+
+
+def test_kl_is_forward_and_not_symmetric(logits: list[np.ndarray]) -> None:
+    teacher, student = (torch.tensor(z) for z in logits[:2])
+    assert float(softened_kl(teacher, student, 1.0)) == pytest.approx(kl(softmax(logits[0]), softmax(logits[1])), rel=1e-5)
+    assert float(softened_kl(teacher, student, 1.0)) != pytest.approx(float(softened_kl(student, teacher, 1.0)), rel=1e-2)
+
+
+def test_proxy_logits(logits: list[np.ndarray]) -> None:
+    z_s, z_s_p, z_t, _ = logits
+    ours = proxy_logits(*(torch.tensor(z) for z in (z_s, z_s_p, z_t)), 2.0)
+    np.testing.assert_allclose(ours, z_t + 2 * (z_s_p - z_s), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [7, 1100])
+def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int) -> None:
+    torch.manual_seed(0)
+    student = torch.randn(positions, 8, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(positions, 8, dtype=torch.float64)
+    head_s, head_t = torch.nn.Linear(8, 13).double(), torch.nn.Linear(8, 13).double()
+    labels = torch.randint(13, (positions,))
+    labels[::3] = -100
+    terms = distillation_terms(student, teacher, labels, head_s, head_t, temperature=2.0)
+    loss = terms.weighted(5.0, 2.0, 1.0)
+    ours = torch.autograd.grad(loss, [student, *head_s.parameters()])
+
+    log_s, log_t = ((head(h) / 2).log_softmax(-1) for head, h in ((head_s, student), (head_t, teacher)))
+    ce = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    lm = functional.cross_entropy(head_s(student), labels)
+    cos = (1 - functional.cosine_similarity(student, teacher)).mean()
+    direct = torch.autograd.grad(5 * ce + 2 * lm + cos, [student, *head_s.parameters()])
+    assert float(loss) == pytest.approx(float(5 * ce + 2 * lm + cos), rel=1e-5)
+    for one, other in zip(ours, direct, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_unexplained_share() -> None:
+    teacher = torch.randn(50, 6) + 3
+    assert unexplained_share(teacher, teacher) == 0
+    assert unexplained_share(teacher.mean(dim=0).expand(50, 6), teacher) == pytest.approx(1)

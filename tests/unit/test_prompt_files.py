@@ -1,0 +1,140 @@
+"""A soft prompt's folder: what is written is read, and what was tampered with is refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from post_dist.artifacts.manifest import FILE_NAME, file_digest, read_manifest, write_artefact
+from post_dist.artifacts.prompt import PromptTask, read_prompt, write_prompt_files
+from post_dist.errors import ArtefactRefused
+
+TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "predict it")
+
+
+def write(folder: Path, embeddings: torch.Tensor) -> Path:
+    write_artefact(folder, "soft prompt", lambda path: write_prompt_files(path, embeddings, TASK, "m"), parents={"model": "0"}, config={})
+    return folder
+
+
+def sign_again(folder: Path) -> None:
+    """Put the right hashes into the manifest, as one would who means harm."""
+    manifest = json.loads((folder / FILE_NAME).read_text())
+    manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
+    (folder / FILE_NAME).write_text(json.dumps(manifest))
+
+
+def test_written_and_read(tmp_path: Path) -> None:
+    embeddings = torch.randn(7, 12)
+    prompt = read_prompt(write(tmp_path / "p", embeddings))
+    assert torch.equal(prompt.embeddings, embeddings)
+    assert prompt.task == TASK
+
+
+def test_hidden_and_changed_files_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", torch.randn(7, 12))
+    (folder / "extra.bin").write_bytes(b"x")
+    with pytest.raises(ArtefactRefused, match=r"extra\.bin is not in the manifest"):
+        read_prompt(folder)
+    (folder / "extra.bin").unlink()
+    (folder / "task.json").write_text("{}")
+    with pytest.raises(ArtefactRefused, match=r"task\.json is not the file"):
+        read_prompt(folder)
+    (folder / "task.json").unlink()
+    with pytest.raises(ArtefactRefused, match=r"task\.json is missing"):
+        read_prompt(folder)
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactRefused, match="is a soft prompt, not a student"):
+        read_manifest(write(tmp_path / "p", torch.randn(7, 12)), "student")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"prompt_embeddings": torch.full((3, 4), float("nan"))}, "not finite"),
+        ({"prompt_embeddings": torch.full((3, 4), 1e30)}, "norm"),
+        ({"prompt_embeddings": torch.zeros(3)}, "shape"),
+        ({"prompt_embeddings": torch.zeros(600, 4)}, "600 prompt tokens"),
+        ({"prompt_embeddings": torch.zeros(3, 4, dtype=torch.int64)}, "dtype"),
+        ({"prompt_embeddings": torch.zeros(3, 4), "more": torch.zeros(1)}, "more than the one tensor"),
+        ({"other": torch.zeros(3, 4)}, "does not hold one tensor"),
+    ],
+)
+def test_bad_tensors_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    folder = write(tmp_path / "p", torch.randn(3, 4))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    sign_again(folder)
+    with pytest.raises(ArtefactRefused, match=message):
+        read_prompt(folder)
+
+
+def test_a_header_that_claims_terabytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", torch.randn(3, 4))
+    header = json.dumps({"prompt_embeddings": {"dtype": "F32", "shape": [500, 1 << 40], "data_offsets": [0, 48]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(48))
+    sign_again(folder)
+    with pytest.raises(ArtefactRefused, match="do not fit its shape"):
+        read_prompt(folder)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_mutated_weights_are_refused_or_read_whole(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "p"
+    if not folder.exists():
+        write(folder, torch.randn(3, 4))
+        (tmp_path / "original").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    content = bytearray((tmp_path / "original").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] = data.draw(st.integers(0, 255))
+        else:
+            del content[place : place + data.draw(st.integers(1, 20))]
+            content += b"\0"
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    sign_again(folder)
+    try:
+        embeddings = read_prompt(folder).embeddings
+    except ArtefactRefused:
+        return
+    assert embeddings.ndim == 2
+    assert torch.isfinite(embeddings).all()
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_any_json_as_task_or_manifest_is_refused(tmp_path: Path, value: object) -> None:
+    folder = tmp_path / "p"
+    if not folder.exists():
+        write(folder, torch.randn(3, 4))
+        (tmp_path / "manifest").write_bytes((folder / FILE_NAME).read_bytes())
+    (folder / FILE_NAME).write_bytes((tmp_path / "manifest").read_bytes())
+    (folder / "task.json").write_text(json.dumps(value))
+    sign_again(folder)
+    with pytest.raises(ArtefactRefused):
+        read_prompt(folder)
+    (folder / FILE_NAME).write_text(json.dumps(value))
+    with pytest.raises(ArtefactRefused):
+        read_prompt(folder)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_artefact(tmp_path / "p", "soft prompt", fill, parents={}, config={})
+    assert list(tmp_path.iterdir()) == []
