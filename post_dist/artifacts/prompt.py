@@ -57,13 +57,13 @@ class SoftPromptArtefact:
 def write_prompt_files(folder: Path, embeddings_nd: torch.Tensor, task: PromptTask, model_name: str) -> None:
     """Write what `PeftModel.from_pretrained` loads, and `task.json`.
 
-    PEFT has no prompt-tuning task type for masked models; its CAUSAL_LM wraps them as well.
+    PEFT has no task type for masked models: FEATURE_EXTRACTION puts the prompt before them and leaves their head alone.
     """
     from peft import PromptTuningConfig  # 5 s to import
 
     save_file({KEY: embeddings_nd.detach().to("cpu", torch.float32).contiguous()}, folder / _WEIGHTS, metadata={"format": "pt"})
     PromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type="FEATURE_EXTRACTION" if "{mask}" in task.template else "CAUSAL_LM",
         base_model_name_or_path=model_name,
         num_virtual_tokens=embeddings_nd.shape[0],
         token_dim=embeddings_nd.shape[1],

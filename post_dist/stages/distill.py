@@ -31,7 +31,6 @@ from post_dist.runtime.zero import full_weights, gathered, shard_frozen, shard_s
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY_STEPS = 10
 _ROWS_FOR_LAYER_CHOICE = 32
 _ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
 
@@ -178,11 +177,9 @@ def _train(
                 terms, _ = engine(input_ids, labels, teacher_hidden)
                 engine.backward(terms.weighted(section.alpha_ce, section.alpha_lm, section.alpha_cos))
                 engine.step()
-            if step % _LOG_EVERY_STEPS == 0 or step + 1 == section.steps:
-                ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos]).detach()).tolist()
-                metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
-                text = f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}"
-            advance(text)
+            ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos]).detach()).tolist()
+            metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
+            advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             if (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps:
                 save_engine(folder.checkpoints, step + 1, engine, world)
 

@@ -1,0 +1,171 @@
+"""Models of each family: the split into trunk and head, the prompt in front, and the student that is cut from them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from post_dist.artifacts.prompt import PromptTask, write_prompt_files
+from post_dist.config.schema import Student
+from post_dist.data.template import Template
+from post_dist.errors import InputError
+from post_dist.models.answers import answers
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
+from post_dist.runtime.distributed import World
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, "none", CPU)
+TASK = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "predict it")
+
+
+@pytest.fixture(scope="session", params=tiny.FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def batch_of(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    masked = "roberta" in folder.name
+    template = Template("{text} It was {mask}." if masked else "{text} It was", load_tokenizer(folder), 48, masked=masked)
+    batch = template.collate(template.encode(texts))
+    return batch.input_ids, batch.attention_mask, batch.answer
+
+
+@torch.no_grad()
+def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = load_whole(folder, "fp32", CPU)
+    prompt = torch.randn(5, model.width)
+    task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
+    write_prompt_files(tmp_path, prompt, task, "m")
+    input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
+    ours = model(input_ids, mask, prompt, answer)
+    theirs = PeftModel.from_pretrained(model.model, str(tmp_path))(input_ids=input_ids, attention_mask=mask).logits
+    if theirs.shape[1] == input_ids.shape[1]:
+        pytest.fail("PEFT's logits do not cover the prompt")
+    torch.testing.assert_close(ours, theirs[torch.arange(2), answer + 5], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_do_not_depend_on_padding_or_company(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    prompt = torch.randn(5, model.width)
+    texts = ["the film is dull", "the long story of the cast is great"]
+    together = model(*batch_of(folder, texts)[:2], prompt, batch_of(folder, texts)[2])
+    for row, text in zip(together, texts, strict=True):
+        input_ids, mask, answer = batch_of(folder, [text])
+        torch.testing.assert_close(model(input_ids, mask, prompt, answer)[0], row, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_answers_come_in_the_order_of_the_rows(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    masked = model.masked
+    template = Template("{text} It was {mask}." if masked else "{text} It was", load_tokenizer(folder), 48, masked=masked)
+    rows = template.encode([text for text, _ in tiny.sentences(11, 5)])
+    prompt = torch.randn(3, model.width)
+    ours = answers(model, rows, template, prompt, torch.Tensor.detach, batch_size=4, world=ALONE, label="rows")
+    for row, logits in zip(rows, ours, strict=True):
+        batch = template.collate([row])
+        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask, prompt, batch.answer)[0], logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_student_of_all_layers_is_its_teacher(folder: Path, tmp_path: Path) -> None:
+    write_student(tmp_path, folder, (0, 1, 2, 3), load_tokenizer(folder))
+    input_ids = torch.arange(4, 20)[None]
+    assert torch.equal(load_whole(tmp_path, "fp32", CPU)(input_ids), load_whole(folder, "fp32", CPU)(input_ids))
+
+
+@torch.no_grad()
+def test_a_student_of_some_layers_is_its_teacher_without_the_others(folder: Path, tmp_path: Path) -> None:
+    write_student(tmp_path, folder, (0, 3), load_tokenizer(folder))
+    teacher = load_whole(folder, "fp32", CPU)
+    layers = teacher.layers
+    del layers[1:3]
+    teacher.model.config.num_hidden_layers = 2
+    kinds = getattr(teacher.model.config, "layer_types", None)
+    if kinds:
+        teacher.model.config.layer_types = [kinds[0], kinds[3]]
+    input_ids = torch.arange(4, 20)[None]
+    torch.testing.assert_close(load_whole(tmp_path, "fp32", CPU)(input_ids), teacher(input_ids))
+
+
+def test_embeddings_and_head_are_frozen_by_default(folder: Path) -> None:
+    student = load_whole(folder, "fp32", CPU)
+    freeze(student, Student(layers=(0, 1, 2, 3), frozen_lower_layers=2))
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    in_upper_layers = {
+        name
+        for name, _ in student.named_parameters()
+        if any(f".{part}.{index}." in name for part in ("layers", "h", "layer") for index in (2, 3))
+    }
+    assert trained == in_upper_layers
+    freeze(student, Student(layers=(0, 1, 2, 3), freeze_embeddings=False, freeze_head=False))
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_the_layer_that_does_nothing_is_dropped_first(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    outputs = [
+        name
+        for name, _ in model.layers[2].named_parameters()
+        if any(part in name for part in ("o_proj", "down_proj", "c_proj", "output.dense"))
+    ]
+    for name, parameter in model.layers[2].named_parameters():
+        if name in outputs or ("gemma2" in folder.name and "post_" in name):
+            parameter.data.zero_()
+    if "gemma2" in folder.name:
+        for name, parameter in model.layers[2].named_parameters():
+            if name.startswith("post_"):
+                parameter.data.fill_(-1)  # Gemma's norms scale by one plus their weight
+    if model.masked:
+        pytest.skip("RoBERTa's layers end in a layer norm, so none of them does nothing")
+    kept = least_harmful_layers(model, [torch.arange(4, 20).repeat(3, 1)], 3, 0, ALONE)
+    assert kept == (0, 1, 3)
+
+
+def test_layer_rules() -> None:
+    assert listed_layers(Student(layers="first_last", num_layers=2), 32) == (0, 31)
+    assert listed_layers(Student(layers="first_last", num_layers=4), 48) == (0, 1, 46, 47)
+    assert listed_layers(Student(layers="even", num_layers=4), 10) == (0, 3, 6, 9)
+    assert listed_layers(Student(layers=(0, 5)), 6) == (0, 5)
+    with pytest.raises(InputError, match="the teacher has 0 to 5"):
+        listed_layers(Student(layers=(0, 6)), 6)
+
+
+def test_prompt_starts_from_the_words_of_a_text(folder: Path) -> None:
+    model, words = load_whole(folder, "fp32", CPU), load_tokenizer(folder)
+    tokens = words("the film is", add_special_tokens=False).input_ids
+    wanted = model.embed(torch.tensor((tokens * 3)[:5]))
+    assert torch.equal(prompt_from_text(model, words, "the film is", 5), wanted)
+
+
+def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    check_room(model, 28, 100)
+    with pytest.raises(InputError, match="context of"):
+        check_room(model, 40, 100)
+
+
+def test_tokenizers_are_told_apart(tmp_path: Path) -> None:
+    words = tiny.tokenizer("llama")
+    same = tokenizer_fingerprint(words)
+    assert tokenizer_fingerprint(tiny.tokenizer("llama")) == same
+    words.add_tokens(["brandnew"])
+    assert tokenizer_fingerprint(words) != same
+
+
+def test_weights_that_are_missing_are_never_left_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny.write_model(tmp_path, "qwen2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights, such as lm_head\.weight"):
+        load_whole(tmp_path, "fp32", CPU)
