@@ -1,5 +1,6 @@
 """What all tests share: one thread, and a helper that starts real processes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,11 +36,16 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["post-dist", *map(str, arguments)])
         capsys.readouterr()
+        environment, logger = dict(os.environ), logging.getLogger("post_dist")
         code = 0
         try:
             cli.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:  # a process of its own would leave none of this behind
+            os.environ.clear()
+            os.environ.update(environment)
+            logger.handlers.clear()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -112,3 +112,21 @@ engine: {{precision: fp32}}
 """
     )
     return run
+
+
+def train_masked(folder: Path) -> None:
+    """Train the masked model in a folder until it mostly tells good reviews from bad ones."""
+    torch.manual_seed(0)
+    model, words = AutoModelForMaskedLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    answers = {0: "bad", 1: "good"}
+    rows = sentences(512, 3)
+    for step in range(120):
+        chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
+        batch = words([f"{text} It was<mask>." for text, _ in chosen], return_tensors="pt", padding=True)
+        wanted = torch.tensor([words(f"a {answers[label]}", add_special_tokens=False).input_ids[-1] for _, label in chosen])
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.input_ids == words.mask_token_id]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=0.3).backward()
+        optimizer.step()
+    model.save_pretrained(folder)

@@ -173,11 +173,6 @@ class Task(DataSource):
 
     @model_validator(mode="after")
     def _label_words_and_shares(self) -> "Task":
-        if self.visibility == "private":
-            if self.template is None:
-                raise ValueError("a private task needs a `template`")
-            if len(self.labels) < 2:
-                raise ValueError(f"`labels` must give the words of two classes or more (found {len(self.labels)})")
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"labels.{label} has an empty list or word")
@@ -294,9 +289,15 @@ class RunConfig(Section):
     engine: Engine = Engine()
 
     @model_validator(mode="after")
-    def _tasks_stand_on_their_side(self) -> "RunConfig":
-        if self.private_task and self.private_task.visibility != "private":
+    def _private_task_is_whole(self) -> "RunConfig":
+        if self.private_task is None:
+            return self
+        if self.private_task.visibility != "private":
             raise ValueError("private_task.visibility must be private")
+        if self.private_task.template is None:
+            raise ValueError("private_task.template is missing")
+        if len(self.private_task.labels) < 2:
+            raise ValueError("private_task.labels must give the words of two classes or more")
         return self
 
     def view(self, stage: Stage) -> "RunConfig":

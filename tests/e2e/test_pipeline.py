@@ -1,0 +1,184 @@
+"""The whole pipeline through the command line, on small models, with real processes and launchers."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from post_dist.artifacts.manifest import read_manifest
+from post_dist.artifacts.prompt import read_prompt
+from post_dist.config.assets import asset
+from post_dist.models.load import load_whole
+
+ROWS = ["zero-shot", "student + prompt", "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
+    """A folder in which the pipeline has run to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = tiny.write_run(folder)
+    done = post_dist("pipeline", run, "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes", "--json")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert [row["name"] for row in table["rows"]] == ROWS
+    for row in table["rows"]:
+        assert row["interval_95"][0] <= row["accuracy_micro"] <= row["interval_95"][1]
+    assert Path(table["report"]).is_file()
+    return folder
+
+
+def state(folder: Path) -> dict[str, str]:
+    """The contents of every file."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def artifact(folder: Path, stage: str) -> Path:
+    (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
+    return found
+
+
+def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) -> None:
+    before = state(finished / "runs")
+    done = post_dist("pipeline", finished / "run.yaml", "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes")
+    assert done.returncode == 0
+    assert " starts in " not in done.stderr
+    assert state(finished / "runs").keys() == before.keys()
+    changed = {path for path, digest in state(finished / "runs").items() if before[path] != digest}
+    assert changed <= {str(finished / "runs/tiny/report.md"), str(finished / "runs/tiny/report.html")}
+
+
+def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> None:
+    from peft import PeftModel
+
+    for folder in finished.glob("runs/tiny/transfer-*/artifact"):
+        prompt = read_prompt(folder)
+        model = load_whole(finished / "teacher", "fp32", CPU)
+        input_ids = torch.randint(4, 500, (3, 10))
+        with torch.no_grad():
+            ours = model(input_ids, None, prompt.embeddings, torch.full((3,), 9))
+            theirs = PeftModel.from_pretrained(model.model, str(folder))(input_ids=input_ids).logits[:, -1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_lineage_leads_from_the_prompt_back_to_the_teacher(finished: Path) -> None:
+    student = read_manifest(artifact(finished, "distill"), "student")
+    source = read_prompt(artifact(finished, "tune")).manifest
+    assert source.parents == {"model": student.digest}
+    for folder in finished.glob("runs/tiny/transfer-*/artifact"):
+        assert read_prompt(folder).manifest.parents == {"source prompt": source.digest, "model": student.digest}
+    assert set(student.config["held_out"]) >= {"unexplained_share", "last_position_kl_nats"}
+
+
+def test_two_parties_meet_through_artefacts_alone(tmp_path: Path, post_dist: Callable) -> None:
+    """The provider's run file has no private task, the owner's no teacher."""
+    fields = yaml.safe_load(tiny.write_run(tmp_path / "provider").read_text())
+    del fields["private_task"]
+    (tmp_path / "provider/run.yaml").write_text(yaml.safe_dump(fields))
+    assert post_dist("distill", tmp_path / "provider/run.yaml").returncode == 0
+
+    fields = yaml.safe_load(tiny.write_run(tmp_path / "owner").read_text())
+    for section in ("teacher", "student", "corpus", "public_task"):
+        del fields[section]
+    shutil.rmtree(tmp_path / "owner/teacher")
+    shutil.copytree(artifact(tmp_path / "provider", "distill"), tmp_path / "owner/student")
+    (tmp_path / "owner/run.yaml").write_text(yaml.safe_dump(fields | {"inputs": {"student": "student"}}))
+    assert post_dist("tune", tmp_path / "owner/run.yaml").returncode == 0
+
+    (tmp_path / "provider/private.csv").unlink()
+    prompt = artifact(tmp_path / "owner", "tune")
+    done = post_dist("transfer", tmp_path / "provider/run.yaml", "--set", f"inputs.source_prompt={prompt}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert read_prompt(Path(json.loads(done.stdout)["artifact"])).embeddings.shape == (5, 32)
+    private_paths = [path for path in prompt.rglob("*") if path.is_file() and b"private.csv" in path.read_bytes()]
+    assert private_paths == []
+
+
+@pytest.mark.parametrize("stage", ["distill", "tune", "transfer"])
+def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been_killed(
+    tmp_path: Path, finished: Path, post_dist: Callable, stage: str
+) -> None:
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("runs"))
+    inputs = {
+        "tune": {"student": artifact(finished, "distill")},
+        "transfer": {"student": artifact(finished, "distill"), "source_prompt": artifact(finished, "tune")},
+    }.get(stage, {})
+    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [f"--set={stage}.steps=150"]
+    straight = post_dist(stage, folder / "run.yaml", *options, "--output", tmp_path / "straight", "--json")
+    assert straight.returncode == 0, straight.stderr
+
+    command = [sys.executable, "-m", "post_dist", stage, str(folder / "run.yaml"), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(folder.glob("runs/tiny/*/checkpoints/step-*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(folder.glob("runs/tiny/*/artifact")), "the stage ended before it was killed"
+    again = post_dist(stage, folder / "run.yaml", *options, "--json")
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr
+    one, other = (Path(json.loads(done.stdout)["artifact"]) for done in (straight, again))
+    weights = "model.safetensors" if stage == "distill" else "adapter_model.safetensors"
+    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_launchers_give_one_process_s_results(tmp_path: Path, finished: Path, launcher: str) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": "29650",
+    }
+    options = ["--set", "distill.micro_batch_size_per_gpu=2", "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes"]
+    command = [
+        str(asset(f"launch/{launcher}.sh")),
+        "2",
+        "pipeline",
+        str(finished / "run.yaml"),
+        "--output",
+        str(tmp_path / "runs"),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = (
+        [
+            json.loads(line)["loss"]
+            for folder in base.glob("runs/tiny/transfer-*")
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for base in (finished, tmp_path)
+    )
+    assert sorted(together) == pytest.approx(sorted(alone), rel=1e-3)
+
+
+def test_a_masked_model_learns_the_task_and_passes_it_on(tmp_path: Path, post_dist: Callable) -> None:
+    """No package brings a masked model with its head, so a small RoBERTa is trained here."""
+    run = tiny.write_run(tmp_path, "roberta")
+    tiny.train_masked(tmp_path / "teacher")
+    settings = ["distill.steps=60", "distill.learning_rate=3e-3", "tune.steps=80", "transfer.steps=60", "transfer.learning_rate=1e-2"]
+    settings += ["transfer.scores=classes", "transfer.objective=proxy", "transfer.trained_share=1", "private_task.test_share=0.4"]
+    done = post_dist("pipeline", run, *(f"--set={setting}" for setting in settings), "--json")
+    assert done.returncode == 0, done.stderr
+    accuracy = {row["name"]: row["accuracy_micro"] for row in json.loads(done.stdout)["rows"]}
+    assert accuracy["full prompt tuning"] > 0.9
+    assert accuracy["transferred"] > accuracy["zero-shot"] + 0.03 or accuracy["zero-shot"] > 0.95
+
+
+def test_init_writes_files_that_load(tmp_path: Path, post_dist: Callable) -> None:
+    assert post_dist("init", tmp_path / "new").returncode == 0
+    assert (tmp_path / "new/demo.yaml").is_file()
+    assert post_dist("init", tmp_path / "new").returncode == 2

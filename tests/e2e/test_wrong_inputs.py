@@ -1,0 +1,250 @@
+"""Wrong inputs: one clear error each, the right exit code, no traceback, and nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from post_dist.artifacts.manifest import FILE_NAME, file_digest
+
+Fields = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
+    """A folder with a run file, its data, and a finished student and prompt in `student/` and `prompt/`."""
+    folder = tmp_path_factory.mktemp("base")
+    run = tiny.write_run(folder)
+    assert post_dist("pipeline", run, "--set", "evaluate.baselines=[]").returncode == 0
+    for stage, name in (("distill", "student"), ("tune", "prompt")):
+        shutil.copytree(next(folder.glob(f"runs/tiny/{stage}-*/artifact")), folder / name)
+    shutil.rmtree(folder / "runs")
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong input: what is done to a good folder, the command, and what must come of it."""
+
+    name: str
+    code: int
+    message: str
+    change: Callable[[Fields, Path], object] = lambda fields, folder: None
+    command: tuple[str, ...] = ("pipeline", "{run}")
+    keep_yaml: bool = field(default=False)
+
+
+def put(place: str, value: object) -> Callable[[Fields, Path], object]:
+    """Set a field of the run file."""
+
+    def change(fields: Fields, folder: Path) -> None:
+        *sections, key = place.split(".")
+        for section in sections:
+            fields = fields.setdefault(section, {})
+        fields[key] = value
+
+    return change
+
+
+def write(name: str, content: str | bytes) -> Callable[[Fields, Path], object]:
+    """Replace a file in the folder."""
+    return lambda fields, folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def drop(name: str) -> Callable[[Fields, Path], object]:
+    """Remove a file from the folder."""
+    return lambda fields, folder: (folder / name).unlink()
+
+
+def drop_section(name: str) -> Callable[[Fields, Path], object]:
+    """Remove a section of the run file."""
+    return lambda fields, folder: fields.pop(name)
+
+
+def both(*changes: Callable[[Fields, Path], object]) -> Callable[[Fields, Path], object]:
+    """Several changes after each other."""
+    return lambda fields, folder: [change(fields, folder) for change in changes]
+
+
+def other_teacher(family: str, **sizes: int) -> Callable[[Fields, Path], object]:
+    """Another model in the teacher's place."""
+
+    def change(fields: Fields, folder: Path) -> None:
+        shutil.rmtree(folder / "teacher")
+        tiny.write_model(folder / "teacher", family, **sizes)
+
+    return change
+
+
+def other_tokenizer(fields: Fields, folder: Path) -> None:
+    words = tiny.tokenizer("llama")
+    words.add_tokens(["brandnew"])
+    words.save_pretrained(folder / "teacher")
+
+
+def resign(folder: Path) -> None:
+    manifest = json.loads((folder / FILE_NAME).read_text())
+    manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
+    (folder / FILE_NAME).write_text(json.dumps(manifest))
+
+
+def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
+    def change(fields: Fields, folder: Path) -> None:
+        save_file({"prompt_embeddings": tensor}, folder / "prompt/adapter_model.safetensors")
+        resign(folder / "prompt")
+
+    return change
+
+
+def no_head(fields: Fields, folder: Path) -> None:
+    tensors = load_file(folder / "teacher/model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.3" not in name}, folder / "teacher/model.safetensors", {"format": "pt"}
+    )
+
+
+DISTILL, TUNE, EVALUATE = ("distill", "{run}"), ("tune", "{run}", "--set", "inputs.student={student}"), ("evaluate", "{run}")
+TRANSFER = ("transfer", "{run}", "--set", "inputs.student={student}", "--set", "inputs.source_prompt={prompt}")
+
+CASES = [
+    # the run file and the command line
+    Case("run file missing", 2, "cannot read the run file", command=("pipeline", "{folder}/none.yaml")),
+    Case("run file is a folder", 2, "cannot read the run file", command=("pipeline", "{folder}")),
+    Case("run file empty", 2, "holds no sections", write("run.yaml", ""), keep_yaml=True),
+    Case("run file not YAML", 2, "not valid YAML", write("run.yaml", "name: [unclosed"), keep_yaml=True),
+    Case("run file binary", 2, "cannot read the run file", write("run.yaml", b"\xff\xfe\x00\x81"), keep_yaml=True),
+    Case("key twice", 2, "the key 'name' stands twice", write("run.yaml", "name: a\nname: b\n"), keep_yaml=True),
+    Case("unknown section", 2, r"transfr: unknown key; did you mean 'transfer'\?", put("transfr", {})),
+    Case("unknown key", 2, r"transfer.alhpa: unknown key; did you mean 'alpha'\?", put("transfer.alhpa", 0.1)),
+    Case("wrong type", 2, r"distill.steps: input should be a valid integer.*found 'many'", put("distill.steps", "many")),
+    Case("out of range", 2, "transfer.alpha: input should be less than or equal to 1", put("transfer.alpha", 1.5)),
+    Case("not a choice", 2, "engine.zero_stage: input should be 0, 1, 2 or 3", put("engine.zero_stage", 4)),
+    Case("not a number", 2, "tune.learning_rate: input should be a valid number", put("tune.learning_rate", float("nan"))),
+    Case("bad name", 2, "name: string should match pattern", put("name", "../escape")),
+    Case("name missing", 2, "name: is missing", drop_section("name")),
+    Case("override without value", 2, "not of the form", command=("pipeline", "{run}", "--set", "transfer.alpha")),
+    Case("override through a value", 2, "'name' is not a section", command=("pipeline", "{run}", "--set", "name.x=1")),
+    Case("override unknown", 2, "unknown key", command=("pipeline", "{run}", "--set", "transfer.x=1")),
+    Case("unknown command", 2, "No such command", command=("distil", "{run}")),
+    Case("unknown option", 2, "No such option", command=("pipeline", "{run}", "--fast")),
+    Case("bad resume", 2, "Invalid value", command=("pipeline", "{run}", "--resume", "sometimes")),
+    Case("no private task", 2, "lacks the section private_task", drop_section("private_task")),
+    Case("no teacher", 2, "lacks the section", drop_section("teacher"), DISTILL),
+    Case("no corpus", 2, "lacks the section", drop_section("corpus")),
+    Case("init over a run file", 2, "exists already", write("demo.yaml", "mine"), ("init", "{folder}")),
+    Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
+    # models
+    Case("teacher missing", 2, "is no folder", put("teacher.path", "./nowhere")),
+    Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
+    Case("teacher without weights", 2, "no safetensors weights", drop("teacher/model.safetensors")),
+    Case("teacher weights cut short", 2, "cannot be loaded", write("teacher/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), DISTILL),
+    Case("teacher lacks a layer", 2, "lacks weights", no_head, DISTILL),
+    Case("teacher config broken", 2, "no usable config.json", write("teacher/config.json", "{")),
+    Case(
+        "teacher without tokenizer", 2, "no usable tokenizer", both(drop("teacher/tokenizer.json"), drop("teacher/tokenizer_config.json"))
+    ),
+    Case("too many layers", 2, "the teacher has 0 to 3", put("student.num_layers", 9), DISTILL),
+    Case("layer out of range", 2, "the teacher has 0 to 3", put("student", {"layers": [0, 7]}), DISTILL),
+    Case("layers unordered", 2, "rising numbers", put("student", {"layers": [3, 0]}), DISTILL),
+    Case("frozen block not the teacher's", 2, "own first layers", put("student", {"layers": [1, 2], "frozen_lower_layers": 1}), DISTILL),
+    Case("fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL),
+    # data
+    Case("data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")),
+    Case("data is a folder", 2, "no known ending", put("private_task.path", "teacher")),
+    Case("data empty", 2, "is empty", write("private.csv", "")),
+    Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
+    Case("data of an unknown kind", 2, "no known ending", both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx"))),
+    Case("data not UTF-8", 2, "is not UTF-8 text", write("private.csv", b"text,label\n\xff\xfe,1\n")),
+    Case("data not JSON", 2, "cannot be read as JSONL", both(write("private.jsonl", "{oops"), put("private_task.path", "private.jsonl"))),
+    Case("column missing", 2, "no column 'sentiment'", put("private_task.label_column", "sentiment")),
+    Case("text column missing", 2, "no column 'body'", put("private_task.text", "{body}")),
+    Case("label outside the verbalizer", 2, "row 1 has a label .* not in the verbalizer", write("private.csv", "text,label\nsecret,9\n")),
+    Case("split empty", 2, "no row falls into the test split", put("private_task.test_share", 0)),
+    Case("shares too large", 2, "leave nothing to train on", put("private_task.test_share", 0.95)),
+    Case("one class", 2, "two classes or more", put("private_task.labels", {"0": ["bad"]})),
+    Case("two sources", 2, "give either", put("private_task.hub", "org/data")),
+    Case(
+        "label word of several tokens",
+        2,
+        "the label word 'extraordinary' is",
+        put("private_task.labels", {"0": ["bad"], "1": ["extraordinary"]}),
+    ),
+    Case("label word twice", 2, "share the token", put("private_task.labels", {"0": ["bad"], "1": ["bad"]})),
+    Case("template without text", 2, r"must hold \{text\} once", put("private_task.template", "It was")),
+    Case("template with open brace", 2, "braces that do not pair up", put("private_task.template", "{text It was")),
+    Case("template for a masked model", 2, r"\{mask\} is for masked models", put("private_task.template", "{text} It was {mask}")),
+    Case("template ends in a space", 2, "ends in white space", put("private_task.template", "{text} It was ")),
+    Case("template too long", 2, "alone fills max_length", put("private_task.template", "{text}" + " It was good" * 20)),
+    Case("corpus too short", 2, "to be held out", put("corpus.held_out_sequences", 5000), DISTILL),
+    Case("corpus longer than the context", 2, "exceeds the teacher's context", put("corpus.sequence_length", 200), DISTILL),
+    Case("prompt longer than the context", 2, "do not fit into the model's context", put("tune.num_virtual_tokens", 100), TUNE),
+    # artefacts and privacy
+    Case("public task is private", 5, "public_task is private", put("public_task.visibility", "private"), TRANSFER),
+    Case("private task is public", 2, "visibility must be private", put("private_task.visibility", "public")),
+    Case("student missing", 4, "is no post_dist artefact", command=("tune", "{run}", "--set", "inputs.student=./none")),
+    Case("student is a prompt", 4, "is a soft prompt, not a student", command=("tune", "{run}", "--set", "inputs.student={prompt}")),
+    Case("student changed", 4, "is not the file that was written", write("student/config.json", "{}"), TUNE),
+    Case("student of another width", 4, "of width 32, the target of width 48", other_teacher("llama", width=48), TRANSFER),
+    Case("tokenizer mismatch", 4, "is not the one that the prompt was tuned with", other_tokenizer, TRANSFER),
+    Case("prompt with NaN", 4, "not finite", prompt_tensor(torch.full((5, 32), float("nan"))), TRANSFER),
+    Case("prompt of another width", 4, "the prompt has vectors of width 31", prompt_tensor(torch.zeros(5, 31)), TRANSFER),
+    Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
+    Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
+    # places
+    Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
+    Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),
+    Case("output cannot be made", 2, "cannot write", command=("distill", "{run}", "--output", "/proc/nowhere")),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(base, folder)
+    fields = yaml.safe_load((folder / "run.yaml").read_text())
+    case.change(fields, folder)
+    if not case.keep_yaml:
+        (folder / "run.yaml").write_text(yaml.safe_dump(fields))
+    places = {"run": folder / "run.yaml", "folder": folder, "student": folder / "student", "prompt": folder / "prompt"}
+    code, out, err = main(*(part.format(**places) for part in case.command))
+    assert code == case.code, err
+    import re
+
+    assert re.search(case.message, err, re.DOTALL), err
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert "secret" not in err
+    assert out == ""
+    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.glob("runs/*/*/artifact"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "Slurm started 4 tasks"),
+        (
+            dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1", SLURM_PROCID="0", SLURM_NTASKS="4"),
+            "WORLD_SIZE=2 contradicts SLURM_NTASKS=4",
+        ),
+        (dict(RANK="3", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"), "RANK=3 does not lie within WORLD_SIZE=2"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself_is_refused(base: Path, variables: dict[str, str], message: str) -> None:
+    command = [sys.executable, "-m", "post_dist", "distill", str(base / "run.yaml")]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
