@@ -5,13 +5,16 @@ Shapes: B rows, K scores (the vocabulary, or a task's classes), N positions, d w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
+_SCALING_ROUNDS = 10_000
+_SCALING_TOLERANCE = 1e-9
 _POSITIONS_AT_ONCE = 512
 """Positions whose logits are alive together: 100 MB at a vocabulary of 50,000 in fp32."""
 
@@ -47,9 +50,27 @@ def proxy_logits(source_BK: torch.Tensor, source_prompted_BK: torch.Tensor, targ
     return target_BK.float() + strength * (source_prompted_BK.float() - source_BK.float())
 
 
+def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) -> torch.Tensor:
+    """Offsets [C] that give class scores the reference's mean class probabilities over the same rows.
+
+    Adding two models' logit changes also adds their class biases. The prompted student has learned the task's threshold, so
+    on public text its mean probabilities say where the proxy's threshold belongs; no label is needed. The fixed point is
+    the minimum of a convex function, and iterative scaling finds it.
+    """
+    scores = scores_NC.double()
+    wanted = reference_NC.double().softmax(dim=1).mean(dim=0).log()
+    offsets = torch.zeros_like(wanted)
+    for _ in range(_SCALING_ROUNDS):
+        step = wanted - (scores + offsets).softmax(dim=1).mean(dim=0).log()
+        offsets += step
+        if step.abs().max() < _SCALING_TOLERANCE:
+            break
+    return (offsets - offsets.mean()).float()
+
+
 @dataclass(frozen=True)
 class DistillationTerms:
-    """The three terms of a batch, each a mean over its positions.
+    """The three terms of a batch, each a mean over its positions, without gradient.
 
     Attributes:
         ce: T^2 KL of the teacher to the student.
@@ -61,21 +82,22 @@ class DistillationTerms:
     lm: torch.Tensor
     cos: torch.Tensor
 
-    def weighted(self, alpha_ce: float, alpha_lm: float, alpha_cos: float) -> torch.Tensor:
-        """a_ce CE + a_lm LM + a_cos COS (paper eq. 1)."""
-        return alpha_ce * self.ce + alpha_lm * self.lm + alpha_cos * self.cos
 
-
-def distillation_terms(
+def distillation_loss(
     student_Nd: torch.Tensor,
     teacher_Nd: torch.Tensor,
     labels_N: torch.Tensor,
     student_head: Head,
     teacher_head: Head,
     *,
+    weights: tuple[float, float, float],
     temperature: float,
-) -> DistillationTerms:
-    """The terms of the distillation loss, with the logits [N, V] of a few positions at a time.
+    head_parameters: tuple[nn.Parameter, ...] = (),
+) -> tuple[torch.Tensor, DistillationTerms]:
+    """a_ce T^2 KL + a_lm LM + a_cos COS (paper eq. 1), with the logits [N, V] of a few positions alive at a time.
+
+    The gradient with respect to the logits has a closed form, so it is taken back through the head while the logits are
+    there; the backward only scales it. No logits are kept or made twice.
 
     Args:
         student_Nd: last hidden states of the student.
@@ -83,29 +105,70 @@ def distillation_terms(
         labels_N: the token that each position should give; -100 where none is asked for.
         student_head: from hidden states to logits.
         teacher_head: the same of the teacher.
+        weights: a_ce, a_lm, a_cos.
         temperature: T.
+        head_parameters: those of the student's head that are trained.
+
+    Returns:
+        The loss, and its terms.
     """
-
-    def sums(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        student_logits = student_head(student)
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
-        ce = softened_kl(teacher_logits, student_logits, temperature) * len(student)
-        lm = functional.cross_entropy(student_logits.float(), labels, ignore_index=-100, reduction="sum")
-        return ce, lm
-
-    ce = student_Nd.new_zeros((), dtype=torch.float32)
-    lm = torch.zeros_like(ce)
+    a_ce, a_lm, a_cos = weights
+    labelled = int((labels_N != -100).sum().clamp(min=1))
+    differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
+    gradients = [torch.zeros_like(tensor) for tensor in (student_Nd, *head_parameters)] if differentiate else []
+    ce = lm = torch.zeros((), device=student_Nd.device)
     for start in range(0, len(student_Nd), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
-        # Recomputed in the backward, so that no more than one part's logits are ever alive.
-        part_ce, part_lm = checkpoint(
-            sums, student_Nd[part], teacher_Nd[part], labels_N[part], use_reentrant=False, determinism_check="none"
-        )
-        ce, lm = ce + part_ce, lm + part_lm
-    cosine = functional.cosine_similarity(student_Nd.float(), teacher_Nd.float(), dim=-1)
-    asked_for = (labels_N != -100).sum().clamp(min=1)
-    return DistillationTerms(ce / len(student_Nd), lm / asked_for, 1 - cosine.mean())
+        hidden = student_Nd[part].detach().requires_grad_(differentiate)
+        logits = student_head(hidden)
+        with torch.no_grad():
+            terms = _logit_terms(
+                logits, teacher_head(teacher_Nd[part]), labels_N[part], a_ce / len(student_Nd), a_lm / labelled, temperature
+            )
+        ce, lm = ce + terms[0], lm + terms[1]
+        if differentiate:
+            own = torch.autograd.grad(logits, [hidden, *head_parameters], terms[2].to(logits.dtype))
+            gradients[0][part] = own[0]
+            for total, gradient in zip(gradients[1:], own[1:], strict=True):
+                total += gradient
+    ce, lm = ce / len(student_Nd), lm / labelled
+    vocabulary_loss = a_ce * ce + a_lm * lm
+    if differentiate:
+        vocabulary_loss = _WithGradients.apply(vocabulary_loss, gradients, student_Nd, *head_parameters)
+    cos = 1 - functional.cosine_similarity(student_Nd.float(), teacher_Nd.float(), dim=-1).mean()
+    return vocabulary_loss + a_cos * cos, DistillationTerms(ce, lm, cos.detach())
+
+
+def _logit_terms(
+    student_BV: torch.Tensor, teacher_BV: torch.Tensor, labels_B: torch.Tensor, ce_weight: float, lm_weight: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of the two terms over the rows, and the gradient [B, V] of their weighted sum with respect to the student's logits."""
+    student = student_BV.float()
+    log_q = (student / temperature).log_softmax(dim=-1)
+    log_p = (teacher_BV.float() / temperature).log_softmax(dim=-1)
+    p = log_p.exp()
+    ce = temperature**2 * log_p.sub_(log_q).mul_(p).sum()
+    gradient = log_q.exp_().sub_(p).mul_(ce_weight * temperature)
+    asked_for = labels_B != -100
+    rows = asked_for.nonzero().squeeze(1)
+    log_probabilities = student.log_softmax(dim=-1)
+    lm = -log_probabilities[rows, labels_B[rows]].sum()
+    gradient.addcmul_(log_probabilities.exp_(), asked_for[:, None].to(gradient.dtype), value=lm_weight)
+    gradient[rows, labels_B[rows]] -= lm_weight
+    return ce, lm, gradient
+
+
+class _WithGradients(torch.autograd.Function):
+    """Gives a value the gradients that were computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(upstream[0].to(gradient.dtype) * gradient for gradient in ctx.gradients)
 
 
 def unexplained_share(student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> float:

@@ -238,12 +238,20 @@ class Transfer(PromptTraining):
     temperature: PositiveFloat = 2.0
     proxy_lambda: PositiveFloat = 1.0
     """lambda in z_t(x) + lambda (z_s(p_s+x) - z_s(x)); also used by the training-free row of the evaluation."""
+    match_class_shares: bool = False
+    """Shift the proxy's class scores until their mean probabilities on the public text are the prompted student's."""
     trained_share: Share = 0.0
     """Where the prompt starts: 0 from text, 1 from the tuned prompt, or between."""
     steps: PositiveInt = 5000
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
+
+    @model_validator(mode="after")
+    def _shares_are_of_classes(self) -> "Transfer":
+        if self.match_class_shares and (self.objective, self.scores) != ("proxy", "classes"):
+            raise ValueError("match_class_shares needs objective: proxy and scores: classes")
+        return self
 
 
 class Evaluate(Section):

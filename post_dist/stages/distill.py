@@ -19,7 +19,7 @@ from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Distill, Student
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import InputError
-from post_dist.losses import DistillationTerms, distillation_terms, softened_kl, unexplained_share
+from post_dist.losses import DistillationTerms, distillation_loss, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
@@ -41,6 +41,10 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     section, corpus_section, student_section = config.distill, config.corpus, config.student
     if corpus_section is None or student_section is None:
         raise InputError("distill needs the sections `corpus` and `student`")
+    if config.engine.zero_stage == 3 and not student_section.freeze_head:
+        raise InputError(
+            "a trained head does not go with engine.zero_stage: 3, which scatters its weights", "take zero_stage 2 or freeze_head: true"
+        )
     precision = choose_precision(config.engine, world.device)
     tokenizer = load_tokenizer(teacher_folder)
     teacher = shard_frozen(
@@ -60,7 +64,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     student = load_whole(start_folder, precision, world.device)
     freeze(student, student_section)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    model = DistillationModel(student, head_is_frozen=student_section.freeze_head, temperature=section.temperature)
+    model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
     engine = train_sharded(
         model,
         torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
@@ -104,12 +108,12 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
 class DistillationModel(nn.Module):
     """The student with its loss, so that the logits are made a few positions at a time inside the engine's forward."""
 
-    def __init__(self, student: LanguageModel, *, head_is_frozen: bool, temperature: float) -> None:
+    def __init__(self, student: LanguageModel, section: Distill, *, head_is_frozen: bool) -> None:
         super().__init__()
         self.student = student
         # A frozen head is the teacher's own; a trained one needs the teacher's kept beside it.
         self.teacher_head = None if head_is_frozen else copy.deepcopy(student.head_module).requires_grad_(False)
-        self._temperature = temperature
+        self._section = section
 
     def teacher_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The teacher's logits [..., V] of its last hidden states [..., d]."""
@@ -119,18 +123,20 @@ class DistillationModel(nn.Module):
 
     def forward(
         self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, teacher_BTd: torch.Tensor
-    ) -> tuple[DistillationTerms, torch.Tensor]:
-        """The loss terms, and the student's last hidden states [B, T, d]."""
+    ) -> tuple[torch.Tensor, DistillationTerms, torch.Tensor]:
+        """The loss, its terms, and the student's last hidden states [B, T, d]."""
         hidden_BTd = self.student(input_ids_BT)
-        terms = distillation_terms(
+        loss, terms = distillation_loss(
             hidden_BTd.flatten(0, 1),
             teacher_BTd.flatten(0, 1),
             labels_BT.flatten(),
             self.student.head,
             self.teacher_logits,
-            temperature=self._temperature,
+            weights=(self._section.alpha_ce, self._section.alpha_lm, self._section.alpha_cos),
+            temperature=self._section.temperature,
+            head_parameters=tuple(parameter for parameter in self.student.head_module.parameters() if parameter.requires_grad),
         )
-        return terms, hidden_BTd
+        return loss, terms, hidden_BTd
 
 
 class _Masking:
@@ -174,10 +180,10 @@ def _train(
                 )
                 with torch.no_grad():
                     teacher_hidden = teacher(input_ids)
-                terms, _ = engine(input_ids, labels, teacher_hidden)
-                engine.backward(terms.weighted(section.alpha_ce, section.alpha_lm, section.alpha_cos))
+                loss, terms, _ = engine(input_ids, labels, teacher_hidden)
+                engine.backward(loss)
                 engine.step()
-            ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos]).detach()).tolist()
+            ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos])).tolist()
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             if (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps:
@@ -207,7 +213,7 @@ def _held_out_figures(
     for index, sequences in enumerate(corpus.held_out_batches(batch_size, world)):
         input_ids, labels = _inputs(sequences, masking, -1 - index, world)
         teacher_hidden = teacher(input_ids)
-        batch, student_hidden = engine(input_ids, labels, teacher_hidden)
+        _, batch, student_hidden = engine(input_ids, labels, teacher_hidden)
         terms.append(torch.stack([batch.ce, batch.lm, batch.cos]))
         place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
         rows = torch.arange(len(labels), device=labels.device)

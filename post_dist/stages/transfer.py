@@ -15,12 +15,11 @@ from post_dist.artifacts.manifest import write_artefact
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt_files
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, frozen_settings
-from post_dist.config.schema import Transfer
 from post_dist.data.order import shuffled_rows
 from post_dist.data.tasks import load_public_texts
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import ArtefactRefused, InputError
-from post_dist.losses import proxy_logits, published_transfer_loss, softened_kl
+from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
@@ -74,13 +73,24 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     source_prompted_NK = answers(student, rows, template, source_nd, scores, label="student + prompt", **common)  # type: ignore[arg-type]
     target_NK = answers(target, rows, template, None, scores, label="target", **common)  # type: ignore[arg-type]
 
+    offsets = torch.zeros(1)
+    if section.match_class_shares:
+        offsets = share_matching_offsets(proxy_logits(source_NK, source_prompted_NK, target_NK, section.proxy_lambda), source_prompted_NK)
+        log.info("transfer: class offsets %s match the prompted student's shares", [round(float(offset), 3) for offset in offsets])
+    offsets = offsets.to(world.device)
+
     def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
         chosen = shuffled_rows(step * section.batch_size, section.batch_size, len(rows), config.seed)[world.rank :: world.size]
         batch = template.collate([rows[index] for index in chosen])
         device = world.device
         logits = target(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))
-        source, source_prompted, before = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
-        return _loss(section, source, source_prompted, before, verbalizer.scores(logits) if section.scores == "classes" else logits)
+        prompted_BK = verbalizer.scores(logits) if section.scores == "classes" else logits
+        source_BK, source_prompted_BK, target_BK = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
+        if section.objective == "published":
+            weights = {"alpha": section.alpha, "temperature": section.temperature}
+            return published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
+        wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + offsets
+        return softened_kl(wanted_BK, prompted_BK, section.temperature)
 
     text_nd = prompt_from_text(target, tokenizer, task.init_text, num_virtual_tokens)
     start_nd = torch.lerp(text_nd, source_nd, section.trained_share)
@@ -127,14 +137,3 @@ def check_belongs(
     for folder in (student_folder, teacher_folder):
         if tokenizer_fingerprint(load_tokenizer(folder)) != prompt.manifest.tokenizer:
             raise ArtefactRefused(f"the tokenizer of {folder} is not the one that the prompt was tuned with")
-
-
-def _loss(
-    section: Transfer, source_BK: torch.Tensor, source_prompted_BK: torch.Tensor, target_BK: torch.Tensor, target_prompted_BK: torch.Tensor
-) -> torch.Tensor:
-    if section.objective == "published":
-        return published_transfer_loss(
-            source_BK, source_prompted_BK, target_BK, target_prompted_BK, alpha=section.alpha, temperature=section.temperature
-        )
-    wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda)
-    return softened_kl(wanted_BK, target_prompted_BK, section.temperature)

@@ -158,6 +158,7 @@ CASES = [
     Case("layer out of range", 2, "the teacher has 0 to 3", put("student", {"layers": [0, 7]}), DISTILL),
     Case("layers unordered", 2, "rising numbers", put("student", {"layers": [3, 0]}), DISTILL),
     Case("frozen block not the teacher's", 2, "own first layers", put("student", {"layers": [1, 2], "frozen_lower_layers": 1}), DISTILL),
+    Case("trained head in shards", 2, "trained head", both(put("student.freeze_head", False), put("engine.zero_stage", 3)), DISTILL),
     Case("fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL),
     # data
     Case("data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")),

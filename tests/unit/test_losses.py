@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from post_dist.losses import distillation_terms, proxy_logits, published_transfer_loss, softened_kl, unexplained_share
+from post_dist.losses import (
+    distillation_loss,
+    proxy_logits,
+    published_transfer_loss,
+    share_matching_offsets,
+    softened_kl,
+    unexplained_share,
+)
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -52,18 +59,31 @@ def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int
     head_s, head_t = torch.nn.Linear(8, 13).double(), torch.nn.Linear(8, 13).double()
     labels = torch.randint(13, (positions,))
     labels[::3] = -100
-    terms = distillation_terms(student, teacher, labels, head_s, head_t, temperature=2.0)
-    loss = terms.weighted(5.0, 2.0, 1.0)
-    ours = torch.autograd.grad(loss, [student, *head_s.parameters()])
+    trained = tuple(head_s.parameters())
+    loss, terms = distillation_loss(
+        student, teacher, labels, head_s, head_t, weights=(5.0, 2.0, 1.0), temperature=2.0, head_parameters=trained
+    )
+    ours = torch.autograd.grad(loss, [student, *trained])
 
     log_s, log_t = ((head(h) / 2).log_softmax(-1) for head, h in ((head_s, student), (head_t, teacher)))
     ce = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
     lm = functional.cross_entropy(head_s(student), labels)
     cos = (1 - functional.cosine_similarity(student, teacher)).mean()
     direct = torch.autograd.grad(5 * ce + 2 * lm + cos, [student, *head_s.parameters()])
-    assert float(loss) == pytest.approx(float(5 * ce + 2 * lm + cos), rel=1e-5)
+    assert loss.item() == pytest.approx((5 * ce + 2 * lm + cos).item(), rel=1e-5)
+    assert [terms.ce.item(), terms.lm.item(), terms.cos.item()] == pytest.approx([ce.item(), lm.item(), cos.item()], rel=1e-5)
     for one, other in zip(ours, direct, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_matched_shares_are_the_reference_s(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    scores = 3 * torch.randn(300, classes, generator=generator) + torch.arange(classes)
+    reference = torch.randn(300, classes, generator=generator)
+    moved = (scores + share_matching_offsets(scores, reference)).double().softmax(1).mean(0)
+    torch.testing.assert_close(moved, reference.double().softmax(1).mean(0), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(scores.double().softmax(1).mean(0), moved, atol=0.05)
 
 
 def test_unexplained_share() -> None:
