@@ -15,7 +15,7 @@ from post_dist.artifacts.manifest import write_artefact
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt_files
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, frozen_settings
-from post_dist.data.order import shuffled_rows
+from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_public_texts
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import ArtefactRefused, InputError
@@ -63,6 +63,7 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
     check_room(target, num_virtual_tokens, task.max_length)
     rows = template.encode(texts)
+    lengths = [len(row.token_ids) for row in rows]
     scores = verbalizer.scores if section.scores == "classes" else torch.Tensor.detach
     source_nd = source_prompt.embeddings.to(world.device)
     log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
@@ -80,7 +81,7 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     offsets = offsets.to(world.device)
 
     def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
-        chosen = shuffled_rows(step * section.batch_size, section.batch_size, len(rows), config.seed)[world.rank :: world.size]
+        chosen = rows_of_like_length(step, section.batch_size, lengths, config.seed)[world.rank :: world.size]
         batch = template.collate([rows[index] for index in chosen])
         device = world.device
         logits = target(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))

@@ -14,7 +14,7 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artefact
 from post_dist.artifacts.prompt import PromptTask, write_prompt_files
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.data.order import shuffled_rows
+from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError
@@ -62,10 +62,11 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
     verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
     check_room(model, section.num_virtual_tokens, task.max_length)
     rows = template.encode(examples.texts)
+    lengths = [len(row.token_ids) for row in rows]
     classes = torch.tensor(examples.classes)
 
     def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
-        chosen = shuffled_rows(step * section.batch_size, section.batch_size, len(rows), folder.config.seed)
+        chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
         batch = template.collate([rows[index] for index in chosen])
         device = world.device
         logits = model(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Task
 from post_dist.data.corpus import build_corpus
-from post_dist.data.order import shuffled_rows
+from post_dist.data.order import rows_of_like_length, shuffled_rows
 from post_dist.data.tasks import load_examples, load_public_texts, split_of
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError, PrivacyRefused
@@ -169,3 +169,13 @@ def test_order_reads_all_rows_once_an_epoch() -> None:
     assert [sorted(rows[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
     assert rows[:10] != rows[10:20]
     assert shuffled_rows(7, 6, 10, seed=3) == rows[7:13]
+
+
+def test_batches_of_like_length_read_all_rows_and_pad_less() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, size=64).tolist()
+    batches = [rows_of_like_length(step, 4, lengths, seed=1) for step in range(16)]
+    assert sorted(row for batch in batches for row in batch) == list(range(64))
+    padded = sum(4 * max(lengths[row] for row in batch) for batch in batches)
+    plain = sum(4 * max(lengths[row] for row in shuffled_rows(4 * step, 4, 64, seed=1)) for step in range(16))
+    assert padded < 0.8 * plain
+    assert batches == [rows_of_like_length(step, 4, lengths, seed=1) for step in range(16)]

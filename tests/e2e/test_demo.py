@@ -1,0 +1,38 @@
+"""The demo's own run file on its real model and reviews, with few steps: `make demo` is the same with many."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from post_dist.artifacts.prompt import read_prompt
+from post_dist.models.load import load_whole
+
+
+def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None:
+    from peft import PeftModel
+
+    demo = tmp_path / "demo"
+    assert post_dist("init", demo).returncode == 0
+    fetched = subprocess.run([sys.executable, demo / "fetch_demo.py"], capture_output=True, text=True, timeout=300, check=False)
+    assert fetched.returncode == 0, fetched.stderr
+    settings = ["distill.steps=2", "distill.micro_batch_size_per_gpu=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
+    settings += ["tune.steps=2", "transfer.steps=2", "private_task.max_rows=120", "public_task.max_rows=32", "evaluate.baselines=[]"]
+    settings += ["evaluate.split=validation"]
+    done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json")
+    assert done.returncode == 0, done.stderr
+    accuracy = {row["name"]: row["accuracy_micro"] for row in json.loads(done.stdout)["rows"]}
+    print(accuracy)
+    assert accuracy["zero-shot"] > 0.65, "the pretrained model tells good reviews from bad ones by itself"
+
+    (folder,) = demo.glob("runs/demo/transfer-*/artifact")
+    model = load_whole(demo / "model", "fp32", torch.device("cpu"))
+    input_ids = torch.randint(100, 40000, (2, 12))
+    prompt = read_prompt(folder).embeddings
+    with torch.no_grad():
+        ours = model(input_ids, None, prompt, torch.full((2,), 11))
+        theirs = PeftModel.from_pretrained(model.model, str(folder))(input_ids=input_ids).logits[:, -1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
