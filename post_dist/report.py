@@ -70,7 +70,7 @@ def _cells(table: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{100 * row['accuracy_micro']:.1f}",
             f"{100 * row['interval_95'][0]:.1f} to {100 * row['interval_95'][1]:.1f}",
             f"{100 * row['accuracy_macro']:.1f}",
-            f"{100 * row['auc']:.1f}",
+            "none" if row["auc"] is None else f"{100 * row['auc']:.1f}",
             str(row["n"]),
             "none" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from post_dist.artifacts.manifest import FILE_NAME, digest_of
-from post_dist.config.schema import RunConfig, Stage
+from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
 from post_dist.errors import InputError
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where an unfinished run goes on from."""
+        """Where an unfinished run goes on from; removed when it is finished."""
         return self.path / "checkpoints"
 
     @property
@@ -74,7 +74,7 @@ def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label
         label: set for a baseline's run of the stage, to tell its folder from the stage's own.
     """
     view = config.view(stage)
-    settings = view.model_dump(mode="json", exclude={"output", "inputs"})
+    settings = view.model_dump(mode="json", include={"seed", *STAGE_SECTIONS[stage]})
     signature = digest_of({"stage": stage, "settings": _without_paths(settings), "inputs": dict(inputs)})
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)

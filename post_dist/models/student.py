@@ -70,7 +70,7 @@ def least_harmful_layers(
 
 
 def write_student(folder: Path, teacher_folder: Path, layers: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the untrained student into `folder`, in Hugging Face format.
+    """Write the untrained student into `folder`, in Hugging Face format; its config names the layers that were kept.
 
     Raises:
         InputError: the teacher's family cannot be cut by layers.
@@ -150,6 +150,7 @@ def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> Pretrained
         raise InputError("this model scales attention by the layer's number, which changes when layers are left out")
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = len(layers)
+    cut.post_dist_layers = list(layers)
     kinds = getattr(config, "layer_types", None)
     if kinds:
         cut.layer_types = [kinds[layer] for layer in layers]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.manifest import fingerprint, write_artefact
+from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import frozen_settings, training_settings
 from post_dist.config.schema import Corpus as CorpusSection
@@ -45,6 +45,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         raise InputError(
             "a trained head does not go with engine.zero_stage: 3, which scatters its weights", "take zero_stage 2 or freeze_head: true"
         )
+    first_step = start_step(folder.checkpoints, resume, world)
     precision = choose_precision(config.engine, world.device)
     tokenizer = load_tokenizer(teacher_folder)
     teacher = shard_frozen(
@@ -55,13 +56,14 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)
     masking = _Masking(tokenizer.mask_token_id, len(tokenizer), section.mask_share, config.seed) if teacher.masked else None
 
-    layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
-    start_folder = folder.checkpoints / f"untrained-{'-'.join(map(str, layers))}"
-    with world.main_first():
-        if not start_folder.exists():
-            start_folder.mkdir(parents=True)
-            write_student(start_folder, teacher_folder, layers, tokenizer)
-    student = load_whole(start_folder, precision, world.device)
+    untrained = folder.checkpoints / "untrained"
+    if not untrained.exists():
+        layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
+        with world.main_first():
+            if world.is_main:
+                write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer))
+    student = load_whole(untrained, precision, world.device)
+    layers = student.model.config.post_dist_layers
     freeze(student, student_section)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
@@ -70,7 +72,6 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
         training_settings(config.engine.zero_stage, precision, section),
     )
-    first_step = start_step(folder.checkpoints, resume, world)
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
     _train(engine, teacher, corpus, masking, section, folder, world, first_step)
@@ -80,7 +81,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     weights = full_weights(student)
     if world.is_main:
         facts = {
-            "layers": list(layers),
+            "layers": layers,
             "num_teacher_layers": len(teacher.layers),
             "student": student_section.model_dump(mode="json"),
             "distill": section.model_dump(mode="json"),
@@ -91,7 +92,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
             own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
             student.model.save_pretrained(artifact, state_dict=own)
             tokenizer.save_pretrained(artifact)
-            summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {list(layers)}), distilled on public text."
+            summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
             write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
 
         write_artefact(

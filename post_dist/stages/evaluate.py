@@ -97,18 +97,18 @@ def evaluate(
 
 
 def measure(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
-    """Micro and macro accuracy, Wilson's 95% interval of the micro one, and AUC (one class against the rest).
+    """Micro and macro accuracy, Wilson's 95% interval of the micro one, and AUC (one class against the rest; None for rows of one class).
 
     AUC sees the ranking alone: beside it, accuracy shows how much a biased threshold costs.
     """
     right = scores_NC.argmax(axis=1) == classes_N
     present = np.unique(classes_N)
-    areas = [roc_auc_score(classes_N == index, _margin(scores_NC, index)) for index in present] if len(present) > 1 else [float("nan")]
+    areas = [roc_auc_score(classes_N == index, _margin(scores_NC, index)) for index in present] if len(present) > 1 else []
     return {
         "accuracy_micro": float(right.mean()),
         "accuracy_macro": float(balanced_accuracy_score(classes_N, scores_NC.argmax(axis=1))),
         "interval_95": wilson_interval(int(right.sum()), len(right)),
-        "auc": float(np.mean(areas)),
+        "auc": float(np.mean(areas)) if areas else None,
         "n": len(right),
         "epsilon": None,
     }

@@ -1,6 +1,7 @@
 """The stages in their order: what each is handed, and what is finished already."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -162,4 +163,6 @@ class Pipeline:
             log.info("%s starts in %s", folder.stage, folder.path)
             stage()
             log.info("%s is done in %.0f s", folder.stage, time.monotonic() - start)
+        if self._world.is_main:
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return folder

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.assets import asset
 from post_dist.config.deepspeed import preset
 from post_dist.config.load import load_run
@@ -77,3 +78,12 @@ def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:
     assert run.view("tune").private_task is not None
     assert run.view("distill").private_task is None
     assert run.view("transfer").private_task is None
+
+
+def test_a_stage_s_signature_follows_what_it_reads_and_nothing_else(tmp_path: Path) -> None:
+    first, other_transfer, other_seed = (load(tmp_path, MINIMAL, *overrides) for overrides in ((), ("transfer.steps=7",), ("seed=1",)))
+    inputs = {"teacher": "0"}
+    assert run_folder(first, "distill", inputs).path == run_folder(other_transfer, "distill", inputs).path
+    assert run_folder(first, "transfer", inputs).path != run_folder(other_transfer, "transfer", inputs).path
+    assert run_folder(first, "distill", inputs).path != run_folder(other_seed, "distill", inputs).path
+    assert run_folder(first, "distill", inputs).path != run_folder(first, "distill", {"teacher": "1"}).path
