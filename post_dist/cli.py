@@ -15,7 +15,7 @@ from post_dist import __version__
 from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
-from post_dist.errors import InputError, PostDistError
+from post_dist.errors import InputError, Interrupted, PostDistError
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
@@ -96,9 +96,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to wr
             shutil.copyfile(asset(f"examples/{name}"), folder / name)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(
-        f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data\npost-dist pipeline {folder / 'demo.yaml'}   runs it"
-    )
+    print(f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data")
+    print(f"post-dist pipeline {folder / 'demo.yaml'}   runs it")
 
 
 def _run(
@@ -118,7 +117,10 @@ def _run(
 
     stages = Pipeline(config, world, may_run, resume)
     whole = len(may_run) > 1
-    folder = stages.everything() if whole else getattr(stages, command)()
+    try:
+        folder = stages.everything() if whole else getattr(stages, command)()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
     if world.is_main:
         _print_result(folder, whole, as_json)
 
@@ -151,9 +153,6 @@ def main() -> None:
     except PostDistError as error:
         print(f"post-dist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("post-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(6)
     except Exception as error:
         # The message of an unforeseen error may quote private data, so only its kind and place are shown.
         print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)

@@ -42,3 +42,9 @@ class PrivacyRefused(PostDistError):
     """The step would let private data cross the wall."""
 
     exit_code = 5
+
+
+class Interrupted(PostDistError):
+    """The run was stopped from outside; the same command goes on from the last checkpoint."""
+
+    exit_code = 6

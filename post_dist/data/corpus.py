@@ -60,8 +60,10 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
     Documents follow each other with an end-of-text token between them, and are cut into sequences of `sequence_length`.
 
     Raises:
-        InputError: the text is too short for one training batch beside the held-out sequences.
+        InputError: the text is too short, or there are fewer held-out sequences than ranks.
     """
+    if section.held_out_sequences < world.size:
+        raise InputError(f"corpus.held_out_sequences {section.held_out_sequences} is fewer than the {world.size} ranks")
     with world.main_first():
         if not path.exists():
             sequences = _pack(section, tokenizer)

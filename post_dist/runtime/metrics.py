@@ -24,7 +24,6 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; none when it does not exist."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics file, the last one of each step: a run that went on from a checkpoint wrote some twice."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({line["step"]: line for line in lines}.values())

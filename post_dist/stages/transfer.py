@@ -49,6 +49,8 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     config, section = folder.config, folder.config.transfer
     if config.public_task is None:
         raise InputError("transfer needs the section `public_task`")
+    if section.batch_size % world.size:
+        raise InputError(f"transfer.batch_size {section.batch_size} does not part evenly among {world.size} ranks")
     texts = load_public_texts(config.public_task, "public_task")
     source_prompt = read_prompt(prompt_folder)
     tokenizer = load_tokenizer(teacher_folder)

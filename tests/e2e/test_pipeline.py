@@ -135,6 +135,29 @@ def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been_killed(
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
 
 
+def test_an_interrupt_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "post_dist",
+        "distill",
+        str(finished / "run.yaml"),
+        "--set",
+        "distill.steps=3000",
+        "--output",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("tiny/*/checkpoints/step-*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 6, err
+    assert "the same command goes on from the last checkpoint" in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_give_one_process_s_results(tmp_path: Path, finished: Path, launcher: str) -> None:
     environment = os.environ | {
