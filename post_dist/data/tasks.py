@@ -1,11 +1,11 @@
-"""Labelled tasks: their rows, their splits by a fixed hash, and the wall between private rows and the provider."""
+"""Labelled rows of a task and their splits by a fixed hash. The provider's stages do not import this file."""
 
 import hashlib
 from dataclasses import dataclass
 
 from post_dist.config.schema import Task, placeholders
 from post_dist.data.source import read_columns, texts_of
-from post_dist.errors import InputError, PrivacyRefused
+from post_dist.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,6 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
         raise InputError(f"{where}: no row falls into the {split} split")
     kept = list(rows.items())[: task.max_rows]
     return Examples([text for text, _ in kept], [index for _, index in kept])
-
-
-def load_public_texts(task: Task, where: str) -> list[str]:
-    """The texts of a public task. Its label column is not read.
-
-    Raises:
-        PrivacyRefused: the task is private.
-        InputError: it has no text.
-    """
-    if task.visibility != "public":
-        raise PrivacyRefused(f"{where} is private; the provider's stages read public text alone", "give a task with `visibility: public`")
-    texts = texts_of(read_columns(task, placeholders(task.text), task.hub_split, where), task.text)
-    unique = [text for text in dict.fromkeys(texts) if text]
-    if not unique:
-        raise InputError(f"{where}: no row has any text")
-    return unique[: task.max_rows]
 
 
 def split_of(text: str, task: Task) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from post_dist.artifacts.manifest import fingerprint, read_manifest
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.schema import DataSource, RunConfig, Stage
-from post_dist.data.tasks import load_examples, load_public_texts
+from post_dist.data.public_text import load_public_texts
+from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder

@@ -16,7 +16,7 @@ from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_pr
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, frozen_settings
 from post_dist.data.order import rows_of_like_length
-from post_dist.data.tasks import load_public_texts
+from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import ArtefactRefused, InputError
 from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl

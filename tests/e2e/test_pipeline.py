@@ -135,7 +135,17 @@ def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been_killed(
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
 
 
-def test_an_interrupt_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+def interrupt(command: list[str], when: Callable[[], bool]) -> tuple[int, str]:
+    """Start a run, press Ctrl-C when a condition holds; its exit code and what it said."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not when():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -147,15 +157,19 @@ def test_an_interrupt_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
         "--output",
         str(tmp_path),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("tiny/*/checkpoints/step-*")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 6, err
-    assert "the same command goes on from the last checkpoint" in err
-    assert "Traceback" not in err
-    assert out == ""
+
+    def steps() -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in tmp_path.glob("tiny/*/checkpoints/step-*")]
+
+    code, said = interrupt(command, lambda: max(steps(), default=0) >= 8)
+    assert code == 6, said
+    assert "the same command goes on from the last checkpoint" in said
+    assert "Traceback" not in said
+    reached = max(steps())
+    _, said = interrupt(command, lambda: max(steps()) > reached)
+    assert f"going on from step {reached} of" in said
+    _, said = interrupt([*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached)
+    assert "going on from step" not in said
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

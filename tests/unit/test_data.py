@@ -13,7 +13,8 @@ from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Task
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import rows_of_like_length, shuffled_rows
-from post_dist.data.tasks import load_examples, load_public_texts, split_of
+from post_dist.data.public_text import load_public_texts
+from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.runtime.distributed import World

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_command_line_loads_no_torch() -> None:
-    program = "import sys, post_dist.cli; print(sorted({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["cli", "config.load", "config.deepspeed", "artifacts.manifest", "artifacts.run_folder"])
+def test_the_command_line_loads_no_torch(module: str) -> None:
+    program = f"import sys, post_dist.{module}; print(sorted({{'torch', 'transformers', 'deepspeed', 'datasets'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
