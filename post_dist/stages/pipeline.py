@@ -24,7 +24,7 @@ from post_dist.stages.tune import tune
 
 log = logging.getLogger(__name__)
 
-_PUBLISHED = {"objective": "published", "scores": "vocabulary", "match_class_shares": False, "trained_share": 0.0}
+_PUBLISHED = {"objective": "published", "scores": "vocabulary", "temperature": 2.0, "match_class_shares": False, "trained_share": 0.0}
 """The paper's loss and start, whatever the run file chooses for its own transfer."""
 
 
