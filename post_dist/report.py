@@ -14,6 +14,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.runtime.metrics import read_metrics
 
 _COLUMNS = ("row", "accuracy %", "95% interval", "macro %", "AUC %", "n", "epsilon")
+_TABLE_WIDTH = 100
 _NOTE = (
     "Accuracy counts rows (micro) or averages the classes' recalls (macro); the interval is Wilson's. "
     "AUC, one class against the rest, sees the ranking alone."
@@ -33,7 +34,9 @@ def print_table(table: dict[str, Any]) -> None:
         shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for cells in _cells(table):
         shown.add_row(*cells)
-    Console().print(shown)
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(shown)
 
 
 def write_report(evaluation: RunFolder) -> Path:
