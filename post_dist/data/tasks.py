@@ -43,7 +43,9 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             rows.setdefault(text, classes[label])
     if not rows:
         raise InputError(f"{where}: no row falls into the {split} split")
-    kept = list(rows.items())[: task.max_rows]
+    kept = list(rows.items())
+    if task.max_rows is not None:  # drawn by hash, for files are often sorted by class
+        kept = sorted(kept, key=lambda row: _place(row[0], task))[: task.max_rows]
     return Examples([text for text, _ in kept], [index for _, index in kept])
 
 
@@ -52,8 +54,13 @@ def split_of(text: str, task: Task) -> str:
 
     A task with a test set of its own draws only train and validation.
     """
-    place = int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64
+    place = _place(text, task)
     test_share = 0.0 if task.test_hub_split is not None else task.test_share
     if place < test_share:
         return "test"
     return "validation" if place < test_share + task.validation_share else "train"
+
+
+def _place(text: str, task: Task) -> float:
+    """Where a text falls between 0 and 1."""
+    return int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64

@@ -52,6 +52,13 @@ def test_repeated_texts_count_once(tmp_path: Path) -> None:
     assert len(load_examples(section, "train", "t").texts) == len({text for text, _ in rows if split_of(text, section) == "train"})
 
 
+def test_max_rows_draws_from_all_classes_of_a_sorted_file(tmp_path: Path) -> None:
+    rows = sorted(tiny.sentences(300, 0), key=lambda row: row[1])
+    examples = load_examples(task(tiny.write_csv(tmp_path / "a.csv", rows), max_rows=40), "train", "t")
+    assert len(examples.classes) == 40
+    assert 8 <= sum(examples.classes) <= 32
+
+
 def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path: Path) -> None:
     section = task(tiny.write_csv(tmp_path / "a.csv", [*tiny.sentences(5, 0), ("secret words", 77)]))
     with pytest.raises(InputError) as caught:
