@@ -57,7 +57,9 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     masking = _Masking(tokenizer.mask_token_id, len(tokenizer), section.mask_share, config.seed) if teacher.masked else None
 
     untrained = folder.checkpoints / "untrained"
-    if not untrained.exists():
+    is_cut = untrained.exists()
+    world.barrier()  # before rank 0 makes it: the ranks must see the same
+    if not is_cut:
         layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
         with world.main_first():
             if world.is_main:
