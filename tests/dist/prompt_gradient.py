@@ -1,0 +1,28 @@
+"""Run by torchrun: the gradient of a prompt through a target in ZeRO-3 shards. Rank 0 saves it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from post_dist.runtime.distributed import start
+
+world = start(0)
+
+from post_dist.config.deepspeed import frozen_settings  # noqa: E402
+from post_dist.models.load import model_loader  # noqa: E402
+from post_dist.runtime.zero import shard_frozen, shard_share  # noqa: E402
+
+folder, inputs, output = map(Path, sys.argv[1:])
+model = shard_frozen(model_loader(folder, "fp32", world.device), frozen_settings("fp32", 4))
+tensors = load_file(inputs)
+prompt = tensors["prompt"].clone().requires_grad_(True)
+own = slice(world.rank, None, world.size)
+for _ in range(3):  # the sharded forward is traced in the first round and replayed in the others
+    prompt.grad = None
+    logits = model(tensors["input_ids"][own], tensors["attention_mask"][own], prompt, tensors["answer"][own])
+    logits.float().log_softmax(-1)[:, 7].mean().backward()
+    world.mean(prompt.grad)
+if world.is_main:
+    save_file({"gradient": prompt.grad, "share": torch.tensor(shard_share(model))}, output)

@@ -1,0 +1,113 @@
+"""Sharded over real processes, against one process without DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from post_dist.config.schema import Corpus as CorpusSection
+from post_dist.config.schema import Student
+from post_dist.data.corpus import build_corpus
+from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.student import freeze, write_student
+from post_dist.runtime.distributed import World
+
+CPU = torch.device("cpu")
+PORTS = iter(range(29700, 29800))
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(next(PORTS))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_prompt_gradient_through_shards(tmp_path: Path, family: str) -> None:
+    folder = tiny.write_model(tmp_path / "model", family)
+    model = load_whole(folder, "fp32", CPU)
+    torch.manual_seed(0)
+    tensors = {
+        "prompt": torch.randn(5, 32),
+        "input_ids": torch.randint(4, 500, (8, 12)),
+        "attention_mask": torch.ones(8, 12, dtype=torch.long),
+        "answer": torch.full((8,), 11),
+    }
+    save_file(tensors, tmp_path / "inputs")
+    prompt = tensors["prompt"].clone().requires_grad_(True)
+    logits = model(tensors["input_ids"], tensors["attention_mask"], prompt, tensors["answer"])
+    logits.log_softmax(-1)[:, 7].mean().backward()
+    torchrun(2, Path(__file__).with_name("prompt_gradient.py"), folder, tmp_path / "inputs", tmp_path / "output")
+    sharded = load_file(tmp_path / "output")
+    error = (sharded["gradient"] - prompt.grad).norm() / prompt.grad.norm()
+    print(f"relative error {error:.2e}, share of the parameters on a rank {sharded['share']:.3f}")
+    assert error < 1e-5
+    assert sharded["share"] == pytest.approx(0.5, abs=0.02)
+
+
+STEPS, ACCUMULATION, ROWS = 5, 2, 8
+
+
+def plain_losses(run: Path) -> list[tuple[float, float, float]]:
+    """The distillation losses of a loop in plain torch, with the logits of all positions at once."""
+    folder = run.parent.parent / "teacher"
+    section = CorpusSection(path=folder.parent / "private.csv", sequence_length=96, held_out_sequences=8)
+    corpus = build_corpus(section, load_tokenizer(folder), run / "corpus.npy", 0, World(0, 1, 0, "none", CPU))
+    teacher = load_whole(folder, "fp32", CPU)
+    start = run / "student"
+    start.mkdir()
+    write_student(start, folder, (0, 3), load_tokenizer(folder))
+    student = load_whole(start, "fp32", CPU)
+    freeze(student, Student(layers=(0, 3)))
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro in range(ACCUMULATION):
+            ids = corpus.training_batch(step * ACCUMULATION + micro, ROWS, World(0, 1, 0, "none", CPU))
+            hidden_s, hidden_t = student(ids), teacher(ids).detach()
+            log_s, log_t = ((student.head(hidden) / 2).log_softmax(-1) for hidden in (hidden_s, hidden_t))
+            ce = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+            lm = functional.cross_entropy(student.head(hidden_s)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            cos = 1 - functional.cosine_similarity(hidden_s, hidden_t, dim=-1).mean()
+            ((5 * ce + 2 * lm + cos) / ACCUMULATION).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 5.0)
+        optimizer.param_groups[0]["lr"] = 2.5e-3 * (STEPS - step) / (STEPS - 1) if step else 2.5e-3
+        optimizer.step()
+        losses.append((float(ce), float(lm), float(cos)))
+    return losses
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_distillation_is_a_plain_loop_s_step_by_step(tmp_path: Path, ranks: int, zero_stage: int) -> None:
+    run = tiny.write_run(tmp_path)
+    settings = {
+        "distill.steps": STEPS,
+        "distill.gradient_accumulation_steps": ACCUMULATION,
+        "distill.micro_batch_size_per_gpu": ROWS // ranks,
+        "distill.learning_rate": 2.5e-3,
+        "corpus.sequence_length": 96,
+        "corpus.held_out_sequences": 8,
+        "corpus.path": "private.csv",
+        "engine.zero_stage": zero_stage,
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    torchrun(ranks, "-m", "post_dist", "distill", run, *options)
+    (metrics,) = tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")
+    ours = [tuple(json.loads(line)[key] for key in ("ce", "lm", "cos")) for line in metrics.read_text().splitlines()]
+    plain = plain_losses(tmp_path / "runs" / "tiny")
+    weighted = [[5 * ce + 2 * lm + cos for ce, lm, cos in losses] for losses in (ours, plain)]
+    worst = max(abs(one - other) / other for one, other in zip(*weighted, strict=True))
+    print(f"{ranks} ranks, ZeRO-{zero_stage}: worst relative difference of a step's loss {worst:.2e}")
+    assert plain[0] != plain[-1]
+    assert worst < 1e-5
