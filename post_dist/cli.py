@@ -123,6 +123,7 @@ def _run(
         raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
     if world.is_main:
         _print_result(folder, whole, as_json)
+    world.leave()
 
 
 def _print_result(folder: "RunFolder", whole: bool, as_json: bool) -> None:

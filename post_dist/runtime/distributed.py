@@ -57,6 +57,12 @@ class World:
         dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
+    def leave(self) -> None:
+        """Take the process group down with all ranks there: gloo's threads, met by the end of a process, abort it now and then."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body on rank 0, then on the others: they find what it has made."""

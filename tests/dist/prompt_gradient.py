@@ -26,3 +26,4 @@ for _ in range(3):  # the sharded forward is traced in the first round and repla
     world.mean(prompt.grad)
 if world.is_main:
     save_file({"gradient": prompt.grad, "share": torch.tensor(shard_share(model))}, output)
+world.leave()
