@@ -37,15 +37,18 @@ ResumeOption = Annotated[Resume, typer.Option("--resume", help="Go on from a che
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Take the option that the deepspeed launcher puts before the sub-command; LOCAL_RANK says the same."""
-    if version:
-        print(__version__)
-        raise typer.Exit
 
 
 @app.command()

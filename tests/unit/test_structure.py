@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import post_dist
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,3 +41,7 @@ def test_a_wheel_carries_the_files_beside_the_package(tmp_path: Path) -> None:
     program = "from post_dist.config.assets import asset; print(asset('examples/demo.yaml'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True)
     assert str(tmp_path / "installed") in done.stdout
+
+
+def test_the_version_needs_no_command(main: Callable) -> None:
+    assert main("--version") == (0, f"{post_dist.__version__}\n", "")
