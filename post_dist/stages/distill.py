@@ -209,7 +209,7 @@ def _held_out_figures(
 ) -> dict[str, float]:
     """Means over the held-out text, and the last position: how far the student's answer is, and what it misses.
 
-    A low KL does not predict transfer; the unexplained share of the last position's variance says more.
+    Neither a low KL nor a low unexplained share predicts transfer (docs/method.md); they tell how distillation went.
     """
     model: DistillationModel = engine.module
     terms, last = [], []
