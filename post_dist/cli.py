@@ -1,6 +1,7 @@
 """The command line: parse, load the run file, call a stage. Loads no torch before a stage is called."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from post_dist import __version__
 from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
-from post_dist.errors import InputError, Interrupted, PostDistError
+from post_dist.errors import ArtefactRefused, InputError, Interrupted, PostDistError, PrivacyRefused
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
@@ -101,6 +102,77 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to wr
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
     print(f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data")
     print(f"post-dist pipeline {folder / 'demo.yaml'}   runs it")
+
+
+@app.command()
+def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Epsilon of the run file's plan, or the noise for its target; reads no data and no model."""
+    from post_dist.privacy.accounting import account, private_plan
+
+    plan = private_plan(load_run(run, set_, None))
+    cost = account(plan)
+    _print_figures(
+        {
+            "epsilon": cost.epsilon,
+            "delta": plan.delta,
+            "noise_multiplier": plan.noise_multiplier,
+            "sampling_probability": plan.sampling_probability,
+            "steps": plan.steps,
+            "accountant": cost.accountant,
+            "cross_checks": cost.cross_checks,
+            "epsilon_at_delta": cost.epsilon_at,
+            "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
+            "mean_trials": plan.mean_trials,
+            "private": plan.private,
+        },
+        json_,
+    )
+
+
+@app.command()
+def budget(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="The ledger of a private data set.")],
+    delta: Annotated[float | None, typer.Option(min=0, max=1, help="At which delta; default the least of the runs'.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """What a private data set has spent over all private runs: finished, stopped and thrown away."""
+    from post_dist.privacy.ledger import budget_of
+
+    _print_figures(budget_of(ledger, delta), json_)
+
+
+@app.command()
+def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
+    """An empirical lower bound on epsilon from canaries in the real training step, beside the claim; reads no data and no model."""
+    from post_dist.privacy.audit import audit as audit_plan
+
+    result = audit_plan(load_run(run, set_, None))
+    _print_figures(result, json_)
+    if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
+        raise PrivacyRefused("the canaries show more than the plan claims", "do not use prompts made with this installation")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The artefact's folder.")], json_: AsJson = False) -> None:
+    """Check an artefact: hashes, lineage, shapes, finite values, and epsilon computed again from its own figures."""
+    from post_dist.verify import verify as check
+
+    result = check(folder)
+    _print_figures(result, json_)
+    if not result["ok"]:
+        raise typer.Exit(ArtefactRefused.exit_code)
+
+
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or a line for each figure."""
+    if as_json:
+        print(json.dumps({name: None if value == math.inf else value for name, value in figures.items()}))
+        return
+    for name, value in figures.items():
+        if isinstance(value, list):
+            print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
+        else:
+            print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def _run(

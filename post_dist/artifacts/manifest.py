@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from post_dist.errors import ArtefactRefused, InputError
 
@@ -126,11 +126,19 @@ def write_artefact(
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """Read a manifest and check every file of its folder against it.
+    """Read a manifest of a kind and check every file of its folder against it.
 
     Raises:
         ArtefactRefused: no artefact, another kind, or a file that is missing, added or changed.
     """
+    manifest = read_any_manifest(folder)
+    if manifest.kind != kind:
+        raise ArtefactRefused(f"{folder} is a {manifest.kind}, not a {kind}")
+    return manifest
+
+
+def read_any_manifest(folder: Path) -> Manifest:
+    """The same for an artefact of any kind."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise ArtefactRefused(f"{folder} is no post_dist artefact: it has no {FILE_NAME}")
@@ -140,12 +148,13 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         fields = json.loads(path.read_text())
         manifest = Manifest(**fields)
         listed = {str(name): str(digest) for name, digest in manifest.files.items()}
+        known = manifest.kind in get_args(Kind) and isinstance(manifest.parents, dict)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise ArtefactRefused(f"{path} cannot be read as a manifest") from None
+        known = False
+    if not known:
+        raise ArtefactRefused(f"{path} cannot be read as a manifest")
     if manifest.schema_version != _SCHEMA_VERSION:
         raise ArtefactRefused(f"{path} has schema version {manifest.schema_version}, this post_dist reads {_SCHEMA_VERSION}")
-    if manifest.kind != kind:
-        raise ArtefactRefused(f"{folder} is a {manifest.kind}, not a {kind}")
     present = {str(entry.relative_to(folder)) for entry in folder.rglob("*") if not entry.is_dir()} - {FILE_NAME}
     for name in sorted(present ^ set(listed)):
         raise ArtefactRefused(f"{folder}: {name} is {'not in the manifest' if name in present else 'missing'}")

@@ -20,6 +20,7 @@ KEY = "prompt_embeddings"
 MAX_VIRTUAL_TOKENS = 512
 _WEIGHTS = "adapter_model.safetensors"
 _TASK = "task.json"
+PRIVACY = "privacy.json"
 _HEADER_LIMIT_BYTES = 1 << 16
 _DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _NORM_LIMIT = 1e4
@@ -36,6 +37,7 @@ class PromptTask:
         max_length: tokens of one templated text.
         allow_multi_token: whether a word of several tokens is judged by its first.
         init_text: the words that the prompt started from.
+        class_biases: what is added to the class scores, or nothing.
     """
 
     template: str
@@ -43,19 +45,35 @@ class PromptTask:
     max_length: int
     allow_multi_token: bool
     init_text: str
+    class_biases: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class SoftPromptArtefact:
-    """A prompt that has passed its checks: `embeddings` [n, d] in fp32."""
+    """A prompt that has passed its checks.
+
+    Attributes:
+        embeddings: [n, d] in fp32.
+        task: what it was tuned for.
+        manifest: of its folder.
+        privacy: `privacy.json` as it was given, or None: then the prompt was tuned without privacy.
+    """
 
     embeddings: torch.Tensor
     task: PromptTask
     manifest: Manifest
+    privacy: dict[str, Any] | None
+
+    @property
+    def epsilon(self) -> float | None:
+        """The epsilon that it claims at its own delta; None where nothing is claimed."""
+        return None if self.privacy is None else self.privacy["epsilon"]
 
 
-def write_prompt_files(folder: Path, embeddings_nd: torch.Tensor, task: PromptTask, model_name: str) -> None:
-    """Write what `PeftModel.from_pretrained` loads, and `task.json`.
+def write_prompt_files(
+    folder: Path, embeddings_nd: torch.Tensor, task: PromptTask, model_name: str, privacy: dict[str, Any] | None
+) -> None:
+    """Write what `PeftModel.from_pretrained` loads, `task.json`, and `privacy.json` for a private prompt.
 
     PEFT has no task type for masked models: FEATURE_EXTRACTION puts the prompt before them and leaves their head alone.
     """
@@ -70,6 +88,8 @@ def write_prompt_files(folder: Path, embeddings_nd: torch.Tensor, task: PromptTa
         inference_mode=True,
     ).save_pretrained(str(folder))
     (folder / _TASK).write_text(json.dumps(asdict(task), indent=2) + "\n")
+    if privacy is not None:
+        (folder / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
 
 
 def read_prompt(folder: Path) -> SoftPromptArtefact:
@@ -88,7 +108,21 @@ def read_prompt(folder: Path) -> SoftPromptArtefact:
         raise ArtefactRefused(f"{weights} holds values that are not finite")
     if embeddings.norm(dim=1).max() > _NORM_LIMIT:
         raise ArtefactRefused(f"{weights} holds a vector with a norm above {_NORM_LIMIT:g}")
-    return SoftPromptArtefact(embeddings, _read_task(folder / _TASK), manifest)
+    privacy = _read_privacy(folder / PRIVACY) if PRIVACY in manifest.files else None
+    return SoftPromptArtefact(embeddings, _read_task(folder / _TASK), manifest, privacy)
+
+
+def _read_privacy(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _HEADER_LIMIT_BYTES:
+            raise ValueError("too large")
+        fields = json.loads(path.read_text())
+        epsilon = fields["epsilon"]
+        if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= epsilon < math.inf):
+            raise ValueError("epsilon is no number")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ArtefactRefused(f"{path} is not a privacy statement") from None
+    return dict(fields)
 
 
 def _read_task(path: Path) -> PromptTask:
@@ -97,6 +131,7 @@ def _read_task(path: Path) -> PromptTask:
             raise ValueError("too large")
         fields = json.loads(path.read_text())
         fields["label_words"] = tuple(tuple(str(word) for word in words) for words in fields["label_words"])
+        fields["class_biases"] = tuple(float(bias) for bias in fields.get("class_biases", ()))
         task = PromptTask(**fields)
         sound = (
             isinstance(task.template, str)
@@ -105,6 +140,8 @@ def _read_task(path: Path) -> PromptTask:
             and 0 < task.max_length <= 1 << 20
             and type(task.allow_multi_token) is bool
             and len(task.label_words) >= 2
+            and len(task.class_biases) in (0, len(task.label_words))
+            and all(abs(bias) < _NORM_LIMIT for bias in task.class_biases)
         )
         if not sound:
             raise ValueError("a field has the wrong type")

@@ -15,7 +15,7 @@ Stage = Literal["distill", "tune", "transfer", "evaluate"]
 
 STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "distill": ("teacher", "student", "corpus", "distill", "engine"),
-    "tune": ("private_task", "tune", "engine"),
+    "tune": ("private_task", "privacy", "tune", "engine"),
     "transfer": ("teacher", "public_task", "transfer", "engine"),
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
 }
@@ -211,14 +211,37 @@ class PromptTraining(Section):
     checkpoint_every_steps: PositiveInt = 50
 
 
+class Search(Section):
+    """Which settings a private search may try; it runs a random number of them and keeps the best by a noisy score."""
+
+    mean_trials: Annotated[float, Field(gt=1)]
+    """Mean of the logarithmic distribution that the number of trials is drawn from."""
+    learning_rate: tuple[PositiveFloat, ...] = ()
+    max_grad_norm: tuple[PositiveFloat, ...] = ()
+    score_noise_multiplier: PositiveFloat = 10.0
+    """Standard deviation of the noise on a trial's score, the number of validation rows that it gets right."""
+
+    @model_validator(mode="after")
+    def _has_candidates(self) -> "Search":
+        if not self.learning_rate and not self.max_grad_norm:
+            raise ValueError("names nothing to try: give learning_rate or max_grad_norm a list of values")
+        return self
+
+
 class Tune(PromptTraining):
-    """Stage 2, without privacy."""
+    """Stage 2. With `privacy.enabled`, `batch_size` is the expected number of rows a step: a constant, not a count."""
 
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     init_text: str = "Predict if the sentiment of this text is positive or negative"
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    class_bias: bool = False
+    """Tune one bias per class along with the prompt; under privacy it shares the clip and the noise."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Most tokens, prompt and padding included, of one forward pass of private tuning."""
+    search: Search | None = None
 
     @field_validator("init_text")
     @classmethod
@@ -226,6 +249,42 @@ class Tune(PromptTraining):
         if not text.strip():
             raise ValueError("is blank; the prompt starts from its words")
         return text
+
+
+class Privacy(Section):
+    """The plan of a private run. All of it is public: nothing here may be computed from the private data."""
+
+    enabled: bool = False
+    target_epsilon: PositiveFloat | None = None
+    """The noise is then the least that keeps epsilon; otherwise give `noise_multiplier`."""
+    noise_multiplier: PositiveFloat | None = None
+    """sigma: the noise's standard deviation over `max_grad_norm`."""
+    declared_examples: Annotated[int, Field(gt=1)] | None = None
+    """A public figure for how many examples there are, from which `target_delta` and the sampling probability follow."""
+    target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Default declared_examples^-1.1."""
+    sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    """q: the chance of each example to be in a step. Default tune.batch_size / declared_examples."""
+    steps: PositiveInt | None = None
+    """Steps of the private run; default tune.steps."""
+    max_grad_norm: PositiveFloat = 0.1
+    """C: the Euclidean norm to which each example's gradient is clipped."""
+    max_total_epsilon: PositiveFloat | None = None
+    """Refuse a run that would take the sum of all runs on this data set past this epsilon."""
+    ledger: FilePath | None = None
+    """Where the data set's spending is recorded; default beside a local data file, with `.ledger.jsonl` at its end."""
+    noise_source: Literal["system", "seeded"] = "system"
+    """`seeded` repeats its noise, for tests: what it makes is NOT private."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Privacy":
+        if not self.enabled:
+            return self
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either target_epsilon or noise_multiplier")
+        if self.declared_examples is None and (self.target_delta is None or self.sampling_probability is None):
+            raise ValueError("give declared_examples, or both target_delta and sampling_probability")
+        return self
 
 
 class Transfer(PromptTraining):
@@ -261,6 +320,8 @@ class Evaluate(Section):
     batch_size: PositiveInt = 32
     baselines: tuple[Literal["published transfer", "full prompt tuning"], ...] = ()
     """Rows that need a training run of their own."""
+    private_rows: tuple[PositiveFloat, ...] = ()
+    """Also tune and transfer with each of these target epsilons, for rows of their own."""
 
 
 class Engine(Section):
@@ -291,6 +352,7 @@ class RunConfig(Section):
     private_task: Task | None = None
     public_task: Task | None = None
     distill: Distill = Distill()
+    privacy: Privacy = Privacy()
     tune: Tune = Tune()
     transfer: Transfer = Transfer()
     evaluate: Evaluate = Evaluate()
@@ -306,6 +368,17 @@ class RunConfig(Section):
             raise ValueError("private_task.template is missing")
         if len(self.private_task.labels) < 2:
             raise ValueError("private_task.labels must give the words of two classes or more")
+        return self
+
+    @model_validator(mode="after")
+    def _private_run_adds_up(self) -> "RunConfig":
+        declared = self.privacy.declared_examples
+        if self.privacy.enabled and self.privacy.sampling_probability is None and declared and self.tune.batch_size > declared:
+            raise ValueError(f"tune.batch_size ({self.tune.batch_size}) exceeds privacy.declared_examples ({declared})")
+        if self.tune.search is not None and not self.privacy.enabled:
+            raise ValueError("tune.search needs privacy.enabled: true; a search that looks at private scores is not free")
+        if self.evaluate.private_rows and not self.privacy.enabled:
+            raise ValueError("evaluate.private_rows needs privacy.enabled: true and its plan")
         return self
 
     def view(self, stage: Stage) -> "RunConfig":

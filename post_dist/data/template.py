@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, C classes, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     answer: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer.to(device))
 
 
 class Template:
@@ -114,6 +119,13 @@ class Verbalizer:
                 if owner.setdefault(token_id, index) != index:
                     token = tokenizer.convert_ids_to_tokens(token_id)
                     raise InputError(f"the label words of classes {owner[token_id]} and {index} share the token '{token}'")
+
+    def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:
+        """Logits [B, V] with each class's label words raised by the class's bias, and so its score; none given, none raised."""
+        lifted = logits_BV.clone() if biases else logits_BV
+        for ids, bias in zip(self.token_ids, biases, strict=bool(biases)):
+            lifted[:, sorted(set(ids))] += bias
+        return lifted
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """[B, C] in fp32."""

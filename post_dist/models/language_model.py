@@ -3,11 +3,12 @@
 Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.errors import InputError
 
@@ -76,34 +77,54 @@ class LanguageModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         prompt: torch.Tensor | None = None,
         answer: torch.Tensor | None = None,
+        prefix: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run the trunk, and the head where an answer is wanted.
 
         Args:
             input_ids: [B, T], padded on the right.
             attention_mask: [B, T]; None when nothing is padded.
-            prompt: soft prompt [n, d], put before every row.
+            prompt: soft prompt [n, d], put before every row, or [B, n, d] with one for each.
             answer: [B], the position of each row's answer, counted without the prompt.
+            prefix: in a prompt's place, its keys and values from `prefix_of`, shared or expanded to B rows.
 
         Returns:
-            The trunk's last hidden states [B, n+T, d]; with `answer`, the logits [B, V] there.
+            The trunk's last hidden states [B, n+T, d] ([B, T, d] behind a prefix); with `answer`, the logits [B, V] there.
         """
         embeddings = self.embed(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        offset = 0
+        before = prompt.shape[-2] if prompt is not None else prefix[0].shape[-2] if prefix is not None else 0
+        mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)
         if prompt is not None:
-            offset = prompt.shape[0]
-            rows = prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1)
-            embeddings = torch.cat([rows, embeddings], dim=1)
-            mask = torch.cat([mask.new_ones(len(mask), offset), mask], dim=1)
-        hidden: torch.Tensor = self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, **self._no_cache).last_hidden_state
+            embeddings = torch.cat([prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1), embeddings], dim=1)
+        elif prefix is not None:
+            before = 0
+        hidden: torch.Tensor = self.model.base_model(
+            inputs_embeds=embeddings, attention_mask=mask, **self._cache(prefix, len(input_ids))
+        ).last_hidden_state
         if answer is None:
             return hidden
-        return self.head(hidden[torch.arange(len(answer), device=answer.device), answer + offset])
+        return self.head(hidden[torch.arange(len(answer), device=answer.device), answer + before])
 
-    @property
-    def _no_cache(self) -> dict[str, bool]:
-        return {} if self.masked else {"use_cache": False}
+    def prefix_of(self, prompt_nd: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values of a prompt in every layer, in turn, each [1, heads, n, head width].
+
+        In a causal model no later token changes them, so all rows of a step can share one computation of them.
+        """
+        cache: Any = DynamicCache()
+        embeddings = prompt_nd.to(self.model.dtype)[None]
+        self.model.base_model(inputs_embeds=embeddings, cache=cache, use_cache=True)
+        return [states for layer in cache.layers for states in (layer.keys, layer.values)]
+
+    def _cache(self, prefix: Sequence[torch.Tensor] | None, rows: int) -> dict[str, Any]:
+        if self.masked:
+            return {}
+        if prefix is None:
+            return {"use_cache": False}
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(prefix[::2], prefix[1::2], strict=True)):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return {"cache": cache, "use_cache": True}
 
 
 def check_split(language_model: LanguageModel) -> None:

@@ -5,6 +5,7 @@ Every checkpoint is written beside its place and renamed; the newest whole one c
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import deepspeed
@@ -37,6 +38,24 @@ def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> N
 def load_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """The tensors of the checkpoint at `step`."""
     return load_file(folder / f"step-{step}" / _TENSORS)
+
+
+def optimizer_state(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The values of a few parameters and what the optimizer keeps for them."""
+    state = {}
+    for index, parameter in enumerate(parameters):
+        state[f"{index}"] = parameter
+        state |= {f"{index}.{name}": value for name, value in optimizer.state[parameter].items() if value is not None}
+    return state
+
+
+def restore_optimizer(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+    """Put parameters and optimizer back to what `optimizer_state` gave."""
+    for index, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(saved[f"{index}"])
+        moments = {name.partition(".")[2]: value for name, value in saved.items() if name.startswith(f"{index}.")}
+        optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter) for name, value in moments.items()}
 
 
 def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:

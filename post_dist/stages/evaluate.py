@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from post_dist.artifacts.manifest import write_artefact
-from post_dist.artifacts.prompt import read_prompt
+from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template, Verbalizer
@@ -37,7 +37,7 @@ def evaluate(
     teacher_folder: Path,
     student_folder: Path,
     source_prompt_folder: Path,
-    target_prompts: Mapping[str, Path],
+    prompts: Mapping[str, Path],
     inputs: Mapping[str, str],
     world: World,
 ) -> None:
@@ -48,7 +48,7 @@ def evaluate(
         teacher_folder: the target.
         student_folder: the student.
         source_prompt_folder: the prompt that was tuned on the student.
-        target_prompts: for each further row its prompt on the target.
+        prompts: for each further row its prompt: on the student where the row's name begins so, else on the target.
         inputs: digest of each of these.
         world: the ranks.
     """
@@ -58,8 +58,6 @@ def evaluate(
     examples = load_examples(task, section.split, "private_task")
     classes = np.array(examples.classes)
     source_prompt = read_prompt(source_prompt_folder)
-    prompts = {name: read_prompt(path).embeddings.to(world.device) for name, path in target_prompts.items()}
-    source_nd = source_prompt.embeddings.to(world.device)
     tokenizer = load_tokenizer(teacher_folder)
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
@@ -69,23 +67,31 @@ def evaluate(
     verbalizer = Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
     rows = template.encode(examples.texts)
 
-    def scores(model: LanguageModel, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
-        return answers(model, rows, template, prompt_nd, verbalizer.scores, batch_size=section.batch_size, world=world, label=label)
+    def scores(model: LanguageModel, prompt: SoftPromptArtefact | None, label: str) -> torch.Tensor:
+        """Class scores [N, C], with the biases of the prompt's task."""
+        prompt_nd = None if prompt is None else prompt.embeddings.to(world.device)
+        plain_NC = answers(model, rows, template, prompt_nd, verbalizer.scores, batch_size=section.batch_size, world=world, label=label)
+        return plain_NC if prompt is None or not prompt.task.class_biases else plain_NC + torch.tensor(prompt.task.class_biases)
 
     zero_shot_NC = scores(target, None, "zero-shot")
     student_NC = scores(student, None, "student")
-    student_prompted_NC = scores(student, source_nd, "student + prompt")
-    scored = {
-        "zero-shot": zero_shot_NC,
-        "student + prompt": student_prompted_NC,
-        "direct transfer": scores(target, source_nd, "direct transfer"),
-        **{name: scores(target, prompt_nd, name) for name, prompt_nd in prompts.items()},
-        "proxy-tuning": proxy_logits(student_NC, student_prompted_NC, zero_shot_NC, config.transfer.proxy_lambda),
+    student_prompted_NC = scores(student, source_prompt, "student + prompt")
+    epsilon = source_prompt.epsilon
+    scored: dict[str, tuple[torch.Tensor, float | None]] = {
+        "zero-shot": (zero_shot_NC, None),
+        "student + prompt": (student_prompted_NC, epsilon),
+        "direct transfer": (scores(target, source_prompt, "direct transfer"), epsilon),
+        "proxy-tuning": (proxy_logits(student_NC, student_prompted_NC, zero_shot_NC, config.transfer.proxy_lambda), epsilon),
     }
+    if source_prompt.task.class_biases:
+        scored["student + prompt without biases"] = (student_prompted_NC - torch.tensor(source_prompt.task.class_biases), epsilon)
+    for name, path in prompts.items():
+        prompt = read_prompt(path)
+        scored[name] = (scores(student if name.startswith("student") else target, prompt, name), prompt.epsilon)
     table = {
         "task": task.name,
         "split": section.split,
-        "rows": [{"name": name, **measure(values.numpy(), classes)} for name, values in _in_order(scored).items()],
+        "rows": [{"name": name, **measure(values.numpy(), classes), "epsilon": cost} for name, (values, cost) in _in_order(scored)],
     }
     if world.is_main:
 
@@ -110,7 +116,6 @@ def measure(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
         "interval_95": wilson_interval(int(right.sum()), len(right)),
         "auc": float(np.mean(areas)) if areas else None,
         "n": len(right),
-        "epsilon": None,
     }
 
 
@@ -129,8 +134,19 @@ def _margin(scores_NC: np.ndarray, index: int) -> np.ndarray:
     return margin
 
 
-_ORDER = ("zero-shot", "student + prompt", "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning")
+_ORDER = (
+    "zero-shot",
+    "student + prompt",
+    "student + prompt without biases",
+    "direct transfer",
+    "published transfer",
+    "transferred",
+    "proxy-tuning",
+    "full prompt tuning",
+)
 
 
-def _in_order(scored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: scored[name] for name in _ORDER if name in scored}
+def _in_order(scored: dict[str, tuple[torch.Tensor, float | None]]) -> list[tuple[str, tuple[torch.Tensor, float | None]]]:
+    """The rows of the run file's own settings in their order, then the others as they came."""
+    first = {name: place for place, name in enumerate(_ORDER)}
+    return sorted(scored.items(), key=lambda row: first.get(row[0], len(first)))

@@ -52,11 +52,11 @@ class Pipeline:
 
     def tune(self) -> RunFolder:
         """The prompt on the student."""
-        return self._tune(self._student, read_manifest(self._student, "student").digest, "the student")
+        return self._tune(self._config, self._student, "the student")
 
     def transfer(self) -> RunFolder:
         """The prompt on the target."""
-        return self._transfer(self._config)
+        return self._transfer(self._config, self._source_prompt)
 
     def evaluate(self) -> RunFolder:
         """The comparison of all rows, with the baselines that the run file asks for."""
@@ -65,9 +65,17 @@ class Pipeline:
         prompts = {"transferred": given or self.transfer().artifact}
         if "published transfer" in self._config.evaluate.baselines:
             section = self._config.transfer.model_copy(update=_PUBLISHED)
-            prompts["published transfer"] = self._transfer(self._config.model_copy(update={"transfer": section})).artifact
+            prompts["published transfer"] = self._transfer(
+                self._config.model_copy(update={"transfer": section}), self._source_prompt
+            ).artifact
         if "full prompt tuning" in self._config.evaluate.baselines:
-            prompts["full prompt tuning"] = self._tune(self._teacher, self._teacher_digest, "the target").artifact
+            prompts["full prompt tuning"] = self._tune(self._config, self._teacher, "the target").artifact
+        for epsilon in self._config.evaluate.private_rows:
+            privacy = self._config.privacy.model_copy(update={"target_epsilon": epsilon, "noise_multiplier": None})
+            config = self._config.model_copy(update={"privacy": privacy})
+            source_prompt = self._tune(config, self._student, "the student").artifact
+            prompts[f"student + prompt, epsilon {epsilon:g}"] = source_prompt
+            prompts[f"transferred, epsilon {epsilon:g}"] = self._transfer(config, source_prompt).artifact
         parents = {
             "teacher": self._teacher_digest,
             "student": read_manifest(self._student, "student").digest,
@@ -94,22 +102,24 @@ class Pipeline:
                 load_public_texts(self._config.public_task, "public_task")
         return self.evaluate()
 
-    def _tune(self, model: Path, digest: str, model_name: str) -> RunFolder:
+    def _tune(self, config: RunConfig, model: Path, model_name: str) -> RunFolder:
         self._need("private_task")
+        on_student = model_name == "the student"
+        digest = read_manifest(model, "student").digest if on_student else self._teacher_digest
         inputs = {"model": digest, "private_task": self._data("private_task")}
-        folder = run_folder(self._config, "tune", inputs, label="" if model_name == "the student" else "target")
+        folder = run_folder(config, "tune", inputs, label="" if on_student else "target")
         return self._run(folder, lambda: tune(folder, model, {"model": digest}, model_name, self._world, self._resume))
 
-    def _transfer(self, config: RunConfig) -> RunFolder:
+    def _transfer(self, config: RunConfig, source_prompt: Path) -> RunFolder:
         self._need("teacher", "public_task")
         inputs = {
             "teacher": self._teacher_digest,
             "student": read_manifest(self._student, "student").digest,
-            "source prompt": read_manifest(self._source_prompt, "soft prompt").digest,
+            "source prompt": read_manifest(source_prompt, "soft prompt").digest,
             "public_task": self._data("public_task"),
         }
         folder = run_folder(config, "transfer", inputs)
-        return self._run(folder, lambda: transfer(folder, self._teacher, self._student, self._source_prompt, self._world, self._resume))
+        return self._run(folder, lambda: transfer(folder, self._teacher, self._student, source_prompt, self._world, self._resume))
 
     @cached_property
     def _teacher(self) -> Path:

@@ -5,7 +5,7 @@ Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), n pro
 """
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -67,13 +67,17 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     rows = template.encode(texts)
     lengths = [len(row.token_ids) for row in rows]
     scores = verbalizer.scores if section.scores == "classes" else torch.Tensor.detach
+
+    def biased_scores(logits_BV: torch.Tensor) -> torch.Tensor:
+        return scores(verbalizer.lift(logits_BV, task.class_biases))
+
     source_nd = source_prompt.embeddings.to(world.device)
     log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
 
     # Three of the four forwards of the loss do not depend on the prompt that is trained: once is enough.
     common = {"batch_size": section.batch_size, "world": world}
     source_NK = answers(student, rows, template, None, scores, label="student", **common)  # type: ignore[arg-type]
-    source_prompted_NK = answers(student, rows, template, source_nd, scores, label="student + prompt", **common)  # type: ignore[arg-type]
+    source_prompted_NK = answers(student, rows, template, source_nd, biased_scores, label="student + prompt", **common)  # type: ignore[arg-type]
     target_NK = answers(target, rows, template, None, scores, label="target", **common)  # type: ignore[arg-type]
 
     offsets = torch.zeros(1)
@@ -82,7 +86,12 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
         log.info("transfer: class offsets %s match the prompted student's shares", [round(float(offset), 3) for offset in offsets])
     offsets = offsets.to(world.device)
 
-    def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
+    text_nd = prompt_from_text(target, tokenizer, task.init_text, num_virtual_tokens)
+    start_nd = torch.lerp(text_nd, source_nd, section.trained_share)
+    prompt_nd = start_nd.to(world.device, torch.float32).clone()
+    optimizer = torch.optim.Adam([prompt_nd], lr=section.learning_rate)
+
+    def loss_at(step: int) -> torch.Tensor:
         chosen = rows_of_like_length(step, section.batch_size, lengths, config.seed)[world.rank :: world.size]
         batch = template.collate([rows[index] for index in chosen])
         device = world.device
@@ -95,15 +104,15 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
         wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + offsets
         return softened_kl(wanted_BK, prompted_BK, section.temperature)
 
-    text_nd = prompt_from_text(target, tokenizer, task.init_text, num_virtual_tokens)
-    start_nd = torch.lerp(text_nd, source_nd, section.trained_share)
-    prompt_nd = train_prompt(start_nd, loss_at, section, folder, world, resume, metrics_name="metrics.jsonl", show_loss=True)
+    train_prompt([prompt_nd], loss_at, optimizer, section, folder, world, resume, metrics_name="metrics.jsonl", show_loss=True)
+    # What the biases of the source prompt do is in the loss, and so in the new prompt.
+    own_task = replace(task, class_biases=())
 
     if world.is_main:
         name = config.teacher.path if config.teacher and not Path(config.teacher.path).is_absolute() else teacher_folder.name
 
         def fill(artifact: Path) -> None:
-            write_prompt_files(artifact, prompt_nd, task, name)
+            write_prompt_files(artifact, prompt_nd, own_task, name, source_prompt.privacy)
             summary = "A soft prompt that was transferred from a student with public text alone (POST)."
             write_card(artifact, f"Soft prompt for {name}", summary, section.model_dump(), library="peft", tag="prompt-tuning")
 
@@ -112,7 +121,7 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
             "soft prompt",
             fill,
             parents={"source prompt": source_prompt.manifest.digest, **source_prompt.manifest.parents},
-            config={"transfer": section.model_dump(mode="json"), "task": asdict(task)},
+            config={"transfer": section.model_dump(mode="json"), "task": asdict(own_task)},
             tokenizer=tokenizer_fingerprint(tokenizer),
         )
     world.barrier()

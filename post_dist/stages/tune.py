@@ -4,20 +4,23 @@ Shapes: B rows, n prompt tokens, d width, C classes.
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn import functional
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artefact
 from post_dist.artifacts.prompt import PromptTask, write_prompt_files
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import Tune
 from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_examples
-from post_dist.data.template import Template, Verbalizer
+from post_dist.data.template import Encoded, Template, Verbalizer
 from post_dist.errors import InputError
+from post_dist.models.classifier import BIAS_RATE, BIAS_SCALE, class_losses
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
@@ -26,10 +29,34 @@ from post_dist.stages.prompt_training import train_prompt
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a prompt is tuned with: the frozen model, the encoded rows and their classes, and where the prompt starts."""
+
+    model: LanguageModel
+    template: Template
+    verbalizer: Verbalizer
+    rows: list[Encoded]
+    classes: torch.Tensor
+    start_nd: torch.Tensor
+
+    def parameters(self, section: Tune) -> list[torch.Tensor]:
+        """The prompt [n, d] at its start, and bias parameters [C] of zero if they are tuned; fp32."""
+        start = self.start_nd.to(torch.float32).clone()
+        return [start, start.new_zeros(len(self.verbalizer.token_ids))] if section.class_bias else [start]
+
+
+def prompt_optimizer(section: Tune, parameters: list[torch.Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam or SGD, with its own rate for the class biases."""
+    rates = (learning_rate, learning_rate * BIAS_RATE)
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=False)]
+    return torch.optim.Adam(groups) if section.optimizer == "adam" else torch.optim.SGD(groups)
+
+
 def tune(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:
     """Tune a prompt on a model and leave it in `folder.artifact`.
 
-    Runs on rank 0 alone: private data stay in one process. Without privacy: what comes out may show the private data.
+    Runs on rank 0 alone: private data stay in one process. Without `privacy.enabled` what comes out may show the private data.
 
     Args:
         folder: the run's folder.
@@ -59,37 +86,53 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
         allow_multi_token=task_section.allow_multi_token,
         init_text=section.init_text,
     )
-    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
     check_room(model, section.num_virtual_tokens, task.max_length)
-    rows = template.encode(examples.texts)
-    lengths = [len(row.token_ids) for row in rows]
-    classes = torch.tensor(examples.classes)
+    material = Material(
+        model=model,
+        template=template,
+        verbalizer=Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token),
+        rows=template.encode(examples.texts),
+        classes=torch.tensor(examples.classes),
+        start_nd=prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens),
+    )
+    settings: dict[str, Any] = {"tune": section.model_dump(mode="json"), "split": _split_rule(folder)}
+    if folder.config.privacy.enabled:
+        from post_dist.stages.private_tuning import tune_privately  # Opacus takes seconds to import
 
-    def loss_at(prompt_nd: torch.Tensor, step: int) -> torch.Tensor:
-        chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
-        batch = template.collate([rows[index] for index in chosen])
-        device = world.device
-        logits = model(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))
-        return functional.cross_entropy(verbalizer.scores(logits), classes[chosen].to(device))
-
-    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
-    log.info("tune: %d prompt tokens on %s, without privacy", section.num_virtual_tokens, model_name)
-    prompt_nd = train_prompt(start_nd, loss_at, section, folder, world, resume, metrics_name="private_metrics.jsonl", show_loss=False)
+        parameters, statement = tune_privately(folder, material, world, resume)
+        summary = "A soft prompt that was tuned with differential privacy; what that covers is below and in `privacy.json`."
+        settings["privacy"] = folder.config.privacy.model_dump(mode="json", exclude={"ledger"})
+    else:
+        log.info("tune: %d prompt tokens on %s, without privacy", section.num_virtual_tokens, model_name)
+        parameters, statement = _tune_openly(folder, material, world, resume), None
+        summary = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+    if len(parameters) > 1:
+        task = replace(task, class_biases=tuple((BIAS_SCALE * parameters[1]).tolist()))
 
     def fill(artifact: Path) -> None:
-        write_prompt_files(artifact, prompt_nd, task, model_name)
-        settings = section.model_dump() | {"epsilon": "none: tuned without differential privacy"}
-        summary = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
-        write_card(artifact, f"Soft prompt for {model_name}", summary, settings, library="peft", tag="prompt-tuning")
+        write_prompt_files(artifact, parameters[0], task, model_name, statement)
+        rows = section.model_dump(exclude_none=True) | (statement or {"epsilon": "none: tuned without differential privacy"})
+        write_card(artifact, f"Soft prompt for {model_name}", summary, rows, library="peft", tag="prompt-tuning")
 
-    write_artefact(
-        folder.artifact,
-        "soft prompt",
-        fill,
-        parents=parents,
-        config={"tune": section.model_dump(mode="json"), "split": _split_rule(folder)},
-        tokenizer=tokenizer_fingerprint(tokenizer),
-    )
+    write_artefact(folder.artifact, "soft prompt", fill, parents=parents, config=settings, tokenizer=tokenizer_fingerprint(tokenizer))
+
+
+def _tune_openly(folder: RunFolder, material: Material, world: World, resume: str) -> list[torch.Tensor]:
+    """Ordinary training; the losses stay in a file that only the owner can read."""
+    section = folder.config.tune
+    parameters = material.parameters(section)
+    lengths = [len(row.token_ids) for row in material.rows]
+
+    def loss_at(step: int) -> torch.Tensor:
+        chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
+        batch = material.template.collate([material.rows[index] for index in chosen]).to(world.device)
+        bias = parameters[1] if len(parameters) > 1 else None
+        classes_B = material.classes[chosen].to(world.device)
+        return class_losses(material.model, material.verbalizer, batch, classes_B, prompt=parameters[0], bias=bias).mean()
+
+    optimizer = prompt_optimizer(section, parameters, section.learning_rate)
+    train_prompt(parameters, loss_at, optimizer, section, folder, world, resume, metrics_name="private_metrics.jsonl", show_loss=False)
+    return [parameter.detach() for parameter in parameters]
 
 
 def _split_rule(folder: RunFolder) -> dict[str, object]:

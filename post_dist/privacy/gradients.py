@@ -1,0 +1,53 @@
+"""Exact gradients of each example's own loss, in one backward pass and without hooks.
+
+No operation of a language model mixes rows, so with a copy of the prompt for each row, a leaf [B, n, d], the gradient of the
+sum of losses with respect to the leaf is the gradient of each row's loss. In a causal model the prompt's keys and values are the
+same for all rows: they are computed once a step, each row's gradient is taken with respect to its own expanded copy of them, and
+one batched vector-Jacobian product carries all rows' gradients back to the prompt.
+
+Shapes: B rows, n prompt tokens, d width, C classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from post_dist.data.template import Batch, Verbalizer
+from post_dist.models.classifier import class_losses
+from post_dist.models.language_model import LanguageModel
+
+SHARE_FROM_TOKENS = 20
+"""Shorter prompts cost more as a shared prefix than as part of each row (measured on a CPU, texts of 40 tokens)."""
+
+
+class ExampleGradients:
+    """Gradients with respect to each example's own copy of the tuned parameters, at their present values.
+
+    Args:
+        model: frozen, in evaluation mode.
+        verbalizer: from logits to class scores.
+        parameters: the prompt [n, d], and the bias parameters [C] if they are tuned.
+        share_prefix: compute the prompt's keys and values once; for causal models.
+    """
+
+    def __init__(self, model: LanguageModel, verbalizer: Verbalizer, parameters: Sequence[torch.Tensor], *, share_prefix: bool) -> None:
+        self._model = model
+        self._verbalizer = verbalizer
+        self._bias = parameters[1].detach() if len(parameters) > 1 else None
+        self._prompt_nd = parameters[0].detach().clone().requires_grad_(True)
+        self._prefix = model.prefix_of(self._prompt_nd) if share_prefix else None
+
+    def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
+        """For each parameter [B, ...], in the parameter's own type whatever the model's is."""
+        rows = len(classes_B)
+        biases = [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
+        sources = [self._prompt_nd.detach()[None]] if self._prefix is None else self._prefix
+        copies = [source.detach().expand(rows, *source.shape[1:]).clone().requires_grad_(True) for source in sources]
+        place = {"prompt": copies[0]} if self._prefix is None else {"prefix": copies}
+        losses_B = class_losses(self._model, self._verbalizer, batch, classes_B, bias=biases[0] if biases else None, **place)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(losses_B.sum(), [*copies, *biases])
+        of_copies, of_biases = gradients[: len(copies)], gradients[len(copies) :]
+        if self._prefix is not None:
+            cotangents = [part.unsqueeze(1) for part in of_copies]
+            of_copies = torch.autograd.grad(self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True)
+        return [*of_copies, *of_biases]
