@@ -239,8 +239,8 @@ class Tune(PromptTraining):
     optimizer: Literal["adam", "sgd"] = "adam"
     class_bias: bool = False
     """Tune one bias per class along with the prompt; under privacy it shares the clip and the noise."""
-    micro_batch_tokens: PositiveInt = 4096
-    """Most tokens, prompt and padding included, of one forward pass of private tuning."""
+    micro_batch_size_per_gpu: PositiveInt = 8
+    """Rows of one forward pass of private tuning; each pass has exactly so many, with copies to fill up."""
     search: Search | None = None
 
     @field_validator("init_text")
@@ -260,7 +260,7 @@ class Privacy(Section):
     noise_multiplier: PositiveFloat | None = None
     """sigma: the noise's standard deviation over `max_grad_norm`."""
     declared_examples: Annotated[int, Field(gt=1)] | None = None
-    """A public figure for how many examples there are, from which `target_delta` and the sampling probability follow."""
+    """A public figure for how many rows there are to train on, from which `target_delta` and the sampling probability follow."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Default declared_examples^-1.1."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -375,6 +375,8 @@ class RunConfig(Section):
         declared = self.privacy.declared_examples
         if self.privacy.enabled and self.privacy.sampling_probability is None and declared and self.tune.batch_size > declared:
             raise ValueError(f"tune.batch_size ({self.tune.batch_size}) exceeds privacy.declared_examples ({declared})")
+        if self.privacy.enabled and self.private_task is not None and self.private_task.max_rows is not None:
+            raise ValueError("private_task.max_rows does not go with privacy.enabled: one row more would push another one out")
         if self.tune.search is not None and not self.privacy.enabled:
             raise ValueError("tune.search needs privacy.enabled: true; a search that looks at private scores is not free")
         if self.evaluate.private_rows and not self.privacy.enabled:

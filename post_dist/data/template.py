@@ -57,7 +57,7 @@ class Template:
         self._masked = masked
         before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition("{text}")
         self._before, self._after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
-        self._max_length = max_length
+        self.max_length = max_length
         if len(self._tokens("")) >= max_length:
             raise InputError(f"template '{text}' alone fills max_length ({max_length} tokens)", "raise max_length")
 
@@ -70,8 +70,8 @@ class Template:
             # The text may name the mask token itself; only the template's own mask asks for an answer.
             text = text.replace(self._tokenizer.mask_token, " ")
         tokens = self._tokens(text)
-        while len(tokens) > self._max_length:
-            text = self._without_first_tokens(text, len(tokens) - self._max_length)
+        while len(tokens) > self.max_length:
+            text = self._without_first_tokens(text, len(tokens) - self.max_length)
             tokens = self._tokens(text)
         answer = tokens.index(self._tokenizer.mask_token_id) if self._masked else len(tokens) - 1
         return Encoded(tokens, answer)
@@ -87,9 +87,9 @@ class Template:
         cut = next((start for start, _ in offsets[count:] if start > 0), len(text))
         return text[cut:].lstrip()
 
-    def collate(self, rows: list[Encoded]) -> Batch:
-        """Pad rows on the right, where a causal model's real tokens never look."""
-        longest = max(len(row.token_ids) for row in rows)
+    def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
+        """Pad rows on the right, where a causal model's real tokens never look: to the longest, or to `length` if that is more."""
+        longest = max(length, *(len(row.token_ids) for row in rows))
         padding = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
         input_ids = torch.full((len(rows), longest), padding or 0)
         attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -128,8 +128,9 @@ class Verbalizer:
         return lifted
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B, C] in fp32."""
-        return torch.stack([logits_BV[:, ids].float().mean(dim=1) for ids in self.token_ids], dim=1)
+        """[B, C] in fp32, or in fp64 where the logits are."""
+        wide = torch.promote_types(logits_BV.dtype, torch.float32)
+        return torch.stack([logits_BV[:, ids].to(wide).mean(dim=1) for ids in self.token_ids], dim=1)
 
 
 def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import Tune
 from post_dist.data.tasks import load_examples
 from post_dist.models.answers import answers
 from post_dist.models.classifier import BIAS_SCALE
@@ -26,6 +27,8 @@ from post_dist.stages.prompt_training import schedule_at
 from post_dist.stages.tune import Material, prompt_optimizer
 
 log = logging.getLogger(__name__)
+
+_LENGTH_STEP = 16
 
 
 def tune_privately(folder: RunFolder, material: Material, world: World, resume: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
@@ -62,7 +65,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             parameters = material.parameters(config.tune)
             train_privately(
                 parameters,
-                lambda rows: micro_gradients(folder, material, parameters, rows, world),
+                lambda rows: micro_gradients(config.tune, material, parameters, rows, world.device),
                 prompt_optimizer(config.tune, parameters, setting.learning_rate),
                 lambda step: schedule_at(config.tune, step, plan.steps),
                 setting.applied_to(run),
@@ -82,29 +85,33 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
 
 
 def micro_gradients(
-    folder: RunFolder, material: Material, parameters: Sequence[torch.Tensor], rows: list[int], world: World
+    section: Tune, material: Material, parameters: Sequence[torch.Tensor], rows: list[int], device: torch.device
 ) -> Iterator[list[torch.Tensor]]:
-    """Each example's gradients of one step's rows, in micro-batches of like length under the token budget.
+    """Each example's gradients of one step's rows, in micro-batches of fixed shapes.
 
-    The sum over the step does not depend on how its rows are cut, so the cut may follow the rows' lengths.
+    What kernels round depends on the shapes that they are given. With a micro-batch's length and number of rows fixed by each
+    row's own length, an example's gradient is a function of the example alone, bit for bit, whoever else is in the step; else one
+    example more would move the others' gradients too, beyond the clipping norm.
     """
-    section = folder.config.tune
     if not rows:
         return
-    share = not material.model.masked and section.num_virtual_tokens >= SHARE_FROM_TOKENS
+    share = not material.model.masked and len(parameters[0]) >= SHARE_FROM_TOKENS
     gradients = ExampleGradients(material.model, material.verbalizer, parameters, share_prefix=share)
-    for chosen in _micro_batches(rows, material, section.num_virtual_tokens, section.micro_batch_tokens):
-        batch = material.template.collate([material.rows[row] for row in chosen]).to(world.device)
-        yield gradients(batch, material.classes[chosen].to(world.device))
+    for length, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
+        filled = chosen + chosen[-1:] * (section.micro_batch_size_per_gpu - len(chosen))
+        batch = material.template.collate([material.rows[row] for row in filled], length).to(device)
+        yield [part[: len(chosen)] for part in gradients(batch, material.classes[filled].to(device))]
 
 
-def _micro_batches(rows: list[int], material: Material, before: int, budget: int) -> Iterator[list[int]]:
-    """Rows by falling length, cut so that the padded tokens of each part stay within the budget (one row always goes)."""
-    ordered = sorted(rows, key=lambda row: (-len(material.rows[row].token_ids), row))
-    while ordered:
-        count = max(1, budget // (before + len(material.rows[ordered[0]].token_ids)))
-        yield ordered[:count]
-        ordered = ordered[count:]
+def _micro_batches(rows: list[int], material: Material, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows in groups of at most `size` whose lengths round up to the same multiple of 16, with that length."""
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP
+        groups.setdefault(min(rounded, material.template.max_length), []).append(row)
+    for length, group in sorted(groups.items()):
+        for start in range(0, len(group), size):
+            yield length, group[start : start + size]
 
 
 def _right(folder: RunFolder, material: Material, parameters: Sequence[torch.Tensor], world: World) -> int:

@@ -1,0 +1,563 @@
+"""What must hold of the private mechanism, each as a function that raises AssertionError when it does not.
+
+`test_mechanism.py` runs them on the package as it is, `test_mutants.py` on the package with a planted bug. So they reach every
+part through its module at the time of the call.
+"""
+
+import json
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tiny
+import torch
+from scipy import stats
+
+SMALL_CHANCE = 1e-6
+"""A test of randomness fails by chance this often."""
+
+
+def part(name: str) -> ModuleType:
+    return import_module(f"post_dist.{name}")
+
+
+def plan_of(**changes: Any) -> Any:
+    fields = {
+        "noise_multiplier": 0.7,
+        "sampling_probability": 0.2,
+        "steps": 6,
+        "max_grad_norm": 0.3,
+        "delta": 1e-5,
+        "expected_batch_size": 64.0,
+    }
+    return part("privacy.plan").PrivacyPlan(**(fields | changes))
+
+
+def fresh_source(name: str = "run") -> Any:
+    return part("privacy.randomness").RandomSource(name, secrets.token_bytes(32))
+
+
+def quiet_source() -> Any:
+    """A source whose noise is zero, to look at the sum alone."""
+    kind = part("privacy.randomness").RandomSource
+
+    class Quiet(kind):
+        def normal(self, count: int, *purpose: object) -> np.ndarray:
+            return np.zeros(count)
+
+    return Quiet("run", secrets.token_bytes(32))
+
+
+def noisy_sums(micro_batches: Sequence[Sequence[torch.Tensor]], shapes: Sequence[tuple], *, source: Any, step: int = 0, **plan: Any) -> Any:
+    """What the optimizer is handed after one step over micro-batches, times the divisor: the noisy sums, in fp64."""
+    parameters = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    made = plan_of(**plan)
+    optimizer = part("privacy.mechanism").PrivateOptimizer(torch.optim.SGD(parameters, lr=1.0), made, source)
+    for gradients in micro_batches:
+        optimizer.accumulate(gradients)
+    optimizer.finish(step, lambda commitment: None)
+    return [-parameter.detach() * made.expected_batch_size for parameter in parameters]
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+def noise_is_normal_with_the_planned_deviation() -> None:
+    size = 76_800
+    micro_batches = [[torch.zeros(5, size)], [torch.zeros(0, size)], [torch.zeros(3, size)]]
+    source = fresh_source()
+    steps = [noisy_sums(micro_batches, [(size,)], source=source, step=step)[0].numpy() for step in range(3)]
+    wanted = 0.7 * 0.3
+    for noise in steps:
+        assert abs(noise.std() / wanted - 1) < 0.01
+        assert stats.kstest(noise / wanted, "norm").pvalue > SMALL_CHANCE
+        assert abs(stats.kurtosis(noise)) < 6 * (24 / size) ** 0.5, "the tails are not normal"
+        assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 6 / size**0.5, "neighbouring coordinates share noise"
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert abs(np.corrcoef(steps[one], steps[other])[0, 1]) < 6 / size**0.5, "two steps share noise"
+
+
+def noise_is_never_used_on_another_gradient() -> None:
+    source, size = fresh_source(), 20_000
+    gradient = torch.zeros(1, size)
+    first = noisy_sums([[gradient]], [(size,)], source=source)[0].numpy()
+    again = noisy_sums([[gradient]], [(size,)], source=source)[0].numpy()
+    assert np.array_equal(first, again), "the same step on the same sum must repeat its noise"
+    gradient[0, 0] = 0.2
+    other = noisy_sums([[gradient]], [(size,)], source=source)[0].numpy()
+    assert abs(np.corrcoef(first[1:], other[1:])[0, 1]) < 6 / size**0.5, "another sum got the same noise"
+
+
+def keys_come_from_the_operating_system_and_go() -> None:
+    randomness = part("privacy.randomness")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.json" for number in range(3)]
+        with mock.patch.object(randomness.secrets, "token_bytes", wraps=secrets.token_bytes) as entropy:
+            sources = [randomness.open_source(path, "system", 0) for path in paths]
+            assert entropy.mock_calls.count(mock.call(32)) == 3
+        assert len({source.key for source in sources}) == 3
+        assert all(len(source.key) == 32 and path.stat().st_mode & 0o77 == 0 for source, path in zip(sources, paths, strict=True))
+        assert randomness.open_source(paths[0], "system", 0) == sources[0], "a run that goes on keeps its key"
+        randomness.destroy_key(paths[0], sources[0])
+        assert sources[0].key.hex() not in paths[0].read_text()
+        assert randomness.open_source(paths[0], "system", 0).run == sources[0].run
+
+
+# ------------------------------------------------------------------------------------------------------- clip and sum
+
+
+def hard_examples() -> torch.Tensor:
+    """Per-example gradients [B, 40] made to break a clip: huge, tiny, equal, not finite, at the norm, just above it."""
+    rows = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    rows[0] = 1e30
+    rows[1] = 3e38
+    rows[2, 5] = float("nan")
+    rows[3, 7] = float("inf")
+    rows[4] = 1e-42
+    rows[5] = rows[6]
+    rows[7] *= 0.3 / rows[7].norm()
+    rows[8] *= 0.3 * (1 + 1e-6) / rows[8].norm()
+    rows[9] = 0
+    rows[10] *= -1e4
+    return rows
+
+
+def total_of(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The sum over rows cut into micro-batches of the sizes, with two parameters of 30 and 10 values."""
+    micro_batches = [[chunk[:, :30].reshape(-1, 5, 6), chunk[:, 30:]] for chunk in rows.split(list(sizes))]
+    sums = noisy_sums(micro_batches, [(5, 6), (10,)], source=quiet_source())
+    return torch.cat([total.flatten() for total in sums])
+
+
+def one_example_moves_the_sum_by_the_norm_at_most() -> None:
+    rows = hard_examples()
+    whole = total_of(rows, [12])
+    assert torch.isfinite(whole).all()
+    for left_out in range(12):
+        without = torch.cat([rows[:left_out], rows[left_out + 1 :]])
+        for sizes in ([11], [1] * 11, [4, 7], [10, 1]):
+            moved = float((whole - total_of(without, sizes)).norm())
+            assert moved <= 0.3 * (1 + 1e-6), f"example {left_out} moves the sum by {moved / 0.3:.3g} C"
+
+
+def the_sum_does_not_depend_on_split_or_order() -> None:
+    rows = hard_examples()
+    whole = total_of(rows, [12])
+    for sizes in ([1] * 12, [11, 1], [5, 7]):
+        assert torch.equal(total_of(rows, sizes), whole)
+    assert torch.equal(total_of(rows.flip(0), [3, 9]), whole)
+
+
+def the_sum_is_the_sum_of_clipped_gradients() -> None:
+    rows = hard_examples().double()
+    finite = rows[rows.isfinite().all(dim=1)]
+    wanted = sum(row * min(1.0, 0.3 / max(float(row.norm()), 1e-300)) for row in finite)
+    torch.testing.assert_close(total_of(rows, [5, 7]), wanted, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def rows_are_sampled_by_poisson() -> None:
+    sampling, source, total, steps = part("privacy.sampling"), fresh_source(), 300, 2000
+    plan = plan_of(sampling_probability=0.1)
+    drawn = np.zeros((steps, total), dtype=bool)
+    for step in range(steps):
+        drawn[step, sampling.poisson_rows(plan, source, total, 0, step)] = True
+    counts, variance = drawn.sum(axis=0), steps * 0.1 * 0.9
+    chi = ((counts - steps * 0.1) ** 2 / variance).sum()
+    assert stats.chi2.sf(chi, total) > SMALL_CHANCE, "rows are not drawn equally often with probability q"
+    assert stats.chi2.cdf(chi, total) > SMALL_CHANCE, "rows are drawn more evenly than chance would"
+    sizes = drawn.sum(axis=1)
+    spread = (steps - 1) * sizes.var(ddof=1) / (total * 0.1 * 0.9)
+    assert SMALL_CHANCE < stats.chi2.sf(spread, steps - 1) < 1 - SMALL_CHANCE, "batch sizes do not vary as a binomial"
+    together = drawn[:, :-1] & drawn[:, 1:]
+    pairs = stats.binomtest(int(together.sum()), together.size, 0.01).pvalue
+    assert pairs > SMALL_CHANCE, "two rows are not drawn independently"
+    assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 6 / drawn.size**0.5, "steps share their rows"
+
+
+def everything_is_drawn_at_probability_one() -> None:
+    assert part("privacy.sampling").poisson_rows(plan_of(sampling_probability=1.0), fresh_source(), 50, 0, 0) == list(range(50))
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@cache
+def model_folder(family: str) -> Path:
+    return tiny.write_model(Path(tempfile.mkdtemp()) / family, family, layers=3)
+
+
+@cache
+def material(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A frozen tiny model, a template, a verbalizer, rows and their classes."""
+    from post_dist.data.template import Template, Verbalizer
+    from post_dist.models.load import load_tokenizer, load_whole
+    from post_dist.stages.tune import Material
+
+    folder = model_folder(family)
+    tokenizer, model = load_tokenizer(folder), load_whole(folder, "fp32", torch.device("cpu"))
+    model.model.to(dtype)
+    template = Template("{text} It was {mask}." if model.masked else "Review: {text} It was", tokenizer, 48, masked=model.masked)
+    examples = tiny.sentences(7, 5)
+    examples[3] = ("x", 1)
+    return Material(
+        model=model,
+        template=template,
+        verbalizer=Verbalizer((("bad",), ("good",)), tokenizer, allow_multi_token=False),
+        rows=template.encode([text for text, _ in examples]),
+        classes=torch.tensor([label for _, label in examples]),
+        start_nd=torch.randn(6, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.3,
+    )
+
+
+def example_gradients(
+    family: str,
+    *,
+    share: bool,
+    rows: Sequence[int] = range(7),
+    dtype: torch.dtype = torch.float64,
+    parameters: torch.dtype = torch.float64,
+) -> list[torch.Tensor]:
+    made = material(family, dtype)
+    values = [made.start_nd.to(parameters), torch.tensor([0.2, -0.1], dtype=parameters)]
+    gradients = part("privacy.gradients").ExampleGradients(made.model, made.verbalizer, values, share_prefix=share)
+    return gradients(made.template.collate([made.rows[row] for row in rows]), made.classes[list(rows)])
+
+
+def gradients_one_at_a_time(family: str) -> list[torch.Tensor]:
+    """The same by ordinary training's way: one example, one backward pass."""
+    from post_dist.models.classifier import BIAS_SCALE
+
+    made, found = material(family), []
+    for row in range(7):
+        prompt_nd = made.start_nd.clone().requires_grad_(True)
+        bias_C = torch.tensor([0.2, -0.1], dtype=torch.float64, requires_grad=True)
+        batch = made.template.collate([made.rows[row]])
+        scores = made.verbalizer.scores(made.model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer))
+        loss = torch.nn.functional.cross_entropy(scores + BIAS_SCALE * bias_C, made.classes[row : row + 1])
+        found.append(torch.autograd.grad(loss, [prompt_nd, bias_C]))
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """Largest relative difference of an example's gradient."""
+    return max(
+        float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-300)).max()) for a, b in zip(one, other, strict=True)
+    )
+
+
+def gradients_are_each_example_s_own() -> None:
+    alone = gradients_one_at_a_time("gpt2")
+    for share in (False, True):
+        together = example_gradients("gpt2", share=share)
+        assert [tuple(part.shape) for part in together] == [(7, 6, 32), (7, 2)]
+        assert apart(together, alone) < 1e-12
+
+
+def stage_sum(family: str, dtype: torch.dtype, rows: list[int], *, virtual_tokens: int) -> torch.Tensor:
+    """The clipped sum of one step over some rows of a real (tiny) model, by the stage's own micro-batches; C is 1e-3."""
+    from post_dist.config.schema import Tune
+
+    made = material(family, dtype)
+    parameters = [made.start_nd.float().repeat(virtual_tokens // 6, 1), torch.tensor([0.2, -0.1])]
+    section = Tune(micro_batch_size_per_gpu=4)
+    pieces = list(part("stages.private_tuning").micro_gradients(section, made, parameters, rows, torch.device("cpu")))
+    assert sum(len(piece[0]) for piece in pieces) == len(rows), "a row was dropped or taken twice"
+    sums = noisy_sums(pieces, [parameter.shape for parameter in parameters], source=quiet_source(), max_grad_norm=1e-3)
+    return torch.cat([total.flatten() for total in sums])
+
+
+def one_row_moves_a_real_step_by_the_norm_at_most() -> None:
+    rows = list(range(7))
+    for family, dtype, tokens in (("llama", torch.float32, 6), ("llama", torch.bfloat16, 30), ("roberta", torch.float32, 6)):
+        whole = stage_sum(family, dtype, rows, virtual_tokens=tokens)
+        assert torch.equal(stage_sum(family, dtype, rows[::-1], virtual_tokens=tokens), whole)
+        for left_out in rows:
+            moved = float((whole - stage_sum(family, dtype, [row for row in rows if row != left_out], virtual_tokens=tokens)).norm())
+            assert 1e-3 * (1 - 1e-5) <= moved <= 1e-3 * (1 + 1e-6), f"{family}: row {left_out} moves the sum by {moved / 1e-3:.7f} C"
+
+
+# -------------------------------------------------------------------------------------- the loop, the ledger, a restart
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def toy_gradients(rows: list[int], *, scale: float = 1.0) -> Iterator[list[torch.Tensor]]:
+    """Micro-batches of two examples; the gradient of row r has its weight in coordinate r."""
+    for start in range(0, len(rows), 2):
+        chunk = rows[start : start + 2]
+        gradients = torch.zeros(len(chunk), 50)
+        gradients[torch.arange(len(chunk)), torch.tensor(chunk)] = scale
+        yield [gradients]
+
+
+def train_toy(
+    place: Path,
+    source: Any,
+    plan: Any,
+    *,
+    total: int = 20,
+    cap: float | None = None,
+    gradients: Callable = toy_gradients,
+    finish: bool = True,
+) -> torch.Tensor:
+    """Train 50 numbers privately in a folder; goes on from what it finds there."""
+    training, ledger = part("privacy.training"), part("privacy.ledger")
+    parameter = torch.zeros(50)
+    with ledger.hold_ledger(place / "ledger.jsonl", source.run, plan, cap) as held:
+        run = training.PrivateRun(plan, source, held, total)
+        optimizer = torch.optim.Adam([parameter], lr=0.1)
+        training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run)
+        if finish:
+            held.finish()
+    return parameter.detach()
+
+
+def spent(place: Path) -> dict[str, Any]:
+    return part("privacy.ledger").read_ledger(place / "ledger.jsonl")
+
+
+def every_step_is_charged_and_noised_also_when_empty() -> None:
+    with folder() as place:
+        source, plan = fresh_source(), plan_of(sampling_probability=1e-9, steps=4)
+        states = []
+        save = part("privacy.training").save_tensors
+        with mock.patch.object(
+            part("privacy.training"), "save_tensors", lambda *given: (states.append(given[2]["0"].clone()), save(*given))
+        ):
+            train_toy(place, source, plan)
+        assert len(states) == 4, "a step without examples was passed over"
+        moved = [torch.zeros(50), *states]
+        assert all(not torch.equal(before, after) for before, after in pairwise(moved))
+        assert spent(place)["run"].charged_steps == 4
+
+
+def intents_are_on_disk_before_the_noise() -> None:
+    with folder() as place:
+        source, plan, seen, synced = fresh_source(), plan_of(), [], []
+        kind = type(source)
+        normal = kind.normal
+
+        def watch(self: Any, count: int, *purpose: object) -> np.ndarray:
+            if purpose and purpose[0] == "noise":
+                lines = [json.loads(line) for line in (place / "ledger.jsonl").read_text().splitlines()]
+                seen.append((sum(line["row"] == "step" for line in lines), len(synced)))
+            return normal(self, count, *purpose)
+
+        fsync = os.fsync
+
+        def note(descriptor: int) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("ledger.jsonl"):
+                synced.append(descriptor)
+            fsync(descriptor)
+
+        with mock.patch.object(kind, "normal", watch), mock.patch.object(os, "fsync", note):
+            train_toy(place, source, plan)
+        assert [rows for rows, _ in seen] == [1, 2, 3, 4, 5, 6]
+        assert [flushed for _, flushed in seen] == [2, 3, 4, 5, 6, 7], "an intent was not flushed"
+
+
+def a_restart_repeats_or_pays() -> None:
+    with folder() as place:
+        source, plan = fresh_source(), plan_of()
+        straight = train_toy(place, source, plan)
+        assert spent(place)["run"].charged_steps == 6
+        import shutil
+
+        kept = place / "checkpoints" / "run"
+        shutil.rmtree(kept)
+        assert torch.equal(train_toy(place, source, plan), straight), "the same run again must be the same"
+        assert spent(place)["run"].charged_steps == 6, "a repeated step was charged though its noise is the same"
+        shutil.rmtree(kept)
+        train_toy(place, source, plan, gradients=lambda rows: toy_gradients(rows, scale=0.01))
+        assert spent(place)["run"].charged_steps > 6, "steps on another gradient were not charged"
+
+
+def a_budget_adds_up_all_runs_and_holds_its_cap() -> None:
+    errors, accounting = part("errors"), part("privacy.accounting")
+    with folder() as place:
+        plan = plan_of(sampling_probability=0.05)
+        one = accounting.account(plan).epsilon
+        train_toy(place, fresh_source("a"), plan)
+        train_toy(place, fresh_source("b"), plan, finish=False)
+        budget = part("privacy.ledger").budget_of(place / "ledger.jsonl", None)
+        assert [run["finished"] for run in budget["runs"]] == [True, False]
+        assert one < budget["epsilon"] < 2 * one + 0.01
+        assert abs(budget["epsilon"] - accounting.account(replace(plan, steps=12)).epsilon) < 1e-3
+        rows = (place / "ledger.jsonl").read_text()
+        try:
+            train_toy(place, fresh_source("c"), plan, cap=budget["epsilon"] + 0.01)
+        except errors.PrivacyRefused:
+            assert (place / "ledger.jsonl").read_text() == rows
+        else:
+            raise AssertionError("a run passed the cap")
+
+
+# ----------------------------------------------------------------------------------------------- accounting and claims
+
+GOLDEN = [
+    (0.0152, 1973, 0.8, 4.9e-6, 6.99, 7.74),
+    (0.0298, 1680, 0.9, 4.7e-5, 9.16, 10.13),
+    (0.0939, 1064, 1.5, 7.8e-5, 10.86, 11.93),
+    (0.0341, 878, 1.0, 2.6e-6, 7.11, 7.77),
+    (1.0, 1, 1.0, 1e-5, 4.377, 4.73),
+]
+"""q, steps, sigma, delta; epsilon by PLD and by RDP, as computed by three accountants before this package was written."""
+
+
+def accountants_give_the_known_figures() -> None:
+    for q, steps, sigma, delta, pld, rdp in GOLDEN:
+        plan = plan_of(sampling_probability=q, steps=steps, noise_multiplier=sigma, delta=delta)
+        cost = part("privacy.accounting").account(plan)
+        assert abs(cost.epsilon - pld) < 0.01
+        assert abs(cost.cross_checks["rdp"] - rdp) < 0.011
+        assert cost.epsilon <= cost.cross_checks["prv"] + 0.02
+        assert cost.epsilon <= cost.cross_checks["rdp"]
+
+
+def config_of(**privacy: Any) -> Any:
+    from post_dist.config.schema import RunConfig
+
+    given = {"enabled": True, "declared_examples": 6000} | privacy
+    return RunConfig.model_validate({"name": "a", "privacy": given, "tune": {"batch_size": 60, "steps": 50}})
+
+
+def calibration_meets_its_target_from_below() -> None:
+    accounting = part("privacy.accounting")
+    for target in (1.0, 3.0, 8.0):
+        plan = accounting.private_plan(config_of(target_epsilon=target))
+        epsilon = accounting.account(plan).epsilon
+        assert target - 0.02 < epsilon <= target
+
+
+def the_plan_is_declared_and_never_counted() -> None:
+    plan = part("privacy.accounting").private_plan(config_of(noise_multiplier=1.0))
+    assert plan.expected_batch_size == 60.0
+    assert plan.sampling_probability == 0.01
+    assert math.isclose(plan.delta, 6000**-1.1)
+    assert plan.delta < 1 / 6000
+
+
+def nothing_realised_shows_in_the_mean() -> None:
+    one, many = (noisy_sums([[torch.full((rows, 4), 0.01)]], [(4,)], source=quiet_source())[0] for rows in (1, 10))
+    torch.testing.assert_close(many, 10 * one, rtol=1e-6, atol=0)
+
+
+def seeded_noise_is_not_called_private() -> None:
+    ledger, statement = part("privacy.ledger"), part("privacy.statement")
+    plan = plan_of(noise_source="seeded", sampling_probability=0.05)
+    said = statement.privacy_statement(ledger.Spending(plan, "", {(0, step): {"a"} for step in range(6)}))
+    assert said["private"] is False
+    assert said["epsilon"] is None
+    assert part("privacy.accounting").composed_epsilon([plan], 1e-5) == math.inf
+
+
+def statements_hold_what_was_charged() -> None:
+    ledger, statement = part("privacy.ledger"), part("privacy.statement")
+    plan = plan_of(sampling_probability=0.05)
+    once = {(0, step): {"a"} for step in range(6)}
+    said = statement.privacy_statement(ledger.Spending(plan, "", once))
+    twice = statement.privacy_statement(ledger.Spending(plan, "", once | {(0, 2): {"a", "b"}}))
+    assert twice["epsilon"] > said["epsilon"] + 1e-3, "a step that was charged twice is not in the claim"
+    assert statement.statement_problems(said) == statement.statement_problems(twice) == []
+    for field, better in (("epsilon", 0.5), ("noise_multiplier", 0.5), ("steps", 60), ("sampling_probability", 0.2), ("steps_repeated", 9)):
+        assert statement.statement_problems(said | {field: better}), f"a false {field} was not seen"
+
+
+# --------------------------------------------------------------------------------------------------- search and splits
+
+
+def searches_stop_at_random_and_score_with_noise() -> None:
+    search, plan = part("privacy.search"), plan_of(mean_trials=5.0, score_noise_multiplier=10.0)
+    counts = np.array([search.number_of_trials(plan, fresh_source()) for _ in range(4000)])
+    p = search.logarithmic_parameter(5.0)
+    known = np.arange(1, 15)
+    wanted = stats.logser(p).pmf(known)
+    seen = np.array([(counts == k).sum() for k in known])
+    rest = [len(counts) - seen.sum(), 1 - wanted.sum()]
+    chance = stats.chisquare([*seen, rest[0]], len(counts) * np.array([*wanted, rest[1]])).pvalue
+    assert chance > SMALL_CHANCE, "the number of trials is not logarithmic"
+
+    from post_dist.config.schema import Tune
+
+    section = Tune.model_validate({"search": {"mean_trials": 5, "learning_rate": [0.1, 0.2]}})
+    scores = []
+    with folder() as place:
+        for number in range(300):
+            source, tried = fresh_source(), place / str(number)
+            with mock.patch.object(search, "number_of_trials", return_value=1):
+                search.run_search(section, plan, source, tried, lambda *given: [torch.zeros(1)], lambda tuned: 100)
+            scores.append(float(search.load_tensors(tried / "checkpoints/search", 1)["score"]))
+    assert abs(np.mean(scores) - 100) < 6 * 10 / 300**0.5
+    assert 0.8 < np.std(scores) / 10 < 1.2, "the score's noise is not the planned one"
+
+
+def one_row_of_the_file_is_one_example_at_most() -> None:
+    from post_dist.config.schema import Task
+
+    load = part("data.tasks").load_examples
+    rows = [("a", 0), ("b", 1), ("b", 1), ("c", 0), ("d", 1)]
+    task = {
+        "name": "t",
+        "visibility": "private",
+        "template": "{text} x",
+        "labels": {0: ["bad"], 1: ["good"]},
+        "test_share": 0,
+        "validation_share": 0,
+    }
+
+    def examples(given: list[tuple[str, int]]) -> set[tuple[str, int]]:
+        with folder() as place:
+            loaded = load(Task.model_validate(task | {"path": str(tiny.write_csv(place / "t.csv", given))}), "train", "t")
+        return set(zip(loaded.texts, loaded.classes, strict=True))
+
+    base = examples(rows)
+    for text in "abcde":
+        for label in (0, 1):
+            for place in (0, len(rows)):
+                changed = examples([*rows[:place], (text, label), *rows[place:]])
+                assert len(base ^ changed) <= 1, f"one row more, ({text}, {label}), changed {len(base ^ changed)} examples"
+
+
+CHECKS: list[Callable[[], None]] = [
+    noise_is_normal_with_the_planned_deviation,
+    noise_is_never_used_on_another_gradient,
+    keys_come_from_the_operating_system_and_go,
+    one_example_moves_the_sum_by_the_norm_at_most,
+    the_sum_does_not_depend_on_split_or_order,
+    the_sum_is_the_sum_of_clipped_gradients,
+    nothing_realised_shows_in_the_mean,
+    rows_are_sampled_by_poisson,
+    everything_is_drawn_at_probability_one,
+    gradients_are_each_example_s_own,
+    one_row_moves_a_real_step_by_the_norm_at_most,
+    every_step_is_charged_and_noised_also_when_empty,
+    intents_are_on_disk_before_the_noise,
+    a_restart_repeats_or_pays,
+    a_budget_adds_up_all_runs_and_holds_its_cap,
+    accountants_give_the_known_figures,
+    calibration_meets_its_target_from_below,
+    the_plan_is_declared_and_never_counted,
+    seeded_noise_is_not_called_private,
+    statements_hold_what_was_charged,
+    searches_stop_at_random_and_score_with_noise,
+    one_row_of_the_file_is_one_example_at_most,
+]
