@@ -20,6 +20,8 @@ from post_dist.errors import ArtefactRefused, InputError, Interrupted, PostDistE
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
+    from post_dist.config.schema import RunConfig
+    from post_dist.runtime.distributed import World
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Private soft-prompt transfer: distill, tune, transfer.")
 
@@ -29,6 +31,12 @@ class Resume(StrEnum):
 
     auto = "auto"
     never = "never"
+
+
+class Bench(StrEnum):
+    """The stages that have a benchmark."""
+
+    tune = "tune"
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")]
@@ -153,6 +161,20 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
 
 
 @app.command()
+def bench(
+    stage: Annotated[Bench, typer.Argument(help="Which stage.")], run: RunFile, set_: Overrides = None, json_: AsJson = False
+) -> None:
+    """Time and memory of a stage's step beside its peers, in one process on the same model and batch."""
+    config = load_run(run, set_, None)
+    world = _start(config)
+    from post_dist.bench.tune import bench_tune
+    from post_dist.stages.pipeline import Pipeline
+
+    _print_figures(bench_tune(config, Pipeline(config, world, frozenset()).student, world), json_)
+    world.leave()
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The artefact's folder.")], json_: AsJson = False) -> None:
     """Check an artefact: hashes, lineage, shapes, finite values, and epsilon computed again from its own figures."""
     from post_dist.verify import verify as check
@@ -180,14 +202,7 @@ def _run(
 ) -> None:
     """Load the run file, then torch, then run; rank 0 prints what came of it."""
     config = load_run(run, overrides, output)
-    # Waiting OpenMP threads give up their core instead of spinning on it: beside one other busy process on two cores,
-    # spinning made a tuning step eighteen times slower (15 s against 0.8 s). libgomp reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from post_dist.runtime.distributed import start
-    from post_dist.runtime.logs import speak
-
-    speak(_rank())
-    world = start(config.seed)
+    world = _start(config)
     from post_dist.stages.pipeline import Pipeline  # imports DeepSpeed, for which `start` has prepared the environment
 
     stages = Pipeline(config, world, may_run, resume)
@@ -199,6 +214,18 @@ def _run(
     if world.is_main:
         _print_result(folder, whole, as_json)
     world.leave()
+
+
+def _start(config: "RunConfig") -> "World":
+    """Load torch and join the other ranks."""
+    # Waiting OpenMP threads give up their core instead of spinning on it: beside one other busy process on two cores,
+    # spinning made a tuning step eighteen times slower (15 s against 0.8 s). libgomp reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from post_dist.runtime.distributed import start
+    from post_dist.runtime.logs import speak
+
+    speak(_rank())
+    return start(config.seed)
 
 
 def _print_result(folder: "RunFolder", whole: bool, as_json: bool) -> None:

@@ -52,7 +52,7 @@ class Pipeline:
 
     def tune(self) -> RunFolder:
         """The prompt on the student."""
-        return self._tune(self._config, self._student, "the student")
+        return self._tune(self._config, self.student, "the student")
 
     def transfer(self) -> RunFolder:
         """The prompt on the target."""
@@ -73,16 +73,16 @@ class Pipeline:
         for epsilon in self._config.evaluate.private_rows:
             privacy = self._config.privacy.model_copy(update={"target_epsilon": epsilon, "noise_multiplier": None})
             config = self._config.model_copy(update={"privacy": privacy})
-            source_prompt = self._tune(config, self._student, "the student").artifact
+            source_prompt = self._tune(config, self.student, "the student").artifact
             prompts[f"student + prompt, epsilon {epsilon:g}"] = source_prompt
             prompts[f"transferred, epsilon {epsilon:g}"] = self._transfer(config, source_prompt).artifact
         parents = {
             "teacher": self._teacher_digest,
-            "student": read_manifest(self._student, "student").digest,
+            "student": read_manifest(self.student, "student").digest,
             **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": self._source_prompt, **prompts}.items()},
         }
         folder = run_folder(self._config, "evaluate", parents | {"private_task": self._data("private_task")})
-        return self._run(folder, lambda: evaluate(folder, self._teacher, self._student, self._source_prompt, prompts, parents, self._world))
+        return self._run(folder, lambda: evaluate(folder, self._teacher, self.student, self._source_prompt, prompts, parents, self._world))
 
     def everything(self) -> RunFolder:
         """All stages, after a look at all inputs: a wrong label word is found before hours of distillation."""
@@ -114,12 +114,12 @@ class Pipeline:
         self._need("teacher", "public_task")
         inputs = {
             "teacher": self._teacher_digest,
-            "student": read_manifest(self._student, "student").digest,
+            "student": read_manifest(self.student, "student").digest,
             "source prompt": read_manifest(source_prompt, "soft prompt").digest,
             "public_task": self._data("public_task"),
         }
         folder = run_folder(config, "transfer", inputs)
-        return self._run(folder, lambda: transfer(folder, self._teacher, self._student, source_prompt, self._world, self._resume))
+        return self._run(folder, lambda: transfer(folder, self._teacher, self.student, source_prompt, self._world, self._resume))
 
     @cached_property
     def _teacher(self) -> Path:
@@ -134,7 +134,8 @@ class Pipeline:
         return fingerprint(self._teacher)
 
     @cached_property
-    def _student(self) -> Path:
+    def student(self) -> Path:
+        """The student's folder: made here, or given in `inputs`."""
         return self._config.inputs.student or self.distill().artifact
 
     @cached_property
