@@ -3,14 +3,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo demo-private test faults check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml
 
+demo-private: .venv/ready demo/demo.yaml
+	$(BIN)/python demo/fetch_demo.py
+	$(BIN)/post-dist pipeline demo/demo_private.yaml
+
 test: check
 	$(BIN)/pytest
+
+faults: .venv/ready
+	rm -rf .cache/faults
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/privacy/killed_runs.py .cache/faults --times 20 --table benchmarks/faults-tuning-cpu.md
+	rm -rf .cache/faults
 
 check: .venv/ready
 	$(BIN)/ruff check .

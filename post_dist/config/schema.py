@@ -257,8 +257,8 @@ class Privacy(Section):
     enabled: bool = False
     target_epsilon: PositiveFloat | None = None
     """The noise is then the least that keeps epsilon; otherwise give `noise_multiplier`."""
-    noise_multiplier: PositiveFloat | None = None
-    """sigma: the noise's standard deviation over `max_grad_norm`."""
+    noise_multiplier: Annotated[float, Field(ge=0.2)] | None = None
+    """sigma: the noise's standard deviation over `max_grad_norm`; with less than 0.2 epsilon is beyond use."""
     declared_examples: Annotated[int, Field(gt=1)] | None = None
     """A public figure for how many rows there are to train on, from which `target_delta` and the sampling probability follow."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -36,6 +36,11 @@ class LanguageModel(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def vocabulary_size(self) -> int:
+        """How many tokens have an embedding."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def context_length(self) -> int:
         """Most tokens that the positions reach; RoBERTa's first positions are taken by its padding index."""
         config = self.model.config

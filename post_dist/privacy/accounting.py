@@ -136,8 +136,8 @@ def _calibrated(fields: tuple[tuple[str, object], ...], target: float) -> Privac
     low = max(low, least)
     if excess(low) <= 0:
         raise InputError(
-            f"privacy.target_epsilon: {target:g} is met with a noise multiplier below {_SIGMA_RANGE[0]:g}, where accounting is not exact",
-            "give a noise_multiplier",
+            f"privacy.target_epsilon: {target:g} is met with a noise multiplier below {_SIGMA_RANGE[0]:g}",
+            "take a smaller target, or give a noise_multiplier",
         )
     steps = math.ceil(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID) - 1
     while excess(math.log(steps * _SIGMA_GRID), _FINE) > 0:

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from post_dist.data.template import Batch, Verbalizer
+from post_dist.errors import InputError
 from post_dist.models.classifier import class_losses
 from post_dist.models.language_model import LanguageModel
 
 SHARE_FROM_TOKENS = 20
 """Shorter prompts cost more as a shared prefix than as part of each row (measured on a CPU, texts of 40 tokens)."""
+_ALONE = 1e-4
 
 
 class ExampleGradients:
@@ -51,3 +53,25 @@ class ExampleGradients:
             cotangents = [part.unsqueeze(1) for part in of_copies]
             of_copies = torch.autograd.grad(self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True)
         return [*of_copies, *of_biases]
+
+
+def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, classes: int, rows: int, length: int) -> None:
+    """Check on random tokens that a row's gradient does not depend on the other rows, which all of the privacy rests on.
+
+    Raises:
+        InputError: it does, as in a mixture of experts whose tokens share a capacity.
+    """
+    if rows == 1:
+        return
+    device = model.model.device
+    generator = torch.Generator(device).manual_seed(0)
+    first, second = torch.randint(model.vocabulary_size, (2, rows, length), generator=generator, device=device)
+    second[0] = first[0]
+    classes_B = torch.arange(rows, device=device) % classes
+    answer_B = torch.full((rows,), length - 1, device=device)
+    one, other = (gradients(Batch(ids, torch.ones_like(ids), answer_B), classes_B)[0][0] for ids in (first, second))
+    if (one - other).norm() > _ALONE * one.norm():
+        raise InputError(
+            f"{type(model.model).__name__} lets rows of a batch change each other's gradients, so no clip can bound what one row does",
+            "use a dense model",
+        )

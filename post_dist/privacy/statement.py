@@ -28,7 +28,7 @@ _PLAN_FIELDS = (
     "score_noise_multiplier",
 )
 _TOLERANCE = 1e-3
-_MOST_STEPS, _LEAST_NOISE = 10**6, 0.1
+_MOST_STEPS, _LEAST_NOISE = 10**6, 0.2
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from post_dist.data.tasks import load_examples
 from post_dist.models.answers import answers
 from post_dist.models.classifier import BIAS_SCALE
 from post_dist.privacy.accounting import account, private_plan
-from post_dist.privacy.gradients import SHARE_FROM_TOKENS, ExampleGradients
+from post_dist.privacy.gradients import SHARE_FROM_TOKENS, ExampleGradients, check_rows_are_alone
 from post_dist.privacy.ledger import hold_ledger, ledger_path
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import Setting, run_search
 from post_dist.privacy.statement import privacy_statement
 from post_dist.privacy.training import PrivateRun, train_privately
 from post_dist.runtime.distributed import World
+from post_dist.stages.material import Material
 from post_dist.stages.prompt_training import schedule_at
-from post_dist.stages.tune import Material, prompt_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
     )
     if not plan.private:
         log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
+    _check_model(config.tune, material)
     with hold_ledger(ledger_path(config), source.run, plan, config.privacy.max_total_epsilon) as ledger:
         run = PrivateRun(plan, source, ledger, len(material.rows))
 
@@ -66,7 +67,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             train_privately(
                 parameters,
                 lambda rows: micro_gradients(config.tune, material, parameters, rows, world.device),
-                prompt_optimizer(config.tune, parameters, setting.learning_rate),
+                material.optimizer(config.tune, parameters, setting.learning_rate),
                 lambda step: schedule_at(config.tune, step, plan.steps),
                 setting.applied_to(run),
                 folder.checkpoints / checkpoints_name if checkpoints_name else folder.checkpoints,
@@ -84,6 +85,18 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
         return parameters, privacy_statement(ledger.spending)
 
 
+def _check_model(section: Tune, material: Material) -> None:
+    parameters = material.parameters(section)
+    gradients = _example_gradients(material, parameters)
+    classes, length = len(material.verbalizer.token_ids), min(_LENGTH_STEP, material.template.max_length)
+    check_rows_are_alone(gradients, material.model, classes, section.micro_batch_size_per_gpu, length)
+
+
+def _example_gradients(material: Material, parameters: Sequence[torch.Tensor]) -> ExampleGradients:
+    share = not material.model.masked and len(parameters[0]) >= SHARE_FROM_TOKENS
+    return ExampleGradients(material.model, material.verbalizer, parameters, share_prefix=share)
+
+
 def micro_gradients(
     section: Tune, material: Material, parameters: Sequence[torch.Tensor], rows: list[int], device: torch.device
 ) -> Iterator[list[torch.Tensor]]:
@@ -95,8 +108,7 @@ def micro_gradients(
     """
     if not rows:
         return
-    share = not material.model.masked and len(parameters[0]) >= SHARE_FROM_TOKENS
-    gradients = ExampleGradients(material.model, material.verbalizer, parameters, share_prefix=share)
+    gradients = _example_gradients(material, parameters)
     for length, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
         filled = chosen + chosen[-1:] * (section.micro_batch_size_per_gpu - len(chosen))
         batch = material.template.collate([material.rows[row] for row in filled], length).to(device)

@@ -4,7 +4,7 @@ Shapes: B rows, n prompt tokens, d width, C classes.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,22 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artefact
 from post_dist.artifacts.prompt import PromptTask, write_prompt_files
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import Tune
 from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_examples
-from post_dist.data.template import Encoded, Template, Verbalizer
+from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError
-from post_dist.models.classifier import BIAS_RATE, BIAS_SCALE, class_losses
-from post_dist.models.language_model import LanguageModel
+from post_dist.models.classifier import BIAS_SCALE, class_losses
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
+from post_dist.stages.material import Material
 from post_dist.stages.prompt_training import train_prompt
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Material:
-    """What a prompt is tuned with: the frozen model, the encoded rows and their classes, and where the prompt starts."""
-
-    model: LanguageModel
-    template: Template
-    verbalizer: Verbalizer
-    rows: list[Encoded]
-    classes: torch.Tensor
-    start_nd: torch.Tensor
-
-    def parameters(self, section: Tune) -> list[torch.Tensor]:
-        """The prompt [n, d] at its start, and bias parameters [C] of zero if they are tuned; fp32."""
-        start = self.start_nd.to(torch.float32).clone()
-        return [start, start.new_zeros(len(self.verbalizer.token_ids))] if section.class_bias else [start]
-
-
-def prompt_optimizer(section: Tune, parameters: list[torch.Tensor], learning_rate: float) -> torch.optim.Optimizer:
-    """Adam or SGD, with its own rate for the class biases."""
-    rates = (learning_rate, learning_rate * BIAS_RATE)
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=False)]
-    return torch.optim.Adam(groups) if section.optimizer == "adam" else torch.optim.SGD(groups)
+_PRIVATE = "A soft prompt that was tuned with differential privacy; what that covers is below and in `privacy.json`."
+_SEEDED = "A soft prompt that is NOT private: it was tuned with noise from a seed, which can be taken off again."
+_OPEN = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
 
 
 def tune(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:
@@ -100,12 +79,12 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
         from post_dist.stages.private_tuning import tune_privately  # Opacus takes seconds to import
 
         parameters, statement = tune_privately(folder, material, world, resume)
-        summary = "A soft prompt that was tuned with differential privacy; what that covers is below and in `privacy.json`."
+        summary = _PRIVATE if statement["private"] else _SEEDED
         settings["privacy"] = folder.config.privacy.model_dump(mode="json", exclude={"ledger"})
     else:
         log.info("tune: %d prompt tokens on %s, without privacy", section.num_virtual_tokens, model_name)
         parameters, statement = _tune_openly(folder, material, world, resume), None
-        summary = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+        summary = _OPEN
     if len(parameters) > 1:
         task = replace(task, class_biases=tuple((BIAS_SCALE * parameters[1]).tolist()))
 
@@ -130,7 +109,7 @@ def _tune_openly(folder: RunFolder, material: Material, world: World, resume: st
         classes_B = material.classes[chosen].to(world.device)
         return class_losses(material.model, material.verbalizer, batch, classes_B, prompt=parameters[0], bias=bias).mean()
 
-    optimizer = prompt_optimizer(section, parameters, section.learning_rate)
+    optimizer = material.optimizer(section, parameters, section.learning_rate)
     train_prompt(parameters, loss_at, optimizer, section, folder, world, resume, metrics_name="private_metrics.jsonl", show_loss=False)
     return [parameter.detach() for parameter in parameters]
 

@@ -57,6 +57,12 @@ def put(place: str, value: object) -> Callable[[Fields, Path], object]:
     return change
 
 
+def private(**changes: object) -> Callable[[Fields, Path], object]:
+    """A privacy section, changed; None drops a field."""
+    section = {"enabled": True, "target_epsilon": 8.0, "declared_examples": 160} | changes
+    return put("privacy", {name: value for name, value in section.items() if value is not None})
+
+
 def write(name: str, content: str | bytes) -> Callable[[Fields, Path], object]:
     """Replace a file in the folder."""
     return lambda fields, folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -202,6 +208,44 @@ CASES = [
     Case("prompt of another width", 4, "the prompt has vectors of width 31", prompt_tensor(torch.zeros(5, 31)), TRANSFER),
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
     Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
+    # the privacy plan
+    Case("privacy without a target", 2, "give either target_epsilon or noise_multiplier", put("privacy", {"enabled": True}), TUNE),
+    Case("privacy with two targets", 2, "give either target_epsilon or noise_multiplier", private(noise_multiplier=1.0), TUNE),
+    Case("privacy without delta", 2, "give declared_examples, or both", private(declared_examples=None), TUNE),
+    Case("privacy of no epsilon", 2, "privacy.target_epsilon: input should be greater than 0", private(target_epsilon=0), TUNE),
+    Case(
+        "privacy of no noise",
+        2,
+        "noise_multiplier: input should be greater than",
+        private(target_epsilon=None, noise_multiplier=0.01),
+        TUNE,
+    ),
+    Case("more rows a step than declared", 2, "exceeds privacy.declared_examples", private(declared_examples=4), TUNE),
+    Case("rows cut to a count", 2, "one row more would push another one out", both(private(), put("private_task.max_rows", 50)), TUNE),
+    Case("search without privacy", 2, "tune.search needs privacy", put("tune.search", {"mean_trials": 3, "learning_rate": [0.1]}), TUNE),
+    Case("search for nothing", 2, "names nothing to try", both(private(), put("tune.search", {"mean_trials": 3})), TUNE),
+    Case("private rows without a plan", 2, "private_rows needs privacy", put("evaluate.private_rows", [8]), TUNE),
+    Case(
+        "epsilon out of reach",
+        2,
+        "no noise multiplier up to 200",
+        private(target_epsilon=0.01, sampling_probability=1.0, steps=10_000),
+        TUNE,
+    ),
+    Case("epsilon for nothing", 2, "is met with a noise multiplier below", private(target_epsilon=500.0), TUNE),
+    Case("ledger in no folder", 2, "cannot write the privacy ledger", private(ledger="none/ledger.jsonl"), TUNE),
+    Case("plan without privacy", 2, "privacy: give declared_examples", command=("privacy", "{run}")),
+    Case("budget of nothing", 2, "cannot read the privacy ledger", command=("budget", "{folder}/none.jsonl")),
+    Case("budget of no ledger", 4, "row 1 is no ledger row", command=("budget", "{folder}/private.csv")),
+    Case(
+        "audit of too much",
+        2,
+        "too many canaries",
+        private(target_epsilon=None, noise_multiplier=0.2, target_delta=1e-6),
+        ("audit", "{run}"),
+    ),
+    Case("bench without a student", 2, "distill is not finished", command=("bench", "tune", "{run}")),
+    Case("bench of no stage", 2, "Invalid value", command=("bench", "evaluate", "{run}")),
     # places
     Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
     Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),

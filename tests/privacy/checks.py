@@ -206,7 +206,7 @@ def material(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """A frozen tiny model, a template, a verbalizer, rows and their classes."""
     from post_dist.data.template import Template, Verbalizer
     from post_dist.models.load import load_tokenizer, load_whole
-    from post_dist.stages.tune import Material
+    from post_dist.stages.material import Material
 
     folder = model_folder(family)
     tokenizer, model = load_tokenizer(folder), load_whole(folder, "fp32", torch.device("cpu"))

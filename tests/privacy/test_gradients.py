@@ -9,7 +9,8 @@ import torch
 from privacy.checks import apart, example_gradients, gradients_one_at_a_time, material
 
 from post_dist.data.template import Batch
-from post_dist.privacy.gradients import ExampleGradients
+from post_dist.errors import InputError
+from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone
 
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
 TIGHT = {"gpt2": 1e-12, "roberta": 1e-12}
@@ -86,6 +87,18 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row() -> None:
             assert gradients[1:].isfinite().all()
     finally:
         table.data[poisoned] = kept
+
+
+def test_a_model_that_mixes_rows_is_refused() -> None:
+    made = material("llama", torch.float32)
+    gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=False)
+    check_rows_are_alone(gradients, made.model, 2, 4, 16)
+    mixed = made.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out - 0.1 * out.mean(dim=0, keepdim=True))
+    try:
+        with pytest.raises(InputError, match="change each other"):
+            check_rows_are_alone(gradients, made.model, 2, 4, 16)
+    finally:
+        mixed.remove()
 
 
 def test_no_weight_gets_a_gradient() -> None:

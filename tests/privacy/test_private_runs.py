@@ -1,0 +1,257 @@
+"""Private tuning through the command line: what it claims, what it charges, what it refuses, and that nothing leaks."""
+
+import fcntl
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from post_dist.artifacts.manifest import FILE_NAME, file_digest, read_manifest
+from post_dist.artifacts.prompt import read_prompt
+
+PRIVATE = ("--set=privacy.enabled=true", "--set=privacy.declared_examples=160", "--set=privacy.target_epsilon=8")
+CANARY = "zyxw heliotrope quasar"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
+    """A folder with a run file, its data and a student."""
+    folder = tmp_path_factory.mktemp("base")
+    run = tiny.write_run(folder)
+    assert post_dist("distill", run).returncode == 0
+    shutil.copytree(next(folder.glob("runs/tiny/distill-*/artifact")), folder / "student")
+    return folder
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    """The same, to be written to."""
+    shutil.copytree(base, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def tune(main: Callable, folder: Path, *options: str) -> tuple[int, str, str]:
+    return main("tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", *PRIVATE, *options, "--json")
+
+
+def artefact(said: str) -> Path:
+    return Path(json.loads(said)["artifact"])
+
+
+def test_the_plan_is_priced_without_data_or_model_in_seconds(tmp_path: Path, post_dist: Callable) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "name: a\nprivacy: {enabled: true, target_epsilon: 8, declared_examples: 67349}\ntune: {batch_size: 1024, steps: 1315}\n"
+    )
+    start = time.monotonic()
+    done = post_dist("privacy", run, "--json")
+    assert time.monotonic() - start < 20, "10 s are promised on an idle machine"
+    figures = json.loads(done.stdout)
+    assert figures["noise_multiplier"] == pytest.approx(0.706, abs=0.001)
+    assert 7.98 < figures["epsilon"] <= 8
+    assert figures["delta"] == pytest.approx(67349**-1.1)
+    assert figures["steps"] == 1315
+    assert set(figures["cross_checks"]) == {"rdp", "prv"}
+    assert figures["sampling_probability"] == 1024 / 67349
+    assert figures["accountant"].startswith("PLD")
+    given = json.loads(post_dist("privacy", run, "--json", "--set=privacy.target_epsilon=null", "--set=privacy.noise_multiplier=2").stdout)
+    assert given["noise_multiplier"] == 2
+    assert given["epsilon"] < 1.5
+
+
+def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(folder: Path, main: Callable) -> None:
+    settings = ("--set=tune.class_bias=true", "--set=evaluate.baselines=[]", "--set=evaluate.private_rows=[2]")
+    code, out, err = main("pipeline", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", *PRIVATE, *settings, "--json")
+    assert code == 0, err
+    rows = {row["name"]: row["epsilon"] for row in json.loads(out)["rows"]}
+    assert rows["zero-shot"] is None
+    assert 7.9 < rows["student + prompt"] == rows["transferred"] == rows["proxy-tuning"] <= 8
+    assert rows["student + prompt without biases"] == rows["student + prompt"]
+    assert 1.9 < rows["student + prompt, epsilon 2"] == rows["transferred, epsilon 2"] <= 2
+    for path in folder.glob("runs/tiny/*/artifact"):
+        assert json.loads(main("verify", path, "--json")[1])["ok"], path
+    tuned = [read_prompt(path) for path in folder.glob("runs/tiny/tune-*/artifact")]
+    assert all(len(prompt.task.class_biases) == 2 for prompt in tuned)
+    assert all(not read_prompt(path).task.class_biases for path in folder.glob("runs/tiny/transfer-*/artifact"))
+    card = next(folder.glob("runs/tiny/tune-*/artifact/README.md")).read_text()
+    assert "with differential privacy" in card
+    assert "| epsilon |" in card
+    assert "WITHOUT" not in card
+    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
+    assert [run["steps_charged"] for run in budget["runs"]] == [6, 6]
+    assert 8 < budget["epsilon"] < 10.1
+
+
+def test_a_false_claim_is_seen(folder: Path, main: Callable) -> None:
+    path = artefact(tune(main, folder)[1])
+    said = json.loads((path / "privacy.json").read_text())
+    for change in ({"epsilon": 1.0}, {"steps": 600}, {"noise_multiplier": math.inf}, {"sampling_probability": "x"}, {"epsilon": None}):
+        (path / "privacy.json").write_text(json.dumps(said | change))
+        manifest = json.loads((path / FILE_NAME).read_text())
+        manifest["files"]["privacy.json"] = file_digest(path / "privacy.json")
+        (path / FILE_NAME).write_text(json.dumps(manifest))
+        code, out, _ = main("verify", path, "--json")
+        assert code == 4, change
+        found = json.loads(out)
+        assert not found["ok"]
+        assert found["kind"] == "soft prompt"
+        assert len(found["problems"]) == 1
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    assert "is not the file that was written" in main("verify", path)[1]
+
+
+def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: Callable) -> None:
+    """Also not of a run that fails: the label of the canary's row is not in the verbalizer the second time."""
+    rows = tiny.sentences(200, 1)
+    rows[5:25] = [(f"{CANARY} {number} nonpareil", 1) for number in range(20)]
+    tiny.write_csv(folder / "private.csv", rows)
+    good = tune(post_dist_as_main(post_dist), folder)
+    assert good[0] == 0, good[2]
+    tiny.write_csv(folder / "private.csv", [*rows, (f"{CANARY} at last", 77)])
+    bad = tune(post_dist_as_main(post_dist), folder)
+    assert bad[0] == 2
+    words = {word for word in CANARY.split()} | {"nonpareil", "77"}
+    shown = good[1] + good[2] + bad[1] + bad[2]
+    assert not [word for word in words if re.search(rf"\b{word}\b", shown)]
+    written = [path for path in folder.rglob("*") if path.is_file() and path.name != "private.csv"]
+    assert len(written) > 10
+    assert [(path, word) for path in written for word in words - {"77"} if word.encode() in path.read_bytes()] == []
+    run = next(path for path in folder.glob("runs/tiny/tune-*"))
+    assert run.stat().st_mode & 0o77 == 0
+    assert not list(run.rglob("*metrics*")), "a private run keeps no losses, norms or sizes"
+    assert "checkpoints" not in {path.name for path in run.iterdir()}
+
+
+def post_dist_as_main(post_dist: Callable) -> Callable:
+    """A process of its own, called like the `main` fixture."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        done = post_dist(*arguments)
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(folder: Path, main: Callable) -> None:
+    capped = "--set=privacy.max_total_epsilon=9"
+    assert tune(main, folder, capped)[0] == 0
+    code, out, err = tune(main, folder, capped, "--set=tune.learning_rate=0.02")
+    assert (code, out) == (5, "")
+    assert "past its cap of 9" in err
+    assert len(list(folder.glob("runs/tiny/tune-*/artifact"))) == 1
+    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
+    assert len(budget["runs"]) == 1
+    shutil.rmtree(next(folder.glob("runs/tiny/tune-*/artifact")))
+    assert tune(main, folder, "--resume=never")[0] == 0
+    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
+    assert [run["steps_charged"] for run in budget["runs"]] == [6, 6]
+
+
+def test_two_runs_cannot_spend_from_one_ledger_at_once(folder: Path, main: Callable) -> None:
+    with (folder / "private.csv.ledger.jsonl").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = tune(main, folder)
+    assert code == 5
+    assert "another run spends from" in err
+
+
+def test_a_ledger_that_was_changed_is_refused(folder: Path, main: Callable) -> None:
+    ledger = folder / "private.csv.ledger.jsonl"
+    assert tune(main, folder)[0] == 0
+    lines = ledger.read_text().splitlines(keepends=True)
+    for changed in (lines[:2] + lines[3:], [lines[0].replace("0.", "9.", 1), *lines[1:]], [*lines, "{}\n"], [*lines, "x\n"]):
+        ledger.write_text("".join(changed))
+        assert main("budget", ledger)[0] == 4
+        assert tune(main, folder, "--set=tune.learning_rate=0.02")[0] == 4
+    ledger.write_text("".join(lines) + lines[1][:40])
+    assert main("budget", ledger)[0] == 0, "a row that a kill cut short had begun nothing"
+    assert main("budget", folder / "none.jsonl")[0] == 2
+
+
+def test_seeded_noise_marks_the_prompt_as_not_private(folder: Path, main: Callable) -> None:
+    code, out, err = tune(main, folder, "--set=privacy.noise_source=seeded")
+    assert code == 0, err
+    assert "NOT private" in (artefact(out) / "README.md").read_text()
+    said = json.loads((artefact(out) / "privacy.json").read_text())
+    assert (said["private"], said["epsilon"], said["noise_source"]) == (False, None, "seeded")
+    assert json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])["epsilon"] is None
+    assert main("verify", artefact(out))[0] == 0
+
+
+def test_system_noise_gives_another_prompt_each_time(folder: Path, main: Callable) -> None:
+    one, other = (read_prompt(artefact(tune(main, folder, f"--output={folder / name}")[1])).embeddings for name in ("a", "b"))
+    assert not one.equal(other)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("tokens", [5, 24])
+def test_optimizers_and_both_gradient_paths_train(folder: Path, main: Callable, optimizer: str, tokens: int) -> None:
+    options = (f"--set=tune.optimizer={optimizer}", f"--set=tune.num_virtual_tokens={tokens}", "--set=privacy.max_grad_norm=5")
+    code, out, err = tune(main, folder, *options)
+    assert code == 0, err
+    assert read_prompt(artefact(out)).embeddings.shape == (tokens, 32)
+
+
+def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder: Path, main: Callable) -> None:
+    search = "--set=tune.search={mean_trials: 2, learning_rate: [0.01, 0.1], max_grad_norm: [0.1, 1.0]}"
+    code, out, err = tune(main, folder, search)
+    assert code == 0, err
+    path = artefact(out)
+    said = json.loads((path / "privacy.json").read_text())
+    assert 7.9 < said["epsilon"] <= 8
+    assert said["epsilon"] > said["cross_checks"]["pld"] + 0.5, "selection is not free"
+    assert said["accountant"].startswith("RDP of repeat-and-select")
+    assert main("verify", path)[0] == 0
+    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
+    assert budget["epsilon"] == pytest.approx(said["epsilon"], abs=1e-6)
+    manifest = read_manifest(path, "soft prompt")
+    assert manifest.config["tune"]["search"]["mean_trials"] == 2
+    assert "trials" not in set(said) - {"mean_trials"}
+    assert str(budget["runs"][0]["steps_charged"]) not in {str(value) for name, value in said.items() if name != "steps"}
+
+
+def test_the_audit_stays_below_the_claim_and_sees_missing_noise(tmp_path: Path, main: Callable) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "name: a\nprivacy: {enabled: true, noise_multiplier: 1.0, sampling_probability: 0.5, target_delta: 1.0e-5, max_grad_norm: 0.1}\n"
+        "tune: {batch_size: 1000, steps: 2}\n"
+    )
+    code, out, _ = main("audit", run, "--json")
+    assert code == 0
+    found = json.loads(out)
+    print(found)
+    assert 1.0 < found["epsilon_lower_bound"] <= found["epsilon_claimed"] < found["epsilon_lower_bound_without_noise"]
+
+
+def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from post_dist.privacy.randomness import RandomSource
+
+    normal = RandomSource.normal
+    monkeypatch.setattr(RandomSource, "normal", lambda self, count, *purpose: 0.4 * normal(self, count, *purpose))
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "name: a\nprivacy: {enabled: true, noise_multiplier: 1.0, sampling_probability: 1.0, target_delta: 1.0e-5}\n"
+        "tune: {batch_size: 1000, steps: 1}\n"
+    )
+    code, _, err = main("audit", run, "--json")
+    assert code == 5
+    assert "more than the plan claims" in err
+
+
+def test_the_benchmark_of_a_step(folder: Path, main: Callable) -> None:
+    code, out, err = main("bench", "tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    names = ["ordinary non-private", "opacus hooks", "dp", "dp shared prefix", "non-private shared prefix"]
+    assert [row["name"] for row in found["rows"]] == names
+    assert list(found["ratios"]) == names
+    assert all(row["seconds_per_step"] > 0 and row["peak_memory_mib"] > 0 for row in found["rows"])
+    assert found["max_difference"] < 1e-5
