@@ -3,13 +3,12 @@
 A stage sees only the sections that it reads (`RunConfig.view`), so the provider's stages cannot reach the private task.
 """
 
-from functools import cache
 from pathlib import Path
-from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from post_dist.config.sources import Corpus, FilePath, PositiveFloat, PositiveInt, Section, Share, Task, beside_run_file
 
 Stage = Literal["distill", "tune", "transfer", "evaluate"]
 
@@ -20,24 +19,6 @@ STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
 }
 """What each stage reads, beside the general fields and the artefacts that it is handed."""
-
-
-def _beside_run_file(path: Path, info: ValidationInfo) -> Path:
-    """Read a relative path from the folder of the run file, wherever the command was started."""
-    folder = (info.context or {}).get("folder", Path())
-    return (folder / path.expanduser()).resolve()
-
-
-FilePath = Annotated[Path, AfterValidator(_beside_run_file)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -51,7 +32,7 @@ class Teacher(Section):
     @field_validator("path")
     @classmethod
     def _local_folder_beside_run_file(cls, path: str, info: ValidationInfo) -> str:
-        local = _beside_run_file(Path(path), info)
+        local = beside_run_file(Path(path), info)
         return str(local) if local.exists() or path.startswith((".", "/", "~")) else path
 
     @model_validator(mode="after")
@@ -86,98 +67,6 @@ class Student(Section):
                 raise ValueError(f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed")
             if self.layers[: self.frozen_lower_layers] != tuple(range(self.frozen_lower_layers)):
                 raise ValueError("frozen_lower_layers must be the teacher's own first layers (0, 1, 2, ...)")
-        return self
-
-
-class DataSource(Section):
-    """A local CSV, JSONL, Parquet or text file, or a data set on the hub."""
-
-    path: FilePath | None = None
-    hub: str | None = None
-    hub_config: str | None = None
-    revision: str | None = None
-    """The commit of a hub data set; required with `hub`."""
-    hub_split: str = "train"
-    text: str = "{text}"
-    """How a row's columns make the text, such as '{title} {content}'."""
-    max_rows: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSource":
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either `path` (a file) or `hub` (a data set's name)")
-        if self.hub and not self.revision:
-            raise ValueError("`hub` needs `revision` (a commit), so that the data stay the same")
-        return self
-
-    @field_validator("text")
-    @classmethod
-    def _names_a_column(cls, text: str) -> str:
-        if not placeholders(text):
-            raise ValueError("names no column; write one in braces, such as '{text}'")
-        return text
-
-
-class Corpus(DataSource):
-    """The provider's public text for distillation."""
-
-    sequence_length: Annotated[int, Field(ge=8)] = 512
-    max_tokens: PositiveInt | None = None
-    held_out_sequences: PositiveInt = 64
-    """Sequences kept out of training, for the figures that the student is judged by."""
-
-
-class Task(DataSource):
-    """A classification task; `name` fills in what it does not say from the named tasks."""
-
-    name: str
-    visibility: Literal["private", "public"]
-    template: str | None = None
-    """What the model reads: holds {text}, and {mask} for a masked model. A public task without one takes the prompt's."""
-    label_column: str = "label"
-    labels: dict[str, tuple[str, ...]] = {}
-    """For each value of the label column, the words that stand for it."""
-    allow_multi_token: bool = False
-    """Let a label word that is several tokens be judged by its first."""
-    max_length: Annotated[int, Field(ge=8)] = 128
-    """Tokens of one templated text; a longer text loses its beginning, never the template."""
-    test_hub_split: str | None = None
-    """The hub split that is the sealed test; without it the test rows are drawn by hash."""
-    validation_share: Share = 0.1
-    test_share: Share = 0.1
-    split_salt: str = "post_dist"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_task(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        known = dict(named_tasks().get(str(fields.get("name")), {}))
-        if fields.get("path") is not None:
-            for key in ("hub", "hub_config", "revision", "hub_split", "test_hub_split", "text", "label_column"):
-                known.pop(key, None)
-        merged = known | fields
-        if isinstance(merged.get("labels"), dict):
-            merged["labels"] = {str(label): words for label, words in merged["labels"].items()}
-        return merged
-
-    @field_validator("template")
-    @classmethod
-    def _template_places(cls, template: str | None) -> str | None:
-        if template is None:
-            return None
-        found = placeholders(template)
-        if found.count("text") != 1 or set(found) - {"text", "mask"} or found.count("mask") > 1:
-            raise ValueError("must hold {text} once, and besides it at most one {mask}")
-        return template
-
-    @model_validator(mode="after")
-    def _label_words_and_shares(self) -> "Task":
-        for label, words in self.labels.items():
-            if not words or not all(word.strip() for word in words):
-                raise ValueError(f"labels.{label} has an empty list or word")
-        if self.validation_share + self.test_share >= 1:
-            raise ValueError("validation_share + test_share leave nothing to train on")
         return self
 
 
@@ -229,7 +118,7 @@ class Search(Section):
 
 
 class Tune(PromptTraining):
-    """Stage 2. With `privacy.enabled`, `batch_size` is the expected number of rows a step: a constant, not a count."""
+    """Stage 2. In a private run `batch_size` is the expected number of rows a step: a constant, not a count."""
 
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     init_text: str = "Predict if the sentiment of this text is positive or negative"
@@ -264,7 +153,9 @@ class Privacy(Section):
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Default declared_examples^-1.1."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
-    """q: the chance of each example to be in a step. Default tune.batch_size / declared_examples."""
+    """q: the chance of each example to be in a step. Default expected_batch_size / declared_examples."""
+    expected_batch_size: PositiveFloat | None = None
+    """What the noisy sum is divided by; default tune.batch_size."""
     steps: PositiveInt | None = None
     """Steps of the private run; default tune.steps."""
     max_grad_norm: PositiveFloat = 0.1
@@ -275,6 +166,10 @@ class Privacy(Section):
     """Where the data set's spending is recorded; default beside a local data file, with `.ledger.jsonl` at its end."""
     noise_source: Literal["system", "seeded"] = "system"
     """`seeded` repeats its noise, for tests: what it makes is NOT private."""
+
+    def for_target(self, epsilon: float) -> "Privacy":
+        """The same plan, enabled, with the noise for an epsilon."""
+        return Privacy.model_validate(self.model_dump() | {"enabled": True, "target_epsilon": epsilon, "noise_multiplier": None})
 
     @model_validator(mode="after")
     def _complete(self) -> "Privacy":
@@ -372,15 +267,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _private_run_adds_up(self) -> "RunConfig":
-        declared = self.privacy.declared_examples
-        if self.privacy.enabled and self.privacy.sampling_probability is None and declared and self.tune.batch_size > declared:
-            raise ValueError(f"tune.batch_size ({self.tune.batch_size}) exceeds privacy.declared_examples ({declared})")
-        if self.privacy.enabled and self.private_task is not None and self.private_task.max_rows is not None:
+        rows, declared = self.privacy.expected_batch_size or self.tune.batch_size, self.privacy.declared_examples
+        private = self.privacy.enabled or bool(self.evaluate.private_rows)
+        if private and self.privacy.sampling_probability is None and declared and rows > declared:
+            raise ValueError(f"the expected batch size ({rows:g}) exceeds privacy.declared_examples ({declared})")
+        if private and self.private_task is not None and self.private_task.max_rows is not None:
             raise ValueError("private_task.max_rows does not go with privacy.enabled: one row more would push another one out")
         if self.tune.search is not None and not self.privacy.enabled:
             raise ValueError("tune.search needs privacy.enabled: true; a search that looks at private scores is not free")
-        if self.evaluate.private_rows and not self.privacy.enabled:
-            raise ValueError("evaluate.private_rows needs privacy.enabled: true and its plan")
+        for epsilon in self.evaluate.private_rows:
+            self.privacy.for_target(epsilon)
         return self
 
     def view(self, stage: Stage) -> "RunConfig":
@@ -388,21 +284,3 @@ class RunConfig(Section):
         general = ("name", "output", "seed", "inputs")
         kept = {key: getattr(self, key) for key in (*general, *STAGE_SECTIONS[stage])}
         return RunConfig.model_construct(**kept)
-
-
-def placeholders(template: str) -> list[str]:
-    """The names in braces of a template, in order.
-
-    Raises:
-        ValueError: the braces do not pair up.
-    """
-    try:
-        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"has braces that do not pair up ({error}); write {{{{ for a brace") from None
-
-
-@cache
-def named_tasks() -> dict[str, dict[str, Any]]:
-    """The tasks that the paper names, with their sources, templates and label words."""
-    return yaml.safe_load((Path(__file__).parent / "named_tasks.yaml").read_text())

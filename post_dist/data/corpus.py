@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.config.schema import Corpus as CorpusSection
-from post_dist.config.schema import placeholders
+from post_dist.config.sources import Corpus as CorpusSection
+from post_dist.config.sources import placeholders
 from post_dist.data.order import shuffled_rows
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError

@@ -1,6 +1,6 @@
 """The texts of a public task, for transfer: all that the provider's stage reads of it."""
 
-from post_dist.config.schema import Task, placeholders
+from post_dist.config.sources import Task, placeholders
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError, PrivacyRefused
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from post_dist.config.schema import DataSource, placeholders
+from post_dist.config.sources import DataSource, placeholders
 from post_dist.errors import EnvironmentFault, InputError
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from post_dist.config.schema import Task, placeholders
+from post_dist.config.sources import Task, placeholders
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError
 

@@ -74,11 +74,11 @@ def plan_fields(config: RunConfig) -> dict[str, Any]:
         InputError: the section `privacy` does not say enough.
     """
     section, tune = config.privacy, config.tune
-    declared = section.declared_examples
+    declared, expected = section.declared_examples, section.expected_batch_size or float(tune.batch_size)
     delta = section.target_delta if section.target_delta is not None else declared and declared**-1.1
     sampling_probability = section.sampling_probability
     if sampling_probability is None and declared:
-        sampling_probability = tune.batch_size / declared
+        sampling_probability = expected / declared
     if not delta or not sampling_probability:
         raise InputError("privacy: give declared_examples, or both target_delta and sampling_probability")
     search: Search | None = tune.search
@@ -87,7 +87,7 @@ def plan_fields(config: RunConfig) -> dict[str, Any]:
         "steps": section.steps or tune.steps,
         "max_grad_norm": section.max_grad_norm,
         "delta": delta,
-        "expected_batch_size": float(tune.batch_size),
+        "expected_batch_size": expected,
         "noise_source": section.noise_source,
         "declared_examples": declared,
         "mean_trials": search.mean_trials if search else None,

@@ -55,7 +55,8 @@ def run_search(
     kept = folder / "checkpoints" / "search"
     finished = newest_step(kept)
     best = load_tensors(kept, finished) if finished else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
-    for trial in range(finished, number_of_trials(plan, source)):
+    # Without its key a search is over: it was killed between the key's end and its artefact.
+    for trial in range(finished, number_of_trials(plan, source) if source.key else finished):
         parameters = train(setting_of(section, plan, source, trial), trial, f"trial-{trial}")
         count = right(parameters)
         score = count + float(source.normal(1, "score", trial, count)[0]) * float(plan.score_noise_multiplier or 0.0)

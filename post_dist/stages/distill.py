@@ -15,8 +15,8 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import frozen_settings, training_settings
-from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Distill, Student
+from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import InputError
 from post_dist.losses import DistillationTerms, distillation_loss, softened_kl, unexplained_share

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from post_dist.artifacts.manifest import fingerprint, read_manifest
 from post_dist.artifacts.run_folder import RunFolder, run_folder
-from post_dist.config.schema import DataSource, RunConfig, Stage
+from post_dist.config.schema import RunConfig, Stage
+from post_dist.config.sources import DataSource
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template, Verbalizer
@@ -71,8 +72,7 @@ class Pipeline:
         if "full prompt tuning" in self._config.evaluate.baselines:
             prompts["full prompt tuning"] = self._tune(self._config, self._teacher, "the target").artifact
         for epsilon in self._config.evaluate.private_rows:
-            privacy = self._config.privacy.model_copy(update={"target_epsilon": epsilon, "noise_multiplier": None})
-            config = self._config.model_copy(update={"privacy": privacy})
+            config = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
             source_prompt = self._tune(config, self.student, "the student").artifact
             prompts[f"student + prompt, epsilon {epsilon:g}"] = source_prompt
             prompts[f"transferred, epsilon {epsilon:g}"] = self._transfer(config, source_prompt).artifact

@@ -224,7 +224,7 @@ CASES = [
     Case("rows cut to a count", 2, "one row more would push another one out", both(private(), put("private_task.max_rows", 50)), TUNE),
     Case("search without privacy", 2, "tune.search needs privacy", put("tune.search", {"mean_trials": 3, "learning_rate": [0.1]}), TUNE),
     Case("search for nothing", 2, "names nothing to try", both(private(), put("tune.search", {"mean_trials": 3})), TUNE),
-    Case("private rows without a plan", 2, "private_rows needs privacy", put("evaluate.private_rows", [8]), TUNE),
+    Case("private rows without a plan", 2, "give declared_examples, or both", put("evaluate.private_rows", [8]), TUNE),
     Case(
         "epsilon out of reach",
         2,

@@ -511,7 +511,7 @@ def searches_stop_at_random_and_score_with_noise() -> None:
 
 
 def one_row_of_the_file_is_one_example_at_most() -> None:
-    from post_dist.config.schema import Task
+    from post_dist.config.sources import Task
 
     load = part("data.tasks").load_examples
     rows = [("a", 0), ("b", 1), ("b", 1), ("c", 0), ("d", 1)]

@@ -8,7 +8,8 @@ from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.assets import asset
 from post_dist.config.deepspeed import preset
 from post_dist.config.load import load_run
-from post_dist.config.schema import RunConfig, named_tasks
+from post_dist.config.schema import RunConfig
+from post_dist.config.sources import named_tasks
 from post_dist.errors import InputError
 
 MINIMAL = "name: run\nteacher: {path: /model}\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from post_dist.config.schema import Corpus as CorpusSection
-from post_dist.config.schema import Task
+from post_dist.config.sources import Task
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
@@ -187,3 +187,13 @@ def test_batches_of_like_length_read_all_rows_and_pad_less() -> None:
     plain = sum(4 * max(lengths[row] for row in shuffled_rows(4 * step, 4, 64, seed=1)) for step in range(16))
     assert padded < 0.8 * plain
     assert batches == [rows_of_like_length(step, 4, lengths, seed=1) for step in range(16)]
+
+
+def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
+    words = tiny.tokenizer("llama")
+    verbalizer = Verbalizer((("bad", "dull"), ("good",)), words, allow_multi_token=True)
+    logits = torch.randn(3, len(words))
+    lifted = verbalizer.lift(logits, (0.5, -2.0))
+    torch.testing.assert_close(verbalizer.scores(lifted), verbalizer.scores(logits) + torch.tensor([0.5, -2.0]))
+    assert int((lifted != logits).any(dim=0).sum()) == 3
+    assert verbalizer.lift(logits, ()) is logits

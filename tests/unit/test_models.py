@@ -41,7 +41,7 @@ def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     prompt = torch.randn(5, model.width)
     task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
-    write_prompt_files(tmp_path, prompt, task, "m")
+    write_prompt_files(tmp_path, prompt, task, "m", None)
     input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
     ours = model(input_ids, mask, prompt, answer)
     theirs = PeftModel.from_pretrained(model.model, str(tmp_path))(input_ids=input_ids, attention_mask=mask).logits

@@ -18,7 +18,9 @@ TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "pre
 
 
 def write(folder: Path, embeddings: torch.Tensor) -> Path:
-    write_artefact(folder, "soft prompt", lambda path: write_prompt_files(path, embeddings, TASK, "m"), parents={"model": "0"}, config={})
+    write_artefact(
+        folder, "soft prompt", lambda path: write_prompt_files(path, embeddings, TASK, "m", None), parents={"model": "0"}, config={}
+    )
     return folder
 
 
@@ -138,3 +140,32 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_artefact(tmp_path / "p", "soft prompt", fill, parents={}, config={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "{", '{"epsilon": -1}', '{"epsilon": "8"}', '{"epsilon": Infinity}', '{"epsilon": true}', "x" * 70_000]
+)
+def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "prompt"
+
+    def fill(path: Path) -> None:
+        write_prompt_files(path, torch.zeros(2, 4), TASK, "m", {"epsilon": 8.0})
+        (path / "privacy.json").write_text(content)
+
+    write_artefact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
+    with pytest.raises(ArtefactRefused, match="not a privacy statement"):
+        read_prompt(folder)
+
+
+@pytest.mark.parametrize("biases", [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0]])
+def test_biases_that_do_not_fit_are_refused(tmp_path: Path, biases: list) -> None:
+    folder = tmp_path / "prompt"
+
+    def fill(path: Path) -> None:
+        write_prompt_files(path, torch.zeros(2, 4), TASK, "m", None)
+        task = json.loads((path / "task.json").read_text())
+        (path / "task.json").write_text(json.dumps(task | {"class_biases": biases}))
+
+    write_artefact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
+    with pytest.raises(ArtefactRefused, match="not a task description"):
+        read_prompt(folder)
