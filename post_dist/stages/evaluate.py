@@ -83,11 +83,13 @@ def evaluate(
         "direct transfer": (scores(target, source_prompt, "direct transfer"), epsilon),
         "proxy-tuning": (proxy_logits(student_NC, student_prompted_NC, zero_shot_NC, config.transfer.proxy_lambda), epsilon),
     }
-    if source_prompt.task.class_biases:
-        scored["student + prompt without biases"] = (student_prompted_NC - torch.tensor(source_prompt.task.class_biases), epsilon)
     for name, path in prompts.items():
         prompt = read_prompt(path)
         scored[name] = (scores(student if name.startswith("student") else target, prompt, name), prompt.epsilon)
+        if prompt.task.class_biases:
+            scored[f"{name}, without biases"] = (scored[name][0] - torch.tensor(prompt.task.class_biases), prompt.epsilon)
+    if source_prompt.task.class_biases:
+        scored["student + prompt, without biases"] = (student_prompted_NC - torch.tensor(source_prompt.task.class_biases), epsilon)
     table = {
         "task": task.name,
         "split": section.split,
@@ -137,7 +139,7 @@ def _margin(scores_NC: np.ndarray, index: int) -> np.ndarray:
 _ORDER = (
     "zero-shot",
     "student + prompt",
-    "student + prompt without biases",
+    "student + prompt, without biases",
     "direct transfer",
     "published transfer",
     "transferred",

@@ -72,7 +72,8 @@ def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(folder: Path
     rows = {row["name"]: row["epsilon"] for row in json.loads(out)["rows"]}
     assert rows["zero-shot"] is None
     assert 7.9 < rows["student + prompt"] == rows["transferred"] == rows["proxy-tuning"] <= 8
-    assert rows["student + prompt without biases"] == rows["student + prompt"]
+    assert rows["student + prompt, without biases"] == rows["student + prompt"]
+    assert rows["student + prompt, epsilon 2, without biases"] == rows["transferred, epsilon 2"]
     assert 1.9 < rows["student + prompt, epsilon 2"] == rows["transferred, epsilon 2"] <= 2
     for path in folder.glob("runs/tiny/*/artifact"):
         assert json.loads(main("verify", path, "--json")[1])["ok"], path
