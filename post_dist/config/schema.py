@@ -283,4 +283,6 @@ class RunConfig(Section):
         """The run file with every section blanked that `stage` does not read."""
         general = ("name", "output", "seed", "inputs")
         kept = {key: getattr(self, key) for key in (*general, *STAGE_SECTIONS[stage])}
+        if not self.privacy.enabled:  # a plan that is not used changes nothing
+            kept.pop("privacy", None)
         return RunConfig.model_construct(**kept)

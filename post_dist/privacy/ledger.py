@@ -114,14 +114,18 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
 
 
 class LedgerRun:
-    """One run's hold on a ledger: nobody else writes while it lasts.
+    """What one run writes to a ledger.
 
     Args:
         path: the ledger.
-        descriptor: the open, locked file.
+        descriptor: of its file, from `lock_ledger`.
         run: this run's name.
         plan: this run's plan.
         cap: the epsilon that all runs together may reach, or None.
+
+    Raises:
+        ArtefactRefused: the ledger has been changed.
+        PrivacyRefused: the run would pass the cap.
     """
 
     def __init__(self, path: Path, descriptor: int, run: str, plan: PrivacyPlan, cap: float | None) -> None:
@@ -179,12 +183,12 @@ class LedgerRun:
 
 
 @contextmanager
-def hold_ledger(path: Path, run: str, plan: PrivacyPlan, cap: float | None) -> Iterator[LedgerRun]:
-    """Open a ledger for a run, alone.
+def lock_ledger(path: Path) -> Iterator[int]:
+    """Open a ledger to write to, alone; gives the file that a `LedgerRun` needs.
 
     Raises:
         InputError: it cannot be written to.
-        PrivacyRefused: another run holds it, or this run would pass the cap.
+        PrivacyRefused: another run holds it.
         EnvironmentFault: the file system has no locks.
     """
     try:
@@ -198,9 +202,8 @@ def hold_ledger(path: Path, run: str, plan: PrivacyPlan, cap: float | None) -> I
             raise PrivacyRefused(f"another run spends from {path}", "wait until it has ended") from None
         except OSError as error:
             raise EnvironmentFault(f"{path} cannot be locked: {error.strerror}", "set privacy.ledger to a file system with locks") from None
-        whole = path.read_bytes()
-        os.ftruncate(descriptor, whole.rfind(b"\n") + 1)
-        yield LedgerRun(path, descriptor, run, plan, cap)
+        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -90,6 +90,13 @@ class Pipeline:
         self._need("teacher", "private_task")
         if inputs.student is None:
             self._need("student", "corpus")
+        from post_dist.privacy.accounting import account, private_plan  # takes a second
+
+        for privacy in [self._config.privacy] + [
+            self._config.privacy.for_target(epsilon) for epsilon in self._config.evaluate.private_rows
+        ]:
+            if privacy.enabled:
+                account(private_plan(self._config.model_copy(update={"privacy": privacy})))
         tokenizer = load_tokenizer(self._teacher)
         task = self._config.private_task
         if task is not None and task.template is not None:

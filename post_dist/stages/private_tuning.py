@@ -17,7 +17,7 @@ from post_dist.models.answers import answers
 from post_dist.models.classifier import BIAS_SCALE
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.gradients import SHARE_FROM_TOKENS, ExampleGradients, check_rows_are_alone
-from post_dist.privacy.ledger import hold_ledger, ledger_path
+from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import Setting, run_search
 from post_dist.privacy.statement import privacy_statement
@@ -49,17 +49,19 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
     config = folder.config
     plan = private_plan(config)
     cost = account(plan)
-    if resume == "never":
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        (folder.path / "randomness.json").unlink(missing_ok=True)
-    source = open_source(folder.path / "randomness.json", plan.noise_source, config.seed)
     log.info(
         "tune: epsilon %.3f at delta %.2e, noise multiplier %.4f, %d steps", cost.epsilon, plan.delta, plan.noise_multiplier, plan.steps
     )
     if not plan.private:
         log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
     _check_model(config.tune, material)
-    with hold_ledger(ledger_path(config), source.run, plan, config.privacy.max_total_epsilon) as ledger:
+    key_file, ledger_file = folder.path / "randomness.json", ledger_path(config)
+    with lock_ledger(ledger_file) as descriptor:
+        if resume == "never":
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            key_file.unlink(missing_ok=True)
+        source = open_source(key_file, plan.noise_source, config.seed)
+        ledger = LedgerRun(ledger_file, descriptor, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, len(material.rows))
 
         def train(setting: Setting, trial: int, checkpoints_name: str) -> list[torch.Tensor]:
@@ -80,7 +82,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             parameters = train(Setting(config.tune.learning_rate, plan.max_grad_norm), 0, "")
         else:
             parameters = run_search(config.tune, plan, source, folder.path, train, lambda tuned: _right(folder, material, tuned, world))
-        destroy_key(folder.path / "randomness.json", source)
+        destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
 

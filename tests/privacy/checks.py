@@ -322,7 +322,8 @@ def train_toy(
     """Train 50 numbers privately in a folder; goes on from what it finds there."""
     training, ledger = part("privacy.training"), part("privacy.ledger")
     parameter = torch.zeros(50)
-    with ledger.hold_ledger(place / "ledger.jsonl", source.run, plan, cap) as held:
+    with ledger.lock_ledger(place / "ledger.jsonl") as descriptor:
+        held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
         run = training.PrivateRun(plan, source, held, total)
         optimizer = torch.optim.Adam([parameter], lr=0.1)
         training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run)
