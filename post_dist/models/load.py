@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,38 +85,29 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def model_loader(folder: Path, precision: Precision, device: torch.device) -> Callable[[], LanguageModel]:
-    """A function that loads the model in evaluation mode: whole, or in shards when ZeRO-3 is on (`shard_frozen`)."""
-    config = load_config(folder)
-    masked = is_masked(config)
-    auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+def model_settings(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, bool, dict[str, Any]]:
+    """How a model is made: the class of its family, whether it is masked, and the dtype and attention for a device."""
+    masked = is_masked(load_config(folder))
     # On a CPU the backward of fused attention in bf16 is six times slower than plain products (measured, batch 16 x 40).
     attention = "eager" if device.type == "cpu" else "sdpa"
-
-    def load() -> LanguageModel:
-        try:
-            loaded: Any = auto_class.from_pretrained(
-                folder,
-                dtype=_DTYPES[precision],
-                attn_implementation=attention,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
-        model, report = loaded
-        if report["missing_keys"]:
-            raise InputError(f"{folder} lacks weights, such as {min(report['missing_keys'])}", "they would be left random")
-        return LanguageModel(model, masked=masked).eval()
-
-    return load
+    family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return family, masked, {"dtype": _DTYPES[precision], "attn_implementation": attention, "trust_remote_code": False}
 
 
 def load_whole(folder: Path, precision: Precision, device: torch.device) -> LanguageModel:
-    """A frozen model, whole, on one device."""
-    language_model = model_loader(folder, precision, device)().to(device).requires_grad_(False)
+    """A frozen model in evaluation mode, whole, on one device.
+
+    Raises:
+        InputError: it cannot be loaded, or weights are missing.
+    """
+    family, masked, settings = model_settings(folder, precision, device)
+    try:
+        model, report = family.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+    if report["missing_keys"]:
+        raise InputError(f"{folder} lacks weights, such as {min(report['missing_keys'])}", "they would be left random")
+    language_model = LanguageModel(model, masked=masked).eval().to(device).requires_grad_(False)
     check_split(language_model)
     return language_model
 

@@ -1,31 +1,22 @@
 """DeepSpeed engines: ZeRO-3 for a frozen large model, any ZeRO stage for the student."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 from torch import nn
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def shard_frozen(load: Callable[[], Model], settings: dict[str, Any]) -> Model:
-    """Load a model into ZeRO-3 shards, to be run and never trained.
+def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
+    """A model that was made in ZeRO-3 shards, to be run and never trained.
 
     Call the module that is returned, not a DeepSpeed engine: then `loss.backward()` reaches tensors that went in, such as
     a soft prompt, and the caller reduces their gradients. Every rank must call it equally often.
-
-    Args:
-        load: loads the model through transformers, which sees the settings and shards while it reads.
-        settings: DeepSpeed's, with ZeRO stage 3 and no optimizer.
     """
-    seen_by_transformers = HfDeepSpeedConfig(settings)
-    model = load().requires_grad_(False).eval()
-    del seen_by_transformers
-    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
     return engine.module
 
 
@@ -38,6 +29,14 @@ def train_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, settings: 
 def gathered(module: nn.Module) -> AbstractContextManager[None]:
     """While entered, the module's parameters are whole on this rank, for reading. All ranks enter it."""
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    return context
+
+
+def gathered_from_main(weight: torch.Tensor) -> AbstractContextManager[None]:
+    """While entered, a sharded weight is whole, and what rank 0 makes of it is what all ranks share out when it is left."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
     return context
 
 

@@ -21,13 +21,14 @@ from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import InputError
 from post_dist.losses import DistillationTerms, distillation_loss, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
 from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
-from post_dist.runtime.zero import full_weights, gathered, shard_frozen, shard_share, train_sharded
+from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sharded
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     first_step = start_step(folder.checkpoints, resume, world)
     precision = choose_precision(config.engine, world.device)
     tokenizer = load_tokenizer(teacher_folder)
-    teacher = shard_frozen(
-        model_loader(teacher_folder, precision, world.device), frozen_settings(precision, section.micro_batch_size_per_gpu)
-    )
+    teacher = load_sharded(teacher_folder, precision, frozen_settings(precision, section.micro_batch_size_per_gpu), world)
     log.info("teacher: %d layers, ZeRO-3, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
     _check_length(corpus_section, teacher)
     corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)

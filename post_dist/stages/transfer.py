@@ -22,10 +22,10 @@ from post_dist.errors import ArtefactRefused, InputError
 from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_tokenizer, load_whole, model_loader, tokenizer_fingerprint
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.sharded import load_sharded
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
-from post_dist.runtime.zero import shard_frozen
 from post_dist.stages.prompt_training import train_prompt
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
 
 def load_target(teacher_folder: Path, precision: Precision, batch_size: int, world: World) -> LanguageModel:
     """The large LLM, frozen, in ZeRO-3 shards."""
-    return shard_frozen(model_loader(teacher_folder, precision, world.device), frozen_settings(precision, batch_size))
+    return load_sharded(teacher_folder, precision, frozen_settings(precision, batch_size), world)
 
 
 def check_belongs(

@@ -11,11 +11,11 @@ from post_dist.runtime.distributed import start
 world = start(0)
 
 from post_dist.config.deepspeed import frozen_settings  # noqa: E402
-from post_dist.models.load import model_loader  # noqa: E402
-from post_dist.runtime.zero import shard_frozen, shard_share  # noqa: E402
+from post_dist.models.sharded import load_sharded  # noqa: E402
+from post_dist.runtime.zero import shard_share  # noqa: E402
 
 folder, inputs, output = map(Path, sys.argv[1:])
-model = shard_frozen(model_loader(folder, "fp32", world.device), frozen_settings("fp32", 4))
+model = load_sharded(folder, "fp32", frozen_settings("fp32", 4), world)
 tensors = load_file(inputs)
 prompt = tensors["prompt"].clone().requires_grad_(True)
 own = slice(world.rank, None, world.size)

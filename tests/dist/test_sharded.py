@@ -54,6 +54,26 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str) -> None:
     assert sharded["share"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(vocab_size=600, hidden_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, intermediate_size=2816)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model", max_shard_size="100MB")
+    tiny.tokenizer("llama").save_pretrained(tmp_path / "model")
+    torchrun(2, Path(__file__).with_name("loading_memory.py"), tmp_path / "model", tmp_path)
+    whole = load_whole(tmp_path / "model", "fp32", CPU)
+    with torch.no_grad():
+        expected = whole(torch.arange(4, 12)[None], answer=torch.tensor([7]))[0, :5]
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        shard = facts["share"] * facts["model_mib"]
+        print(f"rank {rank}: peak {facts['peak_mib']:.0f} MiB above the imports, {facts['peak_mib'] / shard:.2f} shards of {shard:.0f} MiB")
+        assert facts["share"] == pytest.approx(0.5, abs=0.01)
+        assert facts["peak_mib"] <= 1.6 * shard + facts["layer_mib"]
+        torch.testing.assert_close(torch.tensor(facts["logits"]), expected, rtol=1e-4, atol=1e-4)
+
+
 STEPS, ACCUMULATION, ROWS = 5, 2, 8
 
 

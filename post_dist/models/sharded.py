@@ -1,0 +1,83 @@
+"""A frozen large model, read straight into ZeRO-3 shards: no process ever holds more of it than its share and one weight.
+
+transformers' own loader under ZeRO-3 peaks above a whole model on rank 0. Here the model is made in shards, and each weight is
+read by rank 0 from the safetensors files, broadcast, and cut up again before the next one.
+"""
+
+import ctypes
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from post_dist.config.deepspeed import Precision
+from post_dist.errors import InputError
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import load_config, model_settings
+from post_dist.runtime.distributed import World
+from post_dist.runtime.zero import freeze_sharded, gathered_from_main
+
+log = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3
+_MMAP_FROM_BYTES = 1 << 16
+
+
+def load_sharded(folder: Path, precision: Precision, settings: dict[str, Any], world: World) -> LanguageModel:
+    """Load a model in ZeRO-3 shards, to be run and never trained. All ranks call it, and run it equally often.
+
+    Args:
+        folder: in Hugging Face format; every rank sees it.
+        precision: of the weights.
+        settings: DeepSpeed's, with ZeRO stage 3 and no optimizer.
+        world: the ranks.
+
+    Raises:
+        InputError: weights are missing, do not fit, or cannot be read.
+    """
+    _give_memory_back_at_once()
+    family, masked, made_with = model_settings(folder, precision, world.device)
+    seen_by_transformers = HfDeepSpeedConfig(settings)
+    model = family.from_config(load_config(folder), **made_with)
+    del seen_by_transformers
+    _fill(model, folder, world)
+    return freeze_sharded(LanguageModel(model, masked=masked).eval(), settings)
+
+
+def _fill(model: nn.Module, folder: Path, world: World) -> None:
+    """Put every weight of the files into the sharded model."""
+    places: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    missing = {name for name, _ in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights, torch.no_grad():
+                for stored in weights.keys():  # noqa: SIM118 - the handle is no mapping
+                    name = next((name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in places), None)
+                    if name is None:  # a second name of a tied weight, or something of another head
+                        continue
+                    place, shape = places[name], tuple(weights.get_slice(stored).get_shape())
+                    if shape != tuple(getattr(place, "ds_shape", place.shape)):
+                        raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
+                    with gathered_from_main(place):
+                        if world.is_main or not isinstance(place, nn.Parameter):
+                            place.copy_(weights.get_tensor(stored))
+                    missing.discard(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from None
+    if missing:
+        raise InputError(f"{folder} lacks weights, such as {min(missing)}", "they would be left random")
+
+
+def _give_memory_back_at_once() -> None:
+    """Let glibc map blocks from 64 KiB on by themselves, so that a weight's memory goes back when it has been cut up.
+
+    Otherwise the heap keeps the holes between shards: measured with 2 ranks, a peak of 2.6 shards in place of 1.5.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM_BYTES)
