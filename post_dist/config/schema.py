@@ -158,6 +158,8 @@ class Privacy(Section):
     """What the noisy sum is divided by; default tune.batch_size."""
     steps: PositiveInt | None = None
     """Steps of the private run; default tune.steps."""
+    learning_rate: PositiveFloat | None = None
+    """Of the private run; default tune.learning_rate."""
     max_grad_norm: PositiveFloat = 0.1
     """C: the Euclidean norm to which each example's gradient is clipped."""
     max_total_epsilon: PositiveFloat | None = None

@@ -37,12 +37,19 @@ Train = Callable[[Setting, int, str], list[torch.Tensor]]
 
 
 def run_search(
-    section: Tune, plan: PrivacyPlan, source: RandomSource, folder: Path, train: Train, right: Callable[[list[torch.Tensor]], int]
+    section: Tune,
+    learning_rate: float,
+    plan: PrivacyPlan,
+    source: RandomSource,
+    folder: Path,
+    train: Train,
+    right: Callable[[list[torch.Tensor]], int],
 ) -> list[torch.Tensor]:
     """Run the trials and give the parameters of the best.
 
     Args:
         section: its `search` names the candidates.
+        learning_rate: of every trial, where the search names none.
         plan: gives the mean number of trials and the noise on a score.
         source: decides how many trials, which settings, and the noise.
         folder: where finished trials are kept until the search is done.
@@ -57,7 +64,7 @@ def run_search(
     best = load_tensors(kept, finished) if finished else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
     # Without its key a search is over: it was killed between the key's end and its artefact.
     for trial in range(finished, number_of_trials(plan, source) if source.key else finished):
-        parameters = train(setting_of(section, plan, source, trial), trial, f"trial-{trial}")
+        parameters = train(setting_of(section, learning_rate, plan, source, trial), trial, f"trial-{trial}")
         count = right(parameters)
         score = count + float(source.normal(1, "score", trial, count)[0]) * float(plan.score_noise_multiplier or 0.0)
         if score > best["score"]:
@@ -83,10 +90,10 @@ def logarithmic_parameter(mean: float) -> float:
     return float(brentq(lambda p: -p / ((1 - p) * math.log1p(-p)) - mean, 1e-12, 1 - 1e-12))
 
 
-def setting_of(section: Tune, plan: PrivacyPlan, source: RandomSource, trial: int) -> Setting:
-    """The candidate that a trial tries, drawn evenly from the lists."""
+def setting_of(section: Tune, learning_rate: float, plan: PrivacyPlan, source: RandomSource, trial: int) -> Setting:
+    """The candidate that a trial tries, drawn evenly from the lists; what they leave open stays as given."""
     search = section.search
-    rates = (search.learning_rate if search else ()) or (section.learning_rate,)
+    rates = (search.learning_rate if search else ()) or (learning_rate,)
     norms = (search.max_grad_norm if search else ()) or (plan.max_grad_norm,)
     word = int(source.words(1, "setting", trial)[0]) % (len(rates) * len(norms))
     return Setting(rates[word % len(rates)], norms[word // len(rates)])

@@ -55,6 +55,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
     if not plan.private:
         log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
     _check_model(config.tune, material)
+    learning_rate = config.privacy.learning_rate or config.tune.learning_rate
     key_file, ledger_file = folder.path / "randomness.json", ledger_path(config)
     with lock_ledger(ledger_file) as descriptor:
         if resume == "never":
@@ -79,9 +80,11 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             return parameters
 
         if config.tune.search is None:
-            parameters = train(Setting(config.tune.learning_rate, plan.max_grad_norm), 0, "")
+            parameters = train(Setting(learning_rate, plan.max_grad_norm), 0, "")
         else:
-            parameters = run_search(config.tune, plan, source, folder.path, train, lambda tuned: _right(folder, material, tuned, world))
+            parameters = run_search(
+                config.tune, learning_rate, plan, source, folder.path, train, lambda tuned: _right(folder, material, tuned, world)
+            )
         destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
