@@ -1,15 +1,23 @@
 """What the stages are compared with, written from what each describes.
 
-Shapes: B rows, n prompt tokens, d width.
+Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
 """
 
 import torch
 from opacus import GradSampleModule
 from torch import nn
+from torch.nn import functional
 
 from post_dist.data.template import Batch, Verbalizer
-from post_dist.models.classifier import class_losses
 from post_dist.models.language_model import LanguageModel
+
+
+def plain_losses(model: LanguageModel, verbalizer: Verbalizer, batch: Batch, classes_B: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Losses [B] the ordinary way: the prompt before every row, the whole trunk, and the head at the answer."""
+    hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt)
+    places_B = batch.answer + prompt.shape[-2]
+    logits_BV = model.head(hidden_BTd[torch.arange(len(places_B), device=places_B.device), places_B])
+    return functional.cross_entropy(verbalizer.scores(logits_BV), classes_B, reduction="none")
 
 
 class HookedPrompt(nn.Module):
@@ -39,7 +47,7 @@ class OpacusHooks:
     def __call__(self, batch: Batch, classes_B: torch.Tensor) -> torch.Tensor:
         """The gradients at the prompt that was given first."""
         copies_Bnd = self._prompt(self._places_n.expand(len(classes_B), -1))
-        class_losses(self._model, self._verbalizer, batch, classes_B, prompt=copies_Bnd).sum().backward()  # type: ignore[no-untyped-call]
+        plain_losses(self._model, self._verbalizer, batch, classes_B, copies_Bnd).sum().backward()  # type: ignore[no-untyped-call]
         weight = self._prompt._module.embedding.weight
         gradients: torch.Tensor = weight.grad_sample
         weight.grad_sample = weight.grad = None

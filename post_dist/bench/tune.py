@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.bench.measure import measure
-from post_dist.bench.peers import OpacusHooks
+from post_dist.bench.peers import OpacusHooks, plain_losses
 from post_dist.config.schema import RunConfig
 from post_dist.data.template import Batch, Verbalizer
 from post_dist.errors import InputError
@@ -56,8 +56,11 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
 
         def step() -> torch.Tensor:
             optimizer.zero_grad()
-            place: dict[str, Any] = {"prefix": model.prefix_of(prompt_nd)} if share else {"prompt": prompt_nd}
-            class_losses(model, verbalizer, batch, classes_B, **place).mean().backward()  # type: ignore[no-untyped-call]
+            if share:
+                losses_B = class_losses(model, verbalizer, batch, classes_B, prefix=model.prefix_of(prompt_nd))
+            else:
+                losses_B = plain_losses(model, verbalizer, batch, classes_B, prompt_nd)
+            losses_B.mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return rows * prompt_nd.grad.detach()  # type: ignore[union-attr]
 

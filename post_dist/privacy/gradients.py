@@ -44,7 +44,7 @@ class ExampleGradients:
         rows = len(classes_B)
         biases = [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
         sources = [self._prompt_nd.detach()[None]] if self._prefix is None else self._prefix
-        copies = [source.detach().expand(rows, *source.shape[1:]).clone().requires_grad_(True) for source in sources]
+        copies = [source.detach().expand(rows, *source.shape[1:]).requires_grad_(True) for source in sources]
         place = {"prompt": copies[0]} if self._prefix is None else {"prefix": copies}
         losses_B = class_losses(self._model, self._verbalizer, batch, classes_B, bias=biases[0] if biases else None, **place)  # type: ignore[arg-type]
         gradients = torch.autograd.grad(losses_B.sum(), [*copies, *biases])

@@ -169,3 +169,15 @@ def test_weights_that_are_missing_are_never_left_random(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks weights, such as lm_head\.weight"):
         load_whole(tmp_path, "fp32", CPU)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_answer_is_the_head_over_the_whole_trunk(tmp_path: Path, family: str) -> None:
+    """Though the last layer's MLP runs at the answer alone, and the prompt may be given as keys and values."""
+    model = load_whole(tiny.write_model(tmp_path / "model", family), "fp32", torch.device("cpu"))
+    input_ids, answer = torch.randint(4, 500, (3, 12)), torch.tensor([11, 4, 7])
+    prompt = torch.randn(5, 32)
+    whole = model.head(model(input_ids, None, prompt)[torch.arange(3), answer + 5])
+    torch.testing.assert_close(model(input_ids, None, prompt, answer), whole)
+    if not model.masked:
+        torch.testing.assert_close(model(input_ids, None, None, answer, model.prefix_of(prompt)), whole)
