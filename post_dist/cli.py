@@ -211,6 +211,9 @@ def _run(
         folder = stages.everything() if whole else getattr(stages, command)()
     except KeyboardInterrupt:
         raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
+    except Interrupted:  # all ranks have agreed on it
+        world.leave()
+        raise
     if world.is_main:
         _print_result(folder, whole, as_json)
     world.leave()
@@ -223,8 +226,10 @@ def _start(config: "RunConfig") -> "World":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
+    from post_dist.runtime.stop import listen
 
     speak(_rank())
+    listen()
     return start(config.seed)
 
 

@@ -91,14 +91,24 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        partial.rename(destination)
-        _flush(destination.parent)
+        put_in_place(partial, destination)
     except OSError as error:
         raise InputError(f"cannot write {destination}: {error.strerror or error}", "give another --output") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, destination: Path) -> None:
+    """Flush a folder that is whole to disk, and only then give it its name."""
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    partial.rename(destination)
+    _flush(destination.parent)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a folder by its path in there."""
+    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write_artefact(
@@ -115,7 +125,7 @@ def write_artefact(
 
     def fill_and_sign(folder: Path) -> None:
         fill(folder)
-        files = {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = file_digests(folder)
         versions = {package: version(package) for package in _PACKAGES}
         manifest = Manifest(kind, dict(parents), dict(config), files, tokenizer, versions)
         (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")

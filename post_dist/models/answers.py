@@ -11,6 +11,7 @@ from post_dist.data.template import Encoded, Template
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
 
 
 @torch.no_grad()
@@ -42,6 +43,8 @@ def answers(
             )
             results.append(world.concatenate(reduce(logits)).cpu())
             advance("")
+            if stop_requested(world):
+                raise stopped(f"{label} is begun again next time")
     stacked = torch.cat(results)[: len(rows)]
     in_order = torch.empty_like(stacked)
     in_order[torch.tensor(by_length)] = stacked

@@ -21,8 +21,10 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.privacy.sampling import poisson_rows
-from post_dist.runtime.checkpoint import load_tensors, newest_step, optimizer_state, restore_optimizer, save_tensors
+from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_optimizer, save_tensors, start_step
+from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
 
 MicroGradients = Callable[[list[int]], Iterator[Sequence[torch.Tensor]]]
 """From the rows of a step to the gradients of each of its micro-batches: for each parameter [B, ...]."""
@@ -37,12 +39,14 @@ class PrivateRun:
         source: of all randomness.
         ledger: where each step's intent is put.
         total: number of private rows.
+        world: this process, alone.
     """
 
     plan: PrivacyPlan
     source: RandomSource
     ledger: LedgerRun
     total: int
+    world: World
 
 
 def train_privately(
@@ -72,7 +76,7 @@ def train_privately(
         parameter.requires_grad_(True)
     private = PrivateOptimizer(optimizer, run.plan, run.source, trial)
     rates = [group["lr"] for group in private.param_groups]
-    first = newest_step(checkpoints)
+    first = start_step(checkpoints, "auto", run.world)
     if first:
         restore_optimizer(parameters, optimizer, load_tensors(checkpoints, first))
     with progress(label, run.plan.steps, first, show=True) if label else nullcontext(lambda text: None) as advance:
@@ -84,3 +88,5 @@ def train_privately(
             private.finish(step, lambda commitment, step=step: run.ledger.intend(trial, step, commitment))  # type: ignore[misc]
             save_tensors(checkpoints, step + 1, optimizer_state(parameters, optimizer))
             advance("")
+            if stop_requested(run.world):
+                raise stopped(f"the state is saved at step {step + 1} of {run.plan.steps}")

@@ -1,8 +1,10 @@
 """Where an unfinished stage goes on: the prompt's state as tensors, the student's as a DeepSpeed checkpoint.
 
-Every checkpoint is written beside its place and renamed; the newest whole one counts, and the two newest are kept.
+Every checkpoint is written beside its place with the sha256 of each of its files, flushed, and renamed. The newest one whose
+files are all as they were written counts, and the two newest are kept.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -12,26 +14,34 @@ import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import write_folder
+from post_dist.artifacts.manifest import file_digests, put_in_place, write_folder
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
 _KEEP = 2
 _TENSORS = "state.safetensors"
+_SEAL = "checkpoint.json"
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest whole checkpoint, 0 when there is none."""
-    return max((_step_of(path) for path in folder.glob("step-*")), default=0)
+    """The step of the newest checkpoint that is as it was written, 0 when there is none; a damaged one is named and passed over."""
+    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
+        if _is_whole(path):
+            return _step_of(path)
+        log.warning("%s is damaged: going back to the checkpoint before it", path)
+        shutil.rmtree(path)
+    return 0
 
 
 def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """Keep a few small tensors, such as a prompt and its optimizer's moments."""
-    write_folder(
-        folder / f"step-{step}",
-        lambda partial: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS),
-    )
+
+    def fill(partial: Path) -> None:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
+        _seal(partial)
+
+    write_folder(folder / f"step-{step}", fill)
     _drop_old(folder)
 
 
@@ -68,8 +78,10 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
     engine.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
     world.barrier()
     if world.is_main:
-        partial.rename(folder / f"step-{step}")
+        _seal(partial)
+        put_in_place(partial, folder / f"step-{step}")
         _drop_old(folder)
+    world.barrier()
 
 
 def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -79,13 +91,26 @@ def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> N
 
 def start_step(folder: Path, resume: str, world: World) -> int:
     """The step to start from; `resume` of `never` throws earlier checkpoints away."""
-    with world.main_first():
-        if resume == "never" and world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        step = newest_step(folder)
+    if world.is_main and resume == "never":
+        shutil.rmtree(folder, ignore_errors=True)
+    step = world.from_main(newest_step(folder) if world.is_main else 0)
     if step:
         log.info("going on from step %d of %s", step, folder.parent.name)
     return step
+
+
+def _seal(folder: Path) -> None:
+    (folder / _SEAL).write_text(json.dumps(file_digests(folder)))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sealed = json.loads((folder / _SEAL).read_text())
+        found = file_digests(folder)
+        found.pop(_SEAL)
+        return bool(sealed == found)
+    except (OSError, ValueError):
+        return False
 
 
 def _step_of(path: Path) -> int:

@@ -63,6 +63,22 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; the same answer on all."""
+        if self.size == 1:
+            return flag
+        raised = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised)
+
+    def from_main(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body on rank 0, then on the others: they find what it has made."""

@@ -28,6 +28,7 @@ from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sharded
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,11 @@ def _train(
             ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos])).tolist()
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
-            if (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps:
+            stop = stop_requested(world)
+            if stop or ((step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps):
                 save_engine(folder.checkpoints, step + 1, engine, world)
+            if stop:
+                raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
 
 
 def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, index: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:

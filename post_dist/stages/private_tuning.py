@@ -63,7 +63,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             key_file.unlink(missing_ok=True)
         source = open_source(key_file, plan.noise_source, config.seed)
         ledger = LedgerRun(ledger_file, descriptor, source.run, plan, config.privacy.max_total_epsilon)
-        run = PrivateRun(plan, source, ledger, len(material.rows))
+        run = PrivateRun(plan, source, ledger, len(material.rows), world)
 
         def train(setting: Setting, trial: int, checkpoints_name: str) -> list[torch.Tensor]:
             parameters = material.parameters(config.tune)

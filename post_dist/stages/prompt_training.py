@@ -14,6 +14,7 @@ from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
 
 Loss = Callable[[int], torch.Tensor]
 """From the step's number to the mean loss over this rank's rows, at the present values of the parameters."""
@@ -66,8 +67,13 @@ def train_prompt(
             mean_loss = float(world.mean(loss.detach().clone()))
             metrics.write(step=step, loss=mean_loss)
             advance(f"loss {mean_loss:.4f}" if show_loss else "")
-            if (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps and world.is_main:
+            stop = stop_requested(world)
+            due = (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps
+            if (stop or due) and world.is_main:
                 save_tensors(folder.checkpoints, step + 1, optimizer_state(parameters, optimizer))
+            if stop:
+                world.barrier()  # nobody leaves before the state is on disk
+                raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
 
 
 def schedule_at(section: PromptTraining, step: int, steps: int) -> float:

@@ -106,9 +106,23 @@ def test_two_parties_meet_through_artefacts_alone(tmp_path: Path, post_dist: Cal
     assert private_paths == []
 
 
-@pytest.mark.parametrize("stage", ["distill", "tune", "transfer"])
-def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been_killed(
-    tmp_path: Path, finished: Path, post_dist: Callable, stage: str
+PRIVATE = ["--set=privacy.enabled=true", "--set=privacy.declared_examples=160", "--set=privacy.noise_multiplier=1"]
+PRIVATE += ["--set=privacy.noise_source=seeded"]  # with noise from the system no two runs are equal
+
+
+@pytest.mark.parametrize(
+    ("stage", "by", "more"),
+    [
+        ("distill", "SIGKILL", []),
+        ("tune", "SIGKILL", []),
+        ("transfer", "SIGKILL", []),
+        ("distill", "SIGTERM", []),
+        ("transfer", "SIGUSR2", []),
+        ("tune", "SIGTERM", PRIVATE),
+    ],
+)
+def test_a_stopped_stage_goes_on_and_ends_as_if_it_had_not_been_stopped(
+    tmp_path: Path, finished: Path, post_dist: Callable, stage: str, by: str, more: list[str]
 ) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("runs"))
@@ -116,16 +130,20 @@ def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been_killed(
         "tune": {"student": artifact(finished, "distill")},
         "transfer": {"student": artifact(finished, "distill"), "source_prompt": artifact(finished, "tune")},
     }.get(stage, {})
-    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [f"--set={stage}.steps=150"]
+    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [f"--set={stage}.steps=150", *more]
     straight = post_dist(stage, folder / "run.yaml", *options, "--output", tmp_path / "straight", "--json")
     assert straight.returncode == 0, straight.stderr
 
     command = [sys.executable, "-m", "post_dist", stage, str(folder / "run.yaml"), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while process.poll() is None and not list(folder.glob("runs/tiny/*/checkpoints/step-*")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(getattr(signal, by))
+    said = process.communicate(timeout=60)[1]
+    if by != "SIGKILL":
+        assert process.returncode == 6, said
+        assert f"stopped by {by}" in said
+        assert "Traceback" not in said
     assert not list(folder.glob("runs/tiny/*/artifact")), "the stage ended before it was killed"
     again = post_dist(stage, folder / "run.yaml", *options, "--json")
     assert again.returncode == 0, again.stderr

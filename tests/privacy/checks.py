@@ -25,6 +25,8 @@ import tiny
 import torch
 from scipy import stats
 
+from post_dist.runtime.distributed import World
+
 SMALL_CHANCE = 1e-6
 """A test of randomness fails by chance this often."""
 
@@ -324,7 +326,7 @@ def train_toy(
     parameter = torch.zeros(50)
     with ledger.lock_ledger(place / "ledger.jsonl") as descriptor:
         held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
-        run = training.PrivateRun(plan, source, held, total)
+        run = training.PrivateRun(plan, source, held, total, World(0, 1, 0, "none", torch.device("cpu")))
         optimizer = torch.optim.Adam([parameter], lr=0.1)
         training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run)
         if finish:
