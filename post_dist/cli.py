@@ -17,6 +17,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
 from post_dist.errors import ArtefactRefused, InputError, Interrupted, PostDistError, PrivacyRefused
+from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
@@ -230,6 +231,7 @@ def _start(config: "RunConfig") -> "World":
 
     speak(_rank())
     listen()
+    watch(_rank(), config.engine.hang_timeout_seconds)
     return start(config.seed)
 
 
@@ -265,6 +267,8 @@ def main() -> None:
         # The message of an unforeseen error may quote private data, so only its kind and place are shown.
         print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        rest()
 
 
 if __name__ == "__main__":

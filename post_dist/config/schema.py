@@ -226,6 +226,8 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    hang_timeout_seconds: PositiveFloat = 1800.0
+    """A process that has not moved for so long says where it stood, and ends."""
 
 
 class Inputs(Section):

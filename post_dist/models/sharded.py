@@ -19,6 +19,7 @@ from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config, model_settings
 from post_dist.runtime.distributed import World
+from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import freeze_sharded, gathered_from_main
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def _fill(model: nn.Module, folder: Path, world: World) -> None:
                     place, shape = places[name], tuple(weights.get_slice(stored).get_shape())
                     if shape != tuple(getattr(place, "ds_shape", place.shape)):
                         raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
+                    phase(f"loading {stored}")
                     with gathered_from_main(place):
                         if world.is_main or not isinstance(place, nn.Parameter):
                             place.copy_(weights.get_tensor(stored))

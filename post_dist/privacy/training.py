@@ -10,7 +10,6 @@ Shapes: B examples, ... a parameter's own shape.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +57,8 @@ def train_privately(
     checkpoints: Path,
     *,
     trial: int = 0,
-    label: str | None = None,
+    label: str,
+    show: bool = True,
 ) -> None:
     """Train parameters in place for all of the plan's steps.
 
@@ -70,7 +70,8 @@ def train_privately(
         run: plan, randomness and ledger.
         checkpoints: where the state is kept after every step.
         trial: which trial of a search this is.
-        label: what the progress is called; None shows none.
+        label: what the progress is called.
+        show: whether it is shown; how many trials there are is not.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -79,7 +80,7 @@ def train_privately(
     first = start_step(checkpoints, "auto", run.world)
     if first:
         restore_optimizer(parameters, optimizer, load_tensors(checkpoints, first))
-    with progress(label, run.plan.steps, first, show=True) if label else nullcontext(lambda text: None) as advance:
+    with progress(label, run.plan.steps, first, show=show) as advance:
         for step in range(first, run.plan.steps):
             for group, rate in zip(private.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_at(step)

@@ -17,8 +17,8 @@ from post_dist.errors import EnvironmentFault, InputError
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for each other; the longest wait is for rank 0 while it tunes alone."""
+_TIMEOUT = timedelta(days=2)
+"""How long a collective waits: rank 0 may tune alone for many hours. The watchdog ends a hang long before."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from post_dist.runtime.watchdog import phase
+
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -24,15 +26,33 @@ def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Ite
         done: how many were done before.
         show: False on all ranks but the first.
     """
+    phase(f"{label}, {done} of {total} done")
     if not show:
-        yield lambda text: None
+        yield _silent(label, total, done)
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total, completed=done, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
+            moved = _silent(label, total, done)
+
+            def advance(text: str) -> None:
+                moved(text)
+                bar.update(task, advance=1, text=text)
+
+            yield advance
     else:
         yield _lines(label, total, done)
+
+
+def _silent(label: str, total: int, done: int) -> Callable[[str], None]:
+    """Tells the watchdog alone."""
+
+    def advance(text: str) -> None:
+        nonlocal done
+        done += 1
+        phase(f"{label}, {done} of {total} done")
+
+    return advance
 
 
 def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
@@ -42,6 +62,7 @@ def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
     def advance(text: str) -> None:
         nonlocal done, last
         done += 1
+        phase(f"{label}, {done} of {total} done")
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES or done == total:
             last = now

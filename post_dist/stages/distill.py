@@ -29,6 +29,7 @@ from post_dist.runtime.distributed import World, choose_precision
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sharded
 
 log = logging.getLogger(__name__)
@@ -181,10 +182,14 @@ def _train(
                 input_ids, labels = _inputs(
                     corpus.training_batch(micro_step, micro_batch, world), masking, micro_step * world.size + world.rank, world
                 )
+                phase(f"distill step {step}: the teacher's forward")
                 with torch.no_grad():
                     teacher_hidden = teacher(input_ids)
+                phase(f"distill step {step}: the student's forward")
                 loss, terms, _ = engine(input_ids, labels, teacher_hidden)
+                phase(f"distill step {step}: the backward pass")
                 engine.backward(loss)
+                phase(f"distill step {step}: the optimizer")
                 engine.step()
             ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos])).tolist()
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])

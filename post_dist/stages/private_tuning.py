@@ -75,7 +75,8 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
                 setting.applied_to(run),
                 folder.checkpoints / checkpoints_name if checkpoints_name else folder.checkpoints,
                 trial=trial,
-                label=folder.path.name if config.tune.search is None else None,
+                label=folder.path.name,
+                show=config.tune.search is None,
             )
             return parameters
 

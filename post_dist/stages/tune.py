@@ -22,6 +22,7 @@ from post_dist.models.classifier import BIAS_SCALE, class_losses
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
+from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.material import Material
 from post_dist.stages.prompt_training import train_prompt
 
@@ -47,7 +48,8 @@ def tune(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_n
     """
     if world.is_main:
         _tune_alone(folder, model_folder, parents, model_name, replace(world, size=1), resume)
-    world.barrier()
+    with unwatched("waiting for rank 0 to tune"):
+        world.barrier()
 
 
 def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:

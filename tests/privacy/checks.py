@@ -328,7 +328,7 @@ def train_toy(
         held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
         run = training.PrivateRun(plan, source, held, total, World(0, 1, 0, "none", torch.device("cpu")))
         optimizer = torch.optim.Adam([parameter], lr=0.1)
-        training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run)
+        training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run, label="toy")
         if finish:
             held.finish()
     return parameter.detach()
