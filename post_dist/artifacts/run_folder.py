@@ -16,6 +16,7 @@ from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
 from post_dist.errors import InputError
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
+_WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon", "hang_timeout_seconds"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label
     """
     view = config.view(stage)
     settings = view.model_dump(mode="json", include={"seed", *STAGE_SECTIONS[stage]})
-    signature = digest_of({"stage": stage, "settings": _without_paths(settings), "inputs": dict(inputs)})
+    signature = digest_of({"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)})
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
 
 
-def _without_paths(value: object) -> object:
-    """Drop paths from settings: the digest of what they hold stands in the inputs."""
+def _influential(value: object) -> object:
+    """Drop settings that do not change what a stage makes; the digest of what a path holds stands in the inputs."""
     if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items() if key != "path"}
+        return {key: _influential(inner) for key, inner in value.items() if key not in _WITHOUT_INFLUENCE}
     return value

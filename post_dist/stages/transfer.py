@@ -114,7 +114,15 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
         def fill(artifact: Path) -> None:
             write_prompt_files(artifact, prompt_nd, own_task, name, source_prompt.privacy)
             summary = "A soft prompt that was transferred from a student with public text alone (POST)."
-            write_card(artifact, f"Soft prompt for {name}", summary, section.model_dump(), library="peft", tag="prompt-tuning")
+            epsilon = "none: the source prompt is not private" if source_prompt.epsilon is None else source_prompt.epsilon
+            write_card(
+                artifact,
+                f"Soft prompt for {name}",
+                summary,
+                section.model_dump() | {"epsilon": epsilon},
+                library="peft",
+                tag="prompt-tuning",
+            )
 
         write_artefact(
             folder.artifact,

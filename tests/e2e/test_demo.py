@@ -20,15 +20,21 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     fetched = subprocess.run([sys.executable, demo / "fetch_demo.py"], capture_output=True, text=True, timeout=300, check=False)
     assert fetched.returncode == 0, fetched.stderr
     settings = ["distill.steps=2", "distill.micro_batch_size_per_gpu=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
-    settings += ["tune.steps=2", "transfer.steps=2", "private_task.max_rows=120", "public_task.max_rows=32", "evaluate.baselines=[]"]
-    settings += ["evaluate.split=validation"]
+    settings += ["tune.steps=2", "transfer.steps=2", "public_task.max_rows=32", "evaluate.baselines=[]"]
+    settings += ["evaluate.split=validation", "private_task.validation_share=0.014", "privacy.steps=2", "evaluate.private_rows=[1]"]
     done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json")
     assert done.returncode == 0, done.stderr
-    accuracy = {row["name"]: row["accuracy_micro"] for row in json.loads(done.stdout)["rows"]}
+    rows = json.loads(done.stdout)["rows"]
+    accuracy = {row["name"]: row["accuracy_micro"] for row in rows}
     print(accuracy)
+    assert {row["name"] for row in rows if row["epsilon"] is not None} == {
+        "student + prompt, epsilon 1",
+        "student + prompt, epsilon 1, without biases",
+        "transferred, epsilon 1",
+    }
     assert accuracy["zero-shot"] > 0.65, "the pretrained model tells good reviews from bad ones by itself"
 
-    (folder,) = demo.glob("runs/demo/transfer-*/artifact")
+    folder = next(demo.glob("runs/demo/transfer-*/artifact"))
     model = load_whole(demo / "model", "fp32", torch.device("cpu"))
     input_ids = torch.randint(100, 40000, (2, 12))
     prompt = read_prompt(folder).embeddings
