@@ -113,7 +113,7 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
 
 @cache
 def _calibrated(fields: tuple[tuple[str, object], ...], target: float) -> PrivacyPlan:
-    """The plan with the least noise on a grid of 1e-4 whose figure of record is at most the target."""
+    """The plan with the noise for a target, rounded up to a multiple of 1e-4 and accounted again."""
 
     def plan(sigma: float) -> PrivacyPlan:
         return PrivacyPlan(noise_multiplier=sigma, **dict(fields))  # type: ignore[arg-type]
@@ -139,7 +139,8 @@ def _calibrated(fields: tuple[tuple[str, object], ...], target: float) -> Privac
             f"privacy.target_epsilon: {target:g} is met with a noise multiplier below {_SIGMA_RANGE[0]:g}",
             "take a smaller target, or give a noise_multiplier",
         )
-    steps = math.ceil(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID) - 1
+    # The coarse loss is the more pessimistic one, so that the fine one agrees at once, as a rule.
+    steps = math.ceil(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID)
     while excess(math.log(steps * _SIGMA_GRID), _FINE) > 0:
         steps += 1
     return plan(round(steps * _SIGMA_GRID, 4))

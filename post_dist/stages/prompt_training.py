@@ -10,11 +10,14 @@ import torch
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
+from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_optimizer, save_tensors, start_step
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
+
+_MOST_SKIPPED_IN_A_ROW = 5
 
 Loss = Callable[[int], torch.Tensor]
 """From the step's number to the mean loss over this rank's rows, at the present values of the parameters."""
@@ -34,6 +37,8 @@ def train_prompt(
 ) -> None:
     """Train parameters in place for a fixed number of steps; the last step's values are the result.
 
+    A step whose mean gradient is not finite is passed over on every rank.
+
     They are kept in fp32 on every rank, outside ZeRO's shards; their gradients are averaged over the ranks by hand.
 
     Args:
@@ -46,6 +51,10 @@ def train_prompt(
         resume: auto or never.
         metrics_name: the file for the losses.
         show_loss: whether the loss may be shown; not when it comes from private data.
+
+    Raises:
+        InputError: five steps in a row were passed over.
+        Interrupted: a rank was asked to stop; the state is saved.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -53,6 +62,7 @@ def train_prompt(
     first_step = start_step(folder.checkpoints, resume, world)
     if first_step:
         restore_optimizer(parameters, optimizer, load_tensors(folder.checkpoints, first_step))
+    in_a_row = 0
     metrics = Metrics(folder.path / metrics_name if world.is_main else None)
     with progress(folder.path.name, section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):
@@ -63,9 +73,17 @@ def train_prompt(
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in parameters:
                 world.mean(parameter.grad)  # type: ignore[arg-type]
-            optimizer.step()
+            # The mean is the same on every rank, and so is what they make of it.
+            finite = all(bool(parameter.grad.isfinite().all()) for parameter in parameters)  # type: ignore[union-attr]
+            in_a_row = 0 if finite else in_a_row + 1
+            if finite:
+                optimizer.step()
+            elif in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+                raise InputError(
+                    f"{in_a_row} steps in a row had gradients that are not finite, up to step {step}", "lower the learning rate"
+                )
             mean_loss = float(world.mean(loss.detach().clone()))
-            metrics.write(step=step, loss=mean_loss)
+            metrics.write(step=step, loss=mean_loss, skipped=not finite)
             advance(f"loss {mean_loss:.4f}" if show_loss else "")
             stop = stop_requested(world)
             due = (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps

@@ -286,8 +286,9 @@ MUTANTS = [
     Mutant(
         "sigma rounded down",
         "privacy.accounting",
+        "    steps = math.ceil(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID)\n"
         "    while excess(math.log(steps * _SIGMA_GRID), _FINE) > 0:\n        steps += 1\n",
-        "",
+        "    steps = math.floor(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID)\n",
         "calibration_meets_its_target_from_below",
     ),
     Mutant("delta of 1/N", "privacy.plan", "declared**-1.1", "1 / declared", "the_plan_is_declared_and_never_counted"),
