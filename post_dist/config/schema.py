@@ -160,7 +160,7 @@ class Privacy(Section):
     """Steps of the private run; default tune.steps."""
     learning_rate: PositiveFloat | None = None
     """Of the private run; default tune.learning_rate."""
-    max_grad_norm: PositiveFloat = 0.1
+    max_grad_norm: PositiveFloat = 1.0
     """C: the Euclidean norm to which each example's gradient is clipped."""
     max_total_epsilon: PositiveFloat | None = None
     """Refuse a run that would take the sum of all runs on this data set past this epsilon."""

@@ -92,8 +92,11 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
 
     def fill(artifact: Path) -> None:
         write_prompt_files(artifact, parameters[0], task, model_name, statement)
-        rows = section.model_dump(exclude_none=True) | (statement or {"epsilon": "none: tuned without differential privacy"})
-        write_card(artifact, f"Soft prompt for {model_name}", summary, rows, library="peft", tag="prompt-tuning")
+        claim = dict(statement or {"epsilon": "none: tuned without differential privacy"})
+        notes = {"What epsilon does not cover": claim.pop("not_covered")} if statement else {}
+        plan = folder.config.privacy.model_dump(exclude={"enabled", "ledger"}, exclude_none=True) if statement else {}
+        rows = {**section.model_dump(exclude_none=True), **plan, **claim}
+        write_card(artifact, f"Soft prompt for {model_name}", summary, rows, library="peft", tag="prompt-tuning", notes=notes)
 
     write_artefact(folder.artifact, "soft prompt", fill, parents=parents, config=settings, tokenizer=tokenizer_fingerprint(tokenizer))
 
