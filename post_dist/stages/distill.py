@@ -35,6 +35,7 @@ from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sh
 log = logging.getLogger(__name__)
 
 _ROWS_FOR_LAYER_CHOICE = 32
+_MOST_STAND_INS_IN_A_ROW = 5
 _ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
 
 
@@ -174,6 +175,7 @@ def _train(
 ) -> None:
     metrics = Metrics(folder.path / "metrics.jsonl" if world.is_main else None)
     micro_batch, accumulation = section.micro_batch_size_per_gpu, section.gradient_accumulation_steps
+    stand_in = _StandIn(world)
     with progress("distill", section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):
             for group in engine.optimizer.param_groups:
@@ -186,19 +188,55 @@ def _train(
                 with torch.no_grad():
                     teacher_hidden = teacher(input_ids)
                 phase(f"distill step {step}: the student's forward")
-                loss, terms, _ = engine(input_ids, labels, teacher_hidden)
+                loss, terms = stand_in.forward(engine, (input_ids, labels, teacher_hidden), step)
                 phase(f"distill step {step}: the backward pass")
                 engine.backward(loss)
                 phase(f"distill step {step}: the optimizer")
                 engine.step()
             ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos])).tolist()
-            metrics.write(step=step, ce=ce, lm=lm, cos=cos, learning_rate=engine.optimizer.param_groups[0]["lr"])
+            metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=stand_in.used, learning_rate=engine.optimizer.param_groups[0]["lr"])
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             stop = stop_requested(world)
             if stop or ((step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps):
                 save_engine(folder.checkpoints, step + 1, engine, world)
             if stop:
                 raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
+
+
+class _StandIn:
+    """Takes the place of a micro-batch whose loss is not finite on some rank: the last sound one, with weight zero.
+
+    All ranks do so together, because a sharded model needs equal forwards and backwards on each.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sound: tuple[torch.Tensor, ...] | None = None
+        self._in_a_row = 0
+        self.used = 0
+        """How often it was needed so far."""
+
+    def forward(self, engine: Any, batch: tuple[torch.Tensor, ...], step: int) -> tuple[torch.Tensor, DistillationTerms]:
+        """The loss of a micro-batch and its terms, or those of its stand-in.
+
+        Raises:
+            InputError: there is none yet, or five were needed in a row.
+        """
+        loss, terms, _ = engine(*batch)
+        spoiled = self._world.concatenate((~loss.detach().isfinite()).int()[None]).nonzero().flatten().tolist()
+        if not spoiled:
+            self._sound, self._in_a_row = batch, 0
+            return loss, terms
+        self.used += 1
+        self._in_a_row += 1
+        log.warning("distill step %d: the loss is not finite on rank %s: a micro-batch is passed over", step, ", ".join(map(str, spoiled)))
+        if self._sound is None or self._in_a_row >= _MOST_STAND_INS_IN_A_ROW:
+            raise InputError(
+                f"distill: the loss was not finite on rank {spoiled[0]} at step {step}, {self._in_a_row} times in a row",
+                "lower distill.learning_rate, or take engine.precision: bf16 or fp32",
+            )
+        loss, terms, _ = engine(*self._sound)
+        return 0 * loss, terms
 
 
 def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, index: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:

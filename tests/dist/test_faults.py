@@ -1,5 +1,7 @@
 """What two ranks do when one of them dies, hangs or is asked to stop: real processes over gloo."""
 
+import json
+import math
 import os
 import re
 import signal
@@ -87,3 +89,30 @@ def test_one_rank_that_is_asked_to_stop_takes_the_other_along(tmp_path: Path, as
     assert "stopped" in said[0]
     steps = [int(path.name.removeprefix("step-")) for path in tmp_path.glob("runs/tiny/*/checkpoints/step-*")]
     assert f"is saved at step {max(steps)} of 100000" in said[0]
+
+
+def spoiled(tmp_path: Path, first: int, last: int, *settings: str) -> subprocess.CompletedProcess:
+    run = tiny.write_run(tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29690"]
+    command = [*launcher, str(Path(__file__).with_name("spoiled_distill.py")), str(first), str(last), str(run)]
+    command += [f"--set={setting}" for setting in ("distill.micro_batch_size_per_gpu=2", *settings)]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_loss_that_is_no_number_on_one_rank_is_passed_over_by_all(tmp_path: Path, zero_stage: int) -> None:
+    done = spoiled(tmp_path, 3, 3, "distill.steps=6", f"engine.zero_stage={zero_stage}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "distill step 2: the loss is not finite on rank 1: a micro-batch is passed over" in done.stderr
+    (metrics,) = tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert all(math.isfinite(line[term]) for line in lines for term in ("ce", "lm", "cos"))
+    assert list(tmp_path.glob("runs/tiny/distill-*/artifact"))
+
+
+def test_a_loss_that_stays_no_number_ends_the_run(tmp_path: Path) -> None:
+    done = spoiled(tmp_path, 4, 1000, "distill.steps=50")
+    assert done.returncode != 0
+    assert "the loss was not finite on rank 1 at step" in done.stderr
+    assert not list(tmp_path.glob("runs/tiny/distill-*/artifact"))
