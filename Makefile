@@ -11,7 +11,7 @@ demo: .venv/ready demo/demo.yaml
 
 demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
-	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]'
+	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
 test: check
 	$(BIN)/pytest

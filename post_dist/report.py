@@ -14,7 +14,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.runtime.metrics import read_metrics
 
 _COLUMNS = ("row", "accuracy %", "95% interval", "macro %", "AUC %", "n", "epsilon")
-_TABLE_WIDTH = 100
+_TABLE_WIDTH = 130
 _NOTE = (
     "Accuracy counts rows (micro) or averages the classes' recalls (macro); the interval is Wilson's. "
     "AUC, one class against the rest, sees the ranking alone."

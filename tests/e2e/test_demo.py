@@ -21,7 +21,13 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     assert fetched.returncode == 0, fetched.stderr
     settings = ["distill.steps=2", "distill.micro_batch_size_per_gpu=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
     settings += ["tune.steps=2", "transfer.steps=2", "public_task.max_rows=32", "evaluate.baselines=[]"]
-    settings += ["evaluate.split=validation", "private_task.validation_share=0.014", "privacy.steps=2", "evaluate.private_rows=[1]"]
+    settings += [
+        "evaluate.split=validation",
+        "private_task.validation_share=0.014",
+        "privacy.steps=2",
+        "evaluate.private_rows=[1]",
+        "tune.class_bias=true",
+    ]
     done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
