@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "one row repeated for the batch",
         "privacy.gradients",
-        "copies = [source.detach().expand(rows, *source.shape[1:]).clone().requires_grad_(True) for source in sources]",
-        "copies = [source.detach().clone().requires_grad_(True) for source in sources]",
+        "copies = [source.detach().expand(rows, *source.shape[1:]).requires_grad_(True) for source in sources]",
+        "copies = [source.detach().requires_grad_(True) for source in sources]",
         "gradients_are_each_example_s_own",
     ),
     Mutant(
