@@ -37,10 +37,8 @@ def answers(
     results: list[torch.Tensor] = []
     with progress(label, len(padded) // share, show=world.is_main) as advance:
         for start in range(world.rank * batch_size, len(padded), share):
-            batch = template.collate([rows[index] for index in padded[start : start + batch_size]])
-            logits = language_model(
-                batch.input_ids.to(world.device), batch.attention_mask.to(world.device), prompt_nd, batch.answer.to(world.device)
-            )
+            batch = template.collate([rows[index] for index in padded[start : start + batch_size]]).to(world.device)
+            logits = language_model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
             results.append(world.concatenate(reduce(logits)).cpu())
             advance("")
             if stop_requested(world):

@@ -99,12 +99,11 @@ class LanguageModel(nn.Module):
         """
         embeddings = self.embed(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        before = prompt.shape[-2] if prompt is not None else prefix[0].shape[-2] if prefix is not None else 0
-        mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)
+        before = 0 if prompt is None else prompt.shape[-2]
         if prompt is not None:
             embeddings = torch.cat([prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1), embeddings], dim=1)
-        elif prefix is not None:
-            before = 0
+        seen_before = before if prefix is None else prefix[0].shape[-2]
+        mask = torch.cat([mask.new_ones(len(mask), seen_before), mask], dim=1)
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask, **self._cache(prefix, len(input_ids))}
         if answer is None:
             return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)

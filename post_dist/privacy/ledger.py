@@ -53,11 +53,8 @@ class Spending:
         return self.charged_steps - len(self.intents)
 
     def plans(self) -> list[PrivacyPlan]:
-        """The run as plans whose steps were all taken; a search counts whole from its first step, and its repeats beside it."""
-        if self.plan.mean_trials is None:
-            return [replace(self.plan, steps=self.charged_steps)] if self.intents else []
-        repeats = replace(self.plan, mean_trials=None, score_noise_multiplier=None, steps=self.repeated_steps)
-        return [self.plan, repeats] if self.repeated_steps else [self.plan]
+        """The run as plans whose steps were all taken; a search counts whole from its first row."""
+        return self.plan.spent(self.charged_steps, self.repeated_steps)
 
 
 def ledger_path(config: RunConfig) -> Path:

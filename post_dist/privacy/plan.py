@@ -4,13 +4,13 @@ The neighbouring relation is to add or remove one example (one row of the privat
 rows itself private, so every figure here is declared in the run file and none is counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dp_accounting
 from dp_accounting import dp_event
 
-from post_dist.config.schema import RunConfig, Search
+from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 
 UNIT = "one example"
@@ -66,6 +66,18 @@ class PrivacyPlan:
             return self.trial_event()
         return dp_event.RepeatAndSelectDpEvent(self.trial_event(), self.mean_trials, LOGARITHMIC)
 
+    def spent(self, charged: int, repeated: int) -> list["PrivacyPlan"]:
+        """What was taken of the plan, as plans whose steps were all taken.
+
+        Args:
+            charged: steps that count, those that were begun again for another sum included.
+            repeated: how many of them were begun again. A search counts whole whatever it took, and these beside it.
+        """
+        if self.mean_trials is None:
+            return [replace(self, steps=charged)] if charged else []
+        again = replace(self, mean_trials=None, score_noise_multiplier=None, steps=repeated)
+        return [self, again] if repeated else [self]
+
 
 def plan_fields(config: RunConfig) -> dict[str, Any]:
     """The plan's figures as a run file declares them, all but the noise multiplier.
@@ -81,7 +93,7 @@ def plan_fields(config: RunConfig) -> dict[str, Any]:
         sampling_probability = expected / declared
     if not delta or not sampling_probability:
         raise InputError("privacy: give declared_examples, or both target_delta and sampling_probability")
-    search: Search | None = tune.search
+    search = tune.search
     return {
         "sampling_probability": sampling_probability,
         "steps": section.steps or tune.steps,

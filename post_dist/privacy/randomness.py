@@ -43,7 +43,7 @@ class RandomSource:
 
     def words(self, count: int, *purpose: object) -> np.ndarray:
         """`count` uniform 64-bit words for a purpose; the same key and purpose always give the same."""
-        stream = hashlib.shake_256(self._message("words", *purpose)).digest(8 * count)
+        stream = hashlib.shake_256(self.key + self._message("words", *purpose)).digest(8 * count)
         return np.frombuffer(stream, dtype="<u8")
 
     def normal(self, count: int, *purpose: object) -> np.ndarray:
@@ -54,12 +54,12 @@ class RandomSource:
 
     def commitment(self, data: bytes, *purpose: object) -> str:
         """A keyed digest that tells whether data are the same as before, and nothing else about them."""
-        return hmac.new(self.key, self._message("commitment", *purpose)[_KEY_BYTES:] + data, hashlib.sha256).hexdigest()
+        return hmac.new(self.key, self._message("commitment", *purpose) + data, hashlib.sha256).hexdigest()
 
     def _message(self, *purpose: object) -> bytes:
         if len(self.key) != _KEY_BYTES:
             raise ArtefactRefused(f"the key of run {self.run} has been destroyed, so it cannot go on", "start anew with --resume never")
-        return self.key + json.dumps([str(part) for part in purpose]).encode()
+        return json.dumps([str(part) for part in purpose]).encode()
 
 
 def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:

@@ -32,8 +32,8 @@ class Setting:
         return replace(run, plan=replace(run.plan, max_grad_norm=self.max_grad_norm))
 
 
-Train = Callable[[Setting, int, str], list[torch.Tensor]]
-"""From a setting, the number of the trial and the name of its checkpoints to the tuned parameters."""
+Train = Callable[[Setting, int, Path], list[torch.Tensor]]
+"""From a setting, the number of the trial and the folder of its checkpoints to the tuned parameters."""
 
 
 def run_search(
@@ -41,7 +41,7 @@ def run_search(
     learning_rate: float,
     plan: PrivacyPlan,
     source: RandomSource,
-    folder: Path,
+    checkpoints: Path,
     train: Train,
     right: Callable[[list[torch.Tensor]], int],
 ) -> list[torch.Tensor]:
@@ -52,19 +52,19 @@ def run_search(
         learning_rate: of every trial, where the search names none.
         plan: gives the mean number of trials and the noise on a score.
         source: decides how many trials, which settings, and the noise.
-        folder: where finished trials are kept until the search is done.
+        checkpoints: where trials are kept until the search is done.
         train: runs one trial.
         right: counts the validation rows that parameters get right.
 
     Returns:
         The best trial's parameters; which one it was is not said.
     """
-    kept = folder / "checkpoints" / "search"
+    kept = checkpoints / "search"
     finished = newest_step(kept)
     best = load_tensors(kept, finished) if finished else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
     # Without its key a search is over: it was killed between the key's end and its artefact.
     for trial in range(finished, number_of_trials(plan, source) if source.key else finished):
-        parameters = train(setting_of(section, learning_rate, plan, source, trial), trial, f"trial-{trial}")
+        parameters = train(setting_of(section, learning_rate, plan, source, trial), trial, checkpoints / f"trial-{trial}")
         count = right(parameters)
         score = count + float(source.normal(1, "score", trial, count)[0]) * float(plan.score_noise_multiplier or 0.0)
         if score > best["score"]:

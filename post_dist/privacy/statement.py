@@ -1,6 +1,7 @@
 """`privacy.json`: what a prompt claims, in figures from which the claim can be computed again, and what it does not cover."""
 
 import math
+from dataclasses import asdict, fields
 from typing import Any
 
 from post_dist.errors import ArtefactRefused
@@ -16,17 +17,6 @@ _NOT_COVERED = [
     "the time that the run took, for whoever can watch the machine",
 ]
 _SEEDED = "everything: the noise came from a seed and can be taken off again"
-_PLAN_FIELDS = (
-    "noise_multiplier",
-    "sampling_probability",
-    "max_grad_norm",
-    "delta",
-    "expected_batch_size",
-    "noise_source",
-    "declared_examples",
-    "mean_trials",
-    "score_noise_multiplier",
-)
 _TOLERANCE = 1e-3
 _MOST_STEPS, _LEAST_NOISE = 10**6, 0.2
 
@@ -38,8 +28,7 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
     return {
         "private": plan.private,
         "epsilon": epsilon if plan.private else None,
-        **{name: getattr(plan, name) for name in _PLAN_FIELDS},
-        "steps": plan.steps,
+        **asdict(plan),
         "steps_repeated": spending.repeated_steps,
         "unit": UNIT,
         "neighbouring_relation": RELATION,
@@ -62,7 +51,7 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         ArtefactRefused: figures are missing or are none.
     """
     try:
-        plan = PrivacyPlan(steps=statement["steps"], **{name: statement[name] for name in _PLAN_FIELDS})
+        plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
         repeated, claim = statement["steps_repeated"], statement["epsilon"]
         numbers = (plan.noise_multiplier, plan.sampling_probability, plan.delta, plan.steps, repeated + 1)
         sound = (
@@ -79,6 +68,5 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         return [] if claim is None else ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
-    intents = {(0, step): {"once"} for step in range(plan.steps)} | {(0, 0): {str(number) for number in range(repeated + 1)}}
-    true = composed_epsilon(Spending(plan, "", intents).plans(), plan.delta)
+    true = composed_epsilon(plan.spent(plan.steps + repeated, repeated), plan.delta)
     return [f"it claims epsilon {claim:.4f}, but its own figures give {true:.4f}"] if true > claim + _TOLERANCE else []

@@ -20,7 +20,7 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.privacy.sampling import poisson_rows
-from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_optimizer, save_tensors, start_step
+from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
@@ -77,9 +77,7 @@ def train_privately(
         parameter.requires_grad_(True)
     private = PrivateOptimizer(optimizer, run.plan, run.source, trial)
     rates = [group["lr"] for group in private.param_groups]
-    first = start_step(checkpoints, "auto", run.world)
-    if first:
-        restore_optimizer(parameters, optimizer, load_tensors(checkpoints, first))
+    first = take_up(parameters, optimizer, checkpoints, "auto", run.world)
     with progress(label, run.plan.steps, first, show=show) as advance:
         for step in range(first, run.plan.steps):
             for group, rate in zip(private.param_groups, rates, strict=True):

@@ -68,6 +68,14 @@ def restore_optimizer(parameters: Sequence[torch.Tensor], optimizer: torch.optim
         optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter) for name, value in moments.items()}
 
 
+def take_up(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, folder: Path, resume: str, world: World) -> int:
+    """Put parameters and optimizer to where an earlier run left them, if one did; the step to go on from."""
+    step = start_step(folder, resume, world)
+    if step:
+        restore_optimizer(parameters, optimizer, load_tensors(folder, step))
+    return step
+
+
 def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
     """Keep an engine's trained weights and optimizer; all ranks call it."""
     partial = folder / f".step-{step}.partial"

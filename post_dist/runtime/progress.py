@@ -27,32 +27,29 @@ def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Ite
         show: False on all ranks but the first.
     """
     phase(f"{label}, {done} of {total} done")
+    with _shown(label, total, done, show=show) as mark:
+
+        def advance(text: str) -> None:
+            nonlocal done
+            done += 1
+            phase(f"{label}, {done} of {total} done")
+            mark(text)
+
+        yield advance
+
+
+@contextmanager
+def _shown(label: str, total: int, done: int, *, show: bool) -> Iterator[Callable[[str], None]]:
+    """What a person sees of it."""
     if not show:
-        yield _silent(label, total, done)
+        yield lambda text: None
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total, completed=done, text="")
-            moved = _silent(label, total, done)
-
-            def advance(text: str) -> None:
-                moved(text)
-                bar.update(task, advance=1, text=text)
-
-            yield advance
+            yield lambda text: bar.update(task, advance=1, text=text)
     else:
         yield _lines(label, total, done)
-
-
-def _silent(label: str, total: int, done: int) -> Callable[[str], None]:
-    """Tells the watchdog alone."""
-
-    def advance(text: str) -> None:
-        nonlocal done
-        done += 1
-        phase(f"{label}, {done} of {total} done")
-
-    return advance
 
 
 def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
@@ -62,7 +59,6 @@ def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
     def advance(text: str) -> None:
         nonlocal done, last
         done += 1
-        phase(f"{label}, {done} of {total} done")
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES or done == total:
             last = now

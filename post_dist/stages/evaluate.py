@@ -58,6 +58,7 @@ def evaluate(
     examples = load_examples(task, section.split, "private_task")
     classes = np.array(examples.classes)
     source_prompt = read_prompt(source_prompt_folder)
+    others = {name: read_prompt(path) for name, path in prompts.items()}
     tokenizer = load_tokenizer(teacher_folder)
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
@@ -83,13 +84,11 @@ def evaluate(
         "direct transfer": (scores(target, source_prompt, "direct transfer"), epsilon),
         "proxy-tuning": (proxy_logits(student_NC, student_prompted_NC, zero_shot_NC, config.transfer.proxy_lambda), epsilon),
     }
-    for name, path in prompts.items():
-        prompt = read_prompt(path)
+    for name, prompt in others.items():
         scored[name] = (scores(student if name.startswith("student") else target, prompt, name), prompt.epsilon)
+    for name, prompt in {"student + prompt": source_prompt, **others}.items():
         if prompt.task.class_biases:
             scored[f"{name}, without biases"] = (scored[name][0] - torch.tensor(prompt.task.class_biases), prompt.epsilon)
-    if source_prompt.task.class_biases:
-        scored["student + prompt, without biases"] = (student_prompted_NC - torch.tensor(source_prompt.task.class_biases), epsilon)
     table = {
         "task": task.name,
         "split": section.split,

@@ -78,7 +78,7 @@ class Pipeline:
             prompts[f"transferred, epsilon {epsilon:g}"] = self._transfer(config, source_prompt).artifact
         parents = {
             "teacher": self._teacher_digest,
-            "student": read_manifest(self.student, "student").digest,
+            "student": self._student_digest,
             **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": self._source_prompt, **prompts}.items()},
         }
         folder = run_folder(self._config, "evaluate", parents | {"private_task": self._data("private_task")})
@@ -90,13 +90,11 @@ class Pipeline:
         self._need("teacher", "private_task")
         if inputs.student is None:
             self._need("student", "corpus")
-        from post_dist.privacy.accounting import account, private_plan  # takes a second
+        plans = [self._config.privacy, *map(self._config.privacy.for_target, self._config.evaluate.private_rows)]
+        for plan in filter(lambda plan: plan.enabled, plans):
+            from post_dist.privacy.accounting import account, private_plan  # takes a second
 
-        for privacy in [self._config.privacy] + [
-            self._config.privacy.for_target(epsilon) for epsilon in self._config.evaluate.private_rows
-        ]:
-            if privacy.enabled:
-                account(private_plan(self._config.model_copy(update={"privacy": privacy})))
+            account(private_plan(self._config.model_copy(update={"privacy": plan})))
         tokenizer = load_tokenizer(self._teacher)
         task = self._config.private_task
         if task is not None and task.template is not None:
@@ -112,7 +110,7 @@ class Pipeline:
     def _tune(self, config: RunConfig, model: Path, model_name: str) -> RunFolder:
         self._need("private_task")
         on_student = model_name == "the student"
-        digest = read_manifest(model, "student").digest if on_student else self._teacher_digest
+        digest = self._student_digest if on_student else self._teacher_digest
         inputs = {"model": digest, "private_task": self._data("private_task")}
         folder = run_folder(config, "tune", inputs, label="" if on_student else "target")
         return self._run(folder, lambda: tune(folder, model, {"model": digest}, model_name, self._world, self._resume))
@@ -121,7 +119,7 @@ class Pipeline:
         self._need("teacher", "public_task")
         inputs = {
             "teacher": self._teacher_digest,
-            "student": read_manifest(self.student, "student").digest,
+            "student": self._student_digest,
             "source prompt": read_manifest(source_prompt, "soft prompt").digest,
             "public_task": self._data("public_task"),
         }
@@ -144,6 +142,10 @@ class Pipeline:
     def student(self) -> Path:
         """The student's folder: made here, or given in `inputs`."""
         return self._config.inputs.student or self.distill().artifact
+
+    @cached_property
+    def _student_digest(self) -> str:
+        return read_manifest(self.student, "student").digest
 
     @cached_property
     def _source_prompt(self) -> Path:

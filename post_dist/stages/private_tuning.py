@@ -6,6 +6,7 @@ Shapes: N rows, B rows of a micro-batch.
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
         ledger = LedgerRun(ledger_file, descriptor, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, len(material.rows), world)
 
-        def train(setting: Setting, trial: int, checkpoints_name: str) -> list[torch.Tensor]:
+        def train(setting: Setting, trial: int, checkpoints: Path) -> list[torch.Tensor]:
             parameters = material.parameters(config.tune)
             train_privately(
                 parameters,
@@ -73,7 +74,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
                 material.optimizer(config.tune, parameters, setting.learning_rate),
                 lambda step: schedule_at(config.tune, step, plan.steps),
                 setting.applied_to(run),
-                folder.checkpoints / checkpoints_name if checkpoints_name else folder.checkpoints,
+                checkpoints,
                 trial=trial,
                 label=folder.path.name,
                 show=config.tune.search is None,
@@ -81,10 +82,10 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
             return parameters
 
         if config.tune.search is None:
-            parameters = train(Setting(learning_rate, plan.max_grad_norm), 0, "")
+            parameters = train(Setting(learning_rate, plan.max_grad_norm), 0, folder.checkpoints)
         else:
             parameters = run_search(
-                config.tune, learning_rate, plan, source, folder.path, train, lambda tuned: _right(folder, material, tuned, world)
+                config.tune, learning_rate, plan, source, folder.checkpoints, train, lambda tuned: _right(folder, material, tuned, world)
             )
         destroy_key(key_file, source)
         ledger.finish()

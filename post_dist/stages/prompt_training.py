@@ -11,7 +11,7 @@ import torch
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
 from post_dist.errors import InputError
-from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_optimizer, save_tensors, start_step
+from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metrics import Metrics
 from post_dist.runtime.progress import progress
@@ -59,9 +59,7 @@ def train_prompt(
     for parameter in parameters:
         parameter.requires_grad_(True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    first_step = start_step(folder.checkpoints, resume, world)
-    if first_step:
-        restore_optimizer(parameters, optimizer, load_tensors(folder.checkpoints, first_step))
+    first_step = take_up(parameters, optimizer, folder.checkpoints, resume, world)
     in_a_row = 0
     metrics = Metrics(folder.path / metrics_name if world.is_main else None)
     with progress(folder.path.name, section.steps, first_step, show=world.is_main) as advance:

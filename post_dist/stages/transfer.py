@@ -93,9 +93,9 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
 
     def loss_at(step: int) -> torch.Tensor:
         chosen = rows_of_like_length(step, section.batch_size, lengths, config.seed)[world.rank :: world.size]
-        batch = template.collate([rows[index] for index in chosen])
         device = world.device
-        logits = target(batch.input_ids.to(device), batch.attention_mask.to(device), prompt_nd, batch.answer.to(device))
+        batch = template.collate([rows[index] for index in chosen]).to(device)
+        logits = target(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
         prompted_BK = verbalizer.scores(logits) if section.scores == "classes" else logits
         source_BK, source_prompted_BK, target_BK = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
         if section.objective == "published":

@@ -508,7 +508,7 @@ def searches_stop_at_random_and_score_with_noise() -> None:
             source, tried = fresh_source(), place / str(number)
             with mock.patch.object(search, "number_of_trials", return_value=1):
                 search.run_search(section, 0.1, plan, source, tried, lambda *given: [torch.zeros(1)], lambda tuned: 100)
-            scores.append(float(search.load_tensors(tried / "checkpoints/search", 1)["score"]))
+            scores.append(float(search.load_tensors(tried / "search", 1)["score"]))
     assert abs(np.mean(scores) - 100) < 6 * 10 / 300**0.5
     assert 0.8 < np.std(scores) / 10 < 1.2, "the score's noise is not the planned one"
 

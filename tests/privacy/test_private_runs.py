@@ -217,13 +217,15 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     assert str(budget["runs"][0]["steps_charged"]) not in {str(value) for name, value in said.items() if name != "steps"}
 
 
+def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:
+    """A run file with a plan of noise multiplier 1."""
+    run, plan = folder / "run.yaml", f"noise_multiplier: 1.0, sampling_probability: {sampling_probability}, target_delta: 1.0e-5"
+    run.write_text(f"name: a\nprivacy: {{enabled: true, {plan}, max_grad_norm: 0.1}}\ntune: {{batch_size: 1000, steps: {steps}}}\n")
+    return run
+
+
 def test_the_audit_stays_below_the_claim_and_sees_missing_noise(tmp_path: Path, main: Callable) -> None:
-    run = tmp_path / "run.yaml"
-    run.write_text(
-        "name: a\nprivacy: {enabled: true, noise_multiplier: 1.0, sampling_probability: 0.5, target_delta: 1.0e-5, max_grad_norm: 0.1}\n"
-        "tune: {batch_size: 1000, steps: 2}\n"
-    )
-    code, out, _ = main("audit", run, "--json")
+    code, out, _ = main("audit", audited(tmp_path, sampling_probability=0.5, steps=2), "--json")
     assert code == 0
     found = json.loads(out)
     print(found)
@@ -237,12 +239,7 @@ def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
 
     normal = RandomSource.normal
     monkeypatch.setattr(RandomSource, "normal", lambda self, count, *purpose: 0.4 * normal(self, count, *purpose))
-    run = tmp_path / "run.yaml"
-    run.write_text(
-        "name: a\nprivacy: {enabled: true, noise_multiplier: 1.0, sampling_probability: 1.0, target_delta: 1.0e-5}\n"
-        "tune: {batch_size: 1000, steps: 1}\n"
-    )
-    code, _, err = main("audit", run, "--json")
+    code, _, err = main("audit", audited(tmp_path, sampling_probability=1.0, steps=1), "--json")
     assert code == 5
     assert "more than the plan claims" in err
 
