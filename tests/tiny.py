@@ -104,9 +104,9 @@ private_task:
   labels: {{0: [bad], 1: [good]}}
   max_length: 48
 public_task: {{name: toy public, visibility: public, path: public.csv, max_length: 48}}
-distill: {{steps: 6, micro_batch_size_per_gpu: 4, checkpoint_every_steps: 2}}
-tune: {{num_virtual_tokens: 5, steps: 6, batch_size: 8, learning_rate: 0.01, checkpoint_every_steps: 2}}
-transfer: {{steps: 6, batch_size: 8, checkpoint_every_steps: 2}}
+distill: {{steps: 6, batch_size: 4, checkpoint_every_steps: 2}}
+tune: {{num_virtual_tokens: 5, steps: 6, batch_size: 8, learning_rate: 0.01}}
+transfer: {{steps: 6, batch_size: 8}}
 evaluate: {{baselines: [published transfer, full prompt tuning]}}
 engine: {{precision: fp32}}
 """

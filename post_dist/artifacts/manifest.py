@@ -3,17 +3,21 @@
 An artefact is written beside its place, flushed, hashed, and renamed, so that a folder with a manifest is whole.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from post_dist.errors import ArtefactRefused, InputError
+from safetensors import SafetensorError
+
+from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError
 
 Kind = Literal["student", "soft prompt", "evaluation"]
 FILE_NAME = "post_dist.json"
@@ -85,17 +89,29 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
 
     Raises:
         InputError: the place cannot be written to.
+        EnvironmentFault: the disk is full.
     """
     partial = destination.with_name(f".{destination.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        put_in_place(partial, destination)
-    except OSError as error:
-        raise InputError(f"cannot write {destination}: {error.strerror or error}", "give another --output") from None
+        with writing(destination):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(partial)
+            put_in_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Turn what a disk answers into an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in reason:
+            raise EnvironmentFault(f"cannot write {destination}: the disk is full", "make room; the same command goes on") from None
+        raise InputError(f"cannot write {destination}: {reason}", "give another --output") from None
 
 
 def put_in_place(partial: Path, destination: Path) -> None:
@@ -119,8 +135,12 @@ def write_artefact(
     parents: Mapping[str, str],
     config: Mapping[str, Any],
     tokenizer: str = "",
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Manifest:
-    """Write an artefact folder with its manifest, atomically; `fill` writes the other files."""
+    """Write an artefact folder with its manifest, atomically.
+
+    `fill` writes the other files; `check` reads all of them back before the folder gets its name, and raises if it must not.
+    """
     written: list[Manifest] = []
 
     def fill_and_sign(folder: Path) -> None:
@@ -129,6 +149,7 @@ def write_artefact(
         versions = {package: version(package) for package in _PACKAGES}
         manifest = Manifest(kind, dict(parents), dict(config), files, tokenizer, versions)
         (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")
+        check(folder)
         written.append(manifest)
 
     write_folder(destination, fill_and_sign)

@@ -6,6 +6,7 @@ Shapes: n prompt tokens, d width.
 import json
 import math
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import Manifest, read_manifest
-from post_dist.errors import ArtefactRefused
+from post_dist.artifacts.manifest import Manifest, read_manifest, write_artefact
+from post_dist.errors import ArtefactRefused, EnvironmentFault
 
 KEY = "prompt_embeddings"
 MAX_VIRTUAL_TOKENS = 512
@@ -68,6 +69,37 @@ class SoftPromptArtefact:
     def epsilon(self) -> float | None:
         """The epsilon that it claims at its own delta; None where nothing is claimed."""
         return None if self.privacy is None else self.privacy["epsilon"]
+
+
+def write_prompt(
+    destination: Path,
+    embeddings_nd: torch.Tensor,
+    task: PromptTask,
+    model_name: str,
+    privacy: dict[str, Any] | None,
+    *,
+    card: Callable[[Path], None],
+    parents: Mapping[str, str],
+    config: Mapping[str, Any],
+    tokenizer: str,
+) -> None:
+    """Write a prompt's folder, atomically, and read it back as its receiver will before it gets its name.
+
+    Raises:
+        ArtefactRefused: its values are not finite or far too large.
+        EnvironmentFault: what is on the disk is not what was trained.
+    """
+
+    def fill(folder: Path) -> None:
+        write_prompt_files(folder, embeddings_nd, task, model_name, privacy)
+        card(folder)
+
+    def check(folder: Path) -> None:
+        read_back = read_prompt(folder)
+        if not torch.equal(read_back.embeddings, embeddings_nd.detach().float().cpu()) or read_back.task != task:
+            raise EnvironmentFault(f"{folder} does not read back as it was written", "check the disk")
+
+    write_artefact(destination, "soft prompt", fill, parents=parents, config=config, tokenizer=tokenizer, check=check)
 
 
 def write_prompt_files(

@@ -12,11 +12,16 @@ from pathlib import Path
 import yaml
 
 from post_dist.artifacts.manifest import FILE_NAME, digest_of
-from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
+from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.errors import InputError
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
-_WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon", "hang_timeout_seconds"}
+_WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
+_LAYOUT = {
+    "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
+    "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
+}
+"""How the work is shared out: a run may go on with another layout. Not so private tuning, where a repeated step must be bit-equal."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label
         label: set for a baseline's run of the stage, to tell its folder from the stage's own.
     """
     view = config.view(stage)
-    settings = view.model_dump(mode="json", include={"seed", *STAGE_SECTIONS[stage]})
+    settings = view.model_dump(mode="json", include={"seed", *STAGE_SECTIONS[stage]}, exclude=_LAYOUT)  # type: ignore[arg-type]
     signature = digest_of({"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)})
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)

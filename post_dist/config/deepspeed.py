@@ -1,10 +1,10 @@
-"""The DeepSpeed settings of a run: a preset of `ds_configs/` with batch, precision and clipping filled in."""
+"""The DeepSpeed settings of a run: a preset of `ds_configs/` with batch, precision, clipping and folders filled in."""
 
 import json
 from typing import Any, Literal
 
 from post_dist.config.assets import asset
-from post_dist.config.schema import Distill
+from post_dist.config.schema import Engine
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -15,19 +15,26 @@ def preset(name: str) -> dict[str, Any]:
     return settings
 
 
-def frozen_settings(precision: Precision, micro_batch_size: int) -> dict[str, Any]:
+def frozen_settings(engine: Engine, precision: Precision) -> dict[str, Any]:
     """ZeRO-3 without an optimizer, for the teacher and the transfer target."""
-    return preset("frozen_zero3") | {"train_micro_batch_size_per_gpu": micro_batch_size} | _precision(precision)
+    settings = preset("frozen_zero3" if engine.offload == "none" else f"frozen_zero3_{engine.offload}")
+    zero = settings["zero_optimization"]
+    zero["zero_quantized_weights"] = engine.quantized_gathers
+    if engine.nvme_folder is not None:
+        zero["offload_param"]["nvme_path"] = str(engine.nvme_folder)
+    return settings | {"train_micro_batch_size_per_gpu": 1} | _precision(precision)  # DeepSpeed wants a batch, and no engine reads it
 
 
-def training_settings(zero_stage: int, precision: Precision, distill: Distill) -> dict[str, Any]:
-    """The student's engine: a ZeRO stage with the batch and gradient clipping of the run file."""
+def training_settings(
+    engine: Engine, precision: Precision, *, micro_batch_size: int, accumulation_steps: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """The student's engine: a ZeRO stage with batch and gradient clipping."""
     return (
-        preset(f"train_zero{zero_stage}")
+        preset(f"train_zero{engine.zero_stage}{'_cpu' if engine.offload_optimizer else ''}")
         | {
-            "train_micro_batch_size_per_gpu": distill.micro_batch_size_per_gpu,
-            "gradient_accumulation_steps": distill.gradient_accumulation_steps,
-            "gradient_clipping": distill.max_grad_norm,
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_clipping": max_grad_norm,
         }
         | _precision(precision)
     )

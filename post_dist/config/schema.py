@@ -74,8 +74,10 @@ class Distill(Section):
     """Stage 1. The defaults of weights and optimizer are the paper's (Table 8, and its code)."""
 
     steps: PositiveInt = 10_000
-    micro_batch_size_per_gpu: PositiveInt = 5
-    gradient_accumulation_steps: PositiveInt = 1
+    batch_size: PositiveInt = 32
+    """Sequences a step, over all ranks: how many GPUs there are does not change what is learned."""
+    micro_batch_size_per_gpu: PositiveInt = 8
+    """At most so many sequences in one forward; what is left of a rank's share is accumulated."""
     learning_rate: PositiveFloat = 2.5e-4
     warmup_share: Share = 0.05
     max_grad_norm: PositiveFloat = 5.0
@@ -97,7 +99,6 @@ class PromptTraining(Section):
     learning_rate: PositiveFloat
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_share: Share = 0.05
-    checkpoint_every_steps: PositiveInt = 50
 
 
 class Search(Section):
@@ -222,12 +223,35 @@ class Evaluate(Section):
 
 
 class Engine(Section):
-    """DeepSpeed: the student's ZeRO stage and the precision of all models. Frozen large models are always ZeRO-3."""
+    """DeepSpeed: how models are laid out over the ranks. Only `precision` changes what a stage makes."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """Of the student; frozen large models are ZeRO-3."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    shard_group: Literal["all", "node"] | PositiveInt = "all"
+    """How many ranks share one copy of a frozen large model: all, those of a node, or so many neighbours; 1 gives each its own."""
+    quantized_gathers: bool = False
+    """ZeRO++: frozen weights travel as int8, which changes them a little. GPUs only."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shards of frozen large models lie while they are not needed."""
+    nvme_folder: FilePath | None = None
+    """A folder on each node's own disk, for `offload: nvme`."""
+    offload_optimizer: bool = False
+    """Keep and step the student's optimizer in host memory; with zero_stage 1 or more."""
+    activation_checkpointing: bool = False
+    """Compute layers a second time in the backward pass instead of keeping what they made."""
     hang_timeout_seconds: PositiveFloat = 1800.0
     """A process that has not moved for so long says where it stood, and ends."""
+
+    @model_validator(mode="after")
+    def _layout_is_possible(self) -> "Engine":
+        if (self.offload == "nvme") != (self.nvme_folder is not None):
+            raise ValueError("offload: nvme and nvme_folder go together")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.shard_group == 1 and (self.offload != "none" or self.quantized_gathers):
+            raise ValueError("shard_group: 1 keeps frozen models whole on each rank: nothing to offload or to gather")
+        return self
 
 
 class Inputs(Section):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.config.sources import placeholders
-from post_dist.data.order import shuffled_rows
+from post_dist.data.order import Share, shares, shuffled_rows
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
@@ -35,20 +35,24 @@ class Corpus:
         """How many sequences are trained on."""
         return len(self._sequences) - self._held_out
 
-    def training_batch(self, index: int, size: int, world: World) -> torch.Tensor:
-        """This rank's part [B, T] of global batch `index`, which has `size` sequences a rank.
+    def step_shares(self, step: int, batch_size: int, at_most: int, world: World) -> list[Share]:
+        """This rank's part of the batch of a step, as places in an endless reading of the training sequences.
 
-        A function of the seed and the index alone: nothing to save, and the global batch does not depend on the ranks.
+        A function of the seed and the step alone: nothing to save, and the batch does not depend on the ranks.
         """
-        first = index * size * world.size + world.rank * size
-        return self._take(shuffled_rows(first, size, self.num_training_sequences, self._seed))
+        return shares(range(step * batch_size, (step + 1) * batch_size), at_most, world.rank, world.size)
 
-    def held_out_batches(self, size: int, world: World) -> list[torch.Tensor]:
-        """The held-out sequences in batches of `size`; every rank gets equally many, all rows over all ranks."""
-        rows = range(self.num_training_sequences, len(self._sequences))
-        per_rank = len(rows) // world.size
-        own = rows[world.rank * per_rank : (world.rank + 1) * per_rank]
-        return [self._take(list(own[start : start + size])) for start in range(0, len(own), size)]
+    def training(self, share: Share) -> torch.Tensor:
+        """The sequences [B, T] at the places of a share."""
+        return self._take([row for place in share.rows for row in shuffled_rows(place, 1, self.num_training_sequences, self._seed)])
+
+    def held_out_shares(self, at_most: int, world: World) -> list[Share]:
+        """This rank's part of the held-out sequences, by their numbers."""
+        return shares(range(self._held_out), at_most, world.rank, world.size)
+
+    def held_out(self, share: Share) -> torch.Tensor:
+        """The held-out sequences [B, T] of a share."""
+        return self._take([self.num_training_sequences + number for number in share.rows])
 
     def _take(self, rows: list[int]) -> torch.Tensor:
         return torch.from_numpy(self._sequences[rows].astype(np.int64))
@@ -60,10 +64,8 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
     Documents follow each other with an end-of-text token between them, and are cut into sequences of `sequence_length`.
 
     Raises:
-        InputError: the text is too short, or there are fewer held-out sequences than ranks.
+        InputError: the text is too short.
     """
-    if section.held_out_sequences < world.size:
-        raise InputError(f"corpus.held_out_sequences {section.held_out_sequences} is fewer than the {world.size} ranks")
     with world.main_first():
         if not path.exists():
             sequences = _pack(section, tokenizer)

@@ -1,11 +1,39 @@
 """Which rows a step reads: a function of the seed and the place alone, so that nothing need be saved to go on."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 _BATCHES_SORTED = 8
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank runs at once of rows that all ranks share.
+
+    Attributes:
+        rows: at least one; a rank that has run out gets one of the rows again.
+        weight: the mean, over ranks and shares, of `weight` times a mean over `rows` is the mean over all rows. 0 for a row that
+            only stands in: a sharded model needs equally many forwards and backwards on every rank.
+    """
+
+    rows: list[int]
+    weight: float
+
+    @property
+    def counted(self) -> int:
+        """How many of the rows count."""
+        return len(self.rows) if self.weight else 0
+
+
+def shares(rows: Sequence[int], at_most: int, rank: int, ranks: int) -> list[Share]:
+    """One rank's part of `rows`, at most so many at once; every rank gets equally many shares, whatever divides by what."""
+    size = min(at_most, -(-len(rows) // ranks))
+    rounds = -(-len(rows) // (size * ranks))
+    own = [list(rows[start : start + size]) for start in range(rank * size, rounds * ranks * size, ranks * size)]
+    return [Share(part or [rows[0]], len(part) * rounds * ranks / len(rows)) for part in own]
 
 
 def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:

@@ -140,6 +140,16 @@ class LanguageModel(nn.Module):
             for hook in hooks:
                 hook.remove()
 
+    def checkpoint_activations(self) -> None:
+        """From now on, keep only what goes into each layer for the backward pass, and compute the rest a second time there.
+
+        The last layer is left out: what hooks make of its MLP is gone by then. Only the layers themselves are told that they
+        train, for transformers asks them; their dropout stays off.
+        """
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.layers[:-1]:
+            layer.training = True
+
     def prefix_of(self, prompt_nd: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values of a prompt in every layer, in turn, each [1, heads, n, head width].
 

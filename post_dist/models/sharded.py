@@ -1,26 +1,28 @@
 """A frozen large model, read straight into ZeRO-3 shards: no process ever holds more of it than its share and one weight.
 
 transformers' own loader under ZeRO-3 peaks above a whole model on rank 0. Here the model is made in shards, and each weight is
-read by rank 0 from the safetensors files, broadcast, and cut up again before the next one.
+read by one rank of a shard group from the safetensors files, broadcast, and cut up again before the next one.
 """
 
 import ctypes
 import logging
 from pathlib import Path
-from typing import Any
 
+import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from post_dist.config.deepspeed import Precision
+from post_dist.config.deepspeed import Precision, frozen_settings
+from post_dist.config.schema import Engine
 from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_config, model_settings
+from post_dist.models.load import load_config, load_whole, model_settings
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import freeze_sharded, gathered_from_main
+from post_dist.runtime.zero import freeze_sharded, gathered_from_reader, shard_group
 
 log = logging.getLogger(__name__)
 
@@ -28,28 +30,41 @@ _M_MMAP_THRESHOLD = -3
 _MMAP_FROM_BYTES = 1 << 16
 
 
-def load_sharded(folder: Path, precision: Precision, settings: dict[str, Any], world: World) -> LanguageModel:
+def load_sharded(folder: Path, engine: Engine, precision: Precision, world: World) -> LanguageModel:
     """Load a model in ZeRO-3 shards, to be run and never trained. All ranks call it, and run it equally often.
 
     Args:
         folder: in Hugging Face format; every rank sees it.
+        engine: the shard group, offload and checkpointing of activations.
         precision: of the weights.
-        settings: DeepSpeed's, with ZeRO stage 3 and no optimizer.
         world: the ranks.
 
     Raises:
-        InputError: weights are missing, do not fit, or cannot be read.
+        InputError: weights are missing, do not fit, or cannot be read; or this device cannot do what `engine` asks for.
     """
-    _give_memory_back_at_once()
-    family, masked, made_with = model_settings(folder, precision, world.device)
-    seen_by_transformers = HfDeepSpeedConfig(settings)
-    model = family.from_config(load_config(folder), **made_with)
-    del seen_by_transformers
-    _fill(model, folder, world)
-    return freeze_sharded(LanguageModel(model, masked=masked).eval(), settings)
+    if engine.quantized_gathers and world.device.type == "cpu":
+        raise InputError("engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU", "leave it out")
+    group = shard_group(engine, world)
+    if group.size == 1 < world.size:
+        model = load_whole(folder, precision, world.device)
+    else:
+        settings = frozen_settings(engine, precision)
+        _give_memory_back_at_once()
+        family, masked, made_with = model_settings(folder, precision, world.device)
+        # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and never for a group of them.
+        # It takes the dtype from the settings alone: DeepSpeed 0.19.8 makes any `dtype` bf16 on a CPU.
+        made_in_shards = deepspeed.zero.Init(data_parallel_group=group.process_group, config_dict_or_path=settings)
+        with no_init_weights(), prevent_arange_dtype_change(), made_in_shards:
+            bare = family.from_config(load_config(folder), **made_with)
+        bare.tie_weights()
+        _fill(bare, folder, reads=group.reads)
+        model = freeze_sharded(LanguageModel(bare, masked=masked).eval(), settings)
+    if engine.activation_checkpointing:
+        model.checkpoint_activations()
+    return model
 
 
-def _fill(model: nn.Module, folder: Path, world: World) -> None:
+def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
     """Put every weight of the files into the sharded model."""
     places: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = {name for name, _ in model.named_parameters()}
@@ -65,8 +80,8 @@ def _fill(model: nn.Module, folder: Path, world: World) -> None:
                     if shape != tuple(getattr(place, "ds_shape", place.shape)):
                         raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
                     phase(f"loading {stored}")
-                    with gathered_from_main(place):
-                        if world.is_main or not isinstance(place, nn.Parameter):
+                    with gathered_from_reader(place):
+                        if reads or not isinstance(place, nn.Parameter):
                             place.copy_(weights.get_tensor(stored))
                     missing.discard(name)
     except (SafetensorError, OSError) as error:

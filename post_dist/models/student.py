@@ -44,7 +44,7 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
 
 
 def least_harmful_layers(
-    teacher: LanguageModel, batches: list[torch.Tensor], num_layers: int, frozen_lower_layers: int, world: World
+    teacher: LanguageModel, batches: list[tuple[torch.Tensor, float]], num_layers: int, frozen_lower_layers: int, world: World
 ) -> tuple[int, ...]:
     """The layers that are left when those are dropped whose removal, one at a time, hurts the last position least.
 
@@ -52,17 +52,20 @@ def least_harmful_layers(
 
     Args:
         teacher: may be sharded; all ranks call this with equally many batches.
-        batches: this rank's rows of public text, each [B, T].
+        batches: this rank's rows of public text, each [B, T], with the weight of their mean.
         num_layers: how many layers to leave.
         frozen_lower_layers: how many of the first layers are left whatever it costs.
         world: the ranks, which agree on the mean.
     """
-    whole = [_last_log_probabilities(teacher, batch) for batch in batches]
+    whole = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
     hurt: dict[int, float] = {}
     for index in range(frozen_lower_layers, len(teacher.layers)):
         with _without_layer(teacher, index):
-            without = [_last_log_probabilities(teacher, batch) for batch in batches]
-        divergences = [nn.functional.kl_div(*pair, reduction="batchmean", log_target=True) for pair in zip(without, whole, strict=True)]
+            without = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
+        divergences = [
+            weight * nn.functional.kl_div(bare, full, reduction="batchmean", log_target=True)
+            for bare, full, (_, weight) in zip(without, whole, batches, strict=True)
+        ]
         hurt[index] = float(world.mean(torch.stack(divergences).mean()))
         log.info("without layer %d the last position is off by %.3f nats", index, hurt[index])
     dropped = sorted(hurt, key=hurt.__getitem__)[: len(teacher.layers) - num_layers]

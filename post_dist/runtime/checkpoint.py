@@ -1,4 +1,4 @@
-"""Where an unfinished stage goes on: the prompt's state as tensors, the student's as a DeepSpeed checkpoint.
+"""Where an unfinished stage goes on: the prompt's state, or the student's in one file a rank.
 
 Every checkpoint is written beside its place with the sha256 of each of its files, flushed, and renamed. The newest one whose
 files are all as they were written counts, and the two newest are kept.
@@ -14,8 +14,9 @@ import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import file_digests, put_in_place, write_folder
+from post_dist.artifacts.manifest import file_digests, put_in_place, write_folder, writing
 from post_dist.runtime.distributed import World
+from post_dist.runtime.engine_state import engine_state, restore_engine
 
 log = logging.getLogger(__name__)
 
@@ -77,24 +78,42 @@ def take_up(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
 
 
 def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
-    """Keep an engine's trained weights and optimizer; all ranks call it."""
-    partial = folder / f".step-{step}.partial"
-    with world.main_first():
-        if world.is_main:
+    """Keep an engine's trained weights and optimizer; all ranks call it.
+
+    Raises:
+        EnvironmentFault: a rank cannot write; the checkpoints before are as they were.
+    """
+    place, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+
+    def make_room() -> None:
+        with writing(place):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    engine.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-    world.barrier()
-    if world.is_main:
-        _seal(partial)
-        put_in_place(partial, folder / f"step-{step}")
+
+    def write() -> None:
+        tensors = engine_state(engine)
+        if tensors:
+            with writing(place):
+                save_file(tensors, partial / f"rank{world.rank}.safetensors")
+
+    def finish() -> None:
+        with writing(place):
+            _seal(partial)
+            put_in_place(partial, place)
         _drop_old(folder)
-    world.barrier()
+
+    try:
+        world.on_main(make_room)
+        world.together(write)
+        world.on_main(finish)
+    finally:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Put an engine back to the checkpoint at `step`; all ranks call it, as many as saved it."""
-    engine.load_checkpoint(str(folder / f"step-{step}"), tag="engine", load_module_strict=False)
+    """Put an engine back to the checkpoint at `step`; all ranks call it, and they may be more or fewer than those that saved it."""
+    restore_engine(engine, sorted((folder / f"step-{step}").glob("*.safetensors")))
 
 
 def start_step(folder: Path, resume: str, world: World) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault, InputError, PostDistError
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,16 @@ class World:
         return tensor
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows in rank order; every rank gives equally many."""
+        """All ranks' rows in rank order; each rank may give its own number of them."""
         if self.size == 1:
             return rows
-        gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        counts = [torch.empty(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
+        padded = rows.new_zeros(int(torch.cat(counts).max()), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
     def leave(self) -> None:
         """Take the process group down with all ranks there: gloo's threads, met by the end of a process, abort it now and then."""
@@ -79,14 +83,38 @@ class World:
         dist.broadcast(shared, 0)
         return int(shared)
 
+    def together(self, work: Callable[[], object]) -> None:
+        """Do each rank's own work; when it fails on one, all raise, and nobody waits for a rank that has left.
+
+        Raises:
+            EnvironmentFault: another rank failed.
+        """
+        failure = None
+        try:
+            work()
+        except PostDistError as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or EnvironmentFault("another rank could not go on", "what it says itself tells why")
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Do the work on rank 0 while the others wait for it, or fail with it."""
+        self.together(work if self.is_main else lambda: None)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0, then on the others: they find what it has made."""
+        """Run the body on rank 0, then on the others: they find what it has made, or fail with it."""
         if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+            self.together(lambda: None)
+            yield
+            return
+        failure = None
+        try:
+            yield
+        except PostDistError as error:
+            failure = error
+        if self.any(failure is not None) and failure is not None:
+            raise failure
 
 
 def find_launcher(environment: Mapping[str, str]) -> str:

@@ -1,13 +1,56 @@
 """DeepSpeed engines: ZeRO-3 for a frozen large model, any ZeRO stage for the student."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from post_dist.config.schema import Engine
+from post_dist.errors import InputError
+from post_dist.runtime.distributed import World
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """The ranks that share one copy of a frozen model.
+
+    Attributes:
+        size: how many they are; 1 when each rank has its own copy.
+        reads: whether this rank reads the weights for the others.
+        process_group: None for all ranks.
+    """
+
+    size: int
+    reads: bool
+    process_group: Any
+
+
+@lru_cache
+def shard_group(engine: Engine, world: World) -> ShardGroup:
+    """This rank's group, by `engine.shard_group`. All ranks call it.
+
+    Raises:
+        InputError: the ranks do not part into such groups.
+    """
+    size = world.size if engine.shard_group == "all" else engine.shard_group
+    if size == "node":
+        local_ranks = world.concatenate(torch.tensor([world.local_rank], device=world.device)).tolist()
+        size = max(local_ranks) + 1
+        if local_ranks != [rank % size for rank in range(world.size)]:
+            raise InputError("engine.shard_group: node needs equally many ranks on each node, numbered node by node")
+    if world.size % size:
+        raise InputError(f"engine.shard_group: {world.size} ranks do not part into groups of {size}")
+    if size == world.size:
+        return ShardGroup(size, world.is_main, None)
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)] if size > 1 else []
+    return ShardGroup(size, world.rank % size == 0, groups[world.rank // size] if groups else None)
 
 
 def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
@@ -32,8 +75,8 @@ def gathered(module: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def gathered_from_main(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """While entered, a sharded weight is whole, and what rank 0 makes of it is what all ranks share out when it is left."""
+def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
+    """While entered, a sharded weight is whole, and what the group's first rank makes of it is shared out when it is left."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)

@@ -14,11 +14,11 @@ from torch import nn
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.deepspeed import frozen_settings, training_settings
+from post_dist.config.deepspeed import Precision, training_settings
 from post_dist.config.schema import Distill, Student
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.corpus import Corpus, build_corpus
-from post_dist.errors import InputError
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.losses import DistillationTerms, distillation_loss, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
@@ -52,8 +52,8 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     first_step = start_step(folder.checkpoints, resume, world)
     precision = choose_precision(config.engine, world.device)
     tokenizer = load_tokenizer(teacher_folder)
-    teacher = load_sharded(teacher_folder, precision, frozen_settings(precision, section.micro_batch_size_per_gpu), world)
-    log.info("teacher: %d layers, ZeRO-3, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
+    teacher = load_sharded(teacher_folder, config.engine, precision, world)
+    log.info("teacher: %d layers, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
     _check_length(corpus_section, teacher)
     corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)
     masking = _Masking(tokenizer.mask_token_id, len(tokenizer), section.mask_share, config.seed) if teacher.masked else None
@@ -63,18 +63,24 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     world.barrier()  # before rank 0 makes it: the ranks must see the same
     if not is_cut:
         layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
-        with world.main_first():
-            if world.is_main:
-                write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer))
+        world.on_main(lambda: write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
     student = load_whole(untrained, precision, world.device)
     layers = student.model.config.post_dist_layers
     freeze(student, student_section)
+    if config.engine.activation_checkpointing:
+        student.checkpoint_activations()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
     engine = train_sharded(
         model,
         torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
-        training_settings(config.engine.zero_stage, precision, section),
+        training_settings(
+            config.engine,
+            precision,
+            micro_batch_size=section.micro_batch_size_per_gpu,
+            accumulation_steps=len(corpus.step_shares(0, section.batch_size, section.micro_batch_size_per_gpu, world)),
+            max_grad_norm=section.max_grad_norm,
+        ),
     )
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
@@ -82,23 +88,22 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
 
     figures = _held_out_figures(engine, teacher, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    weights = full_weights(student)
-    if world.is_main:
-        facts = {
-            "layers": layers,
-            "num_teacher_layers": len(teacher.layers),
-            "student": student_section.model_dump(mode="json"),
-            "distill": section.model_dump(mode="json"),
-            "held_out": figures,
-        }
+    weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(student).items()}
+    facts = {
+        "layers": layers,
+        "num_teacher_layers": len(teacher.layers),
+        "student": student_section.model_dump(mode="json"),
+        "distill": section.model_dump(mode="json"),
+        "held_out": figures,
+    }
 
-        def fill(artifact: Path) -> None:
-            own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-            student.model.save_pretrained(artifact, state_dict=own)
-            tokenizer.save_pretrained(artifact)
-            summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
-            write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
+    def fill(artifact: Path) -> None:
+        student.model.save_pretrained(artifact, state_dict=weights)
+        tokenizer.save_pretrained(artifact)
+        summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
+        write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
 
+    def write() -> None:
         write_artefact(
             folder.artifact,
             "student",
@@ -106,8 +111,22 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
             parents={"teacher": fingerprint(teacher_folder)},
             config=facts,
             tokenizer=tokenizer_fingerprint(tokenizer),
+            check=lambda artifact: _check_reads_back(artifact, precision, weights),
         )
-    world.barrier()
+
+    world.on_main(write)
+
+
+def _check_reads_back(artifact: Path, precision: Precision, weights: dict[str, torch.Tensor]) -> None:
+    """Load a student as its user will, before it gets its name, and compare every weight.
+
+    Raises:
+        EnvironmentFault: what is on the disk is not what was trained.
+    """
+    loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
+    differing = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
+    if differing or not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise EnvironmentFault(f"{artifact} does not read back as it was written: {min(differing, default='not finite')}", "check the disk")
 
 
 class DistillationModel(nn.Module):
@@ -150,17 +169,22 @@ class _Masking:
     def __init__(self, mask_token: int, vocabulary: int, share: float, seed: int) -> None:
         self._mask_token, self._vocabulary, self._share, self._seed = mask_token, vocabulary, share, seed
 
-    def __call__(self, input_ids_BT: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Corrupted tokens and labels [B, T], a function of the seed and the batch's index."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-        count = max(1, round(self._share * input_ids_BT.shape[1]))
-        places = torch.rand(input_ids_BT.shape, generator=generator).topk(count, dim=1).indices
-        labels = torch.full_like(input_ids_BT, -100).scatter(1, places, input_ids_BT.gather(1, places))
-        draw = torch.rand(places.shape, generator=generator)
-        other = torch.randint(self._vocabulary, places.shape, generator=generator)
-        kept = input_ids_BT.gather(1, places)
+    def __call__(self, input_ids_BT: torch.Tensor, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corrupted tokens and labels [B, T]; those of a sequence are a function of the seed and its place in the reading."""
+        pairs = [self._one(input_ids_T, place) for input_ids_T, place in zip(input_ids_BT, places, strict=True)]
+        corrupted, labels = zip(*pairs, strict=True)
+        return torch.stack(corrupted), torch.stack(labels)
+
+    def _one(self, input_ids_T: torch.Tensor, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + place)
+        count = max(1, round(self._share * len(input_ids_T)))
+        places = torch.rand(input_ids_T.shape, generator=generator).topk(count).indices
+        labels = torch.full_like(input_ids_T, -100).scatter(0, places, input_ids_T[places])
+        draw = torch.rand(count, generator=generator)
+        other = torch.randint(self._vocabulary, (count,), generator=generator)
+        kept = input_ids_T[places]
         changed = torch.where(draw < 0.8, torch.full_like(kept, self._mask_token), torch.where(draw < 0.9, other, kept))
-        return input_ids_BT.scatter(1, places, changed), labels
+        return input_ids_T.scatter(0, places, changed), labels
 
 
 def _train(
@@ -174,26 +198,26 @@ def _train(
     first_step: int,
 ) -> None:
     metrics = Metrics(folder.path / "metrics.jsonl" if world.is_main else None)
-    micro_batch, accumulation = section.micro_batch_size_per_gpu, section.gradient_accumulation_steps
     stand_in = _StandIn(world)
     with progress("distill", section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = section.learning_rate * _linear_schedule(step, section.steps, section.warmup_share)
-            for micro_step in range(step * accumulation, (step + 1) * accumulation):
-                input_ids, labels = _inputs(
-                    corpus.training_batch(micro_step, micro_batch, world), masking, micro_step * world.size + world.rank, world
-                )
+            sums = torch.zeros(3, device=world.device)
+            shares = corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world)
+            for share in shares:
+                input_ids, labels = _inputs(corpus.training(share), masking, share.rows, world)
                 phase(f"distill step {step}: the teacher's forward")
                 with torch.no_grad():
                     teacher_hidden = teacher(input_ids)
                 phase(f"distill step {step}: the student's forward")
                 loss, terms = stand_in.forward(engine, (input_ids, labels, teacher_hidden), step)
+                sums += share.weight * torch.stack([terms.ce, terms.lm, terms.cos])
                 phase(f"distill step {step}: the backward pass")
-                engine.backward(loss)
+                engine.backward(share.weight * loss)
                 phase(f"distill step {step}: the optimizer")
                 engine.step()
-            ce, lm, cos = world.mean(torch.stack([terms.ce, terms.lm, terms.cos])).tolist()
+            ce, lm, cos = (world.mean(sums) / len(shares)).tolist()
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=stand_in.used, learning_rate=engine.optimizer.param_groups[0]["lr"])
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             stop = stop_requested(world)
@@ -239,13 +263,13 @@ class _StandIn:
         return 0 * loss, terms
 
 
-def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, index: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, places: list[int], world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """What the models read and the label of each position."""
     if masking is None:
         labels = torch.cat([sequences_BT[:, 1:], torch.full_like(sequences_BT[:, :1], -100)], dim=1)
         input_ids = sequences_BT
     else:
-        input_ids, labels = masking(sequences_BT, index)
+        input_ids, labels = masking(sequences_BT, places)
     return input_ids.to(world.device), labels.to(world.device)
 
 
@@ -259,14 +283,14 @@ def _held_out_figures(
     """
     model: DistillationModel = engine.module
     terms, last = [], []
-    for index, sequences in enumerate(corpus.held_out_batches(batch_size, world)):
-        input_ids, labels = _inputs(sequences, masking, -1 - index, world)
+    for share in corpus.held_out_shares(batch_size, world):
+        input_ids, labels = _inputs(corpus.held_out(share), masking, [-1 - number for number in share.rows], world)
         teacher_hidden = teacher(input_ids)
         _, batch, student_hidden = engine(input_ids, labels, teacher_hidden)
-        terms.append(torch.stack([batch.ce, batch.lm, batch.cos]))
+        terms.append(share.weight * torch.stack([batch.ce, batch.lm, batch.cos]))
         place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
-        rows = torch.arange(len(labels), device=labels.device)
-        last.append(torch.stack([student_hidden[rows, place], teacher_hidden[rows, place]]).float())
+        rows = torch.arange(share.counted, device=labels.device)
+        last.append(torch.stack([student_hidden[rows, place[: share.counted]], teacher_hidden[rows, place[: share.counted]]]).float())
     ce, lm, cos = world.mean(torch.stack(terms).mean(dim=0)).tolist()
     student_last, teacher_last = (world.concatenate(part) for part in torch.cat(last, dim=1))
     dtype = next(model.parameters()).dtype
@@ -281,7 +305,7 @@ def _held_out_figures(
     }
 
 
-def _choose_layers(section: Student, teacher: LanguageModel, corpus: Corpus, batch_size: int, world: World) -> tuple[int, ...]:
+def _choose_layers(section: Student, teacher: LanguageModel, corpus: Corpus, at_most: int, world: World) -> tuple[int, ...]:
     if section.layers != "auto":
         layers = listed_layers(section, len(teacher.layers))
         log.info("student: layers %s (%s)", list(layers), section.layers if isinstance(section.layers, str) else "listed")
@@ -289,8 +313,9 @@ def _choose_layers(section: Student, teacher: LanguageModel, corpus: Corpus, bat
     num_layers = int(section.num_layers or 0)
     if num_layers > len(teacher.layers):
         raise InputError(f"student.num_layers is {num_layers}; the teacher has {len(teacher.layers)} layers")
-    batches = range(-(-_ROWS_FOR_LAYER_CHOICE // (batch_size * world.size)))
-    sample = [corpus.training_batch(index, batch_size, world).to(world.device) for index in batches]
+    sample = [
+        (corpus.training(share).to(world.device), share.weight) for share in corpus.step_shares(0, _ROWS_FOR_LAYER_CHOICE, at_most, world)
+    ]
     layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers, world)
     log.info("student: layers %s, those whose removal hurts the last position most", list(layers))
     return layers

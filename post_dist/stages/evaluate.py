@@ -23,8 +23,9 @@ from post_dist.losses import proxy_logits
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World, choose_precision
-from post_dist.stages.transfer import check_belongs, load_target
+from post_dist.stages.transfer import check_belongs
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def evaluate(
     tokenizer = load_tokenizer(teacher_folder)
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
-    target = load_target(teacher_folder, precision, section.batch_size, world)
+    target = load_sharded(teacher_folder, folder.config.engine, precision, world)
     check_belongs(source_prompt, student, target, teacher_folder, student_folder)
     template = Template(task.template, tokenizer, task.max_length, masked=target.masked)
     verbalizer = Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
@@ -94,13 +95,12 @@ def evaluate(
         "split": section.split,
         "rows": [{"name": name, **measure(values.numpy(), classes), "epsilon": cost} for name, (values, cost) in _in_order(scored)],
     }
-    if world.is_main:
 
-        def fill(artifact: Path) -> None:
-            (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")
+    def fill(artifact: Path) -> None:
+        (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")
 
-        write_artefact(folder.artifact, "evaluation", fill, parents=inputs, config={"evaluate": section.model_dump(mode="json")})
-    world.barrier()
+    settings = {"evaluate": section.model_dump(mode="json")}
+    world.on_main(lambda: write_artefact(folder.artifact, "evaluation", fill, parents=inputs, config=settings))
 
 
 def measure(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:

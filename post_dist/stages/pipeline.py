@@ -176,9 +176,7 @@ class Pipeline:
                 f"{folder.stage} is not finished for these settings ({folder.path})",
                 f"run `post-dist {folder.stage}` first, or give its artefact in `inputs`",
             )
-        if self._world.is_main:
-            folder.open()
-        self._world.barrier()
+        self._world.on_main(folder.open)
         start = time.monotonic()
         with log_file(folder.path, self._world.rank):
             log.info("%s starts in %s", folder.stage, folder.path)

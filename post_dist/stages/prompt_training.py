@@ -4,7 +4,9 @@ Shapes: n prompt tokens, d width.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -18,9 +20,11 @@ from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
 
 _MOST_SKIPPED_IN_A_ROW = 5
+_SECONDS_BETWEEN_SAVES = 5.0
+"""The state is small, but a shared disk is slow: it is kept each step, or each so many seconds if steps are faster."""
 
 Loss = Callable[[int], torch.Tensor]
-"""From the step's number to the mean loss over this rank's rows, at the present values of the parameters."""
+"""From the step's number to this rank's part of the loss, at the present values of the parameters; the mean over ranks is the loss."""
 
 
 def train_prompt(
@@ -61,6 +65,7 @@ def train_prompt(
     rates = [group["lr"] for group in optimizer.param_groups]
     first_step = take_up(parameters, optimizer, folder.checkpoints, resume, world)
     in_a_row = 0
+    saved_at = -math.inf
     metrics = Metrics(folder.path / metrics_name if world.is_main else None)
     with progress(folder.path.name, section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):
@@ -84,11 +89,10 @@ def train_prompt(
             metrics.write(step=step, loss=mean_loss, skipped=not finite)
             advance(f"loss {mean_loss:.4f}" if show_loss else "")
             stop = stop_requested(world)
-            due = (step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps
-            if (stop or due) and world.is_main:
-                save_tensors(folder.checkpoints, step + 1, optimizer_state(parameters, optimizer))
+            if stop or world.any(step + 1 < section.steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES):
+                world.on_main(partial(save_tensors, folder.checkpoints, step + 1, optimizer_state(parameters, optimizer)))
+                saved_at = time.monotonic()
             if stop:
-                world.barrier()  # nobody leaves before the state is on disk
                 raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
 
 

@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.manifest import write_artefact
-from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt_files
+from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.deepspeed import Precision, frozen_settings
-from post_dist.data.order import rows_of_like_length
+from post_dist.data.order import rows_of_like_length, shares
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import ArtefactRefused, InputError
@@ -49,14 +47,12 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     config, section = folder.config, folder.config.transfer
     if config.public_task is None:
         raise InputError("transfer needs the section `public_task`")
-    if section.batch_size % world.size:
-        raise InputError(f"transfer.batch_size {section.batch_size} does not part evenly among {world.size} ranks")
     texts = load_public_texts(config.public_task, "public_task")
     source_prompt = read_prompt(prompt_folder)
     tokenizer = load_tokenizer(teacher_folder)
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
-    target = load_target(teacher_folder, precision, section.batch_size, world)
+    target = load_sharded(teacher_folder, config.engine, precision, world)
     check_belongs(source_prompt, student, target, teacher_folder, student_folder)
 
     task = source_prompt.task
@@ -92,7 +88,8 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
     optimizer = torch.optim.Adam([prompt_nd], lr=section.learning_rate)
 
     def loss_at(step: int) -> torch.Tensor:
-        chosen = rows_of_like_length(step, section.batch_size, lengths, config.seed)[world.rank :: world.size]
+        (share,) = shares(rows_of_like_length(step, section.batch_size, lengths, config.seed), section.batch_size, world.rank, world.size)
+        chosen = share.rows
         device = world.device
         batch = template.collate([rows[index] for index in chosen]).to(device)
         logits = target(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
@@ -100,44 +97,27 @@ def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prom
         source_BK, source_prompted_BK, target_BK = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
         if section.objective == "published":
             weights = {"alpha": section.alpha, "temperature": section.temperature}
-            return published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
+            return share.weight * published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
         wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + offsets
-        return softened_kl(wanted_BK, prompted_BK, section.temperature)
+        return share.weight * softened_kl(wanted_BK, prompted_BK, section.temperature)
 
     train_prompt([prompt_nd], loss_at, optimizer, section, folder, world, resume, metrics_name="metrics.jsonl", show_loss=True)
     # What the biases of the source prompt do is in the loss, and so in the new prompt.
     own_task = replace(task, class_biases=())
 
-    if world.is_main:
-        name = config.teacher.path if config.teacher and not Path(config.teacher.path).is_absolute() else teacher_folder.name
+    name = config.teacher.path if config.teacher and not Path(config.teacher.path).is_absolute() else teacher_folder.name
 
-        def fill(artifact: Path) -> None:
-            write_prompt_files(artifact, prompt_nd, own_task, name, source_prompt.privacy)
-            summary = "A soft prompt that was transferred from a student with public text alone (POST)."
-            epsilon = "none: the source prompt is not private" if source_prompt.epsilon is None else source_prompt.epsilon
-            write_card(
-                artifact,
-                f"Soft prompt for {name}",
-                summary,
-                section.model_dump() | {"epsilon": epsilon},
-                library="peft",
-                tag="prompt-tuning",
-            )
+    def card(artifact: Path) -> None:
+        summary = "A soft prompt that was transferred from a student with public text alone (POST)."
+        epsilon = "none: the source prompt is not private" if source_prompt.epsilon is None else source_prompt.epsilon
+        settings = section.model_dump() | {"epsilon": epsilon}
+        write_card(artifact, f"Soft prompt for {name}", summary, settings, library="peft", tag="prompt-tuning")
 
-        write_artefact(
-            folder.artifact,
-            "soft prompt",
-            fill,
-            parents={"source prompt": source_prompt.manifest.digest, **source_prompt.manifest.parents},
-            config={"transfer": section.model_dump(mode="json"), "task": asdict(own_task)},
-            tokenizer=tokenizer_fingerprint(tokenizer),
-        )
-    world.barrier()
-
-
-def load_target(teacher_folder: Path, precision: Precision, batch_size: int, world: World) -> LanguageModel:
-    """The large LLM, frozen, in ZeRO-3 shards."""
-    return load_sharded(teacher_folder, precision, frozen_settings(precision, batch_size), world)
+    made = (prompt_nd, own_task, name, source_prompt.privacy)
+    lineage = {"source prompt": source_prompt.manifest.digest, **source_prompt.manifest.parents}
+    settings = {"transfer": section.model_dump(mode="json"), "task": asdict(own_task)}
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    world.on_main(lambda: write_prompt(folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=fingerprint))
 
 
 def check_belongs(

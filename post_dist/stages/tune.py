@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.manifest import write_artefact
-from post_dist.artifacts.prompt import PromptTask, write_prompt_files
+from post_dist.artifacts.prompt import PromptTask, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_examples
@@ -90,15 +89,15 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
     if len(parameters) > 1:
         task = replace(task, class_biases=tuple((BIAS_SCALE * parameters[1]).tolist()))
 
-    def fill(artifact: Path) -> None:
-        write_prompt_files(artifact, parameters[0], task, model_name, statement)
+    def card(artifact: Path) -> None:
         claim = dict(statement or {"epsilon": "none: tuned without differential privacy"})
         notes = {"What epsilon does not cover": claim.pop("not_covered")} if statement else {}
         plan = folder.config.privacy.model_dump(exclude={"enabled", "ledger"}, exclude_none=True) if statement else {}
         rows = {**section.model_dump(exclude_none=True), **plan, **claim}
         write_card(artifact, f"Soft prompt for {model_name}", summary, rows, library="peft", tag="prompt-tuning", notes=notes)
 
-    write_artefact(folder.artifact, "soft prompt", fill, parents=parents, config=settings, tokenizer=tokenizer_fingerprint(tokenizer))
+    made = (parameters[0], task, model_name, statement)
+    write_prompt(folder.artifact, *made, card=card, parents=parents, config=settings, tokenizer=tokenizer_fingerprint(tokenizer))
 
 
 def _tune_openly(folder: RunFolder, material: Material, world: World, resume: str) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from post_dist.runtime.distributed import start
 
 world = start(0)
 
-from post_dist.config.deepspeed import frozen_settings  # noqa: E402
+from post_dist.config.schema import Engine  # noqa: E402
 from post_dist.models.sharded import load_sharded  # noqa: E402
 from post_dist.runtime.zero import shard_share  # noqa: E402
 
@@ -36,7 +36,7 @@ def watch() -> None:
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = load_sharded(folder, "fp32", frozen_settings("fp32", 1), world)
+model = load_sharded(folder, Engine(), "fp32", world)
 done.set()
 watcher.join()
 parameters = sum(parameter.ds_numel for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """Run by torchrun: the gradient of a prompt through a target in ZeRO-3 shards. Rank 0 saves it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from post_dist.runtime.distributed import start
 
 world = start(0)
 
-from post_dist.config.deepspeed import frozen_settings  # noqa: E402
+from post_dist.config.schema import Engine  # noqa: E402
 from post_dist.models.sharded import load_sharded  # noqa: E402
 from post_dist.runtime.zero import shard_share  # noqa: E402
 
-folder, inputs, output = map(Path, sys.argv[1:])
-model = load_sharded(folder, "fp32", frozen_settings("fp32", 4), world)
+folder, inputs, output = map(Path, sys.argv[1:4])
+model = load_sharded(folder, Engine(**json.loads(sys.argv[4])), "fp32", world)
 tensors = load_file(inputs)
 prompt = tensors["prompt"].clone().requires_grad_(True)
 own = slice(world.rank, None, world.size)

@@ -21,7 +21,7 @@ def test_two_hosts_without_ssh_give_one_process_s_losses(tmp_path: Path) -> None
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     common = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", "29695"]
-    work = ["--module", "post_dist", "distill", str(run), "--set=distill.micro_batch_size_per_gpu=2", f"--output={tmp_path / 'two'}"]
+    work = ["--module", "post_dist", "distill", str(run), f"--output={tmp_path / 'two'}"]
     hosts = [
         subprocess.Popen([*common, "--node_rank", str(rank), *work], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)

@@ -36,7 +36,7 @@ def wait_for_a_checkpoint(folder: Path, ranks: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
-SETTINGS = ("distill.steps=100000", "distill.micro_batch_size_per_gpu=2")
+SETTINGS = ("distill.steps=100000",)
 
 
 def test_a_rank_that_stands_still_is_named_by_the_one_that_waits(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def spoiled(tmp_path: Path, first: int, last: int, *settings: str) -> subprocess
     run = tiny.write_run(tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29690"]
     command = [*launcher, str(Path(__file__).with_name("spoiled_distill.py")), str(first), str(last), str(run)]
-    command += [f"--set={setting}" for setting in ("distill.micro_batch_size_per_gpu=2", *settings)]
+    command += [f"--set={setting}" for setting in settings]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
 
 

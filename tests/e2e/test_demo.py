@@ -19,7 +19,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     assert post_dist("init", demo).returncode == 0
     fetched = subprocess.run([sys.executable, demo / "fetch_demo.py"], capture_output=True, text=True, timeout=300, check=False)
     assert fetched.returncode == 0, fetched.stderr
-    settings = ["distill.steps=2", "distill.micro_batch_size_per_gpu=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
+    settings = ["distill.steps=2", "distill.batch_size=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
     settings += ["tune.steps=2", "transfer.steps=2", "public_task.max_rows=32", "evaluate.baselines=[]"]
     settings += [
         "evaluate.split=validation",

@@ -197,7 +197,7 @@ def test_launchers_give_one_process_s_results(tmp_path: Path, finished: Path, la
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": "29650",
     }
-    options = ["--set", "distill.micro_batch_size_per_gpu=2", "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes"]
+    options = ["--set", "transfer.objective=proxy", "--set", "transfer.scores=classes"]
     command = [
         str(asset(f"launch/{launcher}.sh")),
         "2",

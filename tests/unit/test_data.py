@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.sources import Task
 from post_dist.data.corpus import build_corpus
-from post_dist.data.order import rows_of_like_length, shuffled_rows
+from post_dist.data.order import Share, rows_of_like_length, shares, shuffled_rows
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template, Verbalizer
@@ -155,21 +155,21 @@ def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -
     stream = [token for text in texts for token in [*WORDS(text, add_special_tokens=False).input_ids, WORDS.eos_token_id]]
     packed = np.load(tmp_path / "corpus.npy")
     assert packed.flatten().tolist() == stream[: packed.size]
-    trained = corpus.training_batch(0, corpus.num_training_sequences, ALONE)
-    held_out = torch.cat(corpus.held_out_batches(3, ALONE))
+    trained = corpus.training(Share(list(range(corpus.num_training_sequences)), 1.0))
+    held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_shares(3, ALONE)])
     assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
     assert held_out.tolist() == packed[-4:].tolist()
 
 
-def test_a_global_batch_is_the_same_for_any_number_of_ranks(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(text for text, _ in tiny.sentences(60, 0)))
-    section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
-    corpus = build_corpus(section, WORDS, tmp_path / "corpus.npy", 0, ALONE)
-    ranks = [World(rank, 2, rank, "none", torch.device("cpu")) for rank in range(2)]
-    for step in range(20):
-        assert (
-            corpus.training_batch(step, 4, ALONE).tolist() == torch.cat([corpus.training_batch(step, 2, rank) for rank in ranks]).tolist()
-        )
+@given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))
+def test_shares_count_every_row_once_and_weigh_up_to_the_mean(count: int, at_most: int, ranks: int) -> None:
+    values = np.random.default_rng(0).normal(size=count)
+    dealt = [shares(range(count), at_most, rank, ranks) for rank in range(ranks)]
+    assert len({len(own) for own in dealt}) == 1, "every rank runs equally many"
+    assert sorted(row for own in dealt for share in own for row in share.rows[: share.counted]) == list(range(count))
+    assert all(1 <= len(share.rows) <= at_most for own in dealt for share in own)
+    mean = np.mean([share.weight * values[share.rows].mean() for own in dealt for share in own])
+    assert mean == pytest.approx(values.mean(), abs=1e-12)
 
 
 def test_order_reads_all_rows_once_an_epoch() -> None:

@@ -125,7 +125,7 @@ def test_the_layer_that_does_nothing_is_dropped_first(folder: Path) -> None:
                 parameter.data.fill_(-1)  # Gemma's norms scale by one plus their weight
     if model.masked:
         pytest.skip("RoBERTa's layers end in a layer norm, so none of them does nothing")
-    kept = least_harmful_layers(model, [torch.arange(4, 20).repeat(3, 1)], 3, 0, ALONE)
+    kept = least_harmful_layers(model, [(torch.arange(4, 20).repeat(3, 1), 1.0)], 3, 0, ALONE)
     assert kept == (0, 1, 3)
 
 
