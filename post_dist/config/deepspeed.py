@@ -6,6 +6,8 @@ from typing import Any, Literal
 from post_dist.config.assets import asset
 from post_dist.config.schema import Engine
 
+_SWAP_BLOCK = 1 << 16
+"""Elements; DeepSpeed fills each shard up to whole pages of the disk."""
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -15,13 +17,20 @@ def preset(name: str) -> dict[str, Any]:
     return settings
 
 
-def frozen_settings(engine: Engine, precision: Precision) -> dict[str, Any]:
-    """ZeRO-3 without an optimizer, for the teacher and the transfer target."""
+def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) -> dict[str, Any]:
+    """ZeRO-3 without an optimizer, for the teacher and the transfer target.
+
+    Args:
+        engine: the layout.
+        precision: of the weights.
+        largest_shard: elements of the largest weight's shard, for which the buffers between disk and memory must have room.
+    """
     settings = preset("frozen_zero3" if engine.offload == "none" else f"frozen_zero3_{engine.offload}")
     zero = settings["zero_optimization"]
     zero["zero_quantized_weights"] = engine.quantized_gathers
     if engine.nvme_folder is not None:
-        zero["offload_param"]["nvme_path"] = str(engine.nvme_folder)
+        blocks = -(-largest_shard // _SWAP_BLOCK)
+        zero["offload_param"] |= {"nvme_path": str(engine.nvme_folder), "buffer_size": blocks * _SWAP_BLOCK}
     return settings | {"train_micro_batch_size_per_gpu": 1} | _precision(precision)  # DeepSpeed wants a batch, and no engine reads it
 
 

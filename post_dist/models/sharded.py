@@ -6,10 +6,12 @@ read by one rank of a shard group from the safetensors files, broadcast, and cut
 
 import ctypes
 import logging
+import math
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -17,7 +19,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from post_dist.config.deepspeed import Precision, frozen_settings
 from post_dist.config.schema import Engine
-from post_dist.errors import InputError
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config, load_whole, model_settings
 from post_dist.runtime.distributed import World
@@ -41,14 +43,17 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
 
     Raises:
         InputError: weights are missing, do not fit, or cannot be read; or this device cannot do what `engine` asks for.
+        EnvironmentFault: `offload: nvme` without libaio.
     """
     if engine.quantized_gathers and world.device.type == "cpu":
         raise InputError("engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU", "leave it out")
+    if engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise EnvironmentFault("engine.offload: nvme needs libaio, which is not here", "install libaio-dev, or take offload: cpu")
     group = shard_group(engine, world)
     if group.size == 1 < world.size:
         model = load_whole(folder, precision, world.device)
     else:
-        settings = frozen_settings(engine, precision)
+        settings = frozen_settings(engine, precision, -(-_largest_weight(folder) // group.size))
         _give_memory_back_at_once()
         family, masked, made_with = model_settings(folder, precision, world.device)
         # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and never for a group of them.
@@ -62,6 +67,15 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
     if engine.activation_checkpointing:
         model.checkpoint_activations()
     return model
+
+
+def _largest_weight(folder: Path) -> int:
+    """Elements of the largest weight in the files."""
+    sizes = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            sizes += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118 - the handle is no mapping
+    return max(sizes)
 
 
 def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
