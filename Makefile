@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
 .PHONY: demo demo-private test faults check clean
 
@@ -18,7 +19,9 @@ test: check
 
 faults: .venv/ready
 	rm -rf .cache/faults
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/privacy/killed_runs.py .cache/faults --times 20 --table benchmarks/faults-tuning-cpu.md
+	$(FAULTS) tests/privacy/killed_runs.py .cache/faults --times 20 --table benchmarks/faults-tuning-cpu.md
+	rm -rf .cache/faults
+	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
 
 check: .venv/ready

@@ -16,7 +16,7 @@ from post_dist import __version__
 from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
-from post_dist.errors import ArtefactRefused, InputError, Interrupted, PostDistError, PrivacyRefused
+from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, Interrupted, PostDistError, PrivacyRefused
 from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
@@ -215,6 +215,11 @@ def _run(
     except Interrupted:  # all ranks have agreed on it
         world.leave()
         raise
+    except RuntimeError as error:
+        if not world.lost_a_rank(error):
+            raise
+        hint = "look at what that rank said; the same command goes on from the last checkpoint"
+        raise EnvironmentFault("another rank has left, or cannot be reached", hint) from None
     if world.is_main:
         _print_result(folder, whole, as_json)
     world.leave()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from post_dist.artifacts.manifest import file_digests, put_in_place, write_folder, writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, restore_engine
+from post_dist.runtime.watchdog import phase
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
         EnvironmentFault: a rank cannot write; the checkpoints before are as they were.
     """
     place, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    phase(f"writing the checkpoint of step {step}")
 
     def make_room() -> None:
         with writing(place):

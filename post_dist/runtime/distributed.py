@@ -63,6 +63,10 @@ class World:
         dist.all_gather(gathered, padded)
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
+    def lost_a_rank(self, error: RuntimeError) -> bool:
+        """Whether an error is a collective's that lost its connection: NCCL has a class for it, gloo names its source file."""
+        return self.size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
     def leave(self) -> None:
         """Take the process group down with all ranks there: gloo's threads, met by the end of a process, abort it now and then."""
         if self.size > 1:

@@ -15,38 +15,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import tiny
 import torch
+from faults import at_call, die, fork_command
 
-from post_dist import cli
 from post_dist.artifacts import manifest
 from post_dist.privacy import ledger, training
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.stages import private_tuning
 
 STEPS = 6
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_call(owner: Any, name: str, number: int, *, before: bool) -> None:
-    """Die before or after the `number`-th call of a function."""
-    real, calls = getattr(owner, name), Counter()
-
-    def counted(*given: Any, **named: Any) -> Any:
-        calls[name] += 1
-        if before and calls[name] == number:
-            die()
-        result = real(*given, **named)
-        if not before and calls[name] == number:
-            die()
-        return result
-
-    setattr(owner, name, counted)
 
 
 def in_half_a_row(number: int) -> None:
@@ -94,26 +73,10 @@ PLACES: dict[str, Callable[[int], None]] = {
 
 def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Tune in a forked child; its wait status."""
-    child = os.fork()
-    if child == 0:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        prepare()
-        settings = [f"inputs.student={folder / 'student'}", "privacy.enabled=true", "privacy.noise_multiplier=0.8", f"tune.steps={STEPS}"]
-        settings += [
-            "privacy.declared_examples=160",
-            "privacy.noise_source=seeded",
-            f"privacy.ledger={output}.ledger",
-            "tune.class_bias=true",
-        ]
-        sys.argv = ["post-dist", "tune", str(folder / "run.yaml"), f"--output={output}", *(f"--set={setting}" for setting in settings)]
-        try:
-            cli.main()
-        except SystemExit as stop:
-            os._exit(int(stop.code or 0))
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+    settings = [f"inputs.student={folder / 'student'}", "privacy.enabled=true", "privacy.noise_multiplier=0.8", f"tune.steps={STEPS}"]
+    settings += ["privacy.declared_examples=160", "privacy.noise_source=seeded", f"privacy.ledger={output}.ledger", "tune.class_bias=true"]
+    arguments = ["tune", str(folder / "run.yaml"), f"--output={output}", *(f"--set={setting}" for setting in settings)]
+    return os.waitpid(fork_command(arguments, {}, folder / "said.txt", prepare), 0)[1]
 
 
 def outcome(output: Path) -> tuple[bytes, int, int, int]:
@@ -138,12 +101,8 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
     tiny.write_run(folder)
-    student = os.fork()
-    if student == 0:
-        sys.argv = ["post-dist", "distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"]
-        cli.main()
-        os._exit(0)
-    os.waitpid(student, 0)
+    distilled = fork_command(["distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"], {}, folder / "said.txt", lambda: None)
+    os.waitpid(distilled, 0)
     next(folder.glob("made/tiny/distill-*/artifact")).rename(folder / "student")
     assert run(folder, folder / "alone") == 0
     expected = outcome(folder / "alone")
