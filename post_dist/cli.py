@@ -17,6 +17,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
 from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, Interrupted, PostDistError, PrivacyRefused
+from post_dist.runtime.stop import listen
 from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ class Bench(StrEnum):
     """The stages that have a benchmark."""
 
     tune = "tune"
+
+
+class Submittable(StrEnum):
+    """What can be submitted."""
+
+    distill = "distill"
+    tune = "tune"
+    transfer = "transfer"
+    evaluate = "evaluate"
+    pipeline = "pipeline"
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")]
@@ -95,6 +106,46 @@ def evaluate(
 ) -> None:
     """Compare zero-shot, the prompts and the baselines on one split."""
     _run("evaluate", frozenset(("evaluate",)), run, set_, output, resume, json_)
+
+
+@app.command()
+def submit(
+    run: RunFile,
+    command: Annotated[Submittable, typer.Argument(metavar="STAGE", help="A stage, or pipeline for a chain of jobs.")],
+    set_: Overrides = None,
+    output: Output = None,
+    print_: Annotated[bool, typer.Option("--print", help="Show the batch files, and submit nothing.")] = False,
+    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm when each job would start, and submit nothing.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine, in processes of submitit.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the jobs to their end.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Start stages under Slurm, with what `cluster` in the run file asks for."""
+    from post_dist.cluster.follow import follow
+    from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
+
+    config = load_run(run, set_, output)
+    options = tuple(f"--set={setting}" for setting in set_ or ()) + ((f"--output={output.resolve()}",) if output else ())
+    jobs = planned_jobs(config, run, command, options)
+    if print_:
+        print("\n".join(job_texts(config, jobs)))
+        return
+    if local:
+        submitted = run_here(config, jobs)
+    else:
+        answers = try_jobs(config, jobs)
+        if test_only:
+            print("\n".join(answers))
+            return
+        submitted = submit_jobs(config, jobs)
+    told = [{"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted]
+    if json_:
+        print(json.dumps({"jobs": told}))
+    else:
+        for job in submitted:
+            print(f"{job.stage}: job {job.job_id}, log {job.log}")
+    if wait and not local:
+        follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 @app.command()
@@ -202,6 +253,7 @@ def _run(
     command: Stage, may_run: frozenset[Stage], run: Path, overrides: list[str] | None, output: Path | None, resume: Resume, as_json: bool
 ) -> None:
     """Load the run file, then torch, then run; rank 0 prints what came of it."""
+    listen()
     config = load_run(run, overrides, output)
     world = _start(config)
     from post_dist.stages.pipeline import Pipeline  # imports DeepSpeed, for which `start` has prepared the environment
@@ -232,10 +284,8 @@ def _start(config: "RunConfig") -> "World":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
-    from post_dist.runtime.stop import listen
 
     speak(_rank())
-    listen()
     watch(_rank(), config.engine.hang_timeout_seconds)
     return start(config.seed)
 

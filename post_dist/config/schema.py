@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from post_dist.config.cluster import Cluster
 from post_dist.config.sources import Corpus, FilePath, PositiveFloat, PositiveInt, Section, Share, Task, beside_run_file
 
 Stage = Literal["distill", "tune", "transfer", "evaluate"]
@@ -280,6 +281,7 @@ class RunConfig(Section):
     transfer: Transfer = Transfer()
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _private_task_is_whole(self) -> "RunConfig":

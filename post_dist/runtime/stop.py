@@ -6,9 +6,12 @@ command goes on from there.
 
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from post_dist.errors import Interrupted
-from post_dist.runtime.distributed import World
+
+if TYPE_CHECKING:  # it loads torch, and signals may come before that
+    from post_dist.runtime.distributed import World
 
 _requested: list[str] = []
 
@@ -20,7 +23,7 @@ def listen() -> None:
         signal.signal(getattr(signal, name), _request)
 
 
-def stop_requested(world: World) -> bool:
+def stop_requested(world: "World") -> bool:
     """Whether any rank was asked to stop; all ranks call it, and hear the same."""
     return world.any(bool(_requested))
 

@@ -190,34 +190,33 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
     assert "going on from step" not in said
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers_give_one_process_s_results(tmp_path: Path, finished: Path, launcher: str) -> None:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": "29650",
+def test_launchers_give_equal_artefacts_and_one_process_s_losses(tmp_path: Path, finished: Path) -> None:
+    common = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29650"}
+    work = ["pipeline", str(finished / "run.yaml"), "--set=transfer.objective=proxy", "--set=transfer.scores=classes"]
+    plain = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    starts = {
+        "torchrun": [([str(asset("launch/torchrun.sh")), "2"], {})],
+        "deepspeed": [([str(asset("launch/deepspeed.sh")), "2"], {})],
+        "plain": [([sys.executable, "-m", "post_dist"], plain | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")],
     }
-    options = ["--set", "transfer.objective=proxy", "--set", "transfer.scores=classes"]
-    command = [
-        str(asset(f"launch/{launcher}.sh")),
-        "2",
-        "pipeline",
-        str(finished / "run.yaml"),
-        "--output",
-        str(tmp_path / "runs"),
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = (
-        [
-            json.loads(line)["loss"]
-            for folder in base.glob("runs/tiny/transfer-*")
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
+    made = {}
+    for launcher, processes in starts.items():
+        output = tmp_path / launcher
+        commands = [([*program, *work, f"--output={output / 'runs'}"], os.environ | common | extra) for program, extra in processes]
+        running = [
+            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for command, env in commands
         ]
-        for base in (finished, tmp_path)
-    )
-    assert sorted(together) == pytest.approx(sorted(alone), rel=1e-3)
+        said = [process.communicate(timeout=200)[1] for process in running]
+        assert all(process.returncode == 0 for process in running), said[0][-3000:]
+        made[launcher] = {path.parent.parent.name: path.read_bytes() for path in output.rglob("*/artifact/*model.safetensors")}
+    assert made["torchrun"] == made["deepspeed"] == made["plain"]
+    assert len(made["plain"]) == 5  # the student, two tuned and two transferred prompts
+
+    def losses(base: Path) -> list[float]:
+        files = sorted(base.glob("runs/tiny/transfer-*/metrics.jsonl"))
+        return sorted(json.loads(line)["loss"] for file in files for line in file.read_text().splitlines())
+
+    assert losses(tmp_path / "plain") == pytest.approx(losses(finished), rel=1e-3)
 
 
 def test_a_masked_model_learns_the_task_and_passes_it_on(tmp_path: Path, post_dist: Callable) -> None:

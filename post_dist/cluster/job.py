@@ -1,0 +1,33 @@
+"""What runs in each task of a job: the command line, told by submitit which rank it is."""
+
+import runpy
+import sys
+from dataclasses import dataclass
+
+from submitit.helpers import TorchDistributedEnvironment
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One command of one run file. This is all that a job's pickle holds: no code and no state.
+
+    Attributes:
+        command: a sub-command of post-dist.
+        run: the run file, absolute.
+        options: as on the command line.
+    """
+
+    command: str
+    run: str
+    options: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Run it; what a user would see as the exit code becomes the task's."""
+        # All GPUs of a node stay visible to its tasks: a rank takes the one with its local number.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        sys.argv = ["post-dist", self.command, self.run, *self.options]
+        try:
+            runpy.run_module("post_dist", run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise

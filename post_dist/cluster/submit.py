@@ -1,0 +1,142 @@
+"""Submits stages to Slurm through submitit: all of them are tried first, and a chain of jobs waits for the one before."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+
+from post_dist.cluster.job import StageJob
+from post_dist.cluster.sbatch import job_parameters, job_text
+from post_dist.config.cluster import ClusterStage
+from post_dist.config.schema import RunConfig
+from post_dist.errors import EnvironmentFault, InputError
+
+_CHAIN: tuple[ClusterStage, ...] = ("distill", "tune", "transfer", "evaluate")
+_SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that is to be: its stage, and the command that its tasks run."""
+
+    stage: ClusterStage
+    job: StageJob
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that Slurm, or this machine, has taken.
+
+    Attributes:
+        stage: which stage.
+        job_id: Slurm's number, or the process on this machine.
+        log: where rank 0 writes.
+        job: submitit's.
+    """
+
+    stage: ClusterStage
+    job_id: str
+    log: Path
+    job: submitit.Job[None]
+
+
+def planned_jobs(config: RunConfig, run: Path, command: str, options: tuple[str, ...]) -> list[Planned]:
+    """The jobs for a command, in their order; `pipeline` makes one for each stage whose result is not given in `inputs`."""
+    run_file = str(run.resolve())
+    if command != "pipeline":
+        stage = next(stage for stage in _CHAIN if stage == command)
+        return [Planned(stage, StageJob(command, run_file, options))]
+    given = config.inputs
+    skipped = {"distill": given.student, "tune": given.source_prompt or given.target_prompt, "transfer": given.target_prompt}
+    stages = [stage for stage in _CHAIN if skipped.get(stage) is None]
+    # The last one runs what the rows of the comparison need beyond the three stages.
+    return [Planned(stage, StageJob("pipeline" if stage == "evaluate" else stage, run_file, options)) for stage in stages]
+
+
+def job_folder(config: RunConfig) -> Path:
+    """Where submitit keeps logs and pickles; every node must see it."""
+    return config.output / config.name / "slurm"
+
+
+def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
+    """The batch file of each job, as submitit would send it; the job before has no number yet."""
+    folder = job_folder(config)
+    command = _SUBMITIT.format(python=shlex.quote(sys.executable), folder=shlex.quote(str(folder)))
+    afters = [None, *(f"<{planned.stage}>" for planned in jobs[:-1])]
+    return [
+        job_text(command, str(folder), job_parameters(config.cluster, planned.stage, after))
+        for planned, after in zip(jobs, afters, strict=True)
+    ]
+
+
+def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
+    """Ask Slurm, for each job, whether and when it would start; nothing is queued.
+
+    Raises:
+        EnvironmentFault: there is no Slurm here.
+        InputError: Slurm refuses one of them.
+    """
+    if shutil.which("sbatch") is None:
+        raise EnvironmentFault("sbatch is not here", "submit from a machine of the cluster, or take --local")
+    answers = []
+    for planned in jobs:
+        text = job_text("true", str(job_folder(config)), job_parameters(config.cluster, planned.stage))
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(text)
+            file.flush()
+            asked = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+        answer = asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else asked.stdout.strip()
+        if asked.returncode:
+            raise InputError(
+                f"Slurm refuses the job for {planned.stage}: {answer}", f"see `cluster` and `cluster.{planned.stage}` in the run file"
+            )
+        answers.append(f"{planned.stage}: {answer.removeprefix('sbatch: ')}")
+    return answers
+
+
+def submit_jobs(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
+    """Queue the jobs, each after the one before.
+
+    Raises:
+        EnvironmentFault: Slurm cannot take them; those that were queued are cancelled again.
+    """
+    executor = submitit.SlurmExecutor(job_folder(config))
+    submitted: list[Submitted] = []
+    try:
+        for planned in jobs:
+            after = submitted[-1].job_id if submitted else None
+            executor.parameters.clear()
+            executor.update_parameters(**job_parameters(config.cluster, planned.stage, after))
+            job = executor.submit(planned.job)
+            submitted.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
+    except submitit.core.utils.FailedJobError as error:
+        for earlier in submitted:
+            earlier.job.cancel()
+        raise EnvironmentFault(f"Slurm does not take the job for {planned.stage}: {error}", "nothing is left in the queue") from None
+    return submitted
+
+
+def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
+    """Run the jobs one after the other on this machine, with as many tasks as one node would have.
+
+    Raises:
+        EnvironmentFault: one of them failed.
+    """
+    executor = submitit.LocalExecutor(job_folder(config))
+    done: list[Submitted] = []
+    for planned in jobs:
+        asked = config.cluster.for_stage(planned.stage)
+        if asked.nodes > 1:
+            raise InputError(f"cluster.{planned.stage}.nodes is {asked.nodes}; --local has one node")
+        executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=asked.time_minutes, gpus_per_node=asked.gpus_per_node)
+        job = executor.submit(planned.job)
+        done.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
+        job.wait()
+        if job.exception() is not None:
+            raise EnvironmentFault(f"{planned.stage} failed", f"its log: {job.paths.stderr}")
+    return done
