@@ -65,7 +65,7 @@ class Cluster:
     def down(self) -> None:
         """End every machine of the cluster, and take away its bridge and its files except the logs."""
         for name in ADDRESSES:
-            self._kill(name)
+            self.kill_node(name)
         for bridge in self._bridges():
             for cable in _links("link", "master", bridge):
                 _ip("link", "delete", cable["ifname"], check=False)
@@ -73,8 +73,12 @@ class Cluster:
         shutil.rmtree(self.live, ignore_errors=True)
 
     def kill_node(self, name: str) -> None:
-        """A crash: all that runs on the node ends at once, and its cable is dead."""
-        self._kill(name)
+        """A crash: all that runs on the machine ends at once, and its cable is dead."""
+        outer, first = self._outer_process(name), self._process(name)
+        if outer:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first or outer, signal.SIGKILL)  # the kernel ends the rest, and `unshare` when they are gone
+            self._wait(f"the end of {name}", lambda: not self._outer_process(name), 10)
 
     def start_node(self, name: str) -> None:
         if not self._process(name):
@@ -161,17 +165,9 @@ class Cluster:
         self._wait(f"the start of {name}", lambda: self._process(name), 10)
         (bridge,) = self._bridges()
         cable = f"{bridge}-{name}"
+        _ip("link", "delete", cable, check=False)  # the kernel takes its time over that of a namespace which has just died
         _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(self._process(name)))
         _ip("link", "set", cable, "master", bridge, "up")
-
-    def _kill(self, name: str) -> None:
-        outer, first = self._outer_process(name), self._process(name)
-        if outer:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(first or outer, signal.SIGKILL)  # the kernel ends the rest, and `unshare` when they are gone
-            self._wait(f"the end of {name}", lambda: not self._outer_process(name), 10)
-        for bridge in self._bridges():  # the kernel takes its time over a dead namespace's cable
-            _ip("link", "delete", f"{bridge}-{name}", check=False)
 
     def _pid_file(self, name: str) -> Path:
         return self.live / "run" / f"{name}.pid"

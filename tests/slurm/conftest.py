@@ -10,15 +10,21 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from debian import Unavailable, install
+from debian import Unavailable, check, install
 
 INSTALL_SECONDS = 600  # the first test waits for the packages as well
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Pass over the cluster's tests as a whole where they cannot run, with one line."""
+    mark = pytest.mark.timeout(INSTALL_SECONDS)
+    try:
+        check()
+    except Unavailable as reason:
+        mark = pytest.mark.skip(str(reason))
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.timeout(INSTALL_SECONDS))
+        if "slurm" in getattr(item, "fixturenames", ()):
+            item.add_marker(mark)
 
 
 @contextlib.contextmanager
@@ -51,13 +57,13 @@ def own_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    with own_cluster() as cluster:
-        try:
-            install()
+    try:
+        install()
+        with own_cluster() as cluster:
             cluster.up()
-        except Unavailable as reason:
-            pytest.skip(str(reason))
-        yield cluster
+            yield cluster
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")
