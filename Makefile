@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test faults check clean
+.PHONY: demo demo-private test test-slurm faults check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -16,6 +16,11 @@ demo-private: .venv/ready demo/demo.yaml
 
 test: check
 	$(BIN)/pytest
+
+# As root on Debian 12: a cluster of four nodes on this machine. `test` runs these tests too, and passes over them elsewhere.
+test-slurm: .venv/ready
+	$(BIN)/python tests/slurm/cluster.py install
+	$(BIN)/pytest tests/slurm
 
 faults: .venv/ready
 	rm -rf .cache/faults
