@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import traceback
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,6 +147,27 @@ def submit(
             print(f"{job.stage}: job {job.job_id}, log {job.log}")
     if wait and not local:
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are to be.")] = Path("runs"),
+    build: Annotated[bool, typer.Option("--build", help="Also compile what DeepSpeed would compile inside a job.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Look at this machine, and say what it lacks and what to do about it."""
+    from post_dist.cluster.doctor import build_ops, examine
+
+    built = build_ops() if build else []
+    findings = examine(folder)
+    well = all(finding.ok for finding in findings)
+    if json_:
+        print(json.dumps({"ok": well, "checks": [asdict(finding) for finding in findings], "built": built}))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'BAD '} {finding.name}: {finding.found}{f'; {finding.cure}' if finding.cure else ''}")
+    if not well:
+        raise typer.Exit(EnvironmentFault.exit_code)
 
 
 @app.command()

@@ -1,0 +1,214 @@
+"""`post-dist submit` on a real Slurm: chains, time limits, nodes that crash, ranks that die."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from cluster import Cluster, in_time
+
+CLUSTER = {
+    "partition": "main",
+    "distill": {"nodes": 2, "tasks_per_node": 2, "time_minutes": 10},
+    "tune": {"time_minutes": 10},
+    "transfer": {"nodes": 2, "time_minutes": 10},
+}
+SETTINGS = {"evaluate": {"baselines": []}, "distill": {"steps": 6, "batch_size": 4, "checkpoint_every_steps": 50}, "cluster": CLUSTER}
+
+
+def write_run(folder: Path, **changes: dict) -> Path:
+    run = tiny.write_run(folder)
+    fields = yaml.safe_load(run.read_text()) | SETTINGS
+    for section, values in changes.items():
+        fields[section] = fields[section] | values
+    run.write_text(yaml.safe_dump(fields))
+    return run
+
+
+def environment(slurm: Cluster) -> dict[str, str]:
+    own = slurm.environment
+    return own | {"PATH": f"{Path(sys.executable).parent}:{own['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def submit(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "post_dist", "submit", *map(str, arguments)]
+    return subprocess.run(command, env=environment(slurm), capture_output=True, text=True, timeout=400, check=False)
+
+
+@contextlib.contextmanager
+def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A submission that is waited for, and the number of its first job."""
+    command = [sys.executable, "-u", "-m", "post_dist", "submit", *map(str, arguments), "--wait"]
+    waiting = subprocess.Popen(command, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        told = waiting.stdout.readline()
+        assert "job " in told, waiting.communicate()[1]
+        yield waiting, re.search(r"job (\d+)", told)[1]
+    finally:
+        waiting.kill()
+        waiting.communicate()
+
+
+def artifact(folder: Path, stage: str) -> Path:
+    (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
+    return found
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(path.read_text()[-2500:] for path in sorted(folder.glob("runs/tiny/slurm/*_log.out")))
+
+
+def steps_of(folder: Path, stage: str) -> list[int]:
+    return [
+        json.loads(line)["step"] for path in folder.glob(f"runs/tiny/{stage}-*/metrics.jsonl") for line in path.read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def chained(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A pipeline as four jobs, and what following them said."""
+    folder = tmp_path_factory.mktemp("chained")
+    done = submit(slurm, write_run(folder), "pipeline", "--wait")
+    assert done.returncode == 0, done.stderr + logs(folder)
+    return folder, done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_a_pipeline_is_a_chain_of_jobs(chained: tuple[Path, str], post_dist: Callable) -> None:
+    folder, said = chained
+    ends = re.findall(r"(\w+) \(job \d+\): COMPLETED", said)
+    assert ends == ["distill", "tune", "transfer", "evaluate"]
+    for stage in ends[:3]:
+        assert post_dist("verify", artifact(folder, stage)).returncode == 0
+    environments = {stage: logs(folder).count(f"of {ranks} on cpu (launcher: srun)") for stage, ranks in (("distill", 4), ("transfer", 2))}
+    assert environments == {"distill": 1, "transfer": 1}
+
+
+def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(slurm: Cluster, tmp_path: Path) -> None:
+    for place, wanted in (
+        ({"partition": "nowhere"}, "Invalid partition name"),
+        ({"nodes": 9}, "Requested node configuration is not available"),
+    ):
+        refused = submit(slurm, write_run(tmp_path, cluster={"transfer": place}), "pipeline")
+        assert refused.returncode == 2
+        assert "Slurm refuses the job for transfer" in refused.stderr
+        assert wanted in refused.stderr
+    assert slurm.run("squeue", "--noheader").stdout == ""
+
+
+def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(slurm: Cluster, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    told = submit(slurm, run, "pipeline", "--test-only")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("to start at") == 4
+    printed = submit(slurm, run, "distill", "--print").stdout
+    assert slurm.run("squeue", "--noheader").stdout == ""
+    submitted = json.loads(submit(slurm, run, "distill", "--json").stdout)["jobs"][0]
+    slurm.run("scancel", submitted["job_id"])
+    (sent,) = tmp_path.glob(f"runs/tiny/slurm/{submitted['job_id']}_submission.sh")
+    assert sent.read_text().strip() == printed.strip()
+
+
+def test_the_files_for_sbatch_by_hand_are_ones_that_slurm_takes(slurm: Cluster) -> None:
+    files = sorted((Path(__file__).parents[2] / "slurm").glob("*.sbatch"))
+    assert len(files) == 4
+    for file in files:
+        assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
+        asked = slurm.run("sbatch", "--test-only", file, "RUN.yaml")
+        assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.timeout(300)
+def test_a_distillation_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp_path: Path) -> None:
+    done = submit(slurm, write_run(tmp_path, corpus={"held_out_sequences": 10_000}), "pipeline", "--wait")
+    assert done.returncode == 3
+    assert re.search(r"distill \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), done.stderr
+    assert re.findall(r"(\w+) \(job \d+\): CANCELLED", done.stderr) == ["tune", "transfer", "evaluate"]
+    assert "to be held out" in logs(tmp_path)
+
+
+LONG = {"distill": {"steps": 1200, "checkpoint_every_steps": 20}}
+
+
+@pytest.mark.timeout(400)
+def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) -> None:
+    run = write_run(tmp_path, **LONG, cluster={"distill": {"nodes": 2, "time_minutes": 1}, "signal_seconds": 20})
+    done = submit(slurm, run, "distill", "--wait")
+    assert done.returncode == 0, done.stderr + logs(tmp_path)
+    said = logs(tmp_path)
+    assert "stopped by SIGUSR2" in said
+    assert "going on from step" in said
+    assert "PENDING" in done.stderr.partition("RUNNING")[2], "it was queued again"
+    alone = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29660", "-m", "post_dist"]
+    straight = subprocess.run(
+        [*alone, "distill", run, f"--output={tmp_path / 'straight'}"], env=environment(slurm), capture_output=True, check=False
+    )
+    assert straight.returncode == 0, straight.stderr[-2000:]
+    (other,) = tmp_path.glob("straight/tiny/distill-*/artifact/model.safetensors")
+    assert (artifact(tmp_path, "distill") / "model.safetensors").read_bytes() == other.read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, str]) -> None:
+    folder = chained[0]
+    with followed(slurm, folder / "run.yaml", "transfer", "--set", "transfer.steps=400") as (waiting, job):
+        assert in_time(lambda: len(steps_of(folder, "transfer")) > 30, 90), logs(folder)
+        nodes = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
+        victim = slurm.run("scontrol", "show", "hostnames", nodes).stdout.split()[1]
+        slurm.kill_node(victim)
+        assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60), slurm.accounted_states(job)
+        assert waiting.poll() is None, "a dead node is no end"
+        slurm.start_node(victim)
+        said = waiting.communicate(timeout=150)[1]
+    assert waiting.returncode == 0, said + logs(folder)
+    assert said.count("COMPLETED") == 1
+    assert "going on from step" in logs(folder)
+    assert slurm.accounted_states(job)[0] == "NODE_FAIL"
+
+
+def processes_of(job: str, rank: int) -> list[int]:
+    """The processes of a rank, by what Slurm put into their environment."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SUBMITIT_EXECUTOR=slurm"}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_rank = b"submitit.core._submit" in (process / "cmdline").read_bytes()
+            if is_rank and wanted <= set((process / "environ").read_text(errors="replace").split("\0")):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_that_dies_ends_the_job_in_seconds(slurm: Cluster, tmp_path: Path) -> None:
+    run = write_run(tmp_path, distill={"steps": 100_000}, cluster={"distill": {"nodes": 2}})
+    with followed(slurm, run, "distill") as (waiting, job):
+        assert in_time(lambda: len(steps_of(tmp_path, "distill")) > 3, 90), logs(tmp_path)
+        (victim,) = processes_of(job, 1)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        said = waiting.communicate(timeout=60)[1]
+        print(f"known {time.monotonic() - killed:.1f} s after the kill, of which 8 s are for Slurm to say so four times")
+    assert waiting.returncode == 3
+    assert re.search(r"distill \(job \d+\) ended as FAILED", said), said
+
+
+@pytest.mark.timeout(200)
+def test_a_job_that_its_user_cancels_is_not_queued_again(slurm: Cluster, tmp_path: Path) -> None:
+    run = write_run(tmp_path, distill={"steps": 100_000}, cluster={"distill": {"nodes": 2}})
+    with followed(slurm, run, "distill") as (waiting, job):
+        assert in_time(lambda: len(steps_of(tmp_path, "distill")) > 3, 90), logs(tmp_path)
+        slurm.run("scancel", job)
+        said = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 3
+    assert re.search(r"distill \(job \d+\) ended as CANCELLED", said), said
+    assert "stopped by SIGTERM" in logs(tmp_path), "it saved first"
+    assert slurm.accounted_states(job) == ["CANCELLED by 0"]

@@ -1,0 +1,93 @@
+"""The batch files, without a Slurm."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from post_dist.cluster.sbatch import files_by_hand, job_parameters, job_text
+from post_dist.config.cluster import Cluster
+
+FOLDER = Path(__file__).parents[2] / "slurm"
+
+
+@pytest.mark.parametrize("name", files_by_hand())
+def test_the_files_in_slurm_are_what_the_code_renders(name: str) -> None:
+    assert (FOLDER / name).read_text() == files_by_hand()[name]
+
+
+def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None:
+    cluster = Cluster(partition="gpu", account="lab", gpus_per_node=8, distill={"nodes": 4, "time_minutes": 600}, tune={"partition": "one"})
+    lines = {stage: job_text("x", "/logs", job_parameters(cluster, stage, "7")).splitlines() for stage in ("distill", "tune")}
+    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --time=600", "#SBATCH --partition=gpu"} <= set(lines["distill"])
+    assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=1", "#SBATCH --partition=one"} <= set(
+        lines["tune"]
+    )
+    assert {"#SBATCH --dependency=afterok:7", "#SBATCH --kill-on-invalid-dep=yes", "#SBATCH --account=lab"} <= set(lines["tune"])
+
+
+@pytest.mark.parametrize(("code", "cancelled", "requeued"), [(6, False, True), (6, True, False), (0, False, False), (2, False, False)])
+def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(tmp_path: Path, code: int, cancelled: bool, requeued: bool) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "srun").write_text(f"#!/bin/bash\n{'kill -TERM $PPID' if cancelled else ':'}\nexit {code}\n")
+    for program in ("scontrol", "srun"):
+        (tmp_path / program).chmod(0o755)
+    text = job_text("work", str(tmp_path), job_parameters(Cluster(), "distill"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    assert subprocess.run(["bash", "-c", text], env=environment, check=False).returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 17\n" if requeued else "")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
+        ({"distill": {"node": 2}}, "distill.node: Extra inputs are not permitted"),
+        ({"gpus_per_node": 8, "transfer": {"tasks_per_node": 2}}, "transfer: tasks_per_node (2) must be gpus_per_node (8)"),
+        ({"memory": "lots"}, "cluster.memory"),
+    ],
+)
+def test_wrong_resources_are_named(tmp_path: Path, main: Callable, section: dict, said: str) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "cluster": section}))
+    code, _, error = main("submit", tmp_path / "run.yaml", "distill", "--print")
+    assert code == 2
+    assert said in error
+
+
+def test_what_is_given_in_inputs_needs_no_job(tmp_path: Path, main: Callable) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "inputs": {"student": "student", "source_prompt": "prompt"}}))
+    code, text, _ = main("submit", tmp_path / "run.yaml", "pipeline", "--print")
+    assert code == 0
+    assert [line for line in text.splitlines() if "--job-name" in line] == [
+        f"#SBATCH --job-name=post_dist-{stage}" for stage in ("transfer", "evaluate")
+    ]
+
+
+def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    code, text, _ = main("doctor", tmp_path / "runs", "--json")
+    assert {check["name"] for check in json.loads(text)["checks"]} >= {
+        "python",
+        "torch",
+        "CUDA",
+        "deepspeed",
+        "ops",
+        "Slurm",
+        "space",
+        "clock",
+    }
+    before = {check["name"]: check["ok"] for check in json.loads(text)["checks"]}
+    assert before["ops"]
+    lock = tmp_path / "ops" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    code, text, _ = main("doctor", tmp_path / "runs")
+    assert code == 3
+    assert f"BAD  ops: a killed compiler left {lock}; remove the file" in text
