@@ -18,7 +18,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
 from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, Interrupted, PostDistError, PrivacyRefused
-from post_dist.runtime.stop import listen
+from post_dist.runtime.stop import leave_quietly, listen
 from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
@@ -287,6 +287,7 @@ def _run(
     except KeyboardInterrupt:
         raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
     except Interrupted:  # all ranks have agreed on it
+        leave_quietly()
         world.leave()
         raise
     except RuntimeError as error:

@@ -75,11 +75,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; the same answer on all."""
-        if self.size == 1:
-            return flag
-        raised = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised)
+        return bool(self._most(int(flag)))
 
     def from_main(self, number: int) -> int:
         """Rank 0's number, on every rank."""
@@ -93,15 +89,16 @@ class World:
         """Do each rank's own work; when it fails on one, all raise, and nobody waits for a rank that has left.
 
         Raises:
-            EnvironmentFault: another rank failed.
+            PostDistError: another rank failed; with its exit code, for that is what a launcher reports.
         """
         failure = None
         try:
             work()
         except PostDistError as error:
             failure = error
-        if self.any(failure is not None):
-            raise failure or EnvironmentFault("another rank could not go on", "what it says itself tells why")
+        code = self._most(failure.exit_code if failure else 0)
+        if code:
+            raise failure or _of_another_rank(code)
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Do the work on rank 0 while the others wait for it, or fail with it."""
@@ -119,8 +116,21 @@ class World:
             yield
         except PostDistError as error:
             failure = error
-        if self.any(failure is not None) and failure is not None:
+        if self._most(failure.exit_code if failure else 0) and failure is not None:
             raise failure
+
+    def _most(self, number: int) -> int:
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+
+def _of_another_rank(exit_code: int) -> PostDistError:
+    error = PostDistError("another rank could not go on", "what it says itself tells why")
+    error.exit_code = exit_code
+    return error
 
 
 def find_launcher(environment: Mapping[str, str]) -> str:

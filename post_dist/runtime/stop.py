@@ -23,6 +23,15 @@ def listen() -> None:
         signal.signal(getattr(signal, name), _request)
 
 
+def leave_quietly() -> None:
+    """Everything is saved: from now on no request changes how this process ends.
+
+    Slurm, told that one task has left, ends the others, and one that dies of it would hide the exit code of all.
+    """
+    for name in ("SIGTERM", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def stop_requested(world: "World") -> bool:
     """Whether any rank was asked to stop; all ranks call it, and hear the same."""
     return world.any(bool(_requested))
