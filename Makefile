@@ -14,8 +14,9 @@ demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
+# A file's tests stay in one process; most wait for processes of their own.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # As root on Debian 12: a cluster of four nodes on this machine. `test` runs these tests too, and passes over them elsewhere.
 test-slurm: .venv/ready
