@@ -287,7 +287,6 @@ def _run(
     except KeyboardInterrupt:
         raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
     except Interrupted:  # all ranks have agreed on it
-        leave_quietly()
         world.leave()
         raise
     except RuntimeError as error:
@@ -339,6 +338,7 @@ def main() -> None:
     try:
         app()
     except PostDistError as error:
+        leave_quietly()
         print(f"post-dist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:

@@ -7,6 +7,8 @@ read by one rank of a shard group from the safetensors files, broadcast, and cut
 import ctypes
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -73,9 +75,17 @@ def _largest_weight(folder: Path) -> int:
     """Elements of the largest weight in the files."""
     sizes = []
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
+        with _reading(folder), safe_open(file, framework="pt") as weights:
             sizes += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118 - the handle is no mapping
     return max(sizes)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from None
 
 
 def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
@@ -83,23 +93,20 @@ def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
     places: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = {name for name, _ in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
-    try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights, torch.no_grad():
-                for stored in weights.keys():  # noqa: SIM118 - the handle is no mapping
-                    name = next((name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in places), None)
-                    if name is None:  # a second name of a tied weight, or something of another head
-                        continue
-                    place, shape = places[name], tuple(weights.get_slice(stored).get_shape())
-                    if shape != tuple(getattr(place, "ds_shape", place.shape)):
-                        raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
-                    phase(f"loading {stored}")
-                    with gathered_from_reader(place):
-                        if reads or not isinstance(place, nn.Parameter):
-                            place.copy_(weights.get_tensor(stored))
-                    missing.discard(name)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder} cannot be loaded: {error}") from None
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(folder), safe_open(file, framework="pt") as weights, torch.no_grad():
+            for stored in weights.keys():  # noqa: SIM118 - the handle is no mapping
+                name = next((name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in places), None)
+                if name is None:  # a second name of a tied weight, or something of another head
+                    continue
+                place, shape = places[name], tuple(weights.get_slice(stored).get_shape())
+                if shape != tuple(getattr(place, "ds_shape", place.shape)):
+                    raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
+                phase(f"loading {stored}")
+                with gathered_from_reader(place):
+                    if reads or not isinstance(place, nn.Parameter):
+                        place.copy_(weights.get_tensor(stored))
+                missing.discard(name)
     if missing:
         raise InputError(f"{folder} lacks weights, such as {min(missing)}", "they would be left random")
 

@@ -24,7 +24,7 @@ def listen() -> None:
 
 
 def leave_quietly() -> None:
-    """Everything is saved: from now on no request changes how this process ends.
+    """It is decided how this process ends, and from now on no request changes that.
 
     Slurm, told that one task has left, ends the others, and one that dies of it would hide the exit code of all.
     """
