@@ -1,9 +1,11 @@
 """What runs in each task of a job: the command line, told by submitit which rank it is."""
 
+import os
 import runpy
 import sys
 from dataclasses import dataclass
 
+from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
 
@@ -25,6 +27,8 @@ class StageJob:
         """Run it; what a user would see as the exit code becomes the task's."""
         # All GPUs of a node stay visible to its tasks: a rank takes the one with its local number.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if JobEnvironment().cluster == "local":  # the name of a laptop often leads nowhere
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
         sys.argv = ["post-dist", self.command, self.run, *self.options]
         try:
             runpy.run_module("post_dist", run_name="__main__")
