@@ -113,6 +113,12 @@ class Run:
         metrics = self.folder() / "metrics.jsonl"
         return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
+    def wait_for_more_than(self, written: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.steps_written()) == written:
+            assert time.monotonic() < deadline, (self.output / "said.txt").read_text()[-3000:]
+            time.sleep(0.005)
+
     def wait_for(self, step: int) -> None:
         deadline = time.monotonic() + 60
         while not (list(self.output.glob("tiny/distill-*/metrics.jsonl")) and step in self.steps_written()):
@@ -164,8 +170,7 @@ def go_on(base: Path, broken: Run, detected: float, expected: tuple[bytes, float
     done = broken.steps_written()
     began = time.monotonic()
     again = start(base, broken.output, size)
-    while len(again.steps_written()) == len(done):
-        time.sleep(0.005)
+    again.wait_for_more_than(len(done))
     resumed = time.monotonic() - began
     codes, _ = again.wait()
     said = (broken.output / "said.txt").read_text()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from post_dist.artifacts.manifest import FILE_NAME, file_digest, read_manifest, write_artefact
-from post_dist.artifacts.prompt import PromptTask, read_prompt, write_prompt_files
-from post_dist.errors import ArtefactRefused
+from post_dist.artifacts.prompt import PromptTask, read_prompt, write_prompt, write_prompt_files
+from post_dist.errors import ArtefactRefused, EnvironmentFault
 
 TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "predict it")
 
@@ -36,6 +36,23 @@ def test_written_and_read(tmp_path: Path) -> None:
     prompt = read_prompt(write(tmp_path / "p", embeddings))
     assert torch.equal(prompt.embeddings, embeddings)
     assert prompt.task == TASK
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_a_prompt_that_its_receiver_would_refuse_is_never_left(tmp_path: Path, value: float) -> None:
+    spoiled = torch.full((3, 4), value)
+    with pytest.raises(ArtefactRefused):
+        write_prompt(tmp_path / "p", spoiled, TASK, "m", None, card=lambda folder: None, parents={}, config={}, tokenizer="0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_gives_back_something_else_is_told(tmp_path: Path) -> None:
+    def spoil(folder: Path) -> None:
+        save_file({"prompt_embeddings": torch.zeros(3, 4)}, folder / "adapter_model.safetensors")
+
+    with pytest.raises(EnvironmentFault, match="does not read back"):
+        write_prompt(tmp_path / "p", torch.ones(3, 4), TASK, "m", None, card=spoil, parents={}, config={}, tokenizer="0")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hidden_and_changed_files_are_refused(tmp_path: Path) -> None:
