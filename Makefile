@@ -16,7 +16,7 @@ demo-private: .venv/ready demo/demo.yaml
 
 # A file's tests stay in one process; most wait for processes of their own.
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # As root on Debian 12: a cluster of four nodes on this machine. `test` runs these tests too, and passes over them elsewhere.
 test-slurm: .venv/ready

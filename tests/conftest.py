@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.setattr(sys, "argv", ["post-dist", *map(str, arguments)])
         capsys.readouterr()
         environment, logger = dict(os.environ), logging.getLogger("post_dist")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
         code = 0
         try:
             cli.main()
@@ -46,6 +48,8 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
             os.environ.clear()
             os.environ.update(environment)
             logger.handlers.clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

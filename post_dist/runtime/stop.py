@@ -1,10 +1,11 @@
-"""A request to stop, from Slurm before a time limit (SIGUSR2) or from whoever ends a job (SIGTERM).
+"""A request to stop: from Slurm before a time limit (SIGUSR2), from whoever ends a job (SIGTERM), or Ctrl-C (SIGINT).
 
-The signal only sets a flag. All ranks look at it together between two steps, save, and leave with exit code 6, so that the same
-command goes on from there.
+The signal only sets a flag; an exception, as Python makes of Ctrl-C, is lost where a library swallows what its callbacks raise.
+All ranks look at the flag together between two steps, save, and leave with exit code 6, so that the same command goes on from there.
 """
 
 import signal
+import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,9 @@ _requested: list[str] = []
 
 
 def listen() -> None:
-    """Take SIGTERM and SIGUSR2 as requests to stop."""
+    """Take the three signals as requests to stop; a second Ctrl-C stops at once."""
     _requested.clear()
-    for name in ("SIGTERM", "SIGUSR2"):
+    for name in ("SIGTERM", "SIGUSR2", "SIGINT"):
         signal.signal(getattr(signal, name), _request)
 
 
@@ -45,3 +46,6 @@ def stopped(what: str) -> Interrupted:
 
 def _request(number: int, frame: FrameType | None) -> None:
     _requested.append(signal.Signals(number).name)
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\npost-dist: saving after this step; Ctrl-C again stops at once", file=sys.stderr)

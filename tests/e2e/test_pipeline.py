@@ -181,7 +181,8 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
 
     code, said = interrupt(command, lambda: max(steps(), default=0) >= 8)
     assert code == 6, said
-    assert "the same command goes on from the last checkpoint" in said
+    assert "stopped by SIGINT" in said
+    assert "the same command goes on from there" in said
     assert "Traceback" not in said
     reached = max(steps())
     _, said = interrupt(command, lambda: max(steps()) > reached)
