@@ -18,7 +18,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
 from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, Interrupted, PostDistError, PrivacyRefused
-from post_dist.runtime.stop import leave_quietly, listen
+from post_dist.runtime.stop import end_process, leave_quietly, listen
 from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
@@ -333,20 +333,28 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def main() -> None:
-    """Run the command line; a PostDistError becomes one message and its exit code."""
+def run_command() -> int:
+    """Run the command line that `sys.argv` holds, and give its exit code; a PostDistError becomes one message."""
     try:
         app()
+    except SystemExit as end:  # typer ends every command this way
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except PostDistError as error:
         leave_quietly()
         print(f"post-dist: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Exception as error:
         # The message of an unforeseen error may quote private data, so only its kind and place are shown.
         print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     finally:
         rest()
+    return 0
+
+
+def main() -> None:
+    """Run the command line, and end the process with its exit code."""
+    end_process(run_command())
 
 
 if __name__ == "__main__":

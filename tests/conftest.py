@@ -39,11 +39,8 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
         capsys.readouterr()
         environment, logger = dict(os.environ), logging.getLogger("post_dist")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-        code = 0
         try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+            code = cli.run_command()
         finally:  # a process of its own would leave none of this behind
             os.environ.clear()
             os.environ.update(environment)

@@ -42,8 +42,4 @@ def fork_command(arguments: list[str], environment: Mapping[str, str], said: Pat
     from post_dist import cli
 
     sys.argv = ["post-dist", *arguments]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        os._exit(int(stop.code or 0))
-    os._exit(0)
+    os._exit(cli.run_command())

@@ -1,12 +1,15 @@
 """What runs in each task of a job: the command line, told by submitit which rank it is."""
 
+import atexit
 import os
-import runpy
 import sys
 from dataclasses import dataclass
 
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
+
+from post_dist.cli import run_command
+from post_dist.runtime.stop import end_process
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,7 @@ class StageJob:
         if JobEnvironment().cluster == "local":  # the name of a laptop often leads nowhere
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         sys.argv = ["post-dist", self.command, self.run, *self.options]
-        try:
-            runpy.run_module("post_dist", run_name="__main__")
-        except SystemExit as stop:
-            if stop.code:
-                raise
+        if code := run_command():
+            end_process(code)
+        # The stage is done and saved; what follows is submitit's note of it, and then the end of this process.
+        atexit.register(end_process, 0)

@@ -198,9 +198,12 @@ def everything_is_drawn_at_probability_one() -> None:
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
+MODELS = tempfile.TemporaryDirectory()
+
+
 @cache
 def model_folder(family: str) -> Path:
-    return tiny.write_model(Path(tempfile.mkdtemp()) / family, family, layers=3)
+    return tiny.write_model(Path(MODELS.name) / family, family, layers=3)
 
 
 @cache
