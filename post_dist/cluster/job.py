@@ -4,11 +4,11 @@ import atexit
 import os
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
-from post_dist.cli import run_command
 from post_dist.runtime.stop import end_process
 
 
@@ -33,7 +33,8 @@ class StageJob:
         if JobEnvironment().cluster == "local":  # the name of a laptop often leads nowhere
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         sys.argv = ["post-dist", self.command, self.run, *self.options]
-        if code := run_command():
+        # The command line stands above this package; a job starts it as a user does.
+        if code := import_module("post_dist.cli").run_command():
             end_process(code)
         # The stage is done and saved; what follows is submitit's note of it, and then the end of this process.
         atexit.register(end_process, 0)

@@ -136,10 +136,10 @@ def test_a_distillation_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp
     assert "to be held out" in logs(tmp_path)
 
 
-LONG = {"distill": {"steps": 1200, "checkpoint_every_steps": 20}}
+LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) -> None:
     run = write_run(tmp_path, **LONG, cluster={"distill": {"nodes": 2, "time_minutes": 1}, "signal_seconds": 20})
     done = submit(slurm, run, "distill", "--wait")
