@@ -19,6 +19,7 @@ cd "$live"
 keep() { while :; do "$@" || echo "$1 ended with $?"; sleep 0.5; done; }
 
 if [[ $name == head ]]; then
+  export TMPDIR=$live/run # MariaDB names its temporary files by process number, and two clusters have the same ones
   keep munged --foreground --key-file="$live/munge.key" --socket="$live/run/munge.sock" --pid-file="$live/run/munged.pid" \
     --seed-file="$live/munge.seed" &
   mariadb-install-db --no-defaults --user=root --datadir="$live/db" --skip-test-db \
