@@ -42,6 +42,7 @@ def end_process(exit_code: int) -> NoReturn:
     hundred jobs of two ranks), and Slurm takes a saved or finished job for a failed one.
     """
     leave_quietly()
+    atexit.unregister(end_process)  # it may be one of the functions that it runs
     try:
         atexit._run_exitfuncs()  # temporary folders, logs; as multiprocessing does before it ends a process of its own this way
         sys.stdout.flush()

@@ -3,15 +3,20 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
-import atexit, threading, time
+import atexit, sys, threading, time
 from post_dist.runtime.stop import end_process
-threading.Thread(target=time.sleep, args=(600,)).start()
 atexit.register(print, "tidied up")
-end_process(6)
 """
+ENDS = {
+    "past a thread that does not end": "threading.Thread(target=time.sleep, args=(600,)).start(); end_process(6)",
+    "when the interpreter would": "atexit.register(end_process, 6); sys.exit(0)",
+}
 
 
-def test_a_process_ends_past_a_thread_that_does_not() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (6, "tidied up\n"), done.stderr
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_ends_tidily(how: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM + ENDS[how]], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (6, "tidied up\n", "")
