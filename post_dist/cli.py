@@ -283,7 +283,7 @@ def _run(
     stages = Pipeline(config, world, may_run, resume)
     whole = len(may_run) > 1
     try:
-        folder = stages.everything() if whole else getattr(stages, command)()
+        made = stages.everything() if whole else getattr(stages, command)()
     except KeyboardInterrupt:
         raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
     except Interrupted:  # all ranks have agreed on it
@@ -295,7 +295,7 @@ def _run(
         hint = "look at what that rank said; the same command goes on from the last checkpoint"
         raise EnvironmentFault("another rank has left, or cannot be reached", hint) from None
     if world.is_main:
-        _print_result(folder, whole, as_json)
+        _print_result(made if isinstance(made, list) else [made], whole, as_json)
     world.leave()
 
 
@@ -312,10 +312,13 @@ def _start(config: "RunConfig") -> "World":
     return start(config.seed)
 
 
-def _print_result(folder: "RunFolder", whole: bool, as_json: bool) -> None:
+def _print_result(folders: "list[RunFolder]", whole: bool, as_json: bool) -> None:
     from post_dist.report import print_table, read_table, write_report
 
+    folder = folders[0]
     result: dict[str, Any] = {"stage": folder.stage, "artifact": str(folder.artifact)}
+    if len(folders) > 1:
+        result = {"stage": folder.stage, "artifacts": [str(folder.artifact) for folder in folders]}
     if folder.stage == "evaluate":
         result = read_table(folder)
         if whole:
@@ -326,7 +329,7 @@ def _print_result(folder: "RunFolder", whole: bool, as_json: bool) -> None:
         print_table(result)
         print(f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}")
     else:
-        print(folder.artifact)
+        print(*(folder.artifact for folder in folders), sep="\n")
 
 
 def _rank() -> int:

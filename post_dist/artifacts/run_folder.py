@@ -19,6 +19,7 @@ _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "pef
 _WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
 _LAYOUT = {
     "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
+    "transfer": {"prompts_at_once"},
     "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
 }
 """How the work is shared out: a run may go on with another layout. Not so private tuning, where a repeated step must be bit-equal."""

@@ -204,6 +204,8 @@ class Transfer(PromptTraining):
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
+    prompts_at_once: PositiveInt = 4
+    """How many prompts are trained beside each other where there are several; each needs the memory of its own rows."""
 
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":
@@ -259,7 +261,8 @@ class Inputs(Section):
     """Artefacts that came from the other party: the stage that would make one is not run."""
 
     student: FilePath | None = None
-    source_prompt: FilePath | None = None
+    source_prompt: FilePath | tuple[FilePath, ...] | None = None
+    """One prompt, or for `transfer` those of several owners."""
     target_prompt: FilePath | None = None
 
 

@@ -1,4 +1,4 @@
-"""Logits at the answer of many rows, without gradients, shared among the ranks.
+"""What a model says at the answer of many rows, without gradients, shared among the ranks.
 
 Shapes: N rows, V vocabulary, n prompt tokens, d width.
 """
@@ -25,8 +25,11 @@ def answers(
     batch_size: int,
     world: World,
     label: str,
+    with_head: bool = True,
 ) -> torch.Tensor:
     """For each row what `reduce` makes of its logits [B, V], in the order of the rows, on the CPU of every rank.
+
+    Without the head, `reduce` is given the hidden states [B, d] that it would be run on.
 
     Every rank runs equally many batches, as a sharded model needs; rows that fill up the last are dropped again.
     Rows are sorted by length, so that a batch pads little.
@@ -34,12 +37,14 @@ def answers(
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].token_ids))
     share = batch_size * world.size
     padded = by_length + by_length[-1:] * (-len(rows) % share)
+    share_prompt = prompt_nd is not None and language_model.shares_prompt
     results: list[torch.Tensor] = []
     with progress(label, len(padded) // share, show=world.is_main) as advance:
         for start in range(world.rank * batch_size, len(padded), share):
             batch = template.collate([rows[index] for index in padded[start : start + batch_size]]).to(world.device)
-            logits = language_model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
-            results.append(world.concatenate(reduce(logits)).cpu())
+            how = {"share_prompt": share_prompt, "with_head": with_head}
+            said = language_model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer, **how)
+            results.append(world.concatenate(reduce(said)).cpu())
             advance("")
             if stop_requested(world):
                 raise stopped(f"{label} is begun again next time")

@@ -26,6 +26,7 @@ def class_losses(
     prompt: torch.Tensor | None = None,
     prefix: Sequence[torch.Tensor] | None = None,
     bias: torch.Tensor | None = None,
+    share_prompt: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy [B] over the class scores.
 
@@ -37,8 +38,9 @@ def class_losses(
         prompt: [n, d] or [B, n, d].
         prefix: in its place, the keys and values of a prompt.
         bias: bias parameters [C] or [B, C].
+        share_prompt: run a prompt [n, d] once for all rows.
     """
-    logits_BV = model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix)
+    logits_BV = model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, share_prompt=share_prompt)
     scores_BC = verbalizer.scores(logits_BV)
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.errors import InputError
+from post_dist.models.shared_prompt import PACKABLE, Packing
 
 
 class LanguageModel(nn.Module):
@@ -30,6 +32,8 @@ class LanguageModel(nn.Module):
         if model.base_model is model or len(parts) != 1:
             raise InputError(f"{type(model).__name__} is not one trunk with one head, so its head cannot be told apart")
         self._head_name = parts[0]
+        if not masked and model._supports_attention_backend:
+            model.set_attn_implementation(PACKABLE[model.config._attn_implementation])
 
     @property
     def width(self) -> int:
@@ -63,6 +67,23 @@ class LanguageModel(nn.Module):
         """
         return cast(nn.ModuleList, self.model.get_submodule(layer_list_name(self.model)))
 
+    @cached_property
+    def shares_prompt(self) -> bool:
+        """Whether rows behind a shared prompt come out as they do behind one each, found by trying: some families take no `packing`.
+
+        All ranks of a sharded model must come here together.
+        """
+        if self.model.config._attn_implementation not in PACKABLE.values():
+            return False
+        device = self.model.device
+        input_ids = torch.arange(4, 12, device=device).view(2, 4)
+        answer = torch.tensor([3, 2], device=device)
+        with torch.no_grad():
+            prompt_nd = self.embed(torch.arange(12, 15, device=device))
+            apart = self(input_ids, prompt=prompt_nd, answer=answer).float()
+            shared = self(input_ids, prompt=prompt_nd, answer=answer, share_prompt=True).float()
+        return torch.allclose(shared, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., d], as the trunk takes them."""
         embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
@@ -84,37 +105,78 @@ class LanguageModel(nn.Module):
         prompt: torch.Tensor | None = None,
         answer: torch.Tensor | None = None,
         prefix: Sequence[torch.Tensor] | None = None,
+        *,
+        share_prompt: bool = False,
+        with_head: bool = True,
+        beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the trunk, and the head where an answer is wanted.
 
         Args:
             input_ids: [B, T], padded on the right.
-            attention_mask: [B, T]; None when nothing is padded.
+            attention_mask: [B, T]; None when nothing is padded. A causal model has no need of it: padding on the right is not seen.
             prompt: soft prompt [n, d], put before every row, or [B, n, d] with one for each.
             answer: [B], the position of each row's answer, counted without the prompt.
             prefix: in a prompt's place, its keys and values from `prefix_of`, shared or expanded to B rows.
+            share_prompt: run `prompt` once for all rows that follow it (see `shared_prompt`). It may then be [G, n, d]: the first of
+                G equal parts of the rows follows the first. A causal model that `shares_prompt`, and an answer, are needed.
+            with_head: whether the head is run at the answers.
+            beside: hidden states [M, d] of earlier answers, whose logits are wanted too: one gathering of a sharded head serves both.
 
         Returns:
-            The trunk's last hidden states [B, n+T, d] ([B, T, d] behind a prefix); with `answer`, the logits [B, V] there.
+            The trunk's last hidden states [B, n+T, d] ([B, T, d] behind a prefix); with `answer`, the logits [B+M, V] there, or, without
+            the head, the hidden states [B, d].
         """
+        if answer is None:
+            return self._hidden(self._inputs(input_ids, attention_mask, prompt, prefix))
+        if share_prompt and prompt is not None:
+            prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
+            packing = Packing(prompt.shape[-2], len(input_ids) // len(prompts_Gnd), input_ids.shape[1], answer.view(len(prompts_Gnd), -1))
+            inputs, rows, places = self._packed_inputs(input_ids, prompts_Gnd, packing), packing.groups_GB, packing.places_GB
+        else:
+            inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
+            rows, places = torch.arange(len(answer), device=answer.device), answer + (0 if prompt is None else prompt.shape[-2])
+        with self._last_mlp_at(rows.flatten(), places.flatten()):
+            hidden = self._hidden(inputs)[rows.flatten(), places.flatten()]
+        hidden = hidden if beside is None else torch.cat([hidden, beside])
+        return self.head(hidden) if with_head else hidden
+
+    def _hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)
+
+    def _inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        prompt: torch.Tensor | None,
+        prefix: Sequence[torch.Tensor] | None,
+    ) -> dict[str, Any]:
         embeddings = self.embed(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        before = 0 if prompt is None else prompt.shape[-2]
         if prompt is not None:
             embeddings = torch.cat([prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1), embeddings], dim=1)
-        seen_before = before if prefix is None else prefix[0].shape[-2]
-        mask = torch.cat([mask.new_ones(len(mask), seen_before), mask], dim=1)
-        inputs = {"inputs_embeds": embeddings, "attention_mask": mask, **self._cache(prefix, len(input_ids))}
-        if answer is None:
-            return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)
-        rows, places = torch.arange(len(answer), device=answer.device), answer + before
-        with self._last_mlp_at(rows, places):
-            hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.head(hidden[rows, places])
+        if not self.masked:
+            return {"inputs_embeds": embeddings, **self._cache(prefix, len(input_ids))}
+        if attention_mask is None:
+            return {"inputs_embeds": embeddings}
+        before = embeddings.shape[1] - attention_mask.shape[1]
+        return {
+            "inputs_embeds": embeddings,
+            "attention_mask": torch.cat([attention_mask.new_ones(len(input_ids), before), attention_mask], dim=1),
+        }
+
+    def _packed_inputs(self, input_ids: torch.Tensor, prompts_Gnd: torch.Tensor, packing: Packing) -> dict[str, Any]:
+        rows = self.embed(input_ids)
+        return {
+            "inputs_embeds": torch.cat([prompts_Gnd.to(rows.dtype), rows.view(len(prompts_Gnd), -1, self.width)], dim=1),
+            "position_ids": packing.position_ids_S[None],
+            "attention_mask": rows.new_empty(1, 1, 1, 1),  # of four dimensions, it is left alone; no attention reads it
+            "use_cache": False,
+            "packing": packing,
+        }
 
     @contextmanager
     def _last_mlp_at(self, rows: torch.Tensor, places: torch.Tensor) -> Iterator[None]:
-        """While entered, the last layer's MLP runs at one position a row: no later layer reads its others.
+        """While entered, the last layer's MLP runs at the places [rows, places] alone: no later layer reads its others.
 
         It is two thirds of a layer, which counts in a student of a few. Families without a module `mlp` run it whole.
         """
@@ -123,15 +185,15 @@ class LanguageModel(nn.Module):
             yield
             return
 
-        length = 0
+        whole = torch.Size()
 
         def pick(module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            nonlocal length
-            length = given[0].shape[1]
+            nonlocal whole
+            whole = given[0].shape[:2]
             return (given[0][rows, places][:, None], *given[1:])
 
         def put_back(module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor:
-            return made.new_zeros(len(rows), length, made.shape[-1]).index_put((rows, places), made[:, 0])
+            return made.new_zeros(*whole, made.shape[-1]).index_put((rows, places), made[:, 0])
 
         hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
         try:
@@ -146,7 +208,7 @@ class LanguageModel(nn.Module):
         The last layer is left out: what hooks make of its MLP is gone by then. Only the layers themselves are told that they
         train, for transformers asks them; their dropout stays off.
         """
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in self.layers[:-1]:
             layer.training = True
 
@@ -161,8 +223,6 @@ class LanguageModel(nn.Module):
         return [states for layer in cache.layers for states in (layer.keys, layer.values)]
 
     def _cache(self, prefix: Sequence[torch.Tensor] | None, rows: int) -> dict[str, Any]:
-        if self.masked:
-            return {}
         if prefix is None:
             return {"use_cache": False}
         cache = DynamicCache()

@@ -3,7 +3,8 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.stages.distill import distill
 from post_dist.stages.evaluate import evaluate
-from post_dist.stages.transfer import transfer
+from post_dist.stages.transfer import Client, transfer
 from post_dist.stages.tune import tune
 
 log = logging.getLogger(__name__)
 
 _PUBLISHED = {"objective": "published", "scores": "vocabulary", "temperature": 2.0, "match_class_shares": False, "trained_share": 0.0}
 """The paper's loss and start, whatever the run file chooses for its own transfer."""
+_PROMPTED = "student + prompt"
 
 
 class Pipeline:
@@ -49,40 +51,48 @@ class Pipeline:
         """The student."""
         self._need("teacher", "student", "corpus")
         folder = run_folder(self._config, "distill", {"teacher": self._teacher_digest, "corpus": self._data("corpus")})
-        return self._run(folder, lambda: distill(folder, self._teacher, self._world, self._resume))
+        self._run([folder], lambda _: distill(folder, self._teacher, self._world, self._resume))
+        return folder
 
     def tune(self) -> RunFolder:
         """The prompt on the student."""
         return self._tune(self._config, self.student, "the student")
 
-    def transfer(self) -> RunFolder:
-        """The prompt on the target."""
-        return self._transfer(self._config, self._source_prompt)
+    def transfer(self) -> list[RunFolder]:
+        """The prompt on the target, or those of several owners."""
+        return self._transfer([(self._config, prompt) for prompt in self._source_prompts])
 
     def evaluate(self) -> RunFolder:
         """The comparison of all rows, with the baselines that the run file asks for."""
         self._need("teacher", "private_task")
+        if len(self._source_prompts) > 1:
+            raise InputError(
+                f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table is of one", "evaluate each by itself"
+            )
+        (source_prompt,) = self._source_prompts
         given = self._config.inputs.target_prompt
-        prompts = {"transferred": given or self.transfer().artifact}
+        made: dict[str, Path] = {"transferred": given} if given else {}
+        wanted = {} if given else {"transferred": (self._config, source_prompt)}
         if "published transfer" in self._config.evaluate.baselines:
             section = self._config.transfer.model_copy(update=_PUBLISHED)
-            prompts["published transfer"] = self._transfer(
-                self._config.model_copy(update={"transfer": section}), self._source_prompt
-            ).artifact
+            wanted["published transfer"] = self._config.model_copy(update={"transfer": section}), source_prompt
         if "full prompt tuning" in self._config.evaluate.baselines:
-            prompts["full prompt tuning"] = self._tune(self._config, self._teacher, "the target").artifact
+            made["full prompt tuning"] = self._tune(self._config, self._teacher, "the target").artifact
+        private = [f"{row}, epsilon {epsilon:g}" for epsilon in self._config.evaluate.private_rows for row in (_PROMPTED, "transferred")]
         for epsilon in self._config.evaluate.private_rows:
             config = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
-            source_prompt = self._tune(config, self.student, "the student").artifact
-            prompts[f"student + prompt, epsilon {epsilon:g}"] = source_prompt
-            prompts[f"transferred, epsilon {epsilon:g}"] = self._transfer(config, source_prompt).artifact
+            tuned = made[f"{_PROMPTED}, epsilon {epsilon:g}"] = self._tune(config, self.student, "the student").artifact
+            wanted[f"transferred, epsilon {epsilon:g}"] = config, tuned
+        made |= {name: folder.artifact for name, folder in zip(wanted, self._transfer(list(wanted.values())), strict=True)}
+        prompts = {name: made[name] for name in (*(name for name in made if name not in private), *private)}
         parents = {
             "teacher": self._teacher_digest,
             "student": self._student_digest,
-            **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": self._source_prompt, **prompts}.items()},
+            **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": source_prompt, **prompts}.items()},
         }
         folder = run_folder(self._config, "evaluate", parents | {"private_task": self._data("private_task")})
-        return self._run(folder, lambda: evaluate(folder, self._teacher, self.student, self._source_prompt, prompts, parents, self._world))
+        self._run([folder], lambda _: evaluate(folder, self._teacher, self.student, source_prompt, prompts, parents, self._world))
+        return folder
 
     def everything(self) -> RunFolder:
         """All stages, after a look at all inputs: a wrong label word is found before hours of distillation."""
@@ -113,18 +123,27 @@ class Pipeline:
         digest = self._student_digest if on_student else self._teacher_digest
         inputs = {"model": digest, "private_task": self._data("private_task")}
         folder = run_folder(config, "tune", inputs, label="" if on_student else "target")
-        return self._run(folder, lambda: tune(folder, model, {"model": digest}, model_name, self._world, self._resume))
+        self._run([folder], lambda _: tune(folder, model, {"model": digest}, model_name, self._world, self._resume))
+        return folder
 
-    def _transfer(self, config: RunConfig, source_prompt: Path) -> RunFolder:
+    def _transfer(self, wanted: Sequence[tuple[RunConfig, Path]]) -> list[RunFolder]:
+        """Carry prompts over, each by its own settings; those that are not finished, beside each other."""
+        if not wanted:
+            return []
         self._need("teacher", "public_task")
-        inputs = {
-            "teacher": self._teacher_digest,
-            "student": self._student_digest,
-            "source prompt": read_manifest(source_prompt, "soft prompt").digest,
-            "public_task": self._data("public_task"),
-        }
-        folder = run_folder(config, "transfer", inputs)
-        return self._run(folder, lambda: transfer(folder, self._teacher, self.student, source_prompt, self._world, self._resume))
+        inputs = {"teacher": self._teacher_digest, "student": self._student_digest, "public_task": self._data("public_task")}
+        clients = [
+            Client(run_folder(config, "transfer", inputs | {"source prompt": read_manifest(prompt, "soft prompt").digest}), prompt)
+            for config, prompt in wanted
+        ]
+
+        apart = {client.folder.path: client for client in clients}  # two rows of a table may ask for the same
+
+        def carry_over(unfinished: list[RunFolder]) -> None:
+            transfer([apart[folder.path] for folder in unfinished], self._teacher, self.student, self._world, self._resume)
+
+        self._run([client.folder for client in apart.values()], carry_over)
+        return [client.folder for client in clients]
 
     @cached_property
     def _teacher(self) -> Path:
@@ -148,8 +167,9 @@ class Pipeline:
         return read_manifest(self.student, "student").digest
 
     @cached_property
-    def _source_prompt(self) -> Path:
-        return self._config.inputs.source_prompt or self.tune().artifact
+    def _source_prompts(self) -> tuple[Path, ...]:
+        given = self._config.inputs.source_prompt
+        return given if isinstance(given, tuple) else (given or self.tune().artifact,)
 
     def _need(self, *sections: str) -> None:
         missing = [section for section in sections if getattr(self._config, section) is None]
@@ -165,23 +185,28 @@ class Pipeline:
             raise InputError(f"{section}.path: {source.path} is {'no file' if source.path.exists() else 'missing'}")
         return fingerprint(source.path)
 
-    def _run(self, folder: RunFolder, stage: Callable[[], None]) -> RunFolder:
-        finished = folder.finished
+    def _run(self, folders: list[RunFolder], stage: Callable[[list[RunFolder]], None]) -> None:
+        """Run a stage for those of its folders that are not finished."""
+        unfinished = [folder for folder in folders if not folder.finished]
         self._world.barrier()
-        if finished:
-            log.info("%s is finished: %s", folder.stage, folder.path)
-            return folder
-        if folder.stage not in self._may_run:
-            raise InputError(
-                f"{folder.stage} is not finished for these settings ({folder.path})",
-                f"run `post-dist {folder.stage}` first, or give its artefact in `inputs`",
-            )
-        self._world.on_main(folder.open)
+        for folder in folders:
+            if folder not in unfinished:
+                log.info("%s is finished: %s", folder.stage, folder.path)
+            elif folder.stage not in self._may_run:
+                raise InputError(
+                    f"{folder.stage} is not finished for these settings ({folder.path})",
+                    f"run `post-dist {folder.stage}` first, or give its artefact in `inputs`",
+                )
+        if not unfinished:
+            return
         start = time.monotonic()
-        with log_file(folder.path, self._world.rank):
-            log.info("%s starts in %s", folder.stage, folder.path)
-            stage()
-            log.info("%s is done in %.0f s", folder.stage, time.monotonic() - start)
+        with ExitStack() as logs:
+            for folder in unfinished:
+                self._world.on_main(folder.open)
+                logs.enter_context(log_file(folder.path, self._world.rank))
+                log.info("%s starts in %s", folder.stage, folder.path)
+            stage(unfinished)
+            log.info("%s is done in %.0f s", unfinished[0].stage, time.monotonic() - start)
         if self._world.is_main:
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        return folder
+            for folder in unfinished:
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The loop that trains a soft prompt without privacy, for tuning and for transfer. It knows a loss, and no data.
+"""The loop that trains soft prompts without privacy, for tuning and for transfer. It knows losses, and no data.
 
 Shapes: n prompt tokens, d width.
 """
@@ -6,6 +6,7 @@ Shapes: n prompt tokens, d width.
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,77 +24,99 @@ _MOST_SKIPPED_IN_A_ROW = 5
 _SECONDS_BETWEEN_SAVES = 5.0
 """The state is small, but a shared disk is slow: it is kept each step, or each so many seconds if steps are faster."""
 
-Loss = Callable[[int], torch.Tensor]
-"""From the step's number to this rank's part of the loss, at the present values of the parameters; the mean over ranks is the loss."""
+Losses = Callable[[int], Sequence[torch.Tensor]]
+"""From the step's number to this rank's part of each prompt's loss, at the present values; the mean over ranks is the loss."""
 
 
-def train_prompt(
-    parameters: Sequence[torch.Tensor],
-    loss_at: Loss,
-    optimizer: torch.optim.Optimizer,
-    section: PromptTraining,
-    folder: RunFolder,
-    world: World,
-    resume: str,
-    *,
-    metrics_name: str,
-    show_loss: bool,
-) -> None:
-    """Train parameters in place for a fixed number of steps; the last step's values are the result.
+@dataclass(frozen=True)
+class PromptRun:
+    """One prompt that is trained, in its own folder.
 
-    A step whose mean gradient is not finite is passed over on every rank.
-
-    They are kept in fp32 on every rank, outside ZeRO's shards; their gradients are averaged over the ranks by hand.
-
-    Args:
-        parameters: the prompt [n, d], and what is tuned along with it.
-        loss_at: the loss; each rank sees its part of the step's rows.
+    Attributes:
+        parameters: the prompt [n, d] in fp32, and what is tuned along with it; trained in place.
         optimizer: over the parameters.
         section: steps and schedule.
         folder: for checkpoints and metrics.
-        world: the ranks that take part.
-        resume: auto or never.
         metrics_name: the file for the losses.
         show_loss: whether the loss may be shown; not when it comes from private data.
+    """
+
+    parameters: Sequence[torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    section: PromptTraining
+    folder: RunFolder
+    metrics_name: str
+    show_loss: bool
+
+    def take_up(self, resume: str, world: World) -> int:
+        """Go back to where an earlier run left the prompt, if one did; the step to go on from."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        return take_up(self.parameters, self.optimizer, self.folder.checkpoints, resume, world)
+
+    def save(self, step: int) -> None:
+        """Keep what `take_up` goes back to."""
+        save_tensors(self.folder.checkpoints, step, optimizer_state(self.parameters, self.optimizer))
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """Of the parameters, after a backward pass."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def train_prompts(runs: Sequence[PromptRun], losses_at: Losses, first_step: int, world: World) -> None:
+    """Train prompts beside each other for a fixed number of steps; the last step's values are the result.
+
+    They are kept in fp32 on every rank, outside ZeRO's shards; their gradients are averaged over the ranks by hand. A prompt's step
+    whose mean gradient is not finite is passed over on every rank.
+
+    Args:
+        runs: with equally many steps, taken up at the same one.
+        losses_at: each prompt's own loss; each rank sees its part of the step's rows.
+        first_step: where to go on.
+        world: the ranks that take part.
 
     Raises:
-        InputError: five steps in a row were passed over.
+        InputError: five steps of a prompt in a row were passed over.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    first_step = take_up(parameters, optimizer, folder.checkpoints, resume, world)
-    in_a_row = 0
+    steps = runs[0].section.steps
+    rates = [[group["lr"] for group in run.optimizer.param_groups] for run in runs]
+    in_a_row = [0] * len(runs)
     saved_at = -math.inf
-    metrics = Metrics(folder.path / metrics_name if world.is_main else None)
-    with progress(folder.path.name, section.steps, first_step, show=world.is_main) as advance:
-        for step in range(first_step, section.steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule_at(section, step, section.steps)
-            optimizer.zero_grad()
-            loss = loss_at(step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for parameter in parameters:
-                world.mean(parameter.grad)  # type: ignore[arg-type]
-            # The mean is the same on every rank, and so is what they make of it.
-            finite = all(bool(parameter.grad.isfinite().all()) for parameter in parameters)  # type: ignore[union-attr]
-            in_a_row = 0 if finite else in_a_row + 1
-            if finite:
-                optimizer.step()
-            elif in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-                raise InputError(
-                    f"{in_a_row} steps in a row had gradients that are not finite, up to step {step}", "lower the learning rate"
-                )
-            mean_loss = float(world.mean(loss.detach().clone()))
-            metrics.write(step=step, loss=mean_loss, skipped=not finite)
-            advance(f"loss {mean_loss:.4f}" if show_loss else "")
+    metrics = [Metrics(run.folder.path / run.metrics_name if world.is_main else None) for run in runs]
+    name = runs[0].folder.path.name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+    with progress(name, steps, first_step, show=world.is_main) as advance:
+        for step in range(first_step, steps):
+            for run, own in zip(runs, rates, strict=True):
+                for group, rate in zip(run.optimizer.param_groups, own, strict=True):
+                    group["lr"] = rate * schedule_at(run.section, step, steps)
+                run.optimizer.zero_grad()
+            losses = torch.stack(list(losses_at(step)))
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            means = world.mean(losses.detach().clone()).tolist()
+            for index, run in enumerate(runs):
+                for gradient in run.gradients:
+                    world.mean(gradient)
+                # The mean is the same on every rank, and so is what they make of it.
+                finite = all(bool(gradient.isfinite().all()) for gradient in run.gradients)
+                in_a_row[index] = 0 if finite else in_a_row[index] + 1
+                if finite:
+                    run.optimizer.step()
+                elif in_a_row[index] >= _MOST_SKIPPED_IN_A_ROW:
+                    what = (
+                        f"{in_a_row[index]} steps in a row had gradients that are not finite, up to step {step} of {run.folder.path.name}"
+                    )
+                    raise InputError(what, "lower the learning rate")
+                metrics[index].write(step=step, loss=means[index], skipped=not finite)
+            advance(f"loss {sum(means) / len(means):.4f}" if all(run.show_loss for run in runs) else "")
             stop = stop_requested(world)
-            if stop or world.any(step + 1 < section.steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES):
-                world.on_main(partial(save_tensors, folder.checkpoints, step + 1, optimizer_state(parameters, optimizer)))
+            if stop or world.any(step + 1 < steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES):
+                for run in runs:
+                    world.on_main(partial(run.save, step + 1))
                 saved_at = time.monotonic()
             if stop:
-                raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
+                raise stopped(f"{name} is saved at step {step + 1} of {steps}")
 
 
 def schedule_at(section: PromptTraining, step: int, steps: int) -> float:

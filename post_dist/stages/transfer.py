@@ -1,11 +1,12 @@
-"""Stage 3, the provider's: carry a soft prompt from the student to the large LLM, with public text alone.
+"""Stage 3, the provider's: carry soft prompts from the student to the large LLM, with public text alone.
 
 Nothing here can reach private data: the stage is handed no private section, and reads no label column.
-Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), n prompt tokens, d width.
+Shapes: n prompt tokens, d width.
 """
 
-import logging
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,111 +14,109 @@ import torch
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.data.order import rows_of_like_length, shares
+from post_dist.config.schema import Teacher
+from post_dist.data.order import shares
 from post_dist.data.public_text import load_public_texts
-from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import ArtefactRefused, InputError
-from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl
-from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.sharded import load_sharded
-from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.models.soft_prompt import prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
-from post_dist.stages.prompt_training import train_prompt
+from post_dist.stages.lesson import Lesson, Models, lesson_losses, prepare_lesson
+from post_dist.stages.prompt_training import PromptRun, train_prompts
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Client:
+    """One soft prompt to be carried over: its folder, the run's, and what the run's settings are."""
+
+    folder: RunFolder
+    prompt_folder: Path
 
 
-def transfer(folder: RunFolder, teacher_folder: Path, student_folder: Path, prompt_folder: Path, world: World, resume: str) -> None:
-    """Train a prompt for the target and leave it in `folder.artifact`.
+def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Path, world: World, resume: str) -> None:
+    """Train a prompt for the target for each client, and leave it in its `folder.artifact`.
+
+    Prompts of one shape are trained beside each other, which costs one gathering of the target's weights for all of them.
 
     Args:
-        folder: the run's folder; its config has no private section.
+        clients: they share teacher, student, public task, engine and seed.
         teacher_folder: the target.
-        student_folder: the model that the source prompt was tuned on.
-        prompt_folder: the source prompt, from the owner; checked before it is used.
+        student_folder: the model that the source prompts were tuned on.
         world: the ranks.
         resume: auto or never.
 
     Raises:
-        ArtefactRefused: the prompt fails its checks, or does not belong to these models.
+        ArtefactRefused: a prompt fails its checks, or does not belong to these models.
         PrivacyRefused: the public task is marked private.
     """
-    config, section = folder.config, folder.config.transfer
+    config = clients[0].folder.config
     if config.public_task is None:
         raise InputError("transfer needs the section `public_task`")
     texts = load_public_texts(config.public_task, "public_task")
-    source_prompt = read_prompt(prompt_folder)
-    tokenizer = load_tokenizer(teacher_folder)
+    prompts = [read_prompt(client.prompt_folder) for client in clients]
     precision = choose_precision(config.engine, world.device)
-    student = load_whole(student_folder, precision, world.device)
-    target = load_sharded(teacher_folder, config.engine, precision, world)
-    check_belongs(source_prompt, student, target, teacher_folder, student_folder)
+    models = Models(load_whole(student_folder, precision, world.device), load_sharded(teacher_folder, config.engine, precision, world))
+    tokenizer = load_tokenizer(teacher_folder)
+    for prompt in prompts:
+        check_belongs(prompt, models.student, models.target, teacher_folder, student_folder)
 
-    task = source_prompt.task
-    num_virtual_tokens = len(source_prompt.embeddings)
-    template = Template(config.public_task.template or task.template, tokenizer, task.max_length, masked=target.masked)
-    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
-    check_room(target, num_virtual_tokens, task.max_length)
-    rows = template.encode(texts)
-    lengths = [len(row.token_ids) for row in rows]
-    scores = verbalizer.scores if section.scores == "classes" else torch.Tensor.detach
+    pupils: dict[tuple[int, ...], list[_Pupil]] = {}
+    for client, prompt in zip(clients, prompts, strict=True):
+        section = client.folder.config.transfer
+        lesson = prepare_lesson(prompt, config.public_task, texts, models, section, tokenizer, world)
+        source_nd = prompt.embeddings.to(world.device)
+        text_nd = prompt_from_text(models.target, tokenizer, prompt.task.init_text, len(source_nd))
+        start_nd = torch.lerp(text_nd, source_nd, section.trained_share).to(world.device, torch.float32).clone()
+        optimizer = torch.optim.Adam([start_nd], lr=section.learning_rate)
+        run = PromptRun([start_nd], optimizer, section, client.folder, metrics_name="metrics.jsonl", show_loss=True)
+        alike = (len(start_nd), section.steps, section.batch_size, run.take_up(resume, world))
+        pupils.setdefault(alike, []).append(_Pupil(prompt, lesson, run))
 
-    def biased_scores(logits_BV: torch.Tensor) -> torch.Tensor:
-        return scores(verbalizer.lift(logits_BV, task.class_biases))
+    for (_, _, batch_size, first_step), group in pupils.items():
+        for start in range(0, len(group), config.transfer.prompts_at_once):
+            beside = group[start : start + config.transfer.prompts_at_once]
+            _train(beside, models, batch_size, first_step, config.seed, world)
+            for pupil in beside:
+                world.on_main(partial(_write, pupil, config.teacher, teacher_folder, tokenizer_fingerprint(tokenizer)))
 
-    source_nd = source_prompt.embeddings.to(world.device)
-    log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
 
-    # Three of the four forwards of the loss do not depend on the prompt that is trained: once is enough.
-    common = {"batch_size": section.batch_size, "world": world}
-    source_NK = answers(student, rows, template, None, scores, label="student", **common)  # type: ignore[arg-type]
-    source_prompted_NK = answers(student, rows, template, source_nd, biased_scores, label="student + prompt", **common)  # type: ignore[arg-type]
-    target_NK = answers(target, rows, template, None, scores, label="target", **common)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Pupil:
+    source: SoftPromptArtefact
+    lesson: Lesson
+    run: PromptRun
 
-    offsets = torch.zeros(1)
-    if section.match_class_shares:
-        offsets = share_matching_offsets(proxy_logits(source_NK, source_prompted_NK, target_NK, section.proxy_lambda), source_prompted_NK)
-        log.info("transfer: class offsets %s match the prompted student's shares", [round(float(offset), 3) for offset in offsets])
-    offsets = offsets.to(world.device)
 
-    text_nd = prompt_from_text(target, tokenizer, task.init_text, num_virtual_tokens)
-    start_nd = torch.lerp(text_nd, source_nd, section.trained_share)
-    prompt_nd = start_nd.to(world.device, torch.float32).clone()
-    optimizer = torch.optim.Adam([prompt_nd], lr=section.learning_rate)
+def _train(pupils: Sequence[_Pupil], models: Models, batch_size: int, first_step: int, seed: int, world: World) -> None:
+    lessons = [pupil.lesson for pupil in pupils]
 
-    def loss_at(step: int) -> torch.Tensor:
-        (share,) = shares(rows_of_like_length(step, section.batch_size, lengths, config.seed), section.batch_size, world.rank, world.size)
-        chosen = share.rows
-        device = world.device
-        batch = template.collate([rows[index] for index in chosen]).to(device)
-        logits = target(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
-        prompted_BK = verbalizer.scores(logits) if section.scores == "classes" else logits
-        source_BK, source_prompted_BK, target_BK = (values[chosen].to(device) for values in (source_NK, source_prompted_NK, target_NK))
-        if section.objective == "published":
-            weights = {"alpha": section.alpha, "temperature": section.temperature}
-            return share.weight * published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
-        wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + offsets
-        return share.weight * softened_kl(wanted_BK, prompted_BK, section.temperature)
+    def losses_at(step: int) -> list[torch.Tensor]:
+        own = [shares(lesson.rows_at(step, seed), batch_size, world.rank, world.size)[0] for lesson in lessons]
+        losses = lesson_losses(models, lessons, [pupil.run.parameters[0] for pupil in pupils], [share.rows for share in own], world.device)
+        return [share.weight * loss for share, loss in zip(own, losses, strict=True)]
 
-    train_prompt([prompt_nd], loss_at, optimizer, section, folder, world, resume, metrics_name="metrics.jsonl", show_loss=True)
+    train_prompts([pupil.run for pupil in pupils], losses_at, first_step, world)
+
+
+def _write(pupil: _Pupil, teacher: Teacher | None, teacher_folder: Path, tokenizer: str) -> None:
+    source, section, folder = pupil.source, pupil.lesson.section, pupil.run.folder
     # What the biases of the source prompt do is in the loss, and so in the new prompt.
-    own_task = replace(task, class_biases=())
-
-    name = config.teacher.path if config.teacher and not Path(config.teacher.path).is_absolute() else teacher_folder.name
+    task = replace(source.task, class_biases=())
+    name = teacher.path if teacher and not Path(teacher.path).is_absolute() else teacher_folder.name
 
     def card(artifact: Path) -> None:
         summary = "A soft prompt that was transferred from a student with public text alone (POST)."
-        epsilon = "none: the source prompt is not private" if source_prompt.epsilon is None else source_prompt.epsilon
-        settings = section.model_dump() | {"epsilon": epsilon}
-        write_card(artifact, f"Soft prompt for {name}", summary, settings, library="peft", tag="prompt-tuning")
+        epsilon = "none: the source prompt is not private" if source.epsilon is None else source.epsilon
+        write_card(
+            artifact, f"Soft prompt for {name}", summary, section.model_dump() | {"epsilon": epsilon}, library="peft", tag="prompt-tuning"
+        )
 
-    made = (prompt_nd, own_task, name, source_prompt.privacy)
-    lineage = {"source prompt": source_prompt.manifest.digest, **source_prompt.manifest.parents}
-    settings = {"transfer": section.model_dump(mode="json"), "task": asdict(own_task)}
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    world.on_main(lambda: write_prompt(folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=fingerprint))
+    made = (pupil.run.parameters[0], task, name, source.privacy)
+    lineage = {"source prompt": source.manifest.digest, **source.manifest.parents}
+    settings = {"transfer": section.model_dump(mode="json"), "task": asdict(task)}
+    write_prompt(folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=tokenizer)
 
 
 def check_belongs(

@@ -23,7 +23,7 @@ from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.material import Material
-from post_dist.stages.prompt_training import train_prompt
+from post_dist.stages.prompt_training import PromptRun, train_prompts
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +106,17 @@ def _tune_openly(folder: RunFolder, material: Material, world: World, resume: st
     parameters = material.parameters(section)
     lengths = [len(row.token_ids) for row in material.rows]
 
-    def loss_at(step: int) -> torch.Tensor:
+    def losses_at(step: int) -> list[torch.Tensor]:
         chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
         batch = material.template.collate([material.rows[index] for index in chosen]).to(world.device)
         bias = parameters[1] if len(parameters) > 1 else None
         classes_B = material.classes[chosen].to(world.device)
-        return class_losses(material.model, material.verbalizer, batch, classes_B, prompt=parameters[0], bias=bias).mean()
+        how: dict[str, Any] = {"prompt": parameters[0], "bias": bias, "share_prompt": material.model.shares_prompt}
+        return [class_losses(material.model, material.verbalizer, batch, classes_B, **how).mean()]
 
     optimizer = material.optimizer(section, parameters, section.learning_rate)
-    train_prompt(parameters, loss_at, optimizer, section, folder, world, resume, metrics_name="private_metrics.jsonl", show_loss=False)
+    run = PromptRun(parameters, optimizer, section, folder, metrics_name="private_metrics.jsonl", show_loss=False)
+    train_prompts([run], losses_at, run.take_up(resume, world), world)
     return [parameter.detach() for parameter in parameters]
 
 

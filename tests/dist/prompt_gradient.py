@@ -20,11 +20,14 @@ model = load_sharded(folder, Engine(**json.loads(sys.argv[4])), "fp32", world)
 tensors = load_file(inputs)
 prompt = tensors["prompt"].clone().requires_grad_(True)
 own = slice(world.rank, None, world.size)
-for _ in range(3):  # the sharded forward is traced in the first round and replayed in the others
-    prompt.grad = None
-    logits = model(tensors["input_ids"][own], tensors["attention_mask"][own], prompt, tensors["answer"][own])
-    logits.float().log_softmax(-1)[:, 7].mean().backward()
-    world.mean(prompt.grad)
+batch = [tensors["input_ids"][own], tensors["attention_mask"][own], prompt, tensors["answer"][own]]
+results = {"share": torch.tensor(shard_share(model))}
+for name, share_prompt in {"apart": False, "shared": model.shares_prompt}.items():
+    for _ in range(3):  # the sharded forward is traced in the first round and replayed in the others
+        prompt.grad = None
+        model(*batch, share_prompt=share_prompt).float().log_softmax(-1)[:, 7].mean().backward()
+        world.mean(prompt.grad)
+    results[name] = prompt.grad.clone()
 if world.is_main:
-    save_file({"gradient": prompt.grad, "share": torch.tensor(shard_share(model))}, output)
+    save_file(results, output)
 world.leave()

@@ -66,9 +66,9 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
             pytest.skip("reading from a disk is not compiled: `post-dist doctor --build` does it in minutes, where there is libaio")
     torchrun(ranks, Path(__file__).with_name("prompt_gradient.py"), folder, tmp_path / "inputs", tmp_path / "output", json.dumps(settings))
     sharded = load_file(tmp_path / "output")
-    error = (sharded["gradient"] - prompt.grad).norm() / prompt.grad.norm()
-    print(f"relative error {error:.2e}, share of the parameters on a rank {sharded['share']:.3f}")
-    assert error < 1e-5
+    errors = [float((sharded[name] - prompt.grad).norm() / prompt.grad.norm()) for name in ("apart", "shared")]
+    print(f"relative errors {errors}, share of the parameters on a rank {sharded['share']:.3f}")
+    assert max(errors) < 1e-5
     assert sharded["share"] == (1 if layout == "whole on each" else pytest.approx(0.5, abs=0.02))
 
 

@@ -74,6 +74,34 @@ def test_answers_come_in_the_order_of_the_rows(folder: Path) -> None:
         torch.testing.assert_close(model(batch.input_ids, batch.attention_mask, prompt, batch.answer)[0], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_rows_behind_shared_prompts_are_as_behind_one_each(folder: Path, checkpointed: bool) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    if model.masked:
+        assert not model.shares_prompt
+        return
+    assert model.shares_prompt
+    if checkpointed:
+        model.checkpoint_activations()
+    prompts = torch.randn(2, 5, model.width, requires_grad=True)
+    input_ids, mask, answer = batch_of(folder, [text for text, _ in tiny.sentences(6, 3)])
+    apart = model(input_ids, mask, prompts.repeat_interleave(3, dim=0), answer)
+    shared = model(input_ids, mask, prompts, answer, share_prompt=True)
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(apart)
+    of_apart, of_shared = (torch.autograd.grad((weights * logits).sum(), prompts)[0] for logits in (apart, shared))
+    torch.testing.assert_close(of_shared, of_apart, rtol=1e-4, atol=1e-5 * float(of_apart.abs().max()))
+
+
+def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
+    hidden = model(input_ids, mask, None, answer, with_head=False)
+    logits = model(input_ids, mask, None, answer, beside=hidden[1:])
+    torch.testing.assert_close(logits, model.head(torch.cat([hidden, hidden[1:]])))
+    torch.testing.assert_close(logits[1], logits[2])
+
+
 @torch.no_grad()
 def test_a_student_of_all_layers_is_its_teacher(folder: Path, tmp_path: Path) -> None:
     write_student(tmp_path, folder, (0, 1, 2, 3), load_tokenizer(folder))

@@ -10,32 +10,41 @@ from post_dist.config.schema import RunConfig, Transfer
 from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metrics import read_metrics
-from post_dist.stages.prompt_training import schedule_at, train_prompt
+from post_dist.stages.prompt_training import PromptRun, schedule_at, train_prompts
 
 
-def train(folder: Path, bad_steps: set[int], steps: int = 12) -> torch.Tensor:
+def run_of(folder: Path, steps: int) -> PromptRun:
     prompt = torch.ones(2, 3)
     section = Transfer(steps=steps, batch_size=1, learning_rate=0.1)
-
-    def loss_at(step: int) -> torch.Tensor:
-        return (prompt * (float("nan") if step in bad_steps else 1.0)).sum()
-
-    run = RunFolder(folder, "transfer", RunConfig(name="a"))
-    world = World(0, 1, 0, "none", torch.device("cpu"))
     optimizer = torch.optim.SGD([prompt], lr=section.learning_rate)
-    train_prompt([prompt], loss_at, optimizer, section, run, world, "auto", metrics_name="metrics.jsonl", show_loss=True)
-    return prompt.detach()
+    config = RunConfig(name="a")
+    return PromptRun([prompt], optimizer, section, RunFolder(folder, "transfer", config), metrics_name="metrics.jsonl", show_loss=True)
+
+
+def train(folders: list[Path], bad_steps: list[set[int]], steps: int = 12) -> list[torch.Tensor]:
+    runs = [run_of(folder, steps) for folder in folders]
+    world = World(0, 1, 0, "none", torch.device("cpu"))
+
+    def losses_at(step: int) -> list[torch.Tensor]:
+        scales = [float("nan") if step in bad else 1.0 for bad in bad_steps]
+        return [(run.parameters[0] * scale).sum() for run, scale in zip(runs, scales, strict=True)]
+
+    first = {run.take_up("auto", world) for run in runs}
+    train_prompts(runs, losses_at, first.pop(), world)
+    return [run.parameters[0].detach() for run in runs]
 
 
 def test_a_step_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
-    clean, spoiled = train(tmp_path / "clean", set()), train(tmp_path / "spoiled", {3, 4, 9})
+    clean, spoiled = train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {3, 4, 9}])
     assert spoiled.isfinite().all()
     missed = sum(0.1 * schedule_at(Transfer(), step, 12) for step in (3, 4, 9))
     torch.testing.assert_close(spoiled, clean + missed)
-    lines = read_metrics(tmp_path / "spoiled/metrics.jsonl")
-    assert [line["step"] for line in lines if line["skipped"]] == [3, 4, 9]
+    skipped = [
+        [line["step"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["skipped"]] for name in ("clean", "spoiled")
+    ]
+    assert skipped == [[], [3, 4, 9]]
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="5 steps in a row had gradients that are not finite, up to step 6"):
-        train(tmp_path, {2, 3, 4, 5, 6})
+    with pytest.raises(InputError, match="5 steps in a row had gradients that are not finite, up to step 6 of spoiled"):
+        train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {2, 3, 4, 5, 6}])

@@ -1,0 +1,163 @@
+"""What a soft prompt for the target has to learn: public rows, and what the models say to them without it.
+
+Three of the four forwards of the published loss do not depend on the prompt that is trained, so they are run once. Scores of a few
+classes are kept as they are; of a whole vocabulary, [N, V] would be too much, and the hidden states [N, d] under the head are kept.
+
+Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), C classes, V vocabulary, n prompt tokens, d width.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.artifacts.prompt import SoftPromptArtefact
+from post_dist.config.schema import Transfer
+from post_dist.config.sources import Task
+from post_dist.data.order import rows_of_like_length
+from post_dist.data.template import Batch, Encoded, Template, Verbalizer
+from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl
+from post_dist.models.answers import answers
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.soft_prompt import check_room
+from post_dist.runtime.distributed import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The student that the source prompts were tuned on, and the target."""
+
+    student: LanguageModel
+    target: LanguageModel
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one prompt has to learn.
+
+    Attributes:
+        section: the objective.
+        template: of the public rows.
+        verbalizer: of the task.
+        class_biases: of the source prompt's task.
+        rows: public texts in the template.
+        source: what is kept of the student's answers, [N, C] or [N, d].
+        source_prompted: of the student's behind the source prompt.
+        target: of the target's.
+        offsets: [K], added to the proxy's scores.
+    """
+
+    section: Transfer
+    template: Template
+    verbalizer: Verbalizer
+    class_biases: tuple[float, ...]
+    rows: list[Encoded]
+    source: torch.Tensor
+    source_prompted: torch.Tensor
+    target: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether hidden states are kept, and the head is still to be run."""
+        return self.section.scores == "vocabulary"
+
+    def rows_at(self, step: int, seed: int) -> list[int]:
+        """The rows of a step."""
+        return rows_of_like_length(step, self.section.batch_size, [len(row.token_ids) for row in self.rows], seed)
+
+    def loss(self, chosen: list[int], prompted_BV: torch.Tensor, target_BV: torch.Tensor | None, student: LanguageModel) -> torch.Tensor:
+        """The mean loss of rows.
+
+        Args:
+            chosen: their numbers.
+            prompted_BV: logits of the prompted target.
+            target_BV: logits of the target, where hidden states are kept.
+            student: for its head, where hidden states are kept.
+        """
+        device, section = prompted_BV.device, self.section
+        source_BK, source_prompted_BK, target_BK = (kept[chosen].to(device) for kept in (self.source, self.source_prompted, self.target))
+        prompted_BK = prompted_BV if self.keeps_hidden else self.verbalizer.scores(prompted_BV)
+        if target_BV is not None:
+            with torch.no_grad():
+                source_BK, target_BK = student.head(source_BK), target_BV.detach()
+                source_prompted_BK = self.verbalizer.lift(student.head(source_prompted_BK), self.class_biases)
+        if section.objective == "published":
+            weights = {"alpha": section.alpha, "temperature": section.temperature}
+            return published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
+        wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + self.offsets.to(device)
+        return softened_kl(wanted_BK, prompted_BK, section.temperature)
+
+
+def prepare_lesson(
+    prompt: SoftPromptArtefact,
+    public_task: Task,
+    texts: list[str],
+    models: Models,
+    section: Transfer,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+) -> Lesson:
+    """Run the three forwards that need no training, over all public rows."""
+    task = prompt.task
+    template = Template(public_task.template or task.template, tokenizer, task.max_length, masked=models.target.masked)
+    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
+    check_room(models.target, len(prompt.embeddings), task.max_length)
+    rows = template.encode(texts)
+    log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
+    by_classes = section.scores == "classes"
+
+    def kept(model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str) -> torch.Tensor:
+        def keep(said: torch.Tensor) -> torch.Tensor:
+            return verbalizer.scores(verbalizer.lift(said, biases)) if by_classes else said
+
+        return answers(
+            model, rows, template, prompt_nd, keep, batch_size=section.batch_size, world=world, label=label, with_head=by_classes
+        )
+
+    source = kept(models.student, None, (), "student")
+    source_prompted = kept(models.student, prompt.embeddings.to(world.device), task.class_biases, "student + prompt")
+    target = kept(models.target, None, (), "target")
+    offsets = torch.zeros(1)
+    if section.match_class_shares:
+        offsets = share_matching_offsets(proxy_logits(source, source_prompted, target, section.proxy_lambda), source_prompted)
+        log.info("transfer: class offsets %s match the prompted student's shares", [round(float(offset), 3) for offset in offsets])
+    return Lesson(section, template, verbalizer, task.class_biases, rows, source, source_prompted, target, offsets)
+
+
+def lesson_losses(
+    models: Models, lessons: Sequence[Lesson], prompts: Sequence[torch.Tensor], chosen: Sequence[list[int]], device: torch.device
+) -> list[torch.Tensor]:
+    """Each prompt's loss on its own rows, from one forward of the target.
+
+    Args:
+        models: student and target.
+        lessons: one for each prompt.
+        prompts: [n, d] each.
+        chosen: the rows of each, equally many.
+        device: of the models.
+    """
+    picked = [[lesson.rows[row] for row in rows] for lesson, rows in zip(lessons, chosen, strict=True)]
+    longest = max(len(row.token_ids) for rows in picked for row in rows)
+    parts = [lesson.template.collate(rows, longest) for lesson, rows in zip(lessons, picked, strict=True)]
+    batch = Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "attention_mask", "answer"))).to(device)
+    of_target = [lesson.target[rows] for lesson, rows in zip(lessons, chosen, strict=True) if lesson.keeps_hidden]
+    prompts_Gnd = torch.stack(list(prompts))
+    logits = models.target(
+        batch.input_ids,
+        batch.attention_mask,
+        prompts_Gnd if models.target.shares_prompt else prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0),
+        batch.answer,
+        share_prompt=models.target.shares_prompt,
+        beside=torch.cat(of_target).to(device) if of_target else None,
+    )
+    prompted = logits[: len(batch.answer)].chunk(len(lessons))
+    unprompted = iter(logits[len(batch.answer) :].split(len(chosen[0])))
+    return [
+        lesson.loss(rows, prompted_BV, next(unprompted) if lesson.keeps_hidden else None, models.student)
+        for lesson, rows, prompted_BV in zip(lessons, chosen, prompted, strict=True)
+    ]
