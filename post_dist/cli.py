@@ -40,6 +40,7 @@ class Bench(StrEnum):
     """The stages that have a benchmark."""
 
     tune = "tune"
+    transfer = "transfer"
 
 
 class Submittable(StrEnum):
@@ -241,10 +242,16 @@ def bench(
     """Time and memory of a stage's step beside its peers, in one process on the same model and batch."""
     config = load_run(run, set_, None)
     world = _start(config)
+    from post_dist.bench.transfer import bench_transfer
     from post_dist.bench.tune import bench_tune
     from post_dist.stages.pipeline import Pipeline
 
-    _print_figures(bench_tune(config, Pipeline(config, world, frozenset()).student, world), json_)
+    stages = Pipeline(config, world, frozenset())
+    if stage == Bench.tune:
+        result = bench_tune(config, stages.student, world)
+    else:
+        result = bench_transfer(config, stages.teacher, stages.student, world)
+    _print_figures(result, json_)
     world.leave()
 
 

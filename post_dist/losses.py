@@ -1,10 +1,10 @@
 """The losses of distillation and transfer: pure functions of tensors.
 
-Shapes: B rows, K scores (the vocabulary, or a task's classes), N positions, d width, V vocabulary.
+Shapes: B rows, K scores (the vocabulary, or a task's classes), N positions, d width, V vocabulary, S samples.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class DistillationTerms:
     Attributes:
         ce: T^2 KL of the teacher to the student.
         lm: cross-entropy of the labels.
-        cos: one minus the cosine of the last hidden states.
+        cos: one minus the cosine of the last hidden states; 0 where the teacher's are not known.
     """
 
     ce: torch.Tensor
@@ -83,9 +83,36 @@ class DistillationTerms:
     cos: torch.Tensor
 
 
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What is known of a teacher at N positions: its hidden states, or its product, or samples of it.
+
+    Attributes:
+        hidden: last hidden states [N, d]; the cosine term needs them.
+        product: softmax(teacher/T) W [N, d], with W the head that teacher and student share. It stands for the whole distribution: the
+            mean logit of a student is product times hidden state, so loss and gradient are exact without the teacher's head.
+        samples: tokens [N, S] of equal weight, drawn from softmax(teacher/T); loss and gradient are right on average.
+        entropy: of softmax(teacher/T), [N], with product or samples.
+    """
+
+    hidden: torch.Tensor | None = None
+    product: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "TeacherSignal":
+        """At some of the positions."""
+        return self.map(lambda tensor: tensor[part])
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TeacherSignal":
+        """With every tensor changed."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherSignal(**{name: None if tensor is None else change(tensor) for name, tensor in kept.items()})
+
+
 def distillation_loss(
     student_Nd: torch.Tensor,
-    teacher_Nd: torch.Tensor,
+    teacher: TeacherSignal,
     labels_N: torch.Tensor,
     student_head: Head,
     teacher_head: Head,
@@ -101,10 +128,10 @@ def distillation_loss(
 
     Args:
         student_Nd: last hidden states of the student.
-        teacher_Nd: those of the teacher, without gradient.
+        teacher: at the same positions, without gradient.
         labels_N: the token that each position should give; -100 where none is asked for.
         student_head: from hidden states to logits.
-        teacher_head: the same of the teacher.
+        teacher_head: the same of the teacher; run where hidden states are all that is known.
         weights: a_ce, a_lm, a_cos.
         temperature: T.
         head_parameters: those of the student's head that are trained.
@@ -114,6 +141,7 @@ def distillation_loss(
     """
     a_ce, a_lm, a_cos = weights
     labelled = int((labels_N != -100).sum().clamp(min=1))
+    scales = _Scales(a_ce / len(student_Nd), a_lm / labelled, temperature)
     differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
     gradients = [torch.zeros_like(tensor) for tensor in (student_Nd, *head_parameters)] if differentiate else []
     ce = lm = torch.zeros((), device=student_Nd.device)
@@ -122,40 +150,95 @@ def distillation_loss(
         hidden = student_Nd[part].detach().requires_grad_(differentiate)
         logits = student_head(hidden)
         with torch.no_grad():
-            terms = _logit_terms(
-                logits, teacher_head(teacher_Nd[part]), labels_N[part], a_ce / len(student_Nd), a_lm / labelled, temperature
-            )
-        ce, lm = ce + terms[0], lm + terms[1]
+            own_ce, own_lm, of_logits = _logit_terms(logits, hidden, teacher[part], teacher_head, labels_N[part], scales)
+        ce, lm = ce + own_ce, lm + own_lm
         if differentiate:
-            own = torch.autograd.grad(logits, [hidden, *head_parameters], terms[2].to(logits.dtype))
+            own = torch.autograd.grad(logits, [hidden, *head_parameters], of_logits.to(logits.dtype))
             gradients[0][part] = own[0]
             for total, gradient in zip(gradients[1:], own[1:], strict=True):
                 total += gradient
+    if differentiate and teacher.product is not None:
+        gradients[0] -= scales.ce * temperature * teacher.product
     ce, lm = ce / len(student_Nd), lm / labelled
     vocabulary_loss = a_ce * ce + a_lm * lm
     if differentiate:
         vocabulary_loss = _WithGradients.apply(vocabulary_loss, gradients, student_Nd, *head_parameters)
-    cos = 1 - functional.cosine_similarity(student_Nd.float(), teacher_Nd.float(), dim=-1).mean()
+    if teacher.hidden is not None:
+        cos = 1 - functional.cosine_similarity(student_Nd.float(), teacher.hidden.float(), dim=-1).mean()
+    else:
+        cos = torch.zeros_like(ce)
     return vocabulary_loss + a_cos * cos, DistillationTerms(ce, lm, cos.detach())
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """What the terms of one position are multiplied by, and T."""
+
+    ce: float
+    lm: float
+    temperature: float
+
+
 def _logit_terms(
-    student_BV: torch.Tensor, teacher_BV: torch.Tensor, labels_B: torch.Tensor, ce_weight: float, lm_weight: float, temperature: float
+    logits_BV: torch.Tensor, student_Bd: torch.Tensor, teacher: TeacherSignal, teacher_head: Head, labels_B: torch.Tensor, scales: _Scales
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of the two terms over the rows, and the gradient [B, V] of their weighted sum with respect to the student's logits."""
-    student = student_BV.float()
+    """Sums of the two terms over the rows, and the gradient [B, V] of their weighted sum with respect to the student's logits.
+
+    The product's part of the gradient is left out: it has no need of logits.
+    """
+    temperature, student = scales.temperature, logits_BV.float()
     log_q = (student / temperature).log_softmax(dim=-1)
-    log_p = (teacher_BV.float() / temperature).log_softmax(dim=-1)
-    p = log_p.exp()
-    ce = temperature**2 * log_p.sub_(log_q).mul_(p).sum()
-    gradient = log_q.exp_().sub_(p).mul_(ce_weight * temperature)
+    if teacher.product is not None and teacher.entropy is not None:
+        normalisers = student[:, 0] / temperature - log_q[:, 0]
+        mean_logits = (teacher.product * student_Bd).sum(dim=-1).float()
+        ce = (normalisers - mean_logits / temperature - teacher.entropy).sum()
+        gradient = log_q.exp_().mul_(scales.ce * temperature)
+    elif teacher.samples is not None and teacher.entropy is not None:
+        ce = -(log_q.gather(1, teacher.samples).mean(dim=1) + teacher.entropy).sum()
+        gradient = log_q.exp_().mul_(scales.ce * temperature)
+        share = torch.full_like(teacher.samples, -scales.ce * temperature / teacher.samples.shape[1], dtype=gradient.dtype)
+        gradient.scatter_add_(1, teacher.samples, share)
+    else:
+        log_p = (teacher_head(teacher.hidden).float() / temperature).log_softmax(dim=-1)  # type: ignore[arg-type]
+        p = log_p.exp()
+        ce = log_p.sub_(log_q).mul_(p).sum()
+        gradient = log_q.exp_().sub_(p).mul_(scales.ce * temperature)
     asked_for = labels_B != -100
     rows = asked_for.nonzero().squeeze(1)
     log_probabilities = student.log_softmax(dim=-1)
     lm = -log_probabilities[rows, labels_B[rows]].sum()
-    gradient.addcmul_(log_probabilities.exp_(), asked_for[:, None].to(gradient.dtype), value=lm_weight)
-    gradient[rows, labels_B[rows]] -= lm_weight
-    return ce, lm, gradient
+    gradient.addcmul_(log_probabilities.exp_(), asked_for[:, None].to(gradient.dtype), value=scales.lm)
+    gradient[rows, labels_B[rows]] -= scales.lm
+    return temperature**2 * ce, lm, gradient
+
+
+def condensed(hidden_Nd: torch.Tensor, head: Head, temperature: float, weight_Vd: torch.Tensor) -> TeacherSignal:
+    """The product of a teacher's distribution with the head's weight, and the entropy, a few positions at a time."""
+    products, entropies = [], []
+    for start in range(0, len(hidden_Nd), _POSITIONS_AT_ONCE):
+        log_p = (head(hidden_Nd[start : start + _POSITIONS_AT_ONCE]).float() / temperature).log_softmax(dim=-1)
+        p = log_p.exp()
+        products.append(p @ weight_Vd.float())
+        entropies.append(-(p * log_p).sum(dim=-1))
+    return TeacherSignal(product=torch.cat(products), entropy=torch.cat(entropies))
+
+
+def sampled(hidden_Nd: torch.Tensor, head: Head, temperature: float, uniform_N: torch.Tensor, count: int) -> TeacherSignal:
+    """Tokens drawn from a teacher's distribution, and the entropy, a few positions at a time.
+
+    Draws are systematic: one uniform number places `count` points at equal distances on the cumulative distribution, so that a token of
+    probability p comes p times `count` times on average, and never differs from that by one or more. (Independent draws are as right
+    on average, and scatter more. Keeping the top tokens alone is not: arXiv 2503.16870.)
+    """
+    samples, entropies = [], []
+    for start in range(0, len(hidden_Nd), _POSITIONS_AT_ONCE):
+        part = slice(start, start + _POSITIONS_AT_ONCE)
+        log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
+        cumulative = log_p.exp().cumsum(dim=-1)
+        points = (uniform_N[part, None] + torch.arange(count, device=log_p.device)) / count * cumulative[:, -1:]
+        samples.append(torch.searchsorted(cumulative, points).clamp_(max=log_p.shape[1] - 1))
+        entropies.append(-(log_p.exp() * log_p).sum(dim=-1))
+    return TeacherSignal(samples=torch.cat(samples), entropy=torch.cat(entropies))
 
 
 class _WithGradients(torch.autograd.Function):

@@ -16,16 +16,17 @@ _REPEATS = 7
 _MIB = 2**20
 
 
-def measure(steps: Mapping[str, Callable[[], object]], samples: int, device: torch.device) -> dict[str, Any]:
+def measure(steps: Mapping[str, Callable[[], object]], amount: int, unit: str, device: torch.device) -> dict[str, Any]:
     """Run each step once to warm up, once for its memory, and seven times for its time.
 
     Args:
         steps: by name; the first is what the ratios are over.
-        samples: examples that one step handles.
+        amount: how much one step handles.
+        unit: of the amount, `samples` or `tokens`.
         device: which the steps use.
 
     Returns:
-        `rows` with the median of seconds per step, samples per second, peak memory above what was there before the step, and the
+        `rows` with the median of seconds per step, amount per second, peak memory above what was there before the step, and the
         interval of the middle half of the times; and `ratios` of time and of memory over the first row.
     """
     for step in steps.values():
@@ -43,7 +44,7 @@ def measure(steps: Mapping[str, Callable[[], object]], samples: int, device: tor
             {
                 "name": name,
                 "seconds_per_step": median,
-                "samples_per_second": samples / median,
+                f"{unit}_per_second": amount / median,
                 "peak_memory_mib": memory[name],
                 "interval": [low, high],
             }

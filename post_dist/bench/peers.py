@@ -3,12 +3,16 @@
 Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional
 
+from post_dist.config.schema import Transfer
 from post_dist.data.template import Batch, Verbalizer
+from post_dist.losses import published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 
 
@@ -18,6 +22,35 @@ def plain_losses(model: LanguageModel, verbalizer: Verbalizer, batch: Batch, cla
     places_B = batch.answer + prompt.shape[-2]
     logits_BV = model.head(hidden_BTd[torch.arange(len(places_B), device=places_B.device), places_B])
     return functional.cross_entropy(verbalizer.scores(logits_BV), classes_B, reduction="none")
+
+
+def published_transfer_step(
+    student: LanguageModel, target: LanguageModel, batch: Batch, source_nd: torch.Tensor, prompt_nd: torch.Tensor, section: Transfer
+) -> torch.Tensor:
+    """The loss of POST's utils/transfer.py: four forwards, and in each the logits [B, n+T, V] of all positions, of which one is used.
+
+    More generous than that code, which also goes back through the prompted student, and runs the others with autograd on.
+    """
+
+    def at_answers(model: LanguageModel, prompt: torch.Tensor | None) -> torch.Tensor:
+        places_B = batch.answer + (0 if prompt is None else len(prompt))
+        return model.head(model(batch.input_ids, batch.attention_mask, prompt))[torch.arange(len(places_B)), places_B]
+
+    with torch.no_grad():
+        source_BV, source_prompted_BV, target_BV = at_answers(student, None), at_answers(student, source_nd), at_answers(target, None)
+    weights = {"alpha": section.alpha, "temperature": section.temperature}
+    return published_transfer_loss(source_BV, source_prompted_BV, target_BV, at_answers(target, prompt_nd), **weights)
+
+
+def cached_transfer_step(
+    target: LanguageModel, batch: Batch, constants: Sequence[torch.Tensor], prompt_nd: torch.Tensor, section: Transfer
+) -> torch.Tensor:
+    """The same loss as one would write it with PEFT and care: constants [B, V] kept, padding to the longest row, the head everywhere."""
+    input_ids, places_B = batch.input_ids, batch.answer + len(prompt_nd)
+    logits = target.head(target(input_ids, batch.attention_mask, prompt_nd))[torch.arange(len(places_B)), places_B]
+    weights = {"alpha": section.alpha, "temperature": section.temperature}
+    source_BV, source_prompted_BV, target_BV = constants
+    return published_transfer_loss(source_BV, source_prompted_BV, target_BV, logits, **weights)
 
 
 class HookedPrompt(nn.Module):

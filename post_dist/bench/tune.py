@@ -95,7 +95,7 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         _apart(steps[name]()[None], plain_Bnd.sum(dim=0)[None]) for name in ("ordinary non-private", "non-private shared prefix")
     ]
     settings = {"precision": str(model.model.dtype).removeprefix("torch."), "rows": rows, "tokens": length, "num_virtual_tokens": tokens}
-    return measure(steps, rows, world.device) | {"max_difference": max(differences), "settings": settings}
+    return measure(steps, rows, "samples", world.device) | {"max_difference": max(differences), "settings": settings}
 
 
 def _apart(one_Bnd: torch.Tensor, other_Bnd: torch.Tensor) -> float:

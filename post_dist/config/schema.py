@@ -89,6 +89,9 @@ class Distill(Section):
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of tokens that a masked model must fill in."""
     checkpoint_every_steps: PositiveInt = 500
+    cache: Literal["none", "hidden", "sampled"] = "none"
+    """Run the teacher once over the corpus and keep what it says: hidden states, exact and some KB a token; or samples of its softened
+    distribution, right on average and 116 bytes a token. Later epochs and other students of the same teacher then never run it."""
 
 
 class PromptTraining(Section):

@@ -26,6 +26,7 @@ class Corpus:
     """Packed sequences [N, T] on disk, read by memory map; the last `held_out` of them are never trained on."""
 
     def __init__(self, path: Path, held_out: int, seed: int) -> None:
+        self.path = path
         self._sequences = np.load(path, mmap_mode="r")
         self._held_out = held_out
         self._seed = seed
@@ -42,9 +43,17 @@ class Corpus:
         """
         return shares(range(step * batch_size, (step + 1) * batch_size), at_most, world.rank, world.size)
 
+    def numbers(self, share: Share) -> list[int]:
+        """The numbers of the sequences at the places of a share."""
+        return [number for place in share.rows for number in shuffled_rows(place, 1, self.num_training_sequences, self._seed)]
+
+    def numbers_of_first(self, places: int) -> list[int]:
+        """The numbers of the sequences that the first places of the reading name, in rising order."""
+        return sorted(shuffled_rows(0, min(places, self.num_training_sequences), self.num_training_sequences, self._seed))
+
     def training(self, share: Share) -> torch.Tensor:
         """The sequences [B, T] at the places of a share."""
-        return self._take([row for place in share.rows for row in shuffled_rows(place, 1, self.num_training_sequences, self._seed)])
+        return self.sequences(self.numbers(share))
 
     def held_out_shares(self, at_most: int, world: World) -> list[Share]:
         """This rank's part of the held-out sequences, by their numbers."""
@@ -52,10 +61,11 @@ class Corpus:
 
     def held_out(self, share: Share) -> torch.Tensor:
         """The held-out sequences [B, T] of a share."""
-        return self._take([self.num_training_sequences + number for number in share.rows])
+        return self.sequences([self.num_training_sequences + number for number in share.rows])
 
-    def _take(self, rows: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self._sequences[rows].astype(np.int64))
+    def sequences(self, numbers: list[int]) -> torch.Tensor:
+        """Sequences [B, T] by their numbers."""
+        return torch.from_numpy(self._sequences[numbers].astype(np.int64))
 
 
 def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World) -> Corpus:

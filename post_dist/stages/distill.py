@@ -19,7 +19,7 @@ from post_dist.config.schema import Distill, Student
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import EnvironmentFault, InputError
-from post_dist.losses import DistillationTerms, distillation_loss, softened_kl, unexplained_share
+from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.sharded import load_sharded
@@ -31,6 +31,7 @@ from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sharded
+from post_dist.stages.teacher_signals import Signals, ask_teacher, cache_teacher
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,13 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     )
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
-    _train(engine, teacher, corpus, masking, section, folder, world, first_step)
+    signals = ask_teacher(teacher)
+    if section.cache != "none":
+        place, digest = folder.path.parent, fingerprint(teacher_folder)
+        signals = cache_teacher(
+            place, teacher, digest, corpus, section, shares_head=student_section.freeze_head, seed=config.seed, world=world
+        )
+    _train(engine, signals, corpus, masking, section, folder, world, first_step)
 
     figures = _held_out_figures(engine, teacher, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -146,13 +153,13 @@ class DistillationModel(nn.Module):
         return self.student.capped(self.teacher_head(hidden))
 
     def forward(
-        self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, teacher_BTd: torch.Tensor
+        self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, teacher: TeacherSignal
     ) -> tuple[torch.Tensor, DistillationTerms, torch.Tensor]:
         """The loss, its terms, and the student's last hidden states [B, T, d]."""
         hidden_BTd = self.student(input_ids_BT)
         loss, terms = distillation_loss(
             hidden_BTd.flatten(0, 1),
-            teacher_BTd.flatten(0, 1),
+            teacher.map(lambda tensor: tensor.flatten(0, 1)),
             labels_BT.flatten(),
             self.student.head,
             self.teacher_logits,
@@ -189,7 +196,7 @@ class _Masking:
 
 def _train(
     engine: Any,
-    teacher: LanguageModel,
+    signals: Signals,
     corpus: Corpus,
     masking: _Masking | None,
     section: Distill,
@@ -208,10 +215,9 @@ def _train(
             for share in shares:
                 input_ids, labels = _inputs(corpus.training(share), masking, share.rows, world)
                 phase(f"distill step {step}: the teacher's forward")
-                with torch.no_grad():
-                    teacher_hidden = teacher(input_ids)
+                signal = signals(corpus.numbers(share), input_ids)
                 phase(f"distill step {step}: the student's forward")
-                loss, terms = stand_in.forward(engine, (input_ids, labels, teacher_hidden), step)
+                loss, terms = stand_in.forward(engine, (input_ids, labels, signal), step)
                 sums += share.weight * torch.stack([terms.ce, terms.lm, terms.cos])
                 phase(f"distill step {step}: the backward pass")
                 engine.backward(share.weight * loss)
@@ -235,12 +241,14 @@ class _StandIn:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._sound: tuple[torch.Tensor, ...] | None = None
+        self._sound: tuple[torch.Tensor, torch.Tensor, TeacherSignal] | None = None
         self._in_a_row = 0
         self.used = 0
         """How often it was needed so far."""
 
-    def forward(self, engine: Any, batch: tuple[torch.Tensor, ...], step: int) -> tuple[torch.Tensor, DistillationTerms]:
+    def forward(
+        self, engine: Any, batch: tuple[torch.Tensor, torch.Tensor, TeacherSignal], step: int
+    ) -> tuple[torch.Tensor, DistillationTerms]:
         """The loss of a micro-batch and its terms, or those of its stand-in.
 
         Raises:
@@ -286,7 +294,7 @@ def _held_out_figures(
     for share in corpus.held_out_shares(batch_size, world):
         input_ids, labels = _inputs(corpus.held_out(share), masking, [-1 - number for number in share.rows], world)
         teacher_hidden = teacher(input_ids)
-        _, batch, student_hidden = engine(input_ids, labels, teacher_hidden)
+        _, batch, student_hidden = engine(input_ids, labels, TeacherSignal(hidden=teacher_hidden))
         terms.append(share.weight * torch.stack([batch.ce, batch.lm, batch.cos]))
         place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
         rows = torch.arange(share.counted, device=labels.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.artifacts.prompt import SoftPromptArtefact
+from post_dist.artifacts.prompt import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.config.sources import Task
 from post_dist.data.order import rows_of_like_length
@@ -94,7 +94,8 @@ class Lesson:
 
 
 def prepare_lesson(
-    prompt: SoftPromptArtefact,
+    task: PromptTask,
+    source_nd: torch.Tensor,
     public_task: Task,
     texts: list[str],
     models: Models,
@@ -102,11 +103,10 @@ def prepare_lesson(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
 ) -> Lesson:
-    """Run the three forwards that need no training, over all public rows."""
-    task = prompt.task
+    """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task."""
     template = Template(public_task.template or task.template, tokenizer, task.max_length, masked=models.target.masked)
     verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
-    check_room(models.target, len(prompt.embeddings), task.max_length)
+    check_room(models.target, len(source_nd), task.max_length)
     rows = template.encode(texts)
     log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
     by_classes = section.scores == "classes"
@@ -120,7 +120,7 @@ def prepare_lesson(
         )
 
     source = kept(models.student, None, (), "student")
-    source_prompted = kept(models.student, prompt.embeddings.to(world.device), task.class_biases, "student + prompt")
+    source_prompted = kept(models.student, source_nd, task.class_biases, "student + prompt")
     target = kept(models.target, None, (), "target")
     offsets = torch.zeros(1)
     if section.match_class_shares:

@@ -51,7 +51,7 @@ class Pipeline:
         """The student."""
         self._need("teacher", "student", "corpus")
         folder = run_folder(self._config, "distill", {"teacher": self._teacher_digest, "corpus": self._data("corpus")})
-        self._run([folder], lambda _: distill(folder, self._teacher, self._world, self._resume))
+        self._run([folder], lambda _: distill(folder, self.teacher, self._world, self._resume))
         return folder
 
     def tune(self) -> RunFolder:
@@ -77,7 +77,7 @@ class Pipeline:
             section = self._config.transfer.model_copy(update=_PUBLISHED)
             wanted["published transfer"] = self._config.model_copy(update={"transfer": section}), source_prompt
         if "full prompt tuning" in self._config.evaluate.baselines:
-            made["full prompt tuning"] = self._tune(self._config, self._teacher, "the target").artifact
+            made["full prompt tuning"] = self._tune(self._config, self.teacher, "the target").artifact
         private = [f"{row}, epsilon {epsilon:g}" for epsilon in self._config.evaluate.private_rows for row in (_PROMPTED, "transferred")]
         for epsilon in self._config.evaluate.private_rows:
             config = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
@@ -91,7 +91,7 @@ class Pipeline:
             **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": source_prompt, **prompts}.items()},
         }
         folder = run_folder(self._config, "evaluate", parents | {"private_task": self._data("private_task")})
-        self._run([folder], lambda _: evaluate(folder, self._teacher, self.student, source_prompt, prompts, parents, self._world))
+        self._run([folder], lambda _: evaluate(folder, self.teacher, self.student, source_prompt, prompts, parents, self._world))
         return folder
 
     def everything(self) -> RunFolder:
@@ -105,11 +105,11 @@ class Pipeline:
             from post_dist.privacy.accounting import account, private_plan  # takes a second
 
             account(private_plan(self._config.model_copy(update={"privacy": plan})))
-        tokenizer = load_tokenizer(self._teacher)
+        tokenizer = load_tokenizer(self.teacher)
         task = self._config.private_task
         if task is not None and task.template is not None:
             load_examples(task, self._config.evaluate.split, "private_task")
-            Template(task.template, tokenizer, task.max_length, masked=is_masked(load_config(self._teacher)))
+            Template(task.template, tokenizer, task.max_length, masked=is_masked(load_config(self.teacher)))
             Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
         if inputs.target_prompt is None:
             self._need("public_task")
@@ -140,13 +140,14 @@ class Pipeline:
         apart = {client.folder.path: client for client in clients}  # two rows of a table may ask for the same
 
         def carry_over(unfinished: list[RunFolder]) -> None:
-            transfer([apart[folder.path] for folder in unfinished], self._teacher, self.student, self._world, self._resume)
+            transfer([apart[folder.path] for folder in unfinished], self.teacher, self.student, self._world, self._resume)
 
         self._run([client.folder for client in apart.values()], carry_over)
         return [client.folder for client in clients]
 
     @cached_property
-    def _teacher(self) -> Path:
+    def teacher(self) -> Path:
+        """The folder of the large LLM."""
         self._need("teacher")
         with self._world.main_first():
             folder = model_folder(self._config.teacher)  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ class Pipeline:
 
     @cached_property
     def _teacher_digest(self) -> str:
-        return fingerprint(self._teacher)
+        return fingerprint(self.teacher)
 
     @cached_property
     def student(self) -> Path:

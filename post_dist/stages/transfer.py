@@ -65,8 +65,8 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
     pupils: dict[tuple[int, ...], list[_Pupil]] = {}
     for client, prompt in zip(clients, prompts, strict=True):
         section = client.folder.config.transfer
-        lesson = prepare_lesson(prompt, config.public_task, texts, models, section, tokenizer, world)
         source_nd = prompt.embeddings.to(world.device)
+        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, texts, models, section, tokenizer, world)
         text_nd = prompt_from_text(models.target, tokenizer, prompt.task.init_text, len(source_nd))
         start_nd = torch.lerp(text_nd, source_nd, section.trained_share).to(world.device, torch.float32).clone()
         optimizer = torch.optim.Adam([start_nd], lr=section.learning_rate)

@@ -1,14 +1,20 @@
 """The losses against their formulas, written out once more in fp64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from post_dist.losses import (
+    TeacherSignal,
+    condensed,
     distillation_loss,
     proxy_logits,
     published_transfer_loss,
+    sampled,
     share_matching_offsets,
     softened_kl,
     unexplained_share,
@@ -61,7 +67,7 @@ def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int
     labels[::3] = -100
     trained = tuple(head_s.parameters())
     loss, terms = distillation_loss(
-        student, teacher, labels, head_s, head_t, weights=(5.0, 2.0, 1.0), temperature=2.0, head_parameters=trained
+        student, TeacherSignal(hidden=teacher), labels, head_s, head_t, weights=(5.0, 2.0, 1.0), temperature=2.0, head_parameters=trained
     )
     ours = torch.autograd.grad(loss, [student, *trained])
 
@@ -74,6 +80,37 @@ def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int
     assert [terms.ce.item(), terms.lm.item(), terms.cos.item()] == pytest.approx([ce.item(), lm.item(), cos.item()], rel=1e-5)
     for one, other in zip(ours, direct, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_product_stands_for_the_whole_distribution() -> None:
+    student, teacher, labels = torch.randn(700, 8, requires_grad=True), torch.randn(700, 8), torch.randint(13, (700,))
+    head = nn.Linear(8, 13, bias=False).requires_grad_(False)
+    known = condensed(teacher, head, 2.0, head.weight)
+    (plain, plain_terms), (ours, terms) = (
+        distillation_loss(student, signal, labels, head, head, weights=(5.0, 2.0, 1.0), temperature=2.0)
+        for signal in (TeacherSignal(hidden=teacher), replace(known, hidden=teacher))
+    )
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert terms.ce.item() == pytest.approx(plain_terms.ce.item(), rel=1e-4)
+    (expected,), (gradient,) = (torch.autograd.grad(loss, student) for loss in (plain, ours))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_samples_are_right_on_average() -> None:
+    student, teacher = torch.randn(4, 8, requires_grad=True), 2 * torch.randn(4, 8)
+    head = nn.Linear(8, 50, bias=False).requires_grad_(False)
+    p = (head(teacher) / 2).softmax(-1)
+    draws = [sampled(teacher, head, 2.0, torch.rand(4), 28) for _ in range(3000)]
+    counts = torch.stack([functional.one_hot(draw.samples, 50).sum(1) for draw in draws]).double()
+    assert (counts - 28 * p).abs().max() < 1, "systematic draws are never a whole one off"
+    torch.testing.assert_close(counts.mean(0) / 28, p.double(), rtol=0, atol=0.002)
+    labels = torch.full((4,), -100)
+    plain, _ = distillation_loss(student, TeacherSignal(hidden=teacher), labels, head, head, weights=(1.0, 0.0, 0.0), temperature=2.0)
+    losses = [distillation_loss(student, draw, labels, head, head, weights=(1.0, 0.0, 0.0), temperature=2.0)[0] for draw in draws[:1000]]
+    mean = torch.stack(losses).mean()
+    assert mean.item() == pytest.approx(plain.item(), rel=0.02)
+    (expected,), (gradient,) = (torch.autograd.grad(loss, student) for loss in (plain, mean))
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -1,0 +1,203 @@
+"""What the teacher says of the corpus: asked in every step, or once, and read from files from then on.
+
+What is kept stands under the number of its sequence, so it depends on no batch size, rank or epoch, and another student of the same
+teacher reads it too. A file holds a few sequences, is written by one rank, and gets its name when it is whole.
+
+Shapes: B sequences, T tokens, d width, S samples, N = B T.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from post_dist.artifacts.manifest import digest_of, file_digest, write_folder
+from post_dist.config.schema import Distill
+from post_dist.data.corpus import Corpus
+from post_dist.data.order import shares
+from post_dist.errors import InputError
+from post_dist.losses import TeacherSignal, condensed, sampled
+from post_dist.models.language_model import LanguageModel
+from post_dist.runtime.distributed import World
+from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.watchdog import phase
+from post_dist.runtime.zero import gathered
+
+log = logging.getLogger(__name__)
+
+Signals = Callable[[Sequence[int], torch.Tensor], TeacherSignal]
+"""From the numbers of sequences and their tokens [B, T] to what the teacher says, each tensor [B, T, ...]."""
+
+SAMPLES = 28
+"""Draws a position: with four bytes each, and four for the entropy, 116 bytes."""
+_SEQUENCES_A_FILE = 64
+_FILE = "signal.safetensors"
+
+
+def ask_teacher(teacher: LanguageModel) -> Signals:
+    """Run the teacher whenever it is asked."""
+
+    def ask(numbers: Sequence[int], input_ids: torch.Tensor) -> TeacherSignal:
+        with torch.no_grad():
+            return TeacherSignal(hidden=teacher(input_ids))
+
+    return ask
+
+
+def cache_teacher(
+    folder: Path,
+    teacher: LanguageModel,
+    teacher_digest: str,
+    corpus: Corpus,
+    section: Distill,
+    *,
+    shares_head: bool,
+    seed: int,
+    world: World,
+) -> Signals:
+    """Run the teacher over all sequences that the steps will read and no file holds yet; then read the files.
+
+    Args:
+        folder: where folders of files stand, one for each teacher, corpus and kind of signal.
+        teacher: in shards; all ranks run it equally often.
+        teacher_digest: of its files.
+        corpus: the sequences.
+        section: kind of signal, steps, batch size and temperature.
+        shares_head: whether the student keeps the teacher's head.
+        seed: of the draws.
+        world: the ranks.
+
+    Raises:
+        InputError: the teacher fills in masks, and so reads other tokens each time; or samples are to serve the cosine term.
+        Interrupted: a rank was asked to stop; what is written stays.
+    """
+    if teacher.masked:
+        raise InputError("distill.cache: a masked model reads a sequence with other masks each time", "leave distill.cache out")
+    if section.cache == "sampled" and section.alpha_cos:
+        raise InputError("distill.cache: sampled keeps no hidden states, which the cosine term compares", "set distill.alpha_cos: 0")
+    maker = _Maker(teacher, section, shares_head=shares_head, seed=seed)
+    signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), **maker.facts})
+    place = folder / f"teacher-signals-{signature[:8]}"
+    known = _index(place)
+    missing = [number for number in corpus.numbers_of_first(section.steps * section.batch_size) if number not in known]
+    if missing:
+        log.info("teacher signals: %d sequences to run, %d are in %s", len(missing), len(known), place)
+        own = shares(missing, section.micro_batch_size_per_gpu, world.rank, world.size)
+        a_file = -(-_SEQUENCES_A_FILE // section.micro_batch_size_per_gpu)
+        with progress("teacher signals", len(own), show=world.is_main) as advance:
+            for start in range(0, len(own), a_file):
+                # Ranks that have run out run along: a sharded teacher needs them.
+                parts = [(share.counted, _make(maker, share.rows, corpus, world)) for share in own[start : start + a_file]]
+                counted = [part for part in parts if part[0]]
+                numbers = [number for share in own[start : start + a_file] for number in share.rows[: share.counted]]
+                world.together(partial(_write, place, numbers, [made for _, made in counted]))
+                for _ in parts:
+                    advance("")
+                if stop_requested(world):
+                    raise stopped("what the teacher has said so far is kept")
+        known = _index(place)
+    return _reader(known, maker.names, world.device)
+
+
+class _Maker:
+    """Makes from hidden states what is kept of them."""
+
+    def __init__(self, teacher: LanguageModel, section: Distill, *, shares_head: bool, seed: int) -> None:
+        self.teacher, self._section, self._seed = teacher, section, seed
+        condense = shares_head and section.cache == "hidden" and _is_exact_product(teacher)
+        names = {"samples", "entropy"} if section.cache == "sampled" else {"product", "entropy"} if condense else {"hidden"}
+        self.names = sorted(names | ({"hidden"} if section.cache == "hidden" and section.alpha_cos else set()))
+        if "entropy" in self.names:
+            if not isinstance(teacher.head_module, nn.Linear):
+                raise InputError("distill.cache: sampled needs a head that is one matrix", "take distill.cache: hidden")
+            # Whole on each rank: gathered as it is used, ranks that use it unequally often would wait for each other for ever.
+            with gathered(teacher.head_module), torch.no_grad():
+                self._weight = teacher.head_module.weight.clone()
+                self._bias = None if teacher.head_module.bias is None else teacher.head_module.bias.clone()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the signal depends on, beside teacher and corpus."""
+        softened = {"temperature": self._section.temperature} if "entropy" in self.names else {}
+        drawn = {"seed": self._seed, "samples": SAMPLES} if "samples" in self.names else {}
+        return {"names": self.names, "dtype": str(self.teacher.model.dtype), **softened, **drawn}
+
+    @torch.no_grad()
+    def __call__(self, numbers: Sequence[int], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name [B, T, ...], on the CPU."""
+        hidden_BTd = self.teacher(input_ids)
+        hidden_Nd, temperature = hidden_BTd.flatten(0, 1), self._section.temperature
+        signal = TeacherSignal()
+        if "product" in self.names:
+            signal = condensed(hidden_Nd, self._head, temperature, self._weight)
+        elif "samples" in self.names:
+            uniform_BT = torch.stack([self._uniform(number, input_ids.shape[1]) for number in numbers]).to(hidden_Nd.device)
+            signal = sampled(hidden_Nd, self._head, temperature, uniform_BT.flatten(), SAMPLES)
+        made = {"hidden": hidden_Nd, "product": signal.product, "samples": signal.samples, "entropy": signal.entropy}
+        kept = {
+            name: tensor.unflatten(0, input_ids.shape).cpu() for name, tensor in made.items() if name in self.names and tensor is not None
+        }
+        return {name: tensor.int() if name == "samples" else tensor for name, tensor in kept.items()}
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.teacher.capped(functional.linear(hidden, self._weight, self._bias))
+
+    def _uniform(self, number: int, length: int) -> torch.Tensor:
+        return torch.rand(length, generator=torch.Generator().manual_seed(self._seed * 1_000_003 + number))
+
+
+def _is_exact_product(teacher: LanguageModel) -> bool:
+    """Whether a product stands for the distribution: the logits are one matrix's, in fp32.
+
+    In bf16 the student's own product and the teacher's would each be rounded before their difference is taken, which is the whole
+    gradient of a good student; there hidden states are kept.
+    """
+    head = teacher.head_module
+    capped = getattr(teacher.model.config.get_text_config(), "final_logit_softcapping", None) is not None
+    return isinstance(head, nn.Linear) and head.bias is None and not capped and teacher.model.dtype == torch.float32
+
+
+def _make(maker: _Maker, numbers: list[int], corpus: Corpus, world: World) -> dict[str, torch.Tensor]:
+    phase(f"teacher signals: sequence {numbers[0]}")
+    return maker(numbers, corpus.sequences(numbers).to(world.device))
+
+
+def _write(place: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]) -> None:
+    """Keep what a rank has made, under the number of its first sequence, which stands in no other file."""
+    if not numbers:
+        return
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"numbers": torch.tensor(numbers)}
+    write_folder(place / f"{numbers[0]:010d}", lambda partial: save_file(tensors, partial / _FILE))
+
+
+def _index(place: Path) -> dict[int, tuple[Path, int]]:
+    """Where each sequence's signal stands: the file, and the place in it."""
+    found: dict[int, tuple[Path, int]] = {}
+    for file in sorted(place.glob(f"[0-9]*/{_FILE}")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {number: (file, index) for index, number in enumerate(tensors.get_tensor("numbers").tolist())}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} cannot be read: {error}", f"remove {file.parent}; the teacher then runs for it again") from None
+    return found
+
+
+def _reader(known: dict[int, tuple[Path, int]], names: Sequence[str], device: torch.device) -> Signals:
+    opened = lru_cache(maxsize=256)(lambda file: safe_open(file, framework="pt"))
+
+    def read(numbers: Sequence[int], input_ids: torch.Tensor) -> TeacherSignal:
+        places = [known[number] for number in numbers]
+        signal = {name: torch.cat([opened(file).get_slice(name)[index : index + 1] for file, index in places]).to(device) for name in names}
+        if "samples" in signal:
+            signal["samples"] = signal["samples"].long()
+        return TeacherSignal(**signal)
+
+    return read

@@ -1,0 +1,136 @@
+"""What the teacher says, kept in files: as good as asking it, for any batch, rank count and student."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from post_dist.runtime.metrics import read_metrics
+
+FP32 = "--set=engine.precision=fp32"
+RAN = "sequences to run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_run(tmp_path_factory.mktemp("cache"))
+
+
+def distilled(main: Callable, run: Path, output: Path, *options: str) -> tuple[Path, str]:
+    code, said, errors = main("distill", run, f"--output={output}", "--json", *options)
+    assert code == 0, errors
+    return Path(json.loads(said)["artifact"]), errors
+
+
+def losses(artifact: Path, term: str = "ce") -> list[float]:
+    return [line[term] for line in read_metrics(artifact.parent / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable, tmp_path: Path, precision: str) -> None:
+    options = (f"--set=engine.precision={precision}", "--set=distill.steps=9")
+    asking, _ = distilled(main, run, tmp_path, *options)
+    reading, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
+    assert RAN in said
+    for term in ("ce", "lm", "cos"):
+        assert losses(reading, term) == pytest.approx(losses(asking, term), rel=1e-5, abs=1e-6)
+    weights = [load_file(artifact / "model.safetensors") for artifact in (asking, reading)]
+    for name, tensor in weights[0].items():
+        if precision == "bf16":  # hidden states are kept, so nothing at all differs
+            assert torch.equal(weights[1][name], tensor)
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4)
+
+
+def test_another_student_another_batch_and_two_ranks_read_the_same_files(run: Path, main: Callable, tmp_path: Path) -> None:
+    options = (FP32, "--set=distill.cache=hidden")
+    distilled(main, run, tmp_path, *options)
+    for other in ("--set=student.layers=[0, 2]", "--set=distill.batch_size=3"):
+        _, said = distilled(main, run, tmp_path, *options, other)
+        assert RAN not in said
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741", "-m", "post_dist"]
+    for folder in (tmp_path, tmp_path / "elsewhere"):  # there, two ranks fill the files
+        done = subprocess.run(
+            [*command, "distill", run, f"--output={folder}", *options, "--set=distill.steps=7"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (RAN in done.stderr) == (folder != tmp_path)
+    one, two = (next(folder.glob("tiny/teacher-signals-*")) for folder in (tmp_path, tmp_path / "elsewhere"))
+    assert one.name == two.name
+    signals = [signal_of(folder) for folder in (one, two)]
+    assert signals[0].keys() == signals[1].keys()
+    for name, tensor in signals[0].items():
+        torch.testing.assert_close(signals[1][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def signal_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a folder of files holds, in the order of the sequences."""
+    files = [load_file(file) for file in sorted(folder.rglob("*.safetensors"))]
+    whole = {name: torch.cat([file[name] for file in files]) for name in files[0]}
+    return {name: tensor[whole["numbers"].argsort()] for name, tensor in whole.items()}
+
+
+def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path)
+    tiny.write_csv(tmp_path / "public.csv", tiny.sentences(2000, 2))
+    file = tmp_path / "teacher/model.safetensors"  # a teacher whose layers and head say something
+    save_file({name: tensor if "norm" in name else 8 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    options = (FP32, "--set=distill.alpha_cos=0", "--set=distill.alpha_lm=0", "--set=distill.steps=150", "--set=distill.learning_rate=1e-2")
+    asking, _ = distilled(main, run, tmp_path, *options)
+    reading, _ = distilled(main, run, tmp_path, *options, "--set=distill.cache=sampled")
+    files = list(tmp_path.glob("tiny/teacher-signals-*/*/*.safetensors"))
+    tokens = sum(load_file(file)["entropy"].numel() for file in files)
+    assert sum(file.stat().st_size for file in files) < 120 * tokens + 1000 * len(files)
+    held_out = [json.loads((artifact / "post_dist.json").read_text())["config"]["held_out"]["ce"] for artifact in (asking, reading)]
+    untrained = losses(asking)[0]
+    print(f"held out: {held_out[0]:.3f} asking, {held_out[1]:.3f} reading samples, {untrained:.3f} untrained")
+    assert held_out[1] - held_out[0] < 0.2 * (untrained - held_out[0])
+
+
+def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path)
+    tiny.write_csv(tmp_path / "public.csv", tiny.sentences(3000, 2))
+    options = (
+        FP32,
+        "--set=distill.cache=hidden",
+        "--set=corpus.sequence_length=8",
+        "--set=distill.batch_size=2000",
+        "--set=distill.steps=1",
+    )
+    slow, fast = (f"--set=distill.micro_batch_size_per_gpu={size}" for size in (1, 200))
+    command = [sys.executable, "-m", "post_dist", "distill", run, f"--output={tmp_path}", *options, slow]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("tiny/teacher-signals-*/0*/*.safetensors")):
+        assert process.poll() is None, "it ended before it was interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 6, said
+    assert "what the teacher has said so far is kept" in said
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("tiny/teacher-signals-*/*/*.safetensors")}
+    _, said = distilled(main, run, tmp_path, *options, fast)
+    assert RAN in said
+    assert "0 are in" not in said
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+
+
+def test_what_cannot_be_kept_is_refused(run: Path, main: Callable, tmp_path: Path) -> None:
+    code, _, said = main("distill", run, f"--output={tmp_path}", "--set=distill.cache=sampled")
+    assert code == 2
+    assert "set distill.alpha_cos: 0" in said
+    masked = tiny.write_run(tmp_path / "masked", "roberta")
+    code, _, said = main("distill", masked, "--set=distill.cache=hidden")
+    assert code == 2
+    assert "a masked model reads a sequence with other masks each time" in said
