@@ -39,6 +39,7 @@ class Resume(StrEnum):
 class Bench(StrEnum):
     """The stages that have a benchmark."""
 
+    distill = "distill"
     tune = "tune"
     transfer = "transfer"
 
@@ -242,6 +243,7 @@ def bench(
     """Time and memory of a stage's step beside its peers, in one process on the same model and batch."""
     config = load_run(run, set_, None)
     world = _start(config)
+    from post_dist.bench.distill import bench_distill
     from post_dist.bench.transfer import bench_transfer
     from post_dist.bench.tune import bench_tune
     from post_dist.stages.pipeline import Pipeline
@@ -249,6 +251,8 @@ def bench(
     stages = Pipeline(config, world, frozenset())
     if stage == Bench.tune:
         result = bench_tune(config, stages.student, world)
+    elif stage == Bench.distill:
+        result = bench_distill(config, stages.teacher, world)
     else:
         result = bench_transfer(config, stages.teacher, stages.student, world)
     _print_figures(result, json_)

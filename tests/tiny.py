@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -74,6 +75,12 @@ def write_model(folder: Path, family: str, *, layers: int = 4, width: int = 32, 
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def speak_up(folder: Path) -> None:
+    """Scale a random model's weights, so that its layers change what it says, and what it says is not near uniform."""
+    file = folder / "model.safetensors"
+    save_file({name: tensor if "norm" in name else 8 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
 
 def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:

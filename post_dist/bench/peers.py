@@ -10,7 +10,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional
 
-from post_dist.config.schema import Transfer
+from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch, Verbalizer
 from post_dist.losses import published_transfer_loss
 from post_dist.models.language_model import LanguageModel
@@ -51,6 +51,53 @@ def cached_transfer_step(
     weights = {"alpha": section.alpha, "temperature": section.temperature}
     source_BV, source_prompted_BV, target_BV = constants
     return published_transfer_loss(source_BV, source_prompted_BV, target_BV, logits, **weights)
+
+
+def published_distillation_loss(
+    student: LanguageModel, teacher: LanguageModel, input_ids: torch.Tensor, labels: torch.Tensor, section: Distill
+) -> torch.Tensor:
+    """The loss of POST's distill/distiller.py, which is DistilGPT2's: logits [B, T, V] of both, and copies of those that are no padding."""
+    hidden_BTd = student(input_ids)
+    with torch.no_grad():
+        teacher_BTd = teacher(input_ids)
+        teacher_logits = teacher.head(teacher_BTd)
+    logits = student.head(hidden_BTd)
+    mask = torch.ones_like(input_ids, dtype=torch.bool)[..., None]
+    chosen, wanted = (each.masked_select(mask.expand_as(each)).view(-1, each.shape[-1]) for each in (logits, teacher_logits))
+    softened, target = (chosen / section.temperature).log_softmax(dim=-1), (wanted / section.temperature).softmax(dim=-1)
+    ce = functional.kl_div(softened, target, reduction="batchmean") * section.temperature**2
+    return _with_other_terms(ce, logits, labels, hidden_BTd.masked_select(mask.expand_as(hidden_BTd)), teacher_BTd, section)
+
+
+def trl_distillation_loss(
+    student: LanguageModel, teacher: LanguageModel, input_ids: torch.Tensor, labels: torch.Tensor, section: Distill
+) -> torch.Tensor:
+    """The same with the divergence of TRL's GKD trainer.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]
+
+    hidden_BTd = student(input_ids)
+    with torch.no_grad():
+        teacher_BTd = teacher(input_ids)
+        teacher_logits = teacher.head(teacher_BTd)
+    logits = student.head(hidden_BTd)
+    divergence = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum")
+    ce = divergence * section.temperature**2 / input_ids.numel()
+    return _with_other_terms(ce, logits, labels, hidden_BTd, teacher_BTd, section)
+
+
+def _with_other_terms(
+    ce: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, hidden: torch.Tensor, teacher_BTd: torch.Tensor, section: Distill
+) -> torch.Tensor:
+    lm = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    student_Nd, teacher_Nd = hidden.view(-1, teacher_BTd.shape[-1]), teacher_BTd.flatten(0, 1)
+    cos = functional.cosine_embedding_loss(student_Nd, teacher_Nd, torch.ones(len(teacher_Nd), device=teacher_Nd.device))
+    for term in (ce, lm, cos):
+        term.item()  # that code logs each of them in every step
+    return section.alpha_ce * ce + section.alpha_lm * lm + section.alpha_cos * cos
 
 
 class HookedPrompt(nn.Module):

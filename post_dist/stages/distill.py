@@ -15,9 +15,10 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, training_settings
-from post_dist.config.schema import Distill, Student
+from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.data.order import shares
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
@@ -67,22 +68,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         world.on_main(lambda: write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
     student = load_whole(untrained, precision, world.device)
     layers = student.model.config.post_dist_layers
-    freeze(student, student_section)
-    if config.engine.activation_checkpointing:
-        student.checkpoint_activations()
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
-    engine = train_sharded(
-        model,
-        torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
-        training_settings(
-            config.engine,
-            precision,
-            micro_batch_size=section.micro_batch_size_per_gpu,
-            accumulation_steps=len(corpus.step_shares(0, section.batch_size, section.micro_batch_size_per_gpu, world)),
-            max_grad_norm=section.max_grad_norm,
-        ),
-    )
+    engine = student_engine(student, config, student_section, precision, world)
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
     signals = ask_teacher(teacher)
@@ -91,7 +77,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         signals = cache_teacher(
             place, teacher, digest, corpus, section, shares_head=student_section.freeze_head, seed=config.seed, world=world
         )
-    _train(engine, signals, corpus, masking, section, folder, world, first_step)
+    _train(engine, Batches(corpus, masking, signals, section, world), section, folder, world, first_step)
 
     figures = _held_out_figures(engine, teacher, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -134,6 +120,26 @@ def _check_reads_back(artifact: Path, precision: Precision, weights: dict[str, t
     differing = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
     if differing or not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise EnvironmentFault(f"{artifact} does not read back as it was written: {min(differing, default='not finite')}", "check the disk")
+
+
+def student_engine(student: LanguageModel, config: RunConfig, student_section: Student, precision: Precision, world: World) -> Any:
+    """The engine that trains a student as the run file says."""
+    section = config.distill
+    freeze(student, student_section)
+    if config.engine.activation_checkpointing:
+        student.checkpoint_activations()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return train_sharded(
+        DistillationModel(student, section, head_is_frozen=student_section.freeze_head),
+        torch.optim.AdamW(trained, lr=section.learning_rate, **_ADAM),  # type: ignore[arg-type]
+        training_settings(
+            config.engine,
+            precision,
+            micro_batch_size=section.micro_batch_size_per_gpu,
+            accumulation_steps=len(shares(range(section.batch_size), section.micro_batch_size_per_gpu, world.rank, world.size)),
+            max_grad_norm=section.max_grad_norm,
+        ),
+    )
 
 
 class DistillationModel(nn.Module):
@@ -194,43 +200,48 @@ class _Masking:
         return input_ids_T.scatter(0, places, changed), labels
 
 
-def _train(
-    engine: Any,
-    signals: Signals,
-    corpus: Corpus,
-    masking: _Masking | None,
-    section: Distill,
-    folder: RunFolder,
-    world: World,
-    first_step: int,
-) -> None:
+def _train(engine: Any, batches: "Batches", section: Distill, folder: RunFolder, world: World, first_step: int) -> None:
     metrics = Metrics(folder.path / "metrics.jsonl" if world.is_main else None)
-    stand_in = _StandIn(world)
     with progress("distill", section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = section.learning_rate * _linear_schedule(step, section.steps, section.warmup_share)
-            sums = torch.zeros(3, device=world.device)
-            shares = corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world)
-            for share in shares:
-                input_ids, labels = _inputs(corpus.training(share), masking, share.rows, world)
-                phase(f"distill step {step}: the teacher's forward")
-                signal = signals(corpus.numbers(share), input_ids)
-                phase(f"distill step {step}: the student's forward")
-                loss, terms = stand_in.forward(engine, (input_ids, labels, signal), step)
-                sums += share.weight * torch.stack([terms.ce, terms.lm, terms.cos])
-                phase(f"distill step {step}: the backward pass")
-                engine.backward(share.weight * loss)
-                phase(f"distill step {step}: the optimizer")
-                engine.step()
-            ce, lm, cos = (world.mean(sums) / len(shares)).tolist()
-            metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=stand_in.used, learning_rate=engine.optimizer.param_groups[0]["lr"])
+            ce, lm, cos = distill_step(engine, batches, step).tolist()
+            rate, skipped = engine.optimizer.param_groups[0]["lr"], batches.stand_in.used
+            metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=skipped, learning_rate=rate)
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             stop = stop_requested(world)
             if stop or ((step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps):
                 save_engine(folder.checkpoints, step + 1, engine, world)
             if stop:
                 raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")
+
+
+class Batches:
+    """What the steps are made of: the corpus, what the teacher says of it, and who stands in for a spoiled batch."""
+
+    def __init__(self, corpus: Corpus, masking: "_Masking | None", signals: Signals, section: Distill, world: World) -> None:
+        self.corpus, self.masking, self.signals, self.section, self.world = corpus, masking, signals, section, world
+        self.stand_in = _StandIn(world)
+
+
+def distill_step(engine: Any, batches: Batches, step: int) -> torch.Tensor:
+    """One step of the optimizer, at the rate that it is set to; the means of the three terms over the batch, before it."""
+    section, world = batches.section, batches.world
+    sums = torch.zeros(3, device=world.device)
+    parts = batches.corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world)
+    for share in parts:
+        input_ids, labels = _inputs(batches.corpus.training(share), batches.masking, share.rows, world)
+        phase(f"distill step {step}: the teacher's forward")
+        signal = batches.signals(batches.corpus.numbers(share), input_ids)
+        phase(f"distill step {step}: the student's forward")
+        loss, terms = batches.stand_in.forward(engine, (input_ids, labels, signal), step)
+        sums += share.weight * torch.stack([terms.ce, terms.lm, terms.cos])
+        phase(f"distill step {step}: the backward pass")
+        engine.backward(share.weight * loss)
+        phase(f"distill step {step}: the optimizer")
+        engine.step()
+    return world.mean(sums) / len(parts)
 
 
 class _StandIn:
