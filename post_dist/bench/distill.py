@@ -122,7 +122,14 @@ class _Ways:
             for share in parts:
                 input_ids = self._corpus.training(share).to(self._world.device)
                 labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)
-                loss = share.weight * loss_of(student, self._whole_teacher, input_ids, labels, section) / len(parts)
+                with torch.no_grad():
+                    teacher_BTd = self._whole_teacher(input_ids, position_ids=self._corpus.positions(input_ids))
+                heads = (student.head, self._whole_teacher.head)
+                loss = (
+                    share.weight
+                    * loss_of(student(input_ids, position_ids=self._corpus.positions(input_ids)), teacher_BTd, *heads, labels, section)
+                    / len(parts)
+                )
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch, Verbalizer
-from post_dist.losses import published_transfer_loss
+from post_dist.losses import Head, published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 
 
@@ -54,23 +54,21 @@ def cached_transfer_step(
 
 
 def published_distillation_loss(
-    student: LanguageModel, teacher: LanguageModel, input_ids: torch.Tensor, labels: torch.Tensor, section: Distill
+    student_BTd: torch.Tensor, teacher_BTd: torch.Tensor, student_head: Head, teacher_head: Head, labels_BT: torch.Tensor, section: Distill
 ) -> torch.Tensor:
     """The loss of POST's distill/distiller.py, which is DistilGPT2's: logits [B, T, V] of both, and copies of those that are no padding."""
-    hidden_BTd = student(input_ids)
     with torch.no_grad():
-        teacher_BTd = teacher(input_ids)
-        teacher_logits = teacher.head(teacher_BTd)
-    logits = student.head(hidden_BTd)
-    mask = torch.ones_like(input_ids, dtype=torch.bool)[..., None]
+        teacher_logits = teacher_head(teacher_BTd)
+    logits = student_head(student_BTd)
+    mask = torch.ones_like(labels_BT, dtype=torch.bool)[..., None]
     chosen, wanted = (each.masked_select(mask.expand_as(each)).view(-1, each.shape[-1]) for each in (logits, teacher_logits))
     softened, target = (chosen / section.temperature).log_softmax(dim=-1), (wanted / section.temperature).softmax(dim=-1)
     ce = functional.kl_div(softened, target, reduction="batchmean") * section.temperature**2
-    return _with_other_terms(ce, logits, labels, hidden_BTd.masked_select(mask.expand_as(hidden_BTd)), teacher_BTd, section)
+    return _with_other_terms(ce, logits, labels_BT, student_BTd.masked_select(mask.expand_as(student_BTd)), teacher_BTd, section)
 
 
 def trl_distillation_loss(
-    student: LanguageModel, teacher: LanguageModel, input_ids: torch.Tensor, labels: torch.Tensor, section: Distill
+    student_BTd: torch.Tensor, teacher_BTd: torch.Tensor, student_head: Head, teacher_head: Head, labels_BT: torch.Tensor, section: Distill
 ) -> torch.Tensor:
     """The same with the divergence of TRL's GKD trainer.
 
@@ -79,14 +77,11 @@ def trl_distillation_loss(
     """
     from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]
 
-    hidden_BTd = student(input_ids)
     with torch.no_grad():
-        teacher_BTd = teacher(input_ids)
-        teacher_logits = teacher.head(teacher_BTd)
-    logits = student.head(hidden_BTd)
+        teacher_logits = teacher_head(teacher_BTd)
+    logits = student_head(student_BTd)
     divergence = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum")
-    ce = divergence * section.temperature**2 / input_ids.numel()
-    return _with_other_terms(ce, logits, labels, hidden_BTd, teacher_BTd, section)
+    return _with_other_terms(divergence * section.temperature**2 / labels_BT.numel(), logits, labels_BT, student_BTd, teacher_BTd, section)
 
 
 def _with_other_terms(

@@ -63,6 +63,8 @@ class Corpus(DataSource):
     max_tokens: PositiveInt | None = None
     held_out_sequences: PositiveInt = 64
     """Sequences kept out of training, for the figures that the student is judged by."""
+    separate_documents: bool = True
+    """A causal model sees nothing of the documents that stand before a token's own in its sequence."""
 
 
 class Task(DataSource):

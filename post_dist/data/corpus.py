@@ -25,11 +25,17 @@ _DOCUMENTS_AT_ONCE = 1000
 class Corpus:
     """Packed sequences [N, T] on disk, read by memory map; the last `held_out` of them are never trained on."""
 
-    def __init__(self, path: Path, held_out: int, seed: int) -> None:
+    def __init__(self, path: Path, held_out: int, seed: int, separator: int | None) -> None:
         self.path = path
+        self._separator = separator
         self._sequences = np.load(path, mmap_mode="r")
         self._held_out = held_out
         self._seed = seed
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether a token sees its own document alone."""
+        return self._separator is not None
 
     @property
     def num_training_sequences(self) -> int:
@@ -67,6 +73,15 @@ class Corpus:
         """Sequences [B, T] by their numbers."""
         return torch.from_numpy(self._sequences[numbers].astype(np.int64))
 
+    def positions(self, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
+        """Each token's place [B, T] in its own document, as far as the sequence shows it; None when documents are not kept apart."""
+        if self._separator is None:
+            return None
+        places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+        begins_BT = torch.zeros_like(input_ids_BT)
+        begins_BT[:, 1:] = torch.where(input_ids_BT[:, :-1] == self._separator, places_T[1:], 0)
+        return places_T - begins_BT.cummax(dim=1).values
+
 
 def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World) -> Corpus:
     """Tokenise and pack the text once into `path`; other ranks, and later starts, read what is there.
@@ -88,7 +103,7 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
             partial = path.with_suffix(".partial.npy")
             np.save(partial, sequences)
             partial.rename(path)
-    corpus = Corpus(path, section.held_out_sequences, seed)
+    corpus = Corpus(path, section.held_out_sequences, seed, _separator(tokenizer) if section.separate_documents else None)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -100,7 +115,7 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
 
 def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     texts = texts_of(read_columns(section, placeholders(section.text), section.hub_split, "corpus"), section.text)[: section.max_rows]
-    separator = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id]
+    separator = [_separator(tokenizer)]
     stream: list[int] = []
     wanted = section.max_tokens or float("inf")
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
@@ -111,3 +126,8 @@ def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndar
             break
     count = len(stream) // section.sequence_length
     return np.array(stream[: count * section.sequence_length], dtype=np.int32).reshape(count, section.sequence_length)
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands between two documents."""
+    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id)

@@ -127,10 +127,20 @@ class Verbalizer:
             lifted[:, sorted(set(ids))] += bias
         return lifted
 
+    @property
+    def tokens(self) -> list[int]:
+        """Those of all label words, class by class."""
+        return [token for ids in self.token_ids for token in ids]
+
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """[B, C] in fp32, or in fp64 where the logits are."""
-        wide = torch.promote_types(logits_BV.dtype, torch.float32)
-        return torch.stack([logits_BV[:, ids].to(wide).mean(dim=1) for ids in self.token_ids], dim=1)
+        return self.scores_of_tokens(logits_BV[:, self.tokens])
+
+    def scores_of_tokens(self, logits_BK: torch.Tensor) -> torch.Tensor:
+        """The same from the logits of `tokens` alone."""
+        wide = torch.promote_types(logits_BK.dtype, torch.float32)
+        parts = logits_BK.to(wide).split([len(ids) for ids in self.token_ids], dim=1)
+        return torch.stack([part.mean(dim=1) for part in parts], dim=1)
 
 
 def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:

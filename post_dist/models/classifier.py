@@ -40,8 +40,8 @@ def class_losses(
         bias: bias parameters [C] or [B, C].
         share_prompt: run a prompt [n, d] once for all rows.
     """
-    logits_BV = model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, share_prompt=share_prompt)
-    scores_BC = verbalizer.scores(logits_BV)
+    how = {"share_prompt": share_prompt, "tokens": verbalizer.tokens}
+    scores_BC = verbalizer.scores_of_tokens(model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, **how))
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias
     return functional.cross_entropy(scores_BC, classes_B, reduction="none")

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.errors import InputError
@@ -89,9 +90,15 @@ class LanguageModel(nn.Module):
         embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., d]."""
-        return self.capped(self.head_module(hidden))
+    def head(self, hidden: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., d]; or [..., K] those of K tokens alone, which needs no more of the head where it can."""
+        head = self.head_module
+        if tokens is None:
+            return self.capped(head(hidden))
+        if not isinstance(head, nn.Linear) or hasattr(head.weight, "ds_id"):  # a shard cannot be picked from
+            return self.capped(head(hidden))[..., list(tokens)]
+        rows = torch.tensor(tokens, device=hidden.device)
+        return self.capped(functional.linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]))
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """The soft cap that Gemma 2 puts on its logits; other families have none."""
@@ -107,7 +114,9 @@ class LanguageModel(nn.Module):
         prefix: Sequence[torch.Tensor] | None = None,
         *,
         share_prompt: bool = False,
+        position_ids: torch.Tensor | None = None,
         with_head: bool = True,
+        tokens: Sequence[int] | None = None,
         beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the trunk, and the head where an answer is wanted.
@@ -120,7 +129,9 @@ class LanguageModel(nn.Module):
             prefix: in a prompt's place, its keys and values from `prefix_of`, shared or expanded to B rows.
             share_prompt: run `prompt` once for all rows that follow it (see `shared_prompt`). It may then be [G, n, d]: the first of
                 G equal parts of the rows follows the first. A causal model that `shares_prompt`, and an answer, are needed.
+            position_ids: [B, T], for a causal model without a prompt: where they begin anew, what stands before is not seen.
             with_head: whether the head is run at the answers.
+            tokens: those whose logits are wanted, [B, K]; all if None.
             beside: hidden states [M, d] of earlier answers, whose logits are wanted too: one gathering of a sharded head serves both.
 
         Returns:
@@ -128,7 +139,8 @@ class LanguageModel(nn.Module):
             the head, the hidden states [B, d].
         """
         if answer is None:
-            return self._hidden(self._inputs(input_ids, attention_mask, prompt, prefix))
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            return self._hidden(self._inputs(input_ids, attention_mask, prompt, prefix) | positions)
         if share_prompt and prompt is not None:
             prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
             packing = Packing(prompt.shape[-2], len(input_ids) // len(prompts_Gnd), input_ids.shape[1], answer.view(len(prompts_Gnd), -1))
@@ -139,7 +151,7 @@ class LanguageModel(nn.Module):
         with self._last_mlp_at(rows.flatten(), places.flatten()):
             hidden = self._hidden(inputs)[rows.flatten(), places.flatten()]
         hidden = hidden if beside is None else torch.cat([hidden, beside])
-        return self.head(hidden) if with_head else hidden
+        return self.head(hidden, tokens) if with_head else hidden
 
     def _hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
         return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)

@@ -159,10 +159,10 @@ class DistillationModel(nn.Module):
         return self.student.capped(self.teacher_head(hidden))
 
     def forward(
-        self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, teacher: TeacherSignal
+        self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, positions_BT: torch.Tensor | None, teacher: TeacherSignal
     ) -> tuple[torch.Tensor, DistillationTerms, torch.Tensor]:
         """The loss, its terms, and the student's last hidden states [B, T, d]."""
-        hidden_BTd = self.student(input_ids_BT)
+        hidden_BTd = self.student(input_ids_BT, position_ids=positions_BT)
         loss, terms = distillation_loss(
             hidden_BTd.flatten(0, 1),
             teacher.map(lambda tensor: tensor.flatten(0, 1)),
@@ -231,17 +231,22 @@ def distill_step(engine: Any, batches: Batches, step: int) -> torch.Tensor:
     sums = torch.zeros(3, device=world.device)
     parts = batches.corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world)
     for share in parts:
-        input_ids, labels = _inputs(batches.corpus.training(share), batches.masking, share.rows, world)
+        inputs = _inputs(batches.corpus, batches.corpus.training(share), batches.masking, share.rows, world)
         phase(f"distill step {step}: the teacher's forward")
-        signal = batches.signals(batches.corpus.numbers(share), input_ids)
+        signal = batches.signals(batches.corpus.numbers(share), inputs[0], inputs[2])
         phase(f"distill step {step}: the student's forward")
-        loss, terms = batches.stand_in.forward(engine, (input_ids, labels, signal), step)
+        loss, terms = batches.stand_in.forward(engine, (*inputs, signal), step)
         sums += share.weight * torch.stack([terms.ce, terms.lm, terms.cos])
         phase(f"distill step {step}: the backward pass")
         engine.backward(share.weight * loss)
         phase(f"distill step {step}: the optimizer")
         engine.step()
     return world.mean(sums) / len(parts)
+
+
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What the models read, the label of each position, and positions where documents are kept apart; [B, T] each."""
+_Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, TeacherSignal]
 
 
 class _StandIn:
@@ -252,14 +257,12 @@ class _StandIn:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._sound: tuple[torch.Tensor, torch.Tensor, TeacherSignal] | None = None
+        self._sound: _Batch | None = None
         self._in_a_row = 0
         self.used = 0
         """How often it was needed so far."""
 
-    def forward(
-        self, engine: Any, batch: tuple[torch.Tensor, torch.Tensor, TeacherSignal], step: int
-    ) -> tuple[torch.Tensor, DistillationTerms]:
+    def forward(self, engine: Any, batch: _Batch, step: int) -> tuple[torch.Tensor, DistillationTerms]:
         """The loss of a micro-batch and its terms, or those of its stand-in.
 
         Raises:
@@ -282,14 +285,13 @@ class _StandIn:
         return 0 * loss, terms
 
 
-def _inputs(sequences_BT: torch.Tensor, masking: _Masking | None, places: list[int], world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the models read and the label of each position."""
+def _inputs(corpus: Corpus, sequences_BT: torch.Tensor, masking: _Masking | None, places: list[int], world: World) -> _Inputs:
     if masking is None:
         labels = torch.cat([sequences_BT[:, 1:], torch.full_like(sequences_BT[:, :1], -100)], dim=1)
-        input_ids = sequences_BT
-    else:
-        input_ids, labels = masking(sequences_BT, places)
-    return input_ids.to(world.device), labels.to(world.device)
+        input_ids = sequences_BT.to(world.device)
+        return input_ids, labels.to(world.device), corpus.positions(input_ids)
+    input_ids, labels = masking(sequences_BT, places)
+    return input_ids.to(world.device), labels.to(world.device), None
 
 
 @torch.no_grad()
@@ -303,9 +305,9 @@ def _held_out_figures(
     model: DistillationModel = engine.module
     terms, last = [], []
     for share in corpus.held_out_shares(batch_size, world):
-        input_ids, labels = _inputs(corpus.held_out(share), masking, [-1 - number for number in share.rows], world)
-        teacher_hidden = teacher(input_ids)
-        _, batch, student_hidden = engine(input_ids, labels, TeacherSignal(hidden=teacher_hidden))
+        inputs = _inputs(corpus, corpus.held_out(share), masking, [-1 - number for number in share.rows], world)
+        teacher_hidden, labels = teacher(inputs[0], position_ids=inputs[2]), inputs[1]
+        _, batch, student_hidden = engine(*inputs, TeacherSignal(hidden=teacher_hidden))
         terms.append(share.weight * torch.stack([batch.ce, batch.lm, batch.cos]))
         place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
         rows = torch.arange(share.counted, device=labels.device)

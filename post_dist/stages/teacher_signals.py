@@ -33,8 +33,8 @@ from post_dist.runtime.zero import gathered
 
 log = logging.getLogger(__name__)
 
-Signals = Callable[[Sequence[int], torch.Tensor], TeacherSignal]
-"""From the numbers of sequences and their tokens [B, T] to what the teacher says, each tensor [B, T, ...]."""
+Signals = Callable[[Sequence[int], torch.Tensor, torch.Tensor | None], TeacherSignal]
+"""From the numbers of sequences, their tokens and positions [B, T] to what the teacher says, each tensor [B, T, ...]."""
 
 SAMPLES = 28
 """Draws a position: with four bytes each, and four for the entropy, 116 bytes."""
@@ -45,9 +45,9 @@ _FILE = "signal.safetensors"
 def ask_teacher(teacher: LanguageModel) -> Signals:
     """Run the teacher whenever it is asked."""
 
-    def ask(numbers: Sequence[int], input_ids: torch.Tensor) -> TeacherSignal:
+    def ask(numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> TeacherSignal:
         with torch.no_grad():
-            return TeacherSignal(hidden=teacher(input_ids))
+            return TeacherSignal(hidden=teacher(input_ids, position_ids=positions))
 
     return ask
 
@@ -84,7 +84,7 @@ def cache_teacher(
     if section.cache == "sampled" and section.alpha_cos:
         raise InputError("distill.cache: sampled keeps no hidden states, which the cosine term compares", "set distill.alpha_cos: 0")
     maker = _Maker(teacher, section, shares_head=shares_head, seed=seed)
-    signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), **maker.facts})
+    signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), "apart": corpus.keeps_apart, **maker.facts})
     place = folder / f"teacher-signals-{signature[:8]}"
     known = _index(place)
     missing = [number for number in corpus.numbers_of_first(section.steps * section.batch_size) if number not in known]
@@ -131,9 +131,9 @@ class _Maker:
         return {"names": self.names, "dtype": str(self.teacher.model.dtype), **softened, **drawn}
 
     @torch.no_grad()
-    def __call__(self, numbers: Sequence[int], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """By name [B, T, ...], on the CPU."""
-        hidden_BTd = self.teacher(input_ids)
+        hidden_BTd = self.teacher(input_ids, position_ids=positions)
         hidden_Nd, temperature = hidden_BTd.flatten(0, 1), self._section.temperature
         signal = TeacherSignal()
         if "product" in self.names:
@@ -167,7 +167,8 @@ def _is_exact_product(teacher: LanguageModel) -> bool:
 
 def _make(maker: _Maker, numbers: list[int], corpus: Corpus, world: World) -> dict[str, torch.Tensor]:
     phase(f"teacher signals: sequence {numbers[0]}")
-    return maker(numbers, corpus.sequences(numbers).to(world.device))
+    input_ids = corpus.sequences(numbers).to(world.device)
+    return maker(numbers, input_ids, corpus.positions(input_ids))
 
 
 def _write(place: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]) -> None:
@@ -193,7 +194,7 @@ def _index(place: Path) -> dict[int, tuple[Path, int]]:
 def _reader(known: dict[int, tuple[Path, int]], names: Sequence[str], device: torch.device) -> Signals:
     opened = lru_cache(maxsize=256)(lambda file: safe_open(file, framework="pt"))
 
-    def read(numbers: Sequence[int], input_ids: torch.Tensor) -> TeacherSignal:
+    def read(numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> TeacherSignal:
         places = [known[number] for number in numbers]
         signal = {name: torch.cat([opened(file).get_slice(name)[index : index + 1] for file, index in places]).to(device) for name in names}
         if "samples" in signal:

@@ -1,5 +1,6 @@
 """Sharded over real processes, against one process without DeepSpeed."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Student
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import Share
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.student import freeze, write_student
 from post_dist.runtime.distributed import World
@@ -95,6 +97,16 @@ def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: P
 STEPS, ACCUMULATION, ROWS = 5, 2, 8
 
 
+def document_by_document(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states of packed sequences, in which every document is run alone."""
+    rows = []
+    for row in ids:
+        ends = [0, *((row == 2).nonzero().flatten() + 1).tolist(), len(row)]
+        documents = [row[first:end] for first, end in itertools.pairwise(ends) if first < end]
+        rows.append(torch.cat([model(document[None])[0] for document in documents]))
+    return torch.stack(rows)
+
+
 def plain_losses(run: Path) -> list[tuple[float, float, float]]:
     """The distillation losses of a loop in plain torch, with the logits of all positions at once."""
     folder = run.parent.parent / "teacher"
@@ -115,7 +127,7 @@ def plain_losses(run: Path) -> list[tuple[float, float, float]]:
         for micro in range(ACCUMULATION):
             first = ROWS * (step * ACCUMULATION + micro)
             ids = corpus.training(Share(list(range(first, first + ROWS)), 1.0))
-            hidden_s, hidden_t = student(ids), teacher(ids).detach()
+            hidden_s, hidden_t = document_by_document(student, ids), document_by_document(teacher, ids).detach()
             log_s, log_t = ((student.head(hidden) / 2).log_softmax(-1) for hidden in (hidden_s, hidden_t))
             ce = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
             lm = functional.cross_entropy(student.head(hidden_s)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -159,6 +159,11 @@ def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -
     held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_shares(3, ALONE)])
     assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
     assert held_out.tolist() == packed[-4:].tolist()
+    for sequence, places in zip(packed.tolist(), corpus.positions(torch.from_numpy(packed).long()).tolist(), strict=True):
+        parts = "".join("|" if token == WORDS.eos_token_id else "." for token in sequence).replace("|", "|\n").split("\n")
+        assert places == [place for part in parts for place in range(len(part))]
+    together = build_corpus(section.model_copy(update={"separate_documents": False}), WORDS, tmp_path / "corpus.npy", 0, ALONE)
+    assert together.positions(trained) is None
 
 
 @given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))

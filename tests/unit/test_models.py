@@ -93,6 +93,19 @@ def test_rows_behind_shared_prompts_are_as_behind_one_each(folder: Path, checkpo
     torch.testing.assert_close(of_shared, of_apart, rtol=1e-4, atol=1e-5 * float(of_apart.abs().max()))
 
 
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    if model.masked:
+        return
+    first, second = torch.arange(4, 11)[None], torch.arange(30, 42)[None]
+    positions = torch.cat([torch.arange(7), torch.arange(12)])[None].expand(2, -1)
+    together = model(torch.cat([first, second], dim=1).expand(2, -1), position_ids=positions)
+    for row in together:
+        torch.testing.assert_close(row[:7], model(first)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row[7:], model(second)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
@@ -100,6 +113,7 @@ def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> Non
     logits = model(input_ids, mask, None, answer, beside=hidden[1:])
     torch.testing.assert_close(logits, model.head(torch.cat([hidden, hidden[1:]])))
     torch.testing.assert_close(logits[1], logits[2])
+    torch.testing.assert_close(model(input_ids, mask, None, answer, tokens=[7, 3, 7]), logits[:2, [7, 3, 7]])
 
 
 @torch.no_grad()

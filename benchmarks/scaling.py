@@ -1,0 +1,152 @@
+"""How time and memory of a step grow with vocabulary, positions, prompt length, text length, batch and ranks: exponents and a plot.
+
+python benchmarks/scaling.py            # writes scaling-PROCESSOR.json and .svg beside itself
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import shapes
+import torch
+
+from post_dist.bench.measure import device_name, measure
+from post_dist.bench.peers import published_distillation_loss, published_transfer_step
+from post_dist.config.schema import Distill, Transfer
+from post_dist.data.template import Batch, Encoded, Template, Verbalizer
+from post_dist.losses import TeacherSignal, distillation_loss
+from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.stages.lesson import Lesson, Models, lesson_losses
+
+CPU = torch.device("cpu")
+Steps = dict[str, Callable[[], object]]
+
+
+def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
+    """The loss alone, forward and backward, of a student and a teacher that share a frozen head."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    student, teacher = (torch.randn(positions, width) for _ in range(2))
+    labels, section = torch.randint(vocabulary, (positions,)), Distill()
+    weights = (section.alpha_ce, section.alpha_lm, section.alpha_cos)
+
+    def ours() -> None:
+        hidden = student.clone().requires_grad_(True)
+        signal = TeacherSignal(hidden=teacher)
+        loss, _ = distillation_loss(hidden, signal, labels, head, head, weights=weights, temperature=section.temperature)
+        loss.backward()
+
+    def published() -> None:
+        hidden = student.clone().requires_grad_(True)
+        published_distillation_loss(hidden[None], teacher[None], head, head, labels[None], section).backward()
+
+    return {"published": published, "ours": ours}
+
+
+def transfer_steps(models: Models, template: Template, *, prompt: int, length: int, batch: int) -> Steps:
+    """A transfer step without its constants; the published one computes them in each."""
+    torch.manual_seed(0)
+    rows = [Encoded(torch.randint(3, 3000, (length,)).tolist(), length - 1) for _ in range(batch)]
+    hidden = torch.randn(batch, models.target.width)
+    section = Transfer(steps=1, batch_size=batch, learning_rate=0.1)
+    lesson = Lesson(
+        section, template, Verbalizer((), template._tokenizer, allow_multi_token=False), (), rows, hidden, hidden, hidden, torch.zeros(1)
+    )
+    prompt_nd, source_nd = torch.randn(prompt, models.target.width).requires_grad_(True), torch.randn(prompt, models.target.width)
+    collated = template.collate(rows)
+
+    def ours() -> None:
+        lesson_losses(models, [lesson], [prompt_nd], [list(range(batch))], CPU)[0].backward()
+
+    def published() -> None:
+        padded = Batch(collated.input_ids, collated.attention_mask, collated.answer)
+        published_transfer_step(models.student, models.target, padded, source_nd, prompt_nd, section).backward()
+
+    return {"published": published, "ours": ours}
+
+
+def rank_steps(run: Path, ranks: int) -> float:
+    """Seconds per distillation step of 16 sequences on so many ranks of one thread each, start and end taken off."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29801", "-m", "post_dist"]
+    seconds = {}
+    for steps in (2, 10):
+        options = [
+            f"--set=distill.steps={steps}",
+            "--set=distill.batch_size=16",
+            f"--output={run.parent / f'{ranks}-{steps}-{time.time()}'}",
+        ]
+        start = time.perf_counter()
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "distill", str(run), *options], check=True, capture_output=True, env=environment)
+        seconds[steps] = time.perf_counter() - start
+    return (seconds[10] - seconds[2]) / 8
+
+
+def swept(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> dict[str, object]:
+    """Time and memory at each value, and the exponent between the last two values, which is where the growth shows."""
+    rows = []
+    for value in values:
+        found = measure(steps_at(value), value, name, CPU)
+        rows.append({"value": value} | {row["name"]: [row["seconds_per_step"], row["peak_memory_mib"]] for row in found["rows"]})
+        print(name, rows[-1])
+    exponents = {
+        way: [round(float(np.log2(rows[-1][way][kind] / rows[-2][way][kind]) / np.log2(values[-1] / values[-2])), 2) for kind in (0, 1)]
+        for way in ("published", "ours")
+    }
+    return {"rows": rows, "exponents_time_memory": exponents}
+
+
+def plot(found: dict[str, dict], path: Path) -> None:
+    """Time above memory, a column for each sweep."""
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(found), figsize=(3 * len(found), 5.5), squeeze=False)
+    for column, (name, sweep) in enumerate(found.items()):
+        for kind, label in enumerate(("seconds", "MiB")):
+            axis = axes[kind][column]
+            for way in ("published", "ours"):
+                axis.loglog([row["value"] for row in sweep["rows"]], [row[way][kind] for row in sweep["rows"]], marker="o", label=way)
+            axis.set_xlabel(name)
+            axis.set_ylabel(label)
+            axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run all sweeps."""
+    found: dict[str, dict] = {
+        "loss: vocabulary": swept("vocabulary", [16_000, 32_000, 64_000, 128_000], lambda value: loss_steps(value, 512)),
+        "loss: positions": swept("positions", [256, 512, 1024, 2048], lambda value: loss_steps(32_000, value)),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        run = shapes.write_run(Path(scratch), width=256, layers=8, vocabulary=8000)
+        model = load_whole(run.parent / "model", "fp32", CPU)
+        template = Template("{text}", load_tokenizer(run.parent / "model"), 512, masked=False)
+        models = Models(model, model)
+        at = {"prompt": 100, "length": 64, "batch": 8}
+        for name, values in {"prompt": [50, 100, 200, 400], "length": [32, 64, 128, 256], "batch": [4, 8, 16, 32]}.items():
+            steps_at = lambda value, name=name: transfer_steps(models, template, **(at | {name: value}))  # noqa: E731
+            found[f"transfer: {name}"] = swept(name, values, steps_at)
+        pairs = [(rank_steps(run, 1), rank_steps(run, 2)) for _ in range(3)]
+    ranks = {"seconds_1_rank": statistics.median(one for one, _ in pairs), "seconds_2_ranks": statistics.median(two for _, two in pairs)}
+    ranks["speed_up"] = statistics.median(one / two for one, two in pairs)
+    print("ranks", ranks)
+    device = device_name(CPU)
+    place = Path(__file__).parent / f"scaling-{re.sub('[^a-z0-9]+', '-', device.lower())}"
+    place.with_suffix(".json").write_text(json.dumps({"device": device, **found, "distill: ranks": ranks}, indent=1) + "\n")
+    plot(found, place.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
