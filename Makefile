@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test test-slurm faults check clean
+.PHONY: demo demo-private test test-slurm faults bench check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -29,6 +29,10 @@ faults: .venv/ready
 	rm -rf .cache/faults
 	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
+
+# Compares with the committed ratios of this processor; `--write` renews them. benchmarks/scaling.py measures how costs grow.
+bench: .venv/ready
+	$(BIN)/python benchmarks/regression.py
 
 check: .venv/ready
 	$(BIN)/ruff check .
