@@ -23,7 +23,7 @@ from post_dist.bench.measure import device_name, measure
 from post_dist.bench.peers import published_distillation_loss, published_transfer_step
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch, Encoded, Template, Verbalizer
-from post_dist.losses import TeacherSignal, distillation_loss
+from post_dist.losses import TeacherSignal, distillation_loss, logit_pieces
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.stages.lesson import Lesson, Models, lesson_losses
 
@@ -42,7 +42,8 @@ def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
     def ours() -> None:
         hidden = student.clone().requires_grad_(True)
         signal = TeacherSignal(hidden=teacher)
-        loss, _ = distillation_loss(hidden, signal, labels, head, head, weights=weights, temperature=section.temperature)
+        how = {"weights": weights, "temperature": section.temperature, "pieces": logit_pieces(positions, vocabulary)}
+        loss, _ = distillation_loss(hidden, signal, labels, head, head, **how)
         loss.backward()
 
     def published() -> None:

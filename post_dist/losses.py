@@ -5,6 +5,7 @@ Shapes: B rows, K scores (the vocabulary, or a task's classes), N positions, d w
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 _SCALING_ROUNDS = 10_000
 _SCALING_TOLERANCE = 1e-9
-_POSITIONS_AT_ONCE = 512
-"""Positions whose logits are alive together: 100 MB at a vocabulary of 50,000 in fp32."""
+_LOGITS_AT_ONCE = 1 << 24
+"""Logits of one model that are alive together, 64 MB in fp32: 341 positions at a vocabulary of 49,152."""
 
 
 def softened_kl(teacher_BK: torch.Tensor, student_BK: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -119,6 +120,7 @@ def distillation_loss(
     *,
     weights: tuple[float, float, float],
     temperature: float,
+    pieces: int = 1,
     head_parameters: tuple[nn.Parameter, ...] = (),
 ) -> tuple[torch.Tensor, DistillationTerms]:
     """a_ce T^2 KL + a_lm LM + a_cos COS (paper eq. 1), with the logits [N, V] of a few positions alive at a time.
@@ -134,6 +136,8 @@ def distillation_loss(
         teacher_head: the same of the teacher; run where hidden states are all that is known.
         weights: a_ce, a_lm, a_cos.
         temperature: T.
+        pieces: into how many the positions are cut, whose logits are alive one after another (see `logit_pieces`). All ranks of a
+            sharded head must give the same, however many positions each has.
         head_parameters: those of the student's head that are trained.
 
     Returns:
@@ -145,8 +149,7 @@ def distillation_loss(
     differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
     gradients = [torch.zeros_like(tensor) for tensor in (student_Nd, *head_parameters)] if differentiate else []
     ce = lm = torch.zeros((), device=student_Nd.device)
-    for start in range(0, len(student_Nd), _POSITIONS_AT_ONCE):
-        part = slice(start, start + _POSITIONS_AT_ONCE)
+    for part in _parts(len(student_Nd), pieces):
         hidden = student_Nd[part].detach().requires_grad_(differentiate)
         logits = student_head(hidden)
         with torch.no_grad():
@@ -168,6 +171,17 @@ def distillation_loss(
     else:
         cos = torch.zeros_like(ce)
     return vocabulary_loss + a_cos * cos, DistillationTerms(ce, lm, cos.detach())
+
+
+def logit_pieces(positions: int, vocabulary: int) -> int:
+    """Into how many pieces so many positions are cut, so that few logits are alive at once."""
+    return -(-positions * vocabulary // _LOGITS_AT_ONCE)
+
+
+def _parts(positions: int, pieces: int) -> list[slice]:
+    """Slices of about equal length; empty ones where there are more pieces than positions."""
+    cuts = [positions * piece // pieces for piece in range(pieces + 1)]
+    return [slice(first, end) for first, end in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -215,15 +229,15 @@ def _logit_terms(
 def condensed(hidden_Nd: torch.Tensor, head: Head, temperature: float, weight_Vd: torch.Tensor) -> TeacherSignal:
     """The product of a teacher's distribution with the head's weight, and the entropy, a few positions at a time."""
     products, entropies = [], []
-    for start in range(0, len(hidden_Nd), _POSITIONS_AT_ONCE):
-        log_p = (head(hidden_Nd[start : start + _POSITIONS_AT_ONCE]).float() / temperature).log_softmax(dim=-1)
+    for part in _parts(len(hidden_Nd), logit_pieces(len(hidden_Nd), len(weight_Vd))):
+        log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
         p = log_p.exp()
         products.append(p @ weight_Vd.float())
         entropies.append(-(p * log_p).sum(dim=-1))
     return TeacherSignal(product=torch.cat(products), entropy=torch.cat(entropies))
 
 
-def sampled(hidden_Nd: torch.Tensor, head: Head, temperature: float, uniform_N: torch.Tensor, count: int) -> TeacherSignal:
+def sampled(hidden_Nd: torch.Tensor, head: Head, vocabulary: int, temperature: float, uniform_N: torch.Tensor, count: int) -> TeacherSignal:
     """Tokens drawn from a teacher's distribution, and the entropy, a few positions at a time.
 
     Draws are systematic: one uniform number places `count` points at equal distances on the cumulative distribution, so that a token of
@@ -231,8 +245,7 @@ def sampled(hidden_Nd: torch.Tensor, head: Head, temperature: float, uniform_N: 
     on average, and scatter more. Keeping the top tokens alone is not: arXiv 2503.16870.)
     """
     samples, entropies = [], []
-    for start in range(0, len(hidden_Nd), _POSITIONS_AT_ONCE):
-        part = slice(start, start + _POSITIONS_AT_ONCE)
+    for part in _parts(len(hidden_Nd), logit_pieces(len(hidden_Nd), vocabulary)):
         log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
         cumulative = log_p.exp().cumsum(dim=-1)
         points = (uniform_N[part, None] + torch.arange(count, device=log_p.device)) / count * cumulative[:, -1:]

@@ -20,7 +20,7 @@ from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import shares
 from post_dist.errors import EnvironmentFault, InputError
-from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, softened_kl, unexplained_share
+from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, logit_pieces, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.sharded import load_sharded
@@ -171,6 +171,8 @@ class DistillationModel(nn.Module):
             self.teacher_logits,
             weights=(self._section.alpha_ce, self._section.alpha_lm, self._section.alpha_cos),
             temperature=self._section.temperature,
+            # From settings alone, so that ranks with fewer sequences gather a sharded head as often as the others.
+            pieces=logit_pieces(self._section.micro_batch_size_per_gpu * input_ids_BT.shape[1], self.student.vocabulary_size),
             head_parameters=tuple(parameter for parameter in self.student.head_module.parameters() if parameter.requires_grad),
         )
         return loss, terms, hidden_BTd

@@ -140,7 +140,7 @@ class _Maker:
             signal = condensed(hidden_Nd, self._head, temperature, self._weight)
         elif "samples" in self.names:
             uniform_BT = torch.stack([self._uniform(number, input_ids.shape[1]) for number in numbers]).to(hidden_Nd.device)
-            signal = sampled(hidden_Nd, self._head, temperature, uniform_BT.flatten(), SAMPLES)
+            signal = sampled(hidden_Nd, self._head, len(self._weight), temperature, uniform_BT.flatten(), SAMPLES)
         made = {"hidden": hidden_Nd, "product": signal.product, "samples": signal.samples, "entropy": signal.entropy}
         kept = {
             name: tensor.unflatten(0, input_ids.shape).cpu() for name, tensor in made.items() if name in self.names and tensor is not None

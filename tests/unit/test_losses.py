@@ -57,8 +57,8 @@ def test_proxy_logits(logits: list[np.ndarray]) -> None:
     np.testing.assert_allclose(ours, z_t + 2 * (z_s_p - z_s), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", [7, 1100])
-def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int) -> None:
+@pytest.mark.parametrize(("positions", "pieces"), [(7, 1), (7, 9), (1100, 3)])
+def test_distillation_terms_and_gradients_do_not_depend_on_pieces(positions: int, pieces: int) -> None:
     torch.manual_seed(0)
     student = torch.randn(positions, 8, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(positions, 8, dtype=torch.float64)
@@ -66,9 +66,8 @@ def test_distillation_terms_and_gradients_do_not_depend_on_chunks(positions: int
     labels = torch.randint(13, (positions,))
     labels[::3] = -100
     trained = tuple(head_s.parameters())
-    loss, terms = distillation_loss(
-        student, TeacherSignal(hidden=teacher), labels, head_s, head_t, weights=(5.0, 2.0, 1.0), temperature=2.0, head_parameters=trained
-    )
+    how = {"weights": (5.0, 2.0, 1.0), "temperature": 2.0, "pieces": pieces, "head_parameters": trained}
+    loss, terms = distillation_loss(student, TeacherSignal(hidden=teacher), labels, head_s, head_t, **how)
     ours = torch.autograd.grad(loss, [student, *trained])
 
     log_s, log_t = ((head(h) / 2).log_softmax(-1) for head, h in ((head_s, student), (head_t, teacher)))
@@ -100,7 +99,7 @@ def test_samples_are_right_on_average() -> None:
     student, teacher = torch.randn(4, 8, requires_grad=True), 2 * torch.randn(4, 8)
     head = nn.Linear(8, 50, bias=False).requires_grad_(False)
     p = (head(teacher) / 2).softmax(-1)
-    draws = [sampled(teacher, head, 2.0, torch.rand(4), 28) for _ in range(3000)]
+    draws = [sampled(teacher, head, 50, 2.0, torch.rand(4), 28) for _ in range(3000)]
     counts = torch.stack([functional.one_hot(draw.samples, 50).sum(1) for draw in draws]).double()
     assert (counts - 28 * p).abs().max() < 1, "systematic draws are never a whole one off"
     torch.testing.assert_close(counts.mean(0) / 28, p.double(), rtol=0, atol=0.002)

@@ -1,0 +1,7 @@
+"""The command line with few logits alive at once, so that small models cut their positions into pieces as large ones do."""
+
+from post_dist import losses
+from post_dist.cli import main
+
+losses._LOGITS_AT_ONCE = 100 * 600
+main()
