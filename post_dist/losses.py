@@ -200,10 +200,25 @@ def _logit_terms(
 
     The product's part of the gradient is left out: it has no need of logits.
     """
-    temperature, student = scales.temperature, logits_BV.float()
-    log_q = (student / temperature).log_softmax(dim=-1)
+    student_BV = logits_BV.float()
+    ce, gradient = _softened_terms(student_BV, student_Bd, teacher, teacher_head, scales)
+    asked_for = labels_B != -100
+    rows = asked_for.nonzero().squeeze(1)
+    log_probabilities = student_BV.log_softmax(dim=-1)
+    lm = -log_probabilities[rows, labels_B[rows]].sum()
+    gradient.addcmul_(log_probabilities.exp_(), asked_for[:, None].to(gradient.dtype), value=scales.lm)
+    gradient[rows, labels_B[rows]] -= scales.lm
+    return ce, lm, gradient
+
+
+def _softened_terms(
+    student_BV: torch.Tensor, student_Bd: torch.Tensor, teacher: TeacherSignal, teacher_head: Head, scales: _Scales
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of T^2 KL over the rows, and its scaled gradient: a function of its own, so that what it needs is freed with it."""
+    temperature = scales.temperature
+    log_q = (student_BV / temperature).log_softmax(dim=-1)
     if teacher.product is not None and teacher.entropy is not None:
-        normalisers = student[:, 0] / temperature - log_q[:, 0]
+        normalisers = student_BV[:, 0] / temperature - log_q[:, 0]
         mean_logits = (teacher.product * student_Bd).sum(dim=-1).float()
         ce = (normalisers - mean_logits / temperature - teacher.entropy).sum()
         gradient = log_q.exp_().mul_(scales.ce * temperature)
@@ -213,17 +228,11 @@ def _logit_terms(
         share = torch.full_like(teacher.samples, -scales.ce * temperature / teacher.samples.shape[1], dtype=gradient.dtype)
         gradient.scatter_add_(1, teacher.samples, share)
     else:
-        log_p = (teacher_head(teacher.hidden).float() / temperature).log_softmax(dim=-1)  # type: ignore[arg-type]
+        log_p = teacher_head(teacher.hidden).float().div_(temperature).log_softmax(dim=-1)  # type: ignore[arg-type]
         p = log_p.exp()
         ce = log_p.sub_(log_q).mul_(p).sum()
         gradient = log_q.exp_().sub_(p).mul_(scales.ce * temperature)
-    asked_for = labels_B != -100
-    rows = asked_for.nonzero().squeeze(1)
-    log_probabilities = student.log_softmax(dim=-1)
-    lm = -log_probabilities[rows, labels_B[rows]].sum()
-    gradient.addcmul_(log_probabilities.exp_(), asked_for[:, None].to(gradient.dtype), value=scales.lm)
-    gradient[rows, labels_B[rows]] -= scales.lm
-    return temperature**2 * ce, lm, gradient
+    return temperature**2 * ce, gradient
 
 
 def condensed(hidden_Nd: torch.Tensor, head: Head, temperature: float, weight_Vd: torch.Tensor) -> TeacherSignal:
