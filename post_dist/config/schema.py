@@ -134,7 +134,8 @@ class Tune(PromptTraining):
     class_bias: bool = False
     """Tune one bias per class along with the prompt; under privacy it shares the clip and the noise."""
     micro_batch_size_per_gpu: PositiveInt = 8
-    """Rows of one forward pass of private tuning; each pass has exactly so many, with copies to fill up."""
+    """Rows of the greatest length in one forward pass of private tuning, and as many more of shorter ones as make the same tokens; each
+    pass is filled up with copies."""
     search: Search | None = None
 
     @field_validator("init_text")

@@ -116,21 +116,25 @@ def micro_gradients(
     if not rows:
         return
     gradients = _example_gradients(material, parameters)
-    for length, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
-        filled = chosen + chosen[-1:] * (section.micro_batch_size_per_gpu - len(chosen))
+    for length, size, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
+        filled = chosen + chosen[-1:] * (size - len(chosen))
         batch = material.template.collate([material.rows[row] for row in filled], length).to(device)
         yield [part[: len(chosen)] for part in gradients(batch, material.classes[filled].to(device))]
 
 
-def _micro_batches(rows: list[int], material: Material, size: int) -> Iterator[tuple[int, list[int]]]:
-    """Rows in groups of at most `size` whose lengths round up to the same multiple of 16, with that length."""
-    groups: dict[int, list[int]] = {}
+def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Rows in groups whose lengths round up to the same multiple of 16, with that length, and how many of it make a micro-batch.
+
+    So many that all micro-batches have about as many tokens as `longest_rows` rows of the greatest length.
+    """
+    most, groups = material.template.max_length, dict[int, list[int]]()
     for row in rows:
         rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP
-        groups.setdefault(min(rounded, material.template.max_length), []).append(row)
+        groups.setdefault(min(rounded, most), []).append(row)
     for length, group in sorted(groups.items()):
+        size = longest_rows * most // length
         for start in range(0, len(group), size):
-            yield length, group[start : start + size]
+            yield length, size, group[start : start + size]
 
 
 def _right(folder: RunFolder, material: Material, parameters: Sequence[torch.Tensor], world: World) -> int:
