@@ -45,6 +45,7 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
             os.environ.clear()
             os.environ.update(environment)
             logger.handlers.clear()
+            logger.propagate = True
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         captured = capsys.readouterr()

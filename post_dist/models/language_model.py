@@ -82,7 +82,10 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             prompt_nd = self.embed(torch.arange(12, 15, device=device))
             apart = self(input_ids, prompt=prompt_nd, answer=answer).float()
-            shared = self(input_ids, prompt=prompt_nd, answer=answer, share_prompt=True).float()
+            try:
+                shared = self(input_ids, prompt=prompt_nd, answer=answer, share_prompt=True).float()
+            except (TypeError, AttributeError):  # a forward that takes no further words, or attention that does not know its layer
+                return False
         return torch.allclose(shared, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:

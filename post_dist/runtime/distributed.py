@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(days=2)
 """How long a collective waits: rank 0 may tune alone for many hours. The watchdog ends a hang long before."""
+Shared = TypeVar("Shared")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -77,13 +79,13 @@ class World:
         """Whether the flag is up on any rank; the same answer on all."""
         return bool(self._most(int(flag)))
 
-    def from_main(self, number: int) -> int:
-        """Rank 0's number, on every rank."""
+    def from_main(self, own: Shared) -> Shared:
+        """What rank 0 gives, on every rank."""
         if self.size == 1:
-            return number
-        shared = torch.tensor([number], device=self.device)
-        dist.broadcast(shared, 0)
-        return int(shared)
+            return own
+        shared = [own]
+        dist.broadcast_object_list(shared, 0, device=self.device)
+        return shared[0]
 
     def together(self, work: Callable[[], object]) -> None:
         """Do each rank's own work; when it fails on one, all raise, and nobody waits for a rank that has left.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,7 +87,7 @@ def cache_teacher(
     maker = _Maker(teacher, section, shares_head=shares_head, seed=seed)
     signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), "apart": corpus.keeps_apart, **maker.facts})
     place = folder / f"teacher-signals-{signature[:8]}"
-    known = _index(place)
+    known = _index_of_main(place, world)
     missing = [number for number in corpus.numbers_of_first(section.steps * section.batch_size) if number not in known]
     if missing:
         log.info("teacher signals: %d sequences to run, %d are in %s", len(missing), len(known), place)
@@ -103,7 +104,7 @@ def cache_teacher(
                     advance("")
                 if stop_requested(world):
                     raise stopped("what the teacher has said so far is kept")
-        known = _index(place)
+        known = _index_of_main(place, world)
     return _reader(known, maker.names, world.device)
 
 
@@ -172,11 +173,18 @@ def _make(maker: _Maker, numbers: list[int], corpus: Corpus, world: World) -> di
 
 
 def _write(place: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]) -> None:
-    """Keep what a rank has made, under the number of its first sequence, which stands in no other file."""
+    """Keep what a rank has made; under a name that no other run gives, for two may fill one folder."""
     if not numbers:
         return
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"numbers": torch.tensor(numbers)}
-    write_folder(place / f"{numbers[0]:010d}", lambda partial: save_file(tensors, partial / _FILE))
+    write_folder(place / f"{numbers[0]:010d}-{uuid4().hex[:8]}", lambda partial: save_file(tensors, partial / _FILE))
+
+
+def _index_of_main(place: Path, world: World) -> dict[int, tuple[Path, int]]:
+    """Rank 0's index: another run may be adding files, and all ranks must go by the same."""
+    found: dict[int, tuple[Path, int]] = {}
+    world.on_main(lambda: found.update(_index(place)))
+    return world.from_main(found)
 
 
 def _index(place: Path) -> dict[int, tuple[Path, int]]:

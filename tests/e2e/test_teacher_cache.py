@@ -125,6 +125,14 @@ def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: 
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
 
 
+def test_two_students_may_fill_one_folder_at_once(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "post_dist", "distill", run, f"--output={tmp_path}", FP32, "--set=distill.cache=hidden"]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, f"--set=student.layers=[0, {layer}]"], **options) for layer in (2, 3)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+
+
 def test_what_cannot_be_kept_is_refused(run: Path, main: Callable, tmp_path: Path) -> None:
     code, _, said = main("distill", run, f"--output={tmp_path}", "--set=distill.cache=sampled")
     assert code == 2
