@@ -33,6 +33,16 @@ def figures(stage: str, run: Path, student: str) -> dict[str, Any]:
     return found
 
 
+def slower(before: dict[str, dict[str, float]], now: dict[str, dict[str, float]]) -> list[str]:
+    """Our ways that have lost more than a fifth of their lead over the first row."""
+    return [
+        f"{stage}, {name}: {before[stage][name]:.2f} x before, {speed:.2f} x now"
+        for stage, ways in now.items()
+        for name, speed in ways.items()
+        if not name.startswith(PEERS) and speed < (1 - MOST_LOST) * before[stage].get(name, 0)
+    ]
+
+
 def main() -> None:
     """Run the three, print them, and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -56,13 +66,7 @@ def main() -> None:
         kept.write_text(json.dumps(speed, indent=2) + "\n")
         print(f"\nwritten: {kept}")
         return
-    before = json.loads(kept.read_text())
-    lost = [
-        f"{stage}, {name}: {before[stage][name]:.2f} x before, {now:.2f} x now"
-        for stage, ways in speed.items()
-        for name, now in ways.items()
-        if not name.startswith(PEERS) and now < (1 - MOST_LOST) * before[stage].get(name, 0)
-    ]
+    lost = slower(json.loads(kept.read_text()), speed)
     print("\n" + ("\n".join(lost) or "no ratio has fallen by more than a fifth"))
     sys.exit(bool(lost))
 
