@@ -22,7 +22,7 @@ import torch
 from post_dist.bench.measure import device_name, measure
 from post_dist.bench.peers import published_distillation_loss, published_transfer_step
 from post_dist.config.schema import Distill, Transfer
-from post_dist.data.template import Batch, Encoded, Template, Verbalizer
+from post_dist.data.template import Encoded, Template, Verbalizer
 from post_dist.losses import TeacherSignal, distillation_loss, logit_pieces
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.stages.lesson import Lesson, Models, lesson_losses
@@ -69,8 +69,7 @@ def transfer_steps(models: Models, template: Template, *, prompt: int, length: i
         lesson_losses(models, [lesson], [prompt_nd], [list(range(batch))], CPU)[0].backward()
 
     def published() -> None:
-        padded = Batch(collated.input_ids, collated.attention_mask, collated.answer)
-        published_transfer_step(models.student, models.target, padded, source_nd, prompt_nd, section).backward()
+        published_transfer_step(models.student, models.target, collated, source_nd, prompt_nd, section).backward()
 
     return {"published": published, "ours": ours}
 

@@ -54,7 +54,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         (place / "student").mkdir()
         write_student(place / "student", teacher_folder, listed_layers(rule, num_layers), tokenizer)
         corpus = build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world)
-        ways = [_Ways(config, config.student, precision, teacher_folder, place, corpus, world) for precision in ("fp32", "bf16")]
+        ways = [_Ways(config, rule, precision, teacher_folder, place, corpus, world) for precision in ("fp32", "bf16")]
         steps = {name: step for pair in zip(*(way.steps().items() for way in ways), strict=True) for name, step in pair}
         first = {name: step() for name, step in steps.items()}
         sizes = {"teacher_parameters": _size(ways[0].teacher), "student_parameters": _size(ways[0].student())}
@@ -122,14 +122,12 @@ class _Ways:
             for share in parts:
                 input_ids = self._corpus.training(share).to(self._world.device)
                 labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)
+                positions = self._corpus.positions(input_ids)
                 with torch.no_grad():
-                    teacher_BTd = self._whole_teacher(input_ids, position_ids=self._corpus.positions(input_ids))
-                heads = (student.head, self._whole_teacher.head)
-                loss = (
-                    share.weight
-                    * loss_of(student(input_ids, position_ids=self._corpus.positions(input_ids)), teacher_BTd, *heads, labels, section)
-                    / len(parts)
-                )
+                    teacher_BTd = self._whole_teacher(input_ids, position_ids=positions)
+                student_BTd = student(input_ids, position_ids=positions)
+                loss = loss_of(student_BTd, teacher_BTd, student.head, self._whole_teacher.head, labels, section)
+                loss = share.weight * loss / len(parts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)

@@ -103,10 +103,14 @@ class LanguageModel(nn.Module):
         rows = torch.tensor(tokens, device=hidden.device)
         return self.capped(functional.linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]))
 
-    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+    @property
+    def logit_cap(self) -> float | None:
         """The soft cap that Gemma 2 puts on its logits; other families have none."""
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits under the soft cap, if there is one."""
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ Shapes: G prompts, B rows of each, T tokens of a row, S = n + B T, n prompt toke
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,18 +63,16 @@ class Packing:
         groups, heads, _, width = query.shape
         rows_key, rows_value = self._behind_prompt(key), self._behind_prompt(value)
         rows_query = self._rows(query[:, :, n:])
-        allowed = _causal(self.length, n, window, query.device)[None, None]
+        mask = _causal(self.length, n, window, query.dtype, query.device)
         if module.layer_idx == module.config.num_hidden_layers - 1:  # no later layer reads any other place
             rows = torch.arange(len(rows_query), device=query.device)
             answers = self.answers_GB.flatten()
             asked = rows_query[rows, :, answers][:, :, None]
-            made, _ = attention(
-                module, asked, rows_key, rows_value, _as_mask(allowed[0, 0, answers][:, None, None], query.dtype), **options
-            )
+            made, _ = attention(module, asked, rows_key, rows_value, mask[0, 0, answers][:, None, None], **options)
             placed = made.new_zeros(groups, n + self.rows * self.length, heads, width)
             return placed.index_put((self.groups_GB, self.places_GB), made.view(groups, self.rows, heads, width))
-        of_rows, _ = attention(module, rows_query, rows_key, rows_value, _as_mask(allowed, query.dtype), **options)
-        of_prompt_mask = _as_mask(_causal(n, 0, window, query.device)[None, None], query.dtype)
+        of_rows, _ = attention(module, rows_query, rows_key, rows_value, mask, **options)
+        of_prompt_mask = _causal(n, 0, window, query.dtype, query.device)
         of_prompt, _ = attention(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], of_prompt_mask, **options)
         return torch.cat([of_prompt, of_rows.reshape(groups, self.rows * self.length, heads, width)], dim=1)
 
@@ -89,16 +88,13 @@ class Packing:
         return torch.cat([of_prompt, self._rows(states_GHSh[:, :, n:])], dim=2)
 
 
-def _causal(queries: int, before: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Whether each of the last `queries` places may look at each of all, [queries, before + queries]."""
+@lru_cache(maxsize=8)  # all layers of a step have the same one or two
+def _causal(queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What is added to the logits of attention of the last `queries` places to all, [1, 1, queries, before + queries]."""
     own = before + torch.arange(queries, device=device)[:, None]
     other = torch.arange(before + queries, device=device)
-    return (other <= own) if window is None else (other <= own) & (own - other < window)
-
-
-def _as_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the logits of attention; both kinds of it take that."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    allowed = (other <= own) if window is None else (other <= own) & (own - other < window)
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
 
 
 def _eager(module: nn.Module, *states: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,6 +9,7 @@ Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), C cla
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -66,9 +67,13 @@ class Lesson:
         """Whether hidden states are kept, and the head is still to be run."""
         return self.section.scores == "vocabulary"
 
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [len(row.token_ids) for row in self.rows]
+
     def rows_at(self, step: int, seed: int) -> list[int]:
         """The rows of a step."""
-        return rows_of_like_length(step, self.section.batch_size, [len(row.token_ids) for row in self.rows], seed)
+        return rows_of_like_length(step, self.section.batch_size, self._lengths, seed)
 
     def loss(self, chosen: list[int], prompted_BV: torch.Tensor, target_BV: torch.Tensor | None, student: LanguageModel) -> torch.Tensor:
         """The mean loss of rows.

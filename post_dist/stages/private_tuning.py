@@ -127,7 +127,8 @@ def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> It
 
     So many that all micro-batches have about as many tokens as `longest_rows` rows of the greatest length.
     """
-    most, groups = material.template.max_length, dict[int, list[int]]()
+    most = material.template.max_length
+    groups: dict[int, list[int]] = {}
     for row in rows:
         rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP
         groups.setdefault(min(rounded, most), []).append(row)

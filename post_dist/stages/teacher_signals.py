@@ -162,8 +162,7 @@ def _is_exact_product(teacher: LanguageModel) -> bool:
     gradient of a good student; there hidden states are kept.
     """
     head = teacher.head_module
-    capped = getattr(teacher.model.config.get_text_config(), "final_logit_softcapping", None) is not None
-    return isinstance(head, nn.Linear) and head.bias is None and not capped and teacher.model.dtype == torch.float32
+    return isinstance(head, nn.Linear) and head.bias is None and teacher.logit_cap is None and teacher.model.dtype == torch.float32
 
 
 def _make(maker: _Maker, numbers: list[int], corpus: Corpus, world: World) -> dict[str, torch.Tensor]:
