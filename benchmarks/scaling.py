@@ -59,9 +59,8 @@ def transfer_steps(models: Models, template: Template, *, prompt: int, length: i
     rows = [Encoded(torch.randint(3, 3000, (length,)).tolist(), length - 1) for _ in range(batch)]
     hidden = torch.randn(batch, models.target.width)
     section = Transfer(steps=1, batch_size=batch, learning_rate=0.1)
-    lesson = Lesson(
-        section, template, Verbalizer((), template._tokenizer, allow_multi_token=False), (), rows, hidden, hidden, hidden, torch.zeros(1)
-    )
+    verbalizer = Verbalizer((), template._tokenizer, allow_multi_token=False)
+    lesson = Lesson(section, template, verbalizer, (), rows, hidden, hidden, hidden, torch.zeros(1), {})
     prompt_nd, source_nd = torch.randn(prompt, models.target.width).requires_grad_(True), torch.randn(prompt, models.target.width)
     collated = template.collate(rows)
 

@@ -29,7 +29,7 @@ def read_table(evaluation: RunFolder) -> dict[str, Any]:
 
 def print_table(table: dict[str, Any]) -> None:
     """Show the table on standard output."""
-    shown = Table(title=f"{table['task']}, {table['split']} split")
+    shown = Table(title=_title(table))
     for column in _COLUMNS:
         shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for cells in _cells(table):
@@ -46,7 +46,7 @@ def write_report(evaluation: RunFolder) -> Path:
         The path of the HTML page.
     """
     table, runs = read_table(evaluation), evaluation.path.parent
-    title = f"{runs.name}: {table['task']}, {table['split']} split"
+    title = f"{runs.name}: {_title(table)}"
     header = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in _cells(table))
     (runs / "report.md").write_text(f"# {title}\n\n{header}\n{lines}\n\n{_NOTE}\n")
@@ -64,6 +64,11 @@ def write_report(evaluation: RunFolder) -> Path:
     path = runs / "report.html"
     path.write_text(page)
     return path
+
+
+def _title(table: dict[str, Any]) -> str:
+    readings = table.get("test_readings", 1)
+    return f"{table['task']}, {table['split']} split" + (f" (read {readings} times)" if readings > 1 else "")
 
 
 def _cells(table: dict[str, Any]) -> list[tuple[str, ...]]:

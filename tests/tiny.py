@@ -34,14 +34,14 @@ def sentences(count: int, seed: int) -> list[tuple[str, int]]:
     return rows
 
 
-def tokenizer(family: str) -> PreTrainedTokenizerFast:
+def tokenizer(family: str, vocabulary: int = 600) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the sentences."""
     special = ["<pad>", "<s>", "</s>", "<mask>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     text = [f"Review: {row} It was {word}. good bad" for row, _ in sentences(400, 0) for word in ("good", "bad")]
     core.train_from_iterator(text, trainer)
@@ -52,11 +52,13 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
-def write_model(folder: Path, family: str, *, layers: int = 4, width: int = 32, seed: int = 0) -> Path:
-    """Write a random model of a family with its tokenizer."""
+def write_model(
+    folder: Path, family: str, *, layers: int = 4, width: int = 32, seed: int = 0, vocabulary: int = 600, unused: int = 0
+) -> Path:
+    """Write a random model of a family with its tokenizer, and with embeddings that no token has."""
     torch.manual_seed(seed)
-    words = tokenizer(family)
-    common = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    words = tokenizer(family, vocabulary)
+    common = {"vocab_size": len(words) + unused, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
     positions = {"max_position_embeddings": 128}
     if family == "gpt2":

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from opacus import GradSampleModule
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch, Verbalizer
+from post_dist.errors import InputError
 from post_dist.losses import Head, published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 
@@ -38,7 +40,7 @@ def published_transfer_step(
 
     with torch.no_grad():
         source_BV, source_prompted_BV, target_BV = at_answers(student, None), at_answers(student, source_nd), at_answers(target, None)
-    weights = {"alpha": section.alpha, "temperature": section.temperature}
+    weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
     return published_transfer_loss(source_BV, source_prompted_BV, target_BV, at_answers(target, prompt_nd), **weights)
 
 
@@ -48,7 +50,7 @@ def cached_transfer_step(
     """The same loss as one would write it with PEFT and care: constants [B, V] kept, padding to the longest row, the head everywhere."""
     input_ids, places_B = batch.input_ids, batch.answer + len(prompt_nd)
     logits = target.head(target(input_ids, batch.attention_mask, prompt_nd))[torch.arange(len(places_B)), places_B]
-    weights = {"alpha": section.alpha, "temperature": section.temperature}
+    weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
     source_BV, source_prompted_BV, target_BV = constants
     return published_transfer_loss(source_BV, source_prompted_BV, target_BV, logits, **weights)
 
@@ -126,4 +128,53 @@ class OpacusHooks:
         weight = self._prompt._module.embedding.weight
         gradients: torch.Tensor = weight.grad_sample
         weight.grad_sample = weight.grad = None
+        return gradients
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021): plain layers, which Opacus' hooks know."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """What the frozen layer makes, and the change."""
+        made: torch.Tensor = self.frozen(given) + self.up(self.down(given))
+        return made
+
+
+class OpacusLora:
+    """LoRA on the query and value projections of a model that the owner holds, with per-example gradients by Opacus' hooks.
+
+    Args:
+        model: its projections are replaced; LoRA starts from no change.
+        verbalizer: from logits to class scores.
+        rank: of the change.
+
+    Raises:
+        InputError: the model has no projections of the names that Llama's family uses.
+    """
+
+    def __init__(self, model: LanguageModel, verbalizer: Verbalizer, rank: int) -> None:
+        places = [(parent, name) for parent in model.layers.modules() for name in ("q_proj", "v_proj") if hasattr(parent, name)]
+        if not places:
+            raise InputError("LoRA as a peer is written for models with layers q_proj and v_proj", "take one of Llama's family")
+        for parent, name in places:
+            setattr(parent, name, LowRank(getattr(parent, name), rank).to(model.model.device))
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._model = GradSampleModule(model, loss_reduction="sum")
+        self._verbalizer = verbalizer
+
+    def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
+        """Each example's gradients, for each parameter [B, ...], at its present value."""
+        logits_BV = self._model(batch.input_ids, batch.attention_mask, None, batch.answer)
+        scores_BC = self._verbalizer.scores(logits_BV)
+        functional.cross_entropy(scores_BC, classes_B, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        gradients: list[torch.Tensor] = [parameter.grad_sample for parameter in self.parameters]  # type: ignore[attr-defined]
+        for parameter in self.parameters:
+            parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
         return gradients

@@ -41,7 +41,9 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         raise InputError("bench transfer needs the section `public_task`")
     if world.size > 1:
         raise InputError("bench transfer compares ways to run a step on one device", "start it without a launcher")
-    section = config.transfer.model_copy(update={"objective": "published", "scores": "vocabulary", "match_class_shares": False})
+    alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
+    settings = {"objective": "published", "scores": "vocabulary", "match_class_shares": False, "alpha": alpha}
+    section = config.transfer.model_copy(update=settings)
     texts = load_public_texts(config.public_task, "public_task")[:_MOST_ROWS]
     tokenizer = load_tokenizer(teacher)
     task = PromptTask(config.public_task.template or "{text}", (), config.public_task.max_length, False, config.tune.init_text)
@@ -52,7 +54,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         source_nd = prompt_from_text(models.target, tokenizer, task.init_text, config.tune.num_virtual_tokens)
         source_nd = source_nd + 0.1 * source_nd.std() * torch.randn(source_nd.shape, generator=torch.Generator().manual_seed(config.seed))
         start = time.perf_counter()
-        lesson = prepare_lesson(task, source_nd, config.public_task, texts, models, section, tokenizer, world)
+        lesson = prepare_lesson(task, source_nd, config.public_task, texts, models, section, (tokenizer, tokenizer), world)
         once[precision] = time.perf_counter() - start
         whole = Models(models.student, load_whole(teacher, precision, world.device))
         steps |= _ways(lesson, models, whole, source_nd, precision, config, world)
@@ -65,7 +67,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         if name.endswith("fp32")
         for mine, published in zip(first[name], first[order[0]], strict=True)
     ]
-    settings = {
+    shape = {
         "rows": section.batch_size,
         "num_virtual_tokens": config.tune.num_virtual_tokens,
         "max_length": task.max_length,
@@ -73,7 +75,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     }
     measured = measure(steps, section.batch_size, "samples", world.device)
     facts = {"rows": len(texts), **{f"seconds_{precision}": seconds for precision, seconds in once.items()}}
-    return measured | {"max_difference": max(differences), "once": facts, "settings": settings}
+    return measured | {"max_difference": max(differences), "once": facts, "settings": shape}
 
 
 def _ways(

@@ -196,7 +196,8 @@ class Transfer(PromptTraining):
     objective: Literal["published", "proxy"] = "published"
     scores: Literal["vocabulary", "classes"] = "vocabulary"
     """Compare the whole vocabulary, or the scores of the task's classes alone."""
-    alpha: Share = 0.5
+    alpha: Share | Literal["auto"] = 0.5
+    """`auto` takes it from how often the models agree on the public text."""
     temperature: PositiveFloat = 2.0
     proxy_lambda: PositiveFloat = 1.0
     """lambda in z_t(x) + lambda (z_s(p_s+x) - z_s(x)); also used by the training-free row of the evaluation."""
@@ -265,6 +266,7 @@ class Inputs(Section):
     """Artefacts that came from the other party: the stage that would make one is not run."""
 
     student: FilePath | None = None
+    """A student that was distilled, or any model folder: a smaller one of the teacher's family, or one with another tokenizer."""
     source_prompt: FilePath | tuple[FilePath, ...] | None = None
     """One prompt, or for `transfer` those of several owners."""
     target_prompt: FilePath | None = None

@@ -5,24 +5,28 @@ Shapes: N rows, C classes.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from post_dist.artifacts.manifest import write_artefact
+from post_dist.artifacts.manifest import digest_of, write_artefact, write_folder, writing
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.sources import Task
+from post_dist.data.readings import count_reading
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template, Verbalizer
 from post_dist.errors import InputError
 from post_dist.losses import proxy_logits
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.stages.transfer import check_belongs
@@ -30,17 +34,31 @@ from post_dist.stages.transfer import check_belongs
 log = logging.getLogger(__name__)
 
 TABLE = "table.json"
+_SCORES = "scores.safetensors"
+_ON_STUDENT = "student + prompt"
+ON_TARGET = ("published transfer", "transferred", "full prompt tuning")
+"""Rows whose prompts were made for the target."""
+_ORDER = (_ON_STUDENT, "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning")
 _Z_95 = 1.959963984540054
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt that was tuned on the student, and what was made on the target from it or beside it.
+
+    Attributes:
+        label: what the names of its rows end with, such as an epsilon.
+        source: the prompt on the student.
+        on_target: by `ON_TARGET`.
+    """
+
+    label: str
+    source: Path
+    on_target: Mapping[str, Path]
+
+
 def evaluate(
-    folder: RunFolder,
-    teacher_folder: Path,
-    student_folder: Path,
-    source_prompt_folder: Path,
-    prompts: Mapping[str, Path],
-    inputs: Mapping[str, str],
-    world: World,
+    folder: RunFolder, teacher_folder: Path, student_folder: Path, tuned: Sequence[Prompts], inputs: Mapping[str, str], world: World
 ) -> None:
     """Score all rows and leave `table.json` in `folder.artifact`.
 
@@ -48,59 +66,100 @@ def evaluate(
         folder: the run's folder.
         teacher_folder: the target.
         student_folder: the student.
-        source_prompt_folder: the prompt that was tuned on the student.
-        prompts: for each further row its prompt: on the student where the row's name begins so, else on the target.
-        inputs: digest of each of these.
+        tuned: each has rows of its own.
+        inputs: digests of `teacher`, `student` and `private_task`.
         world: the ranks.
     """
     config, section, task = folder.config, folder.config.evaluate, folder.config.private_task
     if task is None or task.template is None:
         raise InputError("evaluate needs the section `private_task`")
+    runs = folder.path.parent
+    counted: list[int] = []
+    if section.split == "test":
+        world.on_main(lambda: counted.append(count_reading(task, runs, folder.path.name)))
+    readings = world.from_main(sum(counted))
+    if readings > 1:
+        log.warning("the test split is read for the %d. time: choose settings with --set evaluate.split=validation", readings)
     examples = load_examples(task, section.split, "private_task")
-    classes = np.array(examples.classes)
-    source_prompt = read_prompt(source_prompt_folder)
-    others = {name: read_prompt(path) for name, path in prompts.items()}
-    tokenizer = load_tokenizer(teacher_folder)
     precision = choose_precision(config.engine, world.device)
-    student = load_whole(student_folder, precision, world.device)
-    target = load_sharded(teacher_folder, folder.config.engine, precision, world)
-    check_belongs(source_prompt, student, target, teacher_folder, student_folder)
-    template = Template(task.template, tokenizer, task.max_length, masked=target.masked)
-    verbalizer = Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
-    rows = template.encode(examples.texts)
-
-    def scores(model: LanguageModel, prompt: SoftPromptArtefact | None, label: str) -> torch.Tensor:
-        """Class scores [N, C], with the biases of the prompt's task."""
-        prompt_nd = None if prompt is None else prompt.embeddings.to(world.device)
-        plain_NC = answers(model, rows, template, prompt_nd, verbalizer.scores, batch_size=section.batch_size, world=world, label=label)
-        return plain_NC if prompt is None or not prompt.task.class_biases else plain_NC + torch.tensor(prompt.task.class_biases)
-
-    zero_shot_NC = scores(target, None, "zero-shot")
-    student_NC = scores(student, None, "student")
-    student_prompted_NC = scores(student, source_prompt, "student + prompt")
-    epsilon = source_prompt.epsilon
-    scored: dict[str, tuple[torch.Tensor, float | None]] = {
-        "zero-shot": (zero_shot_NC, None),
-        "student + prompt": (student_prompted_NC, epsilon),
-        "direct transfer": (scores(target, source_prompt, "direct transfer"), epsilon),
-        "proxy-tuning": (proxy_logits(student_NC, student_prompted_NC, zero_shot_NC, config.transfer.proxy_lambda), epsilon),
-    }
-    for name, prompt in others.items():
-        scored[name] = (scores(student if name.startswith("student") else target, prompt, name), prompt.epsilon)
-    for name, prompt in {"student + prompt": source_prompt, **others}.items():
-        if prompt.task.class_biases:
-            scored[f"{name}, without biases"] = (scored[name][0] - torch.tensor(prompt.task.class_biases), prompt.epsilon)
-    table = {
-        "task": task.name,
-        "split": section.split,
-        "rows": [{"name": name, **measure(values.numpy(), classes), "epsilon": cost} for name, (values, cost) in _in_order(scored)],
-    }
+    texts = _Texts(task, examples.texts, digest_of({"rows": inputs["private_task"], "split": section.split, "precision": precision}))
+    student = _Scorer(load_whole(student_folder, precision, world.device), student_folder, inputs["student"], texts, folder, world)
+    target = _Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], texts, folder, world)
+    zero_shot_NC, student_NC = target(None, "zero-shot"), student(None, "student")
+    classes = np.array(examples.classes)
+    parents = {name: inputs[name] for name in ("teacher", "student")}
+    table = [_row("zero-shot", zero_shot_NC, classes, None)]
+    for each in tuned:
+        source = read_prompt(each.source)
+        check_belongs(source, student.model, target.model, student.tokenizer)
+        prompts = {_ON_STUDENT: source} | {name: read_prompt(path) for name, path in each.on_target.items()}
+        if target.takes(source):
+            prompts["direct transfer"] = source
+        scored = {name: (student if name == _ON_STUDENT else target)(prompt, name + each.label) for name, prompt in prompts.items()}
+        biases = {name: torch.tensor(prompt.task.class_biases) for name, prompt in prompts.items() if prompt.task.class_biases}
+        biased = scored | {name: scored[name] + bias for name, bias in biases.items()}
+        biased["proxy-tuning"] = proxy_logits(student_NC, biased[_ON_STUDENT], zero_shot_NC, config.transfer.proxy_lambda)
+        for name in filter(biased.__contains__, _ORDER):
+            epsilon = prompts.get(name, source).epsilon
+            table.append(_row(name + each.label, biased[name], classes, epsilon))
+            if name in biases:
+                table.append(_row(f"{name}{each.label}, without biases", scored[name], classes, epsilon))
+        parents |= {name + each.label: prompt.manifest.digest for name, prompt in prompts.items()}
+    said = {"task": task.name, "split": section.split} | ({"test_readings": readings} if readings else {}) | {"rows": table}
 
     def fill(artifact: Path) -> None:
-        (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")
+        (artifact / TABLE).write_text(json.dumps(said, indent=2) + "\n")
 
-    settings = {"evaluate": section.model_dump(mode="json")}
-    world.on_main(lambda: write_artefact(folder.artifact, "evaluation", fill, parents=inputs, config=settings))
+    made_by = {"evaluate": section.model_dump(mode="json")}
+    world.on_main(lambda: write_artefact(folder.artifact, "evaluation", fill, parents=parents, config=made_by))
+
+
+@dataclass(frozen=True)
+class _Texts:
+    task: Task
+    texts: list[str]
+    digest: str
+
+
+class _Scorer:
+    """Class scores of the split's rows by one model, each computed once for all tables of a run's folder, and kept if one is stopped.
+
+    They are of private rows: what keeps them is for the owner alone.
+    """
+
+    def __init__(self, model: LanguageModel, model_folder: Path, digest: str, texts: _Texts, folder: RunFolder, world: World) -> None:
+        task = texts.task
+        self.model, self.tokenizer = model, load_tokenizer(model_folder)
+        self._template = Template(str(task.template), self.tokenizer, task.max_length, masked=model.masked)
+        self._verbalizer = Verbalizer(tuple(task.labels.values()), self.tokenizer, allow_multi_token=task.allow_multi_token)
+        self._rows = self._template.encode(texts.texts)
+        settings = task.model_dump(mode="json", exclude={"path", "name"})
+        self._question = {"model": digest, "texts": texts.digest, "task": settings}
+        self._kept, self._batch_size, self._world = folder.path.parent / "scores", folder.config.evaluate.batch_size, world
+
+    def takes(self, prompt: SoftPromptArtefact) -> bool:
+        """Whether the model can read a prompt that was tuned on another."""
+        return prompt.embeddings.shape[1] == self.model.width and prompt.manifest.tokenizer == tokenizer_fingerprint(self.tokenizer)
+
+    def __call__(self, prompt: SoftPromptArtefact | None, label: str) -> torch.Tensor:
+        """[N, C], without the biases of the prompt's task."""
+        world, prompt_nd = self._world, None if prompt is None else prompt.embeddings.to(self._world.device)
+        place = self._kept / digest_of({**self._question, "prompt": None if prompt is None else prompt.manifest.digest})[:16]
+        if not world.from_main(place.exists()):
+            how: dict[str, Any] = {"batch_size": self._batch_size, "world": world, "label": label}
+            made = {"scores": answers(self.model, self._rows, self._template, prompt_nd, self._verbalizer.scores, **how)}
+
+            def write() -> None:
+                with writing(place):
+                    self._kept.mkdir(mode=0o700, exist_ok=True)
+                write_folder(place, lambda partial: save_file(made, partial / _SCORES))
+
+            world.on_main(write)
+        return world.from_main(load_file(place / _SCORES)["scores"] if world.is_main else torch.empty(0))
+
+
+def _row(name: str, scores_NC: torch.Tensor, classes: np.ndarray, epsilon: float | None) -> dict[str, Any]:
+    return {"name": name, **measure(scores_NC.numpy(), classes), "epsilon": epsilon}
 
 
 def measure(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
@@ -133,21 +192,3 @@ def _margin(scores_NC: np.ndarray, index: int) -> np.ndarray:
     others = np.delete(scores_NC, index, axis=1)
     margin: np.ndarray = scores_NC[:, index] - others.max(axis=1)
     return margin
-
-
-_ORDER = (
-    "zero-shot",
-    "student + prompt",
-    "student + prompt, without biases",
-    "direct transfer",
-    "published transfer",
-    "transferred",
-    "proxy-tuning",
-    "full prompt tuning",
-)
-
-
-def _in_order(scored: dict[str, tuple[torch.Tensor, float | None]]) -> list[tuple[str, tuple[torch.Tensor, float | None]]]:
-    """The rows of the run file's own settings in their order, then the others as they came."""
-    first = {name: place for place, name in enumerate(_ORDER)}
-    return sorted(scored.items(), key=lambda row: first.get(row[0], len(first)))

@@ -7,9 +7,10 @@ Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), C cla
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.soft_prompt import check_room
 from post_dist.runtime.distributed import World
+from post_dist.stages.public_signals import alpha_by_agreement, class_information
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Lesson:
     """What one prompt has to learn.
 
     Attributes:
-        section: the objective.
+        section: the objective, with a number for alpha.
         template: of the public rows.
         verbalizer: of the task.
         class_biases: of the source prompt's task.
@@ -50,6 +52,7 @@ class Lesson:
         source_prompted: of the student's behind the source prompt.
         target: of the target's.
         offsets: [K], added to the proxy's scores.
+        signals: what the public text told, by name.
     """
 
     section: Transfer
@@ -61,6 +64,7 @@ class Lesson:
     source_prompted: torch.Tensor
     target: torch.Tensor
     offsets: torch.Tensor
+    signals: Mapping[str, float]
 
     @property
     def keeps_hidden(self) -> bool:
@@ -88,11 +92,14 @@ class Lesson:
         source_BK, source_prompted_BK, target_BK = (kept[chosen].to(device) for kept in (self.source, self.source_prompted, self.target))
         prompted_BK = prompted_BV if self.keeps_hidden else self.verbalizer.scores(prompted_BV)
         if target_BV is not None:
+            # Models of one family and tokenizer may fill their embeddings up to different sizes, with tokens that no text has.
+            common = min(student.vocabulary_size, target_BV.shape[1])
+            prompted_BK, target_BK = prompted_BK[:, :common], target_BV.detach()[:, :common]
             with torch.no_grad():
-                source_BK, target_BK = student.head(source_BK), target_BV.detach()
-                source_prompted_BK = self.verbalizer.lift(student.head(source_prompted_BK), self.class_biases)
+                source_BK = student.head(source_BK)[:, :common]
+                source_prompted_BK = self.verbalizer.lift(student.head(source_prompted_BK), self.class_biases)[:, :common]
         if section.objective == "published":
-            weights = {"alpha": section.alpha, "temperature": section.temperature}
+            weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
             return published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
         wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + self.offsets.to(device)
         return softened_kl(wanted_BK, prompted_BK, section.temperature)
@@ -105,33 +112,69 @@ def prepare_lesson(
     texts: list[str],
     models: Models,
     section: Transfer,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     world: World,
 ) -> Lesson:
-    """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task."""
-    template = Template(public_task.template or task.template, tokenizer, task.max_length, masked=models.target.masked)
-    verbalizer = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
+    """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task.
+
+    The tokenizers are the student's and the target's. They may differ where classes are compared, which each model has in words of its own.
+    """
+    log.info("transfer: %d public texts, objective %s on the %s", len(texts), section.objective, section.scores)
+    text = public_task.template or task.template
+    templates = [Template(text, tokenizer, task.max_length, masked=models.target.masked) for tokenizer in tokenizers]
+    verbalizers = [Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token) for tokenizer in tokenizers]
+    rows = [template.encode(texts) for template in templates]
     check_room(models.target, len(source_nd), task.max_length)
-    rows = template.encode(texts)
-    log.info("transfer: %d public texts, objective %s on the %s", len(rows), section.objective, section.scores)
     by_classes = section.scores == "classes"
 
     def kept(model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str) -> torch.Tensor:
-        def keep(said: torch.Tensor) -> torch.Tensor:
-            return verbalizer.scores(verbalizer.lift(said, biases)) if by_classes else said
+        by = int(model is models.target)
 
-        return answers(
-            model, rows, template, prompt_nd, keep, batch_size=section.batch_size, world=world, label=label, with_head=by_classes
-        )
+        def keep(said: torch.Tensor) -> torch.Tensor:
+            return verbalizers[by].scores(verbalizers[by].lift(said, biases)) if by_classes else said
+
+        how: dict[str, Any] = {"batch_size": section.batch_size, "world": world, "label": label, "with_head": by_classes}
+        return answers(model, rows[by], templates[by], prompt_nd, keep, **how)
 
     source = kept(models.student, None, (), "student")
     source_prompted = kept(models.student, source_nd, task.class_biases, "student + prompt")
     target = kept(models.target, None, (), "target")
+
+    section, signals = _heed(section, verbalizers, models, (source, source_prompted, target), task.class_biases)
     offsets = torch.zeros(1)
     if section.match_class_shares:
         offsets = share_matching_offsets(proxy_logits(source, source_prompted, target, section.proxy_lambda), source_prompted)
         log.info("transfer: class offsets %s match the prompted student's shares", [round(float(offset), 3) for offset in offsets])
-    return Lesson(section, template, verbalizer, task.class_biases, rows, source, source_prompted, target, offsets)
+    return Lesson(section, templates[1], verbalizers[1], task.class_biases, rows[1], source, source_prompted, target, offsets, signals)
+
+
+def _heed(
+    section: Transfer,
+    verbalizers: Sequence[Verbalizer],
+    models: Models,
+    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    biases: Sequence[float],
+) -> tuple[Transfer, dict[str, float]]:
+    """What the answers to the public text tell, and the settings with the alpha that follows from it, if it is to."""
+    if not verbalizers[0].token_ids:
+        return section, {}
+
+    @torch.no_grad()
+    def classes(model: LanguageModel, answered: torch.Tensor, biases: Sequence[float] = ()) -> torch.Tensor:
+        by = verbalizers[model is models.target]
+        if section.scores == "classes":
+            return answered
+        parts = [model.head(part.to(model.model.device), by.tokens).cpu() for part in answered.split(section.batch_size)]
+        return by.scores_of_tokens(torch.cat(parts)) + torch.tensor([biases or [0.0]])
+
+    source, source_prompted, target = kept
+    prompted_NC = classes(models.student, source_prompted, biases)
+    signals = {"class_information_nats": class_information(prompted_NC)}
+    if section.alpha == "auto":
+        signals["alpha"] = alpha_by_agreement(classes(models.student, source), prompted_NC, classes(models.target, target))
+        section = section.model_copy(update={"alpha": signals["alpha"]})
+    log.info("transfer: the public text tells %s", ", ".join(f"{name} {value:.3f}" for name, value in signals.items()))
+    return section, signals
 
 
 def lesson_losses(

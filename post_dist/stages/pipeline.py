@@ -3,12 +3,12 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
-from post_dist.artifacts.manifest import fingerprint, read_manifest
+from post_dist.artifacts.manifest import FILE_NAME, fingerprint, read_manifest
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import DataSource
@@ -20,7 +20,7 @@ from post_dist.models.load import is_masked, load_config, load_tokenizer, model_
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.stages.distill import distill
-from post_dist.stages.evaluate import evaluate
+from post_dist.stages.evaluate import ON_TARGET, Prompts, evaluate
 from post_dist.stages.transfer import Client, transfer
 from post_dist.stages.tune import tune
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _PUBLISHED = {"objective": "published", "scores": "vocabulary", "temperature": 2.0, "match_class_shares": False, "trained_share": 0.0}
 """The paper's loss and start, whatever the run file chooses for its own transfer."""
-_PROMPTED = "student + prompt"
 
 
 class Pipeline:
@@ -63,36 +62,48 @@ class Pipeline:
         return self._transfer([(self._config, prompt) for prompt in self._source_prompts])
 
     def evaluate(self) -> RunFolder:
-        """The comparison of all rows, with the baselines that the run file asks for."""
+        """The comparison of all rows, with the baselines and the epsilons that the run file asks for."""
         self._need("teacher", "private_task")
         if len(self._source_prompts) > 1:
             raise InputError(
                 f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table is of one", "evaluate each by itself"
             )
         (source_prompt,) = self._source_prompts
-        given = self._config.inputs.target_prompt
-        made: dict[str, Path] = {"transferred": given} if given else {}
-        wanted = {} if given else {"transferred": (self._config, source_prompt)}
-        if "published transfer" in self._config.evaluate.baselines:
-            section = self._config.transfer.model_copy(update=_PUBLISHED)
-            wanted["published transfer"] = self._config.model_copy(update={"transfer": section}), source_prompt
-        if "full prompt tuning" in self._config.evaluate.baselines:
-            made["full prompt tuning"] = self._tune(self._config, self.teacher, "the target").artifact
-        private = [f"{row}, epsilon {epsilon:g}" for epsilon in self._config.evaluate.private_rows for row in (_PROMPTED, "transferred")]
+        plans = {"": self._config}
         for epsilon in self._config.evaluate.private_rows:
-            config = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
-            tuned = made[f"{_PROMPTED}, epsilon {epsilon:g}"] = self._tune(config, self.student, "the student").artifact
-            wanted[f"transferred, epsilon {epsilon:g}"] = config, tuned
-        made |= {name: folder.artifact for name, folder in zip(wanted, self._transfer(list(wanted.values())), strict=True)}
-        prompts = {name: made[name] for name in (*(name for name in made if name not in private), *private)}
-        parents = {
-            "teacher": self._teacher_digest,
-            "student": self._student_digest,
-            **{name: read_manifest(path, "soft prompt").digest for name, path in {"source prompt": source_prompt, **prompts}.items()},
-        }
-        folder = run_folder(self._config, "evaluate", parents | {"private_task": self._data("private_task")})
-        self._run([folder], lambda _: evaluate(folder, self.teacher, self.student, source_prompt, prompts, parents, self._world))
+            plans[f", epsilon {epsilon:g}"] = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
+        sources = {label: self._tune(config, self.student, "the student").artifact for label, config in plans.items() if label}
+        tuned = self._on_target(plans, {"": source_prompt} | sources)
+        inputs = {"teacher": self._teacher_digest, "student": self._student_digest, "private_task": self._data("private_task")}
+        prompts = {name + each.label: path for each in tuned for name, path in {"source": each.source, **each.on_target}.items()}
+        digests = {name: read_manifest(path, "soft prompt").digest for name, path in prompts.items()}
+        folder = run_folder(self._config, "evaluate", inputs | digests)
+        self._run([folder], lambda _: evaluate(folder, self.teacher, self.student, tuned, inputs, self._world))
         return folder
+
+    def _on_target(self, plans: Mapping[str, RunConfig], sources: Mapping[str, Path]) -> list[Prompts]:
+        """For each plan of a table, what the run file wants to compare on the target; all transfers are trained beside each other."""
+        baselines, given = self._config.evaluate.baselines, self._config.inputs.target_prompt
+        wanted: dict[tuple[str, str], tuple[RunConfig, Path]] = {}
+        made: dict[tuple[str, str], Path] = {}
+        for label, config in plans.items():
+            if given and not label:
+                made[label, "transferred"] = given
+            else:
+                wanted[label, "transferred"] = config, sources[label]
+            if "published transfer" in baselines:
+                section = config.transfer.model_copy(update=_PUBLISHED)
+                wanted[label, "published transfer"] = config.model_copy(update={"transfer": section}), sources[label]
+        carried = self._transfer(list(wanted.values()))
+        made |= {place: folder.artifact for place, folder in zip(wanted, carried, strict=True)}
+        if "full prompt tuning" in baselines:
+            made |= {
+                (label, "full prompt tuning"): self._tune(config, self.teacher, "the target").artifact for label, config in plans.items()
+            }
+        return [
+            Prompts(label, source, {name: made[label, name] for name in ON_TARGET if (label, name) in made})
+            for label, source in sources.items()
+        ]
 
     def everything(self) -> RunFolder:
         """All stages, after a look at all inputs: a wrong label word is found before hours of distillation."""
@@ -165,6 +176,9 @@ class Pipeline:
 
     @cached_property
     def _student_digest(self) -> str:
+        if self._config.inputs.student and not (self.student / FILE_NAME).exists():  # a model that was not cut from the teacher
+            load_config(self.student)
+            return fingerprint(self.student)
         return read_manifest(self.student, "student").digest
 
     @cached_property

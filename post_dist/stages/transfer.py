@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import Teacher
+from post_dist.config.schema import Teacher, Transfer
 from post_dist.data.order import shares
 from post_dist.data.public_text import load_public_texts
 from post_dist.errors import ArtefactRefused, InputError
@@ -58,17 +59,19 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
     prompts = [read_prompt(client.prompt_folder) for client in clients]
     precision = choose_precision(config.engine, world.device)
     models = Models(load_whole(student_folder, precision, world.device), load_sharded(teacher_folder, config.engine, precision, world))
-    tokenizer = load_tokenizer(teacher_folder)
-    for prompt in prompts:
-        check_belongs(prompt, models.student, models.target, teacher_folder, student_folder)
+    tokenizers = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    for client, prompt in zip(clients, prompts, strict=True):
+        check_belongs(prompt, models.student, models.target, tokenizers[0])
+        _check_comparable(client.folder.config.transfer, models, tokenizers)
 
     pupils: dict[tuple[int, ...], list[_Pupil]] = {}
     for client, prompt in zip(clients, prompts, strict=True):
         section = client.folder.config.transfer
         source_nd = prompt.embeddings.to(world.device)
-        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, texts, models, section, tokenizer, world)
-        text_nd = prompt_from_text(models.target, tokenizer, prompt.task.init_text, len(source_nd))
-        start_nd = torch.lerp(text_nd, source_nd, section.trained_share).to(world.device, torch.float32).clone()
+        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, texts, models, section, tokenizers, world)
+        text_nd = prompt_from_text(models.target, tokenizers[1], prompt.task.init_text, len(source_nd))
+        start_nd = torch.lerp(text_nd, source_nd, section.trained_share) if section.trained_share else text_nd
+        start_nd = start_nd.to(world.device, torch.float32).clone()
         optimizer = torch.optim.Adam([start_nd], lr=section.learning_rate)
         run = PromptRun([start_nd], optimizer, section, client.folder, metrics_name="metrics.jsonl", show_loss=True)
         alike = (len(start_nd), section.steps, section.batch_size, run.take_up(resume, world))
@@ -79,7 +82,7 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
             beside = group[start : start + config.transfer.prompts_at_once]
             _train(beside, models, batch_size, first_step, config.seed, world)
             for pupil in beside:
-                world.on_main(partial(_write, pupil, config.teacher, teacher_folder, tokenizer_fingerprint(tokenizer)))
+                world.on_main(partial(_write, pupil, config.teacher, teacher_folder, tokenizer_fingerprint(tokenizers[1])))
 
 
 @dataclass(frozen=True)
@@ -115,24 +118,41 @@ def _write(pupil: _Pupil, teacher: Teacher | None, teacher_folder: Path, tokeniz
 
     made = (pupil.run.parameters[0], task, name, source.privacy)
     lineage = {"source prompt": source.manifest.digest, **source.manifest.parents}
-    settings = {"transfer": section.model_dump(mode="json"), "task": asdict(task)}
+    settings = {"transfer": section.model_dump(mode="json"), "task": asdict(task), "public_text": dict(pupil.lesson.signals)}
     write_prompt(folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=tokenizer)
 
 
 def check_belongs(
-    prompt: SoftPromptArtefact, student: LanguageModel, target: LanguageModel, teacher_folder: Path, student_folder: Path
+    prompt: SoftPromptArtefact, student: LanguageModel, target: LanguageModel, student_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Check that a prompt, its student and the target fit together.
+    """Check that a prompt is the student's, and that student and target answer in the same way.
 
     Raises:
-        ArtefactRefused: widths or tokenizers differ.
+        ArtefactRefused: widths or tokenizers of prompt and student differ, or one model is causal and the other masked.
     """
     width = prompt.embeddings.shape[1]
-    for name, model in (("student", student), ("target", target)):
-        if model.width != width:
-            raise ArtefactRefused(f"the prompt has vectors of width {width}, the {name} of width {model.width}")
+    if student.width != width:
+        raise ArtefactRefused(f"the prompt has vectors of width {width}, the student of width {student.width}")
     if student.masked != target.masked:
         raise ArtefactRefused("student and target are not both causal or both masked models")
-    for folder in (student_folder, teacher_folder):
-        if tokenizer_fingerprint(load_tokenizer(folder)) != prompt.manifest.tokenizer:
-            raise ArtefactRefused(f"the tokenizer of {folder} is not the one that the prompt was tuned with")
+    if tokenizer_fingerprint(student_tokenizer) != prompt.manifest.tokenizer:
+        raise ArtefactRefused("the student's tokenizer is not the one that the prompt was tuned with")
+
+
+def _check_comparable(section: Transfer, models: Models, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> None:
+    """Check that what the settings compare can be compared, for a student that was not cut from the target.
+
+    Raises:
+        InputError: the prompt cannot start from vectors of another width; logits of two vocabularies have nothing in common.
+    """
+    one, other = models.student.width, models.target.width
+    if one != other and section.trained_share:
+        raise InputError(
+            f"transfer.trained_share is {section.trained_share:g}, but vectors of width {one} do not fit a target of width {other}",
+            "set transfer.trained_share: 0, so that the prompt starts from text",
+        )
+    if section.scores == "vocabulary" and tokenizer_fingerprint(tokenizers[0]) != tokenizer_fingerprint(tokenizers[1]):
+        raise InputError(
+            "transfer.scores: vocabulary compares logits token by token, and student and target have different tokenizers",
+            "set transfer.scores: classes; the label words then connect them",
+        )

@@ -1,6 +1,7 @@
 """Prompts of several owners, carried to one resident target beside each other."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from post_dist.runtime.metrics import read_metrics
 
 VARIANTS = {
     "classes": ["--set=transfer.objective=proxy", "--set=transfer.scores=classes"],
-    "vocabulary": ["--set=transfer.objective=published"],
+    "vocabulary": ["--set=transfer.objective=published", "--set=transfer.alpha=auto"],
 }
 
 
@@ -51,6 +52,10 @@ def test_each_prompt_is_as_if_it_had_been_alone(owners: tuple[Path, list[Path]],
         made, expected = read_prompt(beside), read_prompt(by_itself)
         torch.testing.assert_close(made.embeddings, expected.embeddings, rtol=0, atol=1e-4)
         assert made.manifest.parents == expected.manifest.parents
+        told = made.manifest.config["public_text"]
+        assert told == expected.manifest.config["public_text"]
+        assert set(told) == {"class_information_nats"} | ({"alpha"} if variant == "vocabulary" else set())
+        assert 0 < told["class_information_nats"] < math.log(2)
         losses = [[line["loss"] for line in read_metrics(path.parent / "metrics.jsonl")] for path in (beside, by_itself)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
     assert not torch.equal(read_prompt(together[0]).embeddings, read_prompt(together[1]).embeddings)

@@ -60,6 +60,23 @@ def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) 
     assert changed <= {str(finished / "runs/tiny/report.md"), str(finished / "runs/tiny/report.html")}
 
 
+def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(finished: Path, main: Callable) -> None:
+    before = state(finished / "runs/tiny/scores")
+    base = ("pipeline", finished / "run.yaml", "--set=transfer.objective=proxy", "--set=transfer.scores=classes", "--json")
+    tables = [json.loads(main(*base, f"--set=evaluate.baselines={baselines}")[1]) for baselines in ("[]", "[published transfer]", "[]")]
+    assert state(finished / "runs/tiny/scores") == before
+    assert len(before) == 7  # of two models without a prompt, and of five prompts
+    readings = [table["test_readings"] for table in tables]
+    assert 1 < readings[0] == readings[2] == readings[1] - 1, "a finished table is no new reading"
+    lines = (finished / "private.csv.test_readings.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["evaluation"] for line in lines}) >= readings[1]
+    by_name = {row["name"]: row for row in tables[1]["rows"]}
+    assert all(by_name[row["name"]] == row for row in tables[0]["rows"])
+    validation = json.loads(main(*base, "--set=evaluate.baselines=[]", "--set=evaluate.split=validation")[1])
+    assert "test_readings" not in validation
+    assert len(state(finished / "runs/tiny/scores")) == len(before) + 5
+
+
 def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> None:
     from peft import PeftModel
 

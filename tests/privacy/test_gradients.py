@@ -8,6 +8,7 @@ import tiny
 import torch
 from privacy.checks import apart, example_gradients, gradients_one_at_a_time, material
 
+from post_dist.bench.peers import OpacusLora
 from post_dist.data.template import Batch
 from post_dist.errors import InputError
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone
@@ -130,3 +131,16 @@ def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
     print(f"PEFT under Opacus' hooks: grad_sample {tuple(theirs)}; here {tuple(ours)}")
     assert theirs == (1, 6, 32)
     assert ours == (7, 6, 32)
+
+
+def test_the_peer_lora_has_each_example_s_own_gradients() -> None:
+    made = material("llama", torch.float32)
+    lora = OpacusLora(made.model, made.verbalizer, rank=2)
+    for parameter in lora.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = made.template.collate(made.rows)
+    together = lora(batch, made.classes)
+    assert len(together) == 2 * 2 * len(made.model.layers)
+    for row in range(len(made.rows)):
+        alone = lora(made.template.collate(made.rows[row : row + 1], batch.input_ids.shape[1]), made.classes[row : row + 1])
+        assert apart([part[row : row + 1] for part in together], alone) < 1e-4

@@ -1,0 +1,95 @@
+"""What `utility.py` measures with: the pipeline in this process, and DP-LoRA by the data's owner."""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from post_dist.bench.measure import device_name
+from post_dist.bench.peers import OpacusLora
+from post_dist.config.load import load_run
+from post_dist.config.schema import RunConfig
+from post_dist.data.tasks import load_examples
+from post_dist.data.template import Template, Verbalizer
+from post_dist.models.answers import answers
+from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.mechanism import PrivateOptimizer
+from post_dist.privacy.randomness import RandomSource
+from post_dist.privacy.sampling import poisson_rows
+from post_dist.report import read_table
+from post_dist.runtime.distributed import choose_precision, start
+from post_dist.runtime.logs import speak
+from post_dist.runtime.progress import progress
+from post_dist.stages.evaluate import measure
+from post_dist.stages.pipeline import Pipeline
+from post_dist.stages.prompt_training import schedule_at
+
+_STAGES = frozenset({"distill", "tune", "transfer", "evaluate"})
+_RANK = 8
+_RATES = (1e-3, 4e-3)
+_MICRO_BATCH = 16
+
+
+class Laboratory:
+    """Runs the demo's run file with other settings, and leaves what is finished in one folder."""
+
+    def __init__(self, run: Path, output: Path) -> None:
+        speak(0)
+        self._run, self._output, self._world = run, output, start(0)
+        self.device = device_name(self._world.device)
+
+    def table(self, settings: list[str]) -> list[dict[str, Any]]:
+        """The rows of the pipeline's table."""
+        made = Pipeline(self._config(settings), self._world, _STAGES).everything()
+        rows: list[dict[str, Any]] = read_table(made)["rows"]
+        return rows
+
+    def lora(self, settings: list[str], epsilon: float) -> list[dict[str, Any]]:
+        """DP-LoRA on the student, with the plan that the prompt is tuned with.
+
+        The better of two learning rates by the validation split: a favour to it, for nothing pays for that choice.
+        """
+        config = self._config(settings)
+        config = config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
+        student = Pipeline(config, self._world, _STAGES).student
+        tried = {rate: self._tuned_by_lora(config, student, rate) for rate in _RATES}
+        best = max(_RATES, key=lambda rate: tried[rate]("validation")["accuracy_micro"])
+        row = {"name": f"DP-LoRA on the student, epsilon {epsilon:g}", **tried[best]("test")}
+        return [row | {"epsilon": account(private_plan(config)).epsilon, "learning_rate": best}]
+
+    def _tuned_by_lora(self, config: RunConfig, student: Path, learning_rate: float) -> Callable[[str], dict[str, Any]]:
+        """Train, and give what measures the result on a split."""
+        torch.manual_seed(config.seed)
+        task, plan, tokenizer = config.private_task, private_plan(config), load_tokenizer(student)
+        model = load_whole(student, choose_precision(config.engine, self._world.device), self._world.device)
+        template = Template(task.template, tokenizer, task.max_length, masked=False)
+        verbalizer = Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
+        examples = load_examples(task, "train", "private_task")
+        rows, classes = template.encode(examples.texts), torch.tensor(examples.classes)
+        lora = OpacusLora(model, verbalizer, _RANK)
+        source = RandomSource("lora", secrets.token_bytes(32))
+        optimizer = PrivateOptimizer(torch.optim.Adam(lora.parameters, lr=learning_rate), plan, source)
+        with progress(f"DP-LoRA at rate {learning_rate}", plan.steps, show=True) as advance:
+            for step in range(plan.steps):
+                optimizer.param_groups[0]["lr"] = learning_rate * schedule_at(config.tune, step, plan.steps)
+                chosen = sorted(poisson_rows(plan, source, len(rows), step), key=lambda row: len(rows[row].token_ids))
+                for first in range(0, len(chosen), _MICRO_BATCH):
+                    part = chosen[first : first + _MICRO_BATCH]
+                    optimizer.accumulate(lora(template.collate([rows[row] for row in part]), classes[part]))
+                optimizer.finish(step, lambda commitment: None)
+                advance("")
+
+        def measured(split: str) -> dict[str, Any]:
+            examples = load_examples(task, split, "private_task")
+            how: dict[str, Any] = {"batch_size": config.evaluate.batch_size, "world": self._world, "label": f"DP-LoRA, {split}"}
+            scores_NC = answers(model, template.encode(examples.texts), template, None, verbalizer.scores, **how)
+            return measure(scores_NC.numpy(), np.array(examples.classes))
+
+        return measured
+
+    def _config(self, settings: list[str]) -> RunConfig:
+        return load_run(self._run, settings, self._output)

