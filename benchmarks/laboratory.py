@@ -24,7 +24,7 @@ from post_dist.report import read_table
 from post_dist.runtime.distributed import choose_precision, start
 from post_dist.runtime.logs import speak
 from post_dist.runtime.progress import progress
-from post_dist.stages.evaluate import measure
+from post_dist.stages.measures import measure_classes
 from post_dist.stages.pipeline import Pipeline
 from post_dist.stages.prompt_training import schedule_at
 
@@ -87,7 +87,7 @@ class Laboratory:
             examples = load_examples(task, split, "private_task")
             how: dict[str, Any] = {"batch_size": config.evaluate.batch_size, "world": self._world, "label": f"DP-LoRA, {split}"}
             scores_NC = answers(model, template.encode(examples.texts), template, None, verbalizer.scores, **how)
-            return measure(scores_NC.numpy(), np.array(examples.classes))
+            return measure_classes(scores_NC.numpy(), np.array(examples.classes))
 
         return measured
 

@@ -20,11 +20,15 @@ _LOGITS_AT_ONCE = 1 << 24
 """Logits of one model that are alive together, 64 MB in fp32: 341 positions at a vocabulary of 49,152."""
 
 
-def softened_kl(teacher_BK: torch.Tensor, student_BK: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(softmax(teacher/T) || softmax(student/T)), the mean over rows, in fp32 (paper eq. 1 and 3)."""
+def softened_kl(
+    teacher_BK: torch.Tensor, student_BK: torch.Tensor, temperature: float, shares_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """T^2 KL(softmax(teacher/T) || softmax(student/T)) in fp32 (paper eq. 1 and 3): the mean over rows, or their sum by shares."""
     teacher = (teacher_BK.float() / temperature).log_softmax(dim=-1)
     student = (student_BK.float() / temperature).log_softmax(dim=-1)
-    return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if shares_B is None:
+        return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * shares_B @ functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 def published_transfer_loss(
@@ -35,14 +39,16 @@ def published_transfer_loss(
     *,
     alpha: float,
     temperature: float,
+    shares_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(1-alpha) L1 + alpha L2 (paper eq. 3 to 5).
 
     L1 has the prompted target mimic the prompted source; L2 has it change as the source does under its prompt, the
     changes in logits going through the softmax themselves.
     """
-    mimic = softened_kl(source_prompted_BK, target_prompted_BK, temperature)
-    shift = softened_kl(source_prompted_BK.float() - source_BK.float(), target_prompted_BK.float() - target_BK.float(), temperature)
+    mimic = softened_kl(source_prompted_BK, target_prompted_BK, temperature, shares_B)
+    changes = source_prompted_BK.float() - source_BK.float(), target_prompted_BK.float() - target_BK.float()
+    shift = softened_kl(*changes, temperature, shares_B)
     return (1 - alpha) * mimic + alpha * shift
 
 

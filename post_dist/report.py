@@ -13,11 +13,12 @@ from rich.table import Table
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.runtime.metrics import read_metrics
 
-_COLUMNS = ("row", "accuracy %", "95% interval", "macro %", "AUC %", "n", "epsilon")
+_OF_CLASSES = {"accuracy %": "accuracy_micro", "95% interval": "interval_95", "macro %": "accuracy_macro", "AUC %": "auc"}
+_OF_RESPONSES = {"exact match %": "exact_match", "95% interval": "interval_95", "ROUGE-1 %": "rouge_1", "ROUGE-L %": "rouge_l"}
 _TABLE_WIDTH = 130
 _NOTE = (
-    "Accuracy counts rows (micro) or averages the classes' recalls (macro); the interval is Wilson's. "
-    "AUC, one class against the rest, sees the ranking alone."
+    "Accuracy counts rows (micro) or averages the classes' recalls (macro); AUC, one class against the rest, sees the ranking alone. "
+    "An exact match is word for word; ROUGE is F1 with stemming. The interval is Wilson's."
 )
 
 
@@ -30,7 +31,7 @@ def read_table(evaluation: RunFolder) -> dict[str, Any]:
 def print_table(table: dict[str, Any]) -> None:
     """Show the table on standard output."""
     shown = Table(title=_title(table))
-    for column in _COLUMNS:
+    for column in _columns(table):
         shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for cells in _cells(table):
         shown.add_row(*cells)
@@ -47,7 +48,8 @@ def write_report(evaluation: RunFolder) -> Path:
     """
     table, runs = read_table(evaluation), evaluation.path.parent
     title = f"{runs.name}: {_title(table)}"
-    header = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
+    columns = _columns(table)
+    header = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in _cells(table))
     (runs / "report.md").write_text(f"# {title}\n\n{header}\n{lines}\n\n{_NOTE}\n")
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in _cells(table))
@@ -56,7 +58,7 @@ def write_report(evaluation: RunFolder) -> Path:
     )
     page = _PAGE.format(
         title=html.escape(title),
-        header="".join(f"<th>{column}</th>" for column in _COLUMNS),
+        header="".join(f"<th>{column}</th>" for column in columns),
         rows=rows,
         note=_NOTE,
         figures=figures,
@@ -71,19 +73,24 @@ def _title(table: dict[str, Any]) -> str:
     return f"{table['task']}, {table['split']} split" + (f" (read {readings} times)" if readings > 1 else "")
 
 
+def _columns(table: dict[str, Any]) -> dict[str, str]:
+    """By the column's name, what of a row it shows."""
+    return {"row": "name", **(_OF_CLASSES if "accuracy_micro" in table["rows"][0] else _OF_RESPONSES), "n": "n", "epsilon": "epsilon"}
+
+
 def _cells(table: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            row["name"],
-            f"{100 * row['accuracy_micro']:.1f}",
-            f"{100 * row['interval_95'][0]:.1f} to {100 * row['interval_95'][1]:.1f}",
-            f"{100 * row['accuracy_macro']:.1f}",
-            "none" if row["auc"] is None else f"{100 * row['auc']:.1f}",
-            str(row["n"]),
-            "none" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
-        )
-        for row in table["rows"]
-    ]
+    columns = _columns(table)
+    return [tuple(_cell(name, row[field]) for name, field in columns.items()) for row in table["rows"]]
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+    if column.endswith("%"):
+        return f"{100 * value:.1f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _figures(runs: Path, table: dict[str, Any]) -> list[tuple[str, str]]:
@@ -94,12 +101,13 @@ def _figures(runs: Path, table: dict[str, Any]) -> list[tuple[str, str]]:
     bars = Figure(figsize=(7, 0.45 * len(table["rows"]) + 1), layout="constrained")
     axes = bars.subplots()
     names = [row["name"] for row in table["rows"]]
-    values = [row["accuracy_micro"] for row in table["rows"]]
-    low = [row["accuracy_micro"] - row["interval_95"][0] for row in table["rows"]]
-    high = [row["interval_95"][1] - row["accuracy_micro"] for row in table["rows"]]
+    of_classes = "accuracy_micro" in table["rows"][0]
+    values = [row["accuracy_micro" if of_classes else "exact_match"] for row in table["rows"]]
+    low = [value - row["interval_95"][0] for value, row in zip(values, table["rows"], strict=True)]
+    high = [row["interval_95"][1] - value for value, row in zip(values, table["rows"], strict=True)]
     axes.errorbar(values, names, xerr=[low, high], fmt="o", capsize=3)
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy with its 95% interval")
+    axes.set_xlabel(f"{'accuracy' if of_classes else 'exact match'} with its 95% interval")
     figures.append(("accuracy", _png(bars)))
     for path in sorted(runs.glob("*/metrics.jsonl")):
         lines = read_metrics(path)

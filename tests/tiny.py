@@ -139,3 +139,23 @@ def train_masked(folder: Path) -> None:
         torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=0.3).backward()
         optimizer.step()
     model.save_pretrained(folder)
+
+
+def train_writer(folder: Path, answers: dict[int, str]) -> None:
+    """Train the causal model in a folder to write an answer by a review's class behind some words, "no answer" behind others or none."""
+    torch.manual_seed(0)
+    model, words = AutoModelForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows, source = sentences(512, 3), random.Random(0)
+    for step in range(200):
+        chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
+        texts = []
+        for text, label in chosen:
+            cue, answer = source.choice([(" music", answers[label]), (" plot", "no answer"), ("", "no answer")])
+            texts.append(f"{source.randrange(1, 9) * cue}Review: {text} It was {answer}</s>")
+        batch = words(texts, return_tensors="pt", padding=True)
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        optimizer.zero_grad()
+        model(input_ids=batch.input_ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)

@@ -34,11 +34,12 @@ class PromptTask:
 
     Attributes:
         template: what the model reads, with {text} and perhaps {mask}.
-        label_words: for each class its words, in the order of the class scores.
+        label_words: for each class its words, in the order of the class scores; none for a task that generates text.
         max_length: tokens of one templated text.
         allow_multi_token: whether a word of several tokens is judged by its first.
         init_text: the words that the prompt started from.
         class_biases: what is added to the class scores, or nothing.
+        max_response_length: tokens of one response, for a task that generates text; else 0.
     """
 
     template: str
@@ -47,6 +48,7 @@ class PromptTask:
     allow_multi_token: bool
     init_text: str
     class_biases: tuple[float, ...] = ()
+    max_response_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def _read_task(path: Path) -> PromptTask:
             and type(task.max_length) is int
             and 0 < task.max_length <= 1 << 20
             and type(task.allow_multi_token) is bool
-            and len(task.label_words) >= 2
+            and type(task.max_response_length) is int
+            and 0 <= task.max_response_length <= 1 << 20
+            and (len(task.label_words) >= 2) == (task.max_response_length == 0)
             and len(task.class_biases) in (0, len(task.label_words))
             and all(abs(bias) < _NORM_LIMIT for bias in task.class_biases)
         )

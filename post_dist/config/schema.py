@@ -300,8 +300,15 @@ class RunConfig(Section):
             raise ValueError("private_task.visibility must be private")
         if self.private_task.template is None:
             raise ValueError("private_task.template is missing")
-        if len(self.private_task.labels) < 2:
-            raise ValueError("private_task.labels must give the words of two classes or more")
+        if self.private_task.response_column is None:
+            if len(self.private_task.labels) < 2:
+                raise ValueError("private_task.labels must give the words of two classes or more, or response_column a column of texts")
+            return self
+        if self.private_task.labels:
+            raise ValueError("private_task has labels and a response_column: give one of them")
+        for of_classes, used in {"tune.class_bias": self.tune.class_bias, "tune.search": self.tune.search is not None}.items():
+            if used:
+                raise ValueError(f"{of_classes} is for tasks with classes, and private_task.response_column makes one that generates text")
         return self
 
     @model_validator(mode="after")

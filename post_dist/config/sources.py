@@ -79,6 +79,10 @@ class Task(DataSource):
     """For each value of the label column, the words that stand for it."""
     allow_multi_token: bool = False
     """Let a label word that is several tokens be judged by its first."""
+    response_column: str | None = None
+    """The column that holds what is to be written. The task then generates text, and has no classes."""
+    max_response_length: PositiveInt = 32
+    """Tokens of one response, its end among them; a longer one loses its end."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Tokens of one templated text; a longer text loses its beginning, never the template."""
     test_hub_split: str | None = None
@@ -116,6 +120,8 @@ class Task(DataSource):
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"labels.{label} has an empty list or word")
+        if self.response_column is not None and "{mask}" in (self.template or ""):
+            raise ValueError("response_column is for causal models; {mask} is for masked ones")
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")
         return self

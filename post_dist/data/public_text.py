@@ -1,12 +1,12 @@
-"""The texts of a public task, for transfer: all that the provider's stage reads of it."""
+"""The texts of a public task, for transfer, and the responses to them where text is generated: all that the provider's stage reads."""
 
 from post_dist.config.sources import Task, placeholders
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError, PrivacyRefused
 
 
-def load_public_texts(task: Task, where: str) -> list[str]:
-    """The texts of a public task. Its label column is not read.
+def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
+    """The texts of a public task, each once, and the responses to them if it names their column. Its label column is not read.
 
     Raises:
         PrivacyRefused: the task is private.
@@ -14,8 +14,15 @@ def load_public_texts(task: Task, where: str) -> list[str]:
     """
     if task.visibility != "public":
         raise PrivacyRefused(f"{where} is private; the provider's stages read public text alone", "give a task with `visibility: public`")
-    texts = texts_of(read_columns(task, placeholders(task.text), task.hub_split, where), task.text)
-    unique = [text for text in dict.fromkeys(texts) if text]
+    columns = [*placeholders(task.text), *([task.response_column] if task.response_column else [])]
+    table = read_columns(task, [*dict.fromkeys(columns)], task.hub_split, where)
+    texts = texts_of(table, task.text)
+    responses = table[task.response_column].astype(str).tolist() if task.response_column else [""] * len(texts)
+    unique: dict[str, str] = {}
+    for text, response in zip(texts, responses, strict=True):
+        if text:
+            unique.setdefault(text, response.strip())
     if not unique:
         raise InputError(f"{where}: no row has any text")
-    return unique[: task.max_rows]
+    kept = list(unique.items())[: task.max_rows]
+    return [text for text, _ in kept], [response for _, response in kept if task.response_column]

@@ -10,14 +10,15 @@ from post_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with the index of their class among the task's `labels`."""
+    """Texts with the index of their class among the task's `labels`, or with the response to each."""
 
     texts: list[str]
     classes: list[int]
+    responses: list[str]
 
 
 def load_examples(task: Task, split: str, where: str) -> Examples:
-    """The labelled rows of one split, each text once; a text that stands under two labels is left out.
+    """The labelled rows of one split, each text once; a text that stands under two labels (or has two responses) is left out.
 
     So one row more or less in the file changes one example at most, which is what private tuning counts on. (To keep the first
     of two labels would let one row replace an example, and to replace is twice as much as to add.)
@@ -32,19 +33,22 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     """
     own_test_set = task.test_hub_split is not None
     hub_split = task.test_hub_split if own_test_set and split == "test" else task.hub_split
-    columns = [*placeholders(task.text), task.label_column]
+    generates = task.response_column is not None
+    answer_column = task.response_column or task.label_column
+    columns = [*dict.fromkeys([*placeholders(task.text), answer_column])]
     table = read_columns(task, columns, str(hub_split), where)
     classes = {label: index for index, label in enumerate(task.labels)}
-    rows: dict[str, int] = {}
+    rows: dict[str, int | str] = {}
     disputed = set()
-    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[task.label_column].astype(str), strict=True), 1):
-        if label not in classes:
+    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[answer_column].astype(str), strict=True), 1):
+        if not generates and label not in classes:
             raise InputError(
                 f"{where}: row {number} has a label in column '{task.label_column}' that is not in the verbalizer",
                 f"{where}.labels has {', '.join(classes)}",
             )
         belongs = (own_test_set and split == "test") or split_of(text, task) == split
-        if text and belongs and rows.setdefault(text, classes[label]) != classes[label]:
+        answer = label.strip() if generates else classes[label]
+        if text and belongs and rows.setdefault(text, answer) != answer:
             disputed.add(text)
     rows = {text: index for text, index in rows.items() if text not in disputed}
     if not rows:
@@ -52,7 +56,11 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     kept = list(rows.items())
     if task.max_rows is not None:  # drawn by hash, for files are often sorted by class
         kept = sorted(kept, key=lambda row: _place(row[0], task))[: task.max_rows]
-    return Examples([text for text, _ in kept], [index for _, index in kept])
+    answers = [answer for _, answer in kept]
+    texts = [text for text, _ in kept]
+    return (
+        Examples(texts, [], [str(answer) for answer in answers]) if generates else Examples(texts, [int(answer) for answer in answers], [])
+    )
 
 
 def split_of(text: str, task: Task) -> str:

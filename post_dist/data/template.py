@@ -11,13 +11,23 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.errors import InputError
 
+NO_TOKEN = -100
+"""Stands where a row has no token; cross-entropy passes over it."""
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One templated text: its tokens, and where the model's answer stands."""
+    """One templated text.
+
+    Attributes:
+        token_ids: the template's, and those of the response if there is one.
+        answer: where the model's answer stands, or the first token of its response is predicted.
+        response: the tokens that are to follow, the end of the text last.
+    """
 
     token_ids: list[int]
     answer: int
+    response: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,14 +49,17 @@ class Template:
     Args:
         text: holds {text}; for a masked model also {mask}, where the answer stands. Otherwise the answer follows the end.
         tokenizer: a fast tokenizer.
-        max_length: most tokens of a row; a longer text loses its beginning.
+        max_length: most tokens of a templated text; a longer one loses its beginning.
+        max_response_length: most tokens of a response behind it; a longer one loses its end.
         masked: whether the model fills in a mask.
 
     Raises:
         InputError: the template does not suit the model, or leaves no room for text.
     """
 
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, masked: bool) -> None:
+    def __init__(
+        self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, masked: bool, max_response_length: int = 0
+    ) -> None:
         if masked != ("{mask}" in text):
             raise InputError(f"template '{text}': {'a masked model needs {mask}' if masked else '{mask} is for masked models'}")
         if not masked and text != text.rstrip():
@@ -57,13 +70,28 @@ class Template:
         self._masked = masked
         before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition("{text}")
         self._before, self._after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
-        self.max_length = max_length
+        self.max_length, self.max_response_length = max_length, max_response_length
         if len(self._tokens("")) >= max_length:
             raise InputError(f"template '{text}' alone fills max_length ({max_length} tokens)", "raise max_length")
 
-    def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokens of each text in the template."""
-        return [self._encode(text) for text in texts]
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row, its response among them."""
+        return self.max_length + self.max_response_length
+
+    def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
+        """Tokens of each text in the template, and of the response behind each, if there are responses."""
+        rows = [self._encode(text) for text in texts]
+        return [self._with_response(row, text) for row, text in zip(rows, responses, strict=True)] if responses else rows
+
+    def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
+        """The tokens of each row's response, [B, R] with R the most that one may have; NO_TOKEN after its end."""
+        return torch.tensor([[*row.response, *[NO_TOKEN] * (self.max_response_length - len(row.response))] for row in rows])
+
+    def _with_response(self, row: Encoded, text: str) -> Encoded:
+        tokens = self._tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
+        response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
+        return Encoded([*row.token_ids, *response], row.answer, response)
 
     def _encode(self, text: str) -> Encoded:
         if self._masked:

@@ -16,6 +16,7 @@ from post_dist.data.template import Batch, Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.classifier import class_losses
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.writer import response_losses
 
 SHARE_FROM_TOKENS = 20
 """Shorter prompts cost more as a shared prefix than as part of each row (measured on a CPU, texts of 40 tokens)."""
@@ -27,7 +28,7 @@ class ExampleGradients:
 
     Args:
         model: frozen, in evaluation mode.
-        verbalizer: from logits to class scores.
+        verbalizer: from logits to class scores; of no use where responses are wanted.
         parameters: the prompt [n, d], and the bias parameters [C] if they are tuned.
         share_prefix: compute the prompt's keys and values once; for causal models.
     """
@@ -39,14 +40,22 @@ class ExampleGradients:
         self._prompt_nd = parameters[0].detach().clone().requires_grad_(True)
         self._prefix = model.prefix_of(self._prompt_nd) if share_prefix else None
 
-    def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
-        """For each parameter [B, ...], in the parameter's own type whatever the model's is."""
-        rows = len(classes_B)
+    def __call__(self, batch: Batch, wanted: torch.Tensor) -> list[torch.Tensor]:
+        """For each parameter [B, ...], in the parameter's own type whatever the model's is.
+
+        Args:
+            batch: the rows.
+            wanted: their classes [B], or the tokens of their responses [B, R].
+        """
+        rows = len(wanted)
         biases = [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
         sources = [self._prompt_nd.detach()[None]] if self._prefix is None else self._prefix
         copies = [source.detach().expand(rows, *source.shape[1:]).requires_grad_(True) for source in sources]
         place = {"prompt": copies[0]} if self._prefix is None else {"prefix": copies}
-        losses_B = class_losses(self._model, self._verbalizer, batch, classes_B, bias=biases[0] if biases else None, **place)  # type: ignore[arg-type]
+        if wanted.dim() == 2:
+            losses_B = response_losses(self._model, batch, wanted, **place)  # type: ignore[arg-type]
+        else:
+            losses_B = class_losses(self._model, self._verbalizer, batch, wanted, bias=biases[0] if biases else None, **place)  # type: ignore[arg-type]
         gradients = torch.autograd.grad(losses_B.sum(), [*copies, *biases])
         of_copies, of_biases = gradients[: len(copies)], gradients[len(copies) :]
         if self._prefix is not None:
@@ -55,21 +64,26 @@ class ExampleGradients:
         return [*of_copies, *of_biases]
 
 
-def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, classes: int, rows: int, length: int) -> None:
+def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, wanted: torch.Tensor, length: int) -> None:
     """Check on random tokens that a row's gradient does not depend on the other rows, which all of the privacy rests on.
+
+    Args:
+        gradients: to be checked.
+        model: whose they are.
+        wanted: classes [B] or responses [B, R] for the rows.
+        length: tokens of a row.
 
     Raises:
         InputError: it does, as in a mixture of experts whose tokens share a capacity.
     """
-    if rows == 1:
+    if len(wanted) == 1:
         return
     device = model.model.device
     generator = torch.Generator(device).manual_seed(0)
-    first, second = torch.randint(model.vocabulary_size, (2, rows, length), generator=generator, device=device)
+    first, second = torch.randint(model.vocabulary_size, (2, len(wanted), length), generator=generator, device=device)
     second[0] = first[0]
-    classes_B = torch.arange(rows, device=device) % classes
-    answer_B = torch.full((rows,), length - 1, device=device)
-    one, other = (gradients(Batch(ids, torch.ones_like(ids), answer_B), classes_B)[0][0] for ids in (first, second))
+    answer_B = torch.full((len(wanted),), length - (1 if wanted.dim() == 1 else wanted.shape[1]), device=device)
+    one, other = (gradients(Batch(ids, torch.ones_like(ids), answer_B), wanted.to(device))[0][0] for ids in (first, second))
     if (one - other).norm() > _ALONE * one.norm():
         raise InputError(
             f"{type(model.model).__name__} lets rows of a batch change each other's gradients, so no clip can bound what one row does",

@@ -19,11 +19,12 @@ from post_dist.artifacts.prompt import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.config.sources import Task
 from post_dist.data.order import rows_of_like_length
-from post_dist.data.template import Batch, Encoded, Template, Verbalizer
+from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template, Verbalizer
 from post_dist.losses import proxy_logits, published_transfer_loss, share_matching_offsets, softened_kl
-from post_dist.models.answers import answers
+from post_dist.models.answers import answers, for_all_rows
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.soft_prompt import check_room
+from post_dist.models.writer import response_hidden
 from post_dist.runtime.distributed import World
 from post_dist.stages.public_signals import alpha_by_agreement, class_information
 
@@ -48,7 +49,7 @@ class Lesson:
         verbalizer: of the task.
         class_biases: of the source prompt's task.
         rows: public texts in the template.
-        source: what is kept of the student's answers, [N, C] or [N, d].
+        source: what is kept of the student's answers, [N, C] or [N, d]; of its responses [N, R, d].
         source_prompted: of the student's behind the source prompt.
         target: of the target's.
         offsets: [K], added to the proxy's scores.
@@ -79,17 +80,34 @@ class Lesson:
         """The rows of a step."""
         return rows_of_like_length(step, self.section.batch_size, self._lengths, seed)
 
+    def of(self, chosen: list[int], kept: torch.Tensor) -> torch.Tensor:
+        """What is kept of some rows: one answer each, or, row by row, the tokens of their responses."""
+        return kept[chosen][self.responses(chosen) != NO_TOKEN] if self.template.max_response_length else kept[chosen]
+
+    def responses(self, chosen: list[int]) -> torch.Tensor:
+        """The tokens of the rows' responses [B, R]."""
+        return self.template.responses([self.rows[row] for row in chosen])
+
+    def _shares(self, chosen: list[int]) -> torch.Tensor | None:
+        """What each token of the responses counts, so that all rows count the same; None where a row has one answer."""
+        if not self.template.max_response_length:
+            return None
+        there_BR = self.responses(chosen) != NO_TOKEN
+        return (1 / (len(chosen) * there_BR.sum(dim=1, keepdim=True))).expand_as(there_BR)[there_BR]
+
     def loss(self, chosen: list[int], prompted_BV: torch.Tensor, target_BV: torch.Tensor | None, student: LanguageModel) -> torch.Tensor:
         """The mean loss of rows.
 
         Args:
             chosen: their numbers.
-            prompted_BV: logits of the prompted target.
+            prompted_BV: logits of the prompted target, at the answers or, row by row, at the tokens of the responses.
             target_BV: logits of the target, where hidden states are kept.
             student: for its head, where hidden states are kept.
         """
         device, section = prompted_BV.device, self.section
-        source_BK, source_prompted_BK, target_BK = (kept[chosen].to(device) for kept in (self.source, self.source_prompted, self.target))
+        source_BK, source_prompted_BK, target_BK = (self.of(chosen, kept) for kept in (self.source, self.source_prompted, self.target))
+        source_BK, source_prompted_BK, target_BK = (kept.to(device) for kept in (source_BK, source_prompted_BK, target_BK))
+        shares_B = self._shares(chosen)
         prompted_BK = prompted_BV if self.keeps_hidden else self.verbalizer.scores(prompted_BV)
         if target_BV is not None:
             # Models of one family and tokenizer may fill their embeddings up to different sizes, with tokens that no text has.
@@ -99,17 +117,17 @@ class Lesson:
                 source_BK = student.head(source_BK)[:, :common]
                 source_prompted_BK = self.verbalizer.lift(student.head(source_prompted_BK), self.class_biases)[:, :common]
         if section.objective == "published":
-            weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
+            weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature, "shares_B": shares_B}
             return published_transfer_loss(source_BK, source_prompted_BK, target_BK, prompted_BK, **weights)
         wanted_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, section.proxy_lambda) + self.offsets.to(device)
-        return softened_kl(wanted_BK, prompted_BK, section.temperature)
+        return softened_kl(wanted_BK, prompted_BK, section.temperature, shares_B)
 
 
 def prepare_lesson(
     task: PromptTask,
     source_nd: torch.Tensor,
     public_task: Task,
-    texts: list[str],
+    public: tuple[list[str], list[str]],
     models: Models,
     section: Transfer,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
@@ -117,14 +135,18 @@ def prepare_lesson(
 ) -> Lesson:
     """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task.
 
-    The tokenizers are the student's and the target's. They may differ where classes are compared, which each model has in words of its own.
+    `public` holds the public texts, and the responses to them for a prompt that generates text. The tokenizers are the student's and the
+    target's: they may differ where classes are compared, which each model has in words of its own.
     """
+    texts, responses = public
     log.info("transfer: %d public texts, objective %s on the %s", len(texts), section.objective, section.scores)
     text = public_task.template or task.template
-    templates = [Template(text, tokenizer, task.max_length, masked=models.target.masked) for tokenizer in tokenizers]
+    most = task.max_response_length
+    bounds: dict[str, Any] = {"masked": models.target.masked, "max_response_length": most}
+    templates = [Template(text, tokenizer, task.max_length, **bounds) for tokenizer in tokenizers]
     verbalizers = [Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token) for tokenizer in tokenizers]
-    rows = [template.encode(texts) for template in templates]
-    check_room(models.target, len(source_nd), task.max_length)
+    rows = [template.encode(texts, responses if most else ()) for template in templates]
+    check_room(models.target, len(source_nd), templates[1].longest)
     by_classes = section.scores == "classes"
 
     def kept(model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str) -> torch.Tensor:
@@ -133,8 +155,13 @@ def prepare_lesson(
         def keep(said: torch.Tensor) -> torch.Tensor:
             return verbalizers[by].scores(verbalizers[by].lift(said, biases)) if by_classes else said
 
-        how: dict[str, Any] = {"batch_size": section.batch_size, "world": world, "label": label, "with_head": by_classes}
-        return answers(model, rows[by], templates[by], prompt_nd, keep, **how)
+        how: dict[str, Any] = {"batch_size": section.batch_size, "world": world, "label": label}
+        if most:
+            return for_all_rows(rows[by], lambda chosen: hidden(model, templates[by].collate(chosen), prompt_nd), **how)
+        return answers(model, rows[by], templates[by], prompt_nd, keep, **how, with_head=by_classes)
+
+    def hidden(model: LanguageModel, batch: Batch, prompt_nd: torch.Tensor | None) -> torch.Tensor:
+        return response_hidden(model, batch.to(world.device), most, prompt=prompt_nd)
 
     source = kept(models.student, None, (), "student")
     source_prompted = kept(models.student, source_nd, task.class_biases, "student + prompt")
@@ -193,18 +220,26 @@ def lesson_losses(
     longest = max(len(row.token_ids) for rows in picked for row in rows)
     parts = [lesson.template.collate(rows, longest) for lesson, rows in zip(lessons, picked, strict=True)]
     batch = Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "attention_mask", "answer"))).to(device)
-    of_target = [lesson.target[rows] for lesson, rows in zip(lessons, chosen, strict=True) if lesson.keeps_hidden]
+    of_target = [lesson.of(rows, lesson.target).to(device) for lesson, rows in zip(lessons, chosen, strict=True) if lesson.keeps_hidden]
     prompts_Gnd = torch.stack(list(prompts))
-    logits = models.target(
-        batch.input_ids,
-        batch.attention_mask,
-        prompts_Gnd if models.target.shares_prompt else prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0),
-        batch.answer,
-        share_prompt=models.target.shares_prompt,
-        beside=torch.cat(of_target).to(device) if of_target else None,
-    )
-    prompted = logits[: len(batch.answer)].chunk(len(lessons))
-    unprompted = iter(logits[len(batch.answer) :].split(len(chosen[0])))
+    of_each_row = prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0)
+    most = lessons[0].template.max_response_length
+    if most:
+        hidden_BRd = response_hidden(models.target, batch, most, prompt=of_each_row)
+        there_BR = torch.cat([lesson.responses(rows) for lesson, rows in zip(lessons, chosen, strict=True)]).to(device) != NO_TOKEN
+        logits = models.target.head(torch.cat([hidden_BRd[there_BR], *of_target]))
+        counts = [len(part) for part in of_target]
+    else:
+        logits = models.target(
+            batch.input_ids,
+            batch.attention_mask,
+            prompts_Gnd if models.target.shares_prompt else of_each_row,
+            batch.answer,
+            share_prompt=models.target.shares_prompt,
+            beside=torch.cat(of_target) if of_target else None,
+        )
+        counts = [len(rows) for rows in chosen]
+    prompted, unprompted = logits[: sum(counts)].split(counts), iter(logits[sum(counts) :].split(counts))
     return [
         lesson.loss(rows, prompted_BV, next(unprompted) if lesson.keeps_hidden else None, models.student)
         for lesson, rows, prompted_BV in zip(lessons, chosen, prompted, strict=True)

@@ -15,13 +15,22 @@ from post_dist.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Material:
-    """What a prompt is tuned with: the frozen model, the encoded rows and their classes, and where the prompt starts."""
+    """What a prompt is tuned with.
+
+    Attributes:
+        model: frozen.
+        template: of the task.
+        verbalizer: of its classes, if it has any.
+        rows: the texts, with the responses behind them if there are any.
+        wanted: the classes [N], or the tokens of the responses [N, R].
+        start_nd: where the prompt starts.
+    """
 
     model: LanguageModel
     template: Template
     verbalizer: Verbalizer
     rows: list[Encoded]
-    classes: torch.Tensor
+    wanted: torch.Tensor
     start_nd: torch.Tensor
 
     def parameters(self, section: Tune) -> list[torch.Tensor]:

@@ -95,8 +95,12 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
 def _check_model(section: Tune, material: Material) -> None:
     parameters = material.parameters(section)
     gradients = _example_gradients(material, parameters)
-    classes, length = len(material.verbalizer.token_ids), min(_LENGTH_STEP, material.template.max_length)
-    check_rows_are_alone(gradients, material.model, classes, section.micro_batch_size_per_gpu, length)
+    rows = section.micro_batch_size_per_gpu
+    if material.wanted.dim() == 1:
+        wanted, length = torch.arange(rows) % len(material.verbalizer.token_ids), min(_LENGTH_STEP, material.template.longest)
+    else:
+        wanted, length = torch.ones(rows, material.wanted.shape[1], dtype=torch.long), material.template.longest
+    check_rows_are_alone(gradients, material.model, wanted, length)
 
 
 def _example_gradients(material: Material, parameters: Sequence[torch.Tensor]) -> ExampleGradients:
@@ -119,7 +123,7 @@ def micro_gradients(
     for length, size, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
         filled = chosen + chosen[-1:] * (size - len(chosen))
         batch = material.template.collate([material.rows[row] for row in filled], length).to(device)
-        yield [part[: len(chosen)] for part in gradients(batch, material.classes[filled].to(device))]
+        yield [part[: len(chosen)] for part in gradients(batch, material.wanted[filled].to(device))]
 
 
 def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -127,7 +131,7 @@ def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> It
 
     So many that all micro-batches have about as many tokens as `longest_rows` rows of the greatest length.
     """
-    most = material.template.max_length
+    most = material.template.longest
     groups: dict[int, list[int]] = {}
     for row in rows:
         rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP

@@ -16,6 +16,7 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import SoftPromptArtefact, read_prompt, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Teacher, Transfer
+from post_dist.config.sources import Task
 from post_dist.data.order import shares
 from post_dist.data.public_text import load_public_texts
 from post_dist.errors import ArtefactRefused, InputError
@@ -55,7 +56,7 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
     config = clients[0].folder.config
     if config.public_task is None:
         raise InputError("transfer needs the section `public_task`")
-    texts = load_public_texts(config.public_task, "public_task")
+    public = load_public_texts(config.public_task, "public_task")
     prompts = [read_prompt(client.prompt_folder) for client in clients]
     precision = choose_precision(config.engine, world.device)
     models = Models(load_whole(student_folder, precision, world.device), load_sharded(teacher_folder, config.engine, precision, world))
@@ -63,21 +64,23 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
     for client, prompt in zip(clients, prompts, strict=True):
         check_belongs(prompt, models.student, models.target, tokenizers[0])
         _check_comparable(client.folder.config.transfer, models, tokenizers)
+        if prompt.task.max_response_length:
+            _check_generates(client.folder.config.transfer, config.public_task)
 
     pupils: dict[tuple[int, ...], list[_Pupil]] = {}
     for client, prompt in zip(clients, prompts, strict=True):
         section = client.folder.config.transfer
         source_nd = prompt.embeddings.to(world.device)
-        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, texts, models, section, tokenizers, world)
+        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, public, models, section, tokenizers, world)
         text_nd = prompt_from_text(models.target, tokenizers[1], prompt.task.init_text, len(source_nd))
         start_nd = torch.lerp(text_nd, source_nd, section.trained_share) if section.trained_share else text_nd
         start_nd = start_nd.to(world.device, torch.float32).clone()
         optimizer = torch.optim.Adam([start_nd], lr=section.learning_rate)
         run = PromptRun([start_nd], optimizer, section, client.folder, metrics_name="metrics.jsonl", show_loss=True)
-        alike = (len(start_nd), section.steps, section.batch_size, run.take_up(resume, world))
+        alike = (len(start_nd), prompt.task.max_response_length, section.steps, section.batch_size, run.take_up(resume, world))
         pupils.setdefault(alike, []).append(_Pupil(prompt, lesson, run))
 
-    for (_, _, batch_size, first_step), group in pupils.items():
+    for (*_, batch_size, first_step), group in pupils.items():
         for start in range(0, len(group), config.transfer.prompts_at_once):
             beside = group[start : start + config.transfer.prompts_at_once]
             _train(beside, models, batch_size, first_step, config.seed, world)
@@ -155,4 +158,20 @@ def _check_comparable(section: Transfer, models: Models, tokenizers: tuple[PreTr
         raise InputError(
             "transfer.scores: vocabulary compares logits token by token, and student and target have different tokenizers",
             "set transfer.scores: classes; the label words then connect them",
+        )
+
+
+def _check_generates(section: Transfer, public_task: Task) -> None:
+    """Check that a prompt which generates text can learn from the public rows.
+
+    Raises:
+        InputError: they have no responses, or classes are to be compared.
+    """
+    if public_task.response_column is None:
+        hint = "set public_task.response_column; the loss is taken where each of its tokens is predicted"
+        raise InputError("the prompt generates text, and the public task has no responses to learn from", hint)
+    if section.scores == "classes" or section.alpha == "auto":
+        wrong = "scores: classes" if section.scores == "classes" else "alpha: auto"
+        raise InputError(
+            f"transfer.{wrong} is for tasks with classes, and the prompt generates text", "set scores: vocabulary and a number"
         )

@@ -20,6 +20,7 @@ from post_dist.errors import InputError
 from post_dist.models.classifier import BIAS_SCALE, class_losses
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.models.writer import response_losses
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.material import Material
@@ -58,21 +59,25 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
     tokenizer = load_tokenizer(model_folder)
     examples = load_examples(task_section, "train", "private_task")
     model = load_whole(model_folder, choose_precision(folder.config.engine, world.device), world.device)
-    template = Template(task_section.template, tokenizer, task_section.max_length, masked=model.masked)
+    generates = task_section.response_column is not None
+    most = task_section.max_response_length if generates else 0
+    template = Template(task_section.template, tokenizer, task_section.max_length, masked=model.masked, max_response_length=most)
     task = PromptTask(
         template=task_section.template,
         label_words=tuple(task_section.labels.values()),
         max_length=task_section.max_length,
         allow_multi_token=task_section.allow_multi_token,
         init_text=section.init_text,
+        max_response_length=most,
     )
-    check_room(model, section.num_virtual_tokens, task.max_length)
+    check_room(model, section.num_virtual_tokens, template.longest)
+    rows = template.encode(examples.texts, examples.responses)
     material = Material(
         model=model,
         template=template,
         verbalizer=Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token),
-        rows=template.encode(examples.texts),
-        classes=torch.tensor(examples.classes),
+        rows=rows,
+        wanted=template.responses(rows) if generates else torch.tensor(examples.classes),
         start_nd=prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens),
     )
     settings: dict[str, Any] = {"tune": section.model_dump(mode="json"), "split": _split_rule(folder)}
@@ -109,10 +114,12 @@ def _tune_openly(folder: RunFolder, material: Material, world: World, resume: st
     def losses_at(step: int) -> list[torch.Tensor]:
         chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
         batch = material.template.collate([material.rows[index] for index in chosen]).to(world.device)
+        wanted = material.wanted[chosen].to(world.device)
+        if wanted.dim() == 2:
+            return [response_losses(material.model, batch, wanted, prompt=parameters[0]).mean()]
         bias = parameters[1] if len(parameters) > 1 else None
-        classes_B = material.classes[chosen].to(world.device)
         how: dict[str, Any] = {"prompt": parameters[0], "bias": bias, "share_prompt": material.model.shares_prompt}
-        return [class_losses(material.model, material.verbalizer, batch, classes_B, **how).mean()]
+        return [class_losses(material.model, material.verbalizer, batch, wanted, **how).mean()]
 
     optimizer = material.optimizer(section, parameters, section.learning_rate)
     run = PromptRun(parameters, optimizer, section, folder, metrics_name="private_metrics.jsonl", show_loss=False)

@@ -68,7 +68,7 @@ def test_each_model_reads_the_public_rows_with_its_own_tokenizer(run: Path) -> N
     world = World(0, 1, 0, "none", CPU)
     prompt_nd = torch.randn(3, 32)
     section = Transfer(objective="proxy", scores="classes")
-    lesson = prepare_lesson(task, prompt_nd, public, texts, models, section, (student_words, target_words), world)
+    lesson = prepare_lesson(task, prompt_nd, public, (texts, []), models, section, (student_words, target_words), world)
     for kept, model, words, prompt in (
         (lesson.source, models.student, student_words, None),
         (lesson.source_prompted, models.student, student_words, prompt_nd),

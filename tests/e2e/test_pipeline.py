@@ -61,10 +61,10 @@ def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) 
 
 
 def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(finished: Path, main: Callable) -> None:
-    before = state(finished / "runs/tiny/scores")
+    before = state(finished / "runs/tiny/answers")
     base = ("pipeline", finished / "run.yaml", "--set=transfer.objective=proxy", "--set=transfer.scores=classes", "--json")
     tables = [json.loads(main(*base, f"--set=evaluate.baselines={baselines}")[1]) for baselines in ("[]", "[published transfer]", "[]")]
-    assert state(finished / "runs/tiny/scores") == before
+    assert state(finished / "runs/tiny/answers") == before
     assert len(before) == 7  # of two models without a prompt, and of five prompts
     readings = [table["test_readings"] for table in tables]
     assert 1 < readings[0] == readings[2] == readings[1] - 1, "a finished table is no new reading"
@@ -74,7 +74,7 @@ def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(fi
     assert all(by_name[row["name"]] == row for row in tables[0]["rows"])
     validation = json.loads(main(*base, "--set=evaluate.baselines=[]", "--set=evaluate.split=validation")[1])
     assert "test_readings" not in validation
-    assert len(state(finished / "runs/tiny/scores")) == len(before) + 5
+    assert len(state(finished / "runs/tiny/answers")) == len(before) + 5
 
 
 def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> None:

@@ -224,7 +224,7 @@ def material(family: str, dtype: torch.dtype = torch.float64) -> Any:
         template=template,
         verbalizer=Verbalizer((("bad",), ("good",)), tokenizer, allow_multi_token=False),
         rows=template.encode([text for text, _ in examples]),
-        classes=torch.tensor([label for _, label in examples]),
+        wanted=torch.tensor([label for _, label in examples]),
         start_nd=torch.randn(6, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.3,
     )
 
@@ -240,7 +240,7 @@ def example_gradients(
     made = material(family, dtype)
     values = [made.start_nd.to(parameters), torch.tensor([0.2, -0.1], dtype=parameters)]
     gradients = part("privacy.gradients").ExampleGradients(made.model, made.verbalizer, values, share_prefix=share)
-    return gradients(made.template.collate([made.rows[row] for row in rows]), made.classes[list(rows)])
+    return gradients(made.template.collate([made.rows[row] for row in rows]), made.wanted[list(rows)])
 
 
 def gradients_one_at_a_time(family: str) -> list[torch.Tensor]:
@@ -253,7 +253,7 @@ def gradients_one_at_a_time(family: str) -> list[torch.Tensor]:
         bias_C = torch.tensor([0.2, -0.1], dtype=torch.float64, requires_grad=True)
         batch = made.template.collate([made.rows[row]])
         scores = made.verbalizer.scores(made.model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer))
-        loss = torch.nn.functional.cross_entropy(scores + BIAS_SCALE * bias_C, made.classes[row : row + 1])
+        loss = torch.nn.functional.cross_entropy(scores + BIAS_SCALE * bias_C, made.wanted[row : row + 1])
         found.append(torch.autograd.grad(loss, [prompt_nd, bias_C]))
     return [torch.stack(parts) for parts in zip(*found, strict=True)]
 

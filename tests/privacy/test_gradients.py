@@ -60,13 +60,13 @@ def test_changing_one_example_leaves_the_others_bit_for_bit(family: str, share: 
     parameters = [made.start_nd.float(), torch.zeros(2)]
     gradients = ExampleGradients(made.model, made.verbalizer, parameters, share_prefix=share)
     batch = made.template.collate(made.rows)
-    before = gradients(batch, made.classes)
+    before = gradients(batch, made.wanted)
     for row in range(len(made.rows)):
         length = int(batch.attention_mask[row].sum())
         changed = batch.input_ids.clone()
         inside = slice(0, batch.answer[row]) if made.model.masked else slice(0, length)
         changed[row, inside] = torch.randint(10, 200, changed[row, inside].shape)
-        classes = made.classes.clone()
+        classes = made.wanted.clone()
         classes[row] = 1 - classes[row]
         after = gradients(Batch(changed, batch.attention_mask, batch.answer), classes)
         others = [other for other in range(len(made.rows)) if other != row]
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row() -> None:
     try:
         table.data[poisoned] = float("nan")
         for share in (False, True):
-            gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=share)(batch, made.classes)[0]
+            gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=share)(batch, made.wanted)[0]
             assert not gradients[0].isfinite().all()
             assert gradients[1:].isfinite().all()
     finally:
@@ -93,11 +93,11 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row() -> None:
 def test_a_model_that_mixes_rows_is_refused() -> None:
     made = material("llama", torch.float32)
     gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=False)
-    check_rows_are_alone(gradients, made.model, 2, 4, 16)
+    check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
     mixed = made.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out - 0.1 * out.mean(dim=0, keepdim=True))
     try:
         with pytest.raises(InputError, match="change each other"):
-            check_rows_are_alone(gradients, made.model, 2, 4, 16)
+            check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
     finally:
         mixed.remove()
 
@@ -125,7 +125,7 @@ def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
     batch = made.template.collate(made.rows)
     logits = hooked(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     last = logits[torch.arange(7), batch.answer + 6]
-    torch.nn.functional.cross_entropy(made.verbalizer.scores(last), made.classes, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(made.verbalizer.scores(last), made.wanted, reduction="sum").backward()
     (prompt,) = [weight for weight in peft.parameters() if weight.requires_grad]
     theirs, ours = prompt.grad_sample.shape, example_gradients("gpt2", share=True)[0].shape
     print(f"PEFT under Opacus' hooks: grad_sample {tuple(theirs)}; here {tuple(ours)}")
@@ -139,8 +139,8 @@ def test_the_peer_lora_has_each_example_s_own_gradients() -> None:
     for parameter in lora.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     batch = made.template.collate(made.rows)
-    together = lora(batch, made.classes)
+    together = lora(batch, made.wanted)
     assert len(together) == 2 * 2 * len(made.model.layers)
     for row in range(len(made.rows)):
-        alone = lora(made.template.collate(made.rows[row : row + 1], batch.input_ids.shape[1]), made.classes[row : row + 1])
+        alone = lora(made.template.collate(made.rows[row : row + 1], batch.input_ids.shape[1]), made.wanted[row : row + 1])
         assert apart([part[row : row + 1] for part in together], alone) < 1e-4

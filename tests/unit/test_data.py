@@ -71,7 +71,7 @@ def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path
 def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\nfirst\nsecond\nfirst\n")
-    assert load_public_texts(task(path, visibility="public"), "public_task") == ["first", "second"]
+    assert load_public_texts(task(path, visibility="public"), "public_task") == (["first", "second"], [])
     with pytest.raises(PrivacyRefused):
         load_public_texts(task(path), "public_task")
 
@@ -97,7 +97,7 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
 def test_columns_are_composed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("title,content\nA,b c\n")
-    assert load_public_texts(task(path, visibility="public", text="{title}: {content}"), "t") == ["A: b c"]
+    assert load_public_texts(task(path, visibility="public", text="{title}: {content}"), "t") == (["A: b c"], [])
 
 
 @given(st.text(max_size=300))
