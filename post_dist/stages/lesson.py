@@ -239,7 +239,8 @@ def lesson_losses(
             beside=torch.cat(of_target) if of_target else None,
         )
         counts = [len(rows) for rows in chosen]
-    prompted, unprompted = logits[: sum(counts)].split(counts), iter(logits[sum(counts) :].split(counts))
+    prompted = logits[: sum(counts)].split(counts)
+    unprompted = iter(logits[sum(counts) :].split([len(part) for part in of_target]))
     return [
         lesson.loss(rows, prompted_BV, next(unprompted) if lesson.keeps_hidden else None, models.student)
         for lesson, rows, prompted_BV in zip(lessons, chosen, prompted, strict=True)
