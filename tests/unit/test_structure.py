@@ -36,8 +36,8 @@ def test_a_wheel_carries_the_files_beside_the_package(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
         names = set(archive.namelist())
     for folder in ("ds_configs", "examples", "launch", "slurm"):
-        for file in (ROOT / folder).iterdir():
-            assert f"post_dist/_assets/{folder}/{file.name}" in names
+        for file in (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            assert f"post_dist/_assets/{file.relative_to(ROOT)}" in names
     program = "from post_dist.config.assets import asset; print(asset('examples/demo.yaml'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True)
     assert str(tmp_path / "installed") in done.stdout

@@ -1,0 +1,157 @@
+"""What a step costs: operations, bytes on the wires, and memory, as functions of sizes alone.
+
+Each formula is checked by a test: operations against torch's counter, bytes against every collective that two ranks call.
+
+Shapes: B rows or sequences, T tokens of one, n prompt tokens, d width, V vocabulary, G ranks of a shard group, W ranks.
+"""
+
+from collections.abc import Iterable
+
+from post_dist.bench.sizes import LayerSize, ModelSize
+
+ADAM_BYTES = 12
+"""Of a trained weight: a copy and two moments in fp32 (ZeRO, arXiv 1910.02054, section 3)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- operations
+
+
+def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
+    """Two products of every query with every key, all heads: 2 x 2 x queries x keys x width of all heads."""
+    return 4 * queries * keys * size.attention_width
+
+
+def layer_flops(size: ModelSize, layer: LayerSize, tokens: float, keys: float) -> float:
+    """A layer's forward for tokens that each look at `keys` places: two operations for each weight, and attention.
+
+    Masked places are counted: the kernels compute them.
+    """
+    return 2 * (layer.attention + layer.mlp) * tokens + attention_flops(size, tokens, keys)
+
+
+def forward_flops(size: ModelSize, sequences: float, length: float) -> float:
+    """The trunk's forward over whole sequences, without the head."""
+    return sum(layer_flops(size, layer, sequences * length, length) for layer in size.layers)
+
+
+def head_flops(size: ModelSize, positions: float) -> float:
+    """From hidden states to the logits of the whole vocabulary."""
+    return 2 * size.width * size.vocabulary * positions
+
+
+def distill_flops(
+    teacher: ModelSize, student: ModelSize, frozen_layers: int, sequences: float, length: float, *, cached: bool = False
+) -> dict[str, float]:
+    """One rank's step of distillation on so many sequences.
+
+    The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
+    trained.) Frozen layers below have none. A frozen head takes one more product by what went in; the loss knows the gradient.
+
+    Args:
+        teacher: its forward, and its head's.
+        student: trained from layer `frozen_layers` on, under a frozen head.
+        frozen_layers: the student's lower layers that are not trained.
+        sequences: of this rank.
+        length: tokens of each.
+        cached: the teacher's product with the head is known.
+    """
+    tokens = sequences * length
+    backward = sum(2 * layer_flops(student, layer, tokens, length) for layer in student.layers[frozen_layers:])
+    head = head_flops(student, tokens)
+    return {
+        "teacher": 0.0 if cached else forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
+        "student_forward": forward_flops(student, sequences, length) + head,
+        "student_backward": backward + head,
+    }
+
+
+def transfer_flops(
+    target: ModelSize, student: ModelSize, rows: float, length: float, prompt: float, *, by_classes: bool
+) -> dict[str, float]:
+    """One rank's step of the transfer for one prompt, its rows behind it in one sequence.
+
+    All layers see n + B T tokens, the last one's MLP and queries only the answers; rows look at the prompt and themselves. Backward runs
+    through the layers once, by what went in: no weight is trained.
+
+    Args:
+        target: the large model.
+        student: its head makes the two constants of the whole vocabulary of what is kept.
+        rows: B of this rank.
+        length: T.
+        prompt: n.
+        by_classes: whether class scores are compared; else the unprompted target's logits are made too, in one product with the prompted.
+    """
+    tokens = prompt + rows * length
+    forward = 0.0
+    for layer in target.layers[:-1]:
+        forward += 2 * (layer.attention + layer.mlp) * tokens
+        forward += attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
+    last = target.layers[-1]
+    forward += 2 * last.attention * tokens + 2 * last.mlp * rows + attention_flops(target, rows, prompt + length)
+    of_attention = sum(
+        attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt) for _ in target.layers[:-1]
+    ) + attention_flops(target, rows, prompt + length)
+    head = head_flops(target, rows if by_classes else 2 * rows)
+    constants = 0.0 if by_classes else head_flops(student, 2 * rows)
+    return {"forward": forward + head + constants, "backward": forward + of_attention + head}
+
+
+# ---------------------------------------------------------------------------------------------------------------- bytes
+
+
+def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> float:
+    """What a rank takes in to have sharded weights whole: of each, all shards but its own; a shard is rounded up."""
+    return sum(-(-numel // group) for numel in weights) * (group - 1) * bytes_each
+
+
+def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
+    """What a rank takes in by an all-reduce: a ring sends the size twice, less its own part (Patarasuk and Yuan 2009)."""
+    return 2 * (ranks - 1) / ranks * numel * bytes_each
+
+
+def distill_bytes(
+    teacher: ModelSize, trained: int, student: ModelSize, *, zero_stage: int, group: int, ranks: int, passes: int, bytes_each: float
+) -> dict[str, float]:
+    """What a rank takes in during a step of distillation.
+
+    Args:
+        teacher: its trunk is gathered once a pass; its head never, for the student's is the same.
+        trained: elements that are trained.
+        student: gathered under ZeRO-3, once a pass: what is left of its own forward serves its backward up to 1e9 weights.
+        zero_stage: of the student.
+        group: ranks that share the teacher.
+        ranks: all.
+        passes: micro-batches.
+        bytes_each: of a weight.
+    """
+    trunk = list(teacher.weights)
+    if not teacher.tied:
+        trunk.remove(teacher.width * teacher.vocabulary)
+    found = {"gather": passes * gathered_bytes(trunk, group, bytes_each), "reduce": reduced_bytes(trained, ranks, bytes_each)}
+    if zero_stage in (1, 2):
+        found["gather"] += gathered_bytes([trained], ranks, bytes_each)
+    if zero_stage == 3:
+        found["gather"] += passes * gathered_bytes(student.weights, ranks, bytes_each)
+        found["reduce"] = passes * (ranks - 1) / ranks * trained * bytes_each
+    return found
+
+
+def transfer_bytes(target: ModelSize, prompt: int, *, group: int, ranks: int, bytes_each: float) -> dict[str, float]:
+    """What a rank takes in during a step of the transfer.
+
+    The target once for the forward and, without its embedding, once for the backward; and the prompt's gradient, in fp32.
+    """
+    whole = list(target.weights)
+    back = list(whole)
+    if not target.tied:
+        back.remove(target.width * target.vocabulary)
+    gather = gathered_bytes(whole, group, bytes_each) + gathered_bytes(back, group, bytes_each)
+    return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def shard_bytes(size: ModelSize, group: int, bytes_each: float) -> float:
+    """A rank's part of a sharded model."""
+    return sum(-(-numel // group) for numel in size.weights) * bytes_each

@@ -1,0 +1,133 @@
+"""How large a model is, from its config.json alone: it is made on the meta device, where nothing has a memory.
+
+Shapes: L layers, d width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.pytorch_utils import Conv1D
+
+from post_dist.errors import InputError
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import is_masked
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer.
+
+    Attributes:
+        weights: elements of each of its parameters.
+        attention: elements that one token is multiplied with in the projections to queries, keys and values and back.
+        mlp: elements in its other matrix products.
+    """
+
+    weights: tuple[int, ...]
+    attention: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What costs depend on.
+
+    Attributes:
+        layers: from the first to the last.
+        others: elements of the parameters outside the layers: embeddings, norms, the head if it is not tied.
+        width: d.
+        vocabulary: V.
+        attention_width: heads times their width.
+        kv_width: the same for keys.
+        mlp_width: the widest product inside a layer.
+        context: most positions, or None where the configuration names none.
+        tied: whether the head is the embedding.
+    """
+
+    layers: tuple[LayerSize, ...]
+    others: tuple[int, ...]
+    width: int
+    vocabulary: int
+    attention_width: int
+    kv_width: int
+    mlp_width: int
+    context: int | None
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """All of them, a tied head once."""
+        return sum(self.weights)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(numel for layer in self.layers for numel in layer.weights) + self.others
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the layer, or of the parameter outside the layers, that is largest."""
+        return max(*(sum(layer.weights) for layer in self.layers), *self.others)
+
+    def cut(self, numbers: tuple[int, ...]) -> "ModelSize":
+        """A student of some of the layers."""
+        from dataclasses import replace
+
+        return replace(self, layers=tuple(self.layers[number] for number in numbers))
+
+
+def size_of(folder: Path) -> ModelSize:
+    """The size of the model whose config.json is in a folder; no weights are needed.
+
+    Raises:
+        InputError: there is no usable configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no usable config.json: {str(error).splitlines()[0][:200]}") from None
+    masked = is_masked(config)
+    with torch.device("meta"):
+        model = LanguageModel((AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config), masked=masked)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    layers = tuple(_layer(layer) for layer in model.layers)
+    inside = {id(parameter) for parameter in model.layers.parameters()}
+    others = tuple(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return ModelSize(
+        layers=layers,
+        others=others,
+        width=model.width,
+        vocabulary=model.vocabulary_size,
+        attention_width=heads * head_width,
+        kv_width=kv_heads * head_width,
+        mlp_width=max(_product(module)[1] for layer in model.layers for module in layer.modules() if _is_product(module)),
+        context=getattr(text, "max_position_embeddings", None),
+        tied=model.model.get_input_embeddings().weight is getattr(model.model.get_output_embeddings(), "weight", None),
+    )
+
+
+def _is_product(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _product(module: nn.Module) -> tuple[int, int]:
+    """Width in and out of a matrix product; GPT-2's stores its weight the other way round."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _layer(layer: nn.Module) -> LayerSize:
+    attention = mlp = 0
+    for name, module in layer.named_modules():
+        if _is_product(module):
+            if "attn" in name or "attention" in name:
+                attention += module.weight.numel()
+            else:
+                mlp += module.weight.numel()
+    return LayerSize(tuple(parameter.numel() for parameter in layer.parameters()), attention, mlp)

@@ -1,0 +1,104 @@
+"""The cost formulas against what torch counts on real steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from post_dist.artifacts.prompt import PromptTask
+from post_dist.bench.cost import distill_flops, forward_flops, transfer_flops
+from post_dist.bench.sizes import size_of
+from post_dist.config.schema import Distill, Student, Transfer
+from post_dist.config.sources import Task
+from post_dist.losses import TeacherSignal
+from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.student import freeze, write_student
+from post_dist.runtime.distributed import World
+from post_dist.stages.distill import DistillationModel
+from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
+
+CPU = torch.device("cpu")
+CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("cost") / request.param, request.param, layers=5, width=64)
+
+
+def test_sizes_are_the_model_s(folder: Path) -> None:
+    size, model = size_of(folder), load_whole(folder, "fp32", CPU)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert len(size.layers) == 5
+    assert sorted(size.weights) == sorted(parameter.numel() for parameter in model.parameters())
+
+
+class Counter(TorchDispatchMode):
+    """Adds up torch's own formulas of all operations. (Its FlopCounterMode follows modules, and fails where a forward differentiates.)"""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+def counted(work: Callable[[], object]) -> float:
+    with Counter() as counter:
+        work()
+    return counter.total
+
+
+def test_a_forward(folder: Path) -> None:
+    model = load_whole(folder, "fp32", CPU)
+    input_ids = torch.randint(4, 300, (3, 40))
+    with torch.no_grad():
+        assert forward_flops(size_of(folder), 3, 40) == pytest.approx(counted(lambda: model(input_ids)), rel=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> None:
+    layers = (0, 1, 4)
+    (tmp_path / "student").mkdir()
+    write_student(tmp_path / "student", folder, layers, load_tokenizer(folder))
+    teacher, student = load_whole(folder, "fp32", CPU), load_whole(tmp_path / "student", "fp32", CPU)
+    if teacher.masked:
+        pytest.skip("the head of RoBERTa is more than one product")
+    freeze(student, Student(layers=layers, frozen_lower_layers=frozen))
+    model = DistillationModel(student, Distill(), head_is_frozen=True)
+    input_ids = torch.randint(4, 300, (3, 40))
+
+    def step() -> None:
+        with torch.no_grad():
+            hidden = teacher(input_ids)
+        model(input_ids, torch.roll(input_ids, -1, 1), None, TeacherSignal(hidden=hidden))[0].backward()
+
+    ours = distill_flops(size_of(folder), size_of(folder).cut(layers), frozen, 3, 40)
+    assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
+
+
+@pytest.mark.parametrize("scores", ["vocabulary", "classes"])
+def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
+    model, words = load_whole(folder, "fp32", CPU), load_tokenizer(folder)
+    if not model.shares_prompt:
+        pytest.skip("a family that takes no shared prompt")
+    task = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "good")
+    public = Task(name="toy", visibility="public", path=folder / "none.csv")
+    section = Transfer(objective="proxy" if scores == "classes" else "published", scores=scores)
+    texts = ["the film is dull and weak"] * 6
+    models = Models(model, model)
+    lesson = prepare_lesson(task, torch.randn(10, 64), public, (texts, []), models, section, (words, words), World(0, 1, 0, "none", CPU))
+    prompt_nd = torch.randn(10, 64, requires_grad=True)
+    length = len(lesson.rows[0].token_ids)
+
+    def step() -> None:
+        lesson_losses(models, [lesson], [prompt_nd], [list(range(6))], CPU)[0].backward()
+
+    ours = transfer_flops(size_of(folder), size_of(folder), 6, length, 10, by_classes=scores == "classes")
+    assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
