@@ -236,6 +236,59 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
         raise PrivacyRefused("the canaries show more than the plan claims", "do not use prompts made with this installation")
 
 
+@app.command(name="plan")
+def plan_run(
+    run: RunFile,
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the hardware file.")] = "h100",
+    hardware: Annotated[Path | None, typer.Option(help="A hardware file whose entries come before ours.")] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="N,N,...", help="Also reckon these numbers of GPUs, and draw them.")] = None,
+    set_: Overrides = None,
+    output: Output = None,
+    json_: AsJson = False,
+) -> None:
+    """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
+    config = load_run(run, set_, output)
+    from post_dist.bench.hardware import read_hardware
+    from post_dist.bench.plan import Machine, nearest_that_fits, plan
+    from post_dist.bench.sweep import draw
+    from post_dist.bench.sweep import sweep as sweep_over
+    from post_dist.models.load import config_folder
+    from post_dist.report import print_plan
+
+    if config.teacher is None:
+        raise InputError("plan needs the section `teacher`")
+    machine = Machine(nodes, gpus_per_node, read_hardware(gpu, hardware))
+    wanted = config.engine.precision
+    precision = wanted if wanted != "auto" else ("bf16" if "bf16" in machine.hardware.teraflops else "fp32")
+    folder = config_folder(config.teacher)
+    result = plan(config, folder, machine, precision) | {"gpu": gpu}
+    if sweep:
+        result["sweep"] = sweep_over(config, folder, machine, precision, _counts(sweep))
+        result["figure"] = str(config.output / config.name / "plan.png")
+        draw(result["sweep"], f"{config.name} on {gpu}", Path(result["figure"]))
+    too_large = [stage["stage"] for stage in result["stages"] if stage["memory_total_gib"] > machine.hardware.memory_gib]
+    if too_large:
+        result["nearest_that_fits"] = nearest_that_fits(config, folder, machine, precision)
+    if json_:
+        print(json.dumps(result))
+    else:
+        print_plan(result)
+    if result["conflicts"]:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise InputError(f"--sweep {text}: not numbers of GPUs", "write them as 8,64,512")
+    return counts
+
+
 @app.command()
 def bench(
     stage: Annotated[Bench, typer.Argument(help="Which stage.")], run: RunFile, set_: Overrides = None, json_: AsJson = False

@@ -16,7 +16,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 _SCALING_ROUNDS = 10_000
 _SCALING_TOLERANCE = 1e-9
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 """Logits of one model that are alive together, 64 MB in fp32: 341 positions at a vocabulary of 49,152."""
 
 
@@ -181,7 +181,7 @@ def distillation_loss(
 
 def logit_pieces(positions: int, vocabulary: int) -> int:
     """Into how many pieces so many positions are cut, so that few logits are alive at once."""
-    return -(-positions * vocabulary // _LOGITS_AT_ONCE)
+    return -(-positions * vocabulary // LOGITS_AT_ONCE)
 
 
 def _parts(positions: int, pieces: int) -> list[slice]:

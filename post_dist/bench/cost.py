@@ -109,6 +109,14 @@ def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
     return 2 * (ranks - 1) / ranks * numel * bytes_each
 
 
+def without_one_table(size: ModelSize) -> list[int]:
+    """The weights that are gathered where the embedding or the head is not needed; a tied one is the other as well."""
+    weights = list(size.weights)
+    if not size.tied:
+        weights.remove(size.width * size.vocabulary)
+    return weights
+
+
 def distill_bytes(
     teacher: ModelSize, trained: int, student: ModelSize, *, zero_stage: int, group: int, ranks: int, passes: int, bytes_each: float
 ) -> dict[str, float]:
@@ -124,10 +132,8 @@ def distill_bytes(
         passes: micro-batches.
         bytes_each: of a weight.
     """
-    trunk = list(teacher.weights)
-    if not teacher.tied:
-        trunk.remove(teacher.width * teacher.vocabulary)
-    found = {"gather": passes * gathered_bytes(trunk, group, bytes_each), "reduce": reduced_bytes(trained, ranks, bytes_each)}
+    trunk = gathered_bytes(without_one_table(teacher), group, bytes_each)
+    found = {"gather": passes * trunk, "reduce": reduced_bytes(trained, ranks, bytes_each)}
     if zero_stage in (1, 2):
         found["gather"] += gathered_bytes([trained], ranks, bytes_each)
     if zero_stage == 3:
@@ -141,11 +147,7 @@ def transfer_bytes(target: ModelSize, prompt: int, *, group: int, ranks: int, by
 
     The target once for the forward and, without its embedding, once for the backward; and the prompt's gradient, in fp32.
     """
-    whole = list(target.weights)
-    back = list(whole)
-    if not target.tied:
-        back.remove(target.width * target.vocabulary)
-    gather = gathered_bytes(whole, group, bytes_each) + gathered_bytes(back, group, bytes_each)
+    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(without_one_table(target), group, bytes_each)
     return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
 
 

@@ -3,7 +3,7 @@
 Shapes: L layers, d width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,8 +74,6 @@ class ModelSize:
 
     def cut(self, numbers: tuple[int, ...]) -> "ModelSize":
         """A student of some of the layers."""
-        from dataclasses import replace
-
         return replace(self, layers=tuple(self.layers[number] for number in numbers))
 
 
@@ -96,7 +94,8 @@ def size_of(folder: Path) -> ModelSize:
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    layers = tuple(_layer(layer) for layer in model.layers)
+    own = list(model.layers.children())
+    layers = tuple(map(_layer, own))
     inside = {id(parameter) for parameter in model.layers.parameters()}
     others = tuple(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     return ModelSize(
@@ -106,7 +105,7 @@ def size_of(folder: Path) -> ModelSize:
         vocabulary=model.vocabulary_size,
         attention_width=heads * head_width,
         kv_width=kv_heads * head_width,
-        mlp_width=max(_product(module)[1] for layer in model.layers for module in layer.modules() if _is_product(module)),
+        mlp_width=max(_product(module)[1] for layer in own for module in layer.modules() if _is_product(module)),
         context=getattr(text, "max_position_embeddings", None),
         tied=model.model.get_input_embeddings().weight is getattr(model.model.get_output_embeddings(), "weight", None),
     )
@@ -118,7 +117,7 @@ def _is_product(module: nn.Module) -> bool:
 
 def _product(module: nn.Module) -> tuple[int, int]:
     """Width in and out of a matrix product; GPT-2's stores its weight the other way round."""
-    rows, columns = module.weight.shape
+    rows, columns = tuple(module.weight.shape)  # type: ignore[arg-type]
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 

@@ -32,14 +32,26 @@ def model_folder(teacher: Teacher) -> Path:
     """
     if Path(teacher.path).is_absolute():
         return Path(teacher.path)
+    return _fetched(teacher, ["*.safetensors", "*.json", "*.txt", "*.model"])
+
+
+def _fetched(teacher: Teacher, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(teacher.path, revision=teacher.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentFault(f"teacher.path: cannot fetch {teacher.path}: {error}", "give a folder instead") from None
+
+
+def config_folder(teacher: Teacher) -> Path:
+    """The folder of a model's config.json; of a hub model nothing else is fetched.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached.
+    """
+    return Path(teacher.path) if Path(teacher.path).is_absolute() else _fetched(teacher, ["config.json"])
 
 
 def load_config(folder: Path) -> PretrainedConfig:

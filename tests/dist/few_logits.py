@@ -3,5 +3,5 @@
 from post_dist import losses
 from post_dist.cli import main
 
-losses._LOGITS_AT_ONCE = 100 * 600
+losses.LOGITS_AT_ONCE = 100 * 600
 main()

@@ -15,7 +15,7 @@ from post_dist.bench.sizes import size_of
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("ranks", "group", "options"), [(2, 2, []), (4, 2, ["engine.shard_group=2"]), (4, 4, [])])
+@pytest.mark.parametrize(("ranks", "group", "options"), [(2, 2, []), (4, 2, ["engine.shard_group=2"])])
 def test_bytes_are_as_reckoned(tmp_path: Path, ranks: int, group: int, options: list[str]) -> None:
     tiny.write_run(tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29620"]

@@ -1,0 +1,96 @@
+"""What a plan reckons with: GPUs, their links and their hosts, from a data file that anyone may extend."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from post_dist.config.deepspeed import Precision
+from post_dist.config.sources import PositiveFloat, PositiveInt, Section
+from post_dist.errors import InputError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Link(Section):
+    """Between GPUs: bytes one takes in while it sends as many, and what each collective takes beside."""
+
+    gb_per_second: PositiveFloat
+    latency_us: Annotated[float, Field(ge=0)] = 0.0
+    gpus: PositiveInt = 1
+    """How many one node has."""
+
+
+class Host(Section):
+    """The machine that a node's GPUs are in."""
+
+    memory_gib: PositiveFloat
+    gb_per_second: PositiveFloat
+    """To one GPU."""
+
+
+class Reached(Section):
+    """The share of each peak figure that a program reaches."""
+
+    compute: Share
+    memory: Share
+    node: Share
+    network: Share
+    host: Share
+
+
+class Hardware(Section):
+    """One kind of GPU with what is around it."""
+
+    memory_gib: PositiveFloat
+    teraflops: dict[Precision, PositiveFloat]
+    memory_gb_per_second: PositiveFloat
+    node: Link
+    network: Link
+    host: Host
+    share: Reached
+    overlap: bool
+    """Whether collectives run beside computation."""
+
+    def flops_per_second(self, precision: Precision) -> float:
+        """What matrix products reach.
+
+        Raises:
+            InputError: nothing is known of this precision.
+        """
+        if precision not in self.teraflops:
+            raise InputError(f"the hardware file says nothing of {precision}", f"it knows {', '.join(self.teraflops)}")
+        return self.teraflops[precision] * 1e12 * self.share.compute
+
+    def bytes_per_second(self, link: Literal["node", "network"]) -> float:
+        """What a collective reaches, into one GPU."""
+        found: Link = getattr(self, link)
+        share: float = getattr(self.share, link)
+        return found.gb_per_second * 1e9 * share
+
+    def latency_seconds(self, link: Literal["node", "network"]) -> float:
+        """What each collective takes beside its bytes."""
+        found: Link = getattr(self, link)
+        return found.latency_us * 1e-6
+
+
+def read_hardware(name: str, file: Path | None) -> Hardware:
+    """An entry of the user's file, or of ours.
+
+    Raises:
+        InputError: there is none of this name, or the file is not of this form.
+    """
+    entries = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
+    if file is not None:
+        try:
+            entries |= yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+            raise InputError(f"cannot read the hardware file {file}", "post_dist/bench/hardware.yaml shows its form") from None
+    if name not in entries:
+        raise InputError(f"no GPU is called {name}", f"known: {', '.join(entries)}; --hardware FILE brings others")
+    try:
+        return Hardware.model_validate(entries[name])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{file or name}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}") from None

@@ -1,0 +1,334 @@
+"""`post-dist plan`: what each stage of a run file takes on a cluster, from configurations alone, before a job is queued.
+
+Every figure is a formula's (`cost.py`) with the hardware's (`hardware.yaml`): a model, not a measurement.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from post_dist.bench import cost
+from post_dist.bench.hardware import Hardware
+from post_dist.bench.sizes import ModelSize, size_of
+from post_dist.config.deepspeed import Precision, preset
+from post_dist.config.schema import RunConfig
+from post_dist.data.order import shares
+from post_dist.errors import InputError
+from post_dist.losses import LOGITS_AT_ONCE
+from post_dist.models.student import listed_layers
+
+GIB = 2**30
+GPU_HOURS_BETWEEN_FAILURES = 50_700.0
+"""419 unexpected interruptions in 54 days of 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+_REPLICATE_BELOW = 0.4
+"""A frozen model that takes no more than this share of a GPU stands whole on each: nothing is gathered."""
+_RESERVED_GIB = 2.0
+"""CUDA, NCCL and what the allocator cannot use."""
+_STORAGE_GB_PER_SECOND = 2.0
+"""Of the shared folder that checkpoints go to."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of equal GPUs."""
+
+    nodes: int
+    gpus_per_node: int
+    hardware: Hardware
+
+    @property
+    def ranks(self) -> int:
+        """One a GPU."""
+        return self.nodes * self.gpus_per_node
+
+    def link(self, ranks: int) -> Literal["node", "network"]:
+        """What the slowest of so many neighbours are connected by."""
+        return "node" if ranks <= self.gpus_per_node else "network"
+
+    def wire_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
+        """Of collectives among so many neighbours."""
+        if ranks == 1:
+            return 0.0
+        link = self.link(ranks)
+        return received_bytes / self.hardware.bytes_per_second(link) + calls * self.hardware.latency_seconds(link)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the run file trains and runs, by size."""
+
+    teacher: ModelSize
+    student: ModelSize
+    trained: int
+    frozen_layers: int
+
+
+def models_of(config: RunConfig, teacher_folder: Path) -> Models:
+    """The sizes of the teacher and of the student that is cut from it."""
+    teacher = size_of(teacher_folder)
+    section = config.student
+    if section is None:
+        raise InputError("plan needs the sections `teacher` and `student`")
+    rule = section if section.layers != "auto" else section.model_copy(update={"layers": "even"})
+    student = teacher.cut(listed_layers(rule, len(teacher.layers)))
+    trained = sum(sum(layer.weights) for layer in student.layers[section.frozen_lower_layers :])
+    return Models(teacher, student, trained, section.frozen_lower_layers)
+
+
+def plan(config: RunConfig, teacher_folder: Path, machine: Machine, precision: Precision) -> dict[str, Any]:
+    """What the run takes.
+
+    Returns:
+        `stages`, each with memory of the fullest GPU, operations, bytes, seconds of a step and hours; `conflicts`, what cannot work;
+        `hours` and `gpu_hours`; `assumptions`.
+    """
+    models = models_of(config, teacher_folder)
+    stages = [_distill(config, models, machine, precision), _tune(config, models, machine, precision)]
+    stages.append(_transfer(config, models, machine, precision))
+    conflicts = [f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]]
+    return {
+        "gpus": machine.ranks,
+        "precision": precision,
+        "teacher_parameters": models.teacher.parameters,
+        "student_parameters": models.student.parameters,
+        "stages": stages,
+        "hours": sum(stage["hours"] for stage in stages),
+        "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
+        "conflicts": conflicts,
+        "assumptions": {
+            "teraflops_reached": machine.hardware.flops_per_second(precision) / 1e12,
+            "gb_per_second_in_a_node": machine.hardware.bytes_per_second("node") / 1e9,
+            "gb_per_second_between_nodes": machine.hardware.bytes_per_second("network") / 1e9,
+            "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
+            "checkpoint_gb_per_second": _STORAGE_GB_PER_SECOND,
+            "collectives_beside_computation": machine.hardware.overlap,
+        },
+    }
+
+
+def shard_group_size(config: RunConfig, machine: Machine) -> int:
+    """How many ranks share a frozen model, by `engine.shard_group`."""
+    wanted = config.engine.shard_group
+    return machine.ranks if wanted == "all" else min(machine.gpus_per_node if wanted == "node" else wanted, machine.ranks)
+
+
+def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[str, str]:
+    """The smallest shard group that fits, and why: fewer ranks gather less, and a node's links are the fastest."""
+    capacity, whole = machine.hardware.memory_gib * GIB, size.parameters * bytes_each
+    if whole <= _REPLICATE_BELOW * capacity:
+        return "1", f"{whole / GIB:.0f} GiB stand on each GPU of {machine.hardware.memory_gib:g}: nothing is gathered"
+    part = whole / machine.gpus_per_node
+    if part <= _REPLICATE_BELOW * capacity:
+        return "node", f"{part / GIB:.1f} GiB of {whole / GIB:.0f} on each GPU of a node: no weight crosses the network"
+    return "all", f"{whole / GIB:.0f} GiB do not fit into one node beside the rest"
+
+
+def _frozen_memory(size: ModelSize, group: int, bytes_each: int) -> dict[str, float]:
+    """A frozen model's shard, and the weights that DeepSpeed keeps whole for a while."""
+    if group == 1:
+        return {"frozen_weights": size.parameters * bytes_each / GIB}
+    live = preset("frozen_zero3")["zero_optimization"]["stage3_max_live_parameters"]
+    return {
+        "frozen_weights": cost.shard_bytes(size, group, bytes_each) / GIB,
+        "gathered_weights": min(size.parameters, live + size.largest_layer) * bytes_each / GIB,
+    }
+
+
+def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Sums, and what follows from them."""
+    memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
+    total = sum(memory.values())
+    conflicts = list(found.pop("conflicts", []))
+    if total > machine.hardware.memory_gib:
+        largest = max(memory, key=lambda part: memory[part])
+        conflicts.append(f"{total:.1f} GiB on a GPU of {machine.hardware.memory_gib:g} GiB, most of it {largest} ({memory[largest]:.1f})")
+    hours = found["step_seconds"] * steps / 3600
+    return found | {
+        "stage": stage,
+        "gpus": ranks,
+        "steps": steps,
+        "memory_gib": memory,
+        "memory_total_gib": total,
+        "hours": hours,
+        "gpu_hours": hours * ranks,
+        "conflicts": conflicts,
+    }
+
+
+def _distill(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    section, corpus, hardware = config.distill, config.corpus, machine.hardware
+    if corpus is None:
+        raise InputError("plan needs the section `corpus`")
+    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
+    own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
+    passes, rows = len(own), max(len(share.rows) for share in own)
+    length = corpus.sequence_length
+    flops = cost.distill_flops(models.teacher, models.student, models.frozen_layers, passes * rows, length)
+    stage = config.engine.zero_stage
+    settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
+    moved = cost.distill_bytes(models.teacher, models.trained, models.student, **settings)
+    of_student = moved["gather"] - passes * cost.gathered_bytes(cost.without_one_table(models.teacher), group, each)
+    rate = hardware.flops_per_second(precision)
+    teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
+    gather = machine.wire_seconds(moved["gather"] - of_student, group, passes * len(models.teacher.layers))
+    reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
+    if hardware.overlap:
+        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate)
+    else:
+        step = teacher + gather + student + reduce
+    tokens = section.batch_size * length
+    held = _student_memory(config, models, ranks, rows * length, length, each)
+    checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
+    conflicts = []
+    if section.batch_size < ranks:
+        conflicts.append(f"distill.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a sequence")
+    if models.teacher.context is not None and length > models.teacher.context:
+        conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
+    advice, why = advised_group(models.teacher, machine, each)
+    found = {
+        "memory_gib": _frozen_memory(models.teacher, group, each) | held,
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
+        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce},
+        "step_seconds": step,
+        "tokens_per_second": tokens / step,
+        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
+        "shard_group": {"size": group, "advised": advice, "why": why},
+        "checkpoint_gib": checkpoint,
+        "checkpoint_interval_seconds": young_interval(checkpoint * GIB / (_STORAGE_GB_PER_SECOND * 1e9), ranks),
+        "conflicts": conflicts,
+    }
+    return _finished("distill", machine, ranks, section.steps, found)
+
+
+def _student_memory(config: RunConfig, models: Models, ranks: int, tokens: float, length: int, each: int) -> dict[str, float]:
+    """Weights, gradients and optimizer by the ZeRO stage, activations of the trained layers, and the logits of one piece."""
+    stage = config.engine.zero_stage
+    over = {"weights": ranks if stage == 3 else 1, "gradients": ranks if stage >= 2 else 1, "optimizer": ranks if stage >= 1 else 1}
+    layers = models.student.layers[models.frozen_layers :]
+    kept = models.student.width if config.engine.activation_checkpointing else activation_elements(models.student, length)
+    optimizer = 0.0 if config.engine.offload_optimizer else cost.ADAM_BYTES * models.trained / over["optimizer"]
+    return {
+        "student_weights": models.student.parameters * each / over["weights"] / GIB,
+        "student_gradients": models.trained * each / over["gradients"] / GIB,
+        "student_optimizer": optimizer / GIB,
+        "activations": (len(layers) * kept + activation_elements(models.student, length)) * tokens * each / GIB,
+        "logits": 4 * min(LOGITS_AT_ONCE, tokens * models.student.vocabulary) * 4 / GIB,
+    }
+
+
+def activation_elements(size: ModelSize, length: int) -> float:
+    """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
+
+    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T].
+    """
+    return 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
+
+
+def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once."""
+    section, privacy, task = config.tune, config.privacy, config.private_task
+    private = privacy.enabled or bool(config.evaluate.private_rows)
+    rows = (privacy.expected_batch_size or section.batch_size) if private else float(section.batch_size)
+    steps = (privacy.steps or section.steps) if private else section.steps
+    length, n = task.max_length if task else 128, section.num_virtual_tokens
+    flops = 2 * cost.forward_flops(models.student, rows, length + n)
+    found: dict[str, Any] = {
+        "memory_gib": {
+            "student_weights": models.student.parameters * _BYTES[precision] / GIB,
+            "activations": len(models.student.layers)
+            * activation_elements(models.student, length)
+            * section.micro_batch_size_per_gpu
+            * (length + n)
+            * _BYTES[precision]
+            / GIB,
+        },
+        "flops_per_gpu": {"forward_and_backward": flops},
+        "step_seconds": flops / machine.hardware.flops_per_second(precision),
+        "conflicts": _room(models.student, n, length),
+    }
+    if private:
+        from post_dist.privacy.accounting import account, private_plan
+
+        wanted = [privacy] if privacy.enabled else [privacy.for_target(epsilon) for epsilon in config.evaluate.private_rows]
+        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": each}))).epsilon for each in wanted]
+    return _finished("tune", machine, 1, steps, found)
+
+
+def _room(size: ModelSize, prompt: int, length: int) -> list[str]:
+    if size.context is not None and prompt + length > size.context:
+        return [f"a prompt of {prompt} tokens and texts of {length} exceed the context of {size.context}: lower tune.num_virtual_tokens"]
+    return []
+
+
+def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    section, task, hardware = config.transfer, config.private_task or config.public_task, machine.hardware
+    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
+    rows = max(len(share.rows) for share in shares(range(section.batch_size), section.batch_size, 0, ranks))
+    length, n = task.max_length if task else 128, config.tune.num_virtual_tokens
+    by_classes = section.scores == "classes"
+    flops = cost.transfer_flops(models.teacher, models.student, rows, length, n, by_classes=by_classes)
+    moved = cost.transfer_bytes(models.teacher, n, group=group, ranks=ranks, bytes_each=each)
+    compute = sum(flops.values()) / hardware.flops_per_second(precision)
+    gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
+    reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
+    tokens = n + rows * length
+    kept = models.teacher.width if config.engine.activation_checkpointing else activation_elements(models.teacher, length)
+    conflicts = _room(models.teacher, n, length)
+    if section.batch_size < ranks:
+        conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
+    advice, why = advised_group(models.teacher, machine, each)
+    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce
+    found = {
+        "memory_gib": _frozen_memory(models.teacher, group, each)
+        | {
+            "student_weights": models.student.parameters * each / GIB,
+            "activations": (len(models.teacher.layers) * kept + activation_elements(models.teacher, length)) * tokens * each / GIB,
+            "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
+        },
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
+        "seconds": {"compute": compute, "gather": gather, "reduce": reduce},
+        "step_seconds": step,
+        "samples_per_second": section.batch_size / step,
+        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
+        "shard_group": {"size": group, "advised": advice, "why": why},
+        "conflicts": conflicts,
+    }
+    return _finished("transfer", machine, ranks, section.steps, found)
+
+
+def young_interval(save_seconds: float, ranks: int) -> float:
+    """How often to save, so that saving and what failures undo cost least together: sqrt(2 x save x time between failures) (Young 1974)."""
+    return math.sqrt(2 * save_seconds * GPU_HOURS_BETWEEN_FAILURES / ranks * 3600)
+
+
+def nearest_that_fits(config: RunConfig, teacher_folder: Path, machine: Machine, precision: Precision) -> dict[str, str] | None:
+    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None."""
+
+    def with_engine(**fields: Any) -> RunConfig:
+        return config.model_copy(update={"engine": config.engine.model_copy(update=fields)})
+
+    candidates: list[tuple[dict[str, str], RunConfig, Machine]] = []
+    for micro in (4, 2, 1):
+        if micro < config.distill.micro_batch_size_per_gpu:
+            smaller = config.model_copy(update={"distill": config.distill.model_copy(update={"micro_batch_size_per_gpu": micro})})
+            candidates.append(({"distill.micro_batch_size_per_gpu": str(micro)}, smaller, machine))
+    checkpointing = {"engine.activation_checkpointing": "true"}
+    candidates.append((checkpointing, with_engine(activation_checkpointing=True), machine))
+    for group in ("node", "all"):
+        shared = {"engine.shard_group": group}
+        candidates.append((shared, with_engine(shard_group=group), machine))
+        candidates.append((shared | checkpointing, with_engine(shard_group=group, activation_checkpointing=True), machine))
+    for nodes in (2, 4, 8, 16, 32, 64):
+        if nodes > machine.nodes:
+            changes = {"engine.shard_group": "all", **checkpointing, "--nodes": str(nodes)}
+            larger = replace(machine, nodes=nodes)
+            candidates.append((changes, with_engine(shard_group="all", activation_checkpointing=True), larger))
+    for changes, changed, place in candidates:
+        stages = plan(changed, teacher_folder, place, precision)["stages"]
+        if all(stage["memory_total_gib"] <= place.hardware.memory_gib for stage in stages):
+            return changes
+    return None

@@ -1,0 +1,143 @@
+"""`post-dist plan`: every figure followed by hand, from configurations alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from post_dist.bench.hardware import read_hardware
+from post_dist.bench.plan import Machine, young_interval
+from post_dist.bench.sizes import size_of
+from post_dist.config.assets import asset
+from post_dist.errors import InputError
+
+GIB = 2**30
+LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672, "vocab_size": 128256}
+LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+
+
+def config_only(folder: Path, sizes: dict[str, int], kv_heads: int) -> Path:
+    folder.mkdir()
+    config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, max_position_embeddings=8192, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return config_only(tmp_path / "70b", LLAMA_70B, 8)
+
+
+@pytest.fixture
+def run(teacher: Path, tmp_path: Path) -> Path:
+    """The shipped run file, with a configuration in the hub model's place."""
+    fields = yaml.safe_load(asset("examples/70b.yaml").read_text())
+    fields["teacher"] = {"path": str(teacher)}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def planned(main: Callable, run: Path, *options: str) -> tuple[int, dict]:
+    code, out, err = main("plan", run, "--json", *options)
+    return code, json.loads(out) if out else {"said": err}
+
+
+def test_a_70b_teacher_on_64_gpus_followed_by_hand(run: Path, teacher: Path, main: Callable) -> None:
+    code, plan = planned(main, run, "--nodes=8")
+    assert code == 0, plan["conflicts"]
+    assert plan["teacher_parameters"] == 70_553_706_496, "as the published checkpoint has it"
+    layer = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    assert plan["student_parameters"] == 2 * 128256 * 8192 + 8192 + 2 * layer
+    distill, tune, transfer = plan["stages"]
+    tokens = 512 * 2048 / 64
+    weights = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    forward = 2 * 80 * weights * tokens + 80 * 4 * tokens * 2048 * 8192
+    assert distill["flops_per_gpu"]["teacher"] == pytest.approx(forward + 2 * 8192 * 128256 * tokens, rel=1e-9)
+    in_shards = (70_553_706_496 - 128256 * 8192) * 2 * 7 / 8
+    assert distill["received_gib_per_gpu"]["gather"] * GIB == pytest.approx(2 * in_shards + 2 * layer * 2 * 63 / 64, rel=1e-6)
+    assert distill["memory_gib"]["frozen_weights"] == pytest.approx(70_553_706_496 * 2 / 8 / GIB, rel=1e-6)
+    assert distill["memory_gib"]["student_optimizer"] == pytest.approx(12 * 2 * layer / 64 / GIB)
+    compute = forward + 2 * 8192 * 128256 * tokens
+    assert distill["seconds"]["teacher"] == pytest.approx(compute / (989e12 * 0.45))
+    assert distill["seconds"]["gather"] == pytest.approx(2 * in_shards / (450e9 * 0.75) + 2 * 80 * 1e-5, rel=1e-6)
+    assert distill["step_seconds"] >= distill["seconds"]["teacher"] > distill["seconds"]["gather"], "hidden behind the teacher"
+    assert distill["shard_group"]["advised"] == "node"
+    assert tune["gpus"] == 1
+    assert 7.9 < tune["epsilon"][0] <= 8
+    assert transfer["received_gib_per_gpu"]["reduce"] * GIB == pytest.approx(2 * 63 / 64 * 100 * 8192 * 4)
+    assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in plan["stages"]))
+    assert all(stage["memory_total_gib"] == pytest.approx(sum(stage["memory_gib"].values())) for stage in plan["stages"])
+
+
+def test_the_group_that_is_advised_is_the_smallest_that_fits(tmp_path: Path, main: Callable, run: Path) -> None:
+    small = config_only(tmp_path / "7b", LLAMA_7B, 32)
+    assert size_of(small).parameters == 6_738_415_616
+    _, plan = planned(main, run, f"--set=teacher.path={small}", "--nodes=1", "--set=engine.shard_group=1")
+    assert plan["stages"][0]["shard_group"]["advised"] == "1"
+    assert plan["stages"][0]["received_gib_per_gpu"]["gather"] < 1, "only the student's weights come back from the optimizer"
+
+
+def test_what_cannot_fit_is_refused_with_what_would(run: Path, main: Callable) -> None:
+    code, plan = planned(main, run, "--nodes=1", "--set=engine.shard_group=1")
+    assert code == 2
+    assert any("most of it frozen_weights" in conflict for conflict in plan["conflicts"])
+    changes = plan["nearest_that_fits"]
+    assert changes["engine.shard_group"] == "node"
+    again = [f"--set={name}={value}" for name, value in changes.items() if not name.startswith("--")]
+    code, plan = planned(main, run, "--nodes=1", *again)
+    assert code == 0, plan["conflicts"]
+
+
+def test_conflicts_are_named_before_a_job_is_queued(run: Path, main: Callable) -> None:
+    settings = ["corpus.sequence_length=16384", "distill.batch_size=32", "transfer.batch_size=8", "tune.num_virtual_tokens=512"]
+    settings.append("private_task.max_length=8000")
+    code, plan = planned(main, run, "--nodes=8", *(f"--set={setting}" for setting in settings))
+    assert code == 2
+    for words in (
+        "sequence_length 16384 exceeds the teacher's context of 8192",
+        "distill.batch_size 32 leaves 32 of 64 GPUs",
+        "transfer.batch_size 8 leaves 56 of 64 GPUs",
+        "tune: a prompt of 512 tokens and texts of 8000 exceed the context of 8192",
+    ):
+        assert any(words in conflict for conflict in plan["conflicts"]), (words, plan["conflicts"])
+
+
+def test_a_sweep_is_drawn(run: Path, main: Callable, tmp_path: Path) -> None:
+    code, plan = planned(main, run, "--nodes=8", "--sweep=8,64,512", f"--output={tmp_path / 'runs'}")
+    assert code == 0
+    assert Path(plan["figure"]).read_bytes().startswith(b"\x89PNG")
+    rows = {(row["scaling"], row["gpus"]): row for row in plan["sweep"]}
+    assert set(rows) == {(kind, gpus) for kind in ("strong", "weak") for gpus in (8, 64, 512)}
+    assert rows["weak", 8]["distill_efficiency"] == 1
+    assert rows["weak", 512]["distill_efficiency"] > 0.9, "a node's shards are gathered in the node, however many nodes there are"
+    assert rows["strong", 512]["distill_efficiency"] < rows["weak", 512]["distill_efficiency"]
+    code, out, _ = main("plan", run, "--nodes=8", "--sweep=8,64")
+    assert code == 0
+    assert "a model, not a measurement" in out
+    assert "weak scaling, 64 GPUs" in out
+
+
+def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> None:
+    assert "no GPU is called h900" in planned(main, run, "--gpu=h900")[1]["said"]
+    entry = yaml.safe_load((Path(asset("examples")).parent / "post_dist/bench/hardware.yaml").read_text())["h100"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"h900": entry | {"teraflops": {"bf16": 9890}}}))
+    slow, fast = (planned(main, run, "--nodes=8", *more)[1]["stages"][0] for more in ([], ["--gpu=h900", f"--hardware={mine}"]))
+    assert fast["seconds"]["teacher"] == pytest.approx(slow["seconds"]["teacher"] / 10)
+    mine.write_text(yaml.safe_dump({"h900": entry | {"share": {"compute": 2}}}))
+    assert "h900.share.compute" in planned(main, run, "--gpu=h900", f"--hardware={mine}")[1]["said"]
+    with pytest.raises(InputError, match="cannot read the hardware file"):
+        read_hardware("h100", tmp_path / "none.yaml")
+
+
+def test_links_and_intervals() -> None:
+    machine = Machine(4, 8, read_hardware("h100", None))
+    assert [machine.link(ranks) for ranks in (2, 8, 16)] == ["node", "node", "network"]
+    assert machine.wire_seconds(40e9, 16, 0) == pytest.approx(1)
+    assert machine.wire_seconds(40e9, 1, 5) == 0
+    # notes of Young's formula: 0.8 s to save on 1,024 GPUs, a failure every 49.5 h
+    assert young_interval(0.8, 1024) == pytest.approx(534, abs=1)
