@@ -37,7 +37,10 @@ def load_run(path: Path, overrides: list[str] | None = None, output: Path | None
     try:
         return RunConfig.model_validate(fields, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors(include_url=False)]
+        problems: dict[str, list[Any]] = {}
+        for problem in error.errors(include_url=False):
+            problems.setdefault(f"{_place(problem)} {problem['type'] == 'extra_forbidden'}", []).append(problem)
+        lines = [_describe(alternatives) for alternatives in problems.values()]
         count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
         raise InputError(f"{path}: {count} in the run file\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
@@ -89,10 +92,16 @@ def _override(fields: dict[str, Any], override: str) -> None:
     target[keys[-1]] = _parse(value, f"--set {override}")
 
 
-def _describe(problem: Any) -> str:
-    """One line for one pydantic error: the place, what is wrong, and what would be right."""
-    place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple[")))
+def _place(problem: Any) -> str:
+    """Where in the file, without the names of the kinds that pydantic tried there."""
+    return ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple[", "constrained-")))
+
+
+def _describe(alternatives: list[Any]) -> str:
+    """One line for a place: what is wrong, and what would be right; several errors where it may be of several kinds."""
+    problem, place = alternatives[0], _place(alternatives[0])
     message = problem["msg"].removeprefix("Value error, ")
+    message += "".join(f" or {other['msg'].removeprefix('Input should be ')}" for other in alternatives[1:])
     if problem["type"] == "extra_forbidden":
         allowed = sorted(_fields_at(problem["loc"][:-1]))
         near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)

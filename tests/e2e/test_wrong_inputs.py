@@ -93,10 +93,15 @@ def other_teacher(family: str, **sizes: int) -> Callable[[Fields, Path], object]
     return change
 
 
-def other_tokenizer(fields: Fields, folder: Path) -> None:
-    words = tiny.tokenizer("llama")
-    words.add_tokens(["brandnew"])
-    words.save_pretrained(folder / "teacher")
+def other_tokenizer(model: str) -> Callable[[Fields, Path], object]:
+    def change(fields: Fields, folder: Path) -> None:
+        words = tiny.tokenizer("llama")
+        words.add_tokens(["brandnew"])
+        words.save_pretrained(folder / model)
+        if model == "student":
+            resign(folder / model)
+
+    return change
 
 
 def resign(folder: Path) -> None:
@@ -199,11 +204,18 @@ CASES = [
     # artefacts and privacy
     Case("public task is private", 5, "public_task is private", put("public_task.visibility", "private"), TRANSFER),
     Case("private task is public", 2, "visibility must be private", put("private_task.visibility", "public")),
-    Case("student missing", 4, "is no post_dist artefact", command=("tune", "{run}", "--set", "inputs.student=./none")),
+    Case("student missing", 2, "is no folder", command=("tune", "{run}", "--set", "inputs.student=./none")),
     Case("student is a prompt", 4, "is a soft prompt, not a student", command=("tune", "{run}", "--set", "inputs.student={prompt}")),
     Case("student changed", 4, "is not the file that was written", write("student/config.json", "{}"), TUNE),
-    Case("student of another width", 4, "of width 32, the target of width 48", other_teacher("llama", width=48), TRANSFER),
-    Case("tokenizer mismatch", 4, "is not the one that the prompt was tuned with", other_tokenizer, TRANSFER),
+    Case(
+        "start of another width",
+        2,
+        "of width 32 do not fit a target of width 48",
+        other_teacher("llama", width=48),
+        (*TRANSFER, "--set", "transfer.trained_share=1"),
+    ),
+    Case("tokenizer mismatch", 4, "is not the one that the prompt was tuned with", other_tokenizer("student"), TRANSFER),
+    Case("vocabularies token by token", 2, "student and target have different tokenizers", other_tokenizer("teacher"), TRANSFER),
     Case("prompt with NaN", 4, "not finite", prompt_tensor(torch.full((5, 32), float("nan"))), TRANSFER),
     Case("prompt of another width", 4, "the prompt has vectors of width 31", prompt_tensor(torch.zeros(5, 31)), TRANSFER),
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
