@@ -7,7 +7,6 @@ import shutil
 import sys
 import traceback
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
 from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, Interrupted, PostDistError, PrivacyRefused
+from post_dist.options import AsJson, Bench, Output, Overrides, Resume, ResumeOption, RunFile, Submittable
 from post_dist.runtime.stop import end_process, leave_quietly, listen
 from post_dist.runtime.watchdog import rest, watch
 
@@ -27,38 +27,6 @@ if TYPE_CHECKING:
     from post_dist.runtime.distributed import World
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Private soft-prompt transfer: distill, tune, transfer.")
-
-
-class Resume(StrEnum):
-    """What to do with an unfinished run of the same settings."""
-
-    auto = "auto"
-    never = "never"
-
-
-class Bench(StrEnum):
-    """The stages that have a benchmark."""
-
-    distill = "distill"
-    tune = "tune"
-    transfer = "transfer"
-
-
-class Submittable(StrEnum):
-    """What can be submitted."""
-
-    distill = "distill"
-    tune = "tune"
-    transfer = "transfer"
-    evaluate = "evaluate"
-    pipeline = "pipeline"
-
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as transfer.alpha=0.5.")]
-Output = Annotated[Path | None, typer.Option("--output", help="Folder for the runs, instead of the run file's own.")]
-ResumeOption = Annotated[Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -251,7 +219,7 @@ def plan_run(
     """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.bench.hardware import read_hardware
-    from post_dist.bench.plan import Machine, nearest_that_fits, plan
+    from post_dist.bench.plan import Machine, goodput, nearest_that_fits, plan
     from post_dist.bench.sweep import draw
     from post_dist.bench.sweep import sweep as sweep_over
     from post_dist.models.load import config_folder
@@ -264,6 +232,7 @@ def plan_run(
     precision = wanted if wanted != "auto" else ("bf16" if "bf16" in machine.hardware.teraflops else "fp32")
     folder = config_folder(config.teacher)
     result = plan(config, folder, machine, precision) | {"gpu": gpu}
+    result["long_run"] = goodput(result["stages"][0])
     if sweep:
         result["sweep"] = sweep_over(config, folder, machine, precision, _counts(sweep))
         result["figure"] = str(config.output / config.name / "plan.png")
@@ -291,9 +260,18 @@ def _counts(text: str) -> list[int]:
 
 @app.command()
 def bench(
-    stage: Annotated[Bench, typer.Argument(help="Which stage.")], run: RunFile, set_: Overrides = None, json_: AsJson = False
+    stage: Annotated[Bench, typer.Argument(help="Which stage; or `fabric`, for what the machine reaches.")],
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file; `fabric` needs none.")] = None,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Of `fabric`: the hardware file to write, for `plan`.")] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
 ) -> None:
-    """Time and memory of a stage's step beside its peers, in one process on the same model and batch."""
+    """Time and memory of a stage's step beside its peers, on the same model and batch; or what the machine itself reaches."""
+    if stage == Bench.fabric:
+        _bench_fabric(write, json_)
+        return
+    if run is None:
+        raise InputError(f"bench {stage} needs a run file", "`post-dist init DIR` writes one")
     config = load_run(run, set_, None)
     world = _start(config)
     from post_dist.bench.distill import bench_distill
@@ -309,6 +287,20 @@ def bench(
     else:
         result = bench_transfer(config, stages.teacher, stages.student, world)
     _print_figures(result, json_)
+    world.leave()
+
+
+def _bench_fabric(write: Path | None, as_json: bool) -> None:
+    from post_dist.config.schema import RunConfig
+
+    world = _start(RunConfig(name="fabric"))
+    from post_dist.bench.fabric import measure_fabric, write_hardware
+
+    result = measure_fabric(world, int(os.environ.get("LOCAL_WORLD_SIZE") or world.size))
+    if world.is_main:
+        if write is not None:
+            write_hardware(write, result)
+        _print_figures(result, as_json)
     world.leave()
 
 

@@ -54,6 +54,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print(shown)
     print(f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours")
     print("rests on: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in plan["assumptions"].items()))
+    print("distill as a long run: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan["long_run"].items()))
     for row in plan.get("sweep", []):
         steps = ((stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in ("distill", "transfer"))
         rates = [f"{stage} {seconds:.4g} s a step ({efficiency:.0%})" for stage, seconds, efficiency in steps]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from post_dist.bench import cost
 from post_dist.bench.hardware import Hardware
+from post_dist.bench.simulate import Run, best_interval, mean_goodput
 from post_dist.bench.sizes import ModelSize, size_of
 from post_dist.config.deepspeed import Precision, preset
 from post_dist.config.schema import RunConfig
@@ -26,6 +27,11 @@ _REPLICATE_BELOW = 0.4
 """A frozen model that takes no more than this share of a GPU stands whole on each: nothing is gathered."""
 _RESERVED_GIB = 2.0
 """CUDA, NCCL and what the allocator cannot use."""
+_RESTART_SECONDS = 600.0
+"""From a failure to the first step again: noticed, queued, loaded."""
+_JITTER = 0.02
+"""Standard deviation of a GPU's step over its mean."""
+_STRAGGLER = 1.2
 _STORAGE_GB_PER_SECOND = 2.0
 """Of the shared folder that checkpoints go to."""
 
@@ -298,6 +304,22 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
         "conflicts": conflicts,
     }
     return _finished("transfer", machine, ranks, section.steps, found)
+
+
+def goodput(stage: dict[str, Any]) -> dict[str, float]:
+    """Of the planned distillation as a long run: with uneven steps and failures, at the best interval, and with one slow GPU."""
+    save = stage["checkpoint_gib"] * GIB / (_STORAGE_GB_PER_SECOND * 1e9)
+    sizes: dict[str, Any] = {"step": stage["step_seconds"], "ranks": stage["gpus"], "steps": stage["steps"], "save": save}
+    run = Run(**sizes, interval=1, restart=_RESTART_SECONDS, hours_between_failures=GPU_HOURS_BETWEEN_FAILURES, jitter=_JITTER)
+    interval, best = best_interval(run)
+    slow = mean_goodput(replace(run, interval=interval, straggler=_STRAGGLER))
+    return {
+        "goodput": best,
+        "checkpoint_every_steps": interval,
+        "jitter": _JITTER,
+        "restart_seconds": _RESTART_SECONDS,
+        f"goodput_with_a_gpu_{_STRAGGLER:g}_times_as_slow": slow,
+    }
 
 
 def young_interval(save_seconds: float, ranks: int) -> float:

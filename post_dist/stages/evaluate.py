@@ -24,10 +24,10 @@ from post_dist.stages.transfer import check_belongs
 log = logging.getLogger(__name__)
 
 TABLE = "table.json"
-_ON_STUDENT = "student + prompt"
+_ON_STUDENT, _DIRECT = "student + prompt", "direct transfer"
 ON_TARGET = ("published transfer", "transferred", "full prompt tuning")
 """Rows whose prompts were made for the target."""
-_ORDER = (_ON_STUDENT, "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning")
+_ORDER = (_ON_STUDENT, _DIRECT, "published transfer", "transferred", "proxy-tuning", "full prompt tuning")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def evaluate(
         check_belongs(source, student.model, target.model, student.tokenizer)
         prompts = {_ON_STUDENT: source} | {name: read_prompt(path) for name, path in each.on_target.items()}
         if target.takes(source):
-            prompts["direct transfer"] = source
+            prompts[_DIRECT] = source
         by = {name: student if name == _ON_STUDENT else target for name in prompts}
         without = {name: by[name](prompt, name + each.label) for name, prompt in prompts.items()}
         biases = {name: torch.tensor(prompt.task.class_biases) for name, prompt in prompts.items() if prompt.task.class_biases}
@@ -92,7 +92,7 @@ def evaluate(
         for name in filter(answered.__contains__, _ORDER):
             scorer, epsilon = by.get(name, target), prompts.get(name, source).epsilon
             table.append({"name": name + each.label, **scorer.measure(answered[name]), "epsilon": epsilon})
-            if name in biases:
+            if name in biases and name != _DIRECT:
                 table.append({"name": f"{name}{each.label}, without biases", **scorer.measure(without[name]), "epsilon": epsilon})
         parents |= {name + each.label: prompt.manifest.digest for name, prompt in prompts.items()}
     said = {"task": task.name, "split": section.split} | ({"test_readings": readings} if readings else {}) | {"rows": table}

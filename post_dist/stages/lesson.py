@@ -88,11 +88,11 @@ class Lesson:
         """The tokens of the rows' responses [B, R]."""
         return self.template.responses([self.rows[row] for row in chosen])
 
-    def _shares(self, chosen: list[int]) -> torch.Tensor | None:
+    def _shares(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
         """What each token of the responses counts, so that all rows count the same; None where a row has one answer."""
         if not self.template.max_response_length:
             return None
-        there_BR = self.responses(chosen) != NO_TOKEN
+        there_BR = (self.responses(chosen) != NO_TOKEN).to(device)
         return (1 / (len(chosen) * there_BR.sum(dim=1, keepdim=True))).expand_as(there_BR)[there_BR]
 
     def loss(self, chosen: list[int], prompted_BV: torch.Tensor, target_BV: torch.Tensor | None, student: LanguageModel) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Lesson:
         device, section = prompted_BV.device, self.section
         source_BK, source_prompted_BK, target_BK = (self.of(chosen, kept) for kept in (self.source, self.source_prompted, self.target))
         source_BK, source_prompted_BK, target_BK = (kept.to(device) for kept in (source_BK, source_prompted_BK, target_BK))
-        shares_B = self._shares(chosen)
+        shares_B = self._shares(chosen, device)
         prompted_BK = prompted_BV if self.keeps_hidden else self.verbalizer.scores(prompted_BV)
         if target_BV is not None:
             # Models of one family and tokenizer may fill their embeddings up to different sizes, with tokens that no text has.

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.models.load import load_whole
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None:
     from peft import PeftModel
 
@@ -23,12 +25,12 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     settings += ["tune.steps=2", "transfer.steps=2", "public_task.max_rows=32", "evaluate.baselines=[]"]
     settings += [
         "evaluate.split=validation",
-        "private_task.validation_share=0.014",
+        "private_task.validation_share=0.008",
         "privacy.steps=2",
         "evaluate.private_rows=[1]",
         "tune.class_bias=true",
     ]
-    done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json")
+    done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json", timeout=500)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     accuracy = {row["name"]: row["accuracy_micro"] for row in rows}
@@ -36,7 +38,9 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     assert {row["name"] for row in rows if row["epsilon"] is not None} == {
         "student + prompt, epsilon 1",
         "student + prompt, epsilon 1, without biases",
+        "direct transfer, epsilon 1",
         "transferred, epsilon 1",
+        "proxy-tuning, epsilon 1",
     }
     assert accuracy["zero-shot"] > 0.65, "the pretrained model tells good reviews from bad ones by itself"
 

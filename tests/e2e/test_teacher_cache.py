@@ -41,8 +41,8 @@ def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable,
     asking, _ = distilled(main, run, tmp_path, *options)
     reading, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
     assert RAN in said
-    for term in ("ce", "lm", "cos"):
-        assert losses(reading, term) == pytest.approx(losses(asking, term), rel=1e-5, abs=1e-6)
+    for term in ("ce", "lm", "cos"):  # by the product, a small divergence is the difference of numbers of about 6: ten roundings of those
+        assert losses(reading, term) == pytest.approx(losses(asking, term), rel=1e-5, abs=5e-6)
     weights = [load_file(artifact / "model.safetensors") for artifact in (asking, reading)]
     for name, tensor in weights[0].items():
         if precision == "bf16":  # hidden states are kept, so nothing at all differs

@@ -70,6 +70,8 @@ def test_a_70b_teacher_on_64_gpus_followed_by_hand(run: Path, teacher: Path, mai
     assert 7.9 < tune["epsilon"][0] <= 8
     assert transfer["received_gib_per_gpu"]["reduce"] * GIB == pytest.approx(2 * 63 / 64 * 100 * 8192 * 4)
     assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in plan["stages"]))
+    assert 0.8 < plan["long_run"]["goodput_with_a_gpu_1.2_times_as_slow"] / plan["long_run"]["goodput"] * 1.2 < 1.2
+    assert 0.9 < plan["long_run"]["goodput"] < 1
     assert all(stage["memory_total_gib"] == pytest.approx(sum(stage["memory_gib"].values())) for stage in plan["stages"])
 
 
