@@ -76,6 +76,19 @@ def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path
         load_public_texts(task(path), "public_task")
 
 
+def test_responses_stand_beside_their_texts_and_disputed_ones_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,answer\nfirst,one\nsecond, two \nfirst,three\nthird,four\n")
+    assert load_public_texts(task(path, visibility="public", response_column="answer"), "t") == (
+        ["first", "second", "third"],
+        ["one", "two", "four"],
+    )
+    everything = task(path, response_column="answer", validation_share=0.0, test_share=0.0)
+    examples = load_examples(everything, "train", "t")
+    assert sorted(zip(examples.texts, examples.responses, strict=True)) == [("second", "two"), ("third", "four")]
+    assert examples.classes == []
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
     import pandas as pd
