@@ -31,7 +31,7 @@ TWEETS = ("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz
 PUBLIC = {"IMDb": [], "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"]}
 """What each public text changes in the run file."""
 
-OURS = ["tune.steps=300", "transfer.steps=100", "transfer.batch_size=16"]
+OURS = ["tune.steps=300", "transfer.steps=100"]
 """Of the demo's run file, what there is time for here."""
 
 PUBLISHED = {
@@ -72,7 +72,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     """What is to be measured, by name, and what it changes in the demo's run file."""
     own = [*OURS, f"seed={seed}"]
     if part == "table":
-        rows = ["evaluate.private_rows=[8, 4, 1]", "evaluate.baselines=[published transfer, full prompt tuning]"]
+        rows = [f"evaluate.private_rows={list(EPSILONS)}", "evaluate.baselines=[published transfer, full prompt tuning]"]
         return {f"table, public {name}": [*own, *rows, *changes] for name, changes in PUBLIC.items()}
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}

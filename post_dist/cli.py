@@ -220,6 +220,7 @@ def plan_run(
     config = load_run(run, set_, output)
     from post_dist.bench.hardware import read_hardware
     from post_dist.bench.plan import Machine, goodput, nearest_that_fits, plan
+    from post_dist.bench.sizes import size_of
     from post_dist.bench.sweep import draw
     from post_dist.bench.sweep import sweep as sweep_over
     from post_dist.models.load import config_folder
@@ -230,16 +231,16 @@ def plan_run(
     machine = Machine(nodes, gpus_per_node, read_hardware(gpu, hardware))
     wanted = config.engine.precision
     precision = wanted if wanted != "auto" else ("bf16" if "bf16" in machine.hardware.teraflops else "fp32")
-    folder = config_folder(config.teacher)
-    result = plan(config, folder, machine, precision) | {"gpu": gpu}
+    teacher = size_of(config_folder(config.teacher))
+    result = plan(config, teacher, machine, precision) | {"gpu": gpu}
     result["long_run"] = goodput(result["stages"][0])
     if sweep:
-        result["sweep"] = sweep_over(config, folder, machine, precision, _counts(sweep))
+        result["sweep"] = sweep_over(config, teacher, machine, precision, _counts(sweep))
         result["figure"] = str(config.output / config.name / "plan.png")
         draw(result["sweep"], f"{config.name} on {gpu}", Path(result["figure"]))
     too_large = [stage["stage"] for stage in result["stages"] if stage["memory_total_gib"] > machine.hardware.memory_gib]
     if too_large:
-        result["nearest_that_fits"] = nearest_that_fits(config, folder, machine, precision)
+        result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
     if json_:
         print(json.dumps(result))
     else:

@@ -39,9 +39,7 @@ def head_flops(size: ModelSize, positions: float) -> float:
     return 2 * size.width * size.vocabulary * positions
 
 
-def distill_flops(
-    teacher: ModelSize, student: ModelSize, frozen_layers: int, sequences: float, length: float, *, cached: bool = False
-) -> dict[str, float]:
+def distill_flops(teacher: ModelSize, student: ModelSize, frozen_layers: int, sequences: float, length: float) -> dict[str, float]:
     """One rank's step of distillation on so many sequences.
 
     The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
@@ -53,13 +51,12 @@ def distill_flops(
         frozen_layers: the student's lower layers that are not trained.
         sequences: of this rank.
         length: tokens of each.
-        cached: the teacher's product with the head is known.
     """
     tokens = sequences * length
     backward = sum(2 * layer_flops(student, layer, tokens, length) for layer in student.layers[frozen_layers:])
     head = head_flops(student, tokens)
     return {
-        "teacher": 0.0 if cached else forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
+        "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
         "student_forward": forward_flops(student, sequences, length) + head,
         "student_backward": backward + head,
     }
@@ -81,19 +78,14 @@ def transfer_flops(
         prompt: n.
         by_classes: whether class scores are compared; else the unprompted target's logits are made too, in one product with the prompted.
     """
+    *lower, last = target.layers
     tokens = prompt + rows * length
-    forward = 0.0
-    for layer in target.layers[:-1]:
-        forward += 2 * (layer.attention + layer.mlp) * tokens
-        forward += attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
-    last = target.layers[-1]
-    forward += 2 * last.attention * tokens + 2 * last.mlp * rows + attention_flops(target, rows, prompt + length)
-    of_attention = sum(
-        attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt) for _ in target.layers[:-1]
-    ) + attention_flops(target, rows, prompt + length)
+    products = 2 * sum(layer.attention + layer.mlp for layer in lower) * tokens + 2 * last.attention * tokens + 2 * last.mlp * rows
+    of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
+    attention = len(lower) * of_lower + attention_flops(target, rows, prompt + length)
     head = head_flops(target, rows if by_classes else 2 * rows)
     constants = 0.0 if by_classes else head_flops(student, 2 * rows)
-    return {"forward": forward + head + constants, "backward": forward + of_attention + head}
+    return {"forward": products + attention + head + constants, "backward": products + 2 * attention + head}
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes

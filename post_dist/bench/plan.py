@@ -5,13 +5,12 @@ Every figure is a formula's (`cost.py`) with the hardware's (`hardware.yaml`): a
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from post_dist.bench import cost
 from post_dist.bench.hardware import Hardware
 from post_dist.bench.simulate import Run, best_interval, mean_goodput
-from post_dist.bench.sizes import ModelSize, size_of
+from post_dist.bench.sizes import ModelSize
 from post_dist.config.deepspeed import Precision, preset
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import shares
@@ -71,9 +70,8 @@ class Models:
     frozen_layers: int
 
 
-def models_of(config: RunConfig, teacher_folder: Path) -> Models:
+def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     """The sizes of the teacher and of the student that is cut from it."""
-    teacher = size_of(teacher_folder)
     section = config.student
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
@@ -83,14 +81,14 @@ def models_of(config: RunConfig, teacher_folder: Path) -> Models:
     return Models(teacher, student, trained, section.frozen_lower_layers)
 
 
-def plan(config: RunConfig, teacher_folder: Path, machine: Machine, precision: Precision) -> dict[str, Any]:
+def plan(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
     """What the run takes.
 
     Returns:
         `stages`, each with memory of the fullest GPU, operations, bytes, seconds of a step and hours; `conflicts`, what cannot work;
         `hours` and `gpu_hours`; `assumptions`.
     """
-    models = models_of(config, teacher_folder)
+    models = models_of(config, teacher)
     stages = [_distill(config, models, machine, precision), _tune(config, models, machine, precision)]
     stages.append(_transfer(config, models, machine, precision))
     conflicts = [f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]]
@@ -185,7 +183,7 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     else:
         step = teacher + gather + student + reduce
     tokens = section.batch_size * length
-    held = _student_memory(config, models, ranks, rows * length, length, each)
+    held = _student_memory(config, models, ranks, rows * length, each)
     checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
     conflicts = []
     if section.batch_size < ranks:
@@ -209,23 +207,23 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     return _finished("distill", machine, ranks, section.steps, found)
 
 
-def _student_memory(config: RunConfig, models: Models, ranks: int, tokens: float, length: int, each: int) -> dict[str, float]:
+def _student_memory(config: RunConfig, models: Models, ranks: int, tokens: float, each: int) -> dict[str, float]:
     """Weights, gradients and optimizer by the ZeRO stage, activations of the trained layers, and the logits of one piece."""
     stage = config.engine.zero_stage
     over = {"weights": ranks if stage == 3 else 1, "gradients": ranks if stage >= 2 else 1, "optimizer": ranks if stage >= 1 else 1}
     layers = models.student.layers[models.frozen_layers :]
-    kept = models.student.width if config.engine.activation_checkpointing else activation_elements(models.student, length)
+    kept = models.student.width if config.engine.activation_checkpointing else activation_elements(models.student)
     optimizer = 0.0 if config.engine.offload_optimizer else cost.ADAM_BYTES * models.trained / over["optimizer"]
     return {
         "student_weights": models.student.parameters * each / over["weights"] / GIB,
         "student_gradients": models.trained * each / over["gradients"] / GIB,
         "student_optimizer": optimizer / GIB,
-        "activations": (len(layers) * kept + activation_elements(models.student, length)) * tokens * each / GIB,
+        "activations": (len(layers) * kept + activation_elements(models.student)) * tokens * each / GIB,
         "logits": 4 * min(LOGITS_AT_ONCE, tokens * models.student.vocabulary) * 4 / GIB,
     }
 
 
-def activation_elements(size: ModelSize, length: int) -> float:
+def activation_elements(size: ModelSize) -> float:
     """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
 
     After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T].
@@ -245,7 +243,7 @@ def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precis
         "memory_gib": {
             "student_weights": models.student.parameters * _BYTES[precision] / GIB,
             "activations": len(models.student.layers)
-            * activation_elements(models.student, length)
+            * activation_elements(models.student)
             * section.micro_batch_size_per_gpu
             * (length + n)
             * _BYTES[precision]
@@ -281,7 +279,7 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
     gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
     tokens = n + rows * length
-    kept = models.teacher.width if config.engine.activation_checkpointing else activation_elements(models.teacher, length)
+    kept = models.teacher.width if config.engine.activation_checkpointing else activation_elements(models.teacher)
     conflicts = _room(models.teacher, n, length)
     if section.batch_size < ranks:
         conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
@@ -291,7 +289,7 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
         "memory_gib": _frozen_memory(models.teacher, group, each)
         | {
             "student_weights": models.student.parameters * each / GIB,
-            "activations": (len(models.teacher.layers) * kept + activation_elements(models.teacher, length)) * tokens * each / GIB,
+            "activations": (len(models.teacher.layers) * kept + activation_elements(models.teacher)) * tokens * each / GIB,
             "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
         },
         "flops_per_gpu": flops,
@@ -327,7 +325,7 @@ def young_interval(save_seconds: float, ranks: int) -> float:
     return math.sqrt(2 * save_seconds * GPU_HOURS_BETWEEN_FAILURES / ranks * 3600)
 
 
-def nearest_that_fits(config: RunConfig, teacher_folder: Path, machine: Machine, precision: Precision) -> dict[str, str] | None:
+def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, str] | None:
     """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None."""
 
     def with_engine(**fields: Any) -> RunConfig:
@@ -350,7 +348,7 @@ def nearest_that_fits(config: RunConfig, teacher_folder: Path, machine: Machine,
             larger = replace(machine, nodes=nodes)
             candidates.append((changes, with_engine(shard_group="all", activation_checkpointing=True), larger))
     for changes, changed, place in candidates:
-        stages = plan(changed, teacher_folder, place, precision)["stages"]
+        stages = plan(changed, teacher, place, precision)["stages"]
         if all(stage["memory_total_gib"] <= place.hardware.memory_gib for stage in stages):
             return changes
     return None

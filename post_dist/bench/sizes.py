@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
-from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import is_masked
+from post_dist.models.load import is_masked, read_config
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,7 @@ def size_of(folder: Path) -> ModelSize:
     Raises:
         InputError: there is no usable configuration.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable config.json: {str(error).splitlines()[0][:200]}") from None
+    config = read_config(folder)
     masked = is_masked(config)
     with torch.device("meta"):
         model = LanguageModel((AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config), masked=masked)

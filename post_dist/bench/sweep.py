@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from post_dist.bench.plan import Machine, plan
+from post_dist.bench.sizes import ModelSize
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
 
 
-def sweep(config: RunConfig, teacher_folder: Path, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
+def sweep(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
     """For each number of GPUs and each kind of scaling: the step of distill and of transfer, and its efficiency over the first number."""
     rows: list[dict[str, Any]] = []
     for kind in ("strong", "weak"):
@@ -18,7 +19,7 @@ def sweep(config: RunConfig, teacher_folder: Path, machine: Machine, precision: 
         for count in sorted(gpus):
             place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
             changed = config if kind == "strong" else _grown(config, place.ranks / min(gpus))
-            stages = {stage["stage"]: stage for stage in plan(changed, teacher_folder, place, precision)["stages"]}
+            stages = {stage["stage"]: stage for stage in plan(changed, teacher, place, precision)["stages"]}
             rate = {"distill": stages["distill"]["tokens_per_second"], "transfer": stages["transfer"]["samples_per_second"]}
             first = first or {"gpus": place.ranks, **rate}
             row: dict[str, Any] = {"scaling": kind, "gpus": place.ranks}

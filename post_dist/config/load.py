@@ -37,9 +37,9 @@ def load_run(path: Path, overrides: list[str] | None = None, output: Path | None
     try:
         return RunConfig.model_validate(fields, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        problems: dict[str, list[Any]] = {}
+        problems: dict[tuple[str, bool], list[Any]] = {}
         for problem in error.errors(include_url=False):
-            problems.setdefault(f"{_place(problem)} {problem['type'] == 'extra_forbidden'}", []).append(problem)
+            problems.setdefault((_place(problem), problem["type"] == "extra_forbidden"), []).append(problem)
         lines = [_describe(alternatives) for alternatives in problems.values()]
         count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
         raise InputError(f"{path}: {count} in the run file\n" + "\n".join(f"  - {line}" for line in lines)) from None

@@ -91,6 +91,11 @@ class Task(DataSource):
     test_share: Share = 0.1
     split_salt: str = "post_dist"
 
+    @property
+    def response_length(self) -> int:
+        """Most tokens of a response; 0 for a task with classes."""
+        return self.max_response_length if self.response_column is not None else 0
+
     @model_validator(mode="before")
     @classmethod
     def _named_task(cls, fields: Any) -> Any:

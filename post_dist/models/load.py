@@ -64,6 +64,15 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise InputError(f"{folder} is no folder", "give a model folder in Hugging Face format")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no safetensors weights", "convert the model with save_pretrained; pickles are not loaded")
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The same where no weights need be.
+
+    Raises:
+        InputError: there is no usable config.json.
+    """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

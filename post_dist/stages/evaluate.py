@@ -71,7 +71,7 @@ def evaluate(
     examples = load_examples(task, section.split, "private_task")
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": inputs["private_task"], "split": section.split, "precision": precision})
-    common = Questions(task, examples, digest), folder.path.parent / "answers", section.batch_size, world
+    common = Questions(task, examples, digest), runs / "answers", section.batch_size, world
     student = Scorer(load_whole(student_folder, precision, world.device), student_folder, inputs["student"], *common)
     target = Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], *common)
     zero_shot, plain = target(None, "zero-shot"), student(None, "student")

@@ -80,19 +80,20 @@ class Lesson:
         """The rows of a step."""
         return rows_of_like_length(step, self.section.batch_size, self._lengths, seed)
 
+    @cached_property
+    def there(self) -> torch.Tensor:
+        """Where the rows' responses have a token, [N, R]."""
+        return self.template.responses(self.rows) != NO_TOKEN
+
     def of(self, chosen: list[int], kept: torch.Tensor) -> torch.Tensor:
         """What is kept of some rows: one answer each, or, row by row, the tokens of their responses."""
-        return kept[chosen][self.responses(chosen) != NO_TOKEN] if self.template.max_response_length else kept[chosen]
-
-    def responses(self, chosen: list[int]) -> torch.Tensor:
-        """The tokens of the rows' responses [B, R]."""
-        return self.template.responses([self.rows[row] for row in chosen])
+        return kept[chosen][self.there[chosen]] if self.template.max_response_length else kept[chosen]
 
     def _shares(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
         """What each token of the responses counts, so that all rows count the same; None where a row has one answer."""
         if not self.template.max_response_length:
             return None
-        there_BR = (self.responses(chosen) != NO_TOKEN).to(device)
+        there_BR = self.there[chosen].to(device)
         return (1 / (len(chosen) * there_BR.sum(dim=1, keepdim=True))).expand_as(there_BR)[there_BR]
 
     def loss(self, chosen: list[int], prompted_BV: torch.Tensor, target_BV: torch.Tensor | None, student: LanguageModel) -> torch.Tensor:
@@ -226,7 +227,7 @@ def lesson_losses(
     most = lessons[0].template.max_response_length
     if most:
         hidden_BRd = response_hidden(models.target, batch, most, prompt=of_each_row)
-        there_BR = torch.cat([lesson.responses(rows) for lesson, rows in zip(lessons, chosen, strict=True)]).to(device) != NO_TOKEN
+        there_BR = torch.cat([lesson.there[rows] for lesson, rows in zip(lessons, chosen, strict=True)]).to(device)
         logits = models.target.head(torch.cat([hidden_BRd[there_BR], *of_target]))
         counts = [len(part) for part in of_target]
     else:

@@ -54,7 +54,7 @@ class Scorer:
         self, model: LanguageModel, model_folder: Path, digest: str, questions: Questions, kept: Path, batch_size: int, world: World
     ) -> None:
         task = questions.task
-        most = task.max_response_length if task.response_column else 0
+        most = task.response_length
         self.model, self.tokenizer = model, load_tokenizer(model_folder)
         self._template = Template(str(task.template), self.tokenizer, task.max_length, masked=model.masked, max_response_length=most)
         self._verbalizer = Verbalizer(tuple(task.labels.values()), self.tokenizer, allow_multi_token=task.allow_multi_token)

@@ -59,8 +59,7 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
     tokenizer = load_tokenizer(model_folder)
     examples = load_examples(task_section, "train", "private_task")
     model = load_whole(model_folder, choose_precision(folder.config.engine, world.device), world.device)
-    generates = task_section.response_column is not None
-    most = task_section.max_response_length if generates else 0
+    most = task_section.response_length
     template = Template(task_section.template, tokenizer, task_section.max_length, masked=model.masked, max_response_length=most)
     task = PromptTask(
         template=task_section.template,
@@ -77,7 +76,7 @@ def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], 
         template=template,
         verbalizer=Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token),
         rows=rows,
-        wanted=template.responses(rows) if generates else torch.tensor(examples.classes),
+        wanted=template.responses(rows) if most else torch.tensor(examples.classes),
         start_nd=prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens),
     )
     settings: dict[str, Any] = {"tune": section.model_dump(mode="json"), "split": _split_rule(folder)}

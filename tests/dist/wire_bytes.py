@@ -21,10 +21,6 @@ from post_dist.stages.distill import Batches, distill_step, student_engine
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
 from post_dist.stages.teacher_signals import ask_teacher
 
-SMALL_BYTES = 4096
-"""Flags, step numbers and what DeepSpeed agrees on; smaller than any weight here."""
-
-
 class Wires(TorchDispatchMode):
     """Counts what this rank takes in: a ring's share of what a collective moves."""
 
