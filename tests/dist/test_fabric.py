@@ -1,6 +1,7 @@
 """`post-dist bench fabric` on two real ranks, and the plan that reckons with it."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from post_dist.bench.fabric import fit_link
 
 
 def test_a_machine_s_own_figures_are_a_hardware_file(tmp_path: Path, post_dist: Callable, main: Callable) -> None:
-    launcher = ("torchrun", "--nproc-per-node=2", "--master-port=29625", "-m")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29625", "-m")
     done = post_dist("bench", "fabric", "--write", tmp_path / "mine.yaml", "--json", launcher=launcher)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
