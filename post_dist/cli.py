@@ -218,12 +218,12 @@ def plan_run(
 ) -> None:
     """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
     config = load_run(run, set_, output)
-    from post_dist.bench.hardware import read_hardware
-    from post_dist.bench.plan import Machine, goodput, nearest_that_fits, plan
-    from post_dist.bench.sizes import size_of
-    from post_dist.bench.sweep import draw
-    from post_dist.bench.sweep import sweep as sweep_over
     from post_dist.models.load import config_folder
+    from post_dist.planning.hardware import read_hardware
+    from post_dist.planning.plan import Machine, goodput, nearest_that_fits, plan
+    from post_dist.planning.sizes import size_of
+    from post_dist.planning.sweep import draw
+    from post_dist.planning.sweep import sweep as sweep_over
     from post_dist.report import print_plan
 
     if config.teacher is None:

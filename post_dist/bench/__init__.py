@@ -1,1 +1,1 @@
-"""Benchmarks of the stages beside what else one could use, in one process on the same model and batch."""
+"""Benchmarks: of a stage beside what else one could use, of its step on many ranks, and of the machine itself."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from post_dist.bench.cost import distill_bytes, transfer_bytes
-from post_dist.bench.sizes import size_of
+from post_dist.planning.cost import distill_bytes, transfer_bytes
+from post_dist.planning.sizes import size_of
 
 HERE = Path(__file__).parent
 

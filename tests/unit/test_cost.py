@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from post_dist.artifacts.prompt import PromptTask
-from post_dist.bench.cost import distill_flops, forward_flops, transfer_flops
-from post_dist.bench.sizes import size_of
 from post_dist.config.schema import Distill, Student, Transfer
 from post_dist.config.sources import Task
 from post_dist.losses import TeacherSignal
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.student import freeze, write_student
+from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
+from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill import DistillationModel
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson

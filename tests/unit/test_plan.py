@@ -8,11 +8,11 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from post_dist.bench.hardware import read_hardware
-from post_dist.bench.plan import Machine, young_interval
-from post_dist.bench.sizes import size_of
 from post_dist.config.assets import asset
 from post_dist.errors import InputError
+from post_dist.planning.hardware import read_hardware
+from post_dist.planning.plan import Machine, young_interval
+from post_dist.planning.sizes import size_of
 
 GIB = 2**30
 LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672, "vocab_size": 128256}
@@ -125,7 +125,7 @@ def test_a_sweep_is_drawn(run: Path, main: Callable, tmp_path: Path) -> None:
 
 def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> None:
     assert "no GPU is called h900" in planned(main, run, "--gpu=h900")[1]["said"]
-    entry = yaml.safe_load((Path(asset("examples")).parent / "post_dist/bench/hardware.yaml").read_text())["h100"]
+    entry = yaml.safe_load((Path(asset("examples")).parent / "post_dist/planning/hardware.yaml").read_text())["h100"]
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"h900": entry | {"teraflops": {"bf16": 9890}}}))
     slow, fast = (planned(main, run, "--nodes=8", *more)[1]["stages"][0] for more in ([], ["--gpu=h900", f"--hardware={mine}"]))

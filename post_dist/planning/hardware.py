@@ -86,7 +86,7 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
         try:
             entries |= yaml.safe_load(file.read_text())
         except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
-            raise InputError(f"cannot read the hardware file {file}", "post_dist/bench/hardware.yaml shows its form") from None
+            raise InputError(f"cannot read the hardware file {file}", "post_dist/planning/hardware.yaml shows its form") from None
     if name not in entries:
         raise InputError(f"no GPU is called {name}", f"known: {', '.join(entries)}; --hardware FILE brings others")
     try:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from post_dist.bench.plan import Machine, plan
-from post_dist.bench.sizes import ModelSize
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
+from post_dist.planning.plan import Machine, plan
+from post_dist.planning.sizes import ModelSize
 
 
 def sweep(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:

@@ -7,16 +7,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from post_dist.bench import cost
-from post_dist.bench.hardware import Hardware
-from post_dist.bench.simulate import Run, best_interval, mean_goodput
-from post_dist.bench.sizes import ModelSize
 from post_dist.config.deepspeed import Precision, preset
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import shares
 from post_dist.errors import InputError
 from post_dist.losses import LOGITS_AT_ONCE
 from post_dist.models.student import listed_layers
+from post_dist.planning import cost
+from post_dist.planning.hardware import Hardware
+from post_dist.planning.simulate import Run, best_interval, mean_goodput
+from post_dist.planning.sizes import ModelSize
 
 GIB = 2**30
 GPU_HOURS_BETWEEN_FAILURES = 50_700.0

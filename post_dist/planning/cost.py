@@ -7,7 +7,7 @@ Shapes: B rows or sequences, T tokens of one, n prompt tokens, d width, V vocabu
 
 from collections.abc import Iterable
 
-from post_dist.bench.sizes import LayerSize, ModelSize
+from post_dist.planning.sizes import LayerSize, ModelSize
 
 ADAM_BYTES = 12
 """Of a trained weight: a copy and two moments in fp32 (ZeRO, arXiv 1910.02054, section 3)."""
