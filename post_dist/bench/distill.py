@@ -21,7 +21,7 @@ from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config, load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
-from post_dist.models.student import freeze, listed_layers, write_student
+from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill import Batches, distill_step, student_engine
 from post_dist.stages.teacher_signals import Signals, ask_teacher, cache_teacher
@@ -48,13 +48,12 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         )
     tokenizer = load_tokenizer(teacher_folder)
     num_layers = load_config(teacher_folder).get_text_config().num_hidden_layers
-    rule = config.student if config.student.layers != "auto" else config.student.model_copy(update={"layers": "even"})
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "student").mkdir()
-        write_student(place / "student", teacher_folder, listed_layers(rule, num_layers), tokenizer)
+        write_student(place / "student", teacher_folder, stand_in_layers(config.student, num_layers), tokenizer)
         corpus = build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world)
-        ways = [_Ways(config, rule, precision, teacher_folder, place, corpus, world) for precision in ("fp32", "bf16")]
+        ways = [_Ways(config, config.student, precision, teacher_folder, place, corpus, world) for precision in ("fp32", "bf16")]
         steps = {name: step for pair in zip(*(way.steps().items() for way in ways), strict=True) for name, step in pair}
         first = {name: step() for name, step in steps.items()}
         sizes = {"teacher_parameters": _size(ways[0].teacher), "student_parameters": _size(ways[0].student())}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from post_dist.artifacts.manifest import writing
-from post_dist.bench.measure import device_name
+from post_dist.bench.measure import device_name, wait_for
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import Engine
 from post_dist.runtime.distributed import World, choose_precision
@@ -122,14 +122,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The median of a few, after one to warm up."""
     times = []
     for _ in range(_REPEATS + 1):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -70,28 +70,45 @@ def device_name(device: torch.device) -> str:
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
 def _peak_memory_mib(step: Callable[[], object], device: torch.device) -> float:
     """The most memory that a step holds above what was held before it."""
+    held = watch_memory(device)
+    step()
+    return peak_memory_mib(device) - held
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def watch_memory(device: torch.device) -> float:
+    """Give back what is not in use, and count the peak anew from here; what is held now, in MiB.
+
+    Raises:
+        EnvironmentFault: on a CPU of a system without /proc.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - held) / _MIB
+        return torch.cuda.memory_allocated(device) / _MIB
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         raise EnvironmentFault("peak memory on a CPU is read from /proc/self, which this system lacks", "run the benchmark on Linux")
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the kernel then counts VmHWM anew
-    before = _status_mib("VmRSS")
-    step()
-    return _status_mib("VmHWM") - before
+    return _status_mib("VmRSS")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most that was held since `watch_memory`."""
+    return torch.cuda.max_memory_allocated(device) / _MIB if device.type == "cuda" else _status_mib("VmHWM")
 
 
 def _status_mib(field: str) -> float:

@@ -43,6 +43,11 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
     return tuple(round(index * (num_teacher_layers - 1) / max(wanted - 1, 1)) for index in range(wanted))
 
 
+def stand_in_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
+    """The layers that a rule or a list names, or for `auto` as many others: a student that costs the same."""
+    return listed_layers(section if section.layers != "auto" else section.model_copy(update={"layers": "even"}), num_teacher_layers)
+
+
 def least_harmful_layers(
     teacher: LanguageModel, batches: list[tuple[torch.Tensor, float]], num_layers: int, frozen_lower_layers: int, world: World
 ) -> tuple[int, ...]:

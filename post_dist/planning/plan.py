@@ -12,7 +12,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.data.order import shares
 from post_dist.errors import InputError
 from post_dist.losses import LOGITS_AT_ONCE
-from post_dist.models.student import listed_layers
+from post_dist.models.student import stand_in_layers
 from post_dist.planning import cost
 from post_dist.planning.hardware import Hardware
 from post_dist.planning.simulate import Run, best_interval, mean_goodput
@@ -75,8 +75,7 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     section = config.student
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
-    rule = section if section.layers != "auto" else section.model_copy(update={"layers": "even"})
-    student = teacher.cut(listed_layers(rule, len(teacher.layers)))
+    student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
     trained = sum(sum(layer.weights) for layer in student.layers[section.frozen_lower_layers :])
     return Models(teacher, student, trained, section.frozen_lower_layers)
 

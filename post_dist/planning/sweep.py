@@ -18,7 +18,7 @@ def sweep(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Pr
         first: dict[str, Any] = {}
         for count in sorted(gpus):
             place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
-            changed = config if kind == "strong" else _grown(config, place.ranks / min(gpus))
+            changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
             stages = {stage["stage"]: stage for stage in plan(changed, teacher, place, precision)["stages"]}
             rate = {"distill": stages["distill"]["tokens_per_second"], "transfer": stages["transfer"]["samples_per_second"]}
             first = first or {"gpus": place.ranks, **rate}
@@ -30,7 +30,8 @@ def sweep(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Pr
     return rows
 
 
-def _grown(config: RunConfig, times: float) -> RunConfig:
+def grown(config: RunConfig, times: float) -> RunConfig:
+    """The run with so many times the rows in each step of distill and of transfer."""
     sections = {
         name: getattr(config, name).model_copy(update={"batch_size": round(getattr(config, name).batch_size * times)})
         for name in ("distill", "transfer")

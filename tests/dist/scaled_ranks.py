@@ -1,0 +1,44 @@
+"""Under a launcher: `bench scale` of several settings in one process, as JSON. `scaled_ranks.py FOLDER [KEY=VALUE]...`
+
+With the setting `slow rank`, the last rank sleeps in every matrix product.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from post_dist.bench.scale import bench_scale
+from post_dist.config.load import load_run
+from post_dist.runtime.distributed import start
+
+SETTINGS = {
+    "ZeRO-0": ["engine.zero_stage=0"],
+    "ZeRO-1": ["engine.zero_stage=1"],
+    "ZeRO-2": ["engine.zero_stage=2"],
+    "ZeRO-3": ["engine.zero_stage=3"],
+    "two passes": ["engine.zero_stage=1", "distill.micro_batch_size_per_gpu=1"],
+    "slow rank": [],
+}
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), sys.argv[2:]
+    world = start(0)
+    found = {}
+    for name, settings in SETTINGS.items():
+        if world.size == 4 and name in ("ZeRO-0", "ZeRO-2"):
+            continue  # two cores
+        config = load_run(folder / "run.yaml", [*settings, *options], folder)
+        if name == "slow rank" and world.rank == world.size - 1:
+            torch.nn.modules.module.register_module_forward_hook(lambda module, *_: time.sleep(0.01 * isinstance(module, torch.nn.Linear)))
+        found[name] = bench_scale(config, folder / "teacher", world)
+    if world.is_main:
+        print(json.dumps(found))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
