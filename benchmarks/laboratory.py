@@ -45,7 +45,7 @@ class Laboratory:
     def table(self, settings: list[str]) -> list[dict[str, Any]]:
         """The rows of the pipeline's table."""
         made = Pipeline(self._config(settings), self._world, _STAGES).everything()
-        rows: list[dict[str, Any]] = read_table(made)["rows"]
+        rows: list[dict[str, Any]] = read_table(made.path)["rows"]
         return rows
 
     def lora(self, settings: list[str], epsilon: float) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 Shapes: W ranks, S steps, K collectives of a step.
 """
 
+import json
 import shutil
 import socket
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from post_dist.artifacts.manifest import write_folder, writing
 from post_dist.artifacts.prompt import PromptTask
 from post_dist.bench.measure import device_name, peak_memory_mib, wait_for, watch_memory
 from post_dist.bench.wires import KINDS, Wires
@@ -30,7 +32,7 @@ from post_dist.models.load import load_config, load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.models.soft_prompt import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
-from post_dist.planning.sweep import grown
+from post_dist.planning.scaling import grown
 from post_dist.runtime.distributed import World, choose_precision
 from post_dist.stages.distill import Batches, distill_step, student_engine
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
@@ -101,6 +103,13 @@ def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[s
     }
 
 
+def write_scale(path: Path, measured: dict[str, Any]) -> None:
+    """Keep what `bench_scale` gave, for `post-dist report`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+
+
 @contextmanager
 def _cut_student(config: RunConfig, teacher_folder: Path, world: World) -> Iterator[tuple[Path, Corpus]]:
     """An untrained student, which costs as much as a trained one, and the corpus; in a folder that all ranks see, for a while."""
@@ -115,7 +124,7 @@ def _cut_student(config: RunConfig, teacher_folder: Path, world: World) -> Itera
     place = world.from_main(place)
     try:
         student = place / "student"
-        world.on_main(lambda: (student.mkdir(), write_student(student, teacher_folder, layers, tokenizer)))
+        world.on_main(lambda: write_folder(student, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
         yield student, build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world)
         world.barrier()
     finally:

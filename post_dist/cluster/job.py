@@ -17,7 +17,7 @@ class StageJob:
     """One command of one run file. This is all that a job's pickle holds: no code and no state.
 
     Attributes:
-        command: a sub-command of post-dist.
+        command: of post-dist, such as `distill` or `bench scale`.
         run: the run file, absolute.
         options: as on the command line.
     """
@@ -32,7 +32,7 @@ class StageJob:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if JobEnvironment().cluster == "local":  # the name of a laptop often leads nowhere
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-        sys.argv = ["post-dist", self.command, self.run, *self.options]
+        sys.argv = ["post-dist", *self.command.split(), self.run, *self.options]
         # The command line stands above this package; a job starts it as a user does.
         if code := import_module("post_dist.cli").run_command():
             end_process(code)

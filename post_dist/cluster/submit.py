@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def planned_jobs(config: RunConfig, run: Path, command: str, options: tuple[str,
     stages = [stage for stage in _CHAIN if skipped.get(stage) is None]
     # The last one runs what the rows of the comparison need beyond the three stages.
     return [Planned(stage, StageJob("pipeline" if stage == "evaluate" else stage, run_file, options)) for stage in stages]
+
+
+def scale_jobs(config: RunConfig, run: Path, nodes: int, settings: Sequence[str]) -> tuple[RunConfig, list[Planned], Path]:
+    """A job that measures a step on so many nodes: the run file with that number, the job, and the file it leaves."""
+    asked = {**config.cluster.distill, "nodes": nodes}
+    sized = config.model_copy(update={"cluster": config.cluster.model_copy(update={"distill": asked})})
+    result = job_folder(config) / f"scale-{nodes * sized.cluster.for_stage('distill').tasks}-ranks.json"
+    options = (*(f"--set={setting}" for setting in settings), f"--output={config.output.resolve()}", f"--write={result.resolve()}")
+    return sized, [Planned("distill", StageJob("bench scale", str(run.resolve()), options))], result
 
 
 def job_folder(config: RunConfig) -> Path:

@@ -80,7 +80,7 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     return Models(teacher, student, trained, section.frozen_lower_layers)
 
 
-def plan(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
+def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
     """What the run takes.
 
     Returns:
@@ -347,7 +347,7 @@ def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, p
             larger = replace(machine, nodes=nodes)
             candidates.append((changes, with_engine(shard_group="all", activation_checkpointing=True), larger))
     for changes, changed, place in candidates:
-        stages = plan(changed, teacher, place, precision)["stages"]
+        stages = plan_run(changed, teacher, place, precision)["stages"]
         if all(stage["memory_total_gib"] <= place.hardware.memory_gib for stage in stages):
             return changes
     return None

@@ -60,6 +60,14 @@ def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) 
     assert changed <= {str(finished / "runs/tiny/report.md"), str(finished / "runs/tiny/report.html")}
 
 
+def test_a_page_is_written_again(finished: Path, main: Callable) -> None:
+    page = finished / "runs/tiny/report.html"
+    page.unlink()
+    code, out, err = main("report", finished / "runs/tiny")
+    assert (code, out) == (0, f"{page}\n"), err
+    assert "transferred" in page.read_text()
+
+
 def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(finished: Path, main: Callable) -> None:
     before = state(finished / "runs/tiny/answers")
     base = ("pipeline", finished / "run.yaml", "--set=transfer.objective=proxy", "--set=transfer.scores=classes", "--json")

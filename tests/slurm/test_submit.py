@@ -58,6 +58,11 @@ def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Po
         waiting.communicate()
 
 
+def bench(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "post_dist", "bench", *map(str, arguments)]
+    return subprocess.run(command, env=environment(slurm), capture_output=True, text=True, timeout=60, check=False)
+
+
 def artifact(folder: Path, stage: str) -> Path:
     (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
     return found
@@ -134,6 +139,23 @@ def test_a_distillation_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp
     assert re.search(r"distill \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), done.stderr
     assert re.findall(r"(\w+) \(job \d+\): CANCELLED", done.stderr) == ["tune", "transfer", "evaluate"]
     assert "to be held out" in logs(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_a_step_is_measured_on_several_numbers_of_nodes(slurm: Cluster, tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path, cluster={"distill": {"tasks_per_node": 1, "time_minutes": 10}})
+    done = bench(slurm, "scale", run, "--submit=1,2", "--json")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    files = [Path(job["result"]) for job in jobs]
+    assert in_time(lambda: all(file.exists() for file in files), 200), logs(tmp_path)
+    found = [json.loads(file.read_text()) for file in files]
+    assert [(each["ranks"], each["hosts"]) for each in found] == [(1, 1), (2, 2)]
+    code, out, err = main("report", *files, "--json")
+    assert code == 0, err
+    assert [(row["scaling"], row["gpus"]) for row in json.loads(out)["scaling"]] == [
+        (kind, gpus) for kind in ("strong", "weak") for gpus in (1, 2)
+    ]
 
 
 LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}

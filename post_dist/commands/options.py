@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
+from post_dist.errors import InputError
+
 
 class Resume(StrEnum):
     """What to do with an unfinished run of the same settings."""
 
     auto = "auto"
     never = "never"
-
-
-class Bench(StrEnum):
-    """The stages that have a benchmark, and the machine itself."""
-
-    distill = "distill"
-    tune = "tune"
-    transfer = "transfer"
-    fabric = "fabric"
 
 
 class Submittable(StrEnum):
@@ -38,3 +31,18 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 Output = Annotated[Path | None, typer.Option("--output", help="Folder for the runs, instead of the run file's own.")]
 ResumeOption = Annotated[Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+
+
+def counts(option: str, text: str) -> list[int]:
+    """Whole numbers above zero, parted by commas.
+
+    Raises:
+        InputError: they are not.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise InputError(f"{option} {text}: not numbers above zero", "write them as 8,64,512")
+    return numbers

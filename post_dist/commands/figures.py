@@ -1,0 +1,17 @@
+"""How a command that answers with figures prints them."""
+
+import json
+import math
+from typing import Any
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or a line for each figure."""
+    if as_json:
+        print(json.dumps({name: None if value == math.inf else value for name, value in figures.items()}))
+        return
+    for name, value in figures.items():
+        if isinstance(value, list):
+            print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
+        else:
+            print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")

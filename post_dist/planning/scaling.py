@@ -1,0 +1,104 @@
+"""How a step scales with the number of GPUs, planned or measured. Strong scaling keeps the batch, weak scaling each GPU's part of it.
+
+A row has `scaling`, `gpus`, for distill and for transfer the seconds of a step and the efficiency (the rate per GPU over that on the
+fewest), and `conflicts`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from post_dist.config.deepspeed import Precision
+from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
+from post_dist.planning.plan import Machine, plan_run
+from post_dist.planning.sizes import ModelSize
+
+
+def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of a plan, on each number of GPUs."""
+    rows: list[dict[str, Any]] = []
+    for kind in ("strong", "weak"):
+        first: dict[str, Any] = {}
+        for count in sorted(gpus):
+            place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
+            changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
+            stages = {stage["stage"]: stage for stage in plan_run(changed, teacher, place, precision)["stages"]}
+            rate = {"distill": stages["distill"]["tokens_per_second"], "transfer": stages["transfer"]["samples_per_second"]}
+            first = first or {"gpus": place.ranks, **rate}
+            steps = {stage: stages[stage]["step_seconds"] for stage in rate}
+            row = _row(kind, place.ranks, steps, rate, first)
+            rows.append(row | {"conflicts": [problem for stage in rate for problem in stages[stage]["conflicts"]]})
+    return rows
+
+
+def measured(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of measurements that `bench scale --write` has kept, of one run file on several numbers of GPUs.
+
+    Raises:
+        InputError: a file is not one of these.
+    """
+    try:
+        found = sorted((json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"]))
+        rows: list[dict[str, Any]] = []
+        for kind in ("strong", "weak"):
+            first: dict[str, Any] = {}
+            for each in found:
+                # On one rank, the two are the same and measured once.
+                of_kind = {row["stage"]: row for row in each["rows"] if row["scaling"] == kind or each["ranks"] == 1}
+                rate = {"distill": of_kind["distill"]["tokens_per_second"], "transfer": of_kind["transfer"]["samples_per_second"]}
+                first = first or {"gpus": each["ranks"], **rate}
+                row = _row(kind, each["ranks"], {stage: of_kind[stage]["step_seconds"] for stage in rate}, rate, first)
+                rows.append(row | {"conflicts": [f"{stage}: straggler {name}" for stage in rate if (name := of_kind[stage]["straggler"])]})
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        raise InputError("not all of these files are measurements", "`post-dist bench scale RUN.yaml --write FILE` makes them") from None
+    return rows
+
+
+def _row(kind: str, gpus: int, seconds: dict[str, float], rate: dict[str, float], first: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"scaling": kind, "gpus": gpus}
+    for stage, value in rate.items():
+        row |= {f"{stage}_step_seconds": seconds[stage], f"{stage}_efficiency": value / first[stage] * first["gpus"] / gpus}
+    return row
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as text."""
+    told = []
+    for row in rows:
+        steps = ((stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in ("distill", "transfer"))
+        rates = ", ".join(f"{stage} {seconds:.4g} s a step ({efficiency:.0%})" for stage, seconds, efficiency in steps)
+        told.append("; ".join([f"{row['scaling']} scaling, {row['gpus']} GPUs: {rates}", *row["conflicts"]]))
+    return told
+
+
+def grown(config: RunConfig, times: float) -> RunConfig:
+    """The run with so many times the rows in each step of distill and of transfer."""
+    sections = {
+        name: getattr(config, name).model_copy(update={"batch_size": round(getattr(config, name).batch_size * times)})
+        for name in ("distill", "transfer")
+    }
+    return config.model_copy(update=sections)
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Efficiency against the number of GPUs, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, style in (("strong", "--"), ("weak", "-")):
+        chosen = [row for row in rows if row["scaling"] == kind]
+        for stage in ("distill", "transfer"):
+            values = [row[f"{stage}_efficiency"] for row in chosen]
+            axes.plot([row["gpus"] for row in chosen], values, style, marker="o", label=f"{stage}, {kind}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.1)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("rate per GPU over the first")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
