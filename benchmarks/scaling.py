@@ -1,16 +1,15 @@
 """How time and memory of a step grow with vocabulary, positions, prompt length, text length, batch and ranks: exponents and a plot.
 
-python benchmarks/scaling.py            # writes scaling-PROCESSOR.json and .svg beside itself
+python benchmarks/scaling.py [loss] [transfer] [ranks]    # all, or these alone; writes scaling-PROCESSOR.json and .svg beside itself
 """
 
+import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,21 +72,24 @@ def transfer_steps(models: Models, template: Template, *, prompt: int, length: i
     return {"published": published, "ours": ours}
 
 
-def rank_steps(run: Path, ranks: int) -> float:
-    """Seconds per distillation step of 16 sequences on so many ranks of one thread each, start and end taken off."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29801", "-m", "post_dist"]
-    seconds = {}
-    for steps in (2, 10):
-        options = [
-            f"--set=distill.steps={steps}",
-            "--set=distill.batch_size=16",
-            f"--output={run.parent / f'{ranks}-{steps}-{time.time()}'}",
-        ]
-        start = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, "distill", str(run), *options], check=True, capture_output=True, env=environment)
-        seconds[steps] = time.perf_counter() - start
-    return (seconds[10] - seconds[2]) / 8
+def ranks_swept(run: Path) -> dict[str, object]:
+    """Time and memory of a rank for steps of 16 sequences or rows in all (strong), or on each rank (weak); a rank is one thread."""
+    rows = []
+    for ranks in (1, 2):
+        kept = run.parent / f"{ranks}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29801", "-m", "post_dist"]
+        settings = ("--set=distill.batch_size=16", "--set=distill.micro_batch_size_per_gpu=32", "--set=transfer.batch_size=16")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [*launcher, "bench", "scale", str(run), f"--write={kept}", *settings]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        row: dict[str, object] = {"value": ranks}
+        for each in json.loads(kept.read_text())["rows"]:
+            figures = [each["step_seconds"], 1024 * max(rank["peak_memory_gib"] for rank in each["per_rank"])]
+            for scaling in ("strong", "weak") if ranks == 1 else (each["scaling"],):
+                row[f"{each['stage']}, {scaling}"] = figures
+        rows.append(row)
+        print("ranks", row)
+    return {"rows": rows}
 
 
 def swept(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> dict[str, object]:
@@ -113,7 +115,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     for column, (name, sweep) in enumerate(found.items()):
         for kind, label in enumerate(("seconds", "MiB")):
             axis = axes[kind][column]
-            for way in ("published", "ours"):
+            for way in sweep["rows"][0].keys() - {"value"}:
                 axis.loglog([row["value"] for row in sweep["rows"]], [row[way][kind] for row in sweep["rows"]], marker="o", label=way)
             axis.set_xlabel(name)
             axis.set_ylabel(label)
@@ -123,27 +125,30 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Run all sweeps."""
-    found: dict[str, dict] = {
-        "loss: vocabulary": swept("vocabulary", [16_000, 32_000, 64_000, 128_000], lambda value: loss_steps(value, 512)),
-        "loss: positions": swept("positions", [256, 512, 1024, 2048], lambda value: loss_steps(32_000, value)),
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        run = shapes.write_run(Path(scratch), width=256, layers=8, vocabulary=8000)
-        model = load_whole(run.parent / "model", "fp32", CPU)
-        template = Template("{text}", load_tokenizer(run.parent / "model"), 512, masked=False)
-        models = Models(model, model)
-        at = {"prompt": 100, "length": 64, "batch": 8}
-        for name, values in {"prompt": [50, 100, 200, 400], "length": [32, 64, 128, 256], "batch": [4, 8, 16, 32]}.items():
-            steps_at = lambda value, name=name: transfer_steps(models, template, **(at | {name: value}))  # noqa: E731
-            found[f"transfer: {name}"] = swept(name, values, steps_at)
-        pairs = [(rank_steps(run, 1), rank_steps(run, 2)) for _ in range(3)]
-    ranks = {"seconds_1_rank": statistics.median(one for one, _ in pairs), "seconds_2_ranks": statistics.median(two for _, two in pairs)}
-    ranks["speed_up"] = statistics.median(one / two for one, two in pairs)
-    print("ranks", ranks)
+    """Run the sweeps, and draw them with those that were run before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="loss, transfer, ranks")
+    parts = parser.parse_args().parts or ["loss", "transfer", "ranks"]
     device = device_name(CPU)
     place = Path(__file__).parent / f"scaling-{re.sub('[^a-z0-9]+', '-', device.lower())}"
-    place.with_suffix(".json").write_text(json.dumps({"device": device, **found, "distill: ranks": ranks}, indent=1) + "\n")
+    kept = place.with_suffix(".json")
+    found: dict[str, dict] = json.loads(kept.read_text())["sweeps"] if kept.exists() else {}
+    if "loss" in parts:
+        found["loss: vocabulary"] = swept("vocabulary", [16_000, 32_000, 64_000, 128_000], lambda value: loss_steps(value, 512))
+        found["loss: positions"] = swept("positions", [256, 512, 1024, 2048], lambda value: loss_steps(32_000, value))
+    with tempfile.TemporaryDirectory() as scratch:
+        run = shapes.write_run(Path(scratch), width=256, layers=8, vocabulary=8000)
+        if "transfer" in parts:
+            model = load_whole(run.parent / "model", "fp32", CPU)
+            template = Template("{text}", load_tokenizer(run.parent / "model"), 512, masked=False)
+            models = Models(model, model)
+            at = {"prompt": 100, "length": 64, "batch": 8}
+            for name, values in {"prompt": [50, 100, 200, 400], "length": [32, 64, 128, 256], "batch": [4, 8, 16, 32]}.items():
+                steps_at = lambda value, name=name: transfer_steps(models, template, **(at | {name: value}))  # noqa: E731
+                found[f"transfer: {name}"] = swept(name, values, steps_at)
+        if "ranks" in parts:
+            found["ranks"] = ranks_swept(run)
+    kept.write_text(json.dumps({"device": device, "sweeps": found}, indent=1) + "\n")
     plot(found, place.with_suffix(".svg"))
 
 

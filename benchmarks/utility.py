@@ -31,6 +31,8 @@ TWEETS = ("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz
 PUBLIC = {"IMDb": [], "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"]}
 """What each public text changes in the run file."""
 
+WITHOUT = ", without biases"
+
 OURS = ["tune.steps=300", "transfer.steps=100"]
 """Of the demo's run file, what there is time for here."""
 
@@ -56,6 +58,8 @@ OPTIONS = {
     "ours - half the start": {"trained_share": "0.5"},
     "ours - cosine": {"schedule": "constant"},
     "ours - lambda 2, 1 instead": {"proxy_lambda": "1"},
+    "ours + a bias per class": {"tune.class_bias": "true"},
+    "ours - 300 steps of tuning, 100 instead": {"tune.steps": "100"},
 }
 
 
@@ -82,7 +86,10 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "options":
-        return {f"option, {name}": own + [f"transfer.{key}={value}" for key, value in changes.items()] for name, changes in OPTIONS.items()}
+        return {
+            f"option, {name}": own + [f"{key if '.' in key else f'transfer.{key}'}={value}" for key, value in changes.items()]
+            for name, changes in OPTIONS.items()
+        }
     own += ["student.frozen_lower_layers=0"]
     return {
         f"curve, {name}, {1024 * steps} tokens": [*own, f"student.layers={layers}", f"distill.steps={steps}"]
@@ -100,7 +107,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
     chosen = parser.parse_args()
     if chosen.part == "show":
-        show(read_results())
+        print(show(read_results()))
         return
     fetch_tweets(chosen.demo)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -143,20 +150,26 @@ def fetch_tweets(demo: Path) -> None:
         csv.writer(file).writerows([("text",), *((line.split("\t", 2)[2],) for line in lines)])
 
 
-def show(results: dict[str, Any]) -> None:
-    """Accuracy and AUC in percent: the mean over seeds, and how far single seeds are from it."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def show(results: dict[str, Any]) -> str:
+    """Each measurement as a table: accuracy in percent, its mean and extremes over seeds, AUC, and the share of the gap that a row closes.
+
+    The gap is from zero-shot to full prompt tuning of the target with the same epsilon; its share is that of the means over seeds.
+    """
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, measured in results.items():
         for row in measured["rows"]:
-            cells.setdefault((name.rpartition(", seed ")[0], row["name"]), []).append(row)
-    before = ""
-    for (name, row), found in cells.items():
-        if name != before:
-            print(f"\n### {name}\n\n| row | accuracy | least, most | AUC | seeds |\n|---|---|---|---|---|")
-            before = name
-        accuracy = [100 * each["accuracy_micro"] for each in found]
-        area = statistics.mean(100 * each["auc"] for each in found)
-        print(f"| {row} | {statistics.mean(accuracy):.1f} | {min(accuracy):.1f}, {max(accuracy):.1f} | {area:.1f} | {len(found)} |")
+            cells.setdefault(name.rpartition(", seed ")[0], {}).setdefault(row["name"], []).append(row)
+    text = ""
+    for name, rows in cells.items():
+        accuracy = {row: statistics.mean(100 * each["accuracy_micro"] for each in found) for row, found in rows.items()}
+        text += f"\n### {name}\n\n| row | accuracy | least, most | AUC | gap closed | seeds |\n|---|---|---|---|---|---|\n"
+        for row, found in rows.items():
+            extremes = [f"{100 * end(each['accuracy_micro'] for each in found):.1f}" for end in (min, max)]
+            area = statistics.mean(100 * each["auc"] for each in found)
+            upper = accuracy.get(f"full prompt tuning{row[row.find(', epsilon') :] if ', epsilon' in row else ''}".removesuffix(WITHOUT))
+            closed = f"{(accuracy[row] - accuracy['zero-shot']) / (upper - accuracy['zero-shot']):.0%}" if upper else ""
+            text += f"| {row} | {accuracy[row]:.1f} | {', '.join(extremes)} | {area:.1f} | {closed} | {len(found)} |\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
 from post_dist.stages.teacher_signals import ask_teacher
 
 _WARM_UP = 2
-_STEPS = 5
-_MOST_ROWS = 256
+STEPS = 5
+MOST_ROWS = 256
 """Public rows that the transfer's batches are drawn from."""
 _STRAGGLES = 1.15
 """A rank that computes so many times as long as the median rank is named."""
@@ -79,19 +79,21 @@ def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[s
         `ranks`, `hosts`, the sizes of the models, and `rows`, one for each stage and scaling: `step_seconds`, the median of the slowest
         rank's, and its middle half; the amount per second; `received_bytes` of this rank by kind; the `straggler`, or None; and
         `per_rank` the seconds of `compute`, `input`, `gather` and `reduce` (what the wires take), `control`, and `wait` (for other
-        ranks), and the peak of memory above what was held before the models were loaded.
+        ranks), and the peak of memory above what was held without the models.
     """
     precision = choose_precision(config.engine, world.device)
-    held = watch_memory(world.device)
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
     rows = []
     with _cut_student(config, teacher_folder, world) as (student_folder, corpus):
+        before = watch_memory(world.device)
         works = _Works(config, teacher_folder, student_folder, corpus, precision, world)
+        of_teacher = watch_memory(world.device) - before
         # Stage by stage: DeepSpeed gathers ahead what the pass before used, and the transfer's uses the head.
         for make in (works.distill, works.transfer):
             for scaling, times in (("strong", 1), ("weak", world.size))[: min(2, world.size)]:
-                rows.append({"scaling": scaling} | _measured(make(grown(config, times)), held, hosts, world))
+                before = watch_memory(world.device) - of_teacher
+                rows.append({"scaling": scaling} | _measured(make(grown(config, times)), before, hosts, world))
     return {
         "device": device_name(world.device),
         "ranks": world.size,
@@ -164,7 +166,7 @@ class _Works:
         words = tuple(private.labels.values())
         text = private.template or public.template or "{text}"
         task = PromptTask(text, words, private.max_length, private.allow_multi_token, config.tune.init_text)
-        texts = load_public_texts(public, "public_task")[0][:_MOST_ROWS]
+        texts = load_public_texts(public, "public_task")[0][:MOST_ROWS]
         models = Models(load_whole(self._student_folder, self._precision, world.device), self._teacher)
         start_nd = prompt_from_text(self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens).float()
         tokenizers = (self._tokenizer, self._tokenizer)
@@ -186,14 +188,14 @@ class _Works:
         return Work("transfer", section.batch_size, "samples", section.batch_size, step_of, inputs)
 
 
-def _measured(work: Work, held_mib: float, hosts: list[str], world: World) -> dict[str, Any]:
+def _measured(work: Work, before_mib: float, hosts: list[str], world: World) -> dict[str, Any]:
     """One row."""
     for step in range(_WARM_UP):
         work.step(step)
     watch_memory(world.device)
-    steps = range(_STEPS)
+    steps = range(STEPS)
     plain_S = [_seconds(work.step, step, world) for step in steps]
-    peak_mib = peak_memory_mib(world.device) - held_mib
+    peak_mib = peak_memory_mib(world.device) - before_mib
     input_seconds = statistics.median(_seconds(work.inputs, step, world) for step in steps)
     split = [_split(work.step, step, input_seconds, world) for step in steps]
     slowest_S = world.concatenate(torch.tensor([plain_S], dtype=torch.float64)).amax(dim=0).tolist()

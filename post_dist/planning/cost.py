@@ -88,7 +88,7 @@ def transfer_flops(
     return {"forward": products + attention + head + constants, "backward": products + 2 * attention + head}
 
 
-# ---------------------------------------------------------------------------------------------------------------- bytes
+# ---------------------------------------------------------------------------------------------------------------- bytes on the wires
 
 
 def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> float:
@@ -141,6 +141,45 @@ def transfer_bytes(target: ModelSize, prompt: int, *, group: int, ranks: int, by
     """
     gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(without_one_table(target), group, bytes_each)
     return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- passes over memory
+
+
+_FORWARD_PASSES = 2
+"""Over what a layer keeps: written, and read by what comes next."""
+_BACKWARD_PASSES = 3
+"""Read again, and its gradient written and read."""
+_LOGIT_PASSES = 8
+"""Over the fp32 logits: written, read for the maximum, the sum and the divergence, and their gradient, in part for both models."""
+
+
+def activation_elements(size: ModelSize) -> float:
+    """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
+
+    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T].
+    """
+    return 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
+
+
+def forward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
+    """What norms, rotations, gates and sums move through a GPU's memory in a forward pass."""
+    return _FORWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
+
+
+def backward_pass_bytes(size: ModelSize, layers: int, tokens: float, bytes_each: float) -> float:
+    """The same for the backward pass through the uppermost so many layers."""
+    return _BACKWARD_PASSES * activation_elements(size) * layers * tokens * bytes_each
+
+
+def logit_bytes(size: ModelSize, positions: float) -> float:
+    """What the loss moves for the logits of so many positions."""
+    return _LOGIT_PASSES * 4 * size.vocabulary * positions
+
+
+def optimizer_bytes(numel: float, bytes_each: float) -> float:
+    """What Adam moves for so many weights: three fp32 values both ways, the gradient in and the weight out."""
+    return (2 * ADAM_BYTES + 2 * bytes_each) * numel
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory

@@ -69,6 +69,10 @@ class Hardware(Section):
         share: float = getattr(self.share, link)
         return found.gb_per_second * 1e9 * share
 
+    def memory_bytes_per_second(self) -> float:
+        """What passes over a GPU's memory reach."""
+        return self.memory_gb_per_second * 1e9 * self.share.memory
+
     def latency_seconds(self, link: Literal["node", "network"]) -> float:
         """What each collective takes beside its bytes."""
         found: Link = getattr(self, link)

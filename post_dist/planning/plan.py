@@ -7,18 +7,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from post_dist.config.deepspeed import Precision, preset
+from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import shares
 from post_dist.errors import InputError
-from post_dist.losses import LOGITS_AT_ONCE
 from post_dist.models.student import stand_in_layers
 from post_dist.planning import cost
 from post_dist.planning.hardware import Hardware
+from post_dist.planning.memory import GATHERED, GIB, frozen_memory, fullest, student_memory
 from post_dist.planning.simulate import Run, best_interval, mean_goodput
 from post_dist.planning.sizes import ModelSize
 
-GIB = 2**30
 GPU_HOURS_BETWEEN_FAILURES = 50_700.0
 """419 unexpected interruptions in 54 days of 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -128,21 +127,10 @@ def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[s
     return "all", f"{whole / GIB:.0f} GiB do not fit into one node beside the rest"
 
 
-def _frozen_memory(size: ModelSize, group: int, bytes_each: int) -> dict[str, float]:
-    """A frozen model's shard, and the weights that DeepSpeed keeps whole for a while."""
-    if group == 1:
-        return {"frozen_weights": size.parameters * bytes_each / GIB}
-    live = preset("frozen_zero3")["zero_optimization"]["stage3_max_live_parameters"]
-    return {
-        "frozen_weights": cost.shard_bytes(size, group, bytes_each) / GIB,
-        "gathered_weights": min(size.parameters, live + size.largest_layer) * bytes_each / GIB,
-    }
-
-
 def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[str, Any]) -> dict[str, Any]:
     """Sums, and what follows from them."""
     memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
-    total = sum(memory.values())
+    total = fullest(memory, found.pop("moments", []))
     conflicts = list(found.pop("conflicts", []))
     if total > machine.hardware.memory_gib:
         largest = max(memory, key=lambda part: memory[part])
@@ -177,12 +165,23 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
     gather = machine.wire_seconds(moved["gather"] - of_student, group, passes * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
+    held, trained_layers = rows * length, len(models.student.layers) - models.frozen_layers
+    passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.student, held, each)
+    passed += cost.backward_pass_bytes(models.student, trained_layers, held, each) + cost.logit_bytes(models.student, held)
+    passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
+    over_memory = passed / hardware.memory_bytes_per_second()
     if hardware.overlap:
-        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate)
+        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory
     else:
-        step = teacher + gather + student + reduce
+        step = teacher + gather + student + reduce + over_memory
     tokens = section.batch_size * length
-    held = _student_memory(config, models, ranks, rows * length, each)
+    sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
+    memory = frozen_memory(models.teacher, group, each)
+    memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
+    memory |= student_memory(config.engine, models.student, models.frozen_layers, models.trained, **sizes)
+    gradients = () if passes > 1 else ("student_gradients",)  # those of the pass before stay
+    moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
+    moments.append(("student_gathered", "activations", *gradients))
     checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
     conflicts = []
     if section.batch_size < ranks:
@@ -191,10 +190,11 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
         conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
     advice, why = advised_group(models.teacher, machine, each)
     found = {
-        "memory_gib": _frozen_memory(models.teacher, group, each) | held,
+        "memory_gib": memory,
+        "moments": moments,
         "flops_per_gpu": flops,
         "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce},
+        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory},
         "step_seconds": step,
         "tokens_per_second": tokens / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
@@ -204,30 +204,6 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
         "conflicts": conflicts,
     }
     return _finished("distill", machine, ranks, section.steps, found)
-
-
-def _student_memory(config: RunConfig, models: Models, ranks: int, tokens: float, each: int) -> dict[str, float]:
-    """Weights, gradients and optimizer by the ZeRO stage, activations of the trained layers, and the logits of one piece."""
-    stage = config.engine.zero_stage
-    over = {"weights": ranks if stage == 3 else 1, "gradients": ranks if stage >= 2 else 1, "optimizer": ranks if stage >= 1 else 1}
-    layers = models.student.layers[models.frozen_layers :]
-    kept = models.student.width if config.engine.activation_checkpointing else activation_elements(models.student)
-    optimizer = 0.0 if config.engine.offload_optimizer else cost.ADAM_BYTES * models.trained / over["optimizer"]
-    return {
-        "student_weights": models.student.parameters * each / over["weights"] / GIB,
-        "student_gradients": models.trained * each / over["gradients"] / GIB,
-        "student_optimizer": optimizer / GIB,
-        "activations": (len(layers) * kept + activation_elements(models.student)) * tokens * each / GIB,
-        "logits": 4 * min(LOGITS_AT_ONCE, tokens * models.student.vocabulary) * 4 / GIB,
-    }
-
-
-def activation_elements(size: ModelSize) -> float:
-    """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
-
-    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T].
-    """
-    return 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
 
 
 def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
@@ -242,7 +218,7 @@ def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precis
         "memory_gib": {
             "student_weights": models.student.parameters * _BYTES[precision] / GIB,
             "activations": len(models.student.layers)
-            * activation_elements(models.student)
+            * cost.activation_elements(models.student)
             * section.micro_batch_size_per_gpu
             * (length + n)
             * _BYTES[precision]
@@ -278,22 +254,25 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
     gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
     tokens = n + rows * length
-    kept = models.teacher.width if config.engine.activation_checkpointing else activation_elements(models.teacher)
+    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher)
     conflicts = _room(models.teacher, n, length)
     if section.batch_size < ranks:
         conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
     advice, why = advised_group(models.teacher, machine, each)
-    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce
+    passed = cost.forward_pass_bytes(models.teacher, tokens, each)
+    passed += cost.backward_pass_bytes(models.teacher, len(models.teacher.layers), tokens, each) + cost.logit_bytes(models.teacher, rows)
+    over_memory = passed / hardware.memory_bytes_per_second()
+    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce + over_memory
     found = {
-        "memory_gib": _frozen_memory(models.teacher, group, each)
+        "memory_gib": frozen_memory(models.teacher, group, each)
         | {
             "student_weights": models.student.parameters * each / GIB,
-            "activations": (len(models.teacher.layers) * kept + activation_elements(models.teacher)) * tokens * each / GIB,
+            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher)) * tokens * each / GIB,
             "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
         },
         "flops_per_gpu": flops,
         "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"compute": compute, "gather": gather, "reduce": reduce},
+        "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory},
         "step_seconds": step,
         "samples_per_second": section.batch_size / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
