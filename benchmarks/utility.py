@@ -3,6 +3,7 @@
     python benchmarks/utility.py table --seeds 0 1 2       the method and what it is compared with, on the sealed test split
     python benchmarks/utility.py upper --seeds 0 1 2       full prompt tuning of the target, on the test split
     python benchmarks/utility.py options --seeds 0 1 2     each setting of the transfer alone and left out, on the validation split
+    python benchmarks/utility.py alpha --seeds 0 1 2       the published loss at several alphas, and at the rule's, on the validation split
     python benchmarks/utility.py lora --seeds 0 1 2        the owner's rival: DP-LoRA on a model of the student's size, on the test split
     python benchmarks/utility.py curve --seeds 0           layers of the student and tokens of distillation, on the validation split
     python benchmarks/utility.py show                      what is in the results, as tables
@@ -62,8 +63,7 @@ OPTIONS = {
     "ours + a bias per class": {"tune.class_bias": "true"},
     "ours - 300 steps of tuning, 100 instead": {"tune.steps": "100"},
 }
-
-
+ALPHAS = (0, 0.25, 0.5, 0.75, 1, "auto")
 LAYERS = {
     "4 of 30": [0, 1, 28, 29],
     "8 of 30": [0, 1, 2, 3, 26, 27, 28, 29],
@@ -86,6 +86,9 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
+    if part == "alpha":
+        base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
+        return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
     if part == "options":
         return {
             f"option, {name}": own + [f"{key if '.' in key else f'transfer.{key}'}={value}" for key, value in changes.items()]
@@ -102,7 +105,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
 def main() -> None:
     """Measure what is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["table", "upper", "lora", "options", "curve", "show"])
+    parser.add_argument("part", choices=["table", "upper", "lora", "options", "alpha", "curve", "show"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
