@@ -170,7 +170,7 @@ class _Works:
         models = Models(load_whole(self._student_folder, self._precision, world.device), self._teacher)
         start_nd = prompt_from_text(self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens).float()
         tokenizers = (self._tokenizer, self._tokenizer)
-        lesson = prepare_lesson(task, start_nd, public, (texts, []), models, section, tokenizers, world)
+        lesson = prepare_lesson(task, start_nd, public, (texts, []), models, section, tokenizers, world, {})
         prompt_nd = start_nd.to(world.device).requires_grad_(True)
 
         def own(step: int) -> Share:

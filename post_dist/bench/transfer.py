@@ -54,7 +54,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         source_nd = prompt_from_text(models.target, tokenizer, task.init_text, config.tune.num_virtual_tokens)
         source_nd = source_nd + 0.1 * source_nd.std() * torch.randn(source_nd.shape, generator=torch.Generator().manual_seed(config.seed))
         start = time.perf_counter()
-        lesson = prepare_lesson(task, source_nd, config.public_task, (texts, []), models, section, (tokenizer, tokenizer), world)
+        lesson = prepare_lesson(task, source_nd, config.public_task, (texts, []), models, section, (tokenizer, tokenizer), world, {})
         once[precision] = time.perf_counter() - start
         whole = Models(models.student, load_whole(teacher, precision, world.device))
         steps |= _ways(lesson, models, whole, source_nd, precision, config, world)

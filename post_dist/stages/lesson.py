@@ -7,7 +7,7 @@ Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), C cla
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -133,11 +133,13 @@ def prepare_lesson(
     section: Transfer,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     world: World,
+    said: dict[Hashable, torch.Tensor],
 ) -> Lesson:
     """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task.
 
     `public` holds the public texts, and the responses to them for a prompt that generates text. The tokenizers are the student's and the
-    target's: they may differ where classes are compared, which each model has in words of its own.
+    target's: they may differ where classes are compared, which each model has in words of its own. `said` keeps what the models say
+    without a prompt, for the next lesson on the same texts: models, public task and texts must be the same for all that share it.
     """
     texts, responses = public
     log.info("transfer: %d public texts, objective %s on the %s", len(texts), section.objective, section.scores)
@@ -153,8 +155,8 @@ def prepare_lesson(
     def kept(model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str) -> torch.Tensor:
         by = int(model is models.target)
 
-        def keep(said: torch.Tensor) -> torch.Tensor:
-            return verbalizers[by].scores(verbalizers[by].lift(said, biases)) if by_classes else said
+        def keep(answer: torch.Tensor) -> torch.Tensor:
+            return verbalizers[by].scores(verbalizers[by].lift(answer, biases)) if by_classes else answer
 
         how: dict[str, Any] = {"batch_size": section.batch_size, "world": world, "label": label}
         if most:
@@ -164,9 +166,15 @@ def prepare_lesson(
     def hidden(model: LanguageModel, batch: Batch, prompt_nd: torch.Tensor | None) -> torch.Tensor:
         return response_hidden(model, batch.to(world.device), most, prompt=prompt_nd)
 
-    source = kept(models.student, None, (), "student")
+    def unprompted(model: LanguageModel, label: str) -> torch.Tensor:
+        question = (label, section.scores, text, task.label_words, task.max_length, task.allow_multi_token, most)
+        if question not in said:
+            said[question] = kept(model, None, (), label)
+        return said[question]
+
+    source = unprompted(models.student, "student")
     source_prompted = kept(models.student, source_nd, task.class_biases, "student + prompt")
-    target = kept(models.target, None, (), "target")
+    target = unprompted(models.target, "target")
 
     section, signals = _heed(section, verbalizers, models, (source, source_prompted, target), task.class_biases)
     offsets = torch.zeros(1)

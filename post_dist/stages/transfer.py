@@ -4,7 +4,7 @@ Nothing here can reach private data: the stage is handed no private section, and
 Shapes: n prompt tokens, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,10 +68,11 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
             _check_generates(client.folder.config.transfer, config.public_task)
 
     pupils: dict[tuple[int, ...], list[_Pupil]] = {}
+    said: dict[Hashable, torch.Tensor] = {}
     for client, prompt in zip(clients, prompts, strict=True):
         section = client.folder.config.transfer
         source_nd = prompt.embeddings.to(world.device)
-        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, public, models, section, tokenizers, world)
+        lesson = prepare_lesson(prompt.task, source_nd, config.public_task, public, models, section, tokenizers, world, said)
         text_nd = prompt_from_text(models.target, tokenizers[1], prompt.task.init_text, len(source_nd))
         start_nd = torch.lerp(text_nd, source_nd, section.trained_share) if section.trained_share else text_nd
         start_nd = start_nd.to(world.device, torch.float32).clone()

@@ -75,7 +75,7 @@ def test_the_first_loss_of_the_transfer_is_the_paper_s_at_every_token(run: Path,
     texts = [text for text, _ in tiny.sentences(4, 7)]
     responses = ["a dull film", "lovely", "weak and moving", "a film"]
     world = World(0, 1, 0, "none", CPU)
-    lesson = prepare_lesson(source.task, source.embeddings, public, (texts, responses), models, section, (tokenizer, tokenizer), world)
+    lesson = prepare_lesson(source.task, source.embeddings, public, (texts, responses), models, section, (tokenizer, tokenizer), world, {})
     prompt_nd = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     (loss,) = lesson_losses(models, [lesson], [prompt_nd], [[0, 1, 2, 3]], CPU)
     by_hand = []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,15 @@ def test_each_model_reads_the_public_rows_with_its_own_tokenizer(run: Path) -> N
     world = World(0, 1, 0, "none", CPU)
     prompt_nd = torch.randn(3, 32)
     section = Transfer(objective="proxy", scores="classes")
-    lesson = prepare_lesson(task, prompt_nd, public, (texts, []), models, section, (student_words, target_words), world)
+    words, said = (student_words, target_words), {}
+    lesson = prepare_lesson(task, prompt_nd, public, (texts, []), models, section, words, world, said)
+    again = prepare_lesson(task, 2 * prompt_nd, public, (texts, []), models, section, words, world, said)
+    assert (again.source is lesson.source, again.target is lesson.target) == (True, True), "asked once for all prompts"
+    assert not torch.equal(again.source_prompted, lesson.source_prompted)
+    other = prepare_lesson(
+        replace(task, label_words=(("good",), ("bad",))), prompt_nd, public, (texts, []), models, section, words, world, said
+    )
+    torch.testing.assert_close(other.target, lesson.target.flip(1), rtol=1e-5, atol=1e-6)
     for kept, model, words, prompt in (
         (lesson.source, models.student, student_words, None),
         (lesson.source_prompted, models.student, student_words, prompt_nd),

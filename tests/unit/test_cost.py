@@ -93,7 +93,9 @@ def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
     section = Transfer(objective="proxy" if scores == "classes" else "published", scores=scores)
     texts = ["the film is dull and weak"] * 6
     models = Models(model, model)
-    lesson = prepare_lesson(task, torch.randn(10, 64), public, (texts, []), models, section, (words, words), World(0, 1, 0, "none", CPU))
+    lesson = prepare_lesson(
+        task, torch.randn(10, 64), public, (texts, []), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
+    )
     prompt_nd = torch.randn(10, 64, requires_grad=True)
     length = len(lesson.rows[0].token_ids)
 
