@@ -179,7 +179,8 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     memory = frozen_memory(models.teacher, group, each)
     memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
     memory |= student_memory(config.engine, models.student, models.frozen_layers, models.trained, **sizes)
-    gradients = () if passes > 1 else ("student_gradients",)  # those of the pass before stay
+    # Those of the pass before stay, and so does the buffer for a rank's part of them.
+    gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
     moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
     moments.append(("student_gathered", "activations", *gradients))
     checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
