@@ -59,6 +59,7 @@ class Work:
         amount: how much one step handles.
         step: takes a step, by its number.
         inputs: makes what this rank's step reads, and nothing else.
+        end: gives back what an engine holds on to.
     """
 
     stage: str
@@ -67,6 +68,7 @@ class Work:
     amount: int
     step: Callable[[int], object]
     inputs: Callable[[int], object]
+    end: Callable[[], object] = lambda: None
 
 
 def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[str, Any]:
@@ -93,7 +95,9 @@ def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[s
         for make in (works.distill, works.transfer):
             for scaling, times in (("strong", 1), ("weak", world.size))[: min(2, world.size)]:
                 before = watch_memory(world.device) - of_teacher
-                rows.append({"scaling": scaling} | _measured(make(grown(config, times)), before, hosts, world))
+                work = make(grown(config, times))
+                rows.append({"scaling": scaling} | _measured(work, before, hosts, world))
+                work.end()
     return {
         "device": device_name(world.device),
         "ranks": world.size,
@@ -156,7 +160,9 @@ class _Works:
                 self._corpus.training(share).to(world.device)
 
         amount = section.batch_size * config.corpus.sequence_length  # type: ignore[union-attr]
-        return Work("distill", section.batch_size, "tokens", amount, lambda step: distill_step(engine, batches, step), inputs)
+        return Work(
+            "distill", section.batch_size, "tokens", amount, lambda step: distill_step(engine, batches, step), inputs, engine.destroy
+        )
 
     def transfer(self, config: RunConfig) -> Work:
         """A prompt's gradient over all ranks. What is kept of the public rows is made once, and not measured."""

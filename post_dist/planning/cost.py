@@ -154,12 +154,14 @@ _LOGIT_PASSES = 8
 """Over the fp32 logits: written, read for the maximum, the sum and the divergence, and their gradient, in part for both models."""
 
 
-def activation_elements(size: ModelSize) -> float:
+def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
     """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
 
-    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T].
+    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T]. What goes into the products of a layer that is not
+    `trained` is not kept: only the gradient of their weights would need it.
     """
-    return 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
+    kept = 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
+    return kept if trained else kept - 2 * size.width - size.mlp_width
 
 
 def forward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:

@@ -219,7 +219,7 @@ def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precis
         "memory_gib": {
             "student_weights": models.student.parameters * _BYTES[precision] / GIB,
             "activations": len(models.student.layers)
-            * cost.activation_elements(models.student)
+            * cost.activation_elements(models.student, trained=False)
             * section.micro_batch_size_per_gpu
             * (length + n)
             * _BYTES[precision]
@@ -255,7 +255,7 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
     gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
     tokens = n + rows * length
-    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher)
+    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher, trained=False)
     conflicts = _room(models.teacher, n, length)
     if section.batch_size < ranks:
         conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
@@ -268,7 +268,10 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
         "memory_gib": frozen_memory(models.teacher, group, each)
         | {
             "student_weights": models.student.parameters * each / GIB,
-            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher)) * tokens * each / GIB,
+            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher, trained=False))
+            * tokens
+            * each
+            / GIB,
             "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
         },
         "flops_per_gpu": flops,
