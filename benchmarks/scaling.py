@@ -115,8 +115,11 @@ def plot(found: dict[str, dict], path: Path) -> None:
     for column, (name, sweep) in enumerate(found.items()):
         for kind, label in enumerate(("seconds", "MiB")):
             axis = axes[kind][column]
-            for way in sweep["rows"][0].keys() - {"value"}:
-                axis.loglog([row["value"] for row in sweep["rows"]], [row[way][kind] for row in sweep["rows"]], marker="o", label=way)
+            values = [row["value"] for row in sweep["rows"]]
+            for way in (way for way in sweep["rows"][0] if way != "value"):
+                axis.loglog(values, [row[way][kind] for row in sweep["rows"]], marker="o", label=way)
+            axis.set_xticks(values, [f"{value:,}" for value in values])
+            axis.xaxis.minorticks_off()
             axis.set_xlabel(name)
             axis.set_ylabel(label)
             axis.legend(frameon=False)

@@ -257,7 +257,15 @@ CASES = [
         ("audit", "{run}"),
     ),
     Case("bench without a student", 2, "distill is not finished", command=("bench", "tune", "{run}")),
-    Case("bench of no stage", 2, "Invalid value", command=("bench", "evaluate", "{run}")),
+    Case("bench of no stage", 2, "No such command", command=("bench", "evaluate", "{run}")),
+    Case(
+        "bench scale without public text",
+        2,
+        "bench scale needs",
+        lambda fields, folder: fields.pop("public_task"),
+        command=("bench", "scale", "{run}"),
+    ),
+    Case("bench scale on no nodes", 2, "--submit 2,0: not numbers above zero", command=("bench", "scale", "{run}", "--submit", "2,0")),
     # places
     Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
     Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),
