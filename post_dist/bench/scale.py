@@ -34,7 +34,7 @@ from post_dist.models.soft_prompt import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
 from post_dist.planning.scaling import grown
 from post_dist.runtime.distributed import World, choose_precision
-from post_dist.stages.distill import Batches, distill_step, student_engine
+from post_dist.stages.distill import Batches, distill_step, masking_for, student_engine
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
 from post_dist.stages.teacher_signals import ask_teacher
 
@@ -78,10 +78,13 @@ def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[s
     as many with every collective waited for, which shows where a rank's time goes, and takes longer where they ran beside computation.
 
     Returns:
-        `ranks`, `hosts`, the sizes of the models, and `rows`, one for each stage and scaling: `step_seconds`, the median of the slowest
-        rank's, and its middle half; the amount per second; `received_bytes` of this rank by kind; the `straggler`, or None; and
-        `per_rank` the seconds of `compute`, `input`, `gather` and `reduce` (what the wires take), `control`, and `wait` (for other
-        ranks), and the peak of memory above what was held without the models.
+        What was measured on, and `rows`, one for each stage and scaling: `step_seconds`, the median of the slowest rank's, and its middle
+        half; the amount per second; `received_bytes` of this rank by kind; the `straggler`, or None; and `per_rank` the seconds of
+        `compute`, `input`, `gather` and `reduce` (what the wires take), `control`, and `wait` (for other ranks), and the peak of memory
+        above what was held without the models.
+
+    Raises:
+        InputError: a section is missing, or the run file's output cannot be written to.
     """
     precision = choose_precision(config.engine, world.device)
     hosts: list[str] = [""] * world.size
@@ -123,11 +126,15 @@ def _cut_student(config: RunConfig, teacher_folder: Path, world: World) -> Itera
         raise InputError("bench scale needs the sections `corpus`, `student` and `public_task`")
     tokenizer, rule = load_tokenizer(teacher_folder), config.student
     layers = stand_in_layers(rule, load_config(teacher_folder).get_text_config().num_hidden_layers)
-    place = Path()
-    if world.is_main:
-        config.output.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix="bench-scale-", dir=config.output))
-    place = world.from_main(place)
+    made: list[str] = []
+
+    def make() -> None:
+        with writing(config.output):
+            config.output.mkdir(parents=True, exist_ok=True)
+            made.append(tempfile.mkdtemp(prefix="bench-scale-", dir=config.output))
+
+    world.on_main(make)
+    place = Path(world.from_main("".join(made)))
     try:
         student = place / "student"
         world.on_main(lambda: write_folder(student, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
@@ -147,13 +154,14 @@ class _Works:
         self._student_folder, self._corpus, self._precision, self._world = student_folder, corpus, precision, world
         self._tokenizer = load_tokenizer(teacher_folder)
         self._teacher = load_sharded(teacher_folder, config.engine, precision, world)
+        self._masking = masking_for(self._teacher, self._tokenizer, config)
 
     def distill(self, config: RunConfig) -> Work:
         """A step of the optimizer on the student, the teacher asked in it."""
         section, world = config.distill, self._world
         student = load_whole(self._student_folder, self._precision, world.device)
         engine = student_engine(student, config, config.student, self._precision, world)  # type: ignore[arg-type]
-        batches = Batches(self._corpus, None, ask_teacher(self._teacher), section, world)
+        batches = Batches(self._corpus, self._masking, ask_teacher(self._teacher), section, world)
 
         def inputs(step: int) -> None:
             for share in self._corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world):
@@ -204,9 +212,9 @@ def _measured(work: Work, before_mib: float, hosts: list[str], world: World) -> 
     peak_mib = peak_memory_mib(world.device) - before_mib
     input_seconds = statistics.median(_seconds(work.inputs, step, world) for step in steps)
     split = [_split(work.step, step, input_seconds, world) for step in steps]
-    slowest_S = world.concatenate(torch.tensor([plain_S], dtype=torch.float64)).amax(dim=0).tolist()
+    slowest_S = _of_all(plain_S, world).amax(dim=0).tolist()
     parts_WP = torch.stack([parts_WP for parts_WP, _ in split]).median(dim=0).values
-    of_ranks_W2 = world.concatenate(torch.tensor([[input_seconds, peak_mib / 1024]], dtype=torch.float64))
+    of_ranks_W2 = _of_all([input_seconds, peak_mib / 1024], world)
     low, median, high = statistics.quantiles(slowest_S, n=4)
     compute_W = parts_WP[:, _PARTS.index("compute")]
     slowest = int(compute_W.argmax())
@@ -233,14 +241,19 @@ def _split(take: Callable[[int], object], step: int, input_seconds: float, world
     """
     with Wires(world.device) as wires:
         seconds = _seconds(take, step, world)
-    calls_WK = world.concatenate(torch.tensor([[call.seconds for call in wires.calls]], dtype=torch.float64))
-    own_W = world.concatenate(torch.tensor([seconds - input_seconds], dtype=torch.float64)) - calls_WK.sum(dim=1)
+    calls_WK = _of_all([call.seconds for call in wires.calls], world)
+    own_W = _of_all([seconds - input_seconds], world)[:, 0] - calls_WK.sum(dim=1)
     least_K = calls_WK.amin(dim=0)
     parts = {"compute": own_W.clamp(min=0), "wait": (calls_WK - least_K).sum(dim=1)}
     for kind in KINDS:
         of_kind_K = torch.tensor([call.kind == kind for call in wires.calls], dtype=torch.float64)
         parts[kind] = (least_K * of_kind_K).sum().expand(world.size)
     return torch.stack([parts[name] for name in _PARTS], dim=1), {kind: wires.bytes_of(kind) for kind in KINDS}
+
+
+def _of_all(values: list[float], world: World) -> torch.Tensor:
+    """Every rank's values, a row each."""
+    return world.concatenate(torch.tensor([values], dtype=torch.float64, device=world.device)).cpu()
 
 
 def _seconds(take: Callable[[int], object], step: int, world: World) -> float:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from post_dist.commands.figures import print_figures
 from post_dist.commands.options import AsJson
 from post_dist.config.assets import asset
 from post_dist.errors import ArtefactRefused, InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; made if missing.")]) -> None:

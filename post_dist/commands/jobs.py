@@ -4,16 +4,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, Submittable
 from post_dist.config.load import load_run
 from post_dist.errors import EnvironmentFault
-
-if TYPE_CHECKING:
-    pass
 
 
 def submit(

@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
 from post_dist.config.load import load_run
 from post_dist.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(

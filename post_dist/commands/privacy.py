@@ -1,7 +1,7 @@
 """What a run costs in privacy: planned, spent, and audited."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,6 @@ from post_dist.commands.figures import print_figures
 from post_dist.commands.options import AsJson, Overrides, RunFile
 from post_dist.config.load import load_run
 from post_dist.errors import PrivacyRefused
-
-if TYPE_CHECKING:
-    pass
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
@@ -58,7 +59,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     log.info("teacher: %d layers, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
     _check_length(corpus_section, teacher)
     corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)
-    masking = _Masking(tokenizer.mask_token_id, len(tokenizer), section.mask_share, config.seed) if teacher.masked else None
+    masking = masking_for(teacher, tokenizer, config)
 
     untrained = folder.checkpoints / "untrained"
     is_cut = untrained.exists()
@@ -200,6 +201,11 @@ class _Masking:
         kept = input_ids_T[places]
         changed = torch.where(draw < 0.8, torch.full_like(kept, self._mask_token), torch.where(draw < 0.9, other, kept))
         return input_ids_T.scatter(0, places, changed), labels
+
+
+def masking_for(teacher: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> _Masking | None:
+    """What a masked teacher's text goes through; a causal one reads it as it is."""
+    return _Masking(tokenizer.mask_token_id, len(tokenizer), config.distill.mask_share, config.seed) if teacher.masked else None
 
 
 def _train(engine: Any, batches: "Batches", section: Distill, folder: RunFolder, world: World, first_step: int) -> None:

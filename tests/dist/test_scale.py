@@ -78,6 +78,12 @@ def test_measurements_on_one_and_two_ranks_are_merged(tmp_path: Path, post_dist:
     assert main("report", one)[1].startswith("strong scaling, 1 GPUs")
 
 
+def test_a_masked_teacher_is_measured_on_masked_text(tmp_path: Path, main: Callable) -> None:
+    code, out, err = main("bench", "scale", tiny.write_run(tmp_path, "roberta"), "--json")
+    assert code == 0, err
+    assert [row["stage"] for row in json.loads(out)["rows"]] == ["distill", "transfer"]
+
+
 def test_other_files_are_no_measurements(tmp_path: Path, main: Callable) -> None:
     (tmp_path / "other.json").write_text("{}")
     for path, wanted in (("other.json", "not all of these files are measurements"), ("none.json", "none.json is not there"), (".", "holds no finished evaluation")):
