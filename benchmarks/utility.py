@@ -77,12 +77,10 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     """What is to be measured, by name, and what it changes in the demo's run file."""
     own = [*OURS, f"seed={seed}"]
     if part == "table":
-        rows = [
-            f"evaluate.private_rows={list(EPSILONS)}",
-            "tune.class_bias=true",
-            "evaluate.baselines=[published transfer, full prompt tuning]",
-        ]
-        return {f"table, public {name}": [*own, *rows, *changes] for name, changes in PUBLIC.items()}
+        own += [f"evaluate.private_rows={list(EPSILONS)}", "tune.class_bias=true", "evaluate.baselines=[published transfer]"]
+        return {f"table, public {name}": own + changes for name, changes in PUBLIC.items()}
+    if part == "upper":
+        return {UPPER: [*own, "tune.class_bias=true", "evaluate.baselines=[full prompt tuning]"]}
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
