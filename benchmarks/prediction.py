@@ -22,7 +22,8 @@ from scipy.optimize import nnls
 
 from post_dist.bench import scale
 from post_dist.bench.measure import device_name
-from post_dist.bench.scale import MOST_ROWS, STEPS, bench_scale
+from post_dist.bench.scale import STEPS, bench_scale
+from post_dist.bench.transfer import MOST_ROWS
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import rows_of_like_length, shares
@@ -32,7 +33,7 @@ from post_dist.models.load import load_tokenizer
 from post_dist.planning.hardware import Hardware
 from post_dist.planning.plan import Machine, plan_run
 from post_dist.planning.scaling import grown
-from post_dist.planning.sizes import ModelSize, size_of
+from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import start
 
 HERE = Path(__file__).resolve().parent
@@ -144,17 +145,6 @@ def padded_length(lengths: list[int], batch: int, ranks: int, seed: int) -> int:
     return int(statistics.median(longest))
 
 
-def plan_of(measured: dict[str, Any], row: dict[str, Any], teacher: ModelSize, config: RunConfig, own: Hardware) -> dict[str, Any]:
-    """The plan of a measured row."""
-    sized = grown(config, measured["ranks"] if row["scaling"] == "weak" else 1)
-    lengths = text_lengths(config, Path(config.teacher.path))
-    # The plan takes texts to be as long as they may be, and these are shorter.
-    task = sized.private_task.model_copy(update={"max_length": padded_length(lengths, row["batch_size"], measured["ranks"], config.seed)})
-    sized = sized.model_copy(update={"private_task": task})
-    stages = plan_run(sized, teacher, Machine(1, measured["ranks"], own), "fp32")["stages"]
-    return next(stage for stage in stages if stage["stage"] == row["stage"])
-
-
 def with_plans(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row that was measured, with the plan's memory, and how much of each unit the plan's step takes.
 
@@ -167,9 +157,15 @@ def with_plans(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             run = shapes.write_run(Path(scratch), width=width, layers=layers, vocabulary=vocabulary)
             config = load_run(run, settings_of(tuple(each[key] for key in KEYS)), None)
-            teacher = size_of(run.parent / "model")
+            teacher, lengths = size_of(run.parent / "model"), text_lengths(config, run.parent / "model")
             for row in each["rows"]:
-                plans = [plan_of(each, row, teacher, config, hardware(**free | {unit: 1.0})) for unit in UNITS]
+                sized = grown(config, each["ranks"] if row["scaling"] == "weak" else 1)
+                # The plan takes texts to be as long as they may be, and these are shorter.
+                length = padded_length(lengths, row["batch_size"], each["ranks"], config.seed)
+                sized = sized.model_copy(update={"private_task": sized.private_task.model_copy(update={"max_length": length})})
+                machines = [Machine(1, each["ranks"], hardware(**free | {unit: 1.0})) for unit in UNITS]
+                stages = [stage for machine in machines for stage in plan_run(sized, teacher, machine, "fp32")["stages"]]
+                plans = [stage for stage in stages if stage["stage"] == row["stage"]]
                 reserved = plans[0]["memory_gib"]["reserved"]
                 found = {"amounts": [plan["step_seconds"] for plan in plans], "planned_gib": plans[0]["memory_total_gib"] - reserved}
                 found["gib"] = max(rank["peak_memory_gib"] for rank in row["per_rank"])

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from post_dist.errors import InputError
@@ -15,7 +14,6 @@ from post_dist.runtime.metrics import read_metrics
 
 _OF_CLASSES = {"accuracy %": "accuracy_micro", "95% interval": "interval_95", "macro %": "accuracy_macro", "AUC %": "auc"}
 _OF_RESPONSES = {"exact match %": "exact_match", "95% interval": "interval_95", "ROUGE-1 %": "rouge_1", "ROUGE-L %": "rouge_l"}
-_TABLE_WIDTH = 130
 _NOTE = (
     "Accuracy counts rows (micro) or averages the classes' recalls (macro); AUC, one class against the rest, sees the ranking alone. "
     "An exact match is word for word; ROUGE is F1 with stemming. The interval is Wilson's."
@@ -40,16 +38,14 @@ def finished_evaluation(runs: Path) -> Path:
     return tables[-1].parent.parent
 
 
-def print_table(table: dict[str, Any]) -> None:
-    """Show the table on standard output."""
+def shown_table(table: dict[str, Any]) -> Table:
+    """The table for a terminal."""
     shown = Table(title=_title(table))
     for column in _columns(table):
         shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for cells in _cells(table):
         shown.add_row(*cells)
-    console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
-    console.print(shown)
+    return shown
 
 
 def write_report(evaluation: Path) -> Path:

@@ -1,7 +1,6 @@
 """`post-dist bench fabric`: what this machine's processors, memory and links reach, as an entry for `post-dist plan --hardware`."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.distributed as dist
 import yaml
 
 from post_dist.artifacts.manifest import writing
-from post_dist.bench.measure import device_name, wait_for
+from post_dist.bench.measure import device_name, seconds_of
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import Engine
 from post_dist.runtime.distributed import World, choose_precision
@@ -120,11 +119,5 @@ def fit_link(received: Sequence[float], seconds: Sequence[float]) -> tuple[float
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The median of a few, after one to warm up."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        wait_for(device)
-        start = time.perf_counter()
-        work()
-        wait_for(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    work()
+    return statistics.median(seconds_of(work, device) for _ in range(_REPEATS))

@@ -35,7 +35,7 @@ def measure(steps: Mapping[str, Callable[[], object]], amount: int, unit: str, d
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(_REPEATS):
         for name, step in steps.items():
-            seconds[name].append(_seconds(step, device))
+            seconds[name].append(seconds_of(step, device))
     rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -67,9 +67,11 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long a piece of work takes, a GPU's part of it included."""
+    wait_for(device)
     start = time.perf_counter()
-    step()
+    work()
     wait_for(device)
     return time.perf_counter() - start
 

@@ -8,7 +8,6 @@ import shutil
 import socket
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import torch.distributed as dist
 
 from post_dist.artifacts.manifest import write_folder, writing
 from post_dist.artifacts.prompt import PromptTask
-from post_dist.bench.measure import device_name, peak_memory_mib, wait_for, watch_memory
+from post_dist.bench.measure import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
+from post_dist.bench.transfer import MOST_ROWS
 from post_dist.bench.wires import KINDS, Wires
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
@@ -40,8 +40,6 @@ from post_dist.stages.teacher_signals import ask_teacher
 
 _WARM_UP = 2
 STEPS = 5
-MOST_ROWS = 256
-"""Public rows that the transfer's batches are drawn from."""
 _STRAGGLES = 1.15
 """A rank that computes so many times as long as the median rank is named."""
 _PARTS = ("compute", "wait", *KINDS)
@@ -260,7 +258,4 @@ def _seconds(take: Callable[[int], object], step: int, world: World) -> float:
     """Of a step that all ranks begin together."""
     wait_for(world.device)
     world.barrier()
-    start = time.perf_counter()
-    take(step)
-    wait_for(world.device)
-    return time.perf_counter() - start
+    return seconds_of(lambda: take(step), world.device)

@@ -24,7 +24,7 @@ from post_dist.models.soft_prompt import prompt_from_text
 from post_dist.runtime.distributed import World
 from post_dist.stages.lesson import Lesson, Models, lesson_losses, prepare_lesson
 
-_MOST_ROWS = 256
+MOST_ROWS = 256
 """Public rows that the benchmark draws its batches from."""
 
 
@@ -44,7 +44,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
     settings = {"objective": "published", "scores": "vocabulary", "match_class_shares": False, "alpha": alpha}
     section = config.transfer.model_copy(update=settings)
-    texts = load_public_texts(config.public_task, "public_task")[0][:_MOST_ROWS]
+    texts = load_public_texts(config.public_task, "public_task")[0][:MOST_ROWS]
     tokenizer = load_tokenizer(teacher)
     task = PromptTask(config.public_task.template or "{text}", (), config.public_task.max_length, False, config.tune.init_text)
     steps: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -1,8 +1,13 @@
-"""How a command that answers with figures prints them."""
+"""How a command that answers with figures or a table prints them."""
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_TABLE_WIDTH = 130
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
@@ -15,3 +20,12 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
             print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
         else:
             print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def print_wide(table: "Table") -> None:
+    """Show a table whole, however narrow the terminal is."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from post_dist.commands.figures import print_wide
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
 from post_dist.config.load import load_run
 from post_dist.errors import InputError
@@ -28,7 +29,7 @@ def plan(
     from post_dist.planning.hardware import read_hardware
     from post_dist.planning.plan import Machine, goodput, nearest_that_fits, plan_run
     from post_dist.planning.scaling import draw, planned
-    from post_dist.planning.shown import print_plan
+    from post_dist.planning.shown import plan_lines, plan_table
     from post_dist.planning.sizes import size_of
 
     if config.teacher is None:
@@ -49,6 +50,7 @@ def plan(
     if json_:
         print(json.dumps(result))
     else:
-        print_plan(result)
+        print_wide(plan_table(result))
+        print(*plan_lines(result), sep="\n")
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from post_dist.commands.figures import print_wide
 from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
 from post_dist.commands.ranks import start_ranks
 from post_dist.config.load import load_run
@@ -75,7 +76,7 @@ def _run(
 
 
 def _print_result(folders: "list[RunFolder]", whole: bool, as_json: bool) -> None:
-    from post_dist.report import print_table, read_table, write_report
+    from post_dist.report import read_table, shown_table, write_report
 
     folder = folders[0]
     result: dict[str, Any] = {"stage": folder.stage, "artifact": str(folder.artifact)}
@@ -88,7 +89,7 @@ def _print_result(folders: "list[RunFolder]", whole: bool, as_json: bool) -> Non
     if as_json:
         print(json.dumps(result))
     elif folder.stage == "evaluate":
-        print_table(result)
+        print_wide(shown_table(result))
         print(f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}")
     else:
         print(*(folder.artifact for folder in folders), sep="\n")

@@ -5,7 +5,7 @@ fewest), and `conflicts`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ from post_dist.errors import InputError
 from post_dist.planning.plan import Machine, plan_run
 from post_dist.planning.sizes import ModelSize
 
+_RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}
+_Stages = dict[str, dict[str, Any]]
+"""By name, what is planned or measured of a step."""
+
 
 def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
     """The rows of a plan, on each number of GPUs."""
     rows: list[dict[str, Any]] = []
     for kind in ("strong", "weak"):
-        first: dict[str, Any] = {}
+        points: list[tuple[int, _Stages]] = []
         for count in sorted(gpus):
             place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
             changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
-            stages = {stage["stage"]: stage for stage in plan_run(changed, teacher, place, precision)["stages"]}
-            rate = {"distill": stages["distill"]["tokens_per_second"], "transfer": stages["transfer"]["samples_per_second"]}
-            first = first or {"gpus": place.ranks, **rate}
-            steps = {stage: stages[stage]["step_seconds"] for stage in rate}
-            row = _row(kind, place.ranks, steps, rate, first)
-            rows.append(row | {"conflicts": [problem for stage in rate for problem in stages[stage]["conflicts"]]})
+            stages = plan_run(changed, teacher, place, precision)["stages"]
+            points.append((place.ranks, {stage["stage"]: stage for stage in stages}))
+        rows += _rows(kind, points, lambda stage, found: found["conflicts"])
     return rows
 
 
@@ -40,35 +41,43 @@ def measured(files: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         InputError: a file is not one of these.
     """
+
+    def stragglers(stage: str, found: dict[str, Any]) -> list[str]:
+        return [f"{stage}: straggler {found['straggler']}"] if found["straggler"] else []
+
     try:
-        found = sorted((json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"]))
+        files_found = sorted((json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"]))
         rows: list[dict[str, Any]] = []
         for kind in ("strong", "weak"):
-            first: dict[str, Any] = {}
-            for each in found:
-                # On one rank, the two are the same and measured once.
-                of_kind = {row["stage"]: row for row in each["rows"] if row["scaling"] == kind or each["ranks"] == 1}
-                rate = {"distill": of_kind["distill"]["tokens_per_second"], "transfer": of_kind["transfer"]["samples_per_second"]}
-                first = first or {"gpus": each["ranks"], **rate}
-                row = _row(kind, each["ranks"], {stage: of_kind[stage]["step_seconds"] for stage in rate}, rate, first)
-                rows.append(row | {"conflicts": [f"{stage}: straggler {name}" for stage in rate if (name := of_kind[stage]["straggler"])]})
+            # On one rank, the two are the same and measured once.
+            points: list[tuple[int, _Stages]] = [
+                (each["ranks"], {row["stage"]: row for row in each["rows"] if row["scaling"] == kind or each["ranks"] == 1})
+                for each in files_found
+            ]
+            rows += _rows(kind, points, stragglers)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
         raise InputError("not all of these files are measurements", "`post-dist bench scale RUN.yaml --write FILE` makes them") from None
     return rows
 
 
-def _row(kind: str, gpus: int, seconds: dict[str, float], rate: dict[str, float], first: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"scaling": kind, "gpus": gpus}
-    for stage, value in rate.items():
-        row |= {f"{stage}_step_seconds": seconds[stage], f"{stage}_efficiency": value / first[stage] * first["gpus"] / gpus}
-    return row
+def _rows(
+    kind: str, points: Sequence[tuple[int, _Stages]], conflicts: Callable[[str, dict[str, Any]], list[str]]
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of GPUs; the efficiency is over the first."""
+    fewest, first = points[0]
+    for gpus, stages in points:
+        row: dict[str, Any] = {"scaling": kind, "gpus": gpus}
+        for stage, rate in _RATES.items():
+            efficiency = stages[stage][rate] / first[stage][rate] * fewest / gpus
+            row |= {f"{stage}_step_seconds": stages[stage]["step_seconds"], f"{stage}_efficiency": efficiency}
+        yield row | {"conflicts": [problem for stage in _RATES for problem in conflicts(stage, stages[stage])]}
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as text."""
     told = []
     for row in rows:
-        steps = ((stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in ("distill", "transfer"))
+        steps = ((stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in _RATES)
         rates = ", ".join(f"{stage} {seconds:.4g} s a step ({efficiency:.0%})" for stage, seconds, efficiency in steps)
         told.append("; ".join([f"{row['scaling']} scaling, {row['gpus']} GPUs: {rates}", *row["conflicts"]]))
     return told
@@ -77,8 +86,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def grown(config: RunConfig, times: float) -> RunConfig:
     """The run with so many times the rows in each step of distill and of transfer."""
     sections = {
-        name: getattr(config, name).model_copy(update={"batch_size": round(getattr(config, name).batch_size * times)})
-        for name in ("distill", "transfer")
+        name: getattr(config, name).model_copy(update={"batch_size": round(getattr(config, name).batch_size * times)}) for name in _RATES
     }
     return config.model_copy(update=sections)
 
@@ -91,7 +99,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes = figure.subplots()
     for kind, style in (("strong", "--"), ("weak", "-")):
         chosen = [row for row in rows if row["scaling"] == kind]
-        for stage in ("distill", "transfer"):
+        for stage in _RATES:
             values = [row[f"{stage}_efficiency"] for row in chosen]
             axes.plot([row["gpus"] for row in chosen], values, style, marker="o", label=f"{stage}, {kind}")
     axes.set_xscale("log", base=2)

@@ -2,16 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from post_dist.planning.scaling import lines
 
-_TABLE_WIDTH = 130
 
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """Show a plan on standard output: the stages beside each other, what each figure rests on, and what cannot work."""
+def plan_table(plan: dict[str, Any]) -> Table:
+    """The stages beside each other."""
     stages = plan["stages"]
     shown = Table(title=f"{plan['gpus']} x {plan['gpu']}, {plan['precision']}: a model, not a measurement")
     shown.add_column("", no_wrap=True)
@@ -19,18 +16,24 @@ def print_plan(plan: dict[str, Any]) -> None:
         shown.add_column(stage["stage"], justify="right", no_wrap=True)
     for name, value in _plan_rows(stages).items():
         shown.add_row(name, *value)
-    console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
-    console.print(shown)
-    print(f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours")
-    print("rests on: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in plan["assumptions"].items()))
-    print("distill as a long run: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan["long_run"].items()))
-    print(*(f"{line}\n" for line in lines(plan.get("sweep", []))), sep="", end="")
-    for conflict in plan["conflicts"]:
-        print(f"CONFLICT {conflict}")
+    return shown
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """What the table rests on, what follows from it, and what cannot work."""
+    told = [
+        f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours",
+        "rests on: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in plan["assumptions"].items()),
+        "distill as a long run: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan["long_run"].items()),
+        *lines(plan.get("sweep", [])),
+        *(f"CONFLICT {conflict}" for conflict in plan["conflicts"]),
+    ]
     if "nearest_that_fits" in plan:
         changes = plan["nearest_that_fits"]
-        print("nothing near fits" if changes is None else "fits with " + ", ".join(f"{name} {value}" for name, value in changes.items()))
+        told.append(
+            "nothing near fits" if changes is None else "fits with " + ", ".join(f"{name} {value}" for name, value in changes.items())
+        )
+    return told
 
 
 def _plan_rows(stages: list[dict[str, Any]]) -> dict[str, list[str]]:
