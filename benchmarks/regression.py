@@ -19,7 +19,7 @@ import shapes
 
 STAGES = ("distill", "tune", "transfer")
 MOST_LOST = 0.2
-PEERS = ("published", "ordinary", "opacus", "TRL", "cached, plain torch")
+PEERS = ("published", "ordinary", "opacus", "TRL", "Liger", "cached, plain torch")
 HERE = Path(__file__).parent
 
 

@@ -100,12 +100,14 @@ class TeacherSignal:
             mean logit of a student is product times hidden state, so loss and gradient are exact without the teacher's head.
         samples: tokens [N, S] of equal weight, drawn from softmax(teacher/T); loss and gradient are right on average.
         entropy: of softmax(teacher/T), [N], with product or samples.
+        below: what the teacher's lowest layers made [N, d], where the student has the same and does not run them again.
     """
 
     hidden: torch.Tensor | None = None
     product: torch.Tensor | None = None
     samples: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    below: torch.Tensor | None = None
 
     def __getitem__(self, part: slice) -> "TeacherSignal":
         """At some of the positions."""

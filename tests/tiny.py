@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -69,6 +70,8 @@ def write_model(
         config = Gemma2Config(**common, **sizes, **positions, num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
     elif family == "qwen2":
         config = Qwen2Config(**common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False)
+    elif family == "falcon":
+        config = FalconConfig(**common, **sizes, new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False)
     else:
         config = LlamaConfig(**common, **sizes, **positions, num_key_value_heads=2)
     model = (AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM).from_config(config)

@@ -13,11 +13,12 @@ import torch
 
 from post_dist.artifacts.manifest import fingerprint
 from post_dist.bench.measure import measure
-from post_dist.bench.peers import published_distillation_loss, trl_distillation_loss
+from post_dist.bench.peers import liger_distillation_loss, published_distillation_loss, trl_distillation_loss
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig, Student
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import InputError
+from post_dist.losses import Head
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config, load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
@@ -84,16 +85,18 @@ class _Ways:
         ways = {"published loop": self._peer(published_distillation_loss), "ours": self._ours()}
         if find_spec("trl"):
             ways["TRL's GKD loss"] = self._peer(trl_distillation_loss)
+        if find_spec("liger_kernel") and self.teacher.has_linear_head:
+            ways["Liger's chunked loss"] = self._peer(liger_distillation_loss)
         ways |= {"ours, cached": self._ours(cache="hidden"), "ours, sampled cache": self._ours(cache="sampled", alpha_cos=0.0)}
         return {f"{name} {self._precision}": step for name, step in ways.items()}
 
     def _ours(self, **changes: Any) -> Step:
         section = self._config.distill.model_copy(update=changes)
         config = self._config.model_copy(update={"distill": section})
-        signals: Signals = ask_teacher(self.teacher)
+        signals: Signals = ask_teacher(self.teacher, section.layers_in_teacher(self._rule))
         if section.cache != "none":
-            how: dict[str, Any] = {"shares_head": self._rule.freeze_head, "seed": config.seed, "world": self._world}
-            signals = cache_teacher(self._place, self.teacher, self._digest, self._corpus, section, **how)
+            how: dict[str, Any] = {"seed": config.seed, "world": self._world}
+            signals = cache_teacher(self._place, self.teacher, self._digest, self._corpus, section, self._rule, **how)
         engine = student_engine(self.student(), config, self._rule, self._precision, self._world)
         batches = Batches(self._corpus, None, signals, section, self._world)
         taken = 0
@@ -125,7 +128,7 @@ class _Ways:
                 with torch.no_grad():
                     teacher_BTd = self._whole_teacher(input_ids, position_ids=positions)
                 student_BTd = student(input_ids, position_ids=positions)
-                loss = loss_of(student_BTd, teacher_BTd, student.head, self._whole_teacher.head, labels, section)
+                loss = loss_of(student_BTd, teacher_BTd, *(_head(model) for model in (student, self._whole_teacher)), labels, section)
                 loss = share.weight * loss / len(parts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
@@ -135,6 +138,10 @@ class _Ways:
             return total
 
         return step
+
+
+def _head(model: LanguageModel) -> Head:
+    return model.head_module if model.has_linear_head else model.head
 
 
 def _size(model: LanguageModel) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch, Verbalizer
 from post_dist.errors import InputError
-from post_dist.losses import Head, published_transfer_loss
+from post_dist.losses import Head, published_transfer_loss, softened_kl
 from post_dist.models.language_model import LanguageModel
 
 
@@ -84,6 +84,30 @@ def trl_distillation_loss(
     logits = student_head(student_BTd)
     divergence = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum")
     return _with_other_terms(divergence * section.temperature**2 / labels_BT.numel(), logits, labels_BT, student_BTd, teacher_BTd, section)
+
+
+def liger_distillation_loss(
+    student_BTd: torch.Tensor, teacher_BTd: torch.Tensor, student_head: Head, teacher_head: Head, labels_BT: torch.Tensor, section: Distill
+) -> torch.Tensor:
+    """The same with Liger's projection and divergence in one, a chunk of positions at a time, as it comes: compiled, 1,024 at a time.
+
+    It leaves out the divergence where no label is asked for, so the last position of each sequence is added here.
+
+    Raises:
+        ImportError: Liger is not installed.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+
+    share = int((labels_BT != -100).sum()) / labels_BT.numel()
+    scale = section.alpha_ce * section.temperature**2
+    liger = LigerFusedLinearJSDLoss(section.alpha_lm, scale * share, beta=0.0, temperature=section.temperature)
+    weights = (head.weight for head in (student_head, teacher_head))  # type: ignore[attr-defined]
+    pairs = zip((student_BTd.flatten(0, 1), teacher_BTd.flatten(0, 1)), weights, strict=True)
+    loss = liger(*(part for pair in pairs for part in pair), labels_BT.flatten())
+    last_BV, wanted_BV = (head(hidden[:, -1]) for head, hidden in ((student_head, student_BTd), (teacher_head, teacher_BTd)))
+    last = (1 - share) * softened_kl(wanted_BV, last_BV, section.temperature)
+    cos = 1 - functional.cosine_similarity(student_BTd.float(), teacher_BTd.float(), dim=-1).mean()
+    return loss + section.alpha_ce * last + section.alpha_cos * cos
 
 
 def _with_other_terms(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from post_dist.bench.measure import device_name, peak_memory_mib, seconds_of, wa
 from post_dist.bench.transfer import MOST_ROWS
 from post_dist.bench.wires import KINDS, Wires
 from post_dist.config.deepspeed import Precision
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import RunConfig, Student
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import Share, shares
 from post_dist.data.public_text import load_public_texts
@@ -156,10 +156,10 @@ class _Works:
 
     def distill(self, config: RunConfig) -> Work:
         """A step of the optimizer on the student, the teacher asked in it."""
-        section, world = config.distill, self._world
+        section, rule, world = config.distill, cast(Student, config.student), self._world
         student = load_whole(self._student_folder, self._precision, world.device)
-        engine = student_engine(student, config, config.student, self._precision, world)  # type: ignore[arg-type]
-        batches = Batches(self._corpus, self._masking, ask_teacher(self._teacher), section, world)
+        engine = student_engine(student, config, rule, self._precision, world)
+        batches = Batches(self._corpus, self._masking, ask_teacher(self._teacher, section.layers_in_teacher(rule)), section, world)
 
         def inputs(step: int) -> None:
             for share in self._corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world):

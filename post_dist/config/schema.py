@@ -50,7 +50,7 @@ class Student(Section):
     num_layers: PositiveInt | None = None
     """How many layers; required unless `layers` is a list."""
     frozen_lower_layers: Annotated[int, Field(ge=0)] = 0
-    """The student's first layers that are not trained; they must be the teacher's own first layers."""
+    """The student's first layers that are not trained. They must be the teacher's own first layers, and run once for both."""
     freeze_embeddings: bool = True
     freeze_head: bool = True
 
@@ -66,8 +66,11 @@ class Student(Section):
                 raise ValueError("a list of layers holds rising numbers from 0, at least one")
             if self.num_layers not in (None, len(self.layers)):
                 raise ValueError(f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed")
-            if self.layers[: self.frozen_lower_layers] != tuple(range(self.frozen_lower_layers)):
-                raise ValueError("frozen_lower_layers must be the teacher's own first layers (0, 1, 2, ...)")
+        count = self.num_layers or len(self.layers)
+        if self.frozen_lower_layers >= count:
+            raise ValueError(f"frozen_lower_layers: {self.frozen_lower_layers} leaves none of {count} layers to train")
+        if self.frozen_lower_layers and not self.freeze_embeddings:
+            raise ValueError("frozen_lower_layers needs freeze_embeddings: true, for the block stands on the teacher's embeddings")
         return self
 
 
@@ -91,7 +94,12 @@ class Distill(Section):
     checkpoint_every_steps: PositiveInt = 500
     cache: Literal["none", "hidden", "sampled"] = "none"
     """Run the teacher once over the corpus and keep what it says: hidden states, exact and some KB a token; or samples of its softened
-    distribution, right on average and 116 bytes a token. Later epochs and other students of the same teacher then never run it."""
+    distribution, right on average and 116 bytes a token. Later epochs and other students of the same teacher then never run it; with
+    hidden states, those that freeze as many lower layers."""
+
+    def layers_in_teacher(self, student: Student) -> int:
+        """How many frozen layers run in the teacher alone. What they make is too much to be kept beside samples."""
+        return 0 if self.cache == "sampled" else student.frozen_lower_layers
 
 
 class PromptTraining(Section):

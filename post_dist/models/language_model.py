@@ -108,6 +108,12 @@ class LanguageModel(nn.Module):
         """The soft cap that Gemma 2 puts on its logits; other families have none."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether the logits are one matrix's, with nothing added and no cap."""
+        head = self.head_module
+        return isinstance(head, nn.Linear) and head.bias is None and self.logit_cap is None
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits under the soft cap, if there is one."""
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)

@@ -20,6 +20,7 @@ from post_dist.config.schema import Student
 from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel, layer_list_name
 from post_dist.models.load import is_masked, load_config
+from post_dist.models.lower_block import Passage, layers_give_tuples
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,18 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
     """The teacher's layers that a rule or a list names; not for `auto`.
 
     Raises:
-        InputError: the teacher has too few layers.
+        InputError: the teacher has too few layers, or the frozen ones are not its own first.
     """
+    layers = _listed_layers(section, num_teacher_layers)
+    if layers[: section.frozen_lower_layers] != tuple(range(section.frozen_lower_layers)):
+        raise InputError(
+            f"student.frozen_lower_layers is {section.frozen_lower_layers}, and the student's layers are {list(layers)}",
+            "frozen are the teacher's own first layers (0, 1, 2, ...); freeze fewer, or name them in student.layers",
+        )
+    return layers
+
+
+def _listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
     wanted = len(section.layers) if isinstance(section.layers, tuple) else int(section.num_layers or 0)
     highest = section.layers[-1] if isinstance(section.layers, tuple) else wanted - 1
     if max(wanted, highest + 1) > num_teacher_layers:
@@ -63,9 +74,10 @@ def least_harmful_layers(
         world: the ranks, which agree on the mean.
     """
     whole = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
+    in_tuple = layers_give_tuples(teacher)
     hurt: dict[int, float] = {}
     for index in range(frozen_lower_layers, len(teacher.layers)):
-        with _without_layer(teacher, index):
+        with _without_layer(teacher, index, in_tuple=in_tuple):
             without = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
         divergences = [
             weight * nn.functional.kl_div(bare, full, reduction="batchmean", log_target=True)
@@ -121,18 +133,11 @@ def freeze(student: LanguageModel, section: Student) -> None:
             parameter.requires_grad_(False)
 
 
-class _Skip(nn.Module):
-    """Stands in for a layer and does nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return hidden_states
-
-
 @contextmanager
-def _without_layer(language_model: LanguageModel, index: int) -> Iterator[None]:
+def _without_layer(language_model: LanguageModel, index: int, *, in_tuple: bool) -> Iterator[None]:
     layers = language_model.layers
     layer = layers[index]
-    layers[index] = _Skip()
+    layers[index] = Passage(in_tuple=in_tuple)
     try:
         yield
     finally:

@@ -39,26 +39,24 @@ def head_flops(size: ModelSize, positions: float) -> float:
     return 2 * size.width * size.vocabulary * positions
 
 
-def distill_flops(teacher: ModelSize, student: ModelSize, frozen_layers: int, sequences: float, length: float) -> dict[str, float]:
+def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float) -> dict[str, float]:
     """One rank's step of distillation on so many sequences.
 
     The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
-    trained.) Frozen layers below have none. A frozen head takes one more product by what went in; the loss knows the gradient.
+    trained.) A frozen head takes one more product by what went in; the loss knows the gradient.
 
     Args:
         teacher: its forward, and its head's.
-        student: trained from layer `frozen_layers` on, under a frozen head.
-        frozen_layers: the student's lower layers that are not trained.
+        student: above its frozen layers, which run in the teacher; under a frozen head.
         sequences: of this rank.
         length: tokens of each.
     """
     tokens = sequences * length
-    backward = sum(2 * layer_flops(student, layer, tokens, length) for layer in student.layers[frozen_layers:])
-    head = head_flops(student, tokens)
+    forward, head = forward_flops(student, sequences, length), head_flops(student, tokens)
     return {
         "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
-        "student_forward": forward_flops(student, sequences, length) + head,
-        "student_backward": backward + head,
+        "student_forward": forward + head,
+        "student_backward": 2 * forward + head,
     }
 
 
@@ -117,7 +115,8 @@ def distill_bytes(
     Args:
         teacher: its trunk is gathered once a pass; its head never, for the student's is the same.
         trained: elements that are trained.
-        student: gathered under ZeRO-3, once a pass: what is left of its own forward serves its backward up to 1e9 weights.
+        student: above its frozen layers. Gathered under ZeRO-3, once a pass: what is left of its own forward serves its backward up to
+            1e9 weights.
         zero_stage: of the student.
         group: ranks that share the teacher.
         ranks: all.

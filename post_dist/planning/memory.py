@@ -24,15 +24,12 @@ def frozen_memory(size: ModelSize, group: int, bytes_each: int) -> dict[str, flo
     return held | dict(zip(GATHERED, (whole * bytes_each / GIB, coming * bytes_each / GIB), strict=True))
 
 
-def student_memory(
-    engine: Engine, student: ModelSize, frozen_layers: int, trained: int, *, ranks: int, tokens: float, bytes_each: int
-) -> dict[str, float]:
+def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: int, tokens: float, bytes_each: int) -> dict[str, float]:
     """Of the model that is trained: weights, gradients and optimizer by the ZeRO stage, activations of trained layers, logits of one piece.
 
     Args:
         engine: its ZeRO stage, checkpointing and offload.
-        student: its size.
-        frozen_layers: lower layers that keep no activations.
+        student: above its frozen layers.
         trained: elements.
         ranks: all.
         tokens: of one micro-batch on one rank.
@@ -40,7 +37,6 @@ def student_memory(
     """
     stage = engine.zero_stage
     over = {"weights": ranks if stage == 3 else 1, "gradients": ranks if stage >= 2 else 1, "optimizer": ranks if stage >= 1 else 1}
-    layers = student.layers[frozen_layers:]
     kept = student.width if engine.activation_checkpointing else cost.activation_elements(student)
     # DeepSpeed keeps no copy of fp32 weights where it shards nothing.
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
@@ -49,7 +45,7 @@ def student_memory(
         "student_gathered": student.parameters * bytes_each * (stage == 3 and ranks > 1),
         "student_gradients": trained * bytes_each / over["gradients"],
         "student_optimizer": 0.0 if engine.offload_optimizer else of_adam * trained / over["optimizer"],
-        "activations": (len(layers) * kept + cost.activation_elements(student)) * tokens * bytes_each,
+        "activations": (len(student.layers) * kept + cost.activation_elements(student)) * tokens * bytes_each,
         "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,
     }
     return {part: size / GIB for part, size in held.items()}

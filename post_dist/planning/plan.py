@@ -65,8 +65,13 @@ class Models:
 
     teacher: ModelSize
     student: ModelSize
-    trained: int
-    frozen_layers: int
+    upper: ModelSize
+    """The student above its frozen layers."""
+
+    @property
+    def trained(self) -> int:
+        """Elements of the student that are trained: its upper layers."""
+        return sum(sum(layer.weights) for layer in self.upper.layers)
 
 
 def models_of(config: RunConfig, teacher: ModelSize) -> Models:
@@ -75,8 +80,7 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
     student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
-    trained = sum(sum(layer.weights) for layer in student.layers[section.frozen_lower_layers :])
-    return Models(teacher, student, trained, section.frozen_lower_layers)
+    return Models(teacher, student, student.above(section.frozen_lower_layers))
 
 
 def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
@@ -156,18 +160,18 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
     passes, rows = len(own), max(len(share.rows) for share in own)
     length = corpus.sequence_length
-    flops = cost.distill_flops(models.teacher, models.student, models.frozen_layers, passes * rows, length)
+    flops = cost.distill_flops(models.teacher, models.upper, passes * rows, length)
     stage = config.engine.zero_stage
     settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
-    moved = cost.distill_bytes(models.teacher, models.trained, models.student, **settings)
+    moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
     of_student = moved["gather"] - passes * cost.gathered_bytes(cost.without_one_table(models.teacher), group, each)
     rate = hardware.flops_per_second(precision)
     teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
     gather = machine.wire_seconds(moved["gather"] - of_student, group, passes * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
-    held, trained_layers = rows * length, len(models.student.layers) - models.frozen_layers
-    passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.student, held, each)
-    passed += cost.backward_pass_bytes(models.student, trained_layers, held, each) + cost.logit_bytes(models.student, held)
+    held = rows * length
+    passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
+    passed += cost.backward_pass_bytes(models.upper, len(models.upper.layers), held, each) + cost.logit_bytes(models.upper, held)
     passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
     over_memory = passed / hardware.memory_bytes_per_second()
     if hardware.overlap:
@@ -178,7 +182,7 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
     memory = frozen_memory(models.teacher, group, each)
     memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
-    memory |= student_memory(config.engine, models.student, models.frozen_layers, models.trained, **sizes)
+    memory |= student_memory(config.engine, models.upper, models.trained, **sizes)
     # Those of the pass before stay, and so does the buffer for a rank's part of them.
     gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
     moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]

@@ -75,6 +75,13 @@ class ModelSize:
         """A student of some of the layers."""
         return replace(self, layers=tuple(self.layers[number] for number in numbers))
 
+    def above(self, lower_layers: int) -> "ModelSize":
+        """What is left of a student whose lowest layers the teacher runs: no embedding but a tied head's either."""
+        others = list(self.others)
+        if lower_layers and not self.tied:
+            others.remove(self.width * self.vocabulary)
+        return replace(self, layers=self.layers[lower_layers:], others=tuple(others))
+
 
 def size_of(folder: Path) -> ModelSize:
     """The size of the model whose config.json is in a folder; no weights are needed.

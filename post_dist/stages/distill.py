@@ -5,12 +5,13 @@ Shapes: B sequences, T tokens, d width, N = B T positions.
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
@@ -24,6 +25,7 @@ from post_dist.errors import EnvironmentFault, InputError
 from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, logit_pieces, softened_kl, unexplained_share
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
 from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
@@ -72,17 +74,15 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     engine = student_engine(student, config, student_section, precision, world)
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
-    signals = ask_teacher(teacher)
+    asked = signals = ask_teacher(teacher, section.layers_in_teacher(student_section))
     if section.cache != "none":
         place, digest = folder.path.parent, fingerprint(teacher_folder)
-        signals = cache_teacher(
-            place, teacher, digest, corpus, section, shares_head=student_section.freeze_head, seed=config.seed, world=world
-        )
+        signals = cache_teacher(place, teacher, digest, corpus, section, student_section, seed=config.seed, world=world)
     _train(engine, Batches(corpus, masking, signals, section, world), section, folder, world, first_step)
 
-    figures = _held_out_figures(engine, teacher, corpus, masking, section.micro_batch_size_per_gpu, world)
+    figures = _held_out_figures(engine, asked, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(student).items()}
+    trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(student).items()}
     facts = {
         "layers": layers,
         "num_teacher_layers": len(teacher.layers),
@@ -91,21 +91,23 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         "held_out": figures,
     }
 
-    def fill(artifact: Path) -> None:
-        student.model.save_pretrained(artifact, state_dict=weights)
+    def fill(artifact: Path, whole: PreTrainedModel) -> None:
+        whole.save_pretrained(artifact)
         tokenizer.save_pretrained(artifact)
         summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
         write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
 
     def write() -> None:
+        whole = load_whole(untrained, precision, torch.device("cpu")).model  # with the block that ran in the teacher
+        whole.load_state_dict(trained, strict=False)
         write_artefact(
             folder.artifact,
             "student",
-            fill,
+            partial(fill, whole=whole),
             parents={"teacher": fingerprint(teacher_folder)},
             config=facts,
             tokenizer=tokenizer_fingerprint(tokenizer),
-            check=lambda artifact: _check_reads_back(artifact, precision, weights),
+            check=lambda artifact: _check_reads_back(artifact, precision, whole.state_dict()),
         )
 
     world.on_main(write)
@@ -127,6 +129,9 @@ def student_engine(student: LanguageModel, config: RunConfig, student_section: S
     """The engine that trains a student as the run file says."""
     section = config.distill
     freeze(student, student_section)
+    lower_layers = section.layers_in_teacher(student_section)
+    if lower_layers:
+        take_out_lower_block(student, lower_layers)
     if config.engine.activation_checkpointing:
         student.checkpoint_activations()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -163,7 +168,10 @@ class DistillationModel(nn.Module):
         self, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, positions_BT: torch.Tensor | None, teacher: TeacherSignal
     ) -> tuple[torch.Tensor, DistillationTerms, torch.Tensor]:
         """The loss, its terms, and the student's last hidden states [B, T, d]."""
-        hidden_BTd = self.student(input_ids_BT, position_ids=positions_BT)
+        if teacher.below is None:
+            hidden_BTd = self.student(input_ids_BT, position_ids=positions_BT)
+        else:
+            hidden_BTd = forward_above(self.student, teacher.below, positions_BT)
         loss, terms = distillation_loss(
             hidden_BTd.flatten(0, 1),
             teacher.map(lambda tensor: tensor.flatten(0, 1)),
@@ -304,7 +312,7 @@ def _inputs(corpus: Corpus, sequences_BT: torch.Tensor, masking: _Masking | None
 
 @torch.no_grad()
 def _held_out_figures(
-    engine: Any, teacher: LanguageModel, corpus: Corpus, masking: _Masking | None, batch_size: int, world: World
+    engine: Any, signals: Signals, corpus: Corpus, masking: _Masking | None, batch_size: int, world: World
 ) -> dict[str, float]:
     """Means over the held-out text, and the last position: how far the student's answer is, and what it misses.
 
@@ -314,12 +322,13 @@ def _held_out_figures(
     terms, last = [], []
     for share in corpus.held_out_shares(batch_size, world):
         inputs = _inputs(corpus, corpus.held_out(share), masking, [-1 - number for number in share.rows], world)
-        teacher_hidden, labels = teacher(inputs[0], position_ids=inputs[2]), inputs[1]
-        _, batch, student_hidden = engine(*inputs, TeacherSignal(hidden=teacher_hidden))
+        signal, labels = signals(share.rows, inputs[0], inputs[2]), inputs[1]
+        _, batch, student_hidden = engine(*inputs, signal)
         terms.append(share.weight * torch.stack([batch.ce, batch.lm, batch.cos]))
         place = (labels != -100).int().argmax(dim=1) if masking else torch.full((len(labels),), labels.shape[1] - 1, device=labels.device)
         rows = torch.arange(share.counted, device=labels.device)
-        last.append(torch.stack([student_hidden[rows, place[: share.counted]], teacher_hidden[rows, place[: share.counted]]]).float())
+        pair = student_hidden, cast(torch.Tensor, signal.hidden)
+        last.append(torch.stack([hidden[rows, place[: share.counted]] for hidden in pair]).float())
     ce, lm, cos = world.mean(torch.stack(terms).mean(dim=0)).tolist()
     student_last, teacher_last = (world.concatenate(part) for part in torch.cat(last, dim=1))
     dtype = next(model.parameters()).dtype

@@ -20,12 +20,13 @@ from torch import nn
 from torch.nn import functional
 
 from post_dist.artifacts.manifest import digest_of, file_digest, write_folder
-from post_dist.config.schema import Distill
+from post_dist.config.schema import Distill, Student
 from post_dist.data.corpus import Corpus
 from post_dist.data.order import shares
 from post_dist.errors import InputError
 from post_dist.losses import TeacherSignal, condensed, sampled
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.lower_block import forward_with_below
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
@@ -43,12 +44,13 @@ _SEQUENCES_A_FILE = 64
 _FILE = "signal.safetensors"
 
 
-def ask_teacher(teacher: LanguageModel) -> Signals:
-    """Run the teacher whenever it is asked."""
+def ask_teacher(teacher: LanguageModel, lower_layers: int) -> Signals:
+    """Run the teacher whenever it is asked; the student has its lowest layers, and need not run them again."""
 
     def ask(numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> TeacherSignal:
         with torch.no_grad():
-            return TeacherSignal(hidden=teacher(input_ids, position_ids=positions))
+            hidden, below = forward_with_below(teacher, lower_layers, input_ids, positions)
+        return TeacherSignal(hidden=hidden, below=below)
 
     return ask
 
@@ -59,8 +61,8 @@ def cache_teacher(
     teacher_digest: str,
     corpus: Corpus,
     section: Distill,
+    student: Student,
     *,
-    shares_head: bool,
     seed: int,
     world: World,
 ) -> Signals:
@@ -72,7 +74,7 @@ def cache_teacher(
         teacher_digest: of its files.
         corpus: the sequences.
         section: kind of signal, steps, batch size and temperature.
-        shares_head: whether the student keeps the teacher's head.
+        student: what it shares with the teacher.
         seed: of the draws.
         world: the ranks.
 
@@ -84,7 +86,7 @@ def cache_teacher(
         raise InputError("distill.cache: a masked model reads a sequence with other masks each time", "leave distill.cache out")
     if section.cache == "sampled" and section.alpha_cos:
         raise InputError("distill.cache: sampled keeps no hidden states, which the cosine term compares", "set distill.alpha_cos: 0")
-    maker = _Maker(teacher, section, shares_head=shares_head, seed=seed)
+    maker = _Maker(teacher, section, student, seed)
     signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), "apart": corpus.keeps_apart, **maker.facts})
     place = folder / f"teacher-signals-{signature[:8]}"
     known = _index_of_main(place, world)
@@ -111,11 +113,13 @@ def cache_teacher(
 class _Maker:
     """Makes from hidden states what is kept of them."""
 
-    def __init__(self, teacher: LanguageModel, section: Distill, *, shares_head: bool, seed: int) -> None:
+    def __init__(self, teacher: LanguageModel, section: Distill, student: Student, seed: int) -> None:
         self.teacher, self._section, self._seed = teacher, section, seed
-        condense = shares_head and section.cache == "hidden" and _is_exact_product(teacher)
+        self._lower_layers = section.layers_in_teacher(student)
+        condense = student.freeze_head and section.cache == "hidden" and _is_exact_product(teacher)
         names = {"samples", "entropy"} if section.cache == "sampled" else {"product", "entropy"} if condense else {"hidden"}
-        self.names = sorted(names | ({"hidden"} if section.cache == "hidden" and section.alpha_cos else set()))
+        names |= {"hidden"} if section.cache == "hidden" and section.alpha_cos else set()
+        self.names = sorted(names | ({"below"} if self._lower_layers else set()))
         if "entropy" in self.names:
             if not isinstance(teacher.head_module, nn.Linear):
                 raise InputError("distill.cache: sampled needs a head that is one matrix", "take distill.cache: hidden")
@@ -129,12 +133,13 @@ class _Maker:
         """What the signal depends on, beside teacher and corpus."""
         softened = {"temperature": self._section.temperature} if "entropy" in self.names else {}
         drawn = {"seed": self._seed, "samples": SAMPLES} if "samples" in self.names else {}
-        return {"names": self.names, "dtype": str(self.teacher.model.dtype), **softened, **drawn}
+        below = {"lower_layers": self._lower_layers} if self._lower_layers else {}
+        return {"names": self.names, "dtype": str(self.teacher.model.dtype), **softened, **drawn, **below}
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """By name [B, T, ...], on the CPU."""
-        hidden_BTd = self.teacher(input_ids, position_ids=positions)
+        hidden_BTd, below_BTd = forward_with_below(self.teacher, self._lower_layers, input_ids, positions)
         hidden_Nd, temperature = hidden_BTd.flatten(0, 1), self._section.temperature
         signal = TeacherSignal()
         if "product" in self.names:
@@ -143,6 +148,7 @@ class _Maker:
             uniform_BT = torch.stack([self._uniform(number, input_ids.shape[1]) for number in numbers]).to(hidden_Nd.device)
             signal = sampled(hidden_Nd, self._head, len(self._weight), temperature, uniform_BT.flatten(), SAMPLES)
         made = {"hidden": hidden_Nd, "product": signal.product, "samples": signal.samples, "entropy": signal.entropy}
+        made["below"] = None if below_BTd is None else below_BTd.flatten(0, 1)
         kept = {
             name: tensor.unflatten(0, input_ids.shape).cpu() for name, tensor in made.items() if name in self.names and tensor is not None
         }
@@ -161,8 +167,7 @@ def _is_exact_product(teacher: LanguageModel) -> bool:
     In bf16 the student's own product and the teacher's would each be rounded before their difference is taken, which is the whole
     gradient of a good student; there hidden states are kept.
     """
-    head = teacher.head_module
-    return isinstance(head, nn.Linear) and head.bias is None and teacher.logit_cap is None and teacher.model.dtype == torch.float32
+    return teacher.has_linear_head and teacher.model.dtype == torch.float32
 
 
 def _make(maker: _Maker, numbers: list[int], corpus: Corpus, world: World) -> dict[str, torch.Tensor]:

@@ -19,6 +19,8 @@ SETTINGS = {
     "ZeRO-1": ["engine.zero_stage=1"],
     "ZeRO-2": ["engine.zero_stage=2"],
     "ZeRO-3": ["engine.zero_stage=3"],
+    "ZeRO-2, frozen block": ["engine.zero_stage=2", "student.frozen_lower_layers=1"],
+    "ZeRO-3, frozen block": ["engine.zero_stage=3", "student.frozen_lower_layers=1"],
     "two passes": ["engine.zero_stage=1", "distill.micro_batch_size_per_gpu=1"],
     "slow rank": [],
 }
@@ -29,7 +31,7 @@ def main() -> None:
     world = start(0)
     found = {}
     for name, settings in SETTINGS.items():
-        if world.size == 4 and name in ("ZeRO-0", "ZeRO-2"):
+        if world.size == 4 and name in ("ZeRO-0", "ZeRO-2", "ZeRO-2, frozen block"):
             continue  # two cores
         config = load_run(folder / "run.yaml", [*settings, *options], folder)
         if name == "slow rank" and world.rank == world.size - 1:

@@ -107,7 +107,7 @@ def document_by_document(model: LanguageModel, ids: torch.Tensor) -> torch.Tenso
     return torch.stack(rows)
 
 
-def plain_losses(run: Path) -> list[tuple[float, float, float]]:
+def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
     """The distillation losses of a loop in plain torch, with the logits of all positions at once."""
     folder = run.parent.parent / "teacher"
     section = CorpusSection(path=folder.parent / "private.csv", sequence_length=96, held_out_sequences=8)
@@ -117,7 +117,7 @@ def plain_losses(run: Path) -> list[tuple[float, float, float]]:
     start.mkdir()
     write_student(start, folder, (0, 3), load_tokenizer(folder))
     student = load_whole(start, "fp32", CPU)
-    freeze(student, Student(layers=(0, 3)))
+    freeze(student, Student(layers=(0, 3), frozen_lower_layers=frozen))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0)
     losses = []
@@ -142,21 +142,22 @@ def plain_losses(run: Path) -> list[tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "at_most", "engine"),
+    ("ranks", "at_most", "frozen", "engine"),
     [
-        (1, 8, {"zero_stage": 1}),
-        (2, 4, {"zero_stage": 0}),
-        (2, 4, {"zero_stage": 2, "activation_checkpointing": True}),
-        (2, 4, {"zero_stage": 3, "shard_group": 1}),
-        (2, 4, {"zero_stage": 1, "offload_optimizer": True, "offload": "cpu"}),
-        (2, 4, {"zero_stage": 2, "offload_optimizer": True}),
-        (2, 4, {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True}),
-        (3, 4, {"zero_stage": 3}),  # 16 sequences among 3 ranks: one of them runs out
+        (1, 8, 0, {"zero_stage": 1}),
+        (2, 4, 0, {"zero_stage": 0}),
+        (2, 4, 0, {"zero_stage": 2, "activation_checkpointing": True}),
+        (2, 4, 0, {"zero_stage": 3, "shard_group": 1}),
+        (2, 4, 0, {"zero_stage": 1, "offload_optimizer": True, "offload": "cpu"}),
+        (2, 4, 0, {"zero_stage": 2, "offload_optimizer": True}),
+        (2, 4, 1, {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True}),
+        (3, 4, 1, {"zero_stage": 3}),  # 16 sequences among 3 ranks: one of them runs out
     ],
 )
-def test_distillation_is_a_plain_loop_s_step_by_step(tmp_path: Path, ranks: int, at_most: int, engine: dict) -> None:
+def test_distillation_is_a_plain_loop_s_step_by_step(tmp_path: Path, ranks: int, at_most: int, frozen: int, engine: dict) -> None:
     run = tiny.write_run(tmp_path)
     settings = {
+        "student.frozen_lower_layers": frozen,
         "distill.steps": STEPS,
         "distill.batch_size": ROWS * ACCUMULATION,
         "distill.micro_batch_size_per_gpu": at_most,
@@ -170,7 +171,7 @@ def test_distillation_is_a_plain_loop_s_step_by_step(tmp_path: Path, ranks: int,
     torchrun(ranks, Path(__file__).with_name("few_logits.py"), "distill", run, *options)
     (metrics,) = tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")
     ours = [tuple(json.loads(line)[key] for key in ("ce", "lm", "cos")) for line in metrics.read_text().splitlines()]
-    plain = plain_losses(tmp_path / "runs" / "tiny")
+    plain = plain_losses(tmp_path / "runs" / "tiny", frozen)
     weighted = [[5 * ce + 2 * lm + cos for ce, lm, cos in losses] for losses in (ours, plain)]
     worst = max(abs(one - other) / other for one, other in zip(*weighted, strict=True))
     print(f"{ranks} ranks, {engine}: worst relative difference of a step's loss {worst:.2e}")

@@ -38,7 +38,8 @@ def check(found: dict, ways: list[str], unit: str) -> None:
 def test_distill(run: Path, main: Callable) -> None:
     found = figures(main, "distill", run)
     trl = ["TRL's GKD loss"] if find_spec("trl") else []
-    check(found, ["published loop", "ours", *trl, "ours, cached", "ours, sampled cache"], "tokens")
+    liger = ["Liger's chunked loss"] if find_spec("liger_kernel") else []
+    check(found, ["published loop", "ours", *trl, *liger, "ours, cached", "ours, sampled cache"], "tokens")
     assert found["settings"]["student_parameters"] < found["settings"]["teacher_parameters"]
 
 

@@ -35,9 +35,10 @@ def losses(artifact: Path, term: str = "ce") -> list[float]:
     return [line[term] for line in read_metrics(artifact.parent / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable, tmp_path: Path, precision: str) -> None:
-    options = (f"--set=engine.precision={precision}", "--set=distill.steps=9")
+def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable, tmp_path: Path, precision: str, frozen: int) -> None:
+    options = (f"--set=engine.precision={precision}", "--set=distill.steps=9", f"--set=student.frozen_lower_layers={frozen}")
     asking, _ = distilled(main, run, tmp_path, *options)
     reading, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
     assert RAN in said

@@ -169,6 +169,13 @@ CASES = [
     Case("layer out of range", 2, "the teacher has 0 to 3", put("student", {"layers": [0, 7]}), DISTILL),
     Case("layers unordered", 2, "rising numbers", put("student", {"layers": [3, 0]}), DISTILL),
     Case("frozen block not the teacher's", 2, "own first layers", put("student", {"layers": [1, 2], "frozen_lower_layers": 1}), DISTILL),
+    Case("nothing to train", 2, "leaves none of 2 layers", put("student.frozen_lower_layers", 2)),
+    Case(
+        "frozen block on trained embeddings",
+        2,
+        "needs freeze_embeddings",
+        both(put("student.frozen_lower_layers", 1), put("student.freeze_embeddings", False)),
+    ),
     Case("trained head in shards", 2, "trained head", both(put("student.freeze_head", False), put("engine.zero_stage", 3)), DISTILL),
     Case("fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL),
     # data

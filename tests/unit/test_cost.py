@@ -12,14 +12,15 @@ from torch.utils.flop_counter import flop_registry
 from post_dist.artifacts.prompt import PromptTask
 from post_dist.config.schema import Distill, Student, Transfer
 from post_dist.config.sources import Task
-from post_dist.losses import TeacherSignal
 from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.student import freeze, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
 from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill import DistillationModel
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
+from post_dist.stages.teacher_signals import ask_teacher
 
 CPU = torch.device("cpu")
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -71,15 +72,17 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> No
     if teacher.masked:
         pytest.skip("the head of RoBERTa is more than one product")
     freeze(student, Student(layers=layers, frozen_lower_layers=frozen))
-    model = DistillationModel(student, Distill(), head_is_frozen=True)
+    if frozen:
+        take_out_lower_block(student, frozen)
+    model, asked = DistillationModel(student, Distill(), head_is_frozen=True), ask_teacher(teacher, frozen)
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
-        with torch.no_grad():
-            hidden = teacher(input_ids)
-        model(input_ids, torch.roll(input_ids, -1, 1), None, TeacherSignal(hidden=hidden))[0].backward()
+        model(input_ids, torch.roll(input_ids, -1, 1), None, asked([], input_ids, None))[0].backward()
 
-    ours = distill_flops(size_of(folder), size_of(folder).cut(layers), frozen, 3, 40)
+    upper = size_of(folder).cut(layers).above(frozen)
+    assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
+    ours = distill_flops(size_of(folder), upper, 3, 40)
     assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
 
 

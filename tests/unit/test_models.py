@@ -13,6 +13,7 @@ from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.answers import answers
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
 from post_dist.runtime.distributed import World
@@ -137,6 +138,38 @@ def test_a_student_of_some_layers_is_its_teacher_without_the_others(folder: Path
     torch.testing.assert_close(load_whole(tmp_path, "fp32", CPU)(input_ids), teacher(input_ids))
 
 
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "falcon"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_student_goes_on_from_what_the_teacher_s_lower_layers_made(tmp_path: Path, family: str, checkpointed: bool) -> None:
+    folder = tiny.write_model(tmp_path / "teacher", family)
+    rule = Student(layers=(0, 1, 3), frozen_lower_layers=2)
+    (tmp_path / "student").mkdir()
+    write_student(tmp_path / "student", folder, (0, 1, 3), load_tokenizer(folder))
+    teacher, whole, upper = load_whole(folder, "fp32", CPU), *(load_whole(tmp_path / "student", "fp32", CPU) for _ in range(2))
+    input_ids = torch.arange(4, 24).view(2, 10)
+    positions = None if whole.masked else torch.cat([torch.arange(4), torch.arange(6)]).expand(2, -1)
+    for student in (whole, upper):
+        freeze(student, rule)
+    take_out_lower_block(upper, 2)
+    if checkpointed:
+        upper.checkpoint_activations()
+    with torch.no_grad():
+        hidden, below = forward_with_below(teacher, 2, input_ids, positions)
+    assert torch.equal(hidden, teacher(input_ids, position_ids=positions))
+    ours, plain = forward_above(upper, below, positions), whole(input_ids, position_ids=positions)
+    assert torch.equal(ours, plain)
+    weights = torch.randn_like(plain)
+    for made in (ours, plain):
+        (weights * made).sum().backward()
+    kept, expected = dict(upper.named_parameters()), dict(whole.named_parameters())
+    trained = [name for name, parameter in expected.items() if parameter.requires_grad]
+    assert trained
+    assert all(torch.equal(kept[name].grad, expected[name].grad) for name in trained)
+    gone = {name for name in expected if any(f".{part}.{index}." in name for part in ("layers", "h", "layer") for index in (0, 1))}
+    assert gone
+    assert not gone & set(kept)
+
+
 def test_embeddings_and_head_are_frozen_by_default(folder: Path) -> None:
     student = load_whole(folder, "fp32", CPU)
     freeze(student, Student(layers=(0, 1, 2, 3), frozen_lower_layers=2))
@@ -178,6 +211,9 @@ def test_layer_rules() -> None:
     assert listed_layers(Student(layers=(0, 5)), 6) == (0, 5)
     with pytest.raises(InputError, match="the teacher has 0 to 5"):
         listed_layers(Student(layers=(0, 6)), 6)
+    assert listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=2), 48)[:2] == (0, 1)
+    with pytest.raises(InputError, match="own first layers"):
+        listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=3), 48)
 
 
 def test_prompt_starts_from_the_words_of_a_text(folder: Path) -> None:
