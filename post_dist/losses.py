@@ -6,7 +6,7 @@ Shapes: B rows, K scores (the vocabulary, or a task's classes), N positions, d w
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ _SCALING_ROUNDS = 10_000
 _SCALING_TOLERANCE = 1e-9
 LOGITS_AT_ONCE = 1 << 24
 """Logits of one model that are alive together, 64 MB in fp32: 341 positions at a vocabulary of 49,152."""
+_LOGITS_IN_CACHE = 1 << 20
+"""Logits that a CPU goes over at once: 4 MB in fp32, of which a few copies are alive."""
 
 
 def softened_kl(
@@ -161,10 +163,10 @@ def distillation_loss(
         hidden = student_Nd[part].detach().requires_grad_(differentiate)
         logits = student_head(hidden)
         with torch.no_grad():
-            own_ce, own_lm, of_logits = _logit_terms(logits, hidden, teacher[part], teacher_head, labels_N[part], scales)
+            own_ce, own_lm, of_logits = _logit_terms(logits.detach(), hidden, teacher[part], teacher_head, labels_N[part], scales)
         ce, lm = ce + own_ce, lm + own_lm
         if differentiate:
-            own = torch.autograd.grad(logits, [hidden, *head_parameters], of_logits.to(logits.dtype))
+            own = torch.autograd.grad(logits, [hidden, *head_parameters], of_logits)
             gradients[0][part] = own[0]
             for total, gradient in zip(gradients[1:], own[1:], strict=True):
                 total += gradient
@@ -206,10 +208,30 @@ def _logit_terms(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of the two terms over the rows, and the gradient [B, V] of their weighted sum with respect to the student's logits.
 
-    The product's part of the gradient is left out: it has no need of logits.
+    The product's part of the gradient is left out: it has no need of logits. The heads run for all rows at once, as matrix products
+    want it; a CPU then goes over the logits a few rows at a time, which stay in its cache from one pass to the next.
     """
+    teacher_BV = teacher_head(teacher.hidden) if teacher.hidden is not None and teacher.entropy is None else None
+    pieces = -(-logits_BV.numel() // _LOGITS_IN_CACHE) if logits_BV.device.type == "cpu" else 1
+    ce = lm = torch.zeros((), device=logits_BV.device)
+    gradient = torch.empty_like(logits_BV)
+    for rows in _parts(len(logits_BV), max(1, pieces)):
+        of_both = logits_BV[rows], None if teacher_BV is None else teacher_BV[rows]
+        own_ce, own_lm, gradient[rows] = _terms_of_rows(*of_both, student_Bd[rows], teacher[rows], labels_B[rows], scales)
+        ce, lm = ce + own_ce, lm + own_lm
+    return ce, lm, gradient
+
+
+def _terms_of_rows(
+    logits_BV: torch.Tensor,
+    teacher_BV: torch.Tensor | None,
+    student_Bd: torch.Tensor,
+    teacher: TeacherSignal,
+    labels_B: torch.Tensor,
+    scales: _Scales,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     student_BV = logits_BV.float()
-    ce, gradient = _softened_terms(student_BV, student_Bd, teacher, teacher_head, scales)
+    ce, gradient = _softened_terms(student_BV, teacher_BV, student_Bd, teacher, scales)
     asked_for = labels_B != -100
     rows = asked_for.nonzero().squeeze(1)
     log_probabilities = student_BV.log_softmax(dim=-1)
@@ -220,7 +242,7 @@ def _logit_terms(
 
 
 def _softened_terms(
-    student_BV: torch.Tensor, student_Bd: torch.Tensor, teacher: TeacherSignal, teacher_head: Head, scales: _Scales
+    student_BV: torch.Tensor, teacher_BV: torch.Tensor | None, student_Bd: torch.Tensor, teacher: TeacherSignal, scales: _Scales
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of T^2 KL over the rows, and its scaled gradient: a function of its own, so that what it needs is freed with it."""
     temperature = scales.temperature
@@ -236,7 +258,7 @@ def _softened_terms(
         share = torch.full_like(teacher.samples, -scales.ce * temperature / teacher.samples.shape[1], dtype=gradient.dtype)
         gradient.scatter_add_(1, teacher.samples, share)
     else:
-        log_p = teacher_head(teacher.hidden).float().div_(temperature).log_softmax(dim=-1)  # type: ignore[arg-type]
+        log_p = (cast(torch.Tensor, teacher_BV).float() / temperature).log_softmax(dim=-1)
         p = log_p.exp()
         ce = log_p.sub_(log_q).mul_(p).sum()
         gradient = log_q.exp_().sub_(p).mul_(scales.ce * temperature)

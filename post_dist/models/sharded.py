@@ -52,7 +52,7 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
     if engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
         raise EnvironmentFault("engine.offload: nvme needs libaio, which is not here", "install libaio-dev, or take offload: cpu")
     group = shard_group(engine, world)
-    if group.size == 1 < world.size:
+    if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
     else:
         settings = frozen_settings(engine, precision, -(-_largest_weight(folder) // group.size))

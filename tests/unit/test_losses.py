@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from post_dist import losses
 from post_dist.losses import (
     TeacherSignal,
     condensed,
@@ -57,6 +58,12 @@ def test_proxy_logits(logits: list[np.ndarray]) -> None:
     np.testing.assert_allclose(ours, z_t + 2 * (z_s_p - z_s), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=[1 << 20, 30])
+def few_in_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_LOGITS_IN_CACHE", request.param)
+
+
+@pytest.mark.usefixtures("few_in_cache")
 @pytest.mark.parametrize(("positions", "pieces"), [(7, 1), (7, 9), (1100, 3)])
 def test_distillation_terms_and_gradients_do_not_depend_on_pieces(positions: int, pieces: int) -> None:
     torch.manual_seed(0)
@@ -81,6 +88,7 @@ def test_distillation_terms_and_gradients_do_not_depend_on_pieces(positions: int
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("few_in_cache")
 def test_a_product_stands_for_the_whole_distribution() -> None:
     student, teacher, labels = torch.randn(700, 8, requires_grad=True), torch.randn(700, 8), torch.randint(13, (700,))
     head = nn.Linear(8, 13, bias=False).requires_grad_(False)
@@ -95,6 +103,7 @@ def test_a_product_stands_for_the_whole_distribution() -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("few_in_cache")
 def test_samples_are_right_on_average() -> None:
     student, teacher = torch.randn(4, 8, requires_grad=True), 2 * torch.randn(4, 8)
     head = nn.Linear(8, 50, bias=False).requires_grad_(False)
@@ -105,8 +114,8 @@ def test_samples_are_right_on_average() -> None:
     torch.testing.assert_close(counts.mean(0) / 28, p.double(), rtol=0, atol=0.002)
     labels = torch.full((4,), -100)
     plain, _ = distillation_loss(student, TeacherSignal(hidden=teacher), labels, head, head, weights=(1.0, 0.0, 0.0), temperature=2.0)
-    losses = [distillation_loss(student, draw, labels, head, head, weights=(1.0, 0.0, 0.0), temperature=2.0)[0] for draw in draws[:1000]]
-    mean = torch.stack(losses).mean()
+    of_draws = [distillation_loss(student, draw, labels, head, head, weights=(1.0, 0.0, 0.0), temperature=2.0)[0] for draw in draws[:1000]]
+    mean = torch.stack(of_draws).mean()
     assert mean.item() == pytest.approx(plain.item(), rel=0.02)
     (expected,), (gradient,) = (torch.autograd.grad(loss, student) for loss in (plain, mean))
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
