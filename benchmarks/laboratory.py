@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from post_dist.artifacts.manifest import read_manifest
+from post_dist.artifacts.prompt import read_prompt
 from post_dist.bench.measure import device_name
 from post_dist.bench.peers import OpacusLora
 from post_dist.config.load import load_run
@@ -27,6 +29,7 @@ from post_dist.runtime.progress import progress
 from post_dist.stages.measures import measure_classes
 from post_dist.stages.pipeline import Pipeline
 from post_dist.stages.prompt_training import schedule_at
+from post_dist.stages.scoring import Questions, Scorer
 
 _STAGES = frozenset({"distill", "tune", "transfer", "evaluate"})
 _RANK = 8
@@ -48,13 +51,24 @@ class Laboratory:
         rows: list[dict[str, Any]] = read_table(made.path)["rows"]
         return rows
 
+    def student(self, settings: list[str], epsilon: float) -> list[dict[str, Any]]:
+        """The row of a private prompt on the student, without any transfer."""
+        config = self._private(settings, epsilon)
+        pipeline, task = Pipeline(config, self._world, _STAGES), config.private_task
+        prompt, student = read_prompt(pipeline.tune().artifact), pipeline.student
+        model = load_whole(student, choose_precision(config.engine, self._world.device), self._world.device)
+        examples, digest = load_examples(task, config.evaluate.split, "private_task"), read_manifest(student, "student").digest
+        questions = Questions(task, examples, config.evaluate.split)
+        ask = Scorer(model, student, digest, questions, self._output / "answers", config.evaluate.batch_size, self._world)
+        scores_NC = ask(prompt, f"student + prompt, epsilon {epsilon:g}") + torch.tensor(prompt.task.class_biases or [0.0])
+        return [{"name": "student + prompt", **measure_classes(scores_NC.numpy(), np.array(examples.classes))}]
+
     def lora(self, settings: list[str], epsilon: float) -> list[dict[str, Any]]:
         """DP-LoRA on the student, with the plan that the prompt is tuned with.
 
         The better of two learning rates by the validation split: a favour to it, for nothing pays for that choice.
         """
-        config = self._config(settings)
-        config = config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
+        config = self._private(settings, epsilon)
         student = Pipeline(config, self._world, _STAGES).student
         tried = {rate: self._tuned_by_lora(config, student, rate) for rate in _RATES}
         best = max(_RATES, key=lambda rate: tried[rate]("validation")["accuracy_micro"])
@@ -90,6 +104,10 @@ class Laboratory:
             return measure_classes(scores_NC.numpy(), np.array(examples.classes))
 
         return measured
+
+    def _private(self, settings: list[str], epsilon: float) -> RunConfig:
+        config = self._config(settings)
+        return config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
 
     def _config(self, settings: list[str]) -> RunConfig:
         return load_run(self._run, settings, self._output)

@@ -4,6 +4,7 @@
     python benchmarks/utility.py upper --seeds 0 1 2       full prompt tuning of the target, on the test split
     python benchmarks/utility.py options --seeds 0 1 2     each setting of the transfer alone and left out, on the validation split
     python benchmarks/utility.py alpha --seeds 0 1 2       the published loss at several alphas, and at the rule's, on the validation split
+    python benchmarks/utility.py private --seeds 0 1 2     settings of the private tuning, on the student and the validation split
     python benchmarks/utility.py lora --seeds 0 1 2        the owner's rival: DP-LoRA on a model of the student's size, on the test split
     python benchmarks/utility.py curve --seeds 0           layers of the student and tokens of distillation, on the validation split
     python benchmarks/utility.py show                      what is in the results, as tables
@@ -63,6 +64,16 @@ OPTIONS = {
     "ours + a bias per class": {"tune.class_bias": "true"},
     "ours - 300 steps of tuning, 100 instead": {"tune.steps": "100"},
 }
+PRIVATE = {
+    "ours": [],
+    "5 tokens": ["tune.num_virtual_tokens=5"],
+    "2 tokens": ["tune.num_virtual_tokens=2"],
+    "half the rate": ["privacy.learning_rate=0.01"],
+    "a quarter of the rate": ["privacy.learning_rate=0.005"],
+    "batches of 128, half the steps": ["privacy.expected_batch_size=128", "privacy.steps=40"],
+    "no bias": ["tune.class_bias=false"],
+}
+"""Each costs as many gradients."""
 ALPHAS = (0, 0.25, 0.5, 0.75, 1, "auto")
 LAYERS = {
     "4 of 30": [0, 1, 28, 29],
@@ -84,6 +95,9 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
+    if part == "private":
+        own += ["tune.class_bias=true"]
+        return {f"private, {name}, epsilon {epsilon}": own + changes for name, changes in PRIVATE.items() for epsilon in (8, 1)}
     if part == "alpha":
         base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
@@ -103,7 +117,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
 def main() -> None:
     """Measure what is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["table", "upper", "lora", "options", "alpha", "curve", "show"])
+    parser.add_argument("part", choices=["table", "upper", "private", "lora", "options", "alpha", "curve", "show"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
@@ -116,12 +130,13 @@ def main() -> None:
     from laboratory import Laboratory
 
     laboratory = Laboratory(chosen.demo / "demo.yaml", chosen.output)
+    of_epsilon = {"private": laboratory.student, "lora": laboratory.lora}.get(chosen.part)
     for seed in chosen.seeds:
         for name, settings in jobs(chosen.part, seed).items():
             if f"{name}, seed {seed}" in read_results():
                 continue
             start = time.monotonic()
-            rows = laboratory.lora(settings, float(name.split()[-1])) if chosen.part == "lora" else laboratory.table(settings)
+            rows = of_epsilon(settings, float(name.split()[-1])) if of_epsilon else laboratory.table(settings)
             measured = {"device": laboratory.device, "seconds": round(time.monotonic() - start), "settings": settings, "rows": rows}
             RESULTS.write_text(json.dumps(read_results() | {f"{name}, seed {seed}": measured}, indent=1) + "\n")
 
