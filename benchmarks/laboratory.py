@@ -51,6 +51,12 @@ class Laboratory:
         rows: list[dict[str, Any]] = read_table(made.path)["rows"]
         return rows
 
+    def made(self, settings: list[str], *, with_prompt: bool) -> list[str]:
+        """Further settings, which take up the student of some settings, and the prompt that was tuned on it."""
+        pipeline = Pipeline(self._config(settings), self._world, _STAGES)
+        prompt = [f"inputs.source_prompt={pipeline.tune().artifact}"] if with_prompt else []
+        return [f"inputs.student={pipeline.student}", *prompt]
+
     def student(self, settings: list[str], epsilon: float) -> list[dict[str, Any]]:
         """The row of a private prompt on the student, without any transfer."""
         config = self._private(settings, epsilon)

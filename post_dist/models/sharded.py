@@ -31,7 +31,7 @@ from post_dist.runtime.zero import freeze_sharded, gathered_from_reader, shard_g
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3
-_MMAP_FROM_BYTES = 1 << 16
+_MMAP_WHILE_LOADING, _MMAP_AFTERWARDS = 1 << 16, 1 << 25
 
 
 def load_sharded(folder: Path, engine: Engine, precision: Precision, world: World) -> LanguageModel:
@@ -56,15 +56,15 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
         model = load_whole(folder, precision, world.device)
     else:
         settings = frozen_settings(engine, precision, -(-_largest_weight(folder) // group.size))
-        _give_memory_back_at_once()
         family, masked, made_with = model_settings(folder, precision, world.device)
         # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and never for a group of them.
         # It takes the dtype from the settings alone: DeepSpeed 0.19.8 makes any `dtype` bf16 on a CPU.
         made_in_shards = deepspeed.zero.Init(data_parallel_group=group.process_group, config_dict_or_path=settings)
-        with no_init_weights(), prevent_arange_dtype_change(), made_in_shards:
-            bare = family.from_config(load_config(folder), **made_with)
-        bare.tie_weights()
-        _fill(bare, folder, reads=group.reads)
+        with _memory_given_back_at_once():
+            with no_init_weights(), prevent_arange_dtype_change(), made_in_shards:
+                bare = family.from_config(load_config(folder), **made_with)
+            bare.tie_weights()
+            _fill(bare, folder, reads=group.reads)
         model = freeze_sharded(LanguageModel(bare, masked=masked).eval(), settings)
     if engine.activation_checkpointing:
         model.checkpoint_activations()
@@ -111,11 +111,16 @@ def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
         raise InputError(f"{folder} lacks weights, such as {min(missing)}", "they would be left random")
 
 
-def _give_memory_back_at_once() -> None:
-    """Let glibc map blocks from 64 KiB on by themselves, so that a weight's memory goes back when it has been cut up.
+@contextmanager
+def _memory_given_back_at_once() -> Iterator[None]:
+    """While entered, glibc maps blocks from 64 KiB on by themselves, so that a weight's memory goes back when it has been cut up.
 
-    Otherwise the heap keeps the holes between shards: measured with 2 ranks, a peak of 2.6 shards in place of 1.5.
+    Otherwise the heap keeps the holes between shards: measured with 2 ranks, a peak of 2.6 shards in place of 1.5. Afterwards only
+    blocks of 32 MiB and more are, where glibc itself ends up with time: a step that maps each of its tensors anew takes 1.6 times as long.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM_BYTES)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_WHILE_LOADING)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_AFTERWARDS)
