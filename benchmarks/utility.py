@@ -98,7 +98,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "private":
         own += ["tune.class_bias=true"]
-        return {f"private, {name}, epsilon {epsilon}": own + changes for name, changes in PRIVATE.items() for epsilon in (8, 1)}
+        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in (8, 1) for name, changes in PRIVATE.items()}
     if part == "alpha":
         base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
