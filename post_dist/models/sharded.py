@@ -7,6 +7,7 @@ read by one rank of a shard group from the safetensors files, broadcast, and cut
 import ctypes
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,4 +124,4 @@ def _memory_given_back_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_AFTERWARDS)
+        mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _MMAP_AFTERWARDS)))
