@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.errors import EnvironmentFault
+from post_dist.runtime.allocator import memory_given_back_at_once
 
 _REPEATS = 7
 _MIB = 2**20
@@ -31,7 +32,8 @@ def measure(steps: Mapping[str, Callable[[], object]], amount: int, unit: str, d
     """
     for step in steps.values():
         step()
-    memory = {name: _peak_memory_mib(step, device) for name, step in steps.items()}
+    with memory_given_back_at_once():
+        memory = {name: _peak_memory_mib(step, device) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(_REPEATS):
         for name, step in steps.items():
