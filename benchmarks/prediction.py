@@ -35,6 +35,7 @@ from post_dist.planning.plan import Machine, plan_run
 from post_dist.planning.scaling import grown
 from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import start
+from post_dist.runtime.stop import end_process
 
 HERE = Path(__file__).resolve().parent
 KEYS = ("width", "layers", "vocabulary", "batch", "length", "zero", "group")
@@ -94,6 +95,7 @@ def measure(settings: list[tuple[int, ...]]) -> None:
             if world.is_main:
                 print(json.dumps(found), flush=True)
         world.leave()
+    end_process(0)
 
 
 def launch(ranks: int, part: str, **environment: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ world = start(0)
 
 from post_dist.config.schema import Engine  # noqa: E402
 from post_dist.models.sharded import load_sharded  # noqa: E402
+from post_dist.runtime.stop import end_process  # noqa: E402
 from post_dist.runtime.zero import shard_share  # noqa: E402
 
 
@@ -46,3 +47,4 @@ with torch.no_grad():
 facts = {"peak_mib": peak - baseline, "model_mib": parameters / 2**18, "layer_mib": layer / 2**18, "share": shard_share(model)}
 (output / f"{world.rank}.json").write_text(json.dumps(facts | {"logits": logits[0, :5].tolist()}))
 world.leave()
+end_process(0)

@@ -13,6 +13,7 @@ world = start(0)
 
 from post_dist.config.schema import Engine  # noqa: E402
 from post_dist.models.sharded import load_sharded  # noqa: E402
+from post_dist.runtime.stop import end_process  # noqa: E402
 from post_dist.runtime.zero import shard_share  # noqa: E402
 
 folder, inputs, output = map(Path, sys.argv[1:4])
@@ -31,3 +32,4 @@ for name, share_prompt in {"apart": False, "shared": model.shares_prompt}.items(
 if world.is_main:
     save_file(results, output)
 world.leave()
+end_process(0)

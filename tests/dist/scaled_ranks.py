@@ -13,6 +13,7 @@ import torch
 from post_dist.bench.scale import bench_scale
 from post_dist.config.load import load_run
 from post_dist.runtime.distributed import start
+from post_dist.runtime.stop import end_process
 
 SETTINGS = {
     "ZeRO-0": ["engine.zero_stage=0"],
@@ -40,6 +41,7 @@ def main() -> None:
     if world.is_main:
         print(json.dumps(found))
     world.leave()
+    end_process(0)
 
 
 if __name__ == "__main__":
