@@ -66,7 +66,7 @@ def main() -> None:
         model = size(row)
         forward = forward_flops(model, 1 / 2048, 2048) + head_flops(model, 1)
         twice = int(row.recomputes)
-        passed = (1 + twice) * forward_pass_bytes(model, 1, 2) + backward_pass_bytes(model, row.layers, 1, 2) + logit_bytes(model, 1)
+        passed = (1 + twice) * forward_pass_bytes(model, 1, 2) + backward_pass_bytes(model, 1, 2) + logit_bytes(model, 1)
         seconds = (3 + twice) * forward / h100.flops_per_second("bf16") + passed / h100.memory_bytes_per_second()
         ours = 1 / seconds
         published = row.tokens_per_second_per_gpu

@@ -75,6 +75,7 @@ PRIVATE = {
     "no bias": ["tune.class_bias=false"],
 }
 """Each costs as many gradients."""
+PRIVATE_EPSILONS = (8, 1)
 ALPHAS = (0, 0.25, 0.5, 0.75, 1, "auto")
 LAYERS = {
     "4 of 30": [0, 1, 28, 29],
@@ -98,7 +99,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "private":
         own += ["tune.class_bias=true"]
-        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in (8, 1) for name, changes in PRIVATE.items()}
+        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in PRIVATE_EPSILONS for name, changes in PRIVATE.items()}
     if part == "alpha":
         base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
@@ -117,17 +118,11 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
 
 def main() -> None:
     """Measure what is asked for and not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["table", "upper", "private", "lora", "options", "alpha", "curve", "show"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
-    chosen = parser.parse_args()
+    chosen = asked_for(str(__doc__), ["table", "upper", "private", "lora", "options", "alpha", "curve", "show"])
     if chosen.part == "show":
         print(show(read_results()))
         return
     fetch_tweets(chosen.demo)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
     from laboratory import Laboratory
 
     laboratory = Laboratory(chosen.demo / "demo.yaml", chosen.output)
@@ -139,6 +134,17 @@ def main() -> None:
             start = time.monotonic()
             rows = of_epsilon(settings, float(name.split()[-1])) if of_epsilon else laboratory.table(settings)
             add_result(f"{name}, seed {seed}", laboratory.device, start, settings, rows)
+
+
+def asked_for(description: str, parts: list[str]) -> argparse.Namespace:
+    """What the command line asks for; and the environment is set, before torch is loaded."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+    return parser.parse_args()
 
 
 def read_results() -> dict[str, Any]:

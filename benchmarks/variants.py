@@ -10,22 +10,20 @@ All on the validation split; rows go to utility-results.json, and `utility.py sh
 `option, ours` of `utility.py options` (for the prefixes, `option, ours - documents kept apart`) and `private, ours` of its part `private`.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import utility
 
-HERE = Path(__file__).resolve().parent
+if TYPE_CHECKING:
+    import torch
+
 PREFIX = 10
 RANK = 32
-EPSILONS = (8, 1)
 
 
 @contextmanager
@@ -42,9 +40,9 @@ def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 class Mean:
     """Of parameters over the steps that it was shown from a step on."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor], first: int) -> None:
+    def __init__(self, parameters: "Sequence[torch.Tensor]", first: int) -> None:
         self._parameters, self._first = parameters, first
-        self._sums, self._count = [torch.zeros_like(parameter) for parameter in parameters], 0
+        self._sums, self._count = [parameter.detach().clone().zero_() for parameter in parameters], 0
 
     def note(self, step: int) -> None:
         """Add what the parameters are before a step."""
@@ -100,6 +98,8 @@ def balanced() -> Any:
 @contextmanager
 def prefixes() -> Iterator[None]:
     """The student is to agree with the teacher where a prompt is; the prefixes are embeddings of random tokens, new in each batch."""
+    import torch
+
     from post_dist.losses import TeacherSignal
     from post_dist.stages import distill
 
@@ -151,6 +151,8 @@ def private_average() -> Any:
 
 def low_rank() -> Any:
     """Noise has a norm that grows with the root of how many numbers are tuned."""
+    import torch
+
     from post_dist.stages import private_tuning
 
     train = private_tuning.train_privately
@@ -187,31 +189,25 @@ PRIVATE: dict[str, Any] = {"private-average": private_average, "low-rank": low_r
 
 def main() -> None:
     """Measure what is asked for and not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=[*ON_TARGET, *PRIVATE])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
-    chosen = parser.parse_args()
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+    chosen = utility.asked_for(str(__doc__), [*ON_TARGET, *PRIVATE])
     from laboratory import Laboratory
 
     plain = Laboratory(chosen.demo / "demo.yaml", chosen.output)
     # A changed function leaves a run's signature as it is, so its runs stand in a folder of their own.
-    changed = Laboratory(chosen.demo / "demo.yaml", chosen.output / chosen.variant)
+    changed = Laboratory(chosen.demo / "demo.yaml", chosen.output / chosen.part)
     for seed in chosen.seeds:
-        for epsilon in EPSILONS if chosen.variant in PRIVATE else (None,):
+        for epsilon in utility.PRIVATE_EPSILONS if chosen.part in PRIVATE else (None,):
             ours = utility.jobs("options" if epsilon is None else "private", seed)
             settings = ours["option, ours" if epsilon is None else f"private, ours, epsilon {epsilon}"]
-            name = f"variant, {chosen.variant}{'' if epsilon is None else f', epsilon {epsilon}'}, seed {seed}"
+            name = f"variant, {chosen.part}{'' if epsilon is None else f', epsilon {epsilon}'}, seed {seed}"
             if name in utility.read_results():
                 continue
             start = time.monotonic()
-            if chosen.variant == "prefixes":
+            if chosen.part == "prefixes":
                 settings = given = [*settings, "corpus.separate_documents=false"]
             else:
                 given = [*settings, *plain.made(settings, with_prompt=epsilon is None)]
-            with (ON_TARGET | PRIVATE)[chosen.variant]():
+            with (ON_TARGET | PRIVATE)[chosen.part]():
                 rows = changed.table(given) if epsilon is None else changed.student(given, epsilon)
             utility.add_result(name, plain.device, start, settings, rows)
 

@@ -14,8 +14,10 @@ from post_dist.models.language_model import LanguageModel
 def take_out_lower_block(student: LanguageModel, layers: int) -> None:
     """From now on the student takes what its lowest layers would make as `below`; they and the embeddings are no longer its own.
 
-    The places of the layers stay, for some families choose a mask by a layer's number.
+    The places of the layers stay, for some families choose a mask by a layer's number. Without layers to take out, nothing changes.
     """
+    if not layers:
+        return
     in_tuple = layers_give_tuples(student)
     for index in range(layers):
         student.layers[index] = Passage(in_tuple=in_tuple)

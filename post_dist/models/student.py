@@ -51,7 +51,9 @@ def _listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]
     if section.layers == "first_last":
         first = (wanted + 1) // 2
         return (*range(first), *range(num_teacher_layers - (wanted - first), num_teacher_layers))
-    return tuple(round(index * (num_teacher_layers - 1) / max(wanted - 1, 1)) for index in range(wanted))
+    block = max(section.frozen_lower_layers, 1)
+    apart = (num_teacher_layers - block) / max(wanted - block, 1)
+    return (*range(block), *(block - 1 + round(index * apart) for index in range(1, wanted - block + 1)))
 
 
 def stand_in_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:

@@ -99,14 +99,6 @@ def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
     return 2 * (ranks - 1) / ranks * numel * bytes_each
 
 
-def without_one_table(size: ModelSize) -> list[int]:
-    """The weights that are gathered where the embedding or the head is not needed; a tied one is the other as well."""
-    weights = list(size.weights)
-    if not size.tied:
-        weights.remove(size.width * size.vocabulary)
-    return weights
-
-
 def distill_bytes(
     teacher: ModelSize, trained: int, student: ModelSize, *, zero_stage: int, group: int, ranks: int, passes: int, bytes_each: float
 ) -> dict[str, float]:
@@ -123,7 +115,7 @@ def distill_bytes(
         passes: micro-batches.
         bytes_each: of a weight.
     """
-    trunk = gathered_bytes(without_one_table(teacher), group, bytes_each)
+    trunk = gathered_bytes(teacher.without_one_table.weights, group, bytes_each)
     found = {"gather": passes * trunk, "reduce": reduced_bytes(trained, ranks, bytes_each)}
     if zero_stage in (1, 2):
         found["gather"] += gathered_bytes([trained], ranks, bytes_each)
@@ -138,7 +130,7 @@ def transfer_bytes(target: ModelSize, prompt: int, *, group: int, ranks: int, by
 
     The target once for the forward and, without its embedding, once for the backward; and the prompt's gradient, in fp32.
     """
-    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(without_one_table(target), group, bytes_each)
+    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(target.without_one_table.weights, group, bytes_each)
     return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
 
 
@@ -168,9 +160,9 @@ def forward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> flo
     return _FORWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
-def backward_pass_bytes(size: ModelSize, layers: int, tokens: float, bytes_each: float) -> float:
-    """The same for the backward pass through the uppermost so many layers."""
-    return _BACKWARD_PASSES * activation_elements(size) * layers * tokens * bytes_each
+def backward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
+    """The same for the backward pass."""
+    return _BACKWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
 def logit_bytes(size: ModelSize, positions: float) -> float:

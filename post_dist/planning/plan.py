@@ -164,14 +164,14 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     stage = config.engine.zero_stage
     settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
     moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
-    of_student = moved["gather"] - passes * cost.gathered_bytes(cost.without_one_table(models.teacher), group, each)
+    of_student = moved["gather"] - passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
     rate = hardware.flops_per_second(precision)
     teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
     gather = machine.wire_seconds(moved["gather"] - of_student, group, passes * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
     held = rows * length
     passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
-    passed += cost.backward_pass_bytes(models.upper, len(models.upper.layers), held, each) + cost.logit_bytes(models.upper, held)
+    passed += cost.backward_pass_bytes(models.upper, held, each) + cost.logit_bytes(models.upper, held)
     passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
     over_memory = passed / hardware.memory_bytes_per_second()
     if hardware.overlap:
@@ -265,7 +265,7 @@ def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Pr
         conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
     advice, why = advised_group(models.teacher, machine, each)
     passed = cost.forward_pass_bytes(models.teacher, tokens, each)
-    passed += cost.backward_pass_bytes(models.teacher, len(models.teacher.layers), tokens, each) + cost.logit_bytes(models.teacher, rows)
+    passed += cost.backward_pass_bytes(models.teacher, tokens, each) + cost.logit_bytes(models.teacher, rows)
     over_memory = passed / hardware.memory_bytes_per_second()
     step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce + over_memory
     found = {

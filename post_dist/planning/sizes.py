@@ -77,10 +77,15 @@ class ModelSize:
 
     def above(self, lower_layers: int) -> "ModelSize":
         """What is left of a student whose lowest layers the teacher runs: no embedding but a tied head's either."""
+        return replace(self.without_one_table, layers=self.layers[lower_layers:]) if lower_layers else self
+
+    @property
+    def without_one_table(self) -> "ModelSize":
+        """Where the embedding or the head is not needed; a tied one is the other as well."""
         others = list(self.others)
-        if lower_layers and not self.tied:
+        if not self.tied:
             others.remove(self.width * self.vocabulary)
-        return replace(self, layers=self.layers[lower_layers:], others=tuple(others))
+        return replace(self, others=tuple(others))
 
 
 def size_of(folder: Path) -> ModelSize:

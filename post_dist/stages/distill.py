@@ -5,13 +5,12 @@ Shapes: B sequences, T tokens, d width, N = B T positions.
 
 import copy
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
@@ -91,19 +90,20 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         "held_out": figures,
     }
 
-    def fill(artifact: Path, whole: PreTrainedModel) -> None:
-        whole.save_pretrained(artifact)
-        tokenizer.save_pretrained(artifact)
-        summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
-        write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
-
     def write() -> None:
         whole = load_whole(untrained, precision, torch.device("cpu")).model  # with the block that ran in the teacher
         whole.load_state_dict(trained, strict=False)
+
+        def fill(artifact: Path) -> None:
+            whole.save_pretrained(artifact)
+            tokenizer.save_pretrained(artifact)
+            summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
+            write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
+
         write_artefact(
             folder.artifact,
             "student",
-            partial(fill, whole=whole),
+            fill,
             parents={"teacher": fingerprint(teacher_folder)},
             config=facts,
             tokenizer=tokenizer_fingerprint(tokenizer),
@@ -129,9 +129,7 @@ def student_engine(student: LanguageModel, config: RunConfig, student_section: S
     """The engine that trains a student as the run file says."""
     section = config.distill
     freeze(student, student_section)
-    lower_layers = section.layers_in_teacher(student_section)
-    if lower_layers:
-        take_out_lower_block(student, lower_layers)
+    take_out_lower_block(student, section.layers_in_teacher(student_section))
     if config.engine.activation_checkpointing:
         student.checkpoint_activations()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

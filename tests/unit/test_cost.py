@@ -72,8 +72,7 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> No
     if teacher.masked:
         pytest.skip("the head of RoBERTa is more than one product")
     freeze(student, Student(layers=layers, frozen_lower_layers=frozen))
-    if frozen:
-        take_out_lower_block(student, frozen)
+    take_out_lower_block(student, frozen)
     model, asked = DistillationModel(student, Distill(), head_is_frozen=True), ask_teacher(teacher, frozen)
     input_ids = torch.randint(4, 300, (3, 40))
 

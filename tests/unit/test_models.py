@@ -15,7 +15,7 @@ from post_dist.models.answers import answers
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.soft_prompt import check_room, prompt_from_text
-from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
+from post_dist.models.student import freeze, least_harmful_layers, listed_layers, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
@@ -212,6 +212,10 @@ def test_layer_rules() -> None:
     with pytest.raises(InputError, match="the teacher has 0 to 5"):
         listed_layers(Student(layers=(0, 6)), 6)
     assert listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=2), 48)[:2] == (0, 1)
+    assert listed_layers(Student(layers="even", num_layers=1), 10) == (0,)
+    assert listed_layers(Student(layers="even", num_layers=4, frozen_lower_layers=1), 10) == (0, 3, 6, 9)
+    assert listed_layers(Student(layers="even", num_layers=5, frozen_lower_layers=3), 10) == (0, 1, 2, 6, 9)
+    assert stand_in_layers(Student(layers="auto", num_layers=4, frozen_lower_layers=2), 10) == (0, 1, 5, 9)
     with pytest.raises(InputError, match="own first layers"):
         listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=3), 48)
 
