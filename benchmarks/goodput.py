@@ -6,7 +6,6 @@ python benchmarks/goodput.py            # ten minutes; writes goodput-PROCESSOR.
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import shapes
 import torch
 
-from post_dist.bench.measure import device_name
+from post_dist.bench.measure import device_name, slug
 from post_dist.planning.simulate import Run, simulate
 
 HERE = Path(__file__).resolve().parent
@@ -137,7 +136,7 @@ kill to the next step, {sizes["restart"]:.1f} s in the mean.
             f"| {row['said_lost_steps']} | {row['seconds']:.1f} | {row['said_seconds']:.1f} | {off:.1%} |\n"
         )
     text += f"\nSeconds are apart by {statistics.median(apart):.1%} in the median and {max(apart):.1%} at most.\n"
-    (HERE / f"goodput-{re.sub('[^a-z0-9]+', '-', device.lower())}.md").write_text(text)
+    (HERE / f"goodput-{slug(device)}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class Laboratory:
                 chosen = sorted(poisson_rows(plan, source, len(rows), step), key=lambda row: len(rows[row].token_ids))
                 for first in range(0, len(chosen), _MICRO_BATCH):
                     part = chosen[first : first + _MICRO_BATCH]
-                    optimizer.accumulate(lora(template.collate([rows[row] for row in part]), classes[part]))
+                    batch = template.collate([rows[row] for row in part]).to(self._world.device)
+                    optimizer.accumulate(lora(batch, classes[part].to(self._world.device)))
                 optimizer.finish(step, lambda commitment: None)
                 advance("")
 

@@ -7,7 +7,6 @@ python benchmarks/prediction.py compare       # fits, and writes prediction-PROC
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 from scipy.optimize import nnls
 
 from post_dist.bench import scale
-from post_dist.bench.measure import device_name
+from post_dist.bench.measure import device_name, slug
 from post_dist.bench.scale import STEPS, bench_scale
 from post_dist.bench.transfer import MOST_ROWS
 from post_dist.config.load import load_run
@@ -248,7 +247,7 @@ def main() -> None:
 
 def processor() -> str:
     """For the names of files."""
-    return re.sub("[^a-z0-9]+", "-", device_name(torch.device("cpu")).lower())
+    return slug(device_name(torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The teacher has Llama-2-13b's 40 layers at a tenth of its width and vocabulary; 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import shapes
+
+from post_dist.bench.measure import slug
 
 STAGES = ("distill", "tune", "transfer")
 MOST_LOST = 0.2
@@ -60,7 +61,7 @@ def main() -> None:
         for row in figure["rows"]:
             name, memory = row["name"], figure["memory_ratios"][row["name"]]
             print(f"  {name:32} {row['seconds_per_step']:8.3f} s  {1 / figure['ratios'][name]:6.2f} x as fast  {memory:5.2f} of the memory")
-    kept = HERE / f"regression-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+    kept = HERE / f"regression-{slug(device)}.json"
     speed = {stage: {name: 1 / ratio for name, ratio in figure["ratios"].items()} for stage, figure in found.items()}
     if write or not kept.exists():
         kept.write_text(json.dumps(speed, indent=2) + "\n")

@@ -6,7 +6,6 @@ python benchmarks/scaling.py [loss] [transfer] [ranks]    # all, or these alone;
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import numpy as np
 import shapes
 import torch
 
-from post_dist.bench.measure import device_name, measure
+from post_dist.bench.measure import device_name, measure, slug
 from post_dist.bench.peers import published_distillation_loss, published_transfer_step
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Encoded, Template, Verbalizer
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="loss, transfer, ranks")
     parts = parser.parse_args().parts or ["loss", "transfer", "ranks"]
     device = device_name(CPU)
-    place = Path(__file__).parent / f"scaling-{re.sub('[^a-z0-9]+', '-', device.lower())}"
+    place = Path(__file__).parent / f"scaling-{slug(device)}"
     kept = place.with_suffix(".json")
     found: dict[str, dict] = json.loads(kept.read_text())["sweeps"] if kept.exists() else {}
     if "loss" in parts:

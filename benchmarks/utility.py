@@ -5,15 +5,19 @@
     python benchmarks/utility.py options --seeds 0 1 2     each setting of the transfer alone and left out, on the validation split
     python benchmarks/utility.py alpha --seeds 0 1 2       the published loss at several alphas, and at the rule's, on the validation split
     python benchmarks/utility.py private --seeds 0 1 2     settings of the private tuning, on the student and the validation split
+    python benchmarks/utility.py gradients --seeds 0 1 2   the same with more gradients, which a GPU has time for
     python benchmarks/utility.py lora --seeds 0 1 2        the owner's rival: DP-LoRA on a model of the student's size, on the test split
     python benchmarks/utility.py curve --seeds 0           layers of the student and tokens of distillation, on the validation split
+    python benchmarks/utility.py more --seeds 0 1 2        the table and its upper bound with more of everything, which a GPU has time for
     python benchmarks/utility.py show                      what is in the results, as tables
 
-Results are rows in utility-results.json; `make demo` or `post-dist init` has fetched the model and the reviews before. Stop it at any time.
+Results are rows in utility-DEVICE.json; `make demo` or `post-dist init` has fetched the model and the reviews before. Stop it at any time.
+Several may run beside each other on one GPU, each with a ledger and a folder of its own (`--set privacy.ledger=FILE`, `--output`).
 """
 
 import argparse
 import csv
+import fcntl
 import io
 import json
 import os
@@ -27,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "utility-results.json"
 EPSILONS = (8, 4, 1)
 TWEETS = ("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz", "tweets_GroundTruth.txt")
 
@@ -37,7 +40,17 @@ PUBLIC = {"IMDb": [], "tweets": ["public_task.name=tweets", "public_task.path=tw
 UPPER = "upper bound"
 
 OURS = ["tune.steps=300", "transfer.steps=100"]
-"""Of the demo's run file, what there is time for here."""
+"""Of the demo's run file, what two cores have time for."""
+MORE = [
+    "corpus.max_tokens=3000000",
+    "distill.steps=2500",
+    "public_task.max_rows=4000",
+    "tune.steps=1000",
+    "transfer.steps=400",
+    "privacy.expected_batch_size=512",
+    "privacy.steps=200",
+]
+"""What a GPU has time for."""
 
 PUBLISHED = {
     "objective": "published",
@@ -75,6 +88,16 @@ PRIVATE = {
     "no bias": ["tune.class_bias=false"],
 }
 """Each costs as many gradients."""
+GRADIENTS = {
+    "256 x 80": ["privacy.expected_batch_size=256"],
+    "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
+    "512 x 200": ["privacy.expected_batch_size=512", "privacy.steps=200"],
+    "512 x 200, half the rate": ["privacy.expected_batch_size=512", "privacy.steps=200", "privacy.learning_rate=0.01"],
+    "512 x 200, 5 tokens": ["privacy.expected_batch_size=512", "privacy.steps=200", "tune.num_virtual_tokens=5"],
+    "512 x 200, C 0.3": ["privacy.expected_batch_size=512", "privacy.steps=200", "privacy.max_grad_norm=0.3"],
+    "512 x 200, no bias": ["privacy.expected_batch_size=512", "privacy.steps=200", "tune.class_bias=false"],
+}
+"""Named for the expected batch and the steps; `ours` is 64 x 80."""
 PRIVATE_EPSILONS = (8, 1)
 ALPHAS = (0, 0.25, 0.5, 0.75, 1, "auto")
 LAYERS = {
@@ -83,7 +106,7 @@ LAYERS = {
     "13 of 30": [*range(12), 29],
     "18 of 30": [*range(17), 29],
 }
-DISTILL_STEPS = (60, 180)
+DISTILL_STEPS = (60, 180, 600, 2400)
 
 
 def jobs(part: str, seed: int) -> dict[str, list[str]]:
@@ -92,14 +115,20 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     if part == "table":
         own += [f"evaluate.private_rows={list(EPSILONS)}", "tune.class_bias=true", "evaluate.baselines=[published transfer]"]
         return {f"table, public {name}": own + changes for name, changes in PUBLIC.items()}
+    if part == "more":
+        rows = "evaluate.baselines=[published transfer, full prompt tuning]"
+        return {
+            "table, public IMDb, more of everything": [*own, *MORE, f"evaluate.private_rows={list(EPSILONS)}", "tune.class_bias=true", rows]
+        }
     if part == "upper":
         return {UPPER: [*own, "tune.class_bias=true", "evaluate.baselines=[full prompt tuning]"]}
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     own += ["evaluate.baselines=[]", "evaluate.split=validation"]
-    if part == "private":
+    if part in ("private", "gradients"):
         own += ["tune.class_bias=true"]
-        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in PRIVATE_EPSILONS for name, changes in PRIVATE.items()}
+        settings = PRIVATE if part == "private" else GRADIENTS
+        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in PRIVATE_EPSILONS for name, changes in settings.items()}
     if part == "alpha":
         base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
@@ -108,7 +137,7 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
             f"option, {name}": own + [f"{key if '.' in key else f'transfer.{key}'}={value}" for key, value in changes.items()]
             for name, changes in OPTIONS.items()
         }
-    own += ["student.frozen_lower_layers=0"]
+    own += ["student.frozen_lower_layers=0", "corpus.max_tokens=3000000"]
     return {
         f"curve, {name}, {1024 * steps} tokens": [*own, f"student.layers={layers}", f"distill.steps={steps}"]
         for name, layers in LAYERS.items()
@@ -118,22 +147,22 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
 
 def main() -> None:
     """Measure what is asked for and not there yet."""
-    chosen = asked_for(str(__doc__), ["table", "upper", "private", "lora", "options", "alpha", "curve", "show"])
+    chosen = asked_for(str(__doc__), ["table", "upper", "private", "gradients", "lora", "options", "alpha", "curve", "more", "show"])
     if chosen.part == "show":
-        print(show(read_results()))
+        print(show(read_results(chosen.results)))
         return
     fetch_tweets(chosen.demo)
     from laboratory import Laboratory
 
     laboratory = Laboratory(chosen.demo / "demo.yaml", chosen.output)
-    of_epsilon = {"private": laboratory.student, "lora": laboratory.lora}.get(chosen.part)
+    of_epsilon = {"private": laboratory.student, "gradients": laboratory.student, "lora": laboratory.lora}.get(chosen.part)
     for seed in chosen.seeds:
         for name, settings in jobs(chosen.part, seed).items():
-            if f"{name}, seed {seed}" in read_results():
+            if f"{name}, seed {seed}" in read_results(chosen.results):
                 continue
-            start = time.monotonic()
+            start, settings = time.monotonic(), settings + chosen.set
             rows = of_epsilon(settings, float(name.split()[-1])) if of_epsilon else laboratory.table(settings)
-            add_result(f"{name}, seed {seed}", laboratory.device, start, settings, rows)
+            add_result(chosen.results, f"{name}, seed {seed}", laboratory.device, start, settings, rows)
 
 
 def asked_for(description: str, parts: list[str]) -> argparse.Namespace:
@@ -143,20 +172,35 @@ def asked_for(description: str, parts: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
-    return parser.parse_args()
+    parser.add_argument("--results", type=Path, help="the file of results; default that of this device")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of every run")
+    chosen = parser.parse_args()
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    import torch
+
+    from post_dist.bench.measure import device_name, slug
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    chosen.results = chosen.results or HERE / f"utility-{slug(device_name(device))}.json"
+    return chosen
 
 
-def read_results() -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     """All that has been measured, by name and seed."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return results
 
 
-def add_result(name: str, device: str, start: float, settings: list[str], rows: list[dict[str, Any]]) -> None:
+def add_result(path: Path, name: str, device: str, start: float, settings: list[str], rows: list[dict[str, Any]]) -> None:
     """Keep a measurement that began at a moment of the monotonic clock."""
     measured = {"device": device, "seconds": round(time.monotonic() - start), "settings": settings, "rows": rows}
-    RESULTS.write_text(json.dumps(read_results() | {name: measured}, indent=1) + "\n")
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(read_results(path) | {name: measured}, indent=1) + "\n")
+        partial.rename(path)
 
 
 def fetch_tweets(demo: Path) -> None:
@@ -182,7 +226,8 @@ def fetch_tweets(demo: Path) -> None:
 def show(results: dict[str, Any]) -> str:
     """Each measurement as a table: accuracy in percent, its mean and extremes over seeds, AUC, and the share of the gap that a row closes.
 
-    The gap is from zero-shot to full prompt tuning of the target without privacy, on the test split; its share is that of the means.
+    The gap is from zero-shot to full prompt tuning of the target without privacy, on the test split, of the same table if it has that row;
+    its share is that of the means.
     """
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, measured in results.items():
@@ -192,14 +237,13 @@ def show(results: dict[str, Any]) -> str:
         name: {row: statistics.mean(100 * each["accuracy_micro"] for each in found) for row, found in rows.items()}
         for name, rows in cells.items()
     }
-    upper = means.get(UPPER, {}).get("full prompt tuning")
     text = ""
     for name, rows in cells.items():
         text += f"\n### {name}\n\n| row | accuracy | least, most | AUC | gap closed | seeds |\n|---|---|---|---|---|---|\n"
         for row, found in rows.items():
             extremes = [f"{100 * end(each['accuracy_micro'] for each in found):.1f}" for end in (min, max)]
             area = statistics.mean(100 * each["auc"] for each in found)
-            low = means[name].get("zero-shot")
+            low, upper = means[name].get("zero-shot"), (means.get(UPPER, {}) | means[name]).get("full prompt tuning")
             closed = f"{(means[name][row] - low) / (upper - low):.0%}" if name.startswith(("table", UPPER)) and low and upper else ""
             text += f"| {row} | {means[name][row]:.1f} | {', '.join(extremes)} | {area:.1f} | {closed} | {len(found)} |\n"
     return text

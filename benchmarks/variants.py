@@ -6,7 +6,7 @@
     python benchmarks/variants.py private-average --seeds 0 1 2    the mean of the private prompt over the second half of its steps
     python benchmarks/variants.py low-rank --seeds 0 1 2           a private prompt that moves in 32 random directions
 
-All on the validation split; rows go to utility-results.json, and `utility.py show` prints them. What they are to be compared with is
+All on the validation split; rows go where those of `utility.py` do, and `utility.py show` prints them. What they are to be compared with is
 `option, ours` of `utility.py options` (for the prefixes, `option, ours - documents kept apart`) and `private, ours` of its part `private`.
 """
 
@@ -115,7 +115,7 @@ def prefixes() -> Iterator[None]:
         @torch.no_grad()
         def ask(numbers: Sequence[int], input_ids: torch.Tensor, positions: torch.Tensor | None) -> TeacherSignal:
             generator = torch.Generator().manual_seed(numbers[0])
-            tokens = torch.randint(teacher.vocabulary_size, (PREFIX,), generator=generator)
+            tokens = torch.randint(teacher.vocabulary_size, (PREFIX,), generator=generator).to(input_ids.device)
             hidden = teacher(input_ids, prompt=teacher.embed(tokens))
             return TeacherSignal(hidden=hidden, below=noted[0])
 
@@ -161,8 +161,8 @@ def low_rank() -> Any:
     def trained(parameters: Any, gradients_of: Any, optimizer: Any, rate_at: Any, run: Any, checkpoints: Path, **options: Any) -> None:
         prompt_nd, *biases = parameters
         start_nd, width = prompt_nd.detach().clone(), prompt_nd.shape[1]
-        basis_rd = torch.linalg.qr(torch.randn(width, RANK, generator=torch.Generator().manual_seed(0)))[0].T
-        moves_nr = torch.zeros(len(prompt_nd), RANK)
+        basis_rd = torch.linalg.qr(torch.randn(width, RANK, generator=torch.Generator().manual_seed(0)))[0].T.to(prompt_nd.device)
+        moves_nr = prompt_nd.new_zeros(len(prompt_nd), RANK)
         prompt_nd.requires_grad_(True)
         groups = [dict(group) for group in optimizer.param_groups]
         groups[0] |= {"params": [moves_nr], "lr": groups[0]["lr"] * (width / RANK) ** 0.5}
@@ -200,16 +200,16 @@ def main() -> None:
             ours = utility.jobs("options" if epsilon is None else "private", seed)
             settings = ours["option, ours" if epsilon is None else f"private, ours, epsilon {epsilon}"]
             name = f"variant, {chosen.part}{'' if epsilon is None else f', epsilon {epsilon}'}, seed {seed}"
-            if name in utility.read_results():
+            if name in utility.read_results(chosen.results):
                 continue
-            start = time.monotonic()
+            start, settings = time.monotonic(), settings + chosen.set
             if chosen.part == "prefixes":
                 settings = given = [*settings, "corpus.separate_documents=false"]
             else:
                 given = [*settings, *plain.made(settings, with_prompt=epsilon is None)]
             with (ON_TARGET | PRIVATE)[chosen.part]():
                 rows = changed.table(given) if epsilon is None else changed.student(given, epsilon)
-            utility.add_result(name, plain.device, start, settings, rows)
+            utility.add_result(chosen.results, name, plain.device, start, settings, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -67,6 +68,11 @@ def device_name(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub("[^a-z0-9]+", "-", device.lower())
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -156,7 +156,10 @@ class OpacusHooks:
 
 
 class LowRank(nn.Module):
-    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021): plain layers, which Opacus' hooks know."""
+    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021): plain layers, which Opacus' hooks know.
+
+    What is trained is fp32, whatever the frozen layer is.
+    """
 
     def __init__(self, frozen: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -167,7 +170,7 @@ class LowRank(nn.Module):
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         """What the frozen layer makes, and the change."""
-        made: torch.Tensor = self.frozen(given) + self.up(self.down(given))
+        made: torch.Tensor = self.frozen(given) + self.up(self.down(given.to(self.down.weight.dtype))).to(given.dtype)
         return made
 
 

@@ -27,6 +27,7 @@ from scipy import stats
 
 from post_dist.runtime.distributed import World
 
+CPU = torch.device("cpu")
 SMALL_CHANCE = 1e-6
 """A test of randomness fails by chance this often."""
 
@@ -207,14 +208,14 @@ def model_folder(family: str) -> Path:
 
 
 @cache
-def material(family: str, dtype: torch.dtype = torch.float64) -> Any:
+def material(family: str, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> Any:
     """A frozen tiny model, a template, a verbalizer, rows and their classes."""
     from post_dist.data.template import Template, Verbalizer
     from post_dist.models.load import load_tokenizer, load_whole
     from post_dist.stages.material import Material
 
     folder = model_folder(family)
-    tokenizer, model = load_tokenizer(folder), load_whole(folder, "fp32", torch.device("cpu"))
+    tokenizer, model = load_tokenizer(folder), load_whole(folder, "fp32", device)
     model.model.to(dtype)
     template = Template("{text} It was {mask}." if model.masked else "Review: {text} It was", tokenizer, 48, masked=model.masked)
     examples = tiny.sentences(7, 5)
@@ -227,6 +228,25 @@ def material(family: str, dtype: torch.dtype = torch.float64) -> Any:
         wanted=torch.tensor([label for _, label in examples]),
         start_nd=torch.randn(6, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.3,
     )
+
+
+def change_each_example(family: str, dtype: torch.dtype, device: torch.device, *, share: bool) -> None:
+    """Change the examples of a batch one by one: its own gradient changes, and no bit of another's."""
+    made = material(family, dtype, device)
+    parameters = [made.start_nd.float().to(device), torch.zeros(2, device=device)]
+    gradients = part("privacy.gradients").ExampleGradients(made.model, made.verbalizer, parameters, share_prefix=share)
+    batch, wanted = made.template.collate(made.rows).to(device), made.wanted.to(device)
+    before = gradients(batch, wanted)
+    for row in range(len(made.rows)):
+        length = int(batch.attention_mask[row].sum())
+        input_ids, classes = batch.input_ids.clone(), wanted.clone()
+        inside = slice(0, batch.answer[row]) if made.model.masked else slice(0, length)
+        input_ids[row, inside] = torch.randint(10, 200, input_ids[row, inside].shape, device=device)
+        classes[row] = 1 - classes[row]
+        after = gradients(replace(batch, input_ids=input_ids), classes)
+        others = [other for other in range(len(made.rows)) if other != row]
+        assert not torch.equal(before[0][row], after[0][row])
+        assert all(torch.equal(one[others], other[others]) for one, other in zip(before, after, strict=True))
 
 
 def example_gradients(
@@ -280,7 +300,7 @@ def stage_sum(family: str, dtype: torch.dtype, rows: list[int], *, virtual_token
     made = material(family, dtype)
     parameters = [made.start_nd.float().repeat(virtual_tokens // 6, 1), torch.tensor([0.2, -0.1])]
     section = Tune(micro_batch_size_per_gpu=4)
-    pieces = list(part("stages.private_tuning").micro_gradients(section, made, parameters, rows, torch.device("cpu")))
+    pieces = list(part("stages.private_tuning").micro_gradients(section, made, parameters, rows, CPU))
     assert sum(len(piece[0]) for piece in pieces) == len(rows), "a row was dropped or taken twice"
     sums = noisy_sums(pieces, [parameter.shape for parameter in parameters], source=quiet_source(), max_grad_norm=1e-3)
     return torch.cat([total.flatten() for total in sums])
@@ -329,7 +349,7 @@ def train_toy(
     parameter = torch.zeros(50)
     with ledger.lock_ledger(place / "ledger.jsonl") as descriptor:
         held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
-        run = training.PrivateRun(plan, source, held, total, World(0, 1, 0, "none", torch.device("cpu")))
+        run = training.PrivateRun(plan, source, held, total, World(0, 1, 0, "none", CPU))
         optimizer = torch.optim.Adam([parameter], lr=0.1)
         training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run, label="toy")
         if finish:
