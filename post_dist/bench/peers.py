@@ -33,10 +33,11 @@ def published_transfer_step(
 
     More generous than that code, which also goes back through the prompted student, and runs the others with autograd on.
     """
+    device = batch.answer.device
 
     def at_answers(model: LanguageModel, prompt: torch.Tensor | None) -> torch.Tensor:
         places_B = batch.answer + (0 if prompt is None else len(prompt))
-        return model.head(model(batch.input_ids, batch.attention_mask, prompt))[torch.arange(len(places_B)), places_B]
+        return model.head(model(batch.input_ids, batch.attention_mask, prompt))[torch.arange(len(places_B), device=device), places_B]
 
     with torch.no_grad():
         source_BV, source_prompted_BV, target_BV = at_answers(student, None), at_answers(student, source_nd), at_answers(target, None)
@@ -49,7 +50,8 @@ def cached_transfer_step(
 ) -> torch.Tensor:
     """The same loss as one would write it with PEFT and care: constants [B, V] kept, padding to the longest row, the head everywhere."""
     input_ids, places_B = batch.input_ids, batch.answer + len(prompt_nd)
-    logits = target.head(target(input_ids, batch.attention_mask, prompt_nd))[torch.arange(len(places_B)), places_B]
+    rows_B = torch.arange(len(places_B), device=places_B.device)
+    logits = target.head(target(input_ids, batch.attention_mask, prompt_nd))[rows_B, places_B]
     weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
     source_BV, source_prompted_BV, target_BV = constants
     return published_transfer_loss(source_BV, source_prompted_BV, target_BV, logits, **weights)

@@ -52,7 +52,8 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     for precision in ("fp32", "bf16"):
         models = Models(load_whole(student, precision, world.device), load_sharded(teacher, Engine(), precision, world))
         source_nd = prompt_from_text(models.target, tokenizer, task.init_text, config.tune.num_virtual_tokens)
-        source_nd = source_nd + 0.1 * source_nd.std() * torch.randn(source_nd.shape, generator=torch.Generator().manual_seed(config.seed))
+        noise_nd = torch.randn(source_nd.shape, generator=torch.Generator().manual_seed(config.seed)).to(source_nd.device)
+        source_nd = source_nd + 0.1 * source_nd.std() * noise_nd
         start = time.perf_counter()
         lesson = prepare_lesson(task, source_nd, config.public_task, (texts, []), models, section, (tokenizer, tokenizer), world, {})
         once[precision] = time.perf_counter() - start

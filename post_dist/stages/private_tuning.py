@@ -17,7 +17,7 @@ from post_dist.data.tasks import load_examples
 from post_dist.models.answers import answers
 from post_dist.models.classifier import BIAS_SCALE
 from post_dist.privacy.accounting import account, private_plan
-from post_dist.privacy.gradients import SHARE_FROM_TOKENS, ExampleGradients, check_rows_are_alone
+from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone, sharing_is_faster
 from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import Setting, run_search
@@ -104,7 +104,7 @@ def _check_model(section: Tune, material: Material) -> None:
 
 
 def _example_gradients(material: Material, parameters: Sequence[torch.Tensor]) -> ExampleGradients:
-    share = not material.model.masked and len(parameters[0]) >= SHARE_FROM_TOKENS
+    share = sharing_is_faster(material.model, len(parameters[0]))
     return ExampleGradients(material.model, material.verbalizer, parameters, share_prefix=share)
 
 
