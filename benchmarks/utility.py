@@ -196,11 +196,12 @@ def read_results(path: Path) -> dict[str, Any]:
 def add_result(path: Path, name: str, device: str, start: float, settings: list[str], rows: list[dict[str, Any]]) -> None:
     """Keep a measurement that began at a moment of the monotonic clock."""
     measured = {"device": device, "seconds": round(time.monotonic() - start), "settings": settings, "rows": rows}
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(read_results(path) | {name: measured}, indent=1) + "\n")
-        partial.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # others may measure beside this process
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(read_results(path) | {name: measured}, indent=1) + "\n")
+    partial.rename(path)
+    os.close(folder)
 
 
 def fetch_tweets(demo: Path) -> None:
