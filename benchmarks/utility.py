@@ -62,6 +62,10 @@ PUBLISHED = {
 }
 OPTIONS = {
     "ours": {},
+    "ours + 300 steps of transfer, 100 instead": {"steps": "300"},
+    "ours + 2,000 public texts, 640 instead": {"public_task.max_rows": "2000"},
+    "ours + 300 steps and 2,000 public texts": {"steps": "300", "public_task.max_rows": "2000"},
+    "ours + 180 steps of distillation, 60 instead": {"distill.steps": "180"},
     "published": PUBLISHED,
     "published + class scores": PUBLISHED | {"scores": "classes"},
     "published + proxy": PUBLISHED | {"objective": "proxy"},
