@@ -41,14 +41,14 @@ UPPER = "upper bound"
 
 OURS = ["tune.steps=300", "transfer.steps=100"]
 """Of the demo's run file, what two cores have time for."""
+LARGE_PLAN = ["privacy.expected_batch_size=512", "privacy.steps=200"]
 MORE = [
     "corpus.max_tokens=3000000",
     "distill.steps=2500",
     "public_task.max_rows=4000",
     "tune.steps=1000",
     "transfer.steps=400",
-    "privacy.expected_batch_size=512",
-    "privacy.steps=200",
+    *LARGE_PLAN,
 ]
 """What a GPU has time for."""
 
@@ -95,11 +95,11 @@ PRIVATE = {
 GRADIENTS = {
     "256 x 80": ["privacy.expected_batch_size=256"],
     "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
-    "512 x 200": ["privacy.expected_batch_size=512", "privacy.steps=200"],
-    "512 x 200, half the rate": ["privacy.expected_batch_size=512", "privacy.steps=200", "privacy.learning_rate=0.01"],
-    "512 x 200, 5 tokens": ["privacy.expected_batch_size=512", "privacy.steps=200", "tune.num_virtual_tokens=5"],
-    "512 x 200, C 0.3": ["privacy.expected_batch_size=512", "privacy.steps=200", "privacy.max_grad_norm=0.3"],
-    "512 x 200, no bias": ["privacy.expected_batch_size=512", "privacy.steps=200", "tune.class_bias=false"],
+    "512 x 200": LARGE_PLAN,
+    "512 x 200, half the rate": [*LARGE_PLAN, "privacy.learning_rate=0.01"],
+    "512 x 200, 5 tokens": [*LARGE_PLAN, "tune.num_virtual_tokens=5"],
+    "512 x 200, C 0.3": [*LARGE_PLAN, "privacy.max_grad_norm=0.3"],
+    "512 x 200, no bias": [*LARGE_PLAN, "tune.class_bias=false"],
 }
 """Named for the expected batch and the steps; `ours` is 64 x 80."""
 PRIVATE_EPSILONS = (8, 1)
