@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -100,6 +101,25 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
             put_in_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
+    """The same for a file. Several processes may make one at once: the last one's is kept.
+
+    Raises:
+        InputError: the place cannot be written to.
+        EnvironmentFault: the disk is full.
+    """
+    partial = destination.with_name(f".{uuid4().hex[:8]}.{destination.name}")
+    with writing(destination):
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            fill(partial)
+            _flush(partial)
+            partial.rename(destination)
+        finally:
+            partial.unlink(missing_ok=True)
+        _flush(destination.parent)
 
 
 @contextmanager

@@ -1,19 +1,24 @@
 """The folder of one run of one stage: `runs/<name>/<stage>-<first 8 digits of its signature>/`."""
 
+import fcntl
 import json
+import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from post_dist.artifacts.manifest import FILE_NAME, digest_of
+from post_dist.artifacts.manifest import FILE_NAME, digest_of, writing
 from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
-from post_dist.errors import InputError
+from post_dist.errors import EnvironmentFault
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 _WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
@@ -49,26 +54,44 @@ class RunFolder:
         """Whether the artefact is there; it is renamed into place only when it is whole."""
         return (self.artifact / FILE_NAME).is_file()
 
-    def open(self) -> None:
-        """Make the folder and write down the settings and the environment.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, write down the settings and the environment, and keep other processes out meanwhile.
+
+        Two in one folder would take each other's checkpoints away. A process that is killed lets go; a file system without locks keeps
+        nobody out.
 
         Raises:
             InputError: the place cannot be written to.
+            EnvironmentFault: another process works in it.
         """
+        with writing(self.path):
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EnvironmentFault(
+                    f"another process works in {self.path}", "wait until it has ended, or give another --output"
+                ) from None
+            except OSError as error:
+                log.warning("%s cannot be locked: %s; no other process may work in it", self.path, error.strerror)
+            with writing(self.path):
+                self._describe()
+            yield
+
+    def _describe(self) -> None:
         environment = {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
             "packages": {package: version(package) for package in _PACKAGES},
         }
-        try:
-            (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            if self.config.private_task is not None:
-                self.path.chmod(0o700)
-            (self.path / "resolved.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
-            (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}", "give another --output") from None
+        if self.config.private_task is not None:
+            self.path.chmod(0o700)
+        (self.path / "resolved.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = "") -> RunFolder:

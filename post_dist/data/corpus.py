@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.artifacts.manifest import write_file
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.config.sources import placeholders
 from post_dist.data.order import Share, shares, shuffled_rows
@@ -99,10 +100,7 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
                     f"corpus: {len(sequences)} sequences in all, and {section.held_out_sequences} to be held out",
                     "give more text, a shorter sequence_length or fewer held_out_sequences",
                 )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, sequences)
-            partial.rename(path)
+            write_file(path, lambda partial: np.save(partial, sequences))
     corpus = Corpus(path, section.held_out_sequences, seed, _separator(tokenizer) if section.separate_documents else None)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",

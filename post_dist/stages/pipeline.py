@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from post_dist.artifacts.manifest import FILE_NAME, fingerprint, read_manifest
@@ -215,13 +215,13 @@ class Pipeline:
         if not unfinished:
             return
         start = time.monotonic()
-        with ExitStack() as logs:
+        with ExitStack() as running:
             for folder in unfinished:
-                self._world.on_main(folder.open)
-                logs.enter_context(log_file(folder.path, self._world.rank))
+                self._world.on_main(partial(running.enter_context, folder.held()))
+                running.enter_context(log_file(folder.path, self._world.rank))
                 log.info("%s starts in %s", folder.stage, folder.path)
             stage(unfinished)
             log.info("%s is done in %.0f s", unfinished[0].stage, time.monotonic() - start)
-        if self._world.is_main:
-            for folder in unfinished:
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            if self._world.is_main:
+                for folder in unfinished:
+                    shutil.rmtree(folder.checkpoints, ignore_errors=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import digest_of, write_folder, writing
+from post_dist.artifacts.manifest import digest_of, write_file, writing
 from post_dist.artifacts.prompt import SoftPromptArtefact
 from post_dist.config.sources import Task
 from post_dist.data.tasks import Examples
@@ -22,8 +22,6 @@ from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 from post_dist.models.writer import write_responses
 from post_dist.runtime.distributed import World
 from post_dist.stages.measures import measure_classes, measure_responses
-
-_FILE = "answers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,18 @@ class Scorer:
     def __call__(self, prompt: SoftPromptArtefact | None, label: str) -> torch.Tensor:
         """Class scores [N, C], without the biases of the prompt's task; or the tokens [N, R] of what the model writes."""
         world = self._world
-        place = self._kept / digest_of({**self._key, "prompt": None if prompt is None else prompt.manifest.digest})[:16]
+        key = digest_of({**self._key, "prompt": None if prompt is None else prompt.manifest.digest})
+        place = self._kept / f"{key[:16]}.safetensors"
         if not world.from_main(place.exists()):
             made = {"answers": self._answers(None if prompt is None else prompt.embeddings.to(world.device), label)}
 
             def write() -> None:
                 with writing(place):
                     self._kept.mkdir(mode=0o700, exist_ok=True)
-                write_folder(place, lambda partial: save_file(made, partial / _FILE))
+                write_file(place, lambda partial: save_file(made, partial))
 
             world.on_main(write)
-        return world.from_main(load_file(place / _FILE)["answers"] if world.is_main else torch.empty(0))
+        return world.from_main(load_file(place)["answers"] if world.is_main else torch.empty(0))
 
     def _answers(self, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
         how: dict[str, Any] = {"batch_size": self._batch_size, "world": self._world, "label": label}

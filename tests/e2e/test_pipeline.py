@@ -1,5 +1,6 @@
 """The whole pipeline through the command line, on small models, with real processes and launchers."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -58,6 +59,21 @@ def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) 
     assert state(finished / "runs").keys() == before.keys()
     changed = {path for path, digest in state(finished / "runs").items() if before[path] != digest}
     assert changed <= {str(finished / "runs/tiny/report.md"), str(finished / "runs/tiny/report.html")}
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path: Path, main: Callable) -> None:
+    run = tiny.write_run(tmp_path)
+    code, _, err = main("distill", run)
+    assert code == 0, err
+    place = artifact(tmp_path, "distill").parent
+    shutil.rmtree(place / "artifact")
+    before = state(place)
+    with (place / "lock").open() as others:
+        fcntl.flock(others, fcntl.LOCK_EX)
+        code, _, err = main("distill", run)
+    assert (code, state(place)) == (3, before)
+    assert f"another process works in {place}" in err
+    assert main("distill", run)[0] == 0
 
 
 def test_a_page_is_written_again(finished: Path, main: Callable) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: only one that is as it was written counts."""
+"""What is on disk is whole: a checkpoint as it was written, or none; a file of one writer, or of another."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from post_dist.artifacts.manifest import write_file
+from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -34,3 +36,29 @@ def test_a_folder_with_an_extra_file_is_not_what_was_written(tmp_path: Path) -> 
     save_tensors(tmp_path, 1, {"a": torch.zeros(1)})
     (tmp_path / "step-1" / "more").write_text("x")
     assert newest_step(tmp_path) == 0
+
+
+def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+
+    def fill(partial: Path) -> None:
+        with partial.open("w") as file:
+            file.write("mine, ")
+            write_file(place, lambda other: other.write_text("another's"))
+            assert place.read_text() == "another's"
+            file.write("whole")
+
+    write_file(place, fill)
+    assert (place.read_text(), list(tmp_path.iterdir())) == ("mine, whole", [place])
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(InputError, match="Input/output error"):
+        write_file(place, fail)
+    assert list(tmp_path.iterdir()) == []
