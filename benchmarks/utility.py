@@ -131,12 +131,15 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     upper = {UPPER: [*own, "tune.class_bias=true", "evaluate.baselines=[full prompt tuning]"]}
     if part == "upper":
         return upper
+    validation = ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "more":
-        both = {"table, public IMDb": jobs("table", seed)["table, public IMDb"]} | upper
-        return {name + WITH_MORE: settings + MORE for name, settings in both.items()}
+        option = [*own, "tune.class_bias=true", *validation]
+        base = {"option": option, **upper, "table, public IMDb": jobs("table", seed)["table, public IMDb"]}
+        every = {name + WITH_MORE: settings + MORE for name, settings in base.items()}
+        return every | {f"option{WITH_MORE}, no layer frozen": [*option, *MORE, "student.frozen_lower_layers=0"]}
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
-    own += ["evaluate.baselines=[]", "evaluate.split=validation"]
+    own += validation
     if part in ("private", "gradients"):
         own += ["tune.class_bias=true"]
         settings = PRIVATE if part == "private" else GRADIENTS
