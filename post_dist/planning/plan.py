@@ -17,6 +17,7 @@ from post_dist.planning.hardware import Hardware
 from post_dist.planning.memory import GATHERED, GIB, frozen_memory, fullest, student_memory
 from post_dist.planning.simulate import Run, best_interval, mean_goodput
 from post_dist.planning.sizes import ModelSize
+from post_dist.stages.teacher_signals import kept_bytes, kept_names
 
 GPU_HOURS_BETWEEN_FAILURES = 50_700.0
 """419 unexpected interruptions in 54 days of 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
@@ -160,25 +161,34 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
     passes, rows = len(own), max(len(share.rows) for share in own)
     length = corpus.sequence_length
-    flops = cost.distill_flops(models.teacher, models.upper, passes * rows, length)
+    sequences = passes * rows
+    flops = cost.distill_flops(models.teacher, models.upper, sequences, length)
     stage = config.engine.zero_stage
     settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
     moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
-    of_student = moved["gather"] - passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
+    of_teacher = passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
+    of_student = moved["gather"] - of_teacher
+    asked, kept = _asked_and_kept(config, models, precision)
+    flops["teacher"] *= asked
+    if section.cache == "sampled":  # the student runs its frozen layers itself
+        whole, upper = (cost.forward_flops(size, sequences, length) for size in (models.student, models.upper))
+        flops["student_forward"] += whole - upper
+    moved["gather"] = of_student + asked * of_teacher
     rate = hardware.flops_per_second(precision)
     teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
-    gather = machine.wire_seconds(moved["gather"] - of_student, group, passes * len(models.teacher.layers))
+    gather = machine.wire_seconds(asked * of_teacher, group, asked * passes * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
     held = rows * length
     passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
     passed += cost.backward_pass_bytes(models.upper, held, each) + cost.logit_bytes(models.upper, held)
     passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
     over_memory = passed / hardware.memory_bytes_per_second()
-    if hardware.overlap:
-        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory
-    else:
-        step = teacher + gather + student + reduce + over_memory
     tokens = section.batch_size * length
+    signals = (1 + asked) * tokens * kept / (_STORAGE_GB_PER_SECOND * 1e9)  # written once, read in every step
+    if hardware.overlap:
+        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory + signals
+    else:
+        step = teacher + gather + student + reduce + over_memory + signals
     sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
     memory = frozen_memory(models.teacher, group, each)
     memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
@@ -199,16 +209,32 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
         "moments": moments,
         "flops_per_gpu": flops,
         "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory},
+        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory}
+        | ({"signals": signals} if kept else {}),
         "step_seconds": step,
         "tokens_per_second": tokens / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
         "shard_group": {"size": group, "advised": advice, "why": why},
         "checkpoint_gib": checkpoint,
+        "teacher_signals_gib": asked * section.steps * tokens * kept / GIB if kept else None,
         "checkpoint_interval_seconds": young_interval(checkpoint * GIB / (_STORAGE_GB_PER_SECOND * 1e9), ranks),
         "conflicts": conflicts,
     }
     return _finished("distill", machine, ranks, section.steps, found)
+
+
+def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> tuple[float, int]:
+    """The share of the steps' sequences that the teacher runs over, and the bytes kept of a token: all and none without a cache.
+
+    A corpus of unknown size is taken to hold a new sequence for each step.
+    """
+    section, corpus, student = config.distill, config.corpus, config.student
+    if section.cache == "none" or corpus is None or student is None:
+        return 1.0, 0
+    wanted = section.steps * section.batch_size
+    held = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences if corpus.max_tokens else wanted
+    names = kept_names(section, student, exact_product=precision == "fp32")
+    return min(1.0, held / wanted), kept_bytes(names, models.teacher.width, _BYTES[precision])
 
 
 def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def _plan_rows(stages: list[dict[str, Any]]) -> dict[str, list[str]]:
     rows["hours"] = values(lambda stage: stage["hours"])
     rows["GPU-hours"] = values(lambda stage: stage["gpu_hours"])
     rows["a checkpoint, GiB"] = values(lambda stage: stage.get("checkpoint_gib"))
+    rows["kept of the teacher, GiB"] = values(lambda stage: stage.get("teacher_signals_gib"))
     rows["save every, s"] = values(lambda stage: stage.get("checkpoint_interval_seconds"))
     rows["epsilon"] = [", ".join(f"{epsilon:.2f}" for epsilon in stage.get("epsilon", [])) for stage in stages]
     return {name: row for name, row in rows.items() if any(row)}

@@ -110,16 +110,26 @@ def cache_teacher(
     return _reader(known, maker.names, world.device)
 
 
+def kept_names(section: Distill, student: Student, *, exact_product: bool) -> list[str]:
+    """What is kept of each token, by the names of a `TeacherSignal`; whether a product with the head can stand for the distribution."""
+    condense = student.freeze_head and section.cache == "hidden" and exact_product
+    names = {"samples", "entropy"} if section.cache == "sampled" else {"product", "entropy"} if condense else {"hidden"}
+    names |= {"hidden"} if section.cache == "hidden" and section.alpha_cos else set()
+    return sorted(names | ({"below"} if section.layers_in_teacher(student) else set()))
+
+
+def kept_bytes(names: Sequence[str], width: int, bytes_each: int) -> int:
+    """Of one token, for a teacher of a width whose hidden states take so many bytes each."""
+    return sum({"samples": 4 * SAMPLES, "entropy": 4}.get(name, width * bytes_each) for name in names)
+
+
 class _Maker:
     """Makes from hidden states what is kept of them."""
 
     def __init__(self, teacher: LanguageModel, section: Distill, student: Student, seed: int) -> None:
         self.teacher, self._section, self._seed = teacher, section, seed
         self._lower_layers = section.layers_in_teacher(student)
-        condense = student.freeze_head and section.cache == "hidden" and _is_exact_product(teacher)
-        names = {"samples", "entropy"} if section.cache == "sampled" else {"product", "entropy"} if condense else {"hidden"}
-        names |= {"hidden"} if section.cache == "hidden" and section.alpha_cos else set()
-        self.names = sorted(names | ({"below"} if self._lower_layers else set()))
+        self.names = kept_names(section, student, exact_product=_is_exact_product(teacher))
         if "entropy" in self.names:
             if not isinstance(teacher.head_module, nn.Linear):
                 raise InputError("distill.cache: sampled needs a head that is one matrix", "take distill.cache: hidden")

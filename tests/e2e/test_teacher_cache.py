@@ -83,6 +83,20 @@ def signal_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor[whole["numbers"].argsort()] for name, tensor in whole.items()}
 
 
+@pytest.mark.parametrize("settings", ["fp32 hidden", "fp32 hidden, no cosine", "bf16 hidden, frozen", "fp32 sampled, no cosine, frozen"])
+def test_what_is_kept_takes_as_much_as_was_planned(run: Path, main: Callable, tmp_path: Path, settings: str) -> None:
+    options = ["corpus.max_tokens=640", "distill.steps=9", f"engine.precision={settings[:4]}"]
+    options += [f"distill.cache={'hidden' if 'hidden' in settings else 'sampled'}", f"distill.alpha_cos={int('cosine' not in settings)}"]
+    options += [f"student.frozen_lower_layers={int('frozen' in settings)}"]
+    given = [f"--set={option}" for option in options]
+    distilled(main, run, tmp_path, *given)
+    kept = signal_of(next(tmp_path.glob("tiny/teacher-signals-*")))
+    code, said, errors = main("plan", run, "--nodes=1", "--gpus-per-node=1", "--json", *given)
+    assert code == 0, errors
+    planned = json.loads(said)["stages"][0]["teacher_signals_gib"] * 2**30
+    assert planned == sum(tensor.nbytes for name, tensor in kept.items() if name != "numbers")
+
+
 def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path: Path) -> None:
     run = tiny.write_run(tmp_path)
     tiny.write_csv(tmp_path / "public.csv", tiny.sentences(2000, 2))

@@ -83,6 +83,22 @@ def test_a_70b_teacher_on_64_gpus_followed_by_hand(run: Path, teacher: Path, mai
     assert distill["memory_total_gib"] == pytest.approx(sum(memory.values()) - of_teacher)
 
 
+def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Callable) -> None:
+    asking, reading = (
+        planned(main, run, "--nodes=8", "--set=distill.steps=1000", "--set=corpus.max_tokens=262144000", f"--set=distill.cache={cache}")[1]
+        for cache in ("none", "hidden")
+    )
+    before, after = asking["stages"][0], reading["stages"][0]
+    asked = (262_144_000 / 2048 - 64) / (1000 * 512)
+    for place, part in (("flops_per_gpu", "teacher"), ("seconds", "gather"), ("seconds", "teacher")):
+        assert after[place][part] == pytest.approx(asked * before[place][part])
+    a_token = 8192 * 2
+    assert after["teacher_signals_gib"] * GIB == pytest.approx((262_144_000 - 64 * 2048) * a_token)
+    assert after["seconds"]["signals"] == pytest.approx((1 + asked) * 512 * 2048 * a_token / 2e9)
+    assert "signals" not in before["seconds"]
+    assert after["step_seconds"] < before["step_seconds"] + after["seconds"]["signals"]
+
+
 def test_the_group_that_is_advised_is_the_smallest_that_fits(tmp_path: Path, main: Callable, run: Path) -> None:
     small = config_only(tmp_path / "7b", LLAMA_7B, 32)
     assert size_of(small).parameters == 6_738_415_616
