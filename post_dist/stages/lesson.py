@@ -30,6 +30,9 @@ from post_dist.stages.public_signals import alpha_by_agreement, class_informatio
 
 log = logging.getLogger(__name__)
 
+_ROWS_AT_ONCE = 4
+"""For each row that a rank trains on in a step: without gradients one layer's activations are alive, and not all layers'."""
+
 
 @dataclass(frozen=True)
 class Models:
@@ -158,7 +161,8 @@ def prepare_lesson(
         def keep(answer: torch.Tensor) -> torch.Tensor:
             return verbalizers[by].scores(verbalizers[by].lift(answer, biases)) if by_classes else answer
 
-        how: dict[str, Any] = {"batch_size": section.batch_size, "world": world, "label": label}
+        at_once = _ROWS_AT_ONCE * -(-section.batch_size // world.size)
+        how: dict[str, Any] = {"batch_size": at_once, "world": world, "label": label}
         if most:
             return for_all_rows(rows[by], lambda chosen: hidden(model, templates[by].collate(chosen), prompt_nd), **how)
         return answers(model, rows[by], templates[by], prompt_nd, keep, **how, with_head=by_classes)
