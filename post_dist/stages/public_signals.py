@@ -3,8 +3,13 @@
 Shapes: N rows, C classes.
 """
 
+import math
+
 import torch
 from sklearn.metrics import cohen_kappa_score
+
+_STANDARD_ERRORS = 2
+"""Of a kappa that is 0; one is 1/sqrt(N) where two classes are equally frequent, and less elsewhere (Fleiss, Cohen and Everitt 1969)."""
 
 
 def class_information(scores_NC: torch.Tensor) -> float:
@@ -30,11 +35,13 @@ def alpha_by_agreement(source_NC: torch.Tensor, source_prompted_NC: torch.Tensor
         target_NC: of the target.
 
     Returns:
-        alpha; 0.5 where the student agrees with its prompted self no more than by chance, which tells nothing.
+        alpha; 0.5 where the student agrees with its prompted self no more than chance would have it, as one that says the same of nearly
+        every text: the ratio would be that of two accidents.
     """
     plain, prompted, target = (scores.argmax(dim=1).numpy() for scores in (source_NC, source_prompted_NC, target_NC))
     own = cohen_kappa_score(plain, prompted)
-    return float(min(1.0, max(0.0, cohen_kappa_score(plain, target) / own))) if own > 0 else 0.5
+    by_chance = _STANDARD_ERRORS / math.sqrt(len(plain))
+    return float(min(1.0, max(0.0, cohen_kappa_score(plain, target) / own))) if own > by_chance else 0.5
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:

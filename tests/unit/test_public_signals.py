@@ -23,9 +23,11 @@ def test_alpha_is_the_paper_s_where_errors_are_independent(zero_shot: float, pro
     assert alpha_by_agreement(source, source_prompted, target) == pytest.approx(expected, abs=0.03)
 
 
-def test_alpha_of_a_student_that_says_the_same_of_every_text() -> None:
-    constant, other = torch.tensor([[1.0, 0.0]]).expand(10, -1), torch.eye(2).repeat(5, 1)
-    assert alpha_by_agreement(constant, other, other) == 0.5
+@pytest.mark.parametrize("exceptions", [0, 1, 2])
+def test_alpha_of_a_student_that_says_the_same_of_nearly_every_text(exceptions: int) -> None:
+    plain, prompted = torch.tensor([[1.0, 0.0]]).repeat(640, 1), torch.eye(2).repeat(320, 1)
+    plain[1 : 2 * exceptions : 2] = prompted[1]
+    assert alpha_by_agreement(plain, prompted, prompted.flip(0)) == 0.5
 
 
 def test_class_information_is_between_nothing_and_all() -> None:
