@@ -203,6 +203,10 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
         conflicts.append(f"distill.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a sequence")
     if models.teacher.context is not None and length > models.teacher.context:
         conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
+    if corpus.max_tokens and corpus.max_tokens // length <= corpus.held_out_sequences:
+        conflicts.append(
+            f"corpus.max_tokens make {corpus.max_tokens // length} sequences, and {corpus.held_out_sequences} are to be held out"
+        )
     advice, why = advised_group(models.teacher, machine, each)
     found = {
         "memory_gib": memory,
@@ -234,7 +238,7 @@ def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> 
     wanted = section.steps * section.batch_size
     held = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences if corpus.max_tokens else wanted
     names = kept_names(section, student, exact_product=precision == "fp32")
-    return min(1.0, held / wanted), kept_bytes(names, models.teacher.width, _BYTES[precision])
+    return min(1.0, max(0, held) / wanted), kept_bytes(names, models.teacher.width, _BYTES[precision])
 
 
 def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:

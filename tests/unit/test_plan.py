@@ -120,11 +120,12 @@ def test_what_cannot_fit_is_refused_with_what_would(run: Path, main: Callable) -
 
 def test_conflicts_are_named_before_a_job_is_queued(run: Path, main: Callable) -> None:
     settings = ["corpus.sequence_length=16384", "distill.batch_size=32", "transfer.batch_size=8", "tune.num_virtual_tokens=512"]
-    settings.append("private_task.max_length=8000")
+    settings += ["private_task.max_length=8000", "corpus.max_tokens=100000", "distill.cache=hidden"]
     code, plan = planned(main, run, "--nodes=8", *(f"--set={setting}" for setting in settings))
     assert code == 2
     for words in (
         "sequence_length 16384 exceeds the teacher's context of 8192",
+        "corpus.max_tokens make 6 sequences, and 64 are to be held out",
         "distill.batch_size 32 leaves 32 of 64 GPUs",
         "transfer.batch_size 8 leaves 56 of 64 GPUs",
         "tune: a prompt of 512 tokens and texts of 8000 exceed the context of 8192",
