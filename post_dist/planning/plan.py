@@ -179,7 +179,7 @@ def _distill(config: RunConfig, models: Models, machine: Machine, precision: Pre
     gather = machine.wire_seconds(asked * of_teacher, group, asked * passes * len(models.teacher.layers))
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
     held = rows * length
-    passed = cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
+    passed = asked * cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
     passed += cost.backward_pass_bytes(models.upper, held, each) + cost.logit_bytes(models.upper, held)
     passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
     over_memory = passed / hardware.memory_bytes_per_second()

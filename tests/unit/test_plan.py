@@ -96,6 +96,9 @@ def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Cal
     assert after["teacher_signals_gib"] * GIB == pytest.approx((262_144_000 - 64 * 2048) * a_token)
     assert after["seconds"]["signals"] == pytest.approx((1 + asked) * 512 * 2048 * a_token / 2e9)
     assert "signals" not in before["seconds"]
+    kept = 6 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 28672
+    spared = (1 - asked) * 2 * 80 * kept * (512 * 2048 / 64) * 2
+    assert before["seconds"]["memory"] - after["seconds"]["memory"] == pytest.approx(spared / (3350e9 * 0.8))
     assert after["step_seconds"] < before["step_seconds"] + after["seconds"]["signals"]
 
 
