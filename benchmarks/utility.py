@@ -125,25 +125,29 @@ DISTILL_STEPS = (60, 180, 600, 2400)
 def jobs(part: str, seed: int) -> dict[str, list[str]]:
     """What is to be measured, by name, and what it changes in the demo's run file."""
     own = [*OURS, f"seed={seed}"]
+    biased = [*own, "tune.class_bias=true"]
+    validation = ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "table":
-        own += [f"evaluate.private_rows={list(EPSILONS)}", "tune.class_bias=true", "evaluate.baselines=[published transfer]"]
-        return {f"table, public {name}": own + changes for name, changes in PUBLIC.items()}
-    upper = {UPPER: [*own, "tune.class_bias=true", "evaluate.baselines=[full prompt tuning]"]}
+        rows = [f"evaluate.private_rows={list(EPSILONS)}", "evaluate.baselines=[published transfer]"]
+        return {f"table, public {name}": biased + rows + changes for name, changes in PUBLIC.items()}
+    upper = {UPPER: [*biased, "evaluate.baselines=[full prompt tuning]"]}
     if part == "upper":
         return upper
-    validation = ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "more":
-        option = [*own, "tune.class_bias=true", *validation]
+        option = biased + validation
         base = {"option": option, **upper, "table, public IMDb": jobs("table", seed)["table, public IMDb"]}
         every = {name + WITH_MORE: settings + MORE for name, settings in base.items()}
         return every | {f"option{WITH_MORE}, no layer frozen": [*option, *MORE, "student.frozen_lower_layers=0"]}
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
-    own += validation
     if part in ("private", "gradients"):
-        own += ["tune.class_bias=true"]
         settings = PRIVATE if part == "private" else GRADIENTS
-        return {f"private, {name}, epsilon {epsilon}": own + changes for epsilon in PRIVATE_EPSILONS for name, changes in settings.items()}
+        return {
+            f"private, {name}, epsilon {epsilon}": biased + validation + changes
+            for epsilon in PRIVATE_EPSILONS
+            for name, changes in settings.items()
+        }
+    own += validation
     if part == "alpha":
         base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
