@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from post_dist.artifacts.manifest import digest_of, file_digest, write_folder
+from post_dist.artifacts.manifest import digest_of, file_digest, write_file
 from post_dist.config.schema import Distill, Student
 from post_dist.data.corpus import Corpus
 from post_dist.data.order import shares
@@ -41,7 +41,6 @@ Signals = Callable[[Sequence[int], torch.Tensor, torch.Tensor | None], TeacherSi
 SAMPLES = 28
 """Draws a position: with four bytes each, and four for the entropy, 116 bytes."""
 _SEQUENCES_A_FILE = 64
-_FILE = "signal.safetensors"
 
 
 def ask_teacher(teacher: LanguageModel, lower_layers: int) -> Signals:
@@ -191,7 +190,7 @@ def _write(place: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]
     if not numbers:
         return
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"numbers": torch.tensor(numbers)}
-    write_folder(place / f"{numbers[0]:010d}-{uuid4().hex[:8]}", lambda partial: save_file(tensors, partial / _FILE))
+    write_file(place / f"{numbers[0]:010d}-{uuid4().hex[:8]}.safetensors", lambda partial: save_file(tensors, partial))
 
 
 def _index_of_main(place: Path, world: World) -> dict[int, tuple[Path, int]]:
@@ -204,12 +203,12 @@ def _index_of_main(place: Path, world: World) -> dict[int, tuple[Path, int]]:
 def _index(place: Path) -> dict[int, tuple[Path, int]]:
     """Where each sequence's signal stands: the file, and the place in it."""
     found: dict[int, tuple[Path, int]] = {}
-    for file in sorted(place.glob(f"[0-9]*/{_FILE}")):
+    for file in sorted(place.glob("[0-9]*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
                 found |= {number: (file, index) for index, number in enumerate(tensors.get_tensor("numbers").tolist())}
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read: {error}", f"remove {file.parent}; the teacher then runs for it again") from None
+            raise InputError(f"{file} cannot be read: {error}", "remove it; the teacher then runs for it again") from None
     return found
 
 
