@@ -46,16 +46,16 @@ class Prompts:
 
 
 def evaluate(
-    folder: RunFolder, teacher_folder: Path, student_folder: Path, tuned: Sequence[Prompts], inputs: Mapping[str, str], world: World
+    folder: RunFolder, teacher_folder: Path | None, student_folder: Path, tuned: Sequence[Prompts], inputs: Mapping[str, str], world: World
 ) -> None:
     """Score all rows and leave `table.json` in `folder.artifact`.
 
     Args:
         folder: the run's folder.
-        teacher_folder: the target.
+        teacher_folder: the target. A data owner has none, and gets the student's rows.
         student_folder: the student.
         tuned: each has rows of its own.
-        inputs: digests of `teacher`, `student` and `private_task`.
+        inputs: digests of `student`, `private_task`, and of `teacher` if there is one.
         world: the ranks.
     """
     config, section, task = folder.config, folder.config.evaluate, folder.config.private_task
@@ -73,24 +73,27 @@ def evaluate(
     digest = digest_of({"rows": inputs["private_task"], "split": section.split, "precision": precision})
     common = Questions(task, examples, digest), runs / "answers", section.batch_size, world
     student = Scorer(load_whole(student_folder, precision, world.device), student_folder, inputs["student"], *common)
-    target = Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], *common)
-    zero_shot, plain = target(None, "zero-shot"), student(None, "student")
-    parents = {name: inputs[name] for name in ("teacher", "student")}
-    table = [{"name": "zero-shot", **target.measure(zero_shot), "epsilon": None}]
+    target = None
+    if teacher_folder is not None:
+        target = Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], *common)
+    zero_shot, plain = target(None, "zero-shot") if target else None, student(None, "student")
+    parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
+    first = {"name": "student", **student.measure(plain)} if target is None else {"name": "zero-shot", **target.measure(zero_shot)}
+    table = [first | {"epsilon": None}]
     for each in tuned:
         source = read_prompt(each.source)
-        check_belongs(source, student.model, target.model, student.tokenizer)
+        check_belongs(source, student.model, target.model if target else None, student.tokenizer)
         prompts = {_ON_STUDENT: source} | {name: read_prompt(path) for name, path in each.on_target.items()}
-        if target.takes(source):
+        if target and target.takes(source):
             prompts[_DIRECT] = source
-        by = {name: student if name == _ON_STUDENT else target for name in prompts}
+        by = {name: student if target is None or name == _ON_STUDENT else target for name in prompts}
         without = {name: by[name](prompt, name + each.label) for name, prompt in prompts.items()}
         biases = {name: torch.tensor(prompt.task.class_biases) for name, prompt in prompts.items() if prompt.task.class_biases}
         answered = without | {name: without[name] + bias for name, bias in biases.items()}
-        if task.response_column is None:
+        if zero_shot is not None and task.response_column is None:
             answered["proxy-tuning"] = proxy_logits(plain, answered[_ON_STUDENT], zero_shot, config.transfer.proxy_lambda)
         for name in filter(answered.__contains__, _ORDER):
-            scorer, epsilon = by.get(name, target), prompts.get(name, source).epsilon
+            scorer, epsilon = by.get(name, student), prompts.get(name, source).epsilon
             table.append({"name": name + each.label, **scorer.measure(answered[name]), "epsilon": epsilon})
             if name in biases and name != _DIRECT:
                 table.append({"name": f"{name}{each.label}, without biases", **scorer.measure(without[name]), "epsilon": epsilon})

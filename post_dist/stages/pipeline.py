@@ -62,23 +62,31 @@ class Pipeline:
         return self._transfer([(self._config, prompt) for prompt in self._source_prompts])
 
     def evaluate(self) -> RunFolder:
-        """The comparison of all rows, with the baselines and the epsilons that the run file asks for."""
-        self._need("teacher", "private_task")
+        """The comparison of all rows, with the baselines and the epsilons that the run file asks for.
+
+        A data owner has no teacher: without that section the table has the student's rows.
+        """
+        config = self._config
+        self._need("private_task", *(["teacher"] if config.evaluate.baselines or config.inputs.target_prompt else []))
         if len(self._source_prompts) > 1:
             raise InputError(
                 f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table is of one", "evaluate each by itself"
             )
         (source_prompt,) = self._source_prompts
-        plans = {"": self._config}
-        for epsilon in self._config.evaluate.private_rows:
-            plans[f", epsilon {epsilon:g}"] = self._config.model_copy(update={"privacy": self._config.privacy.for_target(epsilon)})
-        sources = {label: self._tune(config, self.student, "the student").artifact for label, config in plans.items() if label}
-        tuned = self._on_target(plans, {"": source_prompt} | sources)
-        inputs = {"teacher": self._teacher_digest, "student": self._student_digest, "private_task": self._data("private_task")}
+        plans = {"": config}
+        for epsilon in config.evaluate.private_rows:
+            plans[f", epsilon {epsilon:g}"] = config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
+        private = {label: self._tune(plan, self.student, "the student").artifact for label, plan in plans.items() if label}
+        sources = {"": source_prompt} | private
+        inputs = {"student": self._student_digest, "private_task": self._data("private_task")}
+        teacher, tuned = None, [Prompts(label, source, {}) for label, source in sources.items()]
+        if config.teacher is not None:
+            teacher, tuned = self.teacher, self._on_target(plans, sources)
+            inputs = {"teacher": self._teacher_digest, **inputs}
         prompts = {name + each.label: path for each in tuned for name, path in {"source": each.source, **each.on_target}.items()}
         digests = {name: read_manifest(path, "soft prompt").digest for name, path in prompts.items()}
-        folder = run_folder(self._config, "evaluate", inputs | digests)
-        self._run([folder], lambda _: evaluate(folder, self.teacher, self.student, tuned, inputs, self._world))
+        folder = run_folder(config, "evaluate", inputs | digests)
+        self._run([folder], lambda _: evaluate(folder, teacher, self.student, tuned, inputs, self._world))
         return folder
 
     def _on_target(self, plans: Mapping[str, RunConfig], sources: Mapping[str, Path]) -> list[Prompts]:

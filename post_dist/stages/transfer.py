@@ -127,9 +127,9 @@ def _write(pupil: _Pupil, teacher: Teacher | None, teacher_folder: Path, tokeniz
 
 
 def check_belongs(
-    prompt: SoftPromptArtefact, student: LanguageModel, target: LanguageModel, student_tokenizer: PreTrainedTokenizerBase
+    prompt: SoftPromptArtefact, student: LanguageModel, target: LanguageModel | None, student_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Check that a prompt is the student's, and that student and target answer in the same way.
+    """Check that a prompt is the student's, and that student and target, if there is one, answer in the same way.
 
     Raises:
         ArtefactRefused: widths or tokenizers of prompt and student differ, or one model is causal and the other masked.
@@ -137,7 +137,7 @@ def check_belongs(
     width = prompt.embeddings.shape[1]
     if student.width != width:
         raise ArtefactRefused(f"the prompt has vectors of width {width}, the student of width {student.width}")
-    if student.masked != target.masked:
+    if target and student.masked != target.masked:
         raise ArtefactRefused("student and target are not both causal or both masked models")
     if tokenizer_fingerprint(student_tokenizer) != prompt.manifest.tokenizer:
         raise ArtefactRefused("the student's tokenizer is not the one that the prompt was tuned with")

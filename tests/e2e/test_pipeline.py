@@ -137,6 +137,12 @@ def test_two_parties_meet_through_artefacts_alone(tmp_path: Path, post_dist: Cal
     shutil.copytree(artifact(tmp_path / "provider", "distill"), tmp_path / "owner/student")
     (tmp_path / "owner/run.yaml").write_text(yaml.safe_dump(fields | {"inputs": {"student": "student"}}))
     assert post_dist("tune", tmp_path / "owner/run.yaml").returncode == 0
+    done = post_dist("evaluate", tmp_path / "owner/run.yaml", "--json")
+    assert done.returncode == 2
+    assert "the run file lacks the section teacher" in done.stderr, "a baseline on the target needs the target"
+    done = post_dist("evaluate", tmp_path / "owner/run.yaml", "--set", "evaluate.baselines=[]", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["student", "student + prompt"]
 
     (tmp_path / "provider/private.csv").unlink()
     prompt = artifact(tmp_path / "owner", "tune")
