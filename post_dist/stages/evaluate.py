@@ -73,12 +73,13 @@ def evaluate(
     digest = digest_of({"rows": inputs["private_task"], "split": section.split, "precision": precision})
     common = Questions(task, examples, digest), runs / "answers", section.batch_size, world
     student = Scorer(load_whole(student_folder, precision, world.device), student_folder, inputs["student"], *common)
-    target = None
+    plain = student(None, "student")
+    target, zero_shot, first = None, None, {"name": "student", **student.measure(plain)}
     if teacher_folder is not None:
         target = Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], *common)
-    zero_shot, plain = target(None, "zero-shot") if target else None, student(None, "student")
+        zero_shot = target(None, "zero-shot")
+        first = {"name": "zero-shot", **target.measure(zero_shot)}
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
-    first = {"name": "student", **student.measure(plain)} if target is None else {"name": "zero-shot", **target.measure(zero_shot)}
     table = [first | {"epsilon": None}]
     for each in tuned:
         source = read_prompt(each.source)
