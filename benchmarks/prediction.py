@@ -1,6 +1,7 @@
 """What `post-dist plan` says of a step beside what two ranks take: time after a fit on other settings, and memory as it is.
 
-python benchmarks/prediction.py measure       # a quarter of an hour on two quiet cores; writes prediction-PROCESSOR.json
+python benchmarks/prediction.py time          # a quarter of an hour on two quiet cores; writes prediction-time-PROCESSOR.json
+python benchmarks/prediction.py memory        # writes prediction-memory-PROCESSOR.json
 python benchmarks/prediction.py compare       # fits, and writes prediction-PROCESSOR.md
 """
 

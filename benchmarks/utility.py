@@ -95,6 +95,8 @@ PRIVATE = {
     "ours": [],
     "5 tokens": ["tune.num_virtual_tokens=5"],
     "2 tokens": ["tune.num_virtual_tokens=2"],
+    "C 0.1": ["privacy.max_grad_norm=0.1"],
+    "C 3": ["privacy.max_grad_norm=3"],
     "half the rate": ["privacy.learning_rate=0.01"],
     "a quarter of the rate": ["privacy.learning_rate=0.005"],
     "batches of 128, half the steps": ["privacy.expected_batch_size=128", "privacy.steps=40"],

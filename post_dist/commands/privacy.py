@@ -8,7 +8,7 @@ import typer
 from post_dist.commands.figures import print_figures
 from post_dist.commands.options import AsJson, Overrides, RunFile
 from post_dist.config.load import load_run
-from post_dist.errors import PrivacyRefused
+from post_dist.errors import InputError, PrivacyRefused
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
@@ -54,3 +54,5 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     print_figures(result, json_)
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
         raise PrivacyRefused("the canaries show more than the plan claims", "do not use prompts made with this installation")
+    if result["epsilon_lower_bound_without_noise"] <= result["epsilon_claimed"]:
+        raise InputError("even without noise the canaries show no more than the plan claims", "the audit says nothing of so small a plan")

@@ -6,11 +6,13 @@ again for the same sum, after a kill, repeats its noise and is one row; for anot
 One run at a time writes to a ledger.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from post_dist.artifacts.manifest import writing
 from post_dist.config.schema import RunConfig
 from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, PrivacyRefused
 from post_dist.privacy.accounting import composed_epsilon
@@ -34,7 +37,7 @@ class Spending:
         plan: the run's.
         opened: when it began, in UTC.
         intents: how often each (trial, step) was begun with another sum.
-        finished: whether its artefact was made.
+        finished: whether all its steps were taken.
     """
 
     plan: PrivacyPlan
@@ -48,13 +51,17 @@ class Spending:
         return sum(map(len, self.intents.values()))
 
     @property
-    def repeated_steps(self) -> int:
-        """Steps that were charged beyond their first time."""
-        return self.charged_steps - len(self.intents)
+    def repeated_steps(self) -> dict[int, int]:
+        """From how often a step was begun, where that was more than once, to how many such steps there are."""
+        return {times: count for times, count in self._begun.items() if times > 1}
 
     def plans(self) -> list[PrivacyPlan]:
         """The run as plans whose steps were all taken; a search counts whole from its first row."""
-        return self.plan.spent(self.charged_steps, self.repeated_steps)
+        return self.plan.spent(self._begun)
+
+    @property
+    def _begun(self) -> Counter[int]:
+        return Counter(map(len, self.intents.values()))
 
 
 def ledger_path(config: RunConfig) -> Path:
@@ -96,7 +103,7 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
             "opened": spending.opened,
             "finished": spending.finished,
             "steps_charged": spending.charged_steps,
-            "steps_repeated": spending.repeated_steps,
+            "steps_repeated": spending.charged_steps - len(spending.intents),
             "steps_planned": spending.plan.steps,
             "noise_multiplier": spending.plan.noise_multiplier,
             "sampling_probability": spending.plan.sampling_probability,
@@ -122,7 +129,7 @@ class LedgerRun:
 
     Raises:
         ArtefactRefused: the ledger has been changed.
-        PrivacyRefused: the run would pass the cap.
+        PrivacyRefused: the run would pass the cap, or has begun with another plan.
     """
 
     def __init__(self, path: Path, descriptor: int, run: str, plan: PrivacyPlan, cap: float | None) -> None:
@@ -131,6 +138,8 @@ class LedgerRun:
         self._previous = _digest(lines[-1]) if lines else _START
         self._spendings = _spendings(lines, path)
         own = self._spendings.get(run) or Spending(plan, datetime.now(UTC).isoformat(timespec="seconds"))
+        if own.plan != plan:
+            raise PrivacyRefused(f"{path} has this run with another plan than it would go on with", "start anew with --resume never")
         self._check_cap(replace(own, intents={(0, step): {"planned"} for step in range(plan.steps)} | own.intents))
         if run not in self._spendings:
             self._append(row="opened", run=run, opened=own.opened, plan=asdict(plan))
@@ -155,8 +164,17 @@ class LedgerRun:
             self._check_cap(self.spending)
         self._append(row="step", run=self._run, trial=trial, step=step, commitment=commitment)
 
+    def charge_done(self, trial: int, steps: int) -> None:
+        """Charge the first steps of a trial, which a checkpoint has behind it, where the ledger does not have them.
+
+        It may be another ledger than the one that they were charged to, or an older copy of it.
+        """
+        for step in range(steps):
+            if (trial, step) not in self.spending.intents:
+                self.intend(trial, step, "done before")
+
     def finish(self) -> None:
-        """Note that the run has made its artefact."""
+        """Note that the run has taken all its steps."""
         if not self.spending.finished:
             self.spending.finished = True
             self._append(row="finished", run=self._run)
@@ -173,10 +191,14 @@ class LedgerRun:
             )
 
     def _append(self, **row: Any) -> None:
-        line = json.dumps({**row, "previous": self._previous}) + "\n"
-        os.write(self._descriptor, line.encode())
-        os.fsync(self._descriptor)
-        self._previous = _digest(line.rstrip("\n"))
+        line = json.dumps({**row, "previous": self._previous})
+        data, size = f"{line}\n".encode(), os.fstat(self._descriptor).st_size
+        with writing(self._path):
+            if os.write(self._descriptor, data) < len(data):  # so does a full disk say it, where it has room for a part
+                os.ftruncate(self._descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)
+        self._previous = _digest(line)
 
 
 @contextmanager

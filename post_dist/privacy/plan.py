@@ -4,6 +4,7 @@ The neighbouring relation is to add or remove one example (one row of the privat
 rows itself private, so every figure here is declared in the run file and none is counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,17 +67,22 @@ class PrivacyPlan:
             return self.trial_event()
         return dp_event.RepeatAndSelectDpEvent(self.trial_event(), self.mean_trials, LOGARITHMIC)
 
-    def spent(self, charged: int, repeated: int) -> list["PrivacyPlan"]:
+    def spent(self, begun: Mapping[int, int]) -> list["PrivacyPlan"]:
         """What was taken of the plan, as plans whose steps were all taken.
 
+        A step that was begun again for another sum has the rows of the first time: k noisy sums of one sample tell as much as one with
+        a k-th of the noise's variance, which is more than k samples would.
+
         Args:
-            charged: steps that count, those that were begun again for another sum included.
-            repeated: how many of them were begun again. A search counts whole whatever it took, and these beside it.
+            begun: from how often a step was begun to how many such steps there are. A search counts whole whatever it took, and what was
+                begun more than once beside it.
         """
-        if self.mean_trials is None:
-            return [replace(self, steps=charged)] if charged else []
-        again = replace(self, mean_trials=None, score_noise_multiplier=None, steps=repeated)
-        return [self, again] if repeated else [self]
+        steps = [
+            replace(self, mean_trials=None, score_noise_multiplier=None, steps=count, noise_multiplier=self.noise_multiplier / times**0.5)
+            for times, count in sorted(begun.items())
+            if count and (self.mean_trials is None or times > 1)
+        ]
+        return steps if self.mean_trials is None else [self, *steps]
 
 
 def plan_fields(config: RunConfig) -> dict[str, Any]:

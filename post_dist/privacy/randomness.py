@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtri
 
+from post_dist.artifacts.manifest import write_file
 from post_dist.errors import ArtefactRefused
 
 _KEY_BYTES = 32
@@ -72,6 +73,8 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
 
     Raises:
         ArtefactRefused: the key file is not one.
+        InputError: it cannot be written.
+        EnvironmentFault: the disk is full.
     """
     if path.exists():
         try:
@@ -95,12 +98,8 @@ def destroy_key(path: Path, source: RandomSource) -> None:
 
 
 def _write(path: Path, source: RandomSource) -> None:
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(descriptor, json.dumps({"run": source.run, "key": source.key.hex()}).encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    partial.rename(path)
+    def fill(partial: Path) -> None:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({"run": source.run, "key": source.key.hex()}, file)
+
+    write_file(path, fill)

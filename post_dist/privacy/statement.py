@@ -1,11 +1,12 @@
 """`privacy.json`: what a prompt claims, in figures from which the claim can be computed again, and what it does not cover."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from post_dist.errors import ArtefactRefused
-from post_dist.privacy.accounting import account, composed_epsilon
+from post_dist.privacy.accounting import account, composed_epsilon, rdp_epsilon
 from post_dist.privacy.ledger import Spending
 from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
 
@@ -18,18 +19,20 @@ _NOT_COVERED = [
 ]
 _SEEDED = "everything: the noise came from a seed and can be taken off again"
 _TOLERANCE = 1e-3
-_MOST_STEPS, _LEAST_NOISE = 10**6, 0.2
+_LEAST_NOISE, _MOST_NOISE = 0.2, 1e4
+_MOST_STEPS, _MOST_TIMES, _MOST_TRIALS, _MOST_EPSILON = 10**6, 100, 10**4, 200.0
+"""Claims beyond these say nothing, or take hours to compute."""
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
-    """What may be said of a run that is done; steps that were charged twice count twice."""
+    """What may be said of a run that is done; steps that were begun again count for more."""
     plan, cost = spending.plan, account(spending.plan)
     epsilon = composed_epsilon(spending.plans(), plan.delta) if spending.repeated_steps else cost.epsilon
     return {
         "private": plan.private,
         "epsilon": epsilon if plan.private else None,
         **asdict(plan),
-        "steps_repeated": spending.repeated_steps,
+        "steps_repeated": {str(times): count for times, count in spending.repeated_steps.items()},
         "unit": UNIT,
         "neighbouring_relation": RELATION,
         "sampling": "Poisson",
@@ -52,21 +55,36 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     """
     try:
         plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
-        repeated, claim = statement["steps_repeated"], statement["epsilon"]
-        numbers = (plan.noise_multiplier, plan.sampling_probability, plan.delta, plan.steps, repeated + 1)
-        sound = (
-            all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
-            and all(isinstance(count, int) and count <= _MOST_STEPS for count in (plan.steps, repeated))
-            and max(plan.sampling_probability, plan.delta) <= 1
-            and plan.noise_multiplier >= _LEAST_NOISE
-        )
-        if not sound:
+        repeated = {int(times): count for times, count in statement["steps_repeated"].items()}
+        claim = statement["epsilon"]
+        if not _can_be_computed(plan, repeated) or not (claim is None or _lies(claim, 0, math.inf)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+        plans = plan.spent({1: plan.steps - sum(repeated.values())} | repeated)
+        beyond = rdp_epsilon(plans, plan.delta) > _MOST_EPSILON
+        true = math.inf if beyond else composed_epsilon(plans, plan.delta)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise ArtefactRefused("privacy.json lacks figures that its epsilon could be computed from") from None
     if not plan.private:
         return [] if claim is None else ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
-    true = composed_epsilon(plan.spent(plan.steps + repeated, repeated), plan.delta)
+    if beyond:
+        return [f"its own figures give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
     return [f"it claims epsilon {claim:.4f}, but its own figures give {true:.4f}"] if true > claim + _TOLERANCE else []
+
+
+def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
+    """Whether untrusted figures are numbers that an accountant can take, in a time that is worth it."""
+    search = plan.mean_trials, plan.score_noise_multiplier
+    return (
+        all(type(count) is int and 1 <= count <= _MOST_STEPS for count in (plan.steps, *repeated.values()))
+        and all(1 < times <= _MOST_TIMES for times in repeated)
+        and all(_lies(chance, 1e-300, 1) for chance in (plan.sampling_probability, plan.delta))
+        and _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE)
+        and (search == (None, None) or (_lies(search[0], 1.001, _MOST_TRIALS) and _lies(search[1], _LEAST_NOISE, _MOST_NOISE)))
+        and (plan.mean_trials is not None or sum(repeated.values()) <= plan.steps)
+    )
+
+
+def _lies(number: object, least: float, most: float) -> bool:
+    return type(number) in (int, float) and least <= number <= most  # type: ignore[operator]

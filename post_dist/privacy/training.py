@@ -78,6 +78,7 @@ def train_privately(
     private = PrivateOptimizer(optimizer, run.plan, run.source, trial)
     rates = [group["lr"] for group in private.param_groups]
     first = take_up(parameters, optimizer, checkpoints, "auto", run.world)
+    run.ledger.charge_done(trial, first)
     with progress(label, run.plan.steps, first, show=show) as advance:
         for step in range(first, run.plan.steps):
             for group, rate in zip(private.param_groups, rates, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from privacy import checks
+from privacy import checks, spending_checks
 
 MODULES = (
     "privacy.plan",
@@ -307,6 +307,35 @@ MUTANTS = [
         "statements_hold_what_was_charged",
     ),
     Mutant(
+        "a step begun again priced as another sample",
+        "privacy.plan",
+        "steps=count, noise_multiplier=self.noise_multiplier / times**0.5",
+        "steps=count * times",
+        "a_repeated_step_costs_what_its_one_sample_tells",
+    ),
+    Mutant(
+        "a ledger put back from an older copy",
+        "privacy.training",
+        "    run.ledger.charge_done(trial, first)\n",
+        "",
+        "a_checkpoint_ahead_of_its_ledger_is_charged",
+    ),
+    Mutant("another plan on the way", "privacy.ledger", "if own.plan != plan:", "if False:", "a_run_keeps_its_plan"),
+    Mutant(
+        "half an intent on a full disk",
+        "privacy.ledger",
+        "os.write(self._descriptor, data) < len(data)",
+        "not os.write(self._descriptor, data)",
+        "a_full_disk_stops_a_step_before_its_noise",
+    ),
+    Mutant(
+        "a loss that is too small",
+        "privacy.accounting",
+        "not prv - _PRV_BELOW <= pld <= prv + _PRV_ABOVE",
+        "pld > prv + _PRV_ABOVE",
+        "accountants_must_agree",
+    ),
+    Mutant(
         "claims taken at their word",
         "privacy.statement",
         "if true > claim + _TOLERANCE",
@@ -356,6 +385,7 @@ def planted(mutant: Mutant) -> Iterator[None]:
             vars(module).update(names)
 
 
+CHECKS = {check.__name__: check for check in [*checks.CHECKS, *spending_checks.CHECKS]}
 TRIED: list[str] = []
 KILLED: list[str] = []
 
@@ -364,7 +394,7 @@ KILLED: list[str] = []
 def test_the_checks_kill(mutant: Mutant) -> None:
     TRIED.append(mutant.name)
     with planted(mutant), pytest.raises(AssertionError):
-        getattr(checks, mutant.killer)()
+        CHECKS[mutant.killer]()
     KILLED.append(mutant.name)
 
 
@@ -376,4 +406,4 @@ def test_every_mutant_was_killed() -> None:
 
 def test_without_a_bug_the_checks_pass_again() -> None:
     for check in {mutant.killer for mutant in MUTANTS} - {"accountants_give_the_known_figures", "calibration_meets_its_target_from_below"}:
-        getattr(checks, check)()
+        CHECKS[check]()

@@ -244,6 +244,12 @@ def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
     assert "more than the plan claims" in err
 
 
+def test_an_audit_that_sees_nothing_says_so(tmp_path: Path, main: Callable) -> None:
+    code, _, err = main("audit", audited(tmp_path, sampling_probability=1e-5, steps=1), "--json")
+    assert code == 2
+    assert "even without noise the canaries show no more than the plan claims" in err
+
+
 def test_the_benchmark_of_a_step(folder: Path, main: Callable) -> None:
     code, out, err = main("bench", "tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", "--json")
     assert code == 0, err
