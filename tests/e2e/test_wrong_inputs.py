@@ -185,6 +185,13 @@ CASES = [
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
     Case("data of an unknown kind", 2, "no known ending", both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx"))),
     Case("data not UTF-8", 2, "is not UTF-8 text", write("private.csv", b"text,label\n\xff\xfe,1\n")),
+    Case("data with a first row too long", 2, "cannot be read as CSV", write("private.csv", "text,label\nsecret,1,\nsecret,0\n")),
+    Case(
+        "data not of objects",
+        2,
+        "cannot be read as JSONL",
+        both(write("private.jsonl", "[1]\n"), put("private_task.path", "private.jsonl")),
+    ),
     Case("data not JSON", 2, "cannot be read as JSONL", both(write("private.jsonl", "{oops"), put("private_task.path", "private.jsonl"))),
     Case("column missing", 2, "no column 'sentiment'", put("private_task.label_column", "sentiment")),
     Case("text column missing", 2, "no column 'body'", put("private_task.text", "{body}")),

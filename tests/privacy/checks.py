@@ -537,30 +537,50 @@ def searches_stop_at_random_and_score_with_noise() -> None:
 
 
 def one_row_of_the_file_is_one_example_at_most() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
     from post_dist.config.sources import Task
 
     load = part("data.tasks").load_examples
-    rows = [("a", 0), ("b", 1), ("b", 1), ("c", 0), ("d", 1)]
     task = {
         "name": "t",
         "visibility": "private",
         "template": "{text} x",
+        "text": "{age} {note}",
+        "label_column": "label",
         "labels": {0: ["bad"], 1: ["good"]},
         "test_share": 0,
         "validation_share": 0,
     }
 
-    def examples(given: list[tuple[str, int]]) -> set[tuple[str, int]]:
-        with folder() as place:
-            loaded = load(Task.model_validate(task | {"path": str(tiny.write_csv(place / "t.csv", given))}), "train", "t")
-        return set(zip(loaded.texts, loaded.classes, strict=True))
+    def json_lines(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        path.write_text("".join(json.dumps(dict(zip(("age", "note", "label"), row, strict=True))) + "\n" for row in rows))
 
-    base = examples(rows)
-    for text in "abcde":
-        for label in (0, 1):
+    def whole_numbers(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        parquet.write_table(pyarrow.table(dict(zip(("age", "note", "label"), zip(*rows, strict=True), strict=True))), path)
+
+    def comma_separated(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        path.write_text("age,note,label\n" + "".join(f"{age},{note},{label}\n" for age, note, label in rows))
+
+    rows = [(30, "a", 0), (31, "b", 1), (31, "b", 1), (32, "c", 0), (33, "d", 1)]
+    added = [(age, note, label) for age, note in zip(range(30, 35), "abcde", strict=True) for label in (0, 1)]
+    missing, odd = (None, "e", 1), [(3.5, "e", 1), ("old", "e", 1), (True, "e", 1), (30, "e", None)]
+    kinds = {"csv": (comma_separated, added), "jsonl": (json_lines, [*added, missing, *odd]), "parquet": (whole_numbers, [*added, missing])}
+    for ending, (write, more) in kinds.items():
+
+        def examples(given: list[tuple[Any, ...]], ending: str = ending, write: Callable = write) -> set[tuple[str, int]]:
+            with folder() as place:
+                write(place / f"t.{ending}", given)
+                loaded = load(Task.model_validate(task | {"path": place / f"t.{ending}"}), "train", "t")
+            return set(zip(loaded.texts, loaded.classes, strict=True))
+
+        base = examples(rows)
+        assert base == {("30 a", 0), ("31 b", 1), ("32 c", 0), ("33 d", 1)}
+        for row in more:
             for place in (0, len(rows)):
-                changed = examples([*rows[:place], (text, label), *rows[place:]])
-                assert len(base ^ changed) <= 1, f"one row more, ({text}, {label}), changed {len(base ^ changed)} examples"
+                changed = examples([*rows[:place], row, *rows[place:]])
+                assert len(base ^ changed) <= 1, f"{ending}: one row more, {row}, changed {len(base ^ changed)} examples"
 
 
 CHECKS: list[Callable[[], None]] = [

@@ -23,6 +23,7 @@ MODULES = (
     "privacy.training",
     "privacy.search",
     "privacy.statement",
+    "data.source",
     "data.tasks",
     "stages.private_tuning",
 )
@@ -332,6 +333,13 @@ MUTANTS = [
         "data.tasks",
         "if text not in disputed",
         "",
+        "one_row_of_the_file_is_one_example_at_most",
+    ),
+    Mutant(
+        "a type for each column, from all its rows",
+        "data.source",
+        "pd.DataFrame(rows, dtype=object)",
+        "pd.DataFrame(rows)",
         "one_row_of_the_file_is_one_example_at_most",
     ),
 ]
