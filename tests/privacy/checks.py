@@ -316,6 +316,65 @@ def one_row_moves_a_real_step_by_the_norm_at_most() -> None:
             assert 1e-3 * (1 - 1e-5) <= moved <= 1e-3 * (1 + 1e-6), f"{family}: row {left_out} moves the sum by {moved / 1e-3:.7f} C"
 
 
+def calls_of(rows: list[int], family: str, work: Callable[[Any, list[torch.Tensor], list[int]], object]) -> dict[tuple[int, ...], set]:
+    """For each row, by its tokens, the shapes of the model's calls that it is in, while gradients or a score are worked out."""
+    from post_dist.models.language_model import LanguageModel
+
+    made, calls, forward = material(family, torch.float32), {}, LanguageModel.forward
+
+    def watched(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            calls.setdefault(tuple(ids[mask.bool()].tolist()), set()).add(tuple(input_ids.shape))
+        return forward(self, input_ids, attention_mask, *given, **named)
+
+    with mock.patch.object(LanguageModel, "forward", watched):
+        work(made, [made.start_nd.float()], rows)
+    return calls
+
+
+def a_row_s_calls_are_its_own() -> None:
+    from post_dist.config.schema import Tune
+
+    tuning, section, world = part("stages.private_tuning"), Tune(micro_batch_size_per_gpu=2), World(0, 1, 0, "none", CPU)
+
+    def gradients(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
+        list(tuning.micro_gradients(section, made, parameters, rows, CPU))
+
+    def score(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
+        tuning.count_right(section, replace(made, rows=[made.rows[row] for row in rows], wanted=made.wanted[rows]), parameters, world)
+
+    for family in ("llama", "roberta"):
+        for work in (gradients, score):
+            whole = calls_of(list(range(7)), family, work)
+            assert len(whole) == 7
+            assert all(len(shapes) == 1 for shapes in whole.values())
+            for row in range(7):
+                for tokens, shapes in calls_of([row], family, work).items():
+                    assert shapes == whole[tokens], f"{family}: {work.__name__}: a row's call depends on the rows beside it"
+
+
+def made_right(made: Any, parameters: list[torch.Tensor], row: int) -> bool:
+    """Whether a row that is asked alone comes out as it should."""
+    from post_dist.models.classifier import BIAS_SCALE
+
+    batch = made.template.collate([made.rows[row]])
+    scores = made.verbalizer.scores(made.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer))
+    return bool((scores + BIAS_SCALE * parameters[1]).argmax() == made.wanted[row])
+
+
+def a_score_counts_each_row_once() -> None:
+    from post_dist.config.schema import Tune
+
+    made, tuning, world = material("llama", torch.float32), part("stages.private_tuning"), World(0, 1, 0, "none", CPU)
+    parameters, section = [made.start_nd.float(), torch.tensor([0.2, -0.1])], Tune(micro_batch_size_per_gpu=4)
+    right = [made_right(made, parameters, row) for row in range(7)]
+    for rows in ([0], [0, 1, 2], list(range(7))):
+        for wanted in (made.wanted, 1 - made.wanted):
+            chosen = replace(made, rows=[made.rows[row] for row in rows], wanted=wanted[rows])
+            expected = sum(right[row] == bool(wanted[row] == made.wanted[row]) for row in rows)
+            assert tuning.count_right(section, chosen, parameters, world) == expected
+
+
 # -------------------------------------------------------------------------------------- the loop, the ledger, a restart
 
 
@@ -595,6 +654,8 @@ CHECKS: list[Callable[[], None]] = [
     everything_is_drawn_at_probability_one,
     gradients_are_each_example_s_own,
     one_row_moves_a_real_step_by_the_norm_at_most,
+    a_row_s_calls_are_its_own,
+    a_score_counts_each_row_once,
     every_step_is_charged_and_noised_also_when_empty,
     intents_are_on_disk_before_the_noise,
     a_restart_repeats_or_pays,

@@ -235,9 +235,23 @@ MUTANTS = [
     Mutant(
         "copies that fill up counted as examples",
         "stages.private_tuning",
-        "part[: len(chosen)] for part",
+        "part[:counted] for part",
         "part for part",
         "one_row_moves_a_real_step_by_the_norm_at_most",
+    ),
+    Mutant(
+        "padded to the longest row of a micro-batch",
+        "stages.private_tuning",
+        "[material.rows[row] for row in filled], length)",
+        "[material.rows[row] for row in filled])",
+        "a_row_s_calls_are_its_own",
+    ),
+    Mutant(
+        "copies that fill up counted as right",
+        "stages.private_tuning",
+        "[:counted].sum()",
+        ".sum()",
+        "a_score_counts_each_row_once",
     ),
     Mutant(
         "empty batch skipped",

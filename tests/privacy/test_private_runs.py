@@ -204,6 +204,9 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     code, out, err = tune(main, folder, search)
     assert code == 0, err
     path = artefact(out)
+    shown = err + "".join(log.read_text() for log in path.parent.glob("logs/*"))
+    assert "tune: epsilon" in shown
+    assert not re.search(r"trial|\d+/\d+", shown), "how many trials and validation rows there are is private"
     said = json.loads((path / "privacy.json").read_text())
     assert 7.9 < said["epsilon"] <= 8
     assert said["epsilon"] > said["cross_checks"]["pld"] + 0.5, "selection is not free"
