@@ -58,7 +58,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
     )
     if not plan.private:
         log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
-    _check_model(config.tune, material)
+    check_model(config.tune, material)
     learning_rate = config.privacy.learning_rate or config.tune.learning_rate
     key_file, ledger_file = folder.path / "randomness.json", ledger_path(config)
     with lock_ledger(ledger_file) as descriptor:
@@ -95,10 +95,15 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
         return parameters, privacy_statement(ledger.spending)
 
 
-def _check_model(section: Tune, material: Material) -> None:
+def check_model(section: Tune, material: Material) -> None:
+    """Refuse a model whose rows change each other's gradients.
+
+    Raises:
+        InputError: it is one.
+    """
     parameters = material.parameters(section)
     gradients = _example_gradients(material, parameters)
-    rows = section.micro_batch_size_per_gpu
+    rows = max(2, section.micro_batch_size_per_gpu)  # also where 1 is given, short rows share a micro-batch
     if material.wanted.dim() == 1:
         wanted, length = torch.arange(rows) % len(material.verbalizer.token_ids), min(_LENGTH_STEP, material.template.longest)
     else:
