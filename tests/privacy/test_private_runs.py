@@ -222,6 +222,11 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     assert manifest.config["tune"]["search"]["mean_trials"] == 2
     assert "trials" not in set(said) - {"mean_trials"}
     assert str(budget["runs"][0]["steps_charged"]) not in {str(value) for name, value in said.items() if name != "steps"}
+    shutil.rmtree(path)
+    code, out, err = tune(main, folder, search)
+    assert (code, out) == (4, "")
+    assert "key of run" in err
+    assert "has been destroyed" in err
 
 
 def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:
