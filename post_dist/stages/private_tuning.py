@@ -17,6 +17,7 @@ from post_dist.config.schema import Tune
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Batch
 from post_dist.models.classifier import BIAS_SCALE
+from post_dist.models.soft_prompt import check_room
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone, sharing_is_faster
 from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
@@ -96,11 +97,12 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
 
 
 def check_model(section: Tune, material: Material) -> None:
-    """Refuse a model whose rows change each other's gradients.
+    """Refuse a model whose rows change each other's gradients, or whose context is too short.
 
     Raises:
         InputError: it is one.
     """
+    check_room(material.model, section.num_virtual_tokens, _padded_length(material))
     parameters = material.parameters(section)
     gradients = _example_gradients(material, parameters)
     rows = max(2, section.micro_batch_size_per_gpu)  # also where 1 is given, short rows share a micro-batch
@@ -132,16 +134,25 @@ def micro_gradients(
         yield [part[:counted] for part in gradients(batch.to(device), material.wanted[filled].to(device))]
 
 
+def _padded_length(material: Material) -> int:
+    """Tokens of the longest micro-batch.
+
+    A row of a masked model is never without padding: where all rows of a call are, transformers drops the mask, other kernels run, and
+    what they round would depend on how long the rows beside are.
+    """
+    return material.template.longest + material.model.masked
+
+
 def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> Iterator[tuple[int, list[int], Batch]]:
     """The rows in micro-batches: how many rows of each count, those rows filled up with copies of the last, and the batch itself.
 
     Rows whose lengths round up to the same multiple of 16 come together, padded to it, and so many that all micro-batches have
     about as many tokens as `longest_rows` rows of the greatest length.
     """
-    most = material.template.longest
+    most = _padded_length(material)
     groups: dict[int, list[int]] = {}
     for row in rows:
-        rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP
+        rounded = -(-(len(material.rows[row].token_ids) + material.model.masked) // _LENGTH_STEP) * _LENGTH_STEP
         groups.setdefault(min(rounded, most), []).append(row)
     for length, group in sorted(groups.items()):
         size = longest_rows * most // length

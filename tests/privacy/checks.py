@@ -316,18 +316,30 @@ def one_row_moves_a_real_step_by_the_norm_at_most() -> None:
             assert 1e-3 * (1 - 1e-5) <= moved <= 1e-3 * (1 + 1e-6), f"{family}: row {left_out} moves the sum by {moved / 1e-3:.7f} C"
 
 
-def calls_of(rows: list[int], family: str, work: Callable[[Any, list[torch.Tensor], list[int]], object]) -> dict[tuple[int, ...], set]:
-    """For each row, by its tokens, the shapes of the model's calls that it is in, while gradients or a score are worked out."""
+def calls_of(rows: list[int], made: Any, work: Callable[[Any, list[torch.Tensor], list[int]], object]) -> dict[tuple[int, ...], set]:
+    """For each row, by its tokens, the model's calls that it is in while gradients or a score are worked out.
+
+    A call is told by its shape, and by whether attention is given a mask: without one other kernels run.
+    """
     from post_dist.models.language_model import LanguageModel
 
-    made, calls, forward = material(family, torch.float32), {}, LanguageModel.forward
+    calls, forward, attention, masked = {}, LanguageModel.forward, torch.nn.functional.scaled_dot_product_attention, set()
+
+    def attend(*given: Any, attn_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
+        masked.add(attn_mask is not None)
+        return attention(*given, attn_mask=attn_mask, **named)
 
     def watched(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        masked.clear()
+        made = forward(self, input_ids, attention_mask, *given, **named)
         for ids, mask in zip(input_ids, attention_mask, strict=True):
-            calls.setdefault(tuple(ids[mask.bool()].tolist()), set()).add(tuple(input_ids.shape))
-        return forward(self, input_ids, attention_mask, *given, **named)
+            calls.setdefault(tuple(ids[mask.bool()].tolist()), set()).add((tuple(input_ids.shape), frozenset(masked)))
+        return made
 
-    with mock.patch.object(LanguageModel, "forward", watched):
+    with (
+        mock.patch.object(LanguageModel, "forward", watched),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+    ):
         work(made, [made.start_nd.float()], rows)
     return calls
 
@@ -344,13 +356,20 @@ def a_row_s_calls_are_its_own() -> None:
         tuning.count_right(section, replace(made, rows=[made.rows[row] for row in rows], wanted=made.wanted[rows]), parameters, world)
 
     for family in ("llama", "roberta"):
-        for work in (gradients, score):
-            whole = calls_of(list(range(7)), family, work)
-            assert len(whole) == 7
-            assert all(len(shapes) == 1 for shapes in whole.values())
-            for row in range(7):
-                for tokens, shapes in calls_of([row], family, work).items():
-                    assert shapes == whole[tokens], f"{family}: {work.__name__}: a row's call depends on the rows beside it"
+        made = material(family, torch.float32)
+        texts = ["the film " * words + "is dull" for words in (1, 2, 3, 4, 9, 10, 11, 12, 40, 50)]  # some fill their micro-batch
+        made = replace(made, rows=made.template.encode(texts), wanted=torch.arange(len(texts)) % 2)
+        before = made.model.model.config._attn_implementation
+        made.model.model.set_attn_implementation("sdpa" if made.model.masked else "post_dist_sdpa")  # as on a GPU
+        try:
+            for work in (gradients, score):
+                whole = calls_of(list(range(len(texts))), made, work)
+                assert all(len(calls) == 1 for calls in whole.values())
+                for row in range(len(texts)):
+                    for tokens, calls in calls_of([row], made, work).items():
+                        assert calls == whole[tokens], f"{family}: {work.__name__}: a row's call depends on the rows beside it"
+        finally:
+            made.model.model.set_attn_implementation(before)
 
 
 def made_right(made: Any, parameters: list[torch.Tensor], row: int) -> bool:

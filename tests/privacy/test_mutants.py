@@ -247,6 +247,13 @@ MUTANTS = [
         "a_row_s_calls_are_its_own",
     ),
     Mutant(
+        "rows of a masked model that fill their call",
+        "stages.private_tuning",
+        "len(material.rows[row].token_ids) + material.model.masked",
+        "len(material.rows[row].token_ids)",
+        "a_row_s_calls_are_its_own",
+    ),
+    Mutant(
         "copies that fill up counted as right",
         "stages.private_tuning",
         "[:counted].sum()",
