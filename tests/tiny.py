@@ -50,7 +50,7 @@ def tokenizer(family: str, vocabulary: int = 600) -> PreTrainedTokenizerFast:
     if family == "roberta":
         core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
         names["mask_token"] = "<mask>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=128, **names)
 
 
 def write_model(

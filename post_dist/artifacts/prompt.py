@@ -152,9 +152,9 @@ def _read_privacy(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         fields = json.loads(path.read_text())
         epsilon = fields["epsilon"]
-        if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= epsilon < math.inf):
+        if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= float(epsilon) < math.inf):
             raise ValueError("epsilon is no number")
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise ArtefactRefused(f"{path} is not a privacy statement") from None
     return dict(fields)
 
@@ -181,7 +181,7 @@ def _read_task(path: Path) -> PromptTask:
         )
         if not sound:
             raise ValueError("a field has the wrong type")
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise ArtefactRefused(f"{path} is not a task description") from None
     return task
 

@@ -162,10 +162,10 @@ class Privacy(Section):
     """The noise is then the least that keeps epsilon; otherwise give `noise_multiplier`."""
     noise_multiplier: Annotated[float, Field(ge=0.2)] | None = None
     """sigma: the noise's standard deviation over `max_grad_norm`; with less than 0.2 epsilon is beyond use."""
-    declared_examples: Annotated[int, Field(gt=1)] | None = None
+    declared_examples: Annotated[int, Field(gt=1, le=10**9)] | None = None
     """A public figure for how many rows there are to train on, from which `target_delta` and the sampling probability follow."""
-    target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Default declared_examples^-1.1."""
+    target_delta: Annotated[float, Field(ge=1e-10, lt=1)] | None = None
+    """Default declared_examples^-1.1. Below 1e-10 the accountants' rounding is as large, and they no longer agree (seven plans tried)."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """q: the chance of each example to be in a step. Default expected_batch_size / declared_examples."""
     expected_batch_size: PositiveFloat | None = None
@@ -323,7 +323,7 @@ class RunConfig(Section):
     def _private_run_adds_up(self) -> "RunConfig":
         rows, declared = self.privacy.expected_batch_size or self.tune.batch_size, self.privacy.declared_examples
         private = self.privacy.enabled or bool(self.evaluate.private_rows)
-        if private and self.privacy.sampling_probability is None and declared and rows > declared:
+        if self.privacy.sampling_probability is None and declared and rows > declared:
             raise ValueError(f"the expected batch size ({rows:g}) exceeds privacy.declared_examples ({declared})")
         if private and self.private_task is not None and self.private_task.max_rows is not None:
             raise ValueError("private_task.max_rows does not go with privacy.enabled: one row more would push another one out")

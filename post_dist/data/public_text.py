@@ -17,7 +17,7 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
     columns = [*placeholders(task.text), *([task.response_column] if task.response_column else [])]
     table = read_columns(task, [*dict.fromkeys(columns)], task.hub_split, where)
     texts = texts_of(table, task.text)
-    responses = table[task.response_column].astype(str).tolist() if task.response_column else [""] * len(texts)
+    responses = table[task.response_column].map(str).tolist() if task.response_column else [""] * len(texts)
     unique: dict[str, str] = {}
     for text, response in zip(texts, responses, strict=True):
         if text:

@@ -1,20 +1,26 @@
-"""Rows of a local file or a hub data set, as columns; local files leave no copy in any cache."""
+"""Rows of a local file or a hub data set, as columns; local files leave no copy in any cache.
 
+Every value is taken as it is written. A type that is chosen for a column depends on all of its rows, and then one row more may change
+how every other reads: beside a row without a number, 30 is 30.0.
+"""
+
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
 from post_dist.config.sources import DataSource, placeholders
 from post_dist.errors import EnvironmentFault, InputError
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    ".tsv": lambda path: pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
+    ".csv": lambda path: _delimited(path, ","),
+    ".tsv": lambda path: _delimited(path, "\t"),
+    ".jsonl": lambda path: _as_written(_objects(path)),
+    ".parquet": lambda path: _as_written(parquet.read_table(path).to_pydict()),
     ".txt": lambda path: pd.DataFrame({"text": path.read_text(encoding="utf-8").splitlines()}),
 }
 
@@ -45,7 +51,26 @@ def read_columns(source: DataSource, columns: list[str], hub_split: str, where: 
 def texts_of(table: pd.DataFrame, text: str) -> list[str]:
     """Each row's text, made from its columns as `text` says."""
     names = placeholders(text)
-    return [text.format(**dict(zip(names, row, strict=True))).strip() for row in table[names].astype(str).itertuples(index=False)]
+    return [text.format(**dict(zip(names, row, strict=True))).strip() for row in table[names].map(str).itertuples(index=False)]
+
+
+def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not a JSON object on each line")
+    return rows
+
+
+def _delimited(path: Path, separator: str) -> pd.DataFrame:
+    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):  # made of the first column, and all names moved on by one
+        raise ValueError("the first row has more fields than the header")
+    return table
 
 
 def _read_file(path: Path, where: str) -> pd.DataFrame:
@@ -57,7 +82,7 @@ def _read_file(path: Path, where: str) -> pd.DataFrame:
     except (OSError, UnicodeError) as error:
         problem = (error.strerror or "cannot be read") if isinstance(error, OSError) else "is not UTF-8 text"
         raise InputError(f"{where}.path: {path}: {problem}") from None
-    except (ValueError, pd.errors.ParserError):
+    except (ValueError, RecursionError, pd.errors.ParserError):
         # The parser's own message may quote a row.
         problem = "is empty" if os.path.getsize(path) == 0 else f"cannot be read as {path.suffix[1:].upper()}"
         raise InputError(f"{where}.path: {path} {problem}") from None
@@ -70,4 +95,4 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
         rows: Any = load_dataset(source.hub, source.hub_config, revision=source.revision, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise EnvironmentFault(f"{where}.hub: cannot load {source.hub} ({split}): {error}") from None
-    return rows.to_pandas()
+    return _as_written(rows.with_format("arrow")[:].to_pydict())

@@ -40,7 +40,7 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     classes = {label: index for index, label in enumerate(task.labels)}
     rows: dict[str, int | str] = {}
     disputed = set()
-    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[answer_column].astype(str), strict=True), 1):
+    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[answer_column].map(str), strict=True), 1):
         if not generates and label not in classes:
             raise InputError(
                 f"{where}: row {number} has a label in column '{task.label_column}' that is not in the verbalizer",

@@ -89,7 +89,7 @@ class Template:
         return torch.tensor([[*row.response, *[NO_TOKEN] * (self.max_response_length - len(row.response))] for row in rows])
 
     def _with_response(self, row: Encoded, text: str) -> Encoded:
-        tokens = self._tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
+        tokens = self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids
         response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
         return Encoded([*row.token_ids, *response], row.answer, response)
 
@@ -105,12 +105,13 @@ class Template:
         return Encoded(tokens, answer)
 
     def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(self._before + text + self._after).input_ids
+        # Not verbose: a warning of a text too long for the model would say how long a private one is.
+        tokens: list[int] = self._tokenizer(self._before + text + self._after, verbose=False).input_ids
         return tokens
 
     def _without_first_tokens(self, text: str, count: int) -> str:
         """The text without its first tokens; cut in the characters, so that the template's tokens stay as they are."""
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
         # One character may be several tokens, so the cut moves on to where a later character begins.
         cut = next((start for start, _ in offsets[count:] if start > 0), len(text))
         return text[cut:].lstrip()

@@ -18,6 +18,7 @@ from post_dist.errors import EnvironmentFault, InputError
 from post_dist.models.language_model import LanguageModel, check_split
 
 log = logging.getLogger(__name__)
+transformers_logging.set_verbosity_error()  # here, for its import sets its own
 transformers_logging.disable_progress_bar()
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -78,14 +78,12 @@ def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, want
     Args:
         gradients: to be checked.
         model: whose they are.
-        wanted: classes [B] or responses [B, R] for the rows.
+        wanted: classes [B] or responses [B, R] for the rows, two or more.
         length: tokens of a row.
 
     Raises:
         InputError: it does, as in a mixture of experts whose tokens share a capacity.
     """
-    if len(wanted) == 1:
-        return
     device = model.model.device
     generator = torch.Generator(device).manual_seed(0)
     first, second = torch.randint(model.vocabulary_size, (2, len(wanted), length), generator=generator, device=device)

@@ -58,12 +58,15 @@ def run_search(
 
     Returns:
         The best trial's parameters; which one it was is not said.
+
+    Raises:
+        ArtefactRefused: the key has been destroyed, and no trial is kept.
     """
     kept = checkpoints / "search"
     finished = newest_step(kept)
     best = load_tensors(kept, finished) if finished else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
-    # Without its key a search is over: it was killed between the key's end and its artefact.
-    for trial in range(finished, number_of_trials(plan, source) if source.key else finished):
+    # Without its key a search that kept a trial is over: it was killed between the key's end and its artefact.
+    for trial in range(finished, finished if finished and not source.key else number_of_trials(plan, source)):
         parameters = train(setting_of(section, learning_rate, plan, source, trial), trial, checkpoints / f"trial-{trial}")
         count = right(parameters)
         score = count + float(source.normal(1, "score", trial, count)[0]) * float(plan.score_noise_multiplier or 0.0)

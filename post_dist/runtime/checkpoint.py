@@ -124,7 +124,9 @@ def start_step(folder: Path, resume: str, world: World) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     step = world.from_main(newest_step(folder) if world.is_main else 0)
     if step:
-        log.info("going on from step %d of %s", step, folder.parent.name)
+        # A private search keeps each trial's in a folder below; which trial it goes on with is not said.
+        run = folder.parent if folder.name == "checkpoints" else folder.parent.parent
+        log.info("going on from step %d of %s", step, run.name)
     return step
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NOISY = ("transformers", "datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
+_NOISY = ("datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
 
 
 def speak(rank: int) -> None:

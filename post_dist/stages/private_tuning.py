@@ -1,11 +1,12 @@
 """Private tuning of a prompt, once or as a search over settings. Nothing that is computed from a row is shown or kept without noise.
 
-Shapes: N rows, B rows of a micro-batch.
+Shapes: B rows of a micro-batch, C classes.
 """
 
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Tune
 from post_dist.data.tasks import load_examples
-from post_dist.models.answers import answers
+from post_dist.data.template import Batch
 from post_dist.models.classifier import BIAS_SCALE
+from post_dist.models.soft_prompt import check_room
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone, sharing_is_faster
 from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
@@ -24,6 +26,8 @@ from post_dist.privacy.search import Setting, run_search
 from post_dist.privacy.statement import privacy_statement
 from post_dist.privacy.training import PrivateRun, train_privately
 from post_dist.runtime.distributed import World
+from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.watchdog import phase
 from post_dist.stages.material import Material
 from post_dist.stages.prompt_training import schedule_at
 
@@ -55,7 +59,7 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
     )
     if not plan.private:
         log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
-    _check_model(config.tune, material)
+    check_model(config.tune, material)
     learning_rate = config.privacy.learning_rate or config.tune.learning_rate
     key_file, ledger_file = folder.path / "randomness.json", ledger_path(config)
     with lock_ledger(ledger_file) as descriptor:
@@ -92,10 +96,16 @@ def tune_privately(folder: RunFolder, material: Material, world: World, resume: 
         return parameters, privacy_statement(ledger.spending)
 
 
-def _check_model(section: Tune, material: Material) -> None:
+def check_model(section: Tune, material: Material) -> None:
+    """Refuse a model whose rows change each other's gradients, or whose context is too short.
+
+    Raises:
+        InputError: it is one.
+    """
+    check_room(material.model, section.num_virtual_tokens, _padded_length(material))
     parameters = material.parameters(section)
     gradients = _example_gradients(material, parameters)
-    rows = section.micro_batch_size_per_gpu
+    rows = max(2, section.micro_batch_size_per_gpu)  # also where 1 is given, short rows share a micro-batch
     if material.wanted.dim() == 1:
         wanted, length = torch.arange(rows) % len(material.verbalizer.token_ids), min(_LENGTH_STEP, material.template.longest)
     else:
@@ -120,35 +130,59 @@ def micro_gradients(
     if not rows:
         return
     gradients = _example_gradients(material, parameters)
-    for length, size, chosen in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
-        filled = chosen + chosen[-1:] * (size - len(chosen))
-        batch = material.template.collate([material.rows[row] for row in filled], length).to(device)
-        yield [part[: len(chosen)] for part in gradients(batch, material.wanted[filled].to(device))]
+    for counted, filled, batch in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
+        yield [part[:counted] for part in gradients(batch.to(device), material.wanted[filled].to(device))]
 
 
-def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> Iterator[tuple[int, int, list[int]]]:
-    """Rows in groups whose lengths round up to the same multiple of 16, with that length, and how many of it make a micro-batch.
+def _padded_length(material: Material) -> int:
+    """Tokens of the longest micro-batch.
 
-    So many that all micro-batches have about as many tokens as `longest_rows` rows of the greatest length.
+    A row of a masked model is never without padding: where all rows of a call are, transformers drops the mask, other kernels run, and
+    what they round would depend on how long the rows beside are.
     """
-    most = material.template.longest
+    return material.template.longest + material.model.masked
+
+
+def _micro_batches(rows: list[int], material: Material, longest_rows: int) -> Iterator[tuple[int, list[int], Batch]]:
+    """The rows in micro-batches: how many rows of each count, those rows filled up with copies of the last, and the batch itself.
+
+    Rows whose lengths round up to the same multiple of 16 come together, padded to it, and so many that all micro-batches have
+    about as many tokens as `longest_rows` rows of the greatest length.
+    """
+    most = _padded_length(material)
     groups: dict[int, list[int]] = {}
     for row in rows:
-        rounded = -(-len(material.rows[row].token_ids) // _LENGTH_STEP) * _LENGTH_STEP
+        rounded = -(-(len(material.rows[row].token_ids) + material.model.masked) // _LENGTH_STEP) * _LENGTH_STEP
         groups.setdefault(min(rounded, most), []).append(row)
     for length, group in sorted(groups.items()):
         size = longest_rows * most // length
         for start in range(0, len(group), size):
-            yield length, size, group[start : start + size]
+            chosen = group[start : start + size]
+            filled = chosen + chosen[-1:] * (size - len(chosen))
+            yield len(chosen), filled, material.template.collate([material.rows[row] for row in filled], length)
 
 
 def _right(folder: RunFolder, material: Material, parameters: Sequence[torch.Tensor], world: World) -> int:
     """How many validation rows the tuned parameters get right: private, for the search to add noise to."""
-    task = folder.config.private_task
-    examples = load_examples(task, "validation", "private_task")  # type: ignore[arg-type]
-    rows = material.template.encode(examples.texts)
-    common: dict[str, Any] = {"batch_size": folder.config.tune.batch_size, "world": world, "label": "trial"}
-    scores_NC = answers(material.model, rows, material.template, parameters[0].detach(), material.verbalizer.scores, **common)
-    if len(parameters) > 1:
-        scores_NC = scores_NC + BIAS_SCALE * parameters[1].detach().cpu()
-    return int((scores_NC.argmax(dim=1) == torch.tensor(examples.classes)).sum())
+    examples = load_examples(folder.config.private_task, "validation", "private_task")  # type: ignore[arg-type]
+    rows, wanted = material.template.encode(examples.texts), torch.tensor(examples.classes)
+    return count_right(folder.config.tune, replace(material, rows=rows, wanted=wanted), parameters, world)
+
+
+@torch.no_grad()
+def count_right(section: Tune, material: Material, parameters: Sequence[torch.Tensor], world: World) -> int:
+    """How many of the rows the parameters get right, in micro-batches of fixed shapes: one row more moves the count by one at most.
+
+    Nothing is shown of it, for how many rows and trials there are is private.
+    """
+    right = 0
+    for counted, filled, batch in _micro_batches(list(range(len(material.rows))), material, section.micro_batch_size_per_gpu):
+        phase("scoring a trial")
+        rows = batch.to(world.device)
+        scores_BC = material.verbalizer.scores(material.model(rows.input_ids, rows.attention_mask, parameters[0], rows.answer))
+        if len(parameters) > 1:
+            scores_BC = scores_BC + BIAS_SCALE * parameters[1]
+        right += int((scores_BC.argmax(dim=1).cpu() == material.wanted[filled])[:counted].sum())
+        if stop_requested(world):
+            raise stopped("a trial's score is begun again next time")
+    return right

@@ -321,6 +321,84 @@ def one_row_moves_a_real_step_by_the_norm_at_most() -> None:
             assert 1e-3 * (1 - 1e-5) <= moved <= 1e-3 * (1 + 1e-6), f"{family}: row {left_out} moves the sum by {moved / 1e-3:.7f} C"
 
 
+def calls_of(rows: list[int], made: Any, work: Callable[[Any, list[torch.Tensor], list[int]], object]) -> dict[tuple[int, ...], set]:
+    """For each row, by its tokens, the model's calls that it is in while gradients or a score are worked out.
+
+    A call is told by its shape, and by whether attention is given a mask: without one other kernels run.
+    """
+    from post_dist.models.language_model import LanguageModel
+
+    calls, forward, attention, masked = {}, LanguageModel.forward, torch.nn.functional.scaled_dot_product_attention, set()
+
+    def attend(*given: Any, attn_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
+        masked.add(attn_mask is not None)
+        return attention(*given, attn_mask=attn_mask, **named)
+
+    def watched(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        masked.clear()
+        made = forward(self, input_ids, attention_mask, *given, **named)
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            calls.setdefault(tuple(ids[mask.bool()].tolist()), set()).add((tuple(input_ids.shape), frozenset(masked)))
+        return made
+
+    with (
+        mock.patch.object(LanguageModel, "forward", watched),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+    ):
+        work(made, [made.start_nd.float()], rows)
+    return calls
+
+
+def a_row_s_calls_are_its_own() -> None:
+    from post_dist.config.schema import Tune
+
+    tuning, section, world = part("stages.private_tuning"), Tune(micro_batch_size_per_gpu=2), World(0, 1, 0, "none", CPU)
+
+    def gradients(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
+        list(tuning.micro_gradients(section, made, parameters, rows, CPU))
+
+    def score(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
+        tuning.count_right(section, replace(made, rows=[made.rows[row] for row in rows], wanted=made.wanted[rows]), parameters, world)
+
+    for family in ("llama", "roberta"):
+        made = material(family, torch.float32)
+        texts = ["the film " * words + "is dull" for words in (1, 2, 3, 4, 9, 10, 11, 12, 40, 50)]  # some fill their micro-batch
+        made = replace(made, rows=made.template.encode(texts), wanted=torch.arange(len(texts)) % 2)
+        before = made.model.model.config._attn_implementation
+        made.model.model.set_attn_implementation("sdpa" if made.model.masked else "post_dist_sdpa")  # as on a GPU
+        try:
+            for work in (gradients, score):
+                whole = calls_of(list(range(len(texts))), made, work)
+                assert all(len(calls) == 1 for calls in whole.values())
+                for row in range(len(texts)):
+                    for tokens, calls in calls_of([row], made, work).items():
+                        assert calls == whole[tokens], f"{family}: {work.__name__}: a row's call depends on the rows beside it"
+        finally:
+            made.model.model.set_attn_implementation(before)
+
+
+def made_right(made: Any, parameters: list[torch.Tensor], row: int) -> bool:
+    """Whether a row that is asked alone comes out as it should."""
+    from post_dist.models.classifier import BIAS_SCALE
+
+    batch = made.template.collate([made.rows[row]])
+    scores = made.verbalizer.scores(made.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer))
+    return bool((scores + BIAS_SCALE * parameters[1]).argmax() == made.wanted[row])
+
+
+def a_score_counts_each_row_once() -> None:
+    from post_dist.config.schema import Tune
+
+    made, tuning, world = material("llama", torch.float32), part("stages.private_tuning"), World(0, 1, 0, "none", CPU)
+    parameters, section = [made.start_nd.float(), torch.tensor([0.2, -0.1])], Tune(micro_batch_size_per_gpu=4)
+    right = [made_right(made, parameters, row) for row in range(7)]
+    for rows in ([0], [0, 1, 2], list(range(7))):
+        for wanted in (made.wanted, 1 - made.wanted):
+            chosen = replace(made, rows=[made.rows[row] for row in rows], wanted=wanted[rows])
+            expected = sum(right[row] == bool(wanted[row] == made.wanted[row]) for row in rows)
+            assert tuning.count_right(section, chosen, parameters, world) == expected
+
+
 # --------------------------------------------------------------------------------------------------- search and splits
 
 
@@ -350,30 +428,50 @@ def searches_stop_at_random_and_score_with_noise() -> None:
 
 
 def one_row_of_the_file_is_one_example_at_most() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
     from post_dist.config.sources import Task
 
     load = part("data.tasks").load_examples
-    rows = [("a", 0), ("b", 1), ("b", 1), ("c", 0), ("d", 1)]
     task = {
         "name": "t",
         "visibility": "private",
         "template": "{text} x",
+        "text": "{age} {note}",
+        "label_column": "label",
         "labels": {0: ["bad"], 1: ["good"]},
         "test_share": 0,
         "validation_share": 0,
     }
 
-    def examples(given: list[tuple[str, int]]) -> set[tuple[str, int]]:
-        with folder() as place:
-            loaded = load(Task.model_validate(task | {"path": str(tiny.write_csv(place / "t.csv", given))}), "train", "t")
-        return set(zip(loaded.texts, loaded.classes, strict=True))
+    def json_lines(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        path.write_text("".join(json.dumps(dict(zip(("age", "note", "label"), row, strict=True))) + "\n" for row in rows))
 
-    base = examples(rows)
-    for text in "abcde":
-        for label in (0, 1):
+    def whole_numbers(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        parquet.write_table(pyarrow.table(dict(zip(("age", "note", "label"), zip(*rows, strict=True), strict=True))), path)
+
+    def comma_separated(path: Path, rows: list[tuple[Any, ...]]) -> None:
+        path.write_text("age,note,label\n" + "".join(f"{age},{note},{label}\n" for age, note, label in rows))
+
+    rows = [(30, "a", 0), (31, "b", 1), (31, "b", 1), (32, "c", 0), (33, "d", 1)]
+    added = [(age, note, label) for age, note in zip(range(30, 35), "abcde", strict=True) for label in (0, 1)]
+    missing, odd = (None, "e", 1), [(3.5, "e", 1), ("old", "e", 1), (True, "e", 1), (30, "e", None)]
+    kinds = {"csv": (comma_separated, added), "jsonl": (json_lines, [*added, missing, *odd]), "parquet": (whole_numbers, [*added, missing])}
+    for ending, (write, more) in kinds.items():
+
+        def examples(given: list[tuple[Any, ...]], ending: str = ending, write: Callable = write) -> set[tuple[str, int]]:
+            with folder() as place:
+                write(place / f"t.{ending}", given)
+                loaded = load(Task.model_validate(task | {"path": place / f"t.{ending}"}), "train", "t")
+            return set(zip(loaded.texts, loaded.classes, strict=True))
+
+        base = examples(rows)
+        assert base == {("30 a", 0), ("31 b", 1), ("32 c", 0), ("33 d", 1)}
+        for row in more:
             for place in (0, len(rows)):
-                changed = examples([*rows[:place], (text, label), *rows[place:]])
-                assert len(base ^ changed) <= 1, f"one row more, ({text}, {label}), changed {len(base ^ changed)} examples"
+                changed = examples([*rows[:place], row, *rows[place:]])
+                assert len(base ^ changed) <= 1, f"{ending}: one row more, {row}, changed {len(base ^ changed)} examples"
 
 
 CHECKS: list[Callable[[], None]] = [
@@ -388,6 +486,8 @@ CHECKS: list[Callable[[], None]] = [
     everything_is_drawn_at_probability_one,
     gradients_are_each_example_s_own,
     one_row_moves_a_real_step_by_the_norm_at_most,
+    a_row_s_calls_are_its_own,
+    a_score_counts_each_row_once,
     searches_stop_at_random_and_score_with_noise,
     one_row_of_the_file_is_one_example_at_most,
 ]

@@ -11,8 +11,10 @@ import torch
 from privacy.checks import CPU, apart, change_each_example, example_gradients, gradients_one_at_a_time, material
 
 from post_dist.bench.peers import OpacusLora
+from post_dist.config.schema import Tune
 from post_dist.errors import InputError
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone
+from post_dist.stages.private_tuning import check_model
 
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
 TIGHT = {"gpt2": 1e-12, "roberta": 1e-12}
@@ -84,6 +86,8 @@ def test_a_model_that_mixes_rows_is_refused() -> None:
     try:
         with pytest.raises(InputError, match="change each other"):
             check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
+        with pytest.raises(InputError, match="change each other"):
+            check_model(Tune(micro_batch_size_per_gpu=1), made)
     finally:
         mixed.remove()
 

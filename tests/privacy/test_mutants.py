@@ -23,6 +23,7 @@ MODULES = (
     "privacy.training",
     "privacy.search",
     "privacy.statement",
+    "data.source",
     "data.tasks",
     "stages.private_tuning",
 )
@@ -234,9 +235,30 @@ MUTANTS = [
     Mutant(
         "copies that fill up counted as examples",
         "stages.private_tuning",
-        "part[: len(chosen)] for part",
+        "part[:counted] for part",
         "part for part",
         "one_row_moves_a_real_step_by_the_norm_at_most",
+    ),
+    Mutant(
+        "padded to the longest row of a micro-batch",
+        "stages.private_tuning",
+        "[material.rows[row] for row in filled], length)",
+        "[material.rows[row] for row in filled])",
+        "a_row_s_calls_are_its_own",
+    ),
+    Mutant(
+        "rows of a masked model that fill their call",
+        "stages.private_tuning",
+        "len(material.rows[row].token_ids) + material.model.masked",
+        "len(material.rows[row].token_ids)",
+        "a_row_s_calls_are_its_own",
+    ),
+    Mutant(
+        "copies that fill up counted as right",
+        "stages.private_tuning",
+        "[:counted].sum()",
+        ".sum()",
+        "a_score_counts_each_row_once",
     ),
     Mutant(
         "empty batch skipped",
@@ -361,6 +383,13 @@ MUTANTS = [
         "data.tasks",
         "if text not in disputed",
         "",
+        "one_row_of_the_file_is_one_example_at_most",
+    ),
+    Mutant(
+        "a type for each column, from all its rows",
+        "data.source",
+        "pd.DataFrame(rows, dtype=object)",
+        "pd.DataFrame(rows)",
         "one_row_of_the_file_is_one_example_at_most",
     ),
 ]

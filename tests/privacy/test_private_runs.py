@@ -108,9 +108,12 @@ def test_a_false_claim_is_seen(folder: Path, main: Callable) -> None:
 
 
 def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: Callable) -> None:
-    """Also not of a run that fails: the label of the canary's row is not in the verbalizer the second time."""
+    """Also not of a run that fails: the label of the canary's row is not in the verbalizer the second time.
+
+    Nor how long a row is, though some are longer than the model's context.
+    """
     rows = tiny.sentences(200, 1)
-    rows[5:25] = [(f"{CANARY} {number} nonpareil", 1) for number in range(20)]
+    rows[5:25] = [(f"{CANARY} {number} nonpareil" + number % 2 * " on and on" * 200, 1) for number in range(20)]
     tiny.write_csv(folder / "private.csv", rows)
     good = tune(post_dist_as_main(post_dist), folder)
     assert good[0] == 0, good[2]
@@ -119,6 +122,7 @@ def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: 
     assert bad[0] == 2
     words = {word for word in CANARY.split()} | {"nonpareil", "77"}
     shown = good[1] + good[2] + bad[1] + bad[2]
+    assert "longer than" not in shown
     assert not [word for word in words if re.search(rf"\b{word}\b", shown)]
     written = [path for path in folder.rglob("*") if path.is_file() and path.name != "private.csv"]
     assert len(written) > 10
@@ -204,6 +208,9 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     code, out, err = tune(main, folder, search)
     assert code == 0, err
     path = artefact(out)
+    shown = err + "".join(log.read_text() for log in path.parent.glob("logs/*"))
+    assert "tune: epsilon" in shown
+    assert not re.search(r"trial|\d+/\d+", shown), "how many trials and validation rows there are is private"
     said = json.loads((path / "privacy.json").read_text())
     assert 7.9 < said["epsilon"] <= 8
     assert said["epsilon"] > said["cross_checks"]["pld"] + 0.5, "selection is not free"
@@ -215,6 +222,11 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     assert manifest.config["tune"]["search"]["mean_trials"] == 2
     assert "trials" not in set(said) - {"mean_trials"}
     assert str(budget["runs"][0]["steps_charged"]) not in {str(value) for name, value in said.items() if name != "steps"}
+    shutil.rmtree(path)
+    code, out, err = tune(main, folder, search)
+    assert (code, out) == (4, "")
+    assert "key of run" in err
+    assert "has been destroyed" in err
 
 
 def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:

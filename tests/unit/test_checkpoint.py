@@ -8,7 +8,9 @@ import torch
 
 from post_dist.artifacts.manifest import write_file
 from post_dist.errors import InputError
+from post_dist.runtime import checkpoint
 from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
+from post_dist.runtime.distributed import World
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -36,6 +38,15 @@ def test_a_folder_with_an_extra_file_is_not_what_was_written(tmp_path: Path) -> 
     save_tensors(tmp_path, 1, {"a": torch.zeros(1)})
     (tmp_path / "step-1" / "more").write_text("x")
     assert newest_step(tmp_path) == 0
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/trial-3"])
+def test_going_on_names_the_run_and_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(checkpoint.log, "info", lambda message, *values: said.append(message % values))
+    save_tensors(tmp_path / "tune-1234" / place, 6, {"a": torch.zeros(1)})
+    assert checkpoint.start_step(tmp_path / "tune-1234" / place, "auto", World(0, 1, 0, "none", torch.device("cpu"))) == 6
+    assert said == ["going on from step 6 of tune-1234"]
 
 
 def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
     assert list(zip(examples.texts, examples.classes, strict=True)) == wanted
 
 
+def test_values_of_the_hub_are_taken_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"age": [30, None, 31], "note": ["a", "b", "c"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: rows)
+    section = Task.model_validate({"name": "t", "visibility": "public", "hub": "org/data", "revision": "abc", "text": "{age} {note}"})
+    assert load_public_texts(section, "t") == (["30 a", "31 c"], [])
+
+
 def test_columns_are_composed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("title,content\nA,b c\n")

@@ -160,7 +160,18 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "{", '{"epsilon": -1}', '{"epsilon": "8"}', '{"epsilon": Infinity}', '{"epsilon": true}', "x" * 70_000]
+    "content",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"epsilon": -1}',
+        '{"epsilon": "8"}',
+        '{"epsilon": Infinity}',
+        '{"epsilon": 1' + 400 * "0" + "}",
+        '{"epsilon": true}',
+        "x" * 70_000,
+    ],
 )
 def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "prompt"
@@ -174,7 +185,7 @@ def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: st
         read_prompt(folder)
 
 
-@pytest.mark.parametrize("biases", [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0]])
+@pytest.mark.parametrize("biases", [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0], [10**400, 0]])
 def test_biases_that_do_not_fit_are_refused(tmp_path: Path, biases: list) -> None:
     folder = tmp_path / "prompt"
 
