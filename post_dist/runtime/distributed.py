@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import EnvironmentFault, InputError, PostDistError
+from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
+from post_dist.runtime.watchdog import unwatched
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,15 @@ class World:
             raise failure or _of_another_rank(code)
 
     def on_main(self, work: Callable[[], object]) -> None:
-        """Do the work on rank 0 while the others wait for it, or fail with it."""
-        self.together(work if self.is_main else lambda: None)
+        """Do the work on rank 0 while the others wait for it, or fail with it.
+
+        It may take hours, and rank 0 has a watchdog of its own: when that ends it, the launcher ends those that wait.
+        """
+        if self.is_main:
+            self.together(work)
+            return
+        with unwatched("waiting for rank 0"):
+            self.together(lambda: None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -130,6 +138,8 @@ class World:
 
 
 def _of_another_rank(exit_code: int) -> PostDistError:
+    if exit_code == Interrupted.exit_code:
+        return Interrupted("another rank was stopped", "the same command goes on from what that rank has saved")
     error = PostDistError("another rank could not go on", "what it says itself tells why")
     error.exit_code = exit_code
     return error

@@ -1,0 +1,55 @@
+"""What ranks tell each other: that rank 0 was stopped or refused."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+def two_ranks(*arguments: object, prepare: tuple[str, str] = ("nothing", "nothing")) -> tuple[list[int], list[str]]:
+    """The exit codes of two ranks without a launcher that would end them, and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    running = []
+    for rank, preparation in enumerate(prepare):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(Path(__file__).with_name("prepared_rank.py")), preparation, *map(str, arguments)]
+        environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+    said = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], said
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file whose student is given."""
+    folder = tmp_path_factory.mktemp("distilled")
+    run = tiny.write_run(folder)
+    tiny.write_model(folder / "student", "llama", layers=2)
+    return run
+
+
+def test_all_ranks_stop_with_rank_0_while_it_tunes(distilled: Path, tmp_path: Path) -> None:
+    command = ("tune", distilled, f"--set=inputs.student={distilled.parent / 'student'}", f"--output={tmp_path}")
+    codes, said = two_ranks(*command, prepare=("stopped at its third step", "nothing"))
+    assert codes == [6, 6], said
+    assert "is saved at step 3 of 6" in said[0]
+    assert "another rank was stopped" in said[1]
+    codes, said = two_ranks(*command)
+    assert codes == [0, 0], said
+    assert "going on from step 3" in said[0]
+
+
+def test_all_ranks_are_refused_with_rank_0(distilled: Path, tmp_path: Path) -> None:
+    settings = ["privacy.enabled=true", "privacy.declared_examples=160", "privacy.noise_multiplier=1", "privacy.max_total_epsilon=0.01"]
+    settings += [f"privacy.ledger={tmp_path / 'ledger'}", f"inputs.student={distilled.parent / 'student'}"]
+    codes, said = two_ranks("tune", distilled, *(f"--set={setting}" for setting in settings), f"--output={tmp_path}")
+    assert codes == [5, 5], said
+    assert "past its cap" in said[0]
+    assert "another rank could not go on" in said[1]
+    assert not list(tmp_path.glob("tiny/*/artifact"))
