@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -88,31 +88,34 @@ class World:
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
 
-    def together(self, work: Callable[[], object]) -> None:
-        """Do each rank's own work; when it fails on one, all raise, and nobody waits for a rank that has left.
+    def together(self, work: Callable[[], Shared]) -> Shared:
+        """What each rank's own work gives; when it fails on one, all raise, and nobody waits for a rank that has left.
 
         Raises:
             PostDistError: another rank failed; with its exit code, for that is what a launcher reports.
         """
+        given: list[Shared] = []
         failure = None
         try:
-            work()
+            given.append(work())
         except PostDistError as error:
             failure = error
         code = self._most(failure.exit_code if failure else 0)
         if code:
             raise failure or _of_another_rank(code)
+        return given[0]
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Do the work on rank 0 while the others wait for it, or fail with it.
+    def on_main(self, work: Callable[[], Shared]) -> Shared:
+        """What rank 0's work gives, on every rank; the others wait for it, or fail with it.
 
         It may take hours, and rank 0 has a watchdog of its own: when that ends it, the launcher ends those that wait.
+        Whatever may not exist yet is looked for here: a file that a rank has missed, its node goes on missing for half a minute on NFS.
         """
         if self.is_main:
-            self.together(work)
-            return
+            return self.from_main(self.together(work))
         with unwatched("waiting for rank 0"):
             self.together(lambda: None)
+        return self.from_main(cast(Shared, None))
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

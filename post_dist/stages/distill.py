@@ -63,9 +63,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     masking = masking_for(teacher, tokenizer, config)
 
     untrained = folder.checkpoints / "untrained"
-    is_cut = untrained.exists()
-    world.barrier()  # before rank 0 makes it: the ranks must see the same
-    if not is_cut:
+    if not world.on_main(untrained.exists):
         layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
         world.on_main(lambda: write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
     student = load_whole(untrained, precision, world.device)

@@ -210,8 +210,7 @@ class Pipeline:
 
     def _run(self, folders: list[RunFolder], stage: Callable[[list[RunFolder]], None]) -> None:
         """Run a stage for those of its folders that are not finished."""
-        unfinished = [folder for folder in folders if not folder.finished]
-        self._world.barrier()
+        unfinished = self._world.on_main(lambda: [folder for folder in folders if not folder.finished])
         for folder in folders:
             if folder not in unfinished:
                 log.info("%s is finished: %s", folder.stage, folder.path)

@@ -1,4 +1,4 @@
-"""What ranks tell each other: that rank 0 was stopped or refused."""
+"""What ranks tell each other: that rank 0 was stopped or refused, and what it finds on the disk."""
 
 import os
 import socket
@@ -53,3 +53,9 @@ def test_all_ranks_are_refused_with_rank_0(distilled: Path, tmp_path: Path) -> N
     assert "past its cap" in said[0]
     assert "another rank could not go on" in said[1]
     assert not list(tmp_path.glob("tiny/*/artifact"))
+
+
+def test_another_node_looks_for_nothing_before_it_is_there(distilled: Path, tmp_path: Path) -> None:
+    command = ("pipeline", distilled, f"--output={tmp_path / 'new'}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
+    codes, said = two_ranks(*command, prepare=("nothing", "on a node that remembers what it missed"))
+    assert codes == [0, 0], said
