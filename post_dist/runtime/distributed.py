@@ -4,8 +4,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -116,21 +115,6 @@ class World:
         with unwatched("waiting for rank 0"):
             self.together(lambda: None)
         return self.from_main(cast(Shared, None))
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0, then on the others: they find what it has made, or fail with it."""
-        if not self.is_main:
-            self.together(lambda: None)
-            yield
-            return
-        failure = None
-        try:
-            yield
-        except PostDistError as error:
-            failure = error
-        if self._most(failure.exit_code if failure else 0) and failure is not None:
-            raise failure
 
     def _most(self, number: int) -> int:
         if self.size == 1:

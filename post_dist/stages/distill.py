@@ -93,10 +93,12 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         whole.load_state_dict(trained, strict=False)
 
         def fill(artifact: Path) -> None:
+            phase("writing the student")
             whole.save_pretrained(artifact)
             tokenizer.save_pretrained(artifact)
             summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
             write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
+            phase("hashing the student")
 
         write_artefact(
             folder.artifact,
@@ -117,6 +119,7 @@ def _check_reads_back(artifact: Path, precision: Precision, weights: dict[str, t
     Raises:
         EnvironmentFault: what is on the disk is not what was trained.
     """
+    phase("reading the student back")
     loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
     differing = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
     if differing or not all(bool(tensor.isfinite().all()) for tensor in weights.values()):

@@ -19,6 +19,7 @@ from post_dist.errors import InputError
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
+from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill import distill
 from post_dist.stages.evaluate import ON_TARGET, Prompts, evaluate
 from post_dist.stages.transfer import Client, transfer
@@ -168,8 +169,10 @@ class Pipeline:
     def teacher(self) -> Path:
         """The folder of the large LLM."""
         self._need("teacher")
-        with self._world.main_first():
-            folder = model_folder(self._config.teacher)  # type: ignore[arg-type]
+        fetch = partial(model_folder, self._config.teacher)  # type: ignore[arg-type]
+        with unwatched("fetching the teacher"):  # the hub's client has time limits of its own
+            self._world.on_main(fetch)
+            folder = self._world.together(fetch)  # a node may have a cache of its own
         load_config(folder)
         return folder
 

@@ -11,16 +11,21 @@ import tiny
 
 
 def two_ranks(*arguments: object, prepare: tuple[str, str] = ("nothing", "nothing")) -> tuple[list[int], list[str]]:
-    """The exit codes of two ranks without a launcher that would end them, and what they said."""
+    """The command line on two ranks; their exit codes, and what they said."""
+    program = str(Path(__file__).with_name("prepared_rank.py"))
+    return two_processes(*([program, preparation, *map(str, arguments)] for preparation in prepare))
+
+
+def two_processes(*programs: list[str]) -> tuple[list[int], list[str]]:
+    """The same for two programs, without a launcher that would end one after the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     running = []
-    for rank, preparation in enumerate(prepare):
+    for rank, program in enumerate(programs):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(Path(__file__).with_name("prepared_rank.py")), preparation, *map(str, arguments)]
         environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        running.append(subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
     said = [process.communicate(timeout=200)[1] for process in running]
     return [process.returncode for process in running], said
 
@@ -59,3 +64,35 @@ def test_another_node_looks_for_nothing_before_it_is_there(distilled: Path, tmp_
     command = ("pipeline", distilled, f"--output={tmp_path / 'new'}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
     codes, said = two_ranks(*command, prepare=("nothing", "on a node that remembers what it missed"))
     assert codes == [0, 0], said
+
+
+WATCHED = """
+import sys, time
+from post_dist.runtime.distributed import start
+from post_dist.runtime.watchdog import phase, watch
+
+world = start(0)
+world.barrier()
+watch(world.rank, 4)
+
+def work():
+    for part in range(5):
+        phase(f"part {part}")
+        time.sleep(2 if sys.argv[1] == "works" else 600)
+
+world.on_main(work)
+world.leave()
+"""
+
+
+def test_who_waits_for_rank_0_is_not_ended_while_that_works() -> None:
+    codes, said = two_processes(*2 * [["-c", WATCHED, "works"]])
+    assert codes == [0, 0], said
+
+
+def test_a_rank_0_that_hangs_is_ended_by_its_own_watchdog_and_the_others_follow() -> None:
+    codes, said = two_processes(*2 * [["-c", WATCHED, "hangs"]])
+    assert codes[0] == 3, said
+    assert "rank 0 has stood still for 4 s in: part 0" in said[0]
+    assert codes[1] not in (0, 3), "it has lost its connection, and no watchdog of its own has ended it"
+    assert "/gloo/" in said[1]
