@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
+from post_dist.artifacts.manifest import write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, training_settings
 from post_dist.config.schema import Distill, RunConfig, Student
@@ -43,7 +43,7 @@ _MOST_STAND_INS_IN_A_ROW = 5
 _ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
 
 
-def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) -> None:
+def distill(folder: RunFolder, teacher_folder: Path, teacher_digest: str, world: World, resume: str) -> None:
     """Train a student and leave it in `folder.artifact`, with the figures of the held-out text in its manifest."""
     config = folder.config
     section, corpus_section, student_section = config.distill, config.corpus, config.student
@@ -73,8 +73,8 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         load_engine(folder.checkpoints, first_step, engine)
     asked = signals = ask_teacher(teacher, section.layers_in_teacher(student_section))
     if section.cache != "none":
-        place, digest = folder.path.parent, fingerprint(teacher_folder)
-        signals = cache_teacher(place, teacher, digest, corpus, section, student_section, seed=config.seed, world=world)
+        place = folder.path.parent
+        signals = cache_teacher(place, teacher, teacher_digest, corpus, section, student_section, seed=config.seed, world=world)
     _train(engine, Batches(corpus, masking, signals, section, world), section, folder, world, first_step)
 
     figures = _held_out_figures(engine, asked, corpus, masking, section.micro_batch_size_per_gpu, world)
@@ -104,7 +104,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
             folder.artifact,
             "student",
             fill,
-            parents={"teacher": fingerprint(teacher_folder)},
+            parents={"teacher": teacher_digest},
             config=facts,
             tokenizer=tokenizer_fingerprint(tokenizer),
             check=lambda artifact: _check_reads_back(artifact, precision, whole.state_dict()),

@@ -86,7 +86,8 @@ def cache_teacher(
     if section.cache == "sampled" and section.alpha_cos:
         raise InputError("distill.cache: sampled keeps no hidden states, which the cosine term compares", "set distill.alpha_cos: 0")
     maker = _Maker(teacher, section, student, seed)
-    signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), "apart": corpus.keeps_apart, **maker.facts})
+    corpus_digest = world.on_main(partial(file_digest, corpus.path))
+    signature = digest_of({"teacher": teacher_digest, "corpus": corpus_digest, "apart": corpus.keeps_apart, **maker.facts})
     place = folder / f"teacher-signals-{signature[:8]}"
     known = world.on_main(partial(_index, place))  # another run may be adding files, and all ranks must go by the same
     missing = [number for number in corpus.numbers_of_first(section.steps * section.batch_size) if number not in known]

@@ -66,6 +66,12 @@ def test_another_node_looks_for_nothing_before_it_is_there(distilled: Path, tmp_
     assert codes == [0, 0], said
 
 
+def test_models_and_data_are_hashed_once(distilled: Path, tmp_path: Path) -> None:
+    command = ("pipeline", distilled, f"--output={tmp_path}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
+    codes, said = two_ranks(*command, prepare=("nothing", "allowed to hash prompts alone"))
+    assert codes == [0, 0], said
+
+
 WATCHED = """
 import sys, time
 from post_dist.runtime.distributed import start
