@@ -79,7 +79,7 @@ def distill(folder: RunFolder, teacher_folder: Path, teacher_digest: str, world:
 
     figures = _held_out_figures(engine, asked, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(student).items()}
+    trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(student, world).items()}
     facts = {
         "layers": layers,
         "num_teacher_layers": len(teacher.layers),
@@ -226,7 +226,7 @@ def _train(engine: Any, batches: "Batches", section: Distill, folder: RunFolder,
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=skipped, learning_rate=rate)
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             stop = stop_requested(world)
-            if stop or ((step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps):
+            if stop or (step + 1) % section.checkpoint_every_steps == 0 or step + 1 == section.steps:
                 save_engine(folder.checkpoints, step + 1, engine, world)
             if stop:
                 raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")

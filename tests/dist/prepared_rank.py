@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from post_dist.cli import main
-from post_dist.stages import prompt_training
+from post_dist.stages import distill, prompt_training
 
 
 def stopped_at_its_third_step() -> None:
@@ -71,11 +71,23 @@ def allowed_to_hash_prompts_alone() -> None:
     hashlib.file_digest = file_digest
 
 
+def given_no_whole_model() -> None:
+    real = distill.full_weights
+
+    def full_weights(*given: object) -> dict:
+        weights = real(*given)
+        assert weights == {}, f"{len(weights)} tensors"
+        return weights
+
+    distill.full_weights = full_weights
+
+
 PREPARATIONS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "stopped at its third step": stopped_at_its_third_step,
     "on a node that remembers what it missed": on_a_node_that_remembers_what_it_missed,
     "allowed to hash prompts alone": allowed_to_hash_prompts_alone,
+    "given no whole model": given_no_whole_model,
 }
 
 if __name__ == "__main__":

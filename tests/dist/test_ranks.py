@@ -1,4 +1,4 @@
-"""What ranks tell each other: that rank 0 was stopped or refused, and what it finds on the disk."""
+"""What ranks tell each other: that rank 0 was stopped or refused, what it finds on the disk, and that it works."""
 
 import os
 import socket
@@ -69,6 +69,12 @@ def test_another_node_looks_for_nothing_before_it_is_there(distilled: Path, tmp_
 def test_models_and_data_are_hashed_once(distilled: Path, tmp_path: Path) -> None:
     command = ("pipeline", distilled, f"--output={tmp_path}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
     codes, said = two_ranks(*command, prepare=("nothing", "allowed to hash prompts alone"))
+    assert codes == [0, 0], said
+
+
+def test_rank_0_alone_holds_the_student_whole(distilled: Path, tmp_path: Path) -> None:
+    command = ("distill", distilled, f"--output={tmp_path}", "--set=engine.zero_stage=3")
+    codes, said = two_ranks(*command, prepare=("nothing", "given no whole model"))
     assert codes == [0, 0], said
 
 
