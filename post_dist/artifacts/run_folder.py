@@ -66,7 +66,7 @@ class RunFolder:
             EnvironmentFault: another process works in it.
         """
         with writing(self.path):
-            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
         with lock:
             try:

@@ -4,6 +4,8 @@ Shapes: B sequences, T tokens.
 """
 
 import logging
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from post_dist.data.order import Share, shares, shuffled_rows
 from post_dist.data.source import read_columns, texts_of
 from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
+from post_dist.runtime.watchdog import phase, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +95,7 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
     Raises:
         InputError: the text is too short.
     """
-    with world.main_first():
-        if not path.exists():
-            sequences = _pack(section, tokenizer)
-            if len(sequences) <= section.held_out_sequences:
-                raise InputError(
-                    f"corpus: {len(sequences)} sequences in all, and {section.held_out_sequences} to be held out",
-                    "give more text, a shorter sequence_length or fewer held_out_sequences",
-                )
-            write_file(path, lambda partial: np.save(partial, sequences))
+    world.on_main(partial(_write_packed, section, tokenizer, path))
     corpus = Corpus(path, section.held_out_sequences, seed, _separator(tokenizer) if section.separate_documents else None)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
@@ -111,19 +106,35 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
     return corpus
 
 
+def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    if path.exists():
+        return
+    sequences = _pack(section, tokenizer)
+    if len(sequences) <= section.held_out_sequences:
+        raise InputError(
+            f"corpus: {len(sequences)} sequences in all, and {section.held_out_sequences} to be held out",
+            "give more text, a shorter sequence_length or fewer held_out_sequences",
+        )
+    write_file(path, lambda file: np.save(file, sequences))
+
+
 def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    texts = texts_of(read_columns(section, placeholders(section.text), section.hub_split, "corpus"), section.text)[: section.max_rows]
-    separator = [_separator(tokenizer)]
-    stream: list[int] = []
-    wanted = section.max_tokens or float("inf")
+    with unwatched("reading the corpus"):
+        table = read_columns(section, placeholders(section.text), section.hub_split, "corpus")
+    texts = texts_of(table, section.text)[: section.max_rows]
+    separator = _separator(tokenizer)
+    parts: list[np.ndarray] = []  # four bytes a token, a ninth of a list of integers
+    wanted, made = section.max_tokens or float("inf"), 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        for tokens in tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False).input_ids:
-            stream += tokens + separator
-        if len(stream) >= wanted:
-            del stream[int(wanted) :]
+        phase(f"tokenising the corpus, {start} of {len(texts)} documents done")
+        documents = tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False).input_ids
+        parts.append(np.fromiter(chain.from_iterable((*tokens, separator) for tokens in documents), dtype=np.int32))
+        made += len(parts[-1])
+        if made >= wanted:
             break
+    stream = np.concatenate(parts)[: section.max_tokens]
     count = len(stream) // section.sequence_length
-    return np.array(stream[: count * section.sequence_length], dtype=np.int32).reshape(count, section.sequence_length)
+    return stream[: count * section.sequence_length].reshape(count, section.sequence_length)
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int:

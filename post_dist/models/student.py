@@ -22,6 +22,7 @@ from post_dist.models.language_model import LanguageModel, layer_list_name
 from post_dist.models.load import is_masked, load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
 from post_dist.runtime.distributed import World
+from post_dist.runtime.watchdog import phase
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def write_student(folder: Path, teacher_folder: Path, layers: tuple[int, ...], t
     place = {layer: index for index, layer in enumerate(layers)}
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(teacher_folder.glob("*.safetensors")):
+        phase(f"reading the student's weights from {file.name}")
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
                 match = layer_key.match(name)
@@ -110,6 +112,7 @@ def write_student(folder: Path, teacher_folder: Path, layers: tuple[int, ...], t
                     tensors[name] = weights.get_tensor(name)
                 elif int(match[2]) in place:
                     tensors[f"{match[1]}{prefix}.{place[int(match[2])]}.{match[3]}"] = weights.get_tensor(name)
+    phase("writing the untrained student")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _cut_config(config, layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,19 +4,19 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import EnvironmentFault, InputError, PostDistError
+from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
+from post_dist.runtime.watchdog import unwatched
 
 log = logging.getLogger(__name__)
 
@@ -87,39 +87,34 @@ class World:
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
 
-    def together(self, work: Callable[[], object]) -> None:
-        """Do each rank's own work; when it fails on one, all raise, and nobody waits for a rank that has left.
+    def together(self, work: Callable[[], Shared]) -> Shared:
+        """What each rank's own work gives; when it fails on one, all raise, and nobody waits for a rank that has left.
 
         Raises:
             PostDistError: another rank failed; with its exit code, for that is what a launcher reports.
         """
+        given: list[Shared] = []
         failure = None
         try:
-            work()
+            given.append(work())
         except PostDistError as error:
             failure = error
         code = self._most(failure.exit_code if failure else 0)
         if code:
             raise failure or _of_another_rank(code)
+        return given[0]
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Do the work on rank 0 while the others wait for it, or fail with it."""
-        self.together(work if self.is_main else lambda: None)
+    def on_main(self, work: Callable[[], Shared]) -> Shared:
+        """What rank 0's work gives, on every rank; the others wait for it, or fail with it.
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0, then on the others: they find what it has made, or fail with it."""
-        if not self.is_main:
+        It may take hours, and rank 0 has a watchdog of its own: when that ends it, the launcher ends those that wait.
+        Whatever may not exist yet is looked for here: a file that a rank has missed, its node goes on missing for half a minute on NFS.
+        """
+        if self.is_main:
+            return self.from_main(self.together(work))
+        with unwatched("waiting for rank 0"):
             self.together(lambda: None)
-            yield
-            return
-        failure = None
-        try:
-            yield
-        except PostDistError as error:
-            failure = error
-        if self._most(failure.exit_code if failure else 0) and failure is not None:
-            raise failure
+        return self.from_main(cast(Shared, None))
 
     def _most(self, number: int) -> int:
         if self.size == 1:
@@ -130,6 +125,8 @@ class World:
 
 
 def _of_another_rank(exit_code: int) -> PostDistError:
+    if exit_code == Interrupted.exit_code:
+        return Interrupted("another rank was stopped", "the same command goes on from what that rank has saved")
     error = PostDistError("another rank could not go on", "what it says itself tells why")
     error.exit_code = exit_code
     return error

@@ -29,7 +29,10 @@ def speak(rank: int) -> None:
 def log_file(folder: Path, rank: int) -> Iterator[None]:
     """Also write this rank's log to `logs/rank<N>.log` of a run folder while the body runs."""
     logger = logging.getLogger("post_dist")
-    handler = logging.FileHandler(folder / "logs" / f"rank{rank}.log")
+    place = folder / "logs" / f"rank{rank}.log"
+    # Every rank makes the folder: that asks the server, where opening the file would believe this node that there was none before.
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(place)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     try:

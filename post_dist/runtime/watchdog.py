@@ -50,13 +50,13 @@ def phase(name: str) -> None:
 
 @contextmanager
 def unwatched(name: str) -> Iterator[None]:
-    """For a wait that may be as long as another rank's work."""
+    """For a wait that may be as long as another rank's work, or as a network is slow."""
     phase(name)
-    _Watch.paused = True
+    before, _Watch.paused = _Watch.paused, True
     try:
         yield
     finally:
-        _Watch.paused = False
+        _Watch.paused = before
         phase(name)
 
 

@@ -83,10 +83,10 @@ def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
     return context
 
 
-def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of a model on the CPU, gathered from its shards if it has any. All ranks call it."""
+def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """The whole state of a model, gathered from its shards if it has any: on rank 0, in host memory. All ranks call it."""
     with gathered(model):
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()} if world.is_main else {}
 
 
 def shard_share(model: nn.Module) -> float:

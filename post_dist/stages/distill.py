@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.manifest import fingerprint, write_artefact, write_folder
+from post_dist.artifacts.manifest import write_artefact, write_folder
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import Precision, training_settings
 from post_dist.config.schema import Distill, RunConfig, Student
@@ -43,7 +43,7 @@ _MOST_STAND_INS_IN_A_ROW = 5
 _ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}  # POST's distill/train.py
 
 
-def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) -> None:
+def distill(folder: RunFolder, teacher_folder: Path, teacher_digest: str, world: World, resume: str) -> None:
     """Train a student and leave it in `folder.artifact`, with the figures of the held-out text in its manifest."""
     config = folder.config
     section, corpus_section, student_section = config.distill, config.corpus, config.student
@@ -63,9 +63,7 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
     masking = masking_for(teacher, tokenizer, config)
 
     untrained = folder.checkpoints / "untrained"
-    is_cut = untrained.exists()
-    world.barrier()  # before rank 0 makes it: the ranks must see the same
-    if not is_cut:
+    if not world.on_main(untrained.exists):
         layers = _choose_layers(student_section, teacher, corpus, section.micro_batch_size_per_gpu, world)
         world.on_main(lambda: write_folder(untrained, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
     student = load_whole(untrained, precision, world.device)
@@ -75,13 +73,13 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         load_engine(folder.checkpoints, first_step, engine)
     asked = signals = ask_teacher(teacher, section.layers_in_teacher(student_section))
     if section.cache != "none":
-        place, digest = folder.path.parent, fingerprint(teacher_folder)
-        signals = cache_teacher(place, teacher, digest, corpus, section, student_section, seed=config.seed, world=world)
+        place = folder.path.parent
+        signals = cache_teacher(place, teacher, teacher_digest, corpus, section, student_section, seed=config.seed, world=world)
     _train(engine, Batches(corpus, masking, signals, section, world), section, folder, world, first_step)
 
     figures = _held_out_figures(engine, asked, corpus, masking, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(student).items()}
+    trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(student, world).items()}
     facts = {
         "layers": layers,
         "num_teacher_layers": len(teacher.layers),
@@ -95,16 +93,18 @@ def distill(folder: RunFolder, teacher_folder: Path, world: World, resume: str) 
         whole.load_state_dict(trained, strict=False)
 
         def fill(artifact: Path) -> None:
+            phase("writing the student")
             whole.save_pretrained(artifact)
             tokenizer.save_pretrained(artifact)
             summary = f"A student of {len(layers)} of {len(teacher.layers)} layers (numbers {layers}), distilled on public text."
             write_card(artifact, "Student for private soft-prompt tuning", summary, figures, library="transformers")
+            phase("hashing the student")
 
         write_artefact(
             folder.artifact,
             "student",
             fill,
-            parents={"teacher": fingerprint(teacher_folder)},
+            parents={"teacher": teacher_digest},
             config=facts,
             tokenizer=tokenizer_fingerprint(tokenizer),
             check=lambda artifact: _check_reads_back(artifact, precision, whole.state_dict()),
@@ -119,6 +119,7 @@ def _check_reads_back(artifact: Path, precision: Precision, weights: dict[str, t
     Raises:
         EnvironmentFault: what is on the disk is not what was trained.
     """
+    phase("reading the student back")
     loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
     differing = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
     if differing or not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
@@ -225,7 +226,7 @@ def _train(engine: Any, batches: "Batches", section: Distill, folder: RunFolder,
             metrics.write(step=step, ce=ce, lm=lm, cos=cos, skipped=skipped, learning_rate=rate)
             advance(f"ce {ce:.3f} lm {lm:.3f} cos {cos:.3f}")
             stop = stop_requested(world)
-            if stop or ((step + 1) % section.checkpoint_every_steps == 0 and step + 1 < section.steps):
+            if stop or (step + 1) % section.checkpoint_every_steps == 0 or step + 1 == section.steps:
                 save_engine(folder.checkpoints, step + 1, engine, world)
             if stop:
                 raise stopped(f"{folder.path.name} is saved at step {step + 1} of {section.steps}")

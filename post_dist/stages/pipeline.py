@@ -19,6 +19,7 @@ from post_dist.errors import InputError
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
+from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill import distill
 from post_dist.stages.evaluate import ON_TARGET, Prompts, evaluate
 from post_dist.stages.transfer import Client, transfer
@@ -50,7 +51,7 @@ class Pipeline:
         """The student."""
         self._need("teacher", "student", "corpus")
         folder = run_folder(self._config, "distill", {"teacher": self._teacher_digest, "corpus": self._data("corpus")})
-        self._run([folder], lambda _: distill(folder, self.teacher, self._world, self._resume))
+        self._run([folder], lambda _: distill(folder, self.teacher, self._teacher_digest, self._world, self._resume))
         return folder
 
     def tune(self) -> RunFolder:
@@ -119,22 +120,26 @@ class Pipeline:
         self._need("teacher", "private_task")
         if inputs.student is None:
             self._need("student", "corpus")
+        if inputs.target_prompt is None:
+            self._need("public_task")
+        self._world.on_main(partial(self._look_at_inputs, self.teacher))
+        return self.evaluate()
+
+    def _look_at_inputs(self, teacher: Path) -> None:
+        """Price the plans and read the data, which also fetches those of the hub for all ranks."""
         plans = [self._config.privacy, *map(self._config.privacy.for_target, self._config.evaluate.private_rows)]
         for plan in filter(lambda plan: plan.enabled, plans):
             from post_dist.privacy.accounting import account, private_plan  # takes a second
 
             account(private_plan(self._config.model_copy(update={"privacy": plan})))
-        tokenizer = load_tokenizer(self.teacher)
+        tokenizer = load_tokenizer(teacher)
         task = self._config.private_task
         if task is not None and task.template is not None:
             load_examples(task, self._config.evaluate.split, "private_task")
-            Template(task.template, tokenizer, task.max_length, masked=is_masked(load_config(self.teacher)))
+            Template(task.template, tokenizer, task.max_length, masked=is_masked(load_config(teacher)))
             Verbalizer(tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token)
-        if inputs.target_prompt is None:
-            self._need("public_task")
-            if self._config.public_task is not None:
-                load_public_texts(self._config.public_task, "public_task")
-        return self.evaluate()
+        if self._config.inputs.target_prompt is None and self._config.public_task is not None:
+            load_public_texts(self._config.public_task, "public_task")
 
     def _tune(self, config: RunConfig, model: Path, model_name: str) -> RunFolder:
         self._need("private_task")
@@ -168,14 +173,16 @@ class Pipeline:
     def teacher(self) -> Path:
         """The folder of the large LLM."""
         self._need("teacher")
-        with self._world.main_first():
-            folder = model_folder(self._config.teacher)  # type: ignore[arg-type]
+        fetch = partial(model_folder, self._config.teacher)  # type: ignore[arg-type]
+        with unwatched("fetching the teacher"):  # the hub's client has time limits of its own
+            self._world.on_main(fetch)
+            folder = self._world.together(fetch)  # a node may have a cache of its own
         load_config(folder)
         return folder
 
     @cached_property
     def _teacher_digest(self) -> str:
-        return fingerprint(self.teacher)
+        return self._world.on_main(partial(fingerprint, self.teacher))
 
     @cached_property
     def student(self) -> Path:
@@ -184,10 +191,15 @@ class Pipeline:
 
     @cached_property
     def _student_digest(self) -> str:
-        if self._config.inputs.student and not (self.student / FILE_NAME).exists():  # a model that was not cut from the teacher
-            load_config(self.student)
-            return fingerprint(self.student)
-        return read_manifest(self.student, "student").digest
+        folder = self.student
+
+        def digest() -> str:
+            if self._config.inputs.student and not (folder / FILE_NAME).exists():  # a model that was not cut from the teacher
+                load_config(folder)
+                return fingerprint(folder)
+            return read_manifest(folder, "student").digest
+
+        return self._world.on_main(digest)
 
     @cached_property
     def _source_prompts(self) -> tuple[Path, ...]:
@@ -202,16 +214,20 @@ class Pipeline:
     def _data(self, section: str) -> str:
         """What names the contents of a data section: the file's digest, or the hub's name and commit."""
         source: DataSource = getattr(self._config, section)
-        if source.path is None:
+        path = source.path
+        if path is None:
             return f"{source.hub}@{source.revision}"
-        if not source.path.is_file():
-            raise InputError(f"{section}.path: {source.path} is {'no file' if source.path.exists() else 'missing'}")
-        return fingerprint(source.path)
+
+        def digest() -> str:
+            if not path.is_file():
+                raise InputError(f"{section}.path: {path} is {'no file' if path.exists() else 'missing'}")
+            return fingerprint(path)
+
+        return self._world.on_main(digest)
 
     def _run(self, folders: list[RunFolder], stage: Callable[[list[RunFolder]], None]) -> None:
         """Run a stage for those of its folders that are not finished."""
-        unfinished = [folder for folder in folders if not folder.finished]
-        self._world.barrier()
+        unfinished = self._world.on_main(lambda: [folder for folder in folders if not folder.finished])
         for folder in folders:
             if folder not in unfinished:
                 log.info("%s is finished: %s", folder.stage, folder.path)

@@ -86,9 +86,10 @@ def cache_teacher(
     if section.cache == "sampled" and section.alpha_cos:
         raise InputError("distill.cache: sampled keeps no hidden states, which the cosine term compares", "set distill.alpha_cos: 0")
     maker = _Maker(teacher, section, student, seed)
-    signature = digest_of({"teacher": teacher_digest, "corpus": file_digest(corpus.path), "apart": corpus.keeps_apart, **maker.facts})
+    corpus_digest = world.on_main(partial(file_digest, corpus.path))
+    signature = digest_of({"teacher": teacher_digest, "corpus": corpus_digest, "apart": corpus.keeps_apart, **maker.facts})
     place = folder / f"teacher-signals-{signature[:8]}"
-    known = _index_of_main(place, world)
+    known = world.on_main(partial(_index, place))  # another run may be adding files, and all ranks must go by the same
     missing = [number for number in corpus.numbers_of_first(section.steps * section.batch_size) if number not in known]
     if missing:
         log.info("teacher signals: %d sequences to run, %d are in %s", len(missing), len(known), place)
@@ -105,7 +106,7 @@ def cache_teacher(
                     advance("")
                 if stop_requested(world):
                     raise stopped("what the teacher has said so far is kept")
-        known = _index_of_main(place, world)
+        known = world.on_main(partial(_index, place))
     return _reader(known, maker.names, world.device)
 
 
@@ -191,13 +192,6 @@ def _write(place: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]
         return
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"numbers": torch.tensor(numbers)}
     write_file(place / f"{numbers[0]:010d}-{uuid4().hex[:8]}.safetensors", lambda partial: save_file(tensors, partial))
-
-
-def _index_of_main(place: Path, world: World) -> dict[int, tuple[Path, int]]:
-    """Rank 0's index: another run may be adding files, and all ranks must go by the same."""
-    found: dict[int, tuple[Path, int]] = {}
-    world.on_main(lambda: found.update(_index(place)))
-    return world.from_main(found)
 
 
 def _index(place: Path) -> dict[int, tuple[Path, int]]:

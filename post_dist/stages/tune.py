@@ -22,7 +22,6 @@ from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerpr
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.models.writer import response_losses
 from post_dist.runtime.distributed import World, choose_precision
-from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.material import Material
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 
@@ -46,10 +45,7 @@ def tune(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_n
         world: the ranks.
         resume: auto or never.
     """
-    if world.is_main:
-        _tune_alone(folder, model_folder, parents, model_name, replace(world, size=1), resume)
-    with unwatched("waiting for rank 0 to tune"):
-        world.barrier()
+    world.on_main(lambda: _tune_alone(folder, model_folder, parents, model_name, replace(world, size=1), resume))
 
 
 def _tune_alone(folder: RunFolder, model_folder: Path, parents: dict[str, str], model_name: str, world: World, resume: str) -> None:

@@ -20,7 +20,9 @@ import yaml
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.assets import asset
+from post_dist.errors import EnvironmentFault
 from post_dist.models.load import load_whole
+from post_dist.stages import distill
 
 ROWS = ["zero-shot", "student + prompt", "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning"]
 CPU = torch.device("cpu")
@@ -236,6 +238,28 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
     assert f"going on from step {reached} of" in said
     _, said = interrupt([*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached)
     assert "going on from step" not in said
+
+
+def test_a_fault_after_the_last_step_costs_no_step(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_disk(*_: object) -> None:
+        raise EnvironmentFault("the disk is broken")
+
+    run = tiny.write_run(tmp_path)
+    command = ("distill", run, "--set=distill.steps=5")
+    assert main(*command, f"--output={tmp_path / 'straight'}")[0] == 0
+    told: list[str] = []
+    monkeypatch.setattr(distill, "phase", told.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(distill, "_check_reads_back", break_disk)
+        code, _, err = main(*command)
+    assert (code, list(tmp_path.glob("runs/tiny/*/artifact"))) == (3, []), err
+    code, _, err = main(*command)
+    assert code == 0, err
+    assert "going on from step 5" in err
+    assert told[-3:] == ["writing the student", "hashing the student", "reading the student back"]
+    one, other = (next(tmp_path.glob(f"{base}/tiny/*/artifact/model.safetensors")).read_bytes() for base in ("straight", "runs"))
+    assert one == other
+    assert not list(tmp_path.glob("*/tiny/*/checkpoints"))
 
 
 def test_launchers_give_equal_artefacts_and_one_process_s_losses(tmp_path: Path, finished: Path) -> None:

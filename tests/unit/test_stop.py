@@ -1,9 +1,17 @@
-"""How a process ends."""
+"""How a process ends, and when a watchdog may not end it."""
 
 import subprocess
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+
+from post_dist.config.schema import RunConfig, Teacher
+from post_dist.runtime import watchdog
+from post_dist.runtime.distributed import World
+from post_dist.stages.pipeline import Pipeline
 
 PROGRAM = """
 import atexit, sys, threading, time
@@ -20,3 +28,21 @@ ENDS = {
 def test_a_process_ends_tidily(how: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM + ENDS[how]], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (6, "tidied up\n", "")
+
+
+def test_a_download_may_take_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").touch()
+    watched = []
+
+    def download(*_: object, **__: object) -> str:
+        watched.append(not watchdog._Watch.paused)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(watchdog._Watch, "paused", False)
+    config = RunConfig(name="a", teacher=Teacher(path="someone/something", revision="0" * 40))
+    assert Pipeline(config, World(0, 1, 0, "none", torch.device("cpu")), frozenset()).teacher == tmp_path
+    assert not any(watched)
+    assert watched
+    assert not watchdog._Watch.paused
