@@ -4,6 +4,7 @@
 part through its module at the time of the call.
 """
 
+import json
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ import numpy as np
 import tiny
 import torch
 from scipy import stats
+
+from post_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
 SMALL_CHANCE = 1e-6
