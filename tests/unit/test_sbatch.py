@@ -1,6 +1,7 @@
 """The batch files, without a Slurm."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,18 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 @pytest.mark.parametrize("name", files_by_hand())
 def test_the_files_in_slurm_are_what_the_code_renders(name: str) -> None:
     assert (FOLDER / name).read_text() == files_by_hand()[name]
+    assert re.search(r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" ', files_by_hand()[name], re.MULTILINE), "sbatch's own option wins"
 
 
 def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None:
-    cluster = Cluster(partition="gpu", account="lab", gpus_per_node=8, distill={"nodes": 4, "time_minutes": 600}, tune={"partition": "one"})
+    distill, tune = {"nodes": 4, "time_minutes": 600}, {"partition": "one"}
+    cluster = Cluster(partition="gpu", account="lab", gpus_per_node=8, cpus_per_task=4, distill=distill, tune=tune)
     lines = {stage: job_text("x", "/logs", job_parameters(cluster, stage, "7")).splitlines() for stage in ("distill", "tune")}
     assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --time=600", "#SBATCH --partition=gpu"} <= set(lines["distill"])
     assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=1", "#SBATCH --partition=one"} <= set(
         lines["tune"]
     )
+    assert [next(line for line in lines[stage] if line.startswith("srun ")).count("--cpus-per-task=4 ") for stage in lines] == [1, 1]
     assert {"#SBATCH --dependency=afterok:7", "#SBATCH --kill-on-invalid-dep=yes", "#SBATCH --account=lab"} <= set(lines["tune"])
 
 
