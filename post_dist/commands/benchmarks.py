@@ -1,7 +1,6 @@
 """Benchmarks: of a stage beside its peers, of a step on many ranks, and of the machine itself."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,7 @@ def fabric(
     world = start_ranks(RunConfig(name="fabric"))
     from post_dist.bench.fabric import measure_fabric, write_hardware
 
-    result = measure_fabric(world, int(os.environ.get("LOCAL_WORLD_SIZE") or world.size))
+    result = measure_fabric(world)
     if world.is_main:
         if write is not None:
             write_hardware(write, result)
