@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import submitit
 
@@ -17,7 +18,6 @@ from post_dist.config.cluster import ClusterStage
 from post_dist.config.schema import RunConfig
 from post_dist.errors import EnvironmentFault, InputError
 
-_CHAIN: tuple[ClusterStage, ...] = ("distill", "tune", "transfer", "evaluate")
 _SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
 
 
@@ -47,15 +47,21 @@ class Submitted:
 
 
 def planned_jobs(config: RunConfig, run: Path, command: str, options: tuple[str, ...]) -> list[Planned]:
-    """The jobs for a command, in their order; `pipeline` makes one for each stage whose result is not given in `inputs`."""
-    run_file = str(run.resolve())
-    if command != "pipeline":
-        stage = next(stage for stage in _CHAIN if stage == command)
-        return [Planned(stage, StageJob(command, run_file, options))]
-    given = config.inputs
-    skipped = {"distill": given.student, "tune": given.source_prompt or given.target_prompt, "transfer": given.target_prompt}
-    stages = [stage for stage in _CHAIN if skipped.get(stage) is None]
-    # The last one runs what the rows of the comparison need beyond the three stages.
+    """The jobs for a command, in their order; `pipeline` makes one for each stage whose result is not given in `inputs`.
+
+    Raises:
+        InputError: the run file does not say what one of them needs, or asks for an epsilon that cannot be had.
+    """
+    run_file, whole = str(run.resolve()), command == "pipeline"
+    last = next(stage for stage in get_args(ClusterStage) if stage == ("evaluate" if whole else command))
+    stages = config.stages_until(last)
+    config.need(*stages)
+    if not whole:
+        return [Planned(last, StageJob(command, run_file, options))]
+    from post_dist.privacy.accounting import private_plans  # takes a second
+
+    private_plans(config)
+    # The last job runs what the rows of the comparison need beyond the three stages.
     return [Planned(stage, StageJob("pipeline" if stage == "evaluate" else stage, run_file, options)) for stage in stages]
 
 

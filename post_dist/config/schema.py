@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from post_dist.config.cluster import Cluster
 from post_dist.config.sources import Corpus, FilePath, PositiveFloat, PositiveInt, Section, Share, Task, beside_run_file
+from post_dist.errors import InputError
 
 Stage = Literal["distill", "tune", "transfer", "evaluate"]
 
@@ -20,6 +21,7 @@ STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
 }
 """What each stage reads, beside the general fields and the artefacts that it is handed."""
+_ORDER = tuple(STAGE_SECTIONS)
 
 
 class Teacher(Section):
@@ -332,6 +334,23 @@ class RunConfig(Section):
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)
         return self
+
+    def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
+        """A stage, and before it those whose result it builds on and `inputs` does not give."""
+        given = {"distill": self.inputs.student, "tune": self.inputs.source_prompt, "transfer": self.inputs.target_prompt}
+        before = _ORDER[: _ORDER.index(stage)]
+        return (*(earlier for earlier in before if given[earlier] is None), stage)
+
+    def need(self, *stages: Stage) -> None:
+        """See that the sections are there which these stages read and no default fills in.
+
+        Raises:
+            InputError: some are missing.
+        """
+        read = dict.fromkeys(section for stage in stages for section in STAGE_SECTIONS[stage])
+        missing = [section for section in read if getattr(self, section) is None]
+        if missing:
+            raise InputError(f"the run file lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
 
     def view(self, stage: Stage) -> "RunConfig":
         """The run file with every section blanked that `stage` does not read."""

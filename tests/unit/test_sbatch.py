@@ -62,13 +62,58 @@ def test_wrong_resources_are_named(tmp_path: Path, main: Callable, section: dict
     assert said in error
 
 
-def test_what_is_given_in_inputs_needs_no_job(tmp_path: Path, main: Callable) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "inputs": {"student": "student", "source_prompt": "prompt"}}))
-    code, text, _ = main("submit", tmp_path / "run.yaml", "pipeline", "--print")
-    assert code == 0
-    assert [line for line in text.splitlines() if "--job-name" in line] == [
-        f"#SBATCH --job-name=post_dist-{stage}" for stage in ("transfer", "evaluate")
-    ]
+def write_run(folder: Path, *without: str, **sections: dict) -> Path:
+    """A run file of a whole pipeline but for some sections; what it names need not be there."""
+    words = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
+    fields = {
+        "name": "x",
+        "teacher": {"path": "./teacher"},
+        "student": {"num_layers": 2},
+        "corpus": {"path": "corpus.txt"},
+        "private_task": {"name": "mine", "visibility": "private", "path": "private.csv"} | words,
+        "public_task": {"name": "public", "visibility": "public", "path": "public.csv"},
+    } | sections
+    run = folder / "run.yaml"
+    run.write_text(yaml.safe_dump({name: section for name, section in fields.items() if name not in without}))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"student": "student", "source_prompt": "prompt"}, ["transfer", "evaluate"]),
+        ({"target_prompt": "prompt"}, ["distill", "tune", "evaluate"]),
+    ],
+)
+def test_what_is_given_in_inputs_needs_no_job(tmp_path: Path, main: Callable, given: dict, wanted: list[str]) -> None:
+    code, text, error = main("submit", write_run(tmp_path, inputs=given), "pipeline", "--print")
+    assert code == 0, error
+    assert [line for line in text.splitlines() if "--job-name" in line] == [f"#SBATCH --job-name=post_dist-{stage}" for stage in wanted]
+
+
+PRIVATE = {"enabled": True, "target_epsilon": 0.01, "target_delta": 1e-6, "sampling_probability": 1.0, "steps": 10_000}
+
+
+@pytest.mark.parametrize(
+    ("command", "without", "sections", "said"),
+    [
+        ("pipeline", ("private_task", "public_task"), {}, "the run file lacks the sections private_task, public_task"),
+        ("pipeline", ("student",), {}, "lacks the section student"),
+        ("transfer", ("corpus",), {"inputs": {"source_prompt": "prompt"}}, "lacks the section corpus"),
+        ("pipeline", (), {"privacy": PRIVATE}, "no noise multiplier up to 200"),
+    ],
+)
+def test_jobs_that_cannot_succeed_are_not_planned(
+    tmp_path: Path, main: Callable, command: str, without: tuple[str, ...], sections: dict, said: str
+) -> None:
+    code, text, error = main("submit", write_run(tmp_path, *without, **sections), command, "--print")
+    assert (code, text) == (2, "")
+    assert said in error
+
+
+def test_a_stage_needs_no_section_of_one_whose_result_is_given(tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path, "student", "corpus", "private_task", inputs={"student": "student", "source_prompt": "prompt"})
+    assert main("submit", run, "transfer", "--print")[0] == 0
 
 
 def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
