@@ -14,7 +14,7 @@ import submitit
 
 from post_dist.cluster.job import StageJob
 from post_dist.cluster.sbatch import job_parameters, job_text
-from post_dist.config.cluster import ClusterStage
+from post_dist.config.cluster import Cluster, ClusterStage
 from post_dist.config.schema import RunConfig
 from post_dist.errors import EnvironmentFault, InputError
 
@@ -23,10 +23,17 @@ _SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
 
 @dataclass(frozen=True)
 class Planned:
-    """A job that is to be: its stage, and the command that its tasks run."""
+    """A job that is to be.
+
+    Attributes:
+        stage: which stage.
+        job: the command that its tasks run.
+        cluster: what it asks for.
+    """
 
     stage: ClusterStage
     job: StageJob
+    cluster: Cluster
 
 
 @dataclass(frozen=True)
@@ -57,21 +64,24 @@ def planned_jobs(config: RunConfig, run: Path, command: str, options: tuple[str,
     stages = config.stages_until(last)
     config.need(*stages)
     if not whole:
-        return [Planned(last, StageJob(command, run_file, options))]
+        return [Planned(last, StageJob(command, run_file, options), config.cluster)]
     from post_dist.privacy.accounting import private_plans  # takes a second
 
     private_plans(config)
     # The last job runs what the rows of the comparison need beyond the three stages.
-    return [Planned(stage, StageJob("pipeline" if stage == "evaluate" else stage, run_file, options)) for stage in stages]
+    commands = {stage: "pipeline" if stage == "evaluate" else stage for stage in stages}
+    return [Planned(stage, StageJob(commands[stage], run_file, options), config.cluster) for stage in stages]
 
 
-def scale_jobs(config: RunConfig, run: Path, nodes: int, settings: Sequence[str]) -> tuple[RunConfig, list[Planned], Path]:
-    """A job that measures a step on so many nodes: the run file with that number, the job, and the file it leaves."""
-    asked = {**config.cluster.distill, "nodes": nodes}
-    sized = config.model_copy(update={"cluster": config.cluster.model_copy(update={"distill": asked})})
-    result = job_folder(config) / f"scale-{nodes * sized.cluster.for_stage('distill').tasks}-ranks.json"
-    options = (*(f"--set={setting}" for setting in settings), f"--output={config.output.resolve()}", f"--write={result.resolve()}")
-    return sized, [Planned("distill", StageJob("bench scale", str(run.resolve()), options))], result
+def scale_jobs(config: RunConfig, run: Path, nodes: Sequence[int], settings: Sequence[str]) -> tuple[list[Planned], list[Path]]:
+    """Jobs that measure a step, one on each of these numbers of nodes, and the files that they leave."""
+    planned, results = [], []
+    for count in nodes:
+        asked = config.cluster.model_copy(update={"distill": {**config.cluster.distill, "nodes": count}})
+        results.append((job_folder(config) / f"scale-{count * asked.for_stage('distill').tasks}-ranks.json").resolve())
+        options = (*(f"--set={setting}" for setting in settings), f"--output={config.output.resolve()}", f"--write={results[-1]}")
+        planned.append(Planned("distill", StageJob("bench scale", str(run.resolve()), options), asked))
+    return planned, results
 
 
 def job_folder(config: RunConfig) -> Path:
@@ -85,7 +95,7 @@ def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     command = _SUBMITIT.format(python=shlex.quote(sys.executable), folder=shlex.quote(str(folder)))
     afters = [None, *(f"<{planned.stage}>" for planned in jobs[:-1])]
     return [
-        job_text(command, str(folder), job_parameters(config.cluster, planned.stage, after))
+        job_text(command, str(folder), job_parameters(planned.cluster, planned.stage, after))
         for planned, after in zip(jobs, afters, strict=True)
     ]
 
@@ -101,7 +111,7 @@ def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
         raise EnvironmentFault("sbatch is not here", "submit from a machine of the cluster, or take --local")
     answers = []
     for planned in jobs:
-        text = job_text("true", str(job_folder(config)), job_parameters(config.cluster, planned.stage))
+        text = job_text("true", str(job_folder(config)), job_parameters(planned.cluster, planned.stage))
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(text)
             file.flush()
@@ -115,25 +125,29 @@ def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
     return answers
 
 
-def submit_jobs(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
-    """Queue the jobs, each after the one before.
+def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True) -> list[Submitted]:
+    """Queue all the jobs or none; in a chain each waits for the one before.
 
     Raises:
-        EnvironmentFault: Slurm cannot take them; those that were queued are cancelled again.
+        EnvironmentFault: Slurm cannot take them.
     """
     executor = submitit.SlurmExecutor(job_folder(config))
     submitted: list[Submitted] = []
     try:
         for planned in jobs:
-            after = submitted[-1].job_id if submitted else None
+            after = submitted[-1].job_id if submitted and chained else None
             executor.parameters.clear()
-            executor.update_parameters(**job_parameters(config.cluster, planned.stage, after))
+            executor.update_parameters(**job_parameters(planned.cluster, planned.stage, after))
             job = executor.submit(planned.job)
             submitted.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
-    except submitit.core.utils.FailedJobError as error:
+    except BaseException as error:
         for earlier in submitted:
-            earlier.job.cancel()
-        raise EnvironmentFault(f"Slurm does not take the job for {planned.stage}: {error}", "nothing is left in the queue") from None
+            earlier.job.cancel(check=False)
+        if not isinstance(error, submitit.core.utils.FailedJobError | submitit.core.utils.FailedSubmissionError):
+            raise
+        cancelled = ", ".join(earlier.job_id for earlier in submitted)
+        hint = f"the jobs before it are cancelled: {cancelled}" if cancelled else "nothing is left in the queue"
+        raise EnvironmentFault(f"Slurm does not take the job for {planned.stage}: {error}", hint) from None
     return submitted
 
 
@@ -146,7 +160,7 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     executor = submitit.LocalExecutor(job_folder(config))
     done: list[Submitted] = []
     for planned in jobs:
-        asked = config.cluster.for_stage(planned.stage)
+        asked = planned.cluster.for_stage(planned.stage)
         if asked.nodes > 1:
             raise InputError(f"cluster.{planned.stage}.nodes is {asked.nodes}; --local has one node")
         executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=asked.time_minutes, gpus_per_node=asked.gpus_per_node)

@@ -1,6 +1,7 @@
 """The batch files, without a Slurm."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -116,9 +117,39 @@ def test_a_stage_needs_no_section_of_one_whose_result_is_given(tmp_path: Path, m
     assert main("submit", run, "transfer", "--print")[0] == 0
 
 
-def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put commands of Slurm, as shell lines, before those that are installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
+    def write(**lines: str) -> None:
+        for name, line in lines.items():
+            (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+def test_all_measurements_are_tried_first_and_queued_all_or_none(tmp_path: Path, main: Callable, commands: Callable) -> None:
+    log = tmp_path / "log"
+    answers = (
+        'nodes=$(grep --only-matching -- "--nodes=[0-9]*" "${@: -1}")',
+        f'[[ $1 == --test-only ]] && {{ echo "try $nodes" >> {log}; exit; }}',
+        f'echo "queue $nodes" >> {log}',
+        "[[ $nodes == --nodes=4 ]] && { echo too many >&2; exit 1; }",
+        "echo Submitted batch job 4${nodes#--nodes=}",
+    )
+    commands(sbatch="\n".join(answers), srun="", scancel=f'echo "cancel $@" >> {log}')
+    code, out, error = main("bench", "scale", write_run(tmp_path), "--submit", "1,2,4")
+    assert (code, out) == (3, "")
+    assert "too many\n  the jobs before it are cancelled: 41, 42" in error
+    asked = [f"{what} --nodes={nodes}" for what in ("try", "queue") for nodes in (1, 2, 4)]
+    assert log.read_text().splitlines() == [*asked, "cancel 41", "cancel 42"]
+
+
+def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
     code, text, _ = main("doctor", tmp_path / "runs", "--json")
     assert {check["name"] for check in json.loads(text)["checks"]} >= {
