@@ -12,6 +12,7 @@ from typing import get_args
 
 import submitit
 
+from post_dist.artifacts.manifest import writing
 from post_dist.cluster.job import StageJob
 from post_dist.cluster.sbatch import job_parameters, job_text
 from post_dist.config.cluster import Cluster, ClusterStage
@@ -77,7 +78,8 @@ def scale_jobs(config: RunConfig, run: Path, nodes: Sequence[int], settings: Seq
     """Jobs that measure a step, one on each of these numbers of nodes, and the files that they leave."""
     planned, results = [], []
     for count in nodes:
-        asked = config.cluster.model_copy(update={"distill": {**config.cluster.distill, "nodes": count}})
+        distill = config.cluster.distill.model_copy(update={"nodes": count})
+        asked = config.cluster.model_copy(update={"distill": distill})
         results.append((job_folder(config) / f"scale-{count * asked.for_stage('distill').tasks}-ranks.json").resolve())
         options = (*(f"--set={setting}" for setting in settings), f"--output={config.output.resolve()}", f"--write={results[-1]}")
         planned.append(Planned("distill", StageJob("bench scale", str(run.resolve()), options), asked))
@@ -129,6 +131,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
     """Queue all the jobs or none; in a chain each waits for the one before.
 
     Raises:
+        InputError: the folder for their logs cannot be written to.
         EnvironmentFault: Slurm cannot take them.
     """
     executor = submitit.SlurmExecutor(job_folder(config))
@@ -138,7 +141,8 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
             after = submitted[-1].job_id if submitted and chained else None
             executor.parameters.clear()
             executor.update_parameters(**job_parameters(planned.cluster, planned.stage, after))
-            job = executor.submit(planned.job)
+            with writing(executor.folder):
+                job = executor.submit(planned.job)
             submitted.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
     except BaseException as error:
         for earlier in submitted:
@@ -155,16 +159,19 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     """Run the jobs one after the other on this machine, with as many tasks as one node would have.
 
     Raises:
+        InputError: one asks for several nodes, or the folder for their logs cannot be written to.
         EnvironmentFault: one of them failed.
     """
-    executor = submitit.LocalExecutor(job_folder(config))
+    with writing(job_folder(config)):
+        executor = submitit.LocalExecutor(job_folder(config))
     done: list[Submitted] = []
     for planned in jobs:
         asked = planned.cluster.for_stage(planned.stage)
         if asked.nodes > 1:
             raise InputError(f"cluster.{planned.stage}.nodes is {asked.nodes}; --local has one node")
         executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=asked.time_minutes, gpus_per_node=asked.gpus_per_node)
-        job = executor.submit(planned.job)
+        with writing(executor.folder):
+            job = executor.submit(planned.job)
         done.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
         job.wait()
         if job.exception() is not None:

@@ -282,6 +282,14 @@ CASES = [
     ),
     # places
     Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
+    Case(
+        "output is a file, of a job",
+        2,
+        "cannot write",
+        write("taken", "x"),
+        ("submit", "{run}", "distill", "--local", "--output={folder}/taken"),
+    ),
+    Case("output of nobody", 2, "output: ~nobody-here/runs: .*home", put("output", "~nobody-here/runs"), DISTILL),
     Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),
     Case("output cannot be made", 2, "cannot write", command=("distill", "{run}", "--output", "/proc/nowhere")),
 ]

@@ -51,7 +51,9 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(tmp_path: Path, 
     ("section", "said"),
     [
         ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
-        ({"distill": {"node": 2}}, "distill.node: Extra inputs are not permitted"),
+        ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
+        ({"tune": {"nodes": "two"}}, "cluster.tune.nodes: input should be a valid integer"),
+        ({"distill": {"node": 2}}, "cluster.distill.node: unknown key; did you mean 'nodes'?"),
         ({"gpus_per_node": 8, "transfer": {"tasks_per_node": 2}}, "transfer: tasks_per_node (2) must be gpus_per_node (8)"),
         ({"memory": "lots"}, "cluster.memory"),
     ],
@@ -147,6 +149,14 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(tmp_path: Path,
     assert "too many\n  the jobs before it are cancelled: 41, 42" in error
     asked = [f"{what} --nodes={nodes}" for what in ("try", "queue") for nodes in (1, 2, 4)]
     assert log.read_text().splitlines() == [*asked, "cancel 41", "cancel 42"]
+
+
+def test_logs_that_cannot_be_written_are_named(tmp_path: Path, main: Callable, commands: Callable) -> None:
+    (tmp_path / "taken").touch()
+    commands(sbatch="echo Submitted batch job 1", srun="")
+    code, out, error = main("submit", write_run(tmp_path), "distill", "--output", tmp_path / "taken")
+    assert (code, out) == (2, "")
+    assert f"cannot write {tmp_path / 'taken/x/slurm'}" in error
 
 
 def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
