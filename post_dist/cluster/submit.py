@@ -1,5 +1,6 @@
 """Submits stages to Slurm through submitit: all of them are tried first, and a chain of jobs waits for the one before."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from post_dist.config.schema import RunConfig
 from post_dist.errors import EnvironmentFault, InputError
 
 _SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
+_UNREACHABLE = re.compile("Could not establish a configuration source|Unable to contact slurm controller|Socket timed out")
+"""How sbatch says that nobody has heard it."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
 
 
 def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
-    """Ask Slurm, for each job, whether and when it would start; nothing is queued.
+    """Slurm's answer, for each job, whether and when it would start; nothing is queued.
 
     Raises:
-        EnvironmentFault: there is no Slurm here.
+        EnvironmentFault: there is no Slurm here, or it does not answer.
         InputError: Slurm refuses one of them.
     """
     if shutil.which("sbatch") is None:
@@ -120,10 +123,12 @@ def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
             asked = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
         answer = asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else asked.stdout.strip()
         if asked.returncode:
+            if _UNREACHABLE.search(asked.stderr):
+                raise EnvironmentFault(f"Slurm does not answer: {answer}", "ask whoever runs the cluster, or try again")
             raise InputError(
                 f"Slurm refuses the job for {planned.stage}: {answer}", f"see `cluster` and `cluster.{planned.stage}` in the run file"
             )
-        answers.append(f"{planned.stage}: {answer.removeprefix('sbatch: ')}")
+        answers.append(answer.removeprefix("sbatch: "))
     return answers
 
 

@@ -103,6 +103,8 @@ def _submit_scale(config: RunConfig, run: Path, nodes: list[int], settings: list
 def _beside_peers(stage: str, run: Path, overrides: list[str] | None, as_json: bool) -> None:
     config = load_run(run, overrides, None)
     world = start_ranks(config)
+    if world.size > 1:
+        raise InputError(f"bench {stage} compares ways to run a step on one device", "start it without a launcher")
     from post_dist.bench.distill import bench_distill
     from post_dist.bench.transfer import bench_transfer
     from post_dist.bench.tune import bench_tune

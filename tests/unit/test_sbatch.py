@@ -151,6 +151,33 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(tmp_path: Path,
     assert log.read_text().splitlines() == [*asked, "cancel 41", "cancel 42"]
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("sbatch: fatal: Could not establish a configuration source", 3),
+        ("allocation failure: Unable to contact slurm controller (connect failure)", 3),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 3),
+        ("allocation failure: Invalid partition name specified", 2),
+    ],
+)
+def test_a_silent_slurm_is_no_wrong_run_file(tmp_path: Path, main: Callable, commands: Callable, said: str, code: int) -> None:
+    commands(sbatch=f"echo '{said}' >&2; exit 1")
+    found, out, error = main("submit", write_run(tmp_path), "distill", "--test-only")
+    assert (found, out) == (code, "")
+    assert said in error
+    assert ("see `cluster`" in error) == (code == 2)
+
+
+def test_json_is_one_object_whatever_is_asked(tmp_path: Path, main: Callable, commands: Callable) -> None:
+    commands(sbatch="echo sbatch: Job 1 to start at noon >&2")
+    run = write_run(tmp_path)
+    text = main("submit", run, "distill", "--print")[1]
+    assert json.loads(main("submit", run, "distill", "--print", "--json")[1]) == {"jobs": [{"stage": "distill", "batch_file": text[:-1]}]}
+    assert main("submit", run, "distill", "--test-only")[1] == "distill: Job 1 to start at noon\n"
+    answers = json.loads(main("submit", run, "distill", "--test-only", "--json")[1])
+    assert answers == {"jobs": [{"stage": "distill", "answer": "Job 1 to start at noon"}]}
+
+
 def test_logs_that_cannot_be_written_are_named(tmp_path: Path, main: Callable, commands: Callable) -> None:
     (tmp_path / "taken").touch()
     commands(sbatch="echo Submitted batch job 1", srun="")
