@@ -18,11 +18,12 @@ from post_dist.cluster.job import StageJob
 from post_dist.cluster.sbatch import job_parameters, job_text
 from post_dist.config.cluster import Cluster, ClusterStage
 from post_dist.config.schema import RunConfig
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault, InputError, Interrupted
 
 _SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
 _UNREACHABLE = re.compile("Could not establish a configuration source|Unable to contact slurm controller|Socket timed out")
 """How sbatch says that nobody has heard it."""
+_YEAR_MINUTES = 365 * 24 * 60
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Submitted:
     stage: ClusterStage
     job_id: str
     log: Path
-    job: submitit.Job[None]
+    job: submitit.Job[int]
 
 
 def planned_jobs(config: RunConfig, run: Path, command: str, options: tuple[str, ...]) -> list[Planned]:
@@ -161,24 +162,30 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
 
 
 def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
-    """Run the jobs one after the other on this machine, with as many tasks as one node would have.
+    """Run the jobs one after the other on this machine, with as many tasks as one node would have and for as long as they take.
 
     Raises:
         InputError: one asks for several nodes, or the folder for their logs cannot be written to.
         EnvironmentFault: one of them failed.
+        Interrupted: one of them was stopped, and has saved.
     """
+    # The lines of `setup` run in bash, as in a batch file; submitit's own way is the shell of the system, which may know no `module`.
+    python = shlex.join(["bash", "-c", "\n".join([*config.cluster.setup, 'exec "$@"']), "bash", sys.executable])
     with writing(job_folder(config)):
-        executor = submitit.LocalExecutor(job_folder(config))
+        executor = submitit.LocalExecutor(job_folder(config), python=python)
     done: list[Submitted] = []
     for planned in jobs:
         asked = planned.cluster.for_stage(planned.stage)
         if asked.nodes > 1:
             raise InputError(f"cluster.{planned.stage}.nodes is {asked.nodes}; --local has one node")
-        executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=asked.time_minutes, gpus_per_node=asked.gpus_per_node)
+        executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=_YEAR_MINUTES, gpus_per_node=asked.gpus_per_node)
         with writing(executor.folder):
             job = executor.submit(planned.job)
         done.append(Submitted(planned.stage, job.job_id, job.paths.stdout, job))
         job.wait()
-        if job.exception() is not None:
+        codes = job.results() if job.exception() is None else [EnvironmentFault.exit_code]
+        if codes[0] == Interrupted.exit_code:
+            raise Interrupted(f"{planned.stage} was stopped", "the same command goes on from its last checkpoint")
+        if any(codes):
             raise EnvironmentFault(f"{planned.stage} failed", f"its log: {job.paths.stderr}")
     return done
