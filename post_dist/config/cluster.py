@@ -54,9 +54,14 @@ class Cluster(Resources):
     def _stages_add_up(self) -> "Cluster":
         for stage in get_args(ClusterStage):
             try:
-                self.for_stage(stage)
+                asked = self.for_stage(stage)
             except ValidationError as error:
                 raise ValueError(f"{stage}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+            if self.signal_seconds >= 60 * asked.time_minutes:
+                raise ValueError(
+                    f"{stage}: signal_seconds ({self.signal_seconds}) leaves nothing of time_minutes ({asked.time_minutes}): "
+                    "the job would be told to save as it starts"
+                )
         return self
 
     def for_stage(self, stage: ClusterStage) -> Resources:

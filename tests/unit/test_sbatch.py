@@ -55,6 +55,7 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(tmp_path: Path, 
         ({"tune": {"nodes": "two"}}, "cluster.tune.nodes: input should be a valid integer"),
         ({"distill": {"node": 2}}, "cluster.distill.node: unknown key; did you mean 'nodes'?"),
         ({"gpus_per_node": 8, "transfer": {"tasks_per_node": 2}}, "transfer: tasks_per_node (2) must be gpus_per_node (8)"),
+        ({"evaluate": {"time_minutes": 2}}, "evaluate: signal_seconds (120) leaves nothing of time_minutes (2)"),
         ({"memory": "lots"}, "cluster.memory"),
     ],
 )
