@@ -38,11 +38,11 @@ class StageJob:
         sys.argv = ["post-dist", *self.command.split(), self.run, *self.options]
         # The command line stands above this package; a job starts it as a user does.
         code: int = import_module("post_dist.cli").run_command()
-        if code and here:  # where no Slurm tells it, whoever has started the job reads it in submitit's note
-            with temporary_save_path(environment.paths.result_pickle) as note:
-                cloudpickle_dump(("success", code), note)
         if code:
+            if here:  # where no Slurm tells it, whoever has started the job reads it in submitit's note
+                with temporary_save_path(environment.paths.result_pickle) as note:
+                    cloudpickle_dump(("success", code), note)
             end_process(code)
         # The stage is done and saved; what follows is submitit's note of it, and then the end of this process.
-        atexit.register(end_process, code)
-        return code
+        atexit.register(end_process, 0)
+        return 0

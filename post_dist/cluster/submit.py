@@ -169,6 +169,10 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
         EnvironmentFault: one of them failed.
         Interrupted: one of them was stopped, and has saved.
     """
+    for planned in jobs:
+        nodes = planned.cluster.for_stage(planned.stage).nodes
+        if nodes > 1:
+            raise InputError(f"cluster.{planned.stage}.nodes is {nodes}; --local has one node")
     # The lines of `setup` run in bash, as in a batch file; submitit's own way is the shell of the system, which may know no `module`.
     python = shlex.join(["bash", "-c", "\n".join([*config.cluster.setup, 'exec "$@"']), "bash", sys.executable])
     with writing(job_folder(config)):
@@ -176,8 +180,6 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     done: list[Submitted] = []
     for planned in jobs:
         asked = planned.cluster.for_stage(planned.stage)
-        if asked.nodes > 1:
-            raise InputError(f"cluster.{planned.stage}.nodes is {asked.nodes}; --local has one node")
         executor.update_parameters(tasks_per_node=asked.tasks, timeout_min=_YEAR_MINUTES, gpus_per_node=asked.gpus_per_node)
         with writing(executor.folder):
             job = executor.submit(planned.job)

@@ -62,6 +62,7 @@ def test_a_job_here_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
 
 def test_several_nodes_are_refused(tmp_path: Path, post_dist: Callable) -> None:
-    done = post_dist("submit", write_run(tmp_path, distill={"nodes": 2}), "distill", "--local")
+    done = post_dist("submit", write_run(tmp_path, transfer={"nodes": 2}), "pipeline", "--local")
     assert done.returncode == 2
-    assert "cluster.distill.nodes is 2; --local has one node" in done.stderr
+    assert "cluster.transfer.nodes is 2; --local has one node" in done.stderr
+    assert not (tmp_path / "runs").exists(), "before the first job"
