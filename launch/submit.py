@@ -10,5 +10,5 @@ from post_dist.config.load import load_run
 run = Path(sys.argv[1])
 config = load_run(run, None, None)
 jobs = planned_jobs(config, run, "pipeline", ())
-print(*try_jobs(config, jobs), sep="\n")
+try_jobs(config, jobs)
 follow(submit_jobs(config, jobs), print)

@@ -41,8 +41,6 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
     """
     if config.corpus is None or config.student is None:
         raise InputError("bench distill needs the sections `corpus` and `student`")
-    if world.size > 1:
-        raise InputError("bench distill compares ways to run a step on one device", "start it without a launcher")
     if is_masked(load_config(teacher_folder)):
         raise InputError(
             "bench distill compares ways to keep what the teacher says, which a masked one has none of", "bench a causal teacher"

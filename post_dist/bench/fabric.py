@@ -23,17 +23,14 @@ _SIZES = tuple(1 << power for power in range(12, 27, 2))
 _GIB = 2**30
 
 
-def measure_fabric(world: World, local_ranks: int) -> dict[str, Any]:
+def measure_fabric(world: World) -> dict[str, Any]:
     """Measure; all ranks call it.
-
-    Args:
-        world: the ranks.
-        local_ranks: how many of them a node has.
 
     Returns:
         `hardware`, an entry of the hardware file whose figures are what was reached, so that all its shares are 1; and `collectives`, for
         each link and collective the size, the seconds, and the fit.
     """
+    local_ranks = world.ranks_of_a_node()
     size = 4096 if world.device.type == "cuda" else 1024
     precisions = {"fp32", choose_precision(Engine(), world.device)}  # a processor without bf16 instructions would take minutes
     teraflops = {name: _matrix_rate(size, dtype, world.device) / 1e12 for name, dtype in _DTYPES.items() if name in precisions}
@@ -42,14 +39,14 @@ def measure_fabric(world: World, local_ranks: int) -> dict[str, Any]:
     found = {
         name: {"gb_per_second": link["bytes_per_second"] / 1e9, "latency_us": link["latency_seconds"] * 1e6} for name, link in links.items()
     }
-    cuda = world.device.type == "cuda"
+    cuda, host = world.device.type == "cuda", _host_memory()
     entry = {
-        "memory_gib": (torch.cuda.get_device_properties(world.device).total_memory if cuda else _host_memory()) / _GIB,
+        "memory_gib": (torch.cuda.get_device_properties(world.device).total_memory if cuda else host / local_ranks) / _GIB,
         "teraflops": teraflops,
         "memory_gb_per_second": _copy_rate(world.device) / 1e9,
         "node": found["node"] | {"gpus": local_ranks},
         "network": found["network"],
-        "host": {"memory_gib": _host_memory() / _GIB, "gb_per_second": _host_rate(world.device) / 1e9},
+        "host": {"memory_gib": host / _GIB, "gb_per_second": _host_rate(world.device) / 1e9},
         "share": dict.fromkeys(("compute", "memory", "node", "network", "host"), 1.0),
         "overlap": cuda,
     }

@@ -39,8 +39,6 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     """
     if config.public_task is None:
         raise InputError("bench transfer needs the section `public_task`")
-    if world.size > 1:
-        raise InputError("bench transfer compares ways to run a step on one device", "start it without a launcher")
     alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
     settings = {"objective": "published", "scores": "vocabulary", "match_class_shares": False, "alpha": alpha}
     section = config.transfer.model_copy(update=settings)

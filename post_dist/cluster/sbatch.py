@@ -16,7 +16,8 @@ _AFTER = (
     'if [[ $code == 6 && -z ${cancelled:-} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi',
     "exit $code",
 )
-_SRUN = ("--kill-on-bad-exit=1",)
+# Tasks get the batch script's environment, even where sbatch was told --export=NONE, which srun would else go by.
+_SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
 _BY_HAND = {
     "distill": "The provider's student: sbatch --nodes 2 slurm/distill.sbatch RUN.yaml [OPTIONS]",
     "tune": "The owner's prompt, in one process: sbatch slurm/tune.sbatch RUN.yaml [OPTIONS]",
@@ -53,7 +54,7 @@ def job_parameters(cluster: Cluster, stage: ClusterStage, after: str | None = No
         "signal_delay_s": cluster.signal_seconds,
         "setup": [*_LISTEN, *cluster.setup],
         "teardown": list(_AFTER),
-        "srun_args": list(_SRUN),
+        "srun_args": [*_SRUN, f"--cpus-per-task={asked.cpus_per_task}"],  # since Slurm 22.05 srun does not go by sbatch's
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": more,
@@ -95,6 +96,6 @@ def _task_lines(command: str) -> Sequence[str]:
     return (
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-        f"srun --unbuffered {' '.join(_SRUN)} bash -c \\",
+        f'srun --unbuffered {" ".join(_SRUN)} --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c \\',
         f'  \'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec post-dist {command} "$@"\' post-dist "$@"',
     )

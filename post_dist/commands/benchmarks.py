@@ -1,7 +1,6 @@
 """Benchmarks: of a stage beside its peers, of a step on many ranks, and of the machine itself."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from post_dist.commands.options import AsJson, Output, Overrides, RunFile, count
 from post_dist.commands.ranks import start_ranks
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a stage beside its peers, its step on many ranks, or the machine itself.")
 
@@ -43,7 +43,7 @@ def fabric(
     world = start_ranks(RunConfig(name="fabric"))
     from post_dist.bench.fabric import measure_fabric, write_hardware
 
-    result = measure_fabric(world, int(os.environ.get("LOCAL_WORLD_SIZE") or world.size))
+    result = measure_fabric(world)
     if world.is_main:
         if write is not None:
             write_hardware(write, result)
@@ -63,7 +63,12 @@ def scale(
     """A step of distill and of transfer on the ranks of a launcher: where its time goes on each, and the bytes between them."""
     config = load_run(run, set_, output)
     if submit is not None:
-        _submit_scale(config, run, counts("--submit", submit), set_ or [], json_)
+        nodes = counts("--submit", submit)
+        if len(set(nodes)) < len(nodes):
+            raise InputError(f"--submit {submit}: a number stands twice", "each number of nodes is measured once")
+        if write is not None:
+            raise InputError("--write does not go with --submit", "each job has a file of its own, and the answer names it")
+        _submit_scale(config, run, nodes, set_ or [], json_)
         return
     world = start_ranks(config)
     from post_dist.bench.scale import bench_scale, write_scale
@@ -81,11 +86,12 @@ def _submit_scale(config: RunConfig, run: Path, nodes: list[int], settings: list
     """One job for each number of nodes, with what the run file's cluster asks for distill."""
     from post_dist.cluster.submit import scale_jobs, submit_jobs, try_jobs
 
-    told = []
-    for count in nodes:
-        sized, jobs, kept = scale_jobs(config, run, count, settings)
-        try_jobs(sized, jobs)
-        told += [{"nodes": count, "job_id": job.job_id, "log": str(job.log), "result": str(kept)} for job in submit_jobs(sized, jobs)]
+    jobs, results = scale_jobs(config, run, nodes, settings)
+    try_jobs(config, jobs)
+    told = [
+        {"nodes": count, "job_id": job.job_id, "log": str(job.log), "result": str(result)}
+        for count, job, result in zip(nodes, submit_jobs(config, jobs, chained=False), results, strict=True)
+    ]
     if as_json:
         print(json.dumps({"jobs": told}))
         return
@@ -97,6 +103,8 @@ def _submit_scale(config: RunConfig, run: Path, nodes: list[int], settings: list
 def _beside_peers(stage: str, run: Path, overrides: list[str] | None, as_json: bool) -> None:
     config = load_run(run, overrides, None)
     world = start_ranks(config)
+    if world.size > 1:
+        raise InputError(f"bench {stage} compares ways to run a step on one device", "start it without a launcher")
     from post_dist.bench.distill import bench_distill
     from post_dist.bench.transfer import bench_transfer
     from post_dist.bench.tune import bench_tune

@@ -31,23 +31,21 @@ def submit(
     config = load_run(run, set_, output)
     options = tuple(f"--set={setting}" for setting in set_ or ()) + ((f"--output={output.resolve()}",) if output else ())
     jobs = planned_jobs(config, run, command, options)
+    stages = [planned.stage for planned in jobs]
     if print_:
-        print("\n".join(job_texts(config, jobs)))
+        texts = zip(stages, job_texts(config, jobs), strict=True)
+        _tell([{"stage": stage, "batch_file": text} for stage, text in texts], "{batch_file}", json_)
         return
     if local:
         submitted = run_here(config, jobs)
     else:
-        answers = try_jobs(config, jobs)
+        answers = zip(stages, try_jobs(config, jobs), strict=True)
         if test_only:
-            print("\n".join(answers))
+            _tell([{"stage": stage, "answer": answer} for stage, answer in answers], "{stage}: {answer}", json_)
             return
         submitted = submit_jobs(config, jobs)
     told = [{"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted]
-    if json_:
-        print(json.dumps({"jobs": told}))
-    else:
-        for job in submitted:
-            print(f"{job.stage}: job {job.job_id}, log {job.log}")
+    _tell(told, "{stage}: job {job_id}, log {log}", json_)
     if wait and not local:
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
 
@@ -70,3 +68,8 @@ def doctor(
             print(f"{'ok  ' if finding.ok else 'BAD '} {finding.name}: {finding.found}{f'; {finding.cure}' if finding.cure else ''}")
     if not well:
         raise typer.Exit(EnvironmentFault.exit_code)
+
+
+def _tell(jobs: list[dict[str, str]], words: str, as_json: bool) -> None:
+    """One JSON object, or each job in words."""
+    print(json.dumps({"jobs": jobs}) if as_json else "\n".join(words.format(**job) for job in jobs))

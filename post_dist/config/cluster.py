@@ -1,6 +1,6 @@
 """The run file's section for Slurm: what each stage asks of the cluster."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -45,28 +45,32 @@ class Cluster(Resources):
     """Shell lines that come first in a job, such as `module load cuda`."""
     signal_seconds: PositiveInt = 120
     """How long before the time limit a job is told to save; it is then queued again, and goes on."""
-    distill: dict[str, Any] = Field(default_factory=dict)
-    tune: dict[str, Any] = Field(default_factory=dict)
-    transfer: dict[str, Any] = Field(default_factory=dict)
-    evaluate: dict[str, Any] = Field(default_factory=dict)
+    distill: Resources = Resources()
+    tune: Resources = Resources()
+    transfer: Resources = Resources()
+    evaluate: Resources = Resources()
 
     @model_validator(mode="after")
-    def _stages_are_resources(self) -> "Cluster":
+    def _stages_add_up(self) -> "Cluster":
         for stage in get_args(ClusterStage):
             try:
-                self.for_stage(stage)
+                asked = self.for_stage(stage)
             except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, (stage, *first["loc"])))
-                raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+                raise ValueError(f"{stage}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+            if self.signal_seconds >= 60 * asked.time_minutes:
+                raise ValueError(
+                    f"{stage}: signal_seconds ({self.signal_seconds}) leaves nothing of time_minutes ({asked.time_minutes}): "
+                    "the job would be told to save as it starts"
+                )
         return self
 
     def for_stage(self, stage: ClusterStage) -> Resources:
         """What a stage asks for; tuning has one task, whose process alone sees the private data."""
-        fields = {name: getattr(self, name) for name in Resources.model_fields} | getattr(self, stage)
+        own: Resources = getattr(self, stage)
+        fields = self.model_dump(include=set(Resources.model_fields)) | own.model_dump(exclude_unset=True)
         if stage == "tune":
             one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, fields["gpus_per_node"])}
-            asked = {name for name in one if getattr(self, stage).get(name, 0) > 1}
+            asked = {name for name in one if (getattr(own, name) or 0) > 1}
             if asked:
                 raise ValueError(f"tune.{min(asked)}: tuning runs in one process, so that private data stay there")
             fields |= one

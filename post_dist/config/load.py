@@ -45,17 +45,22 @@ def load_run(path: Path, overrides: list[str] | None = None, output: Path | None
         raise InputError(f"{path}: {count} in the run file\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as its users mean it: no duplicate keys, `no` is a word, and 1e-3 is a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """See that no key stands twice. Later `<<` brings in those of another mapping, which the mapping's own may override."""
+        node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = key_node.value if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -85,10 +90,11 @@ def _override(fields: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: not of the form section.field=value")
     target = fields
     for key in keys[:-1]:
-        inner = target.setdefault(key, {})
+        inner = target.get(key, {})
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: '{key}' is not a section")
-        target = inner
+        target[key] = dict(inner)  # an alias may name the same mapping elsewhere
+        target = target[key]
     target[keys[-1]] = _parse(value, f"--set {override}")
 
 

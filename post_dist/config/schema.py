@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from post_dist.config.cluster import Cluster
 from post_dist.config.sources import Corpus, FilePath, PositiveFloat, PositiveInt, Section, Share, Task, beside_run_file
+from post_dist.errors import InputError
 
 Stage = Literal["distill", "tune", "transfer", "evaluate"]
 
@@ -20,6 +21,7 @@ STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
 }
 """What each stage reads, beside the general fields and the artefacts that it is handed."""
+_ORDER = tuple(STAGE_SECTIONS)
 
 
 class Teacher(Section):
@@ -332,6 +334,28 @@ class RunConfig(Section):
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)
         return self
+
+    def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
+        """A stage, and before it those whose result it builds on and `inputs` does not give; a data owner's builds on no transfer."""
+        inputs, no_transfer = self.inputs, self.teacher is None and not self.evaluate.baselines
+        given = {"distill": inputs.student, "tune": inputs.source_prompt, "transfer": inputs.target_prompt or no_transfer}
+        before = _ORDER[: _ORDER.index(stage)]
+        return (*(earlier for earlier in before if not given[earlier]), stage)
+
+    def need(self, *stages: Stage) -> None:
+        """See that the sections are there which these stages read and no default fills in.
+
+        A data owner evaluates without a teacher; what was or will be trained on the teacher needs it.
+
+        Raises:
+            InputError: some are missing.
+        """
+        read = dict.fromkeys(section for stage in stages for section in STAGE_SECTIONS[stage])
+        if not {"distill", "transfer"} & {*stages} and not (self.evaluate.baselines or self.inputs.target_prompt):
+            read.pop("teacher", None)
+        missing = [section for section in read if getattr(self, section) is None]
+        if missing:
+            raise InputError(f"the run file lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
 
     def view(self, stage: Stage) -> "RunConfig":
         """The run file with every section blanked that `stage` does not read."""

@@ -12,7 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 def beside_run_file(path: Path, info: ValidationInfo) -> Path:
     """Read a relative path from the folder of the run file, wherever the command was started."""
     folder = (info.context or {}).get("folder", Path())
-    return (folder / path.expanduser()).resolve()
+    try:
+        return (folder / path.expanduser()).resolve()
+    except RuntimeError as error:  # no such user, or a loop of links
+        raise ValueError(f"{path}: {error}") from None
 
 
 FilePath = Annotated[Path, AfterValidator(beside_run_file)]

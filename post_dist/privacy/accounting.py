@@ -65,6 +65,16 @@ def private_plan(config: RunConfig) -> PrivacyPlan:
     return _calibrated(tuple(fields.items()), section.target_epsilon)
 
 
+def private_plans(config: RunConfig) -> list[PrivacyPlan]:
+    """All plans that a pipeline of this run file follows: its own if it is private, and those of its `evaluate.private_rows`.
+
+    Raises:
+        InputError: see `private_plan`.
+    """
+    sections = [config.privacy, *map(config.privacy.for_target, config.evaluate.private_rows)]
+    return [private_plan(config.model_copy(update={"privacy": section})) for section in sections if section.enabled]
+
+
 @cache
 def account(plan: PrivacyPlan) -> Account:
     """What a plan costs, by three accountants.

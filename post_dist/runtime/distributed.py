@@ -65,6 +65,21 @@ class World:
         dist.all_gather(gathered, padded)
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
+    def ranks_of_a_node(self) -> int:
+        """How many ranks a node has; all ranks call it.
+
+        Raises:
+            InputError: the nodes differ in it, or the ranks are not numbered node by node.
+        """
+        local_ranks = self.concatenate(torch.tensor([self.local_rank], device=self.device)).tolist()
+        count: int = max(local_ranks) + 1
+        if local_ranks != [rank % count for rank in range(self.size)]:
+            raise InputError(
+                "the nodes have different numbers of ranks, or these are not numbered node by node",
+                "engine.shard_group: node and bench fabric need equal nodes",
+            )
+        return count
+
     def lost_a_rank(self, error: RuntimeError) -> bool:
         """Whether an error is a collective's that lost its connection: NCCL has a class for it, gloo names its source file."""
         return self.size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))

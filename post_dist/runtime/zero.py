@@ -41,10 +41,7 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
     """
     size = world.size if engine.shard_group == "all" else engine.shard_group
     if size == "node":
-        local_ranks = world.concatenate(torch.tensor([world.local_rank], device=world.device)).tolist()
-        size = max(local_ranks) + 1
-        if local_ranks != [rank % size for rank in range(world.size)]:
-            raise InputError("engine.shard_group: node needs equally many ranks on each node, numbered node by node")
+        size = world.ranks_of_a_node()
     if world.size % size:
         raise InputError(f"engine.shard_group: {world.size} ranks do not part into groups of {size}")
     if size == world.size:

@@ -49,7 +49,7 @@ class Pipeline:
 
     def distill(self) -> RunFolder:
         """The student."""
-        self._need("teacher", "student", "corpus")
+        self._config.need("distill")
         folder = run_folder(self._config, "distill", {"teacher": self._teacher_digest, "corpus": self._data("corpus")})
         self._run([folder], lambda _: distill(folder, self.teacher, self._teacher_digest, self._world, self._resume))
         return folder
@@ -68,7 +68,7 @@ class Pipeline:
         A data owner has no teacher: without that section the table has the student's rows.
         """
         config = self._config
-        self._need("private_task", *(["teacher"] if config.evaluate.baselines or config.inputs.target_prompt else []))
+        config.need("evaluate")
         if len(self._source_prompts) > 1:
             raise InputError(
                 f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table is of one", "evaluate each by itself"
@@ -116,22 +116,16 @@ class Pipeline:
 
     def everything(self) -> RunFolder:
         """All stages, after a look at all inputs: a wrong label word is found before hours of distillation."""
-        inputs = self._config.inputs
-        self._need("teacher", "private_task")
-        if inputs.student is None:
-            self._need("student", "corpus")
-        if inputs.target_prompt is None:
-            self._need("public_task")
+        self._config.need(*self._config.stages_until("evaluate"))
         self._world.on_main(partial(self._look_at_inputs, self.teacher))
         return self.evaluate()
 
     def _look_at_inputs(self, teacher: Path) -> None:
         """Price the plans and read the data, which also fetches those of the hub for all ranks."""
-        plans = [self._config.privacy, *map(self._config.privacy.for_target, self._config.evaluate.private_rows)]
-        for plan in filter(lambda plan: plan.enabled, plans):
-            from post_dist.privacy.accounting import account, private_plan  # takes a second
+        from post_dist.privacy.accounting import account, private_plans  # takes a second
 
-            account(private_plan(self._config.model_copy(update={"privacy": plan})))
+        for plan in private_plans(self._config):
+            account(plan)
         tokenizer = load_tokenizer(teacher)
         task = self._config.private_task
         if task is not None and task.template is not None:
@@ -142,7 +136,7 @@ class Pipeline:
             load_public_texts(self._config.public_task, "public_task")
 
     def _tune(self, config: RunConfig, model: Path, model_name: str) -> RunFolder:
-        self._need("private_task")
+        self._config.need("tune")
         on_student = model_name == "the student"
         digest = self._student_digest if on_student else self._teacher_digest
         inputs = {"model": digest, "private_task": self._data("private_task")}
@@ -154,7 +148,7 @@ class Pipeline:
         """Carry prompts over, each by its own settings; those that are not finished, beside each other."""
         if not wanted:
             return []
-        self._need("teacher", "public_task")
+        self._config.need("transfer")
         inputs = {"teacher": self._teacher_digest, "student": self._student_digest, "public_task": self._data("public_task")}
         clients = [
             Client(run_folder(config, "transfer", inputs | {"source prompt": read_manifest(prompt, "soft prompt").digest}), prompt)
@@ -172,8 +166,9 @@ class Pipeline:
     @cached_property
     def teacher(self) -> Path:
         """The folder of the large LLM."""
-        self._need("teacher")
-        fetch = partial(model_folder, self._config.teacher)  # type: ignore[arg-type]
+        if self._config.teacher is None:
+            raise InputError("the run file lacks the section teacher")
+        fetch = partial(model_folder, self._config.teacher)
         with unwatched("fetching the teacher"):  # the hub's client has time limits of its own
             self._world.on_main(fetch)
             folder = self._world.together(fetch)  # a node may have a cache of its own
@@ -205,11 +200,6 @@ class Pipeline:
     def _source_prompts(self) -> tuple[Path, ...]:
         given = self._config.inputs.source_prompt
         return given if isinstance(given, tuple) else (given or self.tune().artifact,)
-
-    def _need(self, *sections: str) -> None:
-        missing = [section for section in sections if getattr(self._config, section) is None]
-        if missing:
-            raise InputError(f"the run file lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
 
     def _data(self, section: str) -> str:
         """What names the contents of a data section: the file's digest, or the hub's name and commit."""

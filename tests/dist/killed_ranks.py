@@ -364,8 +364,8 @@ def main() -> None:
             "Made by `make faults`. A tiny Llama is distilled on two ranks over gloo without a launcher, teacher ZeRO-3, student ZeRO-1, fp32, "
             f"{STEPS} steps, a checkpoint every {EVERY}; each kill at a random step and rank. `detected` is the time between the end of the "
             "broken rank and that of the other, `resumed` from the start of the command to its first step; libraries are loaded already, which "
-            f"a start of its own takes about 8 s for. Rows with a star make another student: with another "
-            "number of ranks sums are rounded otherwise, and what is not finite is passed over. torch {torch.__version__}, "
+            "a start of its own takes about 8 s for. Rows with a star make another student: with another "
+            f"number of ranks sums are rounded otherwise, and what is not finite is passed over. torch {torch.__version__}, "
             f"deepspeed {deepspeed.__version__}, two cores.\n"
         )
         options.table.write_text("# Distillation under faults (CPU)\n\n" + about + "\n" + "\n".join(lines) + "\n")

@@ -1,6 +1,7 @@
 """The benchmarks of distillation and transfer: every way computes the same loss, and none is left out."""
 
 import json
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,3 +49,11 @@ def test_transfer(run: Path, main: Callable) -> None:
     found = figures(main, "transfer", run)
     check(found, ["published loop", "ours", "cached, plain torch"], "samples")
     assert found["once"]["rows"] > 0
+
+
+def test_several_ranks_are_refused(run: Path, post_dist: Callable) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29627", "-m")
+    done = post_dist("bench", "tune", run, "--json", launcher=launcher)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "bench tune compares ways to run a step on one device" in done.stderr

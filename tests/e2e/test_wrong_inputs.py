@@ -288,8 +288,23 @@ CASES = [
         command=("bench", "scale", "{run}"),
     ),
     Case("bench scale on no nodes", 2, "--submit 2,0: not numbers above zero", command=("bench", "scale", "{run}", "--submit", "2,0")),
+    Case("bench scale twice on one node", 2, "--submit 1,1: a number stands twice", command=("bench", "scale", "{run}", "--submit", "1,1")),
+    Case(
+        "bench scale into one file",
+        2,
+        "--write does not go with --submit",
+        command=("bench", "scale", "{run}", "--submit=1", "--write={folder}/figures.json"),
+    ),
     # places
     Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
+    Case(
+        "output is a file, of a job",
+        2,
+        "cannot write",
+        write("taken", "x"),
+        ("submit", "{run}", "distill", "--local", "--output={folder}/taken"),
+    ),
+    Case("output of nobody", 2, "output: ~nobody-here/runs: .*home", put("output", "~nobody-here/runs"), DISTILL),
     Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),
     Case("output cannot be made", 2, "cannot write", command=("distill", "{run}", "--output", "/proc/nowhere")),
 ]

@@ -132,6 +132,22 @@ def test_the_files_for_sbatch_by_hand_are_ones_that_slurm_takes(slurm: Cluster) 
         assert asked.returncode == 0, asked.stderr
 
 
+def test_a_task_of_a_file_by_hand_has_the_script_s_environment(slurm: Cluster, tmp_path: Path) -> None:
+    for place, text in (
+        ("slurm/site.env", f'POST_DIST_VENV="{tmp_path}/venv"\nsite_setup() {{ :; }}\n'),
+        ("venv/bin/post-dist", '#!/bin/bash\necho "$@ from $MASTER_ADDR"\n'),
+    ):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(text)
+        (tmp_path / place).chmod(0o755)
+    file = Path(__file__).parents[2] / "slurm/distill.sbatch"
+    options = ("--wait", "--export=NONE", f"--chdir={tmp_path}", f"--output={tmp_path / 'log'}")
+    done = slurm.run("sbatch", *options, file, "RUN.yaml")
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 0, said
+    assert re.fullmatch(r"distill RUN.yaml from \w+\n", said)
+
+
 @pytest.mark.timeout(300)
 def test_a_distillation_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp_path: Path) -> None:
     done = submit(slurm, write_run(tmp_path, corpus={"held_out_sequences": 10_000}), "pipeline", "--wait")

@@ -65,6 +65,22 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     assert run.tune.init_text == "say yes"
 
 
+def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
+    text = MINIMAL + "cluster:\n  distill: &big {nodes: 4, gpus_per_node: 8}\n  transfer: &less {<<: *big, nodes: 2}\n  evaluate: *less\n"
+    run = load(tmp_path, text, "cluster.transfer.nodes=3")
+    asked = {stage: run.cluster.for_stage(stage) for stage in ("distill", "transfer", "evaluate")}
+    assert {stage: (each.nodes, each.gpus_per_node) for stage, each in asked.items()} == {
+        "distill": (4, 8),
+        "transfer": (3, 8),
+        "evaluate": (2, 8),
+    }
+    # A mapping that is brought in before it is made by itself, and overrides what it brought in, has no key twice.
+    nested = "distill: &a {steps: 1}\ntransfer: {<<: &b {<<: *a, steps: 2}}\ntune: {<<: *b, steps: 3}\n"
+    assert load(tmp_path, MINIMAL + nested).transfer.steps == 2
+    with pytest.raises(InputError, match="the key 'nodes' stands twice"):
+        load(tmp_path, text.replace("nodes: 2}", "nodes: 2, nodes: 5}"))
+
+
 def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(tmp_path, MINIMAL + "transfer: {alfa: 0.5, steps: -1}\nengine: {precision: fp8}\n")
