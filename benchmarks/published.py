@@ -8,8 +8,7 @@ from pathlib import Path
 
 from post_dist.planning.cost import backward_pass_bytes, forward_flops, forward_pass_bytes, head_flops, logit_bytes
 from post_dist.planning.hardware import read_hardware
-from post_dist.planning.plan import GPU_HOURS_BETWEEN_FAILURES
-from post_dist.planning.simulate import Run, best_interval, simulate
+from post_dist.planning.simulate import GPU_HOURS_BETWEEN_FAILURES, Run, best_interval, simulate
 from post_dist.planning.sizes import LayerSize, ModelSize
 
 FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"

@@ -26,10 +26,11 @@ def plan(
     """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.models.load import config_folder
-    from post_dist.planning.hardware import read_hardware
-    from post_dist.planning.plan import Machine, goodput, nearest_that_fits, plan_run
+    from post_dist.planning.hardware import Machine, read_hardware
+    from post_dist.planning.plan import nearest_that_fits, plan_run
     from post_dist.planning.scaling import draw, planned
     from post_dist.planning.shown import plan_lines, plan_table
+    from post_dist.planning.simulate import goodput
     from post_dist.planning.sizes import size_of
 
     if config.teacher is None:

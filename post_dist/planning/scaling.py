@@ -13,7 +13,8 @@ from typing import Any
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
-from post_dist.planning.plan import Machine, plan_run
+from post_dist.planning.hardware import Machine
+from post_dist.planning.plan import plan_run
 from post_dist.planning.sizes import ModelSize
 
 _RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}

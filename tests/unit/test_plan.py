@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 from post_dist.config.assets import asset
 from post_dist.errors import InputError
-from post_dist.planning.hardware import read_hardware
-from post_dist.planning.plan import Machine, young_interval
+from post_dist.planning.hardware import Machine, read_hardware
+from post_dist.planning.simulate import young_interval
 from post_dist.planning.sizes import size_of
 
 GIB = 2**30

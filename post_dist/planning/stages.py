@@ -1,0 +1,253 @@
+"""What a step of each stage takes: memory by part, operations, bytes on the wires and seconds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from post_dist.config.deepspeed import Precision
+from post_dist.config.schema import RunConfig
+from post_dist.data.order import shares
+from post_dist.errors import InputError
+from post_dist.models.student import stand_in_layers
+from post_dist.planning import cost
+from post_dist.planning.hardware import Machine
+from post_dist.planning.memory import GATHERED, GIB, frozen_memory, fullest, student_memory
+from post_dist.planning.simulate import STORAGE_GB_PER_SECOND, young_interval
+from post_dist.planning.sizes import ModelSize
+from post_dist.stages.teacher_signals import kept_bytes, kept_names
+
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+_REPLICATE_BELOW = 0.4
+"""A frozen model that takes no more than this share of a GPU stands whole on each: nothing is gathered."""
+_RESERVED_GIB = 2.0
+"""CUDA, NCCL and what the allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the run file trains and runs, by size."""
+
+    teacher: ModelSize
+    student: ModelSize
+    upper: ModelSize
+    """The student above its frozen layers."""
+
+    @property
+    def trained(self) -> int:
+        """Elements of the student that are trained: its upper layers."""
+        return sum(sum(layer.weights) for layer in self.upper.layers)
+
+
+def models_of(config: RunConfig, teacher: ModelSize) -> Models:
+    """The sizes of the teacher and of the student that is cut from it."""
+    section = config.student
+    if section is None:
+        raise InputError("plan needs the sections `teacher` and `student`")
+    student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
+    return Models(teacher, student, student.above(section.frozen_lower_layers))
+
+
+def shard_group_size(config: RunConfig, machine: Machine) -> int:
+    """How many ranks share a frozen model, by `engine.shard_group`."""
+    wanted = config.engine.shard_group
+    return machine.ranks if wanted == "all" else min(machine.gpus_per_node if wanted == "node" else wanted, machine.ranks)
+
+
+def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[str, str]:
+    """The smallest shard group that fits, and why: fewer ranks gather less, and a node's links are the fastest."""
+    capacity, whole = machine.hardware.memory_gib * GIB, size.parameters * bytes_each
+    if whole <= _REPLICATE_BELOW * capacity:
+        return "1", f"{whole / GIB:.0f} GiB stand on each GPU of {machine.hardware.memory_gib:g}: nothing is gathered"
+    part = whole / machine.gpus_per_node
+    if part <= _REPLICATE_BELOW * capacity:
+        return "node", f"{part / GIB:.1f} GiB of {whole / GIB:.0f} on each GPU of a node: no weight crosses the network"
+    return "all", f"{whole / GIB:.0f} GiB do not fit into one node beside the rest"
+
+
+def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Sums, and what follows from them."""
+    memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
+    total = fullest(memory, found.pop("moments", []))
+    conflicts = list(found.pop("conflicts", []))
+    if total > machine.hardware.memory_gib:
+        largest = max(memory, key=lambda part: memory[part])
+        conflicts.append(f"{total:.1f} GiB on a GPU of {machine.hardware.memory_gib:g} GiB, most of it {largest} ({memory[largest]:.1f})")
+    hours = found["step_seconds"] * steps / 3600
+    return found | {
+        "stage": stage,
+        "gpus": ranks,
+        "steps": steps,
+        "memory_gib": memory,
+        "memory_total_gib": total,
+        "hours": hours,
+        "gpu_hours": hours * ranks,
+        "conflicts": conflicts,
+    }
+
+
+def distill(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    """A teacher that is sharded in groups, and the student that all ranks train."""
+    section, corpus, hardware = config.distill, config.corpus, machine.hardware
+    if corpus is None:
+        raise InputError("plan needs the section `corpus`")
+    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
+    own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
+    passes, rows = len(own), max(len(share.rows) for share in own)
+    length = corpus.sequence_length
+    sequences = passes * rows
+    flops = cost.distill_flops(models.teacher, models.upper, sequences, length)
+    stage = config.engine.zero_stage
+    settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
+    moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
+    of_teacher = passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
+    of_student = moved["gather"] - of_teacher
+    asked, kept = _asked_and_kept(config, models, precision)
+    flops["teacher"] *= asked
+    if section.cache == "sampled":  # the student runs its frozen layers itself
+        whole, upper = (cost.forward_flops(size, sequences, length) for size in (models.student, models.upper))
+        flops["student_forward"] += whole - upper
+    moved["gather"] = of_student + asked * of_teacher
+    rate = hardware.flops_per_second(precision)
+    teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
+    gather = machine.wire_seconds(asked * of_teacher, group, asked * passes * len(models.teacher.layers))
+    reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
+    held = rows * length
+    passed = asked * cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
+    passed += cost.backward_pass_bytes(models.upper, held, each) + cost.logit_bytes(models.upper, held)
+    passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
+    over_memory = passed / hardware.memory_bytes_per_second()
+    tokens = section.batch_size * length
+    signals = (1 + asked) * tokens * kept / (STORAGE_GB_PER_SECOND * 1e9)  # written once, read in every step
+    if hardware.overlap:
+        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory + signals
+    else:
+        step = teacher + gather + student + reduce + over_memory + signals
+    sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
+    memory = frozen_memory(models.teacher, group, each)
+    memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
+    memory |= student_memory(config.engine, models.upper, models.trained, **sizes)
+    # Those of the pass before stay, and so does the buffer for a rank's part of them.
+    gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
+    moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
+    moments.append(("student_gathered", "activations", *gradients))
+    checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
+    conflicts = []
+    if section.batch_size < ranks:
+        conflicts.append(f"distill.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a sequence")
+    if models.teacher.context is not None and length > models.teacher.context:
+        conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
+    if corpus.max_tokens and corpus.max_tokens // length <= corpus.held_out_sequences:
+        conflicts.append(
+            f"corpus.max_tokens make {corpus.max_tokens // length} sequences, and {corpus.held_out_sequences} are to be held out"
+        )
+    advice, why = advised_group(models.teacher, machine, each)
+    found = {
+        "memory_gib": memory,
+        "moments": moments,
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
+        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory}
+        | ({"signals": signals} if kept else {}),
+        "step_seconds": step,
+        "tokens_per_second": tokens / step,
+        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
+        "shard_group": {"size": group, "advised": advice, "why": why},
+        "checkpoint_gib": checkpoint,
+        "teacher_signals_gib": asked * section.steps * tokens * kept / GIB if kept else None,
+        "checkpoint_interval_seconds": young_interval(checkpoint * GIB / (STORAGE_GB_PER_SECOND * 1e9), ranks),
+        "conflicts": conflicts,
+    }
+    return _finished("distill", machine, ranks, section.steps, found)
+
+
+def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> tuple[float, int]:
+    """The share of the steps' sequences that the teacher runs over, and the bytes kept of a token: all and none without a cache.
+
+    A corpus of unknown size is taken to hold a new sequence for each step.
+    """
+    section, corpus, student = config.distill, config.corpus, config.student
+    if section.cache == "none" or corpus is None or student is None:
+        return 1.0, 0
+    wanted = section.steps * section.batch_size
+    held = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences if corpus.max_tokens else wanted
+    names = kept_names(section, student, exact_product=precision == "fp32")
+    return min(1.0, max(0, held) / wanted), kept_bytes(names, models.teacher.width, _BYTES[precision])
+
+
+def tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once."""
+    section, privacy, task = config.tune, config.privacy, config.private_task
+    private = privacy.enabled or bool(config.evaluate.private_rows)
+    rows = (privacy.expected_batch_size or section.batch_size) if private else float(section.batch_size)
+    steps = (privacy.steps or section.steps) if private else section.steps
+    length, n = task.max_length if task else 128, section.num_virtual_tokens
+    flops = 2 * cost.forward_flops(models.student, rows, length + n)
+    found: dict[str, Any] = {
+        "memory_gib": {
+            "student_weights": models.student.parameters * _BYTES[precision] / GIB,
+            "activations": len(models.student.layers)
+            * cost.activation_elements(models.student, trained=False)
+            * section.micro_batch_size_per_gpu
+            * (length + n)
+            * _BYTES[precision]
+            / GIB,
+        },
+        "flops_per_gpu": {"forward_and_backward": flops},
+        "step_seconds": flops / machine.hardware.flops_per_second(precision),
+        "conflicts": _room(models.student, n, length),
+    }
+    if private:
+        from post_dist.privacy.accounting import account, private_plan
+
+        wanted = [privacy] if privacy.enabled else [privacy.for_target(epsilon) for epsilon in config.evaluate.private_rows]
+        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": each}))).epsilon for each in wanted]
+    return _finished("tune", machine, 1, steps, found)
+
+
+def _room(size: ModelSize, prompt: int, length: int) -> list[str]:
+    if size.context is not None and prompt + length > size.context:
+        return [f"a prompt of {prompt} tokens and texts of {length} exceed the context of {size.context}: lower tune.num_virtual_tokens"]
+    return []
+
+
+def transfer(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
+    """A target that is sharded as the teacher is, and the prompts that are trained on it."""
+    section, task, hardware = config.transfer, config.private_task or config.public_task, machine.hardware
+    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
+    rows = max(len(share.rows) for share in shares(range(section.batch_size), section.batch_size, 0, ranks))
+    length, n = task.max_length if task else 128, config.tune.num_virtual_tokens
+    by_classes = section.scores == "classes"
+    flops = cost.transfer_flops(models.teacher, models.student, rows, length, n, by_classes=by_classes)
+    moved = cost.transfer_bytes(models.teacher, n, group=group, ranks=ranks, bytes_each=each)
+    compute = sum(flops.values()) / hardware.flops_per_second(precision)
+    gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
+    reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
+    tokens = n + rows * length
+    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher, trained=False)
+    conflicts = _room(models.teacher, n, length)
+    if section.batch_size < ranks:
+        conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
+    advice, why = advised_group(models.teacher, machine, each)
+    passed = cost.forward_pass_bytes(models.teacher, tokens, each)
+    passed += cost.backward_pass_bytes(models.teacher, tokens, each) + cost.logit_bytes(models.teacher, rows)
+    over_memory = passed / hardware.memory_bytes_per_second()
+    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce + over_memory
+    found = {
+        "memory_gib": frozen_memory(models.teacher, group, each)
+        | {
+            "student_weights": models.student.parameters * each / GIB,
+            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher, trained=False))
+            * tokens
+            * each
+            / GIB,
+            "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
+        },
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
+        "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory},
+        "step_seconds": step,
+        "samples_per_second": section.batch_size / step,
+        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
+        "shard_group": {"size": group, "advised": advice, "why": why},
+        "conflicts": conflicts,
+    }
+    return _finished("transfer", machine, ranks, section.steps, found)
