@@ -70,6 +70,10 @@ class Hardware(Section):
         share: float = getattr(self.share, link)
         return found.gb_per_second * 1e9 * share
 
+    def host_bytes_per_second(self) -> float:
+        """What copies from the host's memory to one GPU reach."""
+        return self.host.gb_per_second * 1e9 * self.share.host
+
     def memory_bytes_per_second(self) -> float:
         """What passes over a GPU's memory reach."""
         return self.memory_gb_per_second * 1e9 * self.share.memory

@@ -13,10 +13,11 @@ GATHERED = ("gathered_weights", "weights_on_their_way")
 """The parts that `frozen_memory` holds during a forward pass alone."""
 
 
-def frozen_memory(size: ModelSize, group: int, bytes_each: int) -> dict[str, float]:
-    """A frozen model's shard; and where it is sharded, the weights that DeepSpeed keeps whole, and copies of those on their way."""
-    held = {"frozen_weights": cost.shard_bytes(size, group, bytes_each) / GIB}
-    if group == 1:
+def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) -> dict[str, float]:
+    """A frozen model's shard, unless it is offloaded; and the weights that DeepSpeed brings and keeps whole, and copies of those coming."""
+    offloaded = engine.offload != "none"
+    held = {"frozen_weights": 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each) / GIB}
+    if group == 1 and not offloaded:
         return held
     settings = preset("frozen_zero3")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)

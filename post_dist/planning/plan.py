@@ -37,6 +37,7 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
             "teraflops_reached": machine.hardware.flops_per_second(precision) / 1e12,
             "gb_per_second_in_a_node": machine.hardware.bytes_per_second("node") / 1e9,
             "gb_per_second_between_nodes": machine.hardware.bytes_per_second("network") / 1e9,
+            "gb_per_second_from_the_host": machine.hardware.host_bytes_per_second() / 1e9,
             "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
             "checkpoint_gb_per_second": STORAGE_GB_PER_SECOND,
             "collectives_beside_computation": machine.hardware.overlap,
@@ -45,29 +46,25 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
 
 
 def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, str] | None:
-    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None."""
+    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None.
 
-    def with_engine(**fields: Any) -> RunConfig:
-        return config.model_copy(update={"engine": config.engine.model_copy(update=fields)})
-
-    candidates: list[tuple[dict[str, str], RunConfig, Machine]] = []
-    for micro in (4, 2, 1):
-        if micro < config.distill.micro_batch_size_per_gpu:
-            smaller = config.model_copy(update={"distill": config.distill.model_copy(update={"micro_batch_size_per_gpu": micro})})
-            candidates.append(({"distill.micro_batch_size_per_gpu": str(micro)}, smaller, machine))
-    checkpointing = {"engine.activation_checkpointing": "true"}
-    candidates.append((checkpointing, with_engine(activation_checkpointing=True), machine))
-    for group in ("node", "all"):
-        shared = {"engine.shard_group": group}
-        candidates.append((shared, with_engine(shard_group=group), machine))
-        candidates.append((shared | checkpointing, with_engine(shard_group=group, activation_checkpointing=True), machine))
-    for nodes in (2, 4, 8, 16, 32, 64):
-        if nodes > machine.nodes:
-            changes = {"engine.shard_group": "all", **checkpointing, "--nodes": str(nodes)}
-            larger = replace(machine, nodes=nodes)
-            candidates.append((changes, with_engine(shard_group="all", activation_checkpointing=True), larger))
-    for changes, changed, place in candidates:
-        stages = plan_run(changed, teacher, place, precision)["stages"]
-        if all(stage["memory_total_gib"] <= place.hardware.memory_gib for stage in stages):
-            return changes
+    None of them brings a conflict of another kind along.
+    """
+    checkpointing: dict[str, Any] = {"activation_checkpointing": True}
+    in_groups: list[dict[str, Any]] = [{"shard_group": group} for group in ("node", "all")]
+    layouts = [checkpointing]
+    for changes in (*in_groups, *(changes | {"offload": "cpu"} for changes in in_groups)):
+        layouts += [changes, changes | checkpointing]
+    smaller = (rows for rows in (4, 2, 1) if rows < config.distill.micro_batch_size_per_gpu)
+    candidates = [("distill", {"micro_batch_size_per_gpu": rows}, machine) for rows in smaller]
+    candidates += [("engine", changes, machine) for changes in layouts]
+    more_nodes = (replace(machine, nodes=nodes) for nodes in (2, 4, 8, 16, 32, 64) if nodes > machine.nodes)
+    candidates += [("engine", {"shard_group": "all"} | checkpointing, place) for place in more_nodes]
+    known = set(plan_run(config, teacher, machine, precision)["conflicts"])
+    for name, changes, place in candidates:
+        section = getattr(config, name).model_copy(update=changes)
+        found = plan_run(config.model_copy(update={name: section}), teacher, place, precision)
+        if all(stage["fits"] for stage in found["stages"]) and known.issuperset(found["conflicts"]):
+            settings = {f"{name}.{key}": str(value).lower() for key, value in changes.items()}
+            return settings | ({"--nodes": str(place.nodes)} if place != machine else {})
     return None

@@ -43,10 +43,11 @@ def _plan_rows(stages: list[dict[str, Any]]) -> dict[str, list[str]]:
     memory = dict.fromkeys(part for stage in stages for part in stage["memory_gib"])
     rows = {f"{part.replace('_', ' ')}, GiB": values(lambda stage, part=part: stage["memory_gib"].get(part)) for part in memory}
     rows["in all on the fullest GPU, GiB"] = values(lambda stage: stage["memory_total_gib"])
+    rows["in a node's own memory, GiB"] = values(lambda stage: stage["node_memory_gib"])
     rows["shard group"] = values(lambda stage: stage.get("shard_group", {}).get("size"))
     rows["advised"] = values(lambda stage: stage.get("shard_group", {}).get("advised"))
     rows["teraflop a GPU and step"] = values(lambda stage: sum(stage["flops_per_gpu"].values()) / 1e12)
-    for kind in ("gather", "reduce"):
+    for kind in ("gather", "fetch", "reduce"):
         rows[f"GiB a GPU takes in to {kind}"] = values(lambda stage, kind=kind: stage.get("received_gib_per_gpu", {}).get(kind))
     parts = dict.fromkeys(part for stage in stages for part in stage.get("seconds", {}))
     rows |= {f"{part}, s": values(lambda stage, part=part: stage.get("seconds", {}).get(part)) for part in parts}

@@ -68,6 +68,11 @@ def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[
     memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
     total = fullest(memory, found.pop("moments", []))
     conflicts = list(found.pop("conflicts", []))
+    # Of what is offloaded, a node's memory holds the parts of all its GPUs.
+    host = machine.gpus_per_node * found.pop("host_bytes", 0.0) / GIB
+    fits = total <= machine.hardware.memory_gib and host <= machine.hardware.host.memory_gib
+    if host > machine.hardware.host.memory_gib:
+        conflicts.append(f"{host:.1f} GiB are offloaded to a node of {machine.hardware.host.memory_gib:g} GiB")
     if total > machine.hardware.memory_gib:
         largest = max(memory, key=lambda part: memory[part])
         conflicts.append(f"{total:.1f} GiB on a GPU of {machine.hardware.memory_gib:g} GiB, most of it {largest} ({memory[largest]:.1f})")
@@ -78,6 +83,8 @@ def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[
         "steps": steps,
         "memory_gib": memory,
         "memory_total_gib": total,
+        "node_memory_gib": host or None,
+        "fits": fits,
         "hours": hours,
         "gpu_hours": hours * ranks,
         "conflicts": conflicts,
@@ -98,7 +105,8 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
     stage = config.engine.zero_stage
     settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
     moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
-    of_teacher = passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
+    trunk = models.teacher.without_one_table
+    of_teacher = passes * cost.gathered_bytes(trunk.weights, group, each)
     of_student = moved["gather"] - of_teacher
     asked, kept = _asked_and_kept(config, models, precision)
     flops["teacher"] *= asked
@@ -106,9 +114,11 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
         whole, upper = (cost.forward_flops(size, sequences, length) for size in (models.student, models.upper))
         flops["student_forward"] += whole - upper
     moved["gather"] = of_student + asked * of_teacher
+    fetched = asked * passes * _fetched(config, trunk, group, each)
     rate = hardware.flops_per_second(precision)
     teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
     gather = machine.wire_seconds(asked * of_teacher, group, asked * passes * len(models.teacher.layers))
+    fetch = fetched / hardware.host_bytes_per_second()
     reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
     held = rows * length
     passed = asked * cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
@@ -118,11 +128,11 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
     tokens = section.batch_size * length
     signals = (1 + asked) * tokens * kept / (STORAGE_GB_PER_SECOND * 1e9)  # written once, read in every step
     if hardware.overlap:
-        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory + signals
+        step = max(teacher, fetch + gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory + signals
     else:
-        step = teacher + gather + student + reduce + over_memory + signals
+        step = teacher + fetch + gather + student + reduce + over_memory + signals
     sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
-    memory = frozen_memory(models.teacher, group, each)
+    memory = frozen_memory(models.teacher, config.engine, group, each)
     memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
     memory |= student_memory(config.engine, models.upper, models.trained, **sizes)
     # Those of the pass before stay, and so does the buffer for a rank's part of them.
@@ -144,9 +154,9 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
         "memory_gib": memory,
         "moments": moments,
         "flops_per_gpu": flops,
-        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()} | _there(fetch=fetched / GIB),
         "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory}
-        | ({"signals": signals} if kept else {}),
+        | _there(fetch=fetch, signals=signals),
         "step_seconds": step,
         "tokens_per_second": tokens / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
@@ -154,9 +164,26 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
         "checkpoint_gib": checkpoint,
         "teacher_signals_gib": asked * section.steps * tokens * kept / GIB if kept else None,
         "checkpoint_interval_seconds": young_interval(checkpoint * GIB / (STORAGE_GB_PER_SECOND * 1e9), ranks),
+        "host_bytes": _offloaded(config, models.teacher, group, each)
+        + (cost.ADAM_BYTES * models.trained / ranks if config.engine.offload_optimizer else 0.0),
         "conflicts": conflicts,
     }
     return _finished("distill", machine, ranks, section.steps, found)
+
+
+def _there(**parts: float) -> dict[str, float]:
+    """Those that are not 0: only some runs have them."""
+    return {name: value for name, value in parts.items() if value}
+
+
+def _fetched(config: RunConfig, frozen: ModelSize, group: int, bytes_each: int) -> float:
+    """Bytes of offloaded shards that a rank copies to its GPU for one pass; ZeRO-3 does so before each gather, in the same stream."""
+    return 0.0 if config.engine.offload == "none" else cost.shard_bytes(frozen, group, bytes_each)
+
+
+def _offloaded(config: RunConfig, frozen: ModelSize, group: int, bytes_each: int) -> float:
+    """Bytes of a rank's shard that lie in the host's memory."""
+    return cost.shard_bytes(frozen, group, bytes_each) if config.engine.offload == "cpu" else 0.0
 
 
 def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> tuple[float, int]:
@@ -219,7 +246,9 @@ def transfer(config: RunConfig, models: Models, machine: Machine, precision: Pre
     flops = cost.transfer_flops(models.teacher, models.student, rows, length, n, by_classes=by_classes)
     moved = cost.transfer_bytes(models.teacher, n, group=group, ranks=ranks, bytes_each=each)
     compute = sum(flops.values()) / hardware.flops_per_second(precision)
+    fetched = sum(_fetched(config, part, group, each) for part in (models.teacher, models.teacher.without_one_table))
     gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
+    fetch = fetched / hardware.host_bytes_per_second()
     reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
     tokens = n + rows * length
     kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher, trained=False)
@@ -230,9 +259,9 @@ def transfer(config: RunConfig, models: Models, machine: Machine, precision: Pre
     passed = cost.forward_pass_bytes(models.teacher, tokens, each)
     passed += cost.backward_pass_bytes(models.teacher, tokens, each) + cost.logit_bytes(models.teacher, rows)
     over_memory = passed / hardware.memory_bytes_per_second()
-    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce + over_memory
+    step = (max(compute, fetch + gather) if hardware.overlap else compute + fetch + gather) + reduce + over_memory
     found = {
-        "memory_gib": frozen_memory(models.teacher, group, each)
+        "memory_gib": frozen_memory(models.teacher, config.engine, group, each)
         | {
             "student_weights": models.student.parameters * each / GIB,
             "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher, trained=False))
@@ -242,12 +271,13 @@ def transfer(config: RunConfig, models: Models, machine: Machine, precision: Pre
             "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
         },
         "flops_per_gpu": flops,
-        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory},
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()} | _there(fetch=fetched / GIB),
+        "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory} | _there(fetch=fetch),
         "step_seconds": step,
         "samples_per_second": section.batch_size / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
         "shard_group": {"size": group, "advised": advice, "why": why},
+        "host_bytes": _offloaded(config, models.teacher, group, each),
         "conflicts": conflicts,
     }
     return _finished("transfer", machine, ranks, section.steps, found)

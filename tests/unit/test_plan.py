@@ -158,6 +158,8 @@ def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> Non
     mine.write_text(yaml.safe_dump({"h900": entry | {"teraflops": {"bf16": 9890}}}))
     slow, fast = (planned(main, run, "--nodes=8", *more)[1]["stages"][0] for more in ([], ["--gpu=h900", f"--hardware={mine}"]))
     assert fast["seconds"]["teacher"] == pytest.approx(slow["seconds"]["teacher"] / 10)
+    mine.write_text(yaml.safe_dump({"h900": entry | {"node": entry["node"] | {"gpus": 4}}}))
+    assert planned(main, run, "--nodes=8", "--gpu=h900", f"--hardware={mine}")[1]["gpus"] == 8 * 4
     mine.write_text(yaml.safe_dump({"h900": entry | {"share": {"compute": 2}}}))
     assert "h900.share.compute" in planned(main, run, "--gpu=h900", f"--hardware={mine}")[1]["said"]
     with pytest.raises(InputError, match="cannot read the hardware file"):
@@ -171,3 +173,35 @@ def test_links_and_intervals() -> None:
     assert machine.wire_seconds(40e9, 1, 5) == 0
     # notes of Young's formula: 0.8 s to save on 1,024 GPUs, a failure every 49.5 h
     assert young_interval(0.8, 1024) == pytest.approx(534, abs=1)
+
+
+def test_offloaded_shards_leave_the_gpu_and_come_over_the_host_s_link(run: Path, main: Callable) -> None:
+    one = ("--nodes=1", "--gpus-per-node=1", "--set=distill.batch_size=16", "--set=transfer.batch_size=16")
+    code, here = planned(main, run, *one)
+    assert code == 2
+    assert here["nearest_that_fits"] == {"engine.shard_group": "node", "engine.offload": "cpu"}
+    code, away = planned(main, run, *one, "--set=engine.offload=cpu")
+    assert code == 0, away["conflicts"]
+    whole = 70_553_706_496 * 2
+    trunk = whole - 128256 * 8192 * 2
+    for stage, before, passed in zip(away["stages"][::2], here["stages"][::2], (4 * trunk, whole + trunk), strict=True):
+        memory = stage["memory_gib"]
+        assert memory["frozen_weights"] == 0 < before["memory_gib"]["frozen_weights"]
+        assert memory["gathered_weights"] > 1, "what is alive of them is on the GPU, of one rank too"
+        assert stage["received_gib_per_gpu"]["fetch"] * GIB == pytest.approx(passed)
+        assert stage["seconds"]["fetch"] == pytest.approx(passed / (55e9 * 0.8))
+        assert stage["step_seconds"] > stage["seconds"]["fetch"] > before["step_seconds"] / 2
+        assert stage["node_memory_gib"] * GIB == pytest.approx(whole)
+        assert before["node_memory_gib"] is None
+
+
+def test_a_node_must_hold_what_its_gpus_offload(run: Path, main: Callable) -> None:
+    code, plan = planned(main, run, "--nodes=8", "--gpus-per-node=32", "--set=engine.offload=cpu", "--set=engine.shard_group=2")
+    assert code == 2
+    whole = 70_553_706_496 * 2 / GIB
+    assert f"distill: {16 * whole:.1f} GiB are offloaded to a node of 2048 GiB" in plan["conflicts"]
+    assert plan["stages"][0]["memory_total_gib"] < 80, "only the host is too small"
+    assert not plan["stages"][0]["fits"]
+    on_disk = [f"--set=engine.{setting}" for setting in ("offload=nvme", "nvme_folder=/tmp", "shard_group=2")]
+    _, plan = planned(main, run, "--nodes=8", "--gpus-per-node=32", *on_disk)
+    assert not any("offloaded to a node" in conflict for conflict in plan["conflicts"])
