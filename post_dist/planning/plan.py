@@ -19,7 +19,7 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
 
     Returns:
         `stages`, each with memory of the fullest GPU, operations, bytes, seconds of a step and hours; `conflicts`, what cannot work;
-        `hours` and `gpu_hours`; `assumptions`.
+        `hours` and `gpu_hours`, and what is `not_counted` in them; `assumptions`.
     """
     models = models_of(config, teacher)
     stages = [stage(config, models, machine, precision) for stage in (distill, tune, transfer)]
@@ -32,6 +32,11 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
+        "not_counted": [
+            "the evaluation",
+            "what the models say of the public text before the transfer",
+            *(name for name in config.evaluate.baselines if name == "full prompt tuning"),
+        ],
         "conflicts": conflicts,
         "assumptions": {
             "teraflops_reached": machine.hardware.flops_per_second(precision) / 1e12,

@@ -22,7 +22,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What the table rests on, what follows from it, and what cannot work."""
     told = [
-        f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours",
+        f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours, without {', '.join(plan['not_counted'])}",
         "rests on: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in plan["assumptions"].items()),
         "distill as a long run: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan["long_run"].items()),
         *lines(plan.get("sweep", [])),
@@ -53,6 +53,8 @@ def _plan_rows(stages: list[dict[str, Any]]) -> dict[str, list[str]]:
     rows |= {f"{part}, s": values(lambda stage, part=part: stage.get("seconds", {}).get(part)) for part in parts}
     rows["step, s"] = values(lambda stage: stage["step_seconds"])
     rows["of the peak"] = values(lambda stage: stage.get("model_flops_utilisation"))
+    for count in ("prompts", "prompts_at_once", "trials_of_each"):
+        rows[count.replace("_", " ")] = values(lambda stage, count=count: stage.get(count))
     rows["steps"] = values(lambda stage: stage["steps"])
     rows["hours"] = values(lambda stage: stage["hours"])
     rows["GPU-hours"] = values(lambda stage: stage["gpu_hours"])

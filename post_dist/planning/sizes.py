@@ -44,6 +44,7 @@ class ModelSize:
         mlp_width: the widest product inside a layer.
         context: most positions, or None where the configuration names none.
         tied: whether the head is the embedding.
+        shares_prompt: whether rows may stand behind one run of a prompt; a few families of those that may do not (see `LanguageModel`).
     """
 
     layers: tuple[LayerSize, ...]
@@ -55,6 +56,7 @@ class ModelSize:
     mlp_width: int
     context: int | None
     tied: bool
+    shares_prompt: bool
 
     @property
     def parameters(self) -> int:
@@ -116,6 +118,7 @@ def size_of(folder: Path) -> ModelSize:
         mlp_width=max(_product(module)[1] for layer in own for module in layer.modules() if _is_product(module)),
         context=getattr(text, "max_position_embeddings", None),
         tied=model.model.get_input_embeddings().weight is getattr(model.model.get_output_embeddings(), "weight", None),
+        shares_prompt=model.takes_packing,
     )
 
 

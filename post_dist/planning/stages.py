@@ -1,5 +1,6 @@
 """What a step of each stage takes: memory by part, operations, bytes on the wires and seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[s
     return "all", f"{whole / GIB:.0f} GiB do not fit into one node beside the rest"
 
 
-def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[str, Any]) -> dict[str, Any]:
+def _finished(stage: str, machine: Machine, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
     """Sums, and what follows from them."""
     memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
     total = fullest(memory, found.pop("moments", []))
@@ -76,17 +77,14 @@ def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[
     if total > machine.hardware.memory_gib:
         largest = max(memory, key=lambda part: memory[part])
         conflicts.append(f"{total:.1f} GiB on a GPU of {machine.hardware.memory_gib:g} GiB, most of it {largest} ({memory[largest]:.1f})")
-    hours = found["step_seconds"] * steps / 3600
     return found | {
         "stage": stage,
         "gpus": ranks,
-        "steps": steps,
         "memory_gib": memory,
         "memory_total_gib": total,
         "node_memory_gib": host or None,
         "fits": fits,
-        "hours": hours,
-        "gpu_hours": hours * ranks,
+        "gpu_hours": found["hours"] * ranks,
         "conflicts": conflicts,
     }
 
@@ -158,6 +156,8 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
         "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory}
         | _there(fetch=fetch, signals=signals),
         "step_seconds": step,
+        "steps": section.steps,
+        "hours": section.steps * step / 3600,
         "tokens_per_second": tokens / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
         "shard_group": {"size": group, "advised": advice, "why": why},
@@ -168,7 +168,7 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
         + (cost.ADAM_BYTES * models.trained / ranks if config.engine.offload_optimizer else 0.0),
         "conflicts": conflicts,
     }
-    return _finished("distill", machine, ranks, section.steps, found)
+    return _finished("distill", machine, ranks, found)
 
 
 def _there(**parts: float) -> dict[str, float]:
@@ -201,83 +201,122 @@ def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> 
 
 
 def tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
-    """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once."""
-    section, privacy, task = config.tune, config.privacy, config.private_task
-    private = privacy.enabled or bool(config.evaluate.private_rows)
-    rows = (privacy.expected_batch_size or section.batch_size) if private else float(section.batch_size)
-    steps = (privacy.steps or section.steps) if private else section.steps
-    length, n = task.max_length if task else 128, section.num_virtual_tokens
-    flops = 2 * cost.forward_flops(models.student, rows, length + n)
+    """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once; a prompt for each row of privacy."""
+    section, privacy, size, each = config.tune, config.privacy, models.student, _BYTES[precision]
+    wanted = [privacy, *map(privacy.for_target, config.evaluate.private_rows)]
+    text, responses = _lengths(config)
+    length = section.num_virtual_tokens + text + responses
+    rows = [(plan.enabled and plan.expected_batch_size) or section.batch_size for plan in wanted]
+    steps = [(plan.enabled and plan.steps) or section.steps for plan in wanted]
+    flops = [2 * (cost.forward_flops(size, count, length) + cost.head_flops(size, count * (responses or 1))) for count in rows]
+    seconds = [one / machine.hardware.flops_per_second(precision) for one in flops]
+    trials = section.search and section.search.mean_trials
+    micro = section.micro_batch_size_per_gpu
+    kept = len(size.layers) * cost.activation_elements(size, trained=False)
     found: dict[str, Any] = {
         "memory_gib": {
-            "student_weights": models.student.parameters * _BYTES[precision] / GIB,
-            "activations": len(models.student.layers)
-            * cost.activation_elements(models.student, trained=False)
-            * section.micro_batch_size_per_gpu
-            * (length + n)
-            * _BYTES[precision]
-            / GIB,
+            "student_weights": size.parameters * each / GIB,
+            "activations": kept * micro * length * each / GIB,
+            "logits": 3 * micro * (responses or 1) * size.vocabulary * 4 / GIB,
         },
-        "flops_per_gpu": {"forward_and_backward": flops},
-        "step_seconds": flops / machine.hardware.flops_per_second(precision),
-        "conflicts": _room(models.student, n, length),
+        "flops_per_gpu": {"forward_and_backward": max(flops)},
+        "step_seconds": max(seconds),
+        "steps": max(steps),
+        "prompts": len(wanted),
+        "trials_of_each": trials,
+        "hours": (trials or 1) * sum(step * count for step, count in zip(seconds, steps, strict=True)) / 3600,
+        "conflicts": _room(config, size),
     }
+    private = [plan for plan in wanted if plan.enabled]
     if private:
         from post_dist.privacy.accounting import account, private_plan
 
-        wanted = [privacy] if privacy.enabled else [privacy.for_target(epsilon) for epsilon in config.evaluate.private_rows]
-        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": each}))).epsilon for each in wanted]
-    return _finished("tune", machine, 1, steps, found)
+        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": plan}))).epsilon for plan in private]
+    return _finished("tune", machine, 1, found)
 
 
-def _room(size: ModelSize, prompt: int, length: int) -> list[str]:
-    if size.context is not None and prompt + length > size.context:
-        return [f"a prompt of {prompt} tokens and texts of {length} exceed the context of {size.context}: lower tune.num_virtual_tokens"]
-    return []
+def _lengths(config: RunConfig) -> tuple[int, int]:
+    """Most tokens of a text and of its response; 0 of the latter for classes."""
+    task = config.private_task or config.public_task
+    return (task.max_length, task.response_length) if task else (128, 0)
+
+
+def _room(config: RunConfig, size: ModelSize) -> list[str]:
+    text, responses = _lengths(config)
+    prompt = config.tune.num_virtual_tokens
+    if size.context is None or prompt + text + responses <= size.context:
+        return []
+    texts = f"texts of {text}" + (f" with responses of {responses}" if responses else "")
+    return [f"a prompt of {prompt} tokens and {texts} exceed the context of {size.context}: lower tune.num_virtual_tokens"]
 
 
 def transfer(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
-    """A target that is sharded as the teacher is, and the prompts that are trained on it."""
-    section, task, hardware = config.transfer, config.private_task or config.public_task, machine.hardware
-    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
-    rows = max(len(share.rows) for share in shares(range(section.batch_size), section.batch_size, 0, ranks))
-    length, n = task.max_length if task else 128, config.tune.num_virtual_tokens
-    by_classes = section.scores == "classes"
-    flops = cost.transfer_flops(models.teacher, models.student, rows, length, n, by_classes=by_classes)
-    moved = cost.transfer_bytes(models.teacher, n, group=group, ranks=ranks, bytes_each=each)
-    compute = sum(flops.values()) / hardware.flops_per_second(precision)
-    fetched = sum(_fetched(config, part, group, each) for part in (models.teacher, models.teacher.without_one_table))
-    gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
-    fetch = fetched / hardware.host_bytes_per_second()
-    reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
-    tokens = n + rows * length
-    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher, trained=False)
-    conflicts = _room(models.teacher, n, length)
+    """A target that is sharded as the teacher is, and the prompts that are trained on it, some beside each other; a step is the dearest."""
+    section, ranks = config.transfer, machine.ranks
+    by_classes = _compared(config)
+    rounds = [by_classes[start : start + section.prompts_at_once] for start in range(0, len(by_classes), section.prompts_at_once)]
+    steps = [_transfer_step(config, models, machine, precision, beside) for beside in rounds]
+    conflicts = _room(config, models.teacher)
     if section.batch_size < ranks:
         conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
-    advice, why = advised_group(models.teacher, machine, each)
-    passed = cost.forward_pass_bytes(models.teacher, tokens, each)
-    passed += cost.backward_pass_bytes(models.teacher, tokens, each) + cost.logit_bytes(models.teacher, rows)
+    advice, why = advised_group(models.teacher, machine, _BYTES[precision])
+    group = shard_group_size(config, machine)
+    found = max(steps, key=lambda step: step["step_seconds"]) | {
+        "steps": section.steps,
+        "prompts": len(by_classes),
+        "hours": section.steps * sum(step["step_seconds"] for step in steps) / 3600,
+        "shard_group": {"size": group, "advised": advice, "why": why},
+        "host_bytes": _offloaded(config, models.teacher, group, _BYTES[precision]),
+        "conflicts": conflicts,
+    }
+    return _finished("transfer", machine, ranks, found)
+
+
+def _compared(config: RunConfig) -> list[bool]:
+    """For each prompt that is carried over, in the order of the run, whether class scores are compared."""
+    own, sources = config.transfer.scores == "classes", config.inputs.source_prompt
+    if isinstance(sources, tuple):
+        return [own] * len(sources)
+    published = [False] if "published transfer" in config.evaluate.baselines else []
+    return [own, *published] * (1 + len(config.evaluate.private_rows))
+
+
+def _transfer_step(config: RunConfig, models: Models, machine: Machine, precision: Precision, by_classes: Sequence[bool]) -> dict[str, Any]:
+    """Of prompts that are trained beside each other: each has rows of its own, and one gathering of the target serves all."""
+    section, hardware, target, together = config.transfer, machine.hardware, models.teacher, len(by_classes)
+    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
+    rows = max(len(share.rows) for share in shares(range(section.batch_size), section.batch_size, 0, ranks))
+    text, responses = _lengths(config)
+    n, length, answers = config.tune.num_virtual_tokens, text + responses, rows * (responses or 1)
+    of_each = [
+        cost.transfer_flops(target, models.student, rows, length, n, by_classes=classes, responses=responses) for classes in by_classes
+    ]
+    flops = {name: sum(one[name] for one in of_each) for name in of_each[0]}
+    moved = cost.transfer_bytes(target, together * n, group=group, ranks=ranks, bytes_each=each)
+    compute = sum(flops.values()) / hardware.flops_per_second(precision)
+    fetched = sum(_fetched(config, part, group, each) for part in (target, target.without_one_table))
+    gather = machine.wire_seconds(moved["gather"], group, 2 * len(target.layers))
+    fetch = fetched / hardware.host_bytes_per_second()
+    reduce = machine.wire_seconds(moved["reduce"], ranks, together)
+    tokens = together * cost.transfer_tokens(target, rows, length, n, responses=responses)
+    of_layer = cost.activation_elements(target, trained=False)
+    kept = target.width if config.engine.activation_checkpointing else of_layer
+    passed = cost.forward_pass_bytes(target, tokens, each) + cost.backward_pass_bytes(target, tokens, each)
+    passed += cost.logit_bytes(target, together * answers)
     over_memory = passed / hardware.memory_bytes_per_second()
     step = (max(compute, fetch + gather) if hardware.overlap else compute + fetch + gather) + reduce + over_memory
-    found = {
-        "memory_gib": frozen_memory(models.teacher, config.engine, group, each)
+    return {
+        "memory_gib": frozen_memory(target, config.engine, group, each)
         | {
             "student_weights": models.student.parameters * each / GIB,
-            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher, trained=False))
-            * tokens
-            * each
-            / GIB,
-            "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
+            "activations": (len(target.layers) * kept + of_layer) * tokens * each / GIB,
+            "logits": sum(3 if classes else 8 for classes in by_classes) * answers * target.vocabulary * 4 / GIB,
         },
         "flops_per_gpu": flops,
         "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()} | _there(fetch=fetched / GIB),
         "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory} | _there(fetch=fetch),
         "step_seconds": step,
-        "samples_per_second": section.batch_size / step,
+        "prompts_at_once": together,
+        "samples_per_second": together * section.batch_size / step,
         "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
-        "shard_group": {"size": group, "advised": advice, "why": why},
-        "host_bytes": _offloaded(config, models.teacher, group, each),
-        "conflicts": conflicts,
     }
-    return _finished("transfer", machine, ranks, section.steps, found)

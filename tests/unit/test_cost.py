@@ -85,18 +85,20 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> No
     assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
 
 
-@pytest.mark.parametrize("scores", ["vocabulary", "classes"])
-def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
+@pytest.mark.parametrize("kind", ["vocabulary", "classes", "responses"])
+def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
     model, words = load_whole(folder, "fp32", CPU), load_tokenizer(folder)
-    if not model.shares_prompt:
-        pytest.skip("a family that takes no shared prompt")
-    task = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "good")
+    if model.masked and kind == "responses":
+        pytest.skip("a masked model writes nothing")
+    most = 3 if kind == "responses" else 0
+    mask = " {mask}" if model.masked else ""
+    task = PromptTask(f"{{text}} It was{mask}", () if most else (("bad",), ("good",)), 48, False, "good", max_response_length=most)
     public = Task(name="toy", visibility="public", path=folder / "none.csv")
-    section = Transfer(objective="proxy" if scores == "classes" else "published", scores=scores)
-    texts = ["the film is dull and weak"] * 6
+    section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
+    texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
     models = Models(model, model)
     lesson = prepare_lesson(
-        task, torch.randn(10, 64), public, (texts, []), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
+        task, torch.randn(10, 64), public, (texts, responses), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
     )
     prompt_nd = torch.randn(10, 64, requires_grad=True)
     length = len(lesson.rows[0].token_ids)
@@ -104,5 +106,9 @@ def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
     def step() -> None:
         lesson_losses(models, [lesson], [prompt_nd], [list(range(6))], CPU)[0].backward()
 
-    ours = transfer_flops(size_of(folder), size_of(folder), 6, length, 10, by_classes=scores == "classes")
-    assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
+    size = size_of(folder)
+    assert size.shares_prompt == model.shares_prompt
+    ours = transfer_flops(size, size, 6, length, 10, by_classes=kind == "classes", responses=most)
+    # RoBERTa's head has a product of its own width before the vocabulary's, both ways: of the prompted, or of both with the constants.
+    own_head = model.masked * 2 * 64 * 64 * 6 * (2 if kind == "classes" else 6)
+    assert sum(ours.values()) + own_head == pytest.approx(counted(step), rel=1e-6)

@@ -205,3 +205,60 @@ def test_a_node_must_hold_what_its_gpus_offload(run: Path, main: Callable) -> No
     on_disk = [f"--set=engine.{setting}" for setting in ("offload=nvme", "nvme_folder=/tmp", "shard_group=2")]
     _, plan = planned(main, run, "--nodes=8", "--gpus-per-node=32", *on_disk)
     assert not any("offloaded to a node" in conflict for conflict in plan["conflicts"])
+
+
+def test_every_prompt_that_is_tuned_and_carried_over_is_counted(run: Path, main: Callable) -> None:
+    plain = planned(main, run, "--nodes=8")[1]
+    assert plain["not_counted"] == ["the evaluation", "what the models say of the public text before the transfer"]
+    more = ["--set=evaluate.private_rows=[4]", '--set=evaluate.baselines=["published transfer", "full prompt tuning"]']
+    plan = planned(main, run, "--nodes=8", *more)[1]
+    (_, tune, transfer), (_, tune_one, one) = plan["stages"], plain["stages"]
+    assert plan["not_counted"][-1] == "full prompt tuning"
+    assert (tune["prompts"], transfer["prompts"], transfer["prompts_at_once"]) == (2, 4, 4)
+    assert tune["hours"] == pytest.approx(2 * tune_one["hours"])
+    assert tune["step_seconds"] == tune_one["step_seconds"]
+    assert tune["epsilon"] == pytest.approx([8, 4], abs=0.1)
+    for part in ("activations", "logits"):
+        times = 4 if part == "activations" else (2 * 3 + 2 * 8) / 3
+        assert transfer["memory_gib"][part] == pytest.approx(times * one["memory_gib"][part], rel=0.02)
+    assert transfer["flops_per_gpu"]["backward"] == pytest.approx(4 * one["flops_per_gpu"]["backward"], rel=0.01)
+    for part in ("frozen_weights", "gathered_weights", "student_weights"):
+        assert transfer["memory_gib"][part] == one["memory_gib"][part]
+    assert transfer["received_gib_per_gpu"]["gather"] == one["received_gib_per_gpu"]["gather"], "one gathering serves all"
+    assert transfer["received_gib_per_gpu"]["reduce"] == 4 * one["received_gib_per_gpu"]["reduce"]
+    assert transfer["hours"] == pytest.approx(transfer["step_seconds"] * 2000 / 3600)
+    assert transfer["samples_per_second"] == pytest.approx(4 * 512 / transfer["step_seconds"])
+
+    in_rounds = planned(main, run, "--nodes=8", *more, "--set=transfer.prompts_at_once=3")[1]["stages"][2]
+    assert in_rounds["prompts_at_once"] == 3
+    assert transfer["hours"] < in_rounds["hours"] < 2 * in_rounds["step_seconds"] * 2000 / 3600, "the second round has one prompt"
+    owners = planned(main, run, "--nodes=8", "--set=inputs.source_prompt=[a, b, c]")[1]["stages"][2]
+    assert (owners["prompts"], owners["prompts_at_once"]) == (3, 3)
+    searched = planned(main, run, "--nodes=8", "--set=tune.search.mean_trials=5", "--set=tune.search.learning_rate=[0.1, 0.01]")[1][
+        "stages"
+    ][1]
+    assert searched["hours"] == pytest.approx(5 * tune_one["hours"])
+    public = planned(main, run, "--nodes=8", "--set=privacy.enabled=false", "--set=evaluate.private_rows=[8]")[1]["stages"][1]
+    a_row = tune_one["step_seconds"] / 1024
+    assert public["hours"] * 3600 == pytest.approx(a_row * (1315 * 1024 + 1000 * 32)), "a prompt without privacy, and one with it"
+    _, said, _ = main("plan", run, "--nodes=8", *more)
+    assert "GPU-hours, without the evaluation, what the models say of the public text before the transfer, full prompt tuning" in said
+
+
+def test_a_task_that_generates_text_counts_its_responses(run: Path, main: Callable) -> None:
+    writes = ["--set=private_task.labels={}", "--set=private_task.response_column=summary", "--set=private_task.max_response_length=32"]
+    writes += ["--set=transfer.scores=vocabulary", "--set=transfer.match_class_shares=false", "--set=transfer.batch_size=64"]
+    code, plan = planned(main, run, "--nodes=8", *writes)
+    assert code == 0, plan.get("said", plan.get("conflicts"))
+    _, tune, transfer = plan["stages"]
+    text = 128
+    assert transfer["memory_gib"]["logits"] * GIB == pytest.approx(8 * 32 * 128256 * 4), "one row a GPU, at each token of its response"
+    of_token = (80 + 1) * (4 * 8192 + 2 * 8192 + 2 * 1024 + 3 * 28672) * 2
+    assert transfer["memory_gib"]["activations"] * GIB == pytest.approx((100 + text + 32) * of_token), "each row has its own prompt"
+    assert tune["memory_gib"]["logits"] * GIB == pytest.approx(3 * 8 * 32 * 128256 * 4)
+    code, plan = planned(main, run, "--nodes=8", *writes, "--set=private_task.max_response_length=8100")
+    assert code == 2
+    assert (
+        "transfer: a prompt of 100 tokens and texts of 128 with responses of 8100 exceed the context of 8192: lower tune.num_virtual_tokens"
+        in plan["conflicts"]
+    )
