@@ -45,8 +45,9 @@ def size(row: Trained) -> ModelSize:
     """The sizes that operations depend on."""
     attention, mlp = 4 * row.width**2, 8 * row.width**2
     layers = (LayerSize((attention, mlp), attention, mlp),) * row.layers
+    others = {"others": (50368 * row.width,), "head": 0, "tied": True, "shares_prompt": True}
     widths = {"width": row.width, "attention_width": row.width, "kv_width": row.width, "mlp_width": 4 * row.width}
-    return ModelSize(layers=layers, others=(50368 * row.width,), vocabulary=50368, context=2048, tied=True, shares_prompt=True, **widths)
+    return ModelSize(layers=layers, vocabulary=50368, context=2048, **others, **widths)
 
 
 def main() -> None:

@@ -39,24 +39,25 @@ def head_flops(size: ModelSize, positions: float) -> float:
     return 2 * size.width * size.vocabulary * positions
 
 
-def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float) -> dict[str, float]:
+def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float, *, freeze_head: bool = True) -> dict[str, float]:
     """One rank's step of distillation on so many sequences.
 
     The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
-    trained.) A frozen head takes one more product by what went in; the loss knows the gradient.
+    trained.) The head takes one more product by what went in, for the loss knows the gradient, and one by its weights if they are trained.
 
     Args:
         teacher: its forward, and its head's.
-        student: above its frozen layers, which run in the teacher; under a frozen head.
+        student: above its frozen layers, which run in the teacher.
         sequences: of this rank.
         length: tokens of each.
+        freeze_head: whether the student's is not trained.
     """
     tokens = sequences * length
     forward, head = forward_flops(student, sequences, length), head_flops(student, tokens)
     return {
         "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
         "student_forward": forward + head,
-        "student_backward": 2 * forward + head,
+        "student_backward": 2 * forward + (1 if freeze_head else 2) * head,
     }
 
 

@@ -37,6 +37,7 @@ class ModelSize:
     Attributes:
         layers: from the first to the last.
         others: elements of the parameters outside the layers: embeddings, norms, the head if it is not tied.
+        head: how many of these are the head's alone.
         width: d.
         vocabulary: V.
         attention_width: heads times their width.
@@ -49,6 +50,7 @@ class ModelSize:
 
     layers: tuple[LayerSize, ...]
     others: tuple[int, ...]
+    head: int
     width: int
     vocabulary: int
     attention_width: int
@@ -107,10 +109,12 @@ def size_of(folder: Path) -> ModelSize:
     own = list(model.layers.children())
     layers = tuple(map(_layer, own))
     inside = {id(parameter) for parameter in model.layers.parameters()}
+    embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
     others = tuple(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     return ModelSize(
         layers=layers,
         others=others,
+        head=sum(parameter.numel() for parameter in model.head_module.parameters() if id(parameter) not in embeddings),
         width=model.width,
         vocabulary=model.vocabulary_size,
         attention_width=heads * head_width,

@@ -31,11 +31,8 @@ class Models:
     student: ModelSize
     upper: ModelSize
     """The student above its frozen layers."""
-
-    @property
-    def trained(self) -> int:
-        """Elements of the student that are trained: its upper layers."""
-        return sum(sum(layer.weights) for layer in self.upper.layers)
+    trained: int
+    """Elements of the student that are trained."""
 
 
 def models_of(config: RunConfig, teacher: ModelSize) -> Models:
@@ -44,7 +41,11 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
     student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
-    return Models(teacher, student, student.above(section.frozen_lower_layers))
+    upper = student.above(section.frozen_lower_layers)
+    trained = sum(sum(layer.weights) for layer in upper.layers)
+    trained += 0 if section.freeze_head else upper.head
+    trained += 0 if section.freeze_embeddings else sum(upper.others) - upper.head
+    return Models(teacher, student, upper, trained)
 
 
 def shard_group_size(config: RunConfig, machine: Machine) -> int:
@@ -91,15 +92,15 @@ def _finished(stage: str, machine: Machine, ranks: int, found: dict[str, Any]) -
 
 def distill(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
     """A teacher that is sharded in groups, and the student that all ranks train."""
-    section, corpus, hardware = config.distill, config.corpus, machine.hardware
-    if corpus is None:
-        raise InputError("plan needs the section `corpus`")
+    section, corpus, student_section, hardware = config.distill, config.corpus, config.student, machine.hardware
+    if corpus is None or student_section is None:
+        raise InputError("plan needs the sections `corpus` and `student`")
     ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
     own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
     passes, rows = len(own), max(len(share.rows) for share in own)
     length = corpus.sequence_length
     sequences = passes * rows
-    flops = cost.distill_flops(models.teacher, models.upper, sequences, length)
+    flops = cost.distill_flops(models.teacher, models.upper, sequences, length, freeze_head=student_section.freeze_head)
     stage = config.engine.zero_stage
     settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
     moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
@@ -133,6 +134,10 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
     memory = frozen_memory(models.teacher, config.engine, group, each)
     memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
     memory |= student_memory(config.engine, models.upper, models.trained, **sizes)
+    if not student_section.freeze_head:
+        table = models.upper.width * models.upper.vocabulary * each / GIB
+        memory["teacher_head"] = table
+        memory["logits"] += 2 * table  # their gradient's way to the head's weights: that of one piece, and the sum
     # Those of the pass before stay, and so does the buffer for a rank's part of them.
     gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
     moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]

@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from post_dist.artifacts.prompt import PromptTask
+from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, Student, Transfer
 from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
-from post_dist.models.student import freeze, write_student
+from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
 from post_dist.planning.sizes import size_of
+from post_dist.planning.stages import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill import DistillationModel
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
@@ -63,17 +65,18 @@ def test_a_forward(folder: Path) -> None:
         assert forward_flops(size_of(folder), 3, 40) == pytest.approx(counted(lambda: model(input_ids)), rel=1e-6)
 
 
-@pytest.mark.parametrize("frozen", [0, 2])
-def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> None:
+@pytest.mark.parametrize(("frozen", "freeze_head"), [(0, True), (2, True), (0, False)])
+def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int, freeze_head: bool) -> None:
     layers = (0, 1, 4)
     (tmp_path / "student").mkdir()
     write_student(tmp_path / "student", folder, layers, load_tokenizer(folder))
     teacher, student = load_whole(folder, "fp32", CPU), load_whole(tmp_path / "student", "fp32", CPU)
     if teacher.masked:
         pytest.skip("the head of RoBERTa is more than one product")
-    freeze(student, Student(layers=layers, frozen_lower_layers=frozen))
+    section = Student(layers=layers, frozen_lower_layers=frozen, freeze_embeddings=freeze_head, freeze_head=freeze_head)
+    freeze(student, section)
     take_out_lower_block(student, frozen)
-    model, asked = DistillationModel(student, Distill(), head_is_frozen=True), ask_teacher(teacher, frozen)
+    model, asked = DistillationModel(student, Distill(), head_is_frozen=freeze_head), ask_teacher(teacher, frozen)
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
@@ -81,8 +84,19 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> No
 
     upper = size_of(folder).cut(layers).above(frozen)
     assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
-    ours = distill_flops(size_of(folder), upper, 3, 40)
+    ours = distill_flops(size_of(folder), upper, 3, 40, freeze_head=freeze_head)
     assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["freeze_head=false", "freeze_embeddings=false", "frozen_lower_layers=1", "frozen_lower_layers=0"])
+def test_what_is_trained_is_the_student_s(tmp_path: Path, setting: str) -> None:
+    run, folder = tiny.write_run(tmp_path, "qwen2"), tmp_path / "student"
+    config, teacher = load_run(run, [f"student.{setting}"], None), size_of(tmp_path / "teacher")
+    folder.mkdir()
+    write_student(folder, tmp_path / "teacher", stand_in_layers(config.student, 4), load_tokenizer(tmp_path / "teacher"))
+    student = load_whole(folder, "fp32", CPU)
+    freeze(student, config.student)
+    assert models_of(config, teacher).trained == sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "classes", "responses"])

@@ -262,3 +262,19 @@ def test_a_task_that_generates_text_counts_its_responses(run: Path, main: Callab
         "transfer: a prompt of 100 tokens and texts of 128 with responses of 8100 exceed the context of 8192: lower tune.num_virtual_tokens"
         in plan["conflicts"]
     )
+
+
+def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callable) -> None:
+    _, before = planned(main, run, "--nodes=8")
+    code, after = planned(main, run, "--nodes=8", "--set=student.freeze_head=false", "--set=student.freeze_embeddings=false")
+    assert code == 0, after["conflicts"]
+    before, after = before["stages"][0], after["stages"][0]
+    table, tokens = 8192 * 128256, 512 * 2048 / 64
+    more = 2 * table + 8192
+    for part, size in (("student_gradients", 2 * more), ("student_optimizer", 12 * more / 64), ("logits", 2 * 2 * table)):
+        assert (after["memory_gib"][part] - before["memory_gib"][part]) * GIB == pytest.approx(size)
+    assert after["memory_gib"]["teacher_head"] * GIB == 2 * table
+    assert (after["checkpoint_gib"] - before["checkpoint_gib"]) * GIB == pytest.approx(14 * more)
+    reduced = after["received_gib_per_gpu"]["reduce"] - before["received_gib_per_gpu"]["reduce"]
+    assert reduced * GIB == pytest.approx(2 * 63 / 64 * 2 * more)
+    assert after["flops_per_gpu"]["student_backward"] - before["flops_per_gpu"]["student_backward"] == 2 * table * tokens
