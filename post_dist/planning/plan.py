@@ -53,7 +53,7 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
 def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, str] | None:
     """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None.
 
-    None of them brings a conflict of another kind along.
+    None of them brings another conflict along.
     """
     checkpointing: dict[str, Any] = {"activation_checkpointing": True}
     in_groups: list[dict[str, Any]] = [{"shard_group": group} for group in ("node", "all")]

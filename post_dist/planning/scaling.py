@@ -23,12 +23,20 @@ _Stages = dict[str, dict[str, Any]]
 
 
 def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of a plan, on each number of GPUs."""
+    """The rows of a plan, on each number of GPUs.
+
+    Raises:
+        InputError: a number is more than a node, and no whole nodes.
+    """
+    in_node = machine.gpus_per_node
+    uneven = [count for count in gpus if count > in_node and count % in_node]
+    if uneven:
+        raise InputError(f"--sweep: {uneven[0]} GPUs are not whole nodes of {in_node}", "take multiples of them, or less than one")
     rows: list[dict[str, Any]] = []
     for kind in ("strong", "weak"):
         points: list[tuple[int, _Stages]] = []
         for count in sorted(gpus):
-            place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
+            place = replace(machine, nodes=-(-count // in_node), gpus_per_node=min(count, in_node))
             changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
             stages = plan_run(changed, teacher, place, precision)["stages"]
             points.append((place.ranks, {stage["stage"]: stage for stage in stages}))

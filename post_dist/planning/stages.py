@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
@@ -51,7 +51,20 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
 def shard_group_size(config: RunConfig, machine: Machine) -> int:
     """How many ranks share a frozen model, by `engine.shard_group`."""
     wanted = config.engine.shard_group
-    return machine.ranks if wanted == "all" else min(machine.gpus_per_node if wanted == "node" else wanted, machine.ranks)
+    return machine.ranks if wanted == "all" else machine.gpus_per_node if wanted == "node" else wanted
+
+
+def _spread(stage: Literal["distill", "transfer"], config: RunConfig, machine: Machine) -> list[str]:
+    """What of the layout over the ranks the run refuses (`runtime.zero.shard_group`), and ranks that would have nothing to do."""
+    ranks, group, batch = machine.ranks, shard_group_size(config, machine), getattr(config, stage).batch_size
+    conflicts = []
+    if ranks % group:
+        conflicts.append(f"engine.shard_group: {ranks} ranks do not part into groups of {group}")
+    if group == 1 < ranks and config.engine.offload != "none":
+        conflicts.append("engine.shard_group is one rank, which keeps frozen models whole on it: nothing to offload")
+    if batch < ranks:
+        conflicts.append(f"{stage}.batch_size {batch} leaves {ranks - batch} of {ranks} GPUs without a row")
+    return conflicts
 
 
 def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[str, str]:
@@ -143,9 +156,11 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
     moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
     moments.append(("student_gathered", "activations", *gradients))
     checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
-    conflicts = []
-    if section.batch_size < ranks:
-        conflicts.append(f"distill.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a sequence")
+    conflicts = _spread("distill", config, machine)
+    if stage == 3 and not student_section.freeze_head:
+        conflicts.append("a trained head does not go with engine.zero_stage 3: take zero_stage 2 or student.freeze_head true")
+    if models.teacher.tied and student_section.freeze_head != student_section.freeze_embeddings:
+        conflicts.append("embeddings and head are one tensor: set student.freeze_embeddings and student.freeze_head alike")
     if models.teacher.context is not None and length > models.teacher.context:
         conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
     if corpus.max_tokens and corpus.max_tokens // length <= corpus.held_out_sequences:
@@ -261,9 +276,6 @@ def transfer(config: RunConfig, models: Models, machine: Machine, precision: Pre
     by_classes = _compared(config)
     rounds = [by_classes[start : start + section.prompts_at_once] for start in range(0, len(by_classes), section.prompts_at_once)]
     steps = [_transfer_step(config, models, machine, precision, beside) for beside in rounds]
-    conflicts = _room(config, models.teacher)
-    if section.batch_size < ranks:
-        conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
     advice, why = advised_group(models.teacher, machine, _BYTES[precision])
     group = shard_group_size(config, machine)
     found = max(steps, key=lambda step: step["step_seconds"]) | {
@@ -272,7 +284,7 @@ def transfer(config: RunConfig, models: Models, machine: Machine, precision: Pre
         "hours": section.steps * sum(step["step_seconds"] for step in steps) / 3600,
         "shard_group": {"size": group, "advised": advice, "why": why},
         "host_bytes": _offloaded(config, models.teacher, group, _BYTES[precision]),
-        "conflicts": conflicts,
+        "conflicts": _room(config, models.teacher) + _spread("transfer", config, machine),
     }
     return _finished("transfer", machine, ranks, found)
 

@@ -278,3 +278,37 @@ def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callabl
     reduced = after["received_gib_per_gpu"]["reduce"] - before["received_gib_per_gpu"]["reduce"]
     assert reduced * GIB == pytest.approx(2 * 63 / 64 * 2 * more)
     assert after["flops_per_gpu"]["student_backward"] - before["flops_per_gpu"]["student_backward"] == 2 * table * tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["engine.shard_group=24"], "64 ranks do not part into groups of 24"),
+        (["engine.shard_group=128"], "64 ranks do not part into groups of 128"),
+        (["engine.zero_stage=3", "student.freeze_head=false"], "a trained head does not go with engine.zero_stage 3"),
+    ],
+)
+def test_what_the_run_refuses_is_a_conflict(run: Path, main: Callable, settings: list[str], words: str) -> None:
+    code, plan = planned(main, run, "--nodes=8", *(f"--set={setting}" for setting in settings))
+    assert code == 2
+    assert any(words in conflict for conflict in plan["conflicts"]), plan["conflicts"]
+
+
+def test_nodes_of_one_gpu_do_not_offload_by_the_node(run: Path, main: Callable) -> None:
+    nodes = ("--nodes=2", "--gpus-per-node=1", "--set=distill.batch_size=16", "--set=transfer.batch_size=16")
+    code, plan = planned(main, run, *nodes, "--set=engine.offload=cpu")
+    assert code == 2
+    assert any("shard_group is one rank" in conflict for conflict in plan["conflicts"])
+    assert planned(main, run, *nodes)[1]["nearest_that_fits"] == {"engine.shard_group": "all", "engine.offload": "cpu"}
+
+
+def test_a_tied_head_is_trained_with_the_embeddings(run: Path, main: Callable, tmp_path: Path) -> None:
+    tied = config_only(tmp_path / "tied", LLAMA_7B | {"tie_word_embeddings": True}, 32)
+    _, plan = planned(main, run, "--nodes=8", f"--set=teacher.path={tied}", "--set=student.freeze_head=false")
+    assert any("set student.freeze_embeddings and student.freeze_head alike" in conflict for conflict in plan["conflicts"])
+
+
+def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
+    code, found = planned(main, run, "--nodes=8", "--sweep=12,24")
+    assert code == 2
+    assert "--sweep: 12 GPUs are not whole nodes of 8" in found["said"]
