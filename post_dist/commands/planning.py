@@ -45,7 +45,6 @@ def plan(
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, counts("--sweep", sweep))
         result["figure"] = str(config.output / config.name / "plan.png")
-        draw(result["sweep"], f"{config.name} on {gpu} (a model, not a measurement)", Path(result["figure"]))
     if not all(stage["fits"] for stage in result["stages"]):
         result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
     if json_:
@@ -53,5 +52,7 @@ def plan(
     else:
         print_wide(plan_table(result))
         print(*plan_lines(result), sep="\n")
+    if sweep:
+        draw(result["sweep"], f"{config.name} on {gpu} (a model, not a measurement)", Path(result["figure"]))
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)

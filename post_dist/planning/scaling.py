@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from post_dist.artifacts.manifest import writing
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
@@ -101,7 +102,11 @@ def grown(config: RunConfig, times: float) -> RunConfig:
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Efficiency against the number of GPUs, as PNG."""
+    """Efficiency against the number of GPUs, as PNG.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -117,5 +122,6 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_ylabel("rate per GPU over the first")
     axes.set_title(title, fontsize=10)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)

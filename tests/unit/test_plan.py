@@ -312,3 +312,21 @@ def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
     code, found = planned(main, run, "--nodes=8", "--sweep=12,24")
     assert code == 2
     assert "--sweep: 12 GPUs are not whole nodes of 8" in found["said"]
+
+
+def test_a_figure_that_cannot_be_written_is_no_traceback(run: Path, main: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = main("plan", run, "--nodes=8", "--sweep=8,64", f"--output={tmp_path / 'file'}")
+    assert code == 2
+    assert "weak scaling, 64 GPUs" in out, "the figures come first"
+    assert f"cannot write {tmp_path / 'file' / 'llama3-70b' / 'plan.png'}: Not a directory" in err
+
+    measured = tmp_path / "1.json"
+    rates = {"step_seconds": 1.0, "tokens_per_second": 1.0, "samples_per_second": 1.0, "straggler": None}
+    measured.write_text(
+        json.dumps({"ranks": 1, "rows": [{"stage": stage, "scaling": "strong"} | rates for stage in ("distill", "transfer")]})
+    )
+    (tmp_path / "scaling.png").mkdir()
+    code, out, err = main("report", measured)
+    assert (code, out.count("scaling, 1 GPUs")) == (2, 2)
+    assert f"cannot write {tmp_path / 'scaling.png'}: Is a directory" in err
