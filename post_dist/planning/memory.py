@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from post_dist.config.deepspeed import preset
+from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
 from post_dist.losses import LOGITS_AT_ONCE
 from post_dist.planning import cost
@@ -45,6 +45,7 @@ def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: i
         "student_weights": student.parameters * bytes_each / over["weights"],
         "student_gathered": student.parameters * bytes_each * (stage == 3 and ranks > 1),
         "student_gradients": trained * bytes_each / over["gradients"],
+        "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
         "student_optimizer": 0.0 if engine.offload_optimizer else of_adam * trained / over["optimizer"],
         "activations": (len(student.layers) * kept + cost.activation_elements(student)) * tokens * bytes_each,
         "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,

@@ -154,7 +154,8 @@ def distill(config: RunConfig, models: Models, machine: Machine, precision: Prec
     # Those of the pass before stay, and so does the buffer for a rank's part of them.
     gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
     moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
-    moments.append(("student_gathered", "activations", *gradients))
+    # ZeRO-3 keeps its bucket from step to step.
+    moments.append(("student_gathered", "activations", *gradients, *(["gradient_bucket"] if stage < 3 else [])))
     checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
     conflicts = _spread("distill", config, machine)
     if stage == 3 and not student_section.freeze_head:
