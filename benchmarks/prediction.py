@@ -30,8 +30,8 @@ from post_dist.data.order import rows_of_like_length, shares
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Template
 from post_dist.models.load import load_tokenizer
-from post_dist.planning.hardware import Hardware
-from post_dist.planning.plan import Machine, plan_run
+from post_dist.planning.hardware import Hardware, Machine
+from post_dist.planning.plan import plan_run
 from post_dist.planning.scaling import grown
 from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import start
@@ -194,7 +194,7 @@ def compared(times: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str
 
 ## Time
 
-Two ranks. A step's time is the plan's own formula (`post_dist/planning/plan.py`), with four figures of the machine fitted to
+Two ranks. A step's time is the plan's own formula (`post_dist/planning/stages.py`), with four figures of the machine fitted to
 {len(fitted)} measurements of {len(FIT)} settings: {reached}.
 
 ### Held out

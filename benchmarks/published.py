@@ -8,8 +8,7 @@ from pathlib import Path
 
 from post_dist.planning.cost import backward_pass_bytes, forward_flops, forward_pass_bytes, head_flops, logit_bytes
 from post_dist.planning.hardware import read_hardware
-from post_dist.planning.plan import GPU_HOURS_BETWEEN_FAILURES
-from post_dist.planning.simulate import Run, best_interval, simulate
+from post_dist.planning.simulate import GPU_HOURS_BETWEEN_FAILURES, Run, best_interval, simulate
 from post_dist.planning.sizes import LayerSize, ModelSize
 
 FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"
@@ -46,8 +45,9 @@ def size(row: Trained) -> ModelSize:
     """The sizes that operations depend on."""
     attention, mlp = 4 * row.width**2, 8 * row.width**2
     layers = (LayerSize((attention, mlp), attention, mlp),) * row.layers
+    others = {"others": (50368 * row.width,), "head": 0, "tied": True, "shares_prompt": True}
     widths = {"width": row.width, "attention_width": row.width, "kv_width": row.width, "mlp_width": 4 * row.width}
-    return ModelSize(layers=layers, others=(50368 * row.width,), vocabulary=50368, context=2048, tied=True, **widths)
+    return ModelSize(layers=layers, vocabulary=50368, context=2048, **others, **widths)
 
 
 def main() -> None:

@@ -55,10 +55,12 @@ def report(
     if files:
         rows = measured(files)
         result |= {"scaling": rows, "figure": str(files[0].with_name("scaling.png"))}
-        draw(rows, "measured", Path(result["figure"]))
     if json_:
         print(json.dumps(result))
-        return
-    print(*pages, sep="\n", end="\n" if pages else "")
+    else:
+        print(*pages, sep="\n", end="\n" if pages else "")
+        print(*lines(result.get("scaling", [])), sep="\n", end="\n" if files else "")
     if files:
-        print(*lines(result["scaling"]), f"figure: {result['figure']}", sep="\n")
+        draw(result["scaling"], "measured", Path(result["figure"]))
+        if not json_:
+            print(f"figure: {result['figure']}")

@@ -15,7 +15,7 @@ from post_dist.errors import InputError
 def plan(
     run: RunFile,
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; else as the hardware file says.")] = None,
     gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the hardware file.")] = "h100",
     hardware: Annotated[Path | None, typer.Option(help="A hardware file whose entries come before ours.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="N,N,...", help="Also reckon these numbers of GPUs, and draw them.")] = None,
@@ -26,15 +26,17 @@ def plan(
     """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.models.load import config_folder
-    from post_dist.planning.hardware import read_hardware
-    from post_dist.planning.plan import Machine, goodput, nearest_that_fits, plan_run
+    from post_dist.planning.hardware import Machine, read_hardware
+    from post_dist.planning.plan import nearest_that_fits, plan_run
     from post_dist.planning.scaling import draw, planned
     from post_dist.planning.shown import plan_lines, plan_table
+    from post_dist.planning.simulate import goodput
     from post_dist.planning.sizes import size_of
 
     if config.teacher is None:
         raise InputError("plan needs the section `teacher`")
-    machine = Machine(nodes, gpus_per_node, read_hardware(gpu, hardware))
+    of_gpu = read_hardware(gpu, hardware)
+    machine = Machine(nodes, gpus_per_node or of_gpu.node.gpus, of_gpu)
     wanted = config.engine.precision
     precision = wanted if wanted != "auto" else ("bf16" if "bf16" in machine.hardware.teraflops else "fp32")
     teacher = size_of(config_folder(config.teacher))
@@ -43,14 +45,14 @@ def plan(
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, counts("--sweep", sweep))
         result["figure"] = str(config.output / config.name / "plan.png")
-        draw(result["sweep"], f"{config.name} on {gpu} (a model, not a measurement)", Path(result["figure"]))
-    too_large = [stage["stage"] for stage in result["stages"] if stage["memory_total_gib"] > machine.hardware.memory_gib]
-    if too_large:
+    if not all(stage["fits"] for stage in result["stages"]):
         result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
     if json_:
         print(json.dumps(result))
     else:
         print_wide(plan_table(result))
         print(*plan_lines(result), sep="\n")
+    if sweep:
+        draw(result["sweep"], f"{config.name} on {gpu} (a model, not a measurement)", Path(result["figure"]))
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)

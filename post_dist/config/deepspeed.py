@@ -8,6 +8,8 @@ from post_dist.config.schema import Engine
 
 _SWAP_BLOCK = 1 << 16
 """Elements; DeepSpeed fills each shard up to whole pages of the disk."""
+_MOST_REDUCED_AT_ONCE = 500_000_000
+"""Elements; DeepSpeed's own default, for which it makes room however few are trained: a GiB in bf16."""
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -35,11 +37,13 @@ def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) ->
 
 
 def training_settings(
-    engine: Engine, precision: Precision, *, micro_batch_size: int, accumulation_steps: int, max_grad_norm: float
+    engine: Engine, precision: Precision, *, trained: int, micro_batch_size: int, accumulation_steps: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """The student's engine: a ZeRO stage with batch and gradient clipping."""
+    """The student's engine: a ZeRO stage with batch and gradient clipping, and a bucket for so many trained elements."""
+    settings = preset(f"train_zero{engine.zero_stage}{'_cpu' if engine.offload_optimizer else ''}")
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(trained)
     return (
-        preset(f"train_zero{engine.zero_stage}{'_cpu' if engine.offload_optimizer else ''}")
+        settings
         | {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation_steps,
@@ -47,6 +51,11 @@ def training_settings(
         }
         | _precision(precision)
     )
+
+
+def bucket_elements(trained: int) -> int:
+    """How many elements' gradients ZeRO gathers in a buffer of its own and reduces at once."""
+    return min(trained, _MOST_REDUCED_AT_ONCE)
 
 
 def _precision(precision: Precision) -> dict[str, Any]:

@@ -72,13 +72,18 @@ class LanguageModel(nn.Module):
         """
         return cast(nn.ModuleList, self.model.get_submodule(layer_list_name(self.model)))
 
+    @property
+    def takes_packing(self) -> bool:
+        """Whether its kind of attention takes a `packing`."""
+        return self.model.config._attn_implementation in PACKABLE.values()
+
     @cached_property
     def shares_prompt(self) -> bool:
         """Whether rows behind a shared prompt come out as they do behind one each, found by trying: some families take no `packing`.
 
         All ranks of a sharded model must come here together.
         """
-        if self.model.config._attn_implementation not in PACKABLE.values():
+        if not self.takes_packing:
             return False
         device = self.model.device
         input_ids = torch.arange(4, 12, device=device).view(2, 4)

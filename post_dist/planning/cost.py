@@ -39,34 +39,44 @@ def head_flops(size: ModelSize, positions: float) -> float:
     return 2 * size.width * size.vocabulary * positions
 
 
-def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float) -> dict[str, float]:
+def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float, *, freeze_head: bool = True) -> dict[str, float]:
     """One rank's step of distillation on so many sequences.
 
     The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
-    trained.) A frozen head takes one more product by what went in; the loss knows the gradient.
+    trained.) The head takes one more product by what went in, for the loss knows the gradient, and one by its weights if they are trained.
 
     Args:
         teacher: its forward, and its head's.
-        student: above its frozen layers, which run in the teacher; under a frozen head.
+        student: above its frozen layers, which run in the teacher.
         sequences: of this rank.
         length: tokens of each.
+        freeze_head: whether the student's is not trained.
     """
     tokens = sequences * length
     forward, head = forward_flops(student, sequences, length), head_flops(student, tokens)
     return {
         "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
         "student_forward": forward + head,
-        "student_backward": 2 * forward + head,
+        "student_backward": 2 * forward + (1 if freeze_head else 2) * head,
     }
 
 
-def transfer_flops(
-    target: ModelSize, student: ModelSize, rows: float, length: float, prompt: float, *, by_classes: bool
-) -> dict[str, float]:
-    """One rank's step of the transfer for one prompt, its rows behind it in one sequence.
+def transfer_tokens(target: ModelSize, rows: float, length: float, prompt: float, *, responses: int) -> float:
+    """What the target's layers see in a step of the transfer for one prompt: it stands in front of all rows, or of each."""
+    return rows * (prompt + length) if _stands_in_each_row(target, responses) else prompt + rows * length
 
-    All layers see n + B T tokens, the last one's MLP and queries only the answers; rows look at the prompt and themselves. Backward runs
-    through the layers once, by what went in: no weight is trained.
+
+def _stands_in_each_row(target: ModelSize, responses: int) -> bool:
+    return bool(responses) or not target.shares_prompt
+
+
+def transfer_flops(
+    target: ModelSize, student: ModelSize, rows: float, length: float, prompt: float, *, by_classes: bool, responses: int = 0
+) -> dict[str, float]:
+    """One rank's step of the transfer for one prompt, its rows behind it in one sequence where that can be.
+
+    All layers then see n + B T tokens, the last one's MLP and queries only the answers; rows look at the prompt and themselves. Else all
+    see B (n + T). Backward runs through the layers once, by what went in: no weight is trained.
 
     Args:
         target: the large model.
@@ -75,14 +85,20 @@ def transfer_flops(
         length: T.
         prompt: n.
         by_classes: whether class scores are compared; else the unprompted target's logits are made too, in one product with the prompted.
+        responses: tokens of one, each of which has logits; 0 for classes, where a row has one answer.
     """
-    *lower, last = target.layers
-    tokens = prompt + rows * length
-    products = 2 * sum(layer.attention + layer.mlp for layer in lower) * tokens + 2 * last.attention * tokens + 2 * last.mlp * rows
-    of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
-    attention = len(lower) * of_lower + attention_flops(target, rows, prompt + length)
-    head = head_flops(target, rows if by_classes else 2 * rows)
-    constants = 0.0 if by_classes else head_flops(student, 2 * rows)
+    tokens = transfer_tokens(target, rows, length, prompt, responses=responses)
+    answers = rows * (responses or 1)
+    head = head_flops(target, answers if by_classes else 2 * answers)
+    constants = 0.0 if by_classes else head_flops(student, 2 * answers)
+    if _stands_in_each_row(target, responses):
+        attention = len(target.layers) * attention_flops(target, tokens, prompt + length)
+        products = forward_flops(target, rows, prompt + length) - attention
+    else:
+        *lower, last = target.layers
+        products = 2 * sum(layer.attention + layer.mlp for layer in lower) * tokens + 2 * last.attention * tokens + 2 * last.mlp * rows
+        of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
+        attention = len(lower) * of_lower + attention_flops(target, rows, prompt + length)
     return {"forward": products + attention + head + constants, "backward": products + 2 * attention + head}
 
 

@@ -1,5 +1,6 @@
 """What a plan reckons with: GPUs, their links and their hosts, from a data file that anyone may extend."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,6 +70,10 @@ class Hardware(Section):
         share: float = getattr(self.share, link)
         return found.gb_per_second * 1e9 * share
 
+    def host_bytes_per_second(self) -> float:
+        """What copies from the host's memory to one GPU reach."""
+        return self.host.gb_per_second * 1e9 * self.share.host
+
     def memory_bytes_per_second(self) -> float:
         """What passes over a GPU's memory reach."""
         return self.memory_gb_per_second * 1e9 * self.share.memory
@@ -77,6 +82,31 @@ class Hardware(Section):
         """What each collective takes beside its bytes."""
         found: Link = getattr(self, link)
         return found.latency_us * 1e-6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of equal GPUs."""
+
+    nodes: int
+    gpus_per_node: int
+    hardware: Hardware
+
+    @property
+    def ranks(self) -> int:
+        """One a GPU."""
+        return self.nodes * self.gpus_per_node
+
+    def link(self, ranks: int) -> Literal["node", "network"]:
+        """What the slowest of so many neighbours are connected by."""
+        return "node" if ranks <= self.gpus_per_node else "network"
+
+    def wire_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
+        """Of collectives among so many neighbours."""
+        if ranks == 1:
+            return 0.0
+        link = self.link(ranks)
+        return received_bytes / self.hardware.bytes_per_second(link) + calls * self.hardware.latency_seconds(link)
 
 
 def read_hardware(name: str, file: Path | None) -> Hardware:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from post_dist.config.deepspeed import preset
+from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
 from post_dist.losses import LOGITS_AT_ONCE
 from post_dist.planning import cost
@@ -13,10 +13,11 @@ GATHERED = ("gathered_weights", "weights_on_their_way")
 """The parts that `frozen_memory` holds during a forward pass alone."""
 
 
-def frozen_memory(size: ModelSize, group: int, bytes_each: int) -> dict[str, float]:
-    """A frozen model's shard; and where it is sharded, the weights that DeepSpeed keeps whole, and copies of those on their way."""
-    held = {"frozen_weights": cost.shard_bytes(size, group, bytes_each) / GIB}
-    if group == 1:
+def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) -> dict[str, float]:
+    """A frozen model's shard, unless it is offloaded; and the weights that DeepSpeed brings and keeps whole, and copies of those coming."""
+    offloaded = engine.offload != "none"
+    held = {"frozen_weights": 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each) / GIB}
+    if group == 1 and not offloaded:
         return held
     settings = preset("frozen_zero3")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
@@ -44,6 +45,7 @@ def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: i
         "student_weights": student.parameters * bytes_each / over["weights"],
         "student_gathered": student.parameters * bytes_each * (stage == 3 and ranks > 1),
         "student_gradients": trained * bytes_each / over["gradients"],
+        "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
         "student_optimizer": 0.0 if engine.offload_optimizer else of_adam * trained / over["optimizer"],
         "activations": (len(student.layers) * kept + cost.activation_elements(student)) * tokens * bytes_each,
         "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,

@@ -3,85 +3,15 @@
 Every figure is a formula's (`cost.py`) with the hardware's (`hardware.yaml`): a model, not a measurement.
 """
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
-from post_dist.data.order import shares
-from post_dist.errors import InputError
-from post_dist.models.student import stand_in_layers
-from post_dist.planning import cost
-from post_dist.planning.hardware import Hardware
-from post_dist.planning.memory import GATHERED, GIB, frozen_memory, fullest, student_memory
-from post_dist.planning.simulate import Run, best_interval, mean_goodput
+from post_dist.planning.hardware import Machine
+from post_dist.planning.simulate import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.sizes import ModelSize
-from post_dist.stages.teacher_signals import kept_bytes, kept_names
-
-GPU_HOURS_BETWEEN_FAILURES = 50_700.0
-"""419 unexpected interruptions in 54 days of 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-_REPLICATE_BELOW = 0.4
-"""A frozen model that takes no more than this share of a GPU stands whole on each: nothing is gathered."""
-_RESERVED_GIB = 2.0
-"""CUDA, NCCL and what the allocator cannot use."""
-_RESTART_SECONDS = 600.0
-"""From a failure to the first step again: noticed, queued, loaded."""
-_JITTER = 0.02
-"""Standard deviation of a GPU's step over its mean."""
-_STRAGGLER = 1.2
-_STORAGE_GB_PER_SECOND = 2.0
-"""Of the shared folder that checkpoints go to."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Nodes of equal GPUs."""
-
-    nodes: int
-    gpus_per_node: int
-    hardware: Hardware
-
-    @property
-    def ranks(self) -> int:
-        """One a GPU."""
-        return self.nodes * self.gpus_per_node
-
-    def link(self, ranks: int) -> Literal["node", "network"]:
-        """What the slowest of so many neighbours are connected by."""
-        return "node" if ranks <= self.gpus_per_node else "network"
-
-    def wire_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
-        """Of collectives among so many neighbours."""
-        if ranks == 1:
-            return 0.0
-        link = self.link(ranks)
-        return received_bytes / self.hardware.bytes_per_second(link) + calls * self.hardware.latency_seconds(link)
-
-
-@dataclass(frozen=True)
-class Models:
-    """What the run file trains and runs, by size."""
-
-    teacher: ModelSize
-    student: ModelSize
-    upper: ModelSize
-    """The student above its frozen layers."""
-
-    @property
-    def trained(self) -> int:
-        """Elements of the student that are trained: its upper layers."""
-        return sum(sum(layer.weights) for layer in self.upper.layers)
-
-
-def models_of(config: RunConfig, teacher: ModelSize) -> Models:
-    """The sizes of the teacher and of the student that is cut from it."""
-    section = config.student
-    if section is None:
-        raise InputError("plan needs the sections `teacher` and `student`")
-    student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
-    return Models(teacher, student, student.above(section.frozen_lower_layers))
+from post_dist.planning.stages import distill, models_of, transfer, tune
 
 
 def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
@@ -89,11 +19,10 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
 
     Returns:
         `stages`, each with memory of the fullest GPU, operations, bytes, seconds of a step and hours; `conflicts`, what cannot work;
-        `hours` and `gpu_hours`; `assumptions`.
+        `hours` and `gpu_hours`, and what is `not_counted` in them; `assumptions`.
     """
     models = models_of(config, teacher)
-    stages = [_distill(config, models, machine, precision), _tune(config, models, machine, precision)]
-    stages.append(_transfer(config, models, machine, precision))
+    stages = [stage(config, models, machine, precision) for stage in (distill, tune, transfer)]
     conflicts = [f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]]
     return {
         "gpus": machine.ranks,
@@ -103,269 +32,44 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
+        "not_counted": [
+            "the evaluation",
+            "what the models say of the public text before the transfer",
+            *(name for name in config.evaluate.baselines if name == "full prompt tuning"),
+        ],
         "conflicts": conflicts,
         "assumptions": {
             "teraflops_reached": machine.hardware.flops_per_second(precision) / 1e12,
             "gb_per_second_in_a_node": machine.hardware.bytes_per_second("node") / 1e9,
             "gb_per_second_between_nodes": machine.hardware.bytes_per_second("network") / 1e9,
+            "gb_per_second_from_the_host": machine.hardware.host_bytes_per_second() / 1e9,
             "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
-            "checkpoint_gb_per_second": _STORAGE_GB_PER_SECOND,
+            "checkpoint_gb_per_second": STORAGE_GB_PER_SECOND,
             "collectives_beside_computation": machine.hardware.overlap,
         },
     }
 
 
-def shard_group_size(config: RunConfig, machine: Machine) -> int:
-    """How many ranks share a frozen model, by `engine.shard_group`."""
-    wanted = config.engine.shard_group
-    return machine.ranks if wanted == "all" else min(machine.gpus_per_node if wanted == "node" else wanted, machine.ranks)
-
-
-def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> tuple[str, str]:
-    """The smallest shard group that fits, and why: fewer ranks gather less, and a node's links are the fastest."""
-    capacity, whole = machine.hardware.memory_gib * GIB, size.parameters * bytes_each
-    if whole <= _REPLICATE_BELOW * capacity:
-        return "1", f"{whole / GIB:.0f} GiB stand on each GPU of {machine.hardware.memory_gib:g}: nothing is gathered"
-    part = whole / machine.gpus_per_node
-    if part <= _REPLICATE_BELOW * capacity:
-        return "node", f"{part / GIB:.1f} GiB of {whole / GIB:.0f} on each GPU of a node: no weight crosses the network"
-    return "all", f"{whole / GIB:.0f} GiB do not fit into one node beside the rest"
-
-
-def _finished(stage: str, machine: Machine, ranks: int, steps: int, found: dict[str, Any]) -> dict[str, Any]:
-    """Sums, and what follows from them."""
-    memory = found["memory_gib"] | {"reserved": _RESERVED_GIB}
-    total = fullest(memory, found.pop("moments", []))
-    conflicts = list(found.pop("conflicts", []))
-    if total > machine.hardware.memory_gib:
-        largest = max(memory, key=lambda part: memory[part])
-        conflicts.append(f"{total:.1f} GiB on a GPU of {machine.hardware.memory_gib:g} GiB, most of it {largest} ({memory[largest]:.1f})")
-    hours = found["step_seconds"] * steps / 3600
-    return found | {
-        "stage": stage,
-        "gpus": ranks,
-        "steps": steps,
-        "memory_gib": memory,
-        "memory_total_gib": total,
-        "hours": hours,
-        "gpu_hours": hours * ranks,
-        "conflicts": conflicts,
-    }
-
-
-def _distill(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
-    section, corpus, hardware = config.distill, config.corpus, machine.hardware
-    if corpus is None:
-        raise InputError("plan needs the section `corpus`")
-    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
-    own = shares(range(section.batch_size), section.micro_batch_size_per_gpu, 0, ranks)
-    passes, rows = len(own), max(len(share.rows) for share in own)
-    length = corpus.sequence_length
-    sequences = passes * rows
-    flops = cost.distill_flops(models.teacher, models.upper, sequences, length)
-    stage = config.engine.zero_stage
-    settings: dict[str, Any] = {"zero_stage": stage, "group": group, "ranks": ranks, "passes": passes, "bytes_each": each}
-    moved = cost.distill_bytes(models.teacher, models.trained, models.upper, **settings)
-    of_teacher = passes * cost.gathered_bytes(models.teacher.without_one_table.weights, group, each)
-    of_student = moved["gather"] - of_teacher
-    asked, kept = _asked_and_kept(config, models, precision)
-    flops["teacher"] *= asked
-    if section.cache == "sampled":  # the student runs its frozen layers itself
-        whole, upper = (cost.forward_flops(size, sequences, length) for size in (models.student, models.upper))
-        flops["student_forward"] += whole - upper
-    moved["gather"] = of_student + asked * of_teacher
-    rate = hardware.flops_per_second(precision)
-    teacher, student = flops["teacher"] / rate, (flops["student_forward"] + flops["student_backward"]) / rate
-    gather = machine.wire_seconds(asked * of_teacher, group, asked * passes * len(models.teacher.layers))
-    reduce = machine.wire_seconds(moved["reduce"] + of_student, ranks, 2)
-    held = rows * length
-    passed = asked * cost.forward_pass_bytes(models.teacher, held, each) + cost.forward_pass_bytes(models.upper, held, each)
-    passed += cost.backward_pass_bytes(models.upper, held, each) + cost.logit_bytes(models.upper, held)
-    passed = passes * passed + cost.optimizer_bytes(models.trained / (ranks if stage else 1), each)
-    over_memory = passed / hardware.memory_bytes_per_second()
-    tokens = section.batch_size * length
-    signals = (1 + asked) * tokens * kept / (_STORAGE_GB_PER_SECOND * 1e9)  # written once, read in every step
-    if hardware.overlap:
-        step = max(teacher, gather) + student + max(0.0, reduce - flops["student_backward"] / rate) + over_memory + signals
-    else:
-        step = teacher + gather + student + reduce + over_memory + signals
-    sizes: dict[str, Any] = {"ranks": ranks, "tokens": held, "bytes_each": each}
-    memory = frozen_memory(models.teacher, group, each)
-    memory["teacher_activations"] = cost.activation_elements(models.teacher) * held * each / GIB
-    memory |= student_memory(config.engine, models.upper, models.trained, **sizes)
-    # Those of the pass before stay, and so does the buffer for a rank's part of them.
-    gradients = () if passes > 1 or stage >= 2 else ("student_gradients",)
-    moments = [(*GATHERED, "teacher_activations"), ("student_gathered", "activations", "logits")]
-    moments.append(("student_gathered", "activations", *gradients))
-    checkpoint = (cost.ADAM_BYTES + each) * models.trained / GIB
-    conflicts = []
-    if section.batch_size < ranks:
-        conflicts.append(f"distill.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a sequence")
-    if models.teacher.context is not None and length > models.teacher.context:
-        conflicts.append(f"corpus.sequence_length {length} exceeds the teacher's context of {models.teacher.context}")
-    if corpus.max_tokens and corpus.max_tokens // length <= corpus.held_out_sequences:
-        conflicts.append(
-            f"corpus.max_tokens make {corpus.max_tokens // length} sequences, and {corpus.held_out_sequences} are to be held out"
-        )
-    advice, why = advised_group(models.teacher, machine, each)
-    found = {
-        "memory_gib": memory,
-        "moments": moments,
-        "flops_per_gpu": flops,
-        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"teacher": teacher, "gather": gather, "student": student, "reduce": reduce, "memory": over_memory}
-        | ({"signals": signals} if kept else {}),
-        "step_seconds": step,
-        "tokens_per_second": tokens / step,
-        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
-        "shard_group": {"size": group, "advised": advice, "why": why},
-        "checkpoint_gib": checkpoint,
-        "teacher_signals_gib": asked * section.steps * tokens * kept / GIB if kept else None,
-        "checkpoint_interval_seconds": young_interval(checkpoint * GIB / (_STORAGE_GB_PER_SECOND * 1e9), ranks),
-        "conflicts": conflicts,
-    }
-    return _finished("distill", machine, ranks, section.steps, found)
-
-
-def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> tuple[float, int]:
-    """The share of the steps' sequences that the teacher runs over, and the bytes kept of a token: all and none without a cache.
-
-    A corpus of unknown size is taken to hold a new sequence for each step.
-    """
-    section, corpus, student = config.distill, config.corpus, config.student
-    if section.cache == "none" or corpus is None or student is None:
-        return 1.0, 0
-    wanted = section.steps * section.batch_size
-    held = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences if corpus.max_tokens else wanted
-    names = kept_names(section, student, exact_product=precision == "fp32")
-    return min(1.0, max(0, held) / wanted), kept_bytes(names, models.teacher.width, _BYTES[precision])
-
-
-def _tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
-    """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once."""
-    section, privacy, task = config.tune, config.privacy, config.private_task
-    private = privacy.enabled or bool(config.evaluate.private_rows)
-    rows = (privacy.expected_batch_size or section.batch_size) if private else float(section.batch_size)
-    steps = (privacy.steps or section.steps) if private else section.steps
-    length, n = task.max_length if task else 128, section.num_virtual_tokens
-    flops = 2 * cost.forward_flops(models.student, rows, length + n)
-    found: dict[str, Any] = {
-        "memory_gib": {
-            "student_weights": models.student.parameters * _BYTES[precision] / GIB,
-            "activations": len(models.student.layers)
-            * cost.activation_elements(models.student, trained=False)
-            * section.micro_batch_size_per_gpu
-            * (length + n)
-            * _BYTES[precision]
-            / GIB,
-        },
-        "flops_per_gpu": {"forward_and_backward": flops},
-        "step_seconds": flops / machine.hardware.flops_per_second(precision),
-        "conflicts": _room(models.student, n, length),
-    }
-    if private:
-        from post_dist.privacy.accounting import account, private_plan
-
-        wanted = [privacy] if privacy.enabled else [privacy.for_target(epsilon) for epsilon in config.evaluate.private_rows]
-        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": each}))).epsilon for each in wanted]
-    return _finished("tune", machine, 1, steps, found)
-
-
-def _room(size: ModelSize, prompt: int, length: int) -> list[str]:
-    if size.context is not None and prompt + length > size.context:
-        return [f"a prompt of {prompt} tokens and texts of {length} exceed the context of {size.context}: lower tune.num_virtual_tokens"]
-    return []
-
-
-def _transfer(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
-    section, task, hardware = config.transfer, config.private_task or config.public_task, machine.hardware
-    ranks, group, each = machine.ranks, shard_group_size(config, machine), _BYTES[precision]
-    rows = max(len(share.rows) for share in shares(range(section.batch_size), section.batch_size, 0, ranks))
-    length, n = task.max_length if task else 128, config.tune.num_virtual_tokens
-    by_classes = section.scores == "classes"
-    flops = cost.transfer_flops(models.teacher, models.student, rows, length, n, by_classes=by_classes)
-    moved = cost.transfer_bytes(models.teacher, n, group=group, ranks=ranks, bytes_each=each)
-    compute = sum(flops.values()) / hardware.flops_per_second(precision)
-    gather = machine.wire_seconds(moved["gather"], group, 2 * len(models.teacher.layers))
-    reduce = machine.wire_seconds(moved["reduce"], ranks, 1)
-    tokens = n + rows * length
-    kept = models.teacher.width if config.engine.activation_checkpointing else cost.activation_elements(models.teacher, trained=False)
-    conflicts = _room(models.teacher, n, length)
-    if section.batch_size < ranks:
-        conflicts.append(f"transfer.batch_size {section.batch_size} leaves {ranks - section.batch_size} of {ranks} GPUs without a row")
-    advice, why = advised_group(models.teacher, machine, each)
-    passed = cost.forward_pass_bytes(models.teacher, tokens, each)
-    passed += cost.backward_pass_bytes(models.teacher, tokens, each) + cost.logit_bytes(models.teacher, rows)
-    over_memory = passed / hardware.memory_bytes_per_second()
-    step = (max(compute, gather) if hardware.overlap else compute + gather) + reduce + over_memory
-    found = {
-        "memory_gib": frozen_memory(models.teacher, group, each)
-        | {
-            "student_weights": models.student.parameters * each / GIB,
-            "activations": (len(models.teacher.layers) * kept + cost.activation_elements(models.teacher, trained=False))
-            * tokens
-            * each
-            / GIB,
-            "logits": (3 if by_classes else 8) * rows * models.teacher.vocabulary * 4 / GIB,
-        },
-        "flops_per_gpu": flops,
-        "received_gib_per_gpu": {kind: size / GIB for kind, size in moved.items()},
-        "seconds": {"compute": compute, "gather": gather, "reduce": reduce, "memory": over_memory},
-        "step_seconds": step,
-        "samples_per_second": section.batch_size / step,
-        "model_flops_utilisation": sum(flops.values()) / step / (hardware.teraflops[precision] * 1e12),
-        "shard_group": {"size": group, "advised": advice, "why": why},
-        "conflicts": conflicts,
-    }
-    return _finished("transfer", machine, ranks, section.steps, found)
-
-
-def goodput(stage: dict[str, Any]) -> dict[str, float]:
-    """Of the planned distillation as a long run: with uneven steps and failures, at the best interval, and with one slow GPU."""
-    save = stage["checkpoint_gib"] * GIB / (_STORAGE_GB_PER_SECOND * 1e9)
-    sizes: dict[str, Any] = {"step": stage["step_seconds"], "ranks": stage["gpus"], "steps": stage["steps"], "save": save}
-    run = Run(**sizes, interval=1, restart=_RESTART_SECONDS, hours_between_failures=GPU_HOURS_BETWEEN_FAILURES, jitter=_JITTER)
-    # Where few of the drawn runs meet a failure, not to save at all would look best; Young's interval knows what is rare.
-    interval = min(best_interval(run)[0], max(1, round(young_interval(save, stage["gpus"]) / stage["step_seconds"])))
-    best, slow = (mean_goodput(replace(run, interval=interval, straggler=straggler)) for straggler in (1.0, _STRAGGLER))
-    return {
-        "goodput": best,
-        "checkpoint_every_steps": interval,
-        "jitter": _JITTER,
-        "restart_seconds": _RESTART_SECONDS,
-        f"goodput_with_a_gpu_{_STRAGGLER:g}_times_as_slow": slow,
-    }
-
-
-def young_interval(save_seconds: float, ranks: int) -> float:
-    """How often to save, so that saving and what failures undo cost least together: sqrt(2 x save x time between failures) (Young 1974)."""
-    return math.sqrt(2 * save_seconds * GPU_HOURS_BETWEEN_FAILURES / ranks * 3600)
-
-
 def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, str] | None:
-    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None."""
+    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None.
 
-    def with_engine(**fields: Any) -> RunConfig:
-        return config.model_copy(update={"engine": config.engine.model_copy(update=fields)})
-
-    candidates: list[tuple[dict[str, str], RunConfig, Machine]] = []
-    for micro in (4, 2, 1):
-        if micro < config.distill.micro_batch_size_per_gpu:
-            smaller = config.model_copy(update={"distill": config.distill.model_copy(update={"micro_batch_size_per_gpu": micro})})
-            candidates.append(({"distill.micro_batch_size_per_gpu": str(micro)}, smaller, machine))
-    checkpointing = {"engine.activation_checkpointing": "true"}
-    candidates.append((checkpointing, with_engine(activation_checkpointing=True), machine))
-    for group in ("node", "all"):
-        shared = {"engine.shard_group": group}
-        candidates.append((shared, with_engine(shard_group=group), machine))
-        candidates.append((shared | checkpointing, with_engine(shard_group=group, activation_checkpointing=True), machine))
-    for nodes in (2, 4, 8, 16, 32, 64):
-        if nodes > machine.nodes:
-            changes = {"engine.shard_group": "all", **checkpointing, "--nodes": str(nodes)}
-            larger = replace(machine, nodes=nodes)
-            candidates.append((changes, with_engine(shard_group="all", activation_checkpointing=True), larger))
-    for changes, changed, place in candidates:
-        stages = plan_run(changed, teacher, place, precision)["stages"]
-        if all(stage["memory_total_gib"] <= place.hardware.memory_gib for stage in stages):
-            return changes
+    None of them brings another conflict along.
+    """
+    checkpointing: dict[str, Any] = {"activation_checkpointing": True}
+    in_groups: list[dict[str, Any]] = [{"shard_group": group} for group in ("node", "all")]
+    layouts = [checkpointing]
+    for changes in (*in_groups, *(changes | {"offload": "cpu"} for changes in in_groups)):
+        layouts += [changes, changes | checkpointing]
+    smaller = (rows for rows in (4, 2, 1) if rows < config.distill.micro_batch_size_per_gpu)
+    candidates = [("distill", {"micro_batch_size_per_gpu": rows}, machine) for rows in smaller]
+    candidates += [("engine", changes, machine) for changes in layouts]
+    more_nodes = (replace(machine, nodes=nodes) for nodes in (2, 4, 8, 16, 32, 64) if nodes > machine.nodes)
+    candidates += [("engine", {"shard_group": "all"} | checkpointing, place) for place in more_nodes]
+    known = set(plan_run(config, teacher, machine, precision)["conflicts"])
+    for name, changes, place in candidates:
+        section = getattr(config, name).model_copy(update=changes)
+        found = plan_run(config.model_copy(update={name: section}), teacher, place, precision)
+        if all(stage["fits"] for stage in found["stages"]) and known.issuperset(found["conflicts"]):
+            settings = {f"{name}.{key}": str(value).lower() for key, value in changes.items()}
+            return settings | ({"--nodes": str(place.nodes)} if place != machine else {})
     return None

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from post_dist.artifacts.manifest import writing
 from post_dist.config.deepspeed import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
-from post_dist.planning.plan import Machine, plan_run
+from post_dist.planning.hardware import Machine
+from post_dist.planning.plan import plan_run
 from post_dist.planning.sizes import ModelSize
 
 _RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}
@@ -22,12 +24,20 @@ _Stages = dict[str, dict[str, Any]]
 
 
 def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of a plan, on each number of GPUs."""
+    """The rows of a plan, on each number of GPUs.
+
+    Raises:
+        InputError: a number is more than a node, and no whole nodes.
+    """
+    in_node = machine.gpus_per_node
+    uneven = [count for count in gpus if count > in_node and count % in_node]
+    if uneven:
+        raise InputError(f"--sweep: {uneven[0]} GPUs are not whole nodes of {in_node}", "take multiples of them, or less than one")
     rows: list[dict[str, Any]] = []
     for kind in ("strong", "weak"):
         points: list[tuple[int, _Stages]] = []
         for count in sorted(gpus):
-            place = replace(machine, nodes=-(-count // machine.gpus_per_node), gpus_per_node=min(count, machine.gpus_per_node))
+            place = replace(machine, nodes=-(-count // in_node), gpus_per_node=min(count, in_node))
             changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
             stages = plan_run(changed, teacher, place, precision)["stages"]
             points.append((place.ranks, {stage["stage"]: stage for stage in stages}))
@@ -92,7 +102,11 @@ def grown(config: RunConfig, times: float) -> RunConfig:
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Efficiency against the number of GPUs, as PNG."""
+    """Efficiency against the number of GPUs, as PNG.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -108,5 +122,6 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_ylabel("rate per GPU over the first")
     axes.set_title(title, fontsize=10)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)

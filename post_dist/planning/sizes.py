@@ -37,6 +37,7 @@ class ModelSize:
     Attributes:
         layers: from the first to the last.
         others: elements of the parameters outside the layers: embeddings, norms, the head if it is not tied.
+        head: how many of these are the head's alone.
         width: d.
         vocabulary: V.
         attention_width: heads times their width.
@@ -44,10 +45,12 @@ class ModelSize:
         mlp_width: the widest product inside a layer.
         context: most positions, or None where the configuration names none.
         tied: whether the head is the embedding.
+        shares_prompt: whether rows may stand behind one run of a prompt; a few families of those that may do not (see `LanguageModel`).
     """
 
     layers: tuple[LayerSize, ...]
     others: tuple[int, ...]
+    head: int
     width: int
     vocabulary: int
     attention_width: int
@@ -55,6 +58,7 @@ class ModelSize:
     mlp_width: int
     context: int | None
     tied: bool
+    shares_prompt: bool
 
     @property
     def parameters(self) -> int:
@@ -105,10 +109,12 @@ def size_of(folder: Path) -> ModelSize:
     own = list(model.layers.children())
     layers = tuple(map(_layer, own))
     inside = {id(parameter) for parameter in model.layers.parameters()}
+    embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
     others = tuple(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     return ModelSize(
         layers=layers,
         others=others,
+        head=sum(parameter.numel() for parameter in model.head_module.parameters() if id(parameter) not in embeddings),
         width=model.width,
         vocabulary=model.vocabulary_size,
         attention_width=heads * head_width,
@@ -116,6 +122,7 @@ def size_of(folder: Path) -> ModelSize:
         mlp_width=max(_product(module)[1] for layer in own for module in layer.modules() if _is_product(module)),
         context=getattr(text, "max_position_embeddings", None),
         tied=model.model.get_input_embeddings().weight is getattr(model.model.get_output_embeddings(), "weight", None),
+        shares_prompt=model.takes_packing,
     )
 
 

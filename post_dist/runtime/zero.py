@@ -37,13 +37,18 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
     """This rank's group, by `engine.shard_group`. All ranks call it.
 
     Raises:
-        InputError: the ranks do not part into such groups.
+        InputError: the ranks do not part into such groups, or a rank by itself would have to offload what it keeps whole.
     """
     size = world.size if engine.shard_group == "all" else engine.shard_group
     if size == "node":
         size = world.ranks_of_a_node()
     if world.size % size:
         raise InputError(f"engine.shard_group: {world.size} ranks do not part into groups of {size}")
+    if size == 1 and world.size > 1 and engine.offload != "none":
+        raise InputError(
+            "engine.shard_group: node is one rank here, which keeps frozen models whole on it: nothing to offload",
+            "take engine.shard_group: all, or engine.offload: none",
+        )
     if size == world.size:
         return ShardGroup(size, world.is_main, None)
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)] if size > 1 else []

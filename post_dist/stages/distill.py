@@ -142,6 +142,7 @@ def student_engine(student: LanguageModel, config: RunConfig, student_section: S
         training_settings(
             config.engine,
             precision,
+            trained=sum(parameter.numel() for parameter in trained),
             micro_batch_size=section.micro_batch_size_per_gpu,
             accumulation_steps=len(shares(range(section.batch_size), section.micro_batch_size_per_gpu, world.rank, world.size)),
             max_grad_norm=section.max_grad_norm,

@@ -31,3 +31,16 @@ def test_two_hosts_without_ssh_give_one_process_s_losses(tmp_path: Path) -> None
     alone = [sys.executable, "-m", "post_dist", "distill", str(run), f"--output={tmp_path / 'one'}"]
     subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=200)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_host_of_one_rank_cannot_offload_what_it_keeps_whole(tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path)
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29696", "OMP_NUM_THREADS": "1"}
+    work = [sys.executable, "-m", "post_dist", "distill", str(run), "--set=engine.shard_group=node", "--set=engine.offload=cpu"]
+    hosts = [
+        subprocess.Popen(work, env=os.environ | place | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    said = [host.communicate(timeout=200)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [2, 2], said[0][-3000:]
+    assert "node is one rank here, which keeps frozen models whole on it: nothing to offload" in said[0]

@@ -6,9 +6,9 @@ import pytest
 
 from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.assets import asset
-from post_dist.config.deepspeed import preset
+from post_dist.config.deepspeed import preset, training_settings
 from post_dist.config.load import load_run
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import Engine, RunConfig
 from post_dist.config.sources import named_tasks
 from post_dist.errors import InputError
 
@@ -32,6 +32,14 @@ def test_shipped_run_files_load(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_presets_name_their_stage(path: Path) -> None:
     assert f"zero{preset(path.stem)['zero_optimization']['stage']}" in path.stem
+
+
+@pytest.mark.parametrize(("trained", "bucket"), [(1_000_000, 1_000_000), (2_000_000_000, 500_000_000)])
+def test_a_small_student_needs_no_large_bucket(trained: int, bucket: int) -> None:
+    for stage in range(4):
+        rest = {"micro_batch_size": 1, "accumulation_steps": 1, "max_grad_norm": 1.0}
+        settings = training_settings(Engine(zero_stage=stage), "bf16", trained=trained, **rest)
+        assert settings["zero_optimization"] == {"stage": stage, "reduce_bucket_size": bucket}
 
 
 @pytest.mark.parametrize("name", named_tasks())

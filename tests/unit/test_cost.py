@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from post_dist.artifacts.prompt import PromptTask
+from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, Student, Transfer
 from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
-from post_dist.models.student import freeze, write_student
+from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
 from post_dist.planning.sizes import size_of
+from post_dist.planning.stages import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill import DistillationModel
 from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
@@ -63,17 +65,18 @@ def test_a_forward(folder: Path) -> None:
         assert forward_flops(size_of(folder), 3, 40) == pytest.approx(counted(lambda: model(input_ids)), rel=1e-6)
 
 
-@pytest.mark.parametrize("frozen", [0, 2])
-def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> None:
+@pytest.mark.parametrize(("frozen", "freeze_head"), [(0, True), (2, True), (0, False)])
+def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int, freeze_head: bool) -> None:
     layers = (0, 1, 4)
     (tmp_path / "student").mkdir()
     write_student(tmp_path / "student", folder, layers, load_tokenizer(folder))
     teacher, student = load_whole(folder, "fp32", CPU), load_whole(tmp_path / "student", "fp32", CPU)
     if teacher.masked:
         pytest.skip("the head of RoBERTa is more than one product")
-    freeze(student, Student(layers=layers, frozen_lower_layers=frozen))
+    section = Student(layers=layers, frozen_lower_layers=frozen, freeze_embeddings=freeze_head, freeze_head=freeze_head)
+    freeze(student, section)
     take_out_lower_block(student, frozen)
-    model, asked = DistillationModel(student, Distill(), head_is_frozen=True), ask_teacher(teacher, frozen)
+    model, asked = DistillationModel(student, Distill(), head_is_frozen=freeze_head), ask_teacher(teacher, frozen)
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
@@ -81,22 +84,35 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int) -> No
 
     upper = size_of(folder).cut(layers).above(frozen)
     assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
-    ours = distill_flops(size_of(folder), upper, 3, 40)
+    ours = distill_flops(size_of(folder), upper, 3, 40, freeze_head=freeze_head)
     assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
 
 
-@pytest.mark.parametrize("scores", ["vocabulary", "classes"])
-def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
+@pytest.mark.parametrize("setting", ["freeze_head=false", "freeze_embeddings=false", "frozen_lower_layers=1", "frozen_lower_layers=0"])
+def test_what_is_trained_is_the_student_s(tmp_path: Path, setting: str) -> None:
+    run, folder = tiny.write_run(tmp_path, "qwen2"), tmp_path / "student"
+    config, teacher = load_run(run, [f"student.{setting}"], None), size_of(tmp_path / "teacher")
+    folder.mkdir()
+    write_student(folder, tmp_path / "teacher", stand_in_layers(config.student, 4), load_tokenizer(tmp_path / "teacher"))
+    student = load_whole(folder, "fp32", CPU)
+    freeze(student, config.student)
+    assert models_of(config, teacher).trained == sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "classes", "responses"])
+def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
     model, words = load_whole(folder, "fp32", CPU), load_tokenizer(folder)
-    if not model.shares_prompt:
-        pytest.skip("a family that takes no shared prompt")
-    task = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "good")
+    if model.masked and kind == "responses":
+        pytest.skip("a masked model writes nothing")
+    most = 3 if kind == "responses" else 0
+    mask = " {mask}" if model.masked else ""
+    task = PromptTask(f"{{text}} It was{mask}", () if most else (("bad",), ("good",)), 48, False, "good", max_response_length=most)
     public = Task(name="toy", visibility="public", path=folder / "none.csv")
-    section = Transfer(objective="proxy" if scores == "classes" else "published", scores=scores)
-    texts = ["the film is dull and weak"] * 6
+    section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
+    texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
     models = Models(model, model)
     lesson = prepare_lesson(
-        task, torch.randn(10, 64), public, (texts, []), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
+        task, torch.randn(10, 64), public, (texts, responses), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
     )
     prompt_nd = torch.randn(10, 64, requires_grad=True)
     length = len(lesson.rows[0].token_ids)
@@ -104,5 +120,9 @@ def test_a_step_of_the_transfer(folder: Path, scores: str) -> None:
     def step() -> None:
         lesson_losses(models, [lesson], [prompt_nd], [list(range(6))], CPU)[0].backward()
 
-    ours = transfer_flops(size_of(folder), size_of(folder), 6, length, 10, by_classes=scores == "classes")
-    assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
+    size = size_of(folder)
+    assert size.shares_prompt == model.shares_prompt
+    ours = transfer_flops(size, size, 6, length, 10, by_classes=kind == "classes", responses=most)
+    # RoBERTa's head has a product of its own width before the vocabulary's, both ways: of the prompted, or of both with the constants.
+    own_head = model.masked * 2 * 64 * 64 * 6 * (2 if kind == "classes" else 6)
+    assert sum(ours.values()) + own_head == pytest.approx(counted(step), rel=1e-6)

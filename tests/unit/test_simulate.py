@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from post_dist.planning.plan import young_interval
-from post_dist.planning.simulate import Run, best_interval, mean_goodput, simulate
+from post_dist.planning.simulate import Run, best_interval, mean_goodput, simulate, young_interval
 
 CALM = Run(step=2.0, ranks=64, steps=1000, save=3.0, interval=100, restart=60.0, hours_between_failures=math.inf)
 
