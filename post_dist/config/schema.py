@@ -167,7 +167,7 @@ class Privacy(Section):
     declared_examples: Annotated[int, Field(gt=1, le=10**9)] | None = None
     """A public figure for how many rows there are to train on, from which `target_delta` and the sampling probability follow."""
     target_delta: Annotated[float, Field(ge=1e-10, lt=1)] | None = None
-    """Default declared_examples^-1.1. Below 1e-10 the accountants' rounding is as large, and they no longer agree (seven plans tried)."""
+    """Default declared_examples^-1.1. Below 1e-10 the accountants' rounding is as large, and they no longer agree."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """q: the chance of each example to be in a step. Default expected_batch_size / declared_examples."""
     expected_batch_size: PositiveFloat | None = None

@@ -69,10 +69,7 @@ def evaluate(
         for path in (each.source, *each.on_target.values()):
             _check_classes(read_prompt(path).task, task)
     runs = folder.path.parent
-    counted: list[int] = []
-    if section.split == "test":
-        world.on_main(lambda: counted.append(count_reading(task, runs, folder.path.name)))
-    readings = world.from_main(sum(counted))
+    readings = world.on_main(lambda: count_reading(task, runs, folder.path.name)) if section.split == "test" else 0
     if readings > 1:
         log.warning("the test split is read for the %d. time: choose settings with --set evaluate.split=validation", readings)
     examples = load_examples(task, section.split, "private_task")
