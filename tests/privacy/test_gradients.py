@@ -87,9 +87,17 @@ def test_a_model_that_mixes_rows_is_refused() -> None:
         with pytest.raises(InputError, match="change each other"):
             check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
         with pytest.raises(InputError, match="change each other"):
-            check_model(Tune(micro_batch_size_per_gpu=1), made)
+            check_model(Tune(micro_batch_size_per_gpu=1, num_virtual_tokens=6), made)
     finally:
         mixed.remove()
+
+
+def test_a_masked_model_needs_room_for_a_token_of_padding() -> None:
+    made = material("roberta", torch.float32)
+    room = made.model.context_length - made.template.longest
+    check_model(Tune(num_virtual_tokens=room - 1), made)
+    with pytest.raises(InputError, match="do not fit"):
+        check_model(Tune(num_virtual_tokens=room), made)
 
 
 def test_no_weight_gets_a_gradient() -> None:
