@@ -61,7 +61,7 @@ def private_plan(config: RunConfig) -> PrivacyPlan:
     if section.noise_multiplier is not None:
         return PrivacyPlan(noise_multiplier=section.noise_multiplier, **fields)
     if section.target_epsilon is None:
-        raise InputError("privacy: give target_epsilon or noise_multiplier")
+        raise InputError("privacy: give target_epsilon or noise_multiplier", "for example --set privacy.target_epsilon=8")
     return _calibrated(tuple(fields.items()), section.target_epsilon)
 
 
