@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from post_dist.artifacts.manifest import digest_of, write_artefact
-from post_dist.artifacts.prompt import read_prompt
+from post_dist.artifacts.prompt import PromptTask, read_prompt
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.sources import Task
 from post_dist.data.readings import count_reading
 from post_dist.data.tasks import load_examples
-from post_dist.errors import InputError
+from post_dist.errors import ArtefactRefused, InputError
 from post_dist.losses import proxy_logits
 from post_dist.models.load import load_whole
 from post_dist.models.sharded import load_sharded
@@ -57,10 +58,16 @@ def evaluate(
         tuned: each has rows of its own.
         inputs: digests of `student`, `private_task`, and of `teacher` if there is one.
         world: the ranks.
+
+    Raises:
+        ArtefactRefused: a prompt does not belong to these models or to this task.
     """
     config, section, task = folder.config, folder.config.evaluate, folder.config.private_task
     if task is None or task.template is None:
         raise InputError("evaluate needs the section `private_task`")
+    for each in tuned:
+        for path in (each.source, *each.on_target.values()):
+            _check_classes(read_prompt(path).task, task)
     runs = folder.path.parent
     counted: list[int] = []
     if section.split == "test":
@@ -106,3 +113,16 @@ def evaluate(
 
     made_by = {"evaluate": section.model_dump(mode="json")}
     world.on_main(lambda: write_artefact(folder.artifact, "evaluation", fill, parents=parents, config=made_by))
+
+
+def _check_classes(of_prompt: PromptTask, task: Task) -> None:
+    """Check that the biases of a prompt's classes are added to the scores of the same classes.
+
+    Raises:
+        ArtefactRefused: the run file has other label words, or the same in another order.
+    """
+    if of_prompt.class_biases and of_prompt.label_words != tuple(task.labels.values()):
+        raise ArtefactRefused(
+            "the prompt has a bias for each class of its own task, and private_task.labels has other label words, or another order",
+            "evaluate it with the label words of its task.json, in that order",
+        )

@@ -152,7 +152,8 @@ def prepare_lesson(
     templates = [Template(text, tokenizer, task.max_length, **bounds) for tokenizer in tokenizers]
     verbalizers = [Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token) for tokenizer in tokenizers]
     rows = [template.encode(texts, responses if most else ()) for template in templates]
-    check_room(models.target, len(source_nd), templates[1].longest)
+    for model, template in zip((models.student, models.target), templates, strict=True):
+        check_room(model, len(source_nd), template.longest)
     by_classes = section.scores == "classes"
 
     def kept(model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str) -> torch.Tensor:

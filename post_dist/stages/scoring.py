@@ -19,6 +19,7 @@ from post_dist.data.template import NO_TOKEN, Template, Verbalizer
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.models.soft_prompt import check_room
 from post_dist.models.writer import write_responses
 from post_dist.runtime.distributed import World
 from post_dist.stages.measures import measure_classes, measure_responses
@@ -66,8 +67,13 @@ class Scorer:
         return prompt.embeddings.shape[1] == self.model.width and prompt.manifest.tokenizer == tokenizer_fingerprint(self.tokenizer)
 
     def __call__(self, prompt: SoftPromptArtefact | None, label: str) -> torch.Tensor:
-        """Class scores [N, C], without the biases of the prompt's task; or the tokens [N, R] of what the model writes."""
+        """Class scores [N, C], without the biases of the prompt's task; or the tokens [N, R] of what the model writes.
+
+        Raises:
+            InputError: prompt and rows do not fit into the model's context.
+        """
         world = self._world
+        check_room(self.model, 0 if prompt is None else len(prompt.embeddings), self._template.longest)
         key = digest_of({**self._key, "prompt": None if prompt is None else prompt.manifest.digest})
         place = self._kept / f"{key[:16]}.safetensors"
         if not world.from_main(place.exists()):

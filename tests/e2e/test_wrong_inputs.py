@@ -118,6 +118,21 @@ def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
     return change
 
 
+def class_biases(fields: Fields, folder: Path) -> None:
+    """Give the prompt biases, and leave its owner alone with the student."""
+    task = json.loads((folder / "prompt/task.json").read_text())
+    (folder / "prompt/task.json").write_text(json.dumps(task | {"class_biases": [0.5, -0.5]}))
+    resign(folder / "prompt")
+    fields["evaluate"]["baselines"] = []
+    del fields["teacher"]
+
+
+def short_student(fields: Fields, folder: Path) -> None:
+    config = json.loads((folder / "student/config.json").read_text())
+    (folder / "student/config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
+    resign(folder / "student")
+
+
 def no_head(fields: Fields, folder: Path) -> None:
     tensors = load_file(folder / "teacher/model.safetensors")
     save_file(
@@ -127,6 +142,7 @@ def no_head(fields: Fields, folder: Path) -> None:
 
 DISTILL, TUNE, EVALUATE = ("distill", "{run}"), ("tune", "{run}", "--set", "inputs.student={student}"), ("evaluate", "{run}")
 TRANSFER = ("transfer", "{run}", "--set", "inputs.student={student}", "--set", "inputs.source_prompt={prompt}")
+OF_OWNER = (*EVALUATE, "--set", "inputs.student={student}", "--set", "inputs.source_prompt={prompt}")
 
 CASES = [
     # the run file and the command line
@@ -232,6 +248,22 @@ CASES = [
     Case("vocabularies token by token", 2, "student and target have different tokenizers", other_tokenizer("teacher"), TRANSFER),
     Case("prompt with NaN", 4, "not finite", prompt_tensor(torch.full((5, 32), float("nan"))), TRANSFER),
     Case("prompt of another width", 4, "the prompt has vectors of width 31", prompt_tensor(torch.zeros(5, 31)), TRANSFER),
+    Case("biases for other classes", 4, "other label words", both(class_biases, put("private_task.labels.2", ["film"])), OF_OWNER),
+    Case(
+        "biases in another order",
+        4,
+        "or another order",
+        both(class_biases, put("private_task.labels", {"0": ["good"], "1": ["bad"]})),
+        OF_OWNER,
+    ),
+    Case(
+        "rows longer than the context",
+        2,
+        "do not fit into the model's context",
+        both(class_biases, put("private_task.max_length", 128)),
+        OF_OWNER,
+    ),
+    Case("student of a shorter context", 2, "the model's context of 50", short_student, TRANSFER),
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
     Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
     # the privacy plan
