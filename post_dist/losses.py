@@ -136,7 +136,8 @@ def distillation_loss(
     """a_ce T^2 KL + a_lm LM + a_cos COS (paper eq. 1), with the logits [N, V] of a few positions alive at a time.
 
     The gradient with respect to the logits has a closed form, so it is taken back through the head while the logits are
-    there; the backward only scales it. No logits are kept or made twice.
+    there; the backward only scales it. No logits are kept or made twice. It is the gradient of N times the loss, for in fp16 that of
+    the mean would vanish here, before the scale of the loss could reach it.
 
     Args:
         student_Nd: last hidden states of the student.
@@ -155,7 +156,7 @@ def distillation_loss(
     """
     a_ce, a_lm, a_cos = weights
     labelled = int((labels_N != -100).sum().clamp(min=1))
-    scales = _Scales(a_ce / len(student_Nd), a_lm / labelled, temperature)
+    scales = _Scales(a_ce, a_lm * len(student_Nd) / labelled, temperature)
     differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
     gradients = [torch.zeros_like(tensor) for tensor in (student_Nd, *head_parameters)] if differentiate else []
     ce = lm = torch.zeros((), device=student_Nd.device)
@@ -172,15 +173,14 @@ def distillation_loss(
                 total += gradient
     if differentiate and teacher.product is not None:
         gradients[0] -= scales.ce * temperature * teacher.product
-    ce, lm = ce / len(student_Nd), lm / labelled
-    vocabulary_loss = a_ce * ce + a_lm * lm
+    summed = scales.ce * ce + scales.lm * lm
     if differentiate:
-        vocabulary_loss = _WithGradients.apply(vocabulary_loss, gradients, student_Nd, *head_parameters)
+        summed = _WithGradients.apply(summed, gradients, student_Nd, *head_parameters)
     if teacher.hidden is not None:
         cos = 1 - functional.cosine_similarity(student_Nd.float(), teacher.hidden.float(), dim=-1).mean()
     else:
         cos = torch.zeros_like(ce)
-    return vocabulary_loss + a_cos * cos, DistillationTerms(ce, lm, cos.detach())
+    return summed / len(student_Nd) + a_cos * cos, DistillationTerms(ce / len(student_Nd), lm / labelled, cos.detach())
 
 
 def logit_pieces(positions: int, vocabulary: int) -> int:
@@ -303,7 +303,8 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *(upstream[0].to(gradient.dtype) * gradient for gradient in ctx.gradients)
+        # In fp32, for the scale of a loss may be too large a number for fp16.
+        return None, None, *((upstream[0] * gradient.float()).to(gradient.dtype) for gradient in ctx.gradients)
 
 
 def unexplained_share(student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> float:

@@ -88,6 +88,30 @@ def test_distillation_terms_and_gradients_do_not_depend_on_pieces(positions: int
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("asked_for", [1, 7])
+def test_a_scaled_loss_in_fp16_has_the_gradient_of_fp32(asked_for: int) -> None:
+    """Of a student that is near its teacher, which is where the gradient of a mean over many positions is smallest."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, weight = torch.randn(4096, 16, generator=generator), torch.randn(1000, 16, generator=generator) / 4
+    student = teacher + 0.02 * torch.randn(4096, 16, generator=generator)
+    labels = torch.randint(1000, (4096,), generator=generator)
+    labels[torch.arange(4096) % asked_for > 0] = -100
+    for weights in ((5.0, 0.0, 0.0), (5.0, 2.0, 1.0)):
+        gradients = []
+        for dtype, scale in ((torch.float32, 1.0), (torch.float16, 65536.0)):
+            head = nn.Linear(16, 1000, bias=False).requires_grad_(False)
+            head.weight.data = weight.half().to(dtype)
+            hidden = student.half().to(dtype).requires_grad_(True)
+            how = {"weights": weights, "temperature": 2.0, "pieces": 2}
+            loss, _ = distillation_loss(hidden, TeacherSignal(hidden=teacher.half().to(dtype)), labels, head, head, **how)
+            (gradient,) = torch.autograd.grad(scale * loss, hidden)
+            gradients.append(gradient.float() / scale)
+        exact, ours = gradients
+        error = float((ours - exact).norm() / exact.norm())
+        print(f"weights {weights}: relative error {error:.1e}")
+        assert error < 0.05
+
+
 @pytest.mark.usefixtures("few_in_cache")
 def test_a_product_stands_for_the_whole_distribution() -> None:
     student, teacher, labels = torch.randn(700, 8, requires_grad=True), torch.randn(700, 8), torch.randint(13, (700,))
