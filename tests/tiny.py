@@ -12,6 +12,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -70,6 +71,8 @@ def write_model(
         config = Gemma2Config(**common, **sizes, **positions, num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
     elif family == "qwen2":
         config = Qwen2Config(**common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False)
+    elif family == "granite":
+        config = GraniteConfig(**common, **sizes, **positions, num_key_value_heads=2, logits_scaling=8.0)
     elif family == "falcon":
         config = FalconConfig(**common, **sizes, new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False)
     else:

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from post_dist.config.deepspeed import Precision, frozen_settings
 from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault, InputError
-from post_dist.models.language_model import LanguageModel
+from post_dist.models.language_model import LanguageModel, check_split
 from post_dist.models.load import load_config, load_whole, model_settings
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World
@@ -41,7 +41,8 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
         world: the ranks.
 
     Raises:
-        InputError: weights are missing, do not fit, or cannot be read; or this device cannot do what `engine` asks for.
+        InputError: weights are missing, do not fit, or cannot be read; head and trunk are more than the model; or this device cannot do
+            what `engine` asks for.
         EnvironmentFault: `offload: nvme` without libaio.
     """
     if engine.quantized_gathers and world.device.type == "cpu":
@@ -64,6 +65,7 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
             bare.tie_weights()
             _fill(bare, folder, reads=group.reads)
         model = freeze_sharded(LanguageModel(bare, masked=masked).eval(), settings)
+        check_split(model)
     if engine.activation_checkpointing:
         model.checkpoint_activations()
     return model

@@ -74,6 +74,14 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
     assert sharded["share"] == (1 if layout == "whole on each" else pytest.approx(0.5, abs=0.02))
 
 
+def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
+    folder, scaled = tiny.write_model(tmp_path / "model", "llama"), tiny.write_model(tmp_path / "scaled", "granite")
+    torchrun(2, Path(__file__).with_name("sharded_head.py"), folder, scaled, tmp_path)
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert "GraniteForCausalLM does more to its logits" in facts["refused"]
+
+
 def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -1,0 +1,26 @@
+"""Run by torchrun: the head of a target in ZeRO-3 shards, and a model whose head is not all that makes its logits. Each rank saves."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from post_dist.runtime.distributed import start
+
+world = start(0)
+
+from post_dist.config.schema import Engine  # noqa: E402
+from post_dist.errors import InputError  # noqa: E402
+from post_dist.models.sharded import load_sharded  # noqa: E402
+from post_dist.runtime.stop import end_process  # noqa: E402
+
+folder, scaled, output = map(Path, sys.argv[1:4])
+refused = ""
+try:
+    load_sharded(scaled, Engine(), "fp32", world)
+except InputError as error:
+    refused = str(error)
+(output / f"{world.rank}.json").write_text(json.dumps({"refused": refused}))
+world.leave()
+end_process(0)
