@@ -1,9 +1,9 @@
 """A causal or masked language model with room for a soft prompt in front, split into trunk and head.
 
-Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
+Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary, K tokens of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.errors import InputError
 from post_dist.models.shared_prompt import PACKABLE, Packing
+from post_dist.runtime.zero import gathered
 
 
 class LanguageModel(nn.Module):
@@ -93,15 +94,22 @@ class LanguageModel(nn.Module):
         embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings
 
-    def head(self, hidden: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., d]; or [..., K] those of K tokens alone, which needs no more of the head where it can."""
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., d]."""
+        return self.capped(self.head_module(hidden))
+
+    def head_of(self, tokens: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From hidden states [..., d] to the logits [..., K] of K tokens alone, by their rows of the head where it is one matrix.
+
+        Those of a sharded head are gathered here, once; all ranks come here together.
+        """
         head = self.head_module
-        if tokens is None:
-            return self.capped(head(hidden))
-        if not isinstance(head, nn.Linear) or hasattr(head.weight, "ds_id"):  # a shard cannot be picked from
-            return self.capped(head(hidden))[..., list(tokens)]
-        rows = torch.tensor(tokens, device=hidden.device)
-        return self.capped(functional.linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]))
+        if not isinstance(head, nn.Linear):
+            return lambda hidden: self.head(hidden)[..., list(tokens)]
+        with gathered(head):
+            rows = torch.tensor(tokens, device=head.weight.device)
+            weight, bias = head.weight[rows], None if head.bias is None else head.bias[rows]
+        return lambda hidden: self.capped(functional.linear(hidden, weight, bias))
 
     @property
     def logit_cap(self) -> float | None:
@@ -164,7 +172,9 @@ class LanguageModel(nn.Module):
         with self._last_mlp_at(rows.flatten(), places.flatten()):
             hidden = self._hidden(inputs)[rows.flatten(), places.flatten()]
         hidden = hidden if beside is None else torch.cat([hidden, beside])
-        return self.head(hidden, tokens) if with_head else hidden
+        if not with_head:
+            return hidden
+        return self.head(hidden) if tokens is None else self.head_of(tokens)(hidden)
 
     def _hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
         return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)

@@ -205,7 +205,8 @@ def _heed(
         by = verbalizers[model is models.target]
         if section.scores == "classes":
             return answered
-        parts = [model.head(part.to(model.model.device), by.tokens).cpu() for part in answered.split(section.batch_size)]
+        head = model.head_of(by.tokens)
+        parts = [head(part.to(model.model.device)).cpu() for part in answered.split(section.batch_size)]
         return by.scores_of_tokens(torch.cat(parts)) + torch.tensor([biases or [0.0]])
 
     source, source_prompted, target = kept

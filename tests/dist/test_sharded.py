@@ -77,9 +77,12 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
 def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
     folder, scaled = tiny.write_model(tmp_path / "model", "llama"), tiny.write_model(tmp_path / "scaled", "granite")
     torchrun(2, Path(__file__).with_name("sharded_head.py"), folder, scaled, tmp_path)
+    whole = load_whole(folder, "fp32", CPU)
+    expected = whole.head(torch.linspace(-1, 1, whole.width)[None])[:, [7, 3, 7]]
     for rank in range(2):
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "GraniteForCausalLM does more to its logits" in facts["refused"]
+        torch.testing.assert_close(torch.tensor(facts["logits"]), expected)
 
 
 def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: Path) -> None:
