@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
@@ -73,6 +74,8 @@ def write_model(
         config = Qwen2Config(**common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False)
     elif family == "granite":
         config = GraniteConfig(**common, **sizes, **positions, num_key_value_heads=2, logits_scaling=8.0)
+    elif family == "opt":
+        config = OPTConfig(**common, **(sizes | positions), ffn_dim=2 * width, word_embed_proj_dim=width)
     elif family == "falcon":
         config = FalconConfig(**common, **sizes, new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False)
     else:

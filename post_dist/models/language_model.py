@@ -3,14 +3,16 @@
 Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary, K tokens of it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.errors import InputError
@@ -48,11 +50,12 @@ class LanguageModel(nn.Module):
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
-    def context_length(self) -> int:
-        """Most tokens that the positions reach; RoBERTa's first positions are taken by its padding index."""
+    def context_length(self) -> float:
+        """Most tokens that the positions reach: any number in BLOOM; RoBERTa's first positions are taken by its padding index."""
         config = self.model.config
         reserved = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        return int(config.max_position_embeddings - reserved)
+        longest: float = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+        return longest - reserved
 
     @property
     def head_module(self) -> nn.Module:
@@ -240,12 +243,11 @@ class LanguageModel(nn.Module):
     def checkpoint_activations(self) -> None:
         """From now on, keep only what goes into each layer for the backward pass, and compute the rest a second time there.
 
-        The last layer is left out: what hooks make of its MLP is gone by then. Only the layers themselves are told that they
-        train, for transformers asks them; their dropout stays off.
+        The last layer is left out: what hooks make of its MLP is gone by then. transformers' own way asks a layer whether it trains,
+        and some families' layers would then drop out at random; here nothing is random, and both times come out alike.
         """
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in self.layers[:-1]:
-            layer.training = True
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def prefix_of(self, prompt_nd: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values of a prompt in every layer, in turn, each [1, heads, n, head width].
@@ -279,6 +281,23 @@ def check_split(language_model: LanguageModel) -> None:
         own = language_model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits.float()
     if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
         raise InputError(f"{type(language_model.model).__name__} does more to its logits than post_dist knows of")
+
+
+def check_documents_apart(language_model: LanguageModel) -> None:
+    """Compare a document behind another one with the same at the front. All ranks of a sharded model come here together.
+
+    Raises:
+        InputError: they differ, as in a family whose attention goes by no positions.
+    """
+    one, other = torch.arange(4, 12, device=language_model.model.device).view(2, 4)
+    positions = torch.arange(4, device=one.device).repeat(2, 2)
+    with torch.no_grad():
+        hidden = language_model(torch.stack([torch.cat([one, other]), torch.cat([other, one])]), position_ids=positions).float()
+    if not torch.allclose(hidden[0, 4:], hidden[1, :4], rtol=1e-2, atol=1e-2 * float(hidden.abs().max())):
+        raise InputError(
+            f"corpus.separate_documents: in a {type(language_model.model).__name__} packed documents see each other all the same",
+            "set corpus.separate_documents: false",
+        )
 
 
 def layer_list_name(model: PreTrainedModel) -> str:

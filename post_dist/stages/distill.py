@@ -22,7 +22,7 @@ from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import shares
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.losses import DistillationTerms, TeacherSignal, distillation_loss, logit_pieces, softened_kl, unexplained_share
-from post_dist.models.language_model import LanguageModel
+from post_dist.models.language_model import LanguageModel, check_documents_apart
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.sharded import load_sharded
@@ -59,6 +59,8 @@ def distill(folder: RunFolder, teacher_folder: Path, teacher_digest: str, world:
     teacher = load_sharded(teacher_folder, config.engine, precision, world)
     log.info("teacher: %d layers, this rank holds %.0f%%", len(teacher.layers), 100 * shard_share(teacher))
     _check_length(corpus_section, teacher)
+    if corpus_section.separate_documents and not teacher.masked:
+        check_documents_apart(teacher)
     corpus = build_corpus(corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world)
     masking = masking_for(teacher, tokenizer, config)
 

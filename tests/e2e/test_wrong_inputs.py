@@ -229,6 +229,7 @@ CASES = [
     Case("template ends in a space", 2, "ends in white space", put("private_task.template", "{text} It was ")),
     Case("template too long", 2, "alone fills max_length", put("private_task.template", "{text}" + " It was good" * 20)),
     Case("corpus too short", 2, "to be held out", put("corpus.held_out_sequences", 5000), DISTILL),
+    Case("documents that see each other", 2, "set corpus.separate_documents: false", other_teacher("opt"), DISTILL),
     Case("corpus longer than the context", 2, "exceeds the teacher's context", put("corpus.sequence_length", 200), DISTILL),
     Case("prompt longer than the context", 2, "do not fit into the model's context", put("tune.num_virtual_tokens", 100), TUNE),
     # artefacts and privacy

@@ -1,17 +1,21 @@
 """Models of each family: the split into trunk and head, the prompt in front, and the student that is cut from them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, PreTrainedConfig
 
 from post_dist.artifacts.prompt import PromptTask, write_prompt_files
 from post_dist.config.schema import Student
 from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.answers import answers
+from post_dist.models.language_model import LanguageModel, check_documents_apart
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.soft_prompt import check_room, prompt_from_text
@@ -105,6 +109,28 @@ def test_packed_documents_do_not_see_each_other(folder: Path) -> None:
     for row in together:
         torch.testing.assert_close(row[:7], model(first)[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(row[7:], model(second)[0], rtol=1e-4, atol=1e-5)
+    check_documents_apart(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_activations_that_are_computed_twice_come_out_alike(tmp_path: Path, family: str) -> None:
+    """Though OPT's layers drop out a tenth wherever they are told that they train."""
+    model = load_whole(tiny.write_model(tmp_path, family), "fp32", CPU)
+    prompt = torch.randn(5, model.width, requires_grad=True)
+    input_ids, answer = torch.randint(4, 500, (3, 12)), torch.tensor([11, 4, 7])
+    ran: list[nn.Module] = []
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(lambda module, given, made: ran.append(module))
+    made = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.checkpoint_activations()
+        ran.clear()
+        logits = model(input_ids, None, prompt, answer)
+        made.append((logits, *torch.autograd.grad(logits.square().sum(), prompt)))
+        assert [ran.count(layer.self_attn) for layer in model.layers] == [1 + checkpointed] * 3 + [1]
+    for plain, twice in zip(*made, strict=True):
+        assert torch.equal(plain, twice)
 
 
 def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> None:
@@ -232,6 +258,19 @@ def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
     check_room(model, 28, 100)
     with pytest.raises(InputError, match="context of"):
         check_room(model, 40, 100)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2), math.inf),
+        (MptConfig(vocab_size=60, d_model=16, n_layers=2, n_heads=2, max_seq_len=64), 64),
+    ],
+)
+def test_a_context_that_is_not_counted_in_position_embeddings(config: PreTrainedConfig, longest: float) -> None:
+    model = LanguageModel(AutoModelForCausalLM.from_config(config), masked=False)
+    assert model.context_length == longest
+    check_room(model, 4, 60)
 
 
 def test_tokenizers_are_told_apart(tmp_path: Path) -> None:
