@@ -109,12 +109,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def model_settings(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, bool, dict[str, Any]]:
     """How a model is made: the class of its family, whether it is masked, and the dtype and attention for a device."""
-    config = load_config(folder)
-    masked = is_masked(config)
-    # On a CPU the backward of fused attention in bf16 is six times slower than plain products (measured, batch 16 x 40); and
-    # fused attention knows no soft cap on its logits, which Gemma 2 has.
-    plain = device.type == "cpu" or getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    attention = "eager" if plain else "sdpa"
+    masked = is_masked(load_config(folder))
+    # On a CPU the backward of fused attention in bf16 is six times slower than plain products (measured, batch 16 x 40). Elsewhere
+    # transformers chooses: fused where the family has it, which Gemma 2 and BLOOM have not.
+    attention = "eager" if device.type == "cpu" else None
     family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     return family, masked, {"dtype": _DTYPES[precision], "attn_implementation": attention, "trust_remote_code": False}
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, MptConfig, PreTrainedConfig
 
 from post_dist.artifacts.prompt import PromptTask, write_prompt_files
 from post_dist.config.schema import Student
@@ -16,7 +16,7 @@ from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.answers import answers
 from post_dist.models.language_model import LanguageModel, check_documents_apart
-from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.soft_prompt import check_room, prompt_from_text
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, stand_in_layers, write_student
@@ -271,6 +271,18 @@ def test_a_context_that_is_not_counted_in_position_embeddings(config: PreTrained
     model = LanguageModel(AutoModelForCausalLM.from_config(config), masked=False)
     assert model.context_length == longest
     check_room(model, 4, 60)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(LlamaConfig(), "sdpa"), (Gemma2Config(), "eager"), (BloomConfig(), "eager")],
+)
+def test_attention_is_fused_on_a_gpu_where_the_family_has_it(tmp_path: Path, config: PreTrainedConfig, kind: str) -> None:
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    family, _, settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
+    with torch.device("meta"):
+        assert family.from_config(config, **settings).config._attn_implementation == kind
 
 
 def test_tokenizers_are_told_apart(tmp_path: Path) -> None:
