@@ -8,7 +8,8 @@ from copy import deepcopy
 import pytest
 import tiny
 import torch
-from privacy.checks import CPU, apart, change_each_example, example_gradients, gradients_one_at_a_time, material
+from privacy.checks import CPU
+from privacy.gradient_checks import apart, change_each_example, example_gradients, gradients_one_at_a_time, material
 
 from post_dist.bench.peers import OpacusLora
 from post_dist.config.schema import Tune
@@ -112,7 +113,7 @@ def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
     """
     from opacus import GradSampleModule
     from peft import PromptTuningConfig, get_peft_model
-    from privacy.checks import model_folder
+    from privacy.gradient_checks import model_folder
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model_folder("gpt2"), dtype=torch.float32)

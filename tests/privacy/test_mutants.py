@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from privacy import checks, spending_checks
+from privacy import checks, gradient_checks, spending_checks
 
 MODULES = (
     "privacy.plan",
@@ -414,7 +414,7 @@ def planted(mutant: Mutant) -> Iterator[None]:
             vars(module).update(names)
 
 
-CHECKS = {check.__name__: check for check in [*checks.CHECKS, *spending_checks.CHECKS]}
+CHECKS = {check.__name__: check for check in [*checks.CHECKS, *gradient_checks.CHECKS, *spending_checks.CHECKS]}
 TRIED: list[str] = []
 KILLED: list[str] = []
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from privacy.checks import apart
+from privacy.gradient_checks import apart
 
 from post_dist.data.template import NO_TOKEN, Template
 from post_dist.losses import proxy_logits, published_transfer_loss, softened_kl
