@@ -170,6 +170,7 @@ def _read_task(path: Path) -> PromptTask:
         sound = (
             isinstance(task.template, str)
             and isinstance(task.init_text, str)
+            and task.init_text.strip() != ""
             and type(task.max_length) is int
             and 0 < task.max_length <= 1 << 20
             and type(task.allow_multi_token) is bool

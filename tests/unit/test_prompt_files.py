@@ -185,14 +185,17 @@ def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: st
         read_prompt(folder)
 
 
-@pytest.mark.parametrize("biases", [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0], [10**400, 0]])
-def test_biases_that_do_not_fit_are_refused(tmp_path: Path, biases: list) -> None:
+BIASES = [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0], [10**400, 0]]
+
+
+@pytest.mark.parametrize("changes", [*({"class_biases": biases} for biases in BIASES), {"init_text": " "}], ids=str)
+def test_a_task_that_does_not_fit_is_refused(tmp_path: Path, changes: dict) -> None:
     folder = tmp_path / "prompt"
 
     def fill(path: Path) -> None:
         write_prompt_files(path, torch.zeros(2, 4), TASK, "m", None)
         task = json.loads((path / "task.json").read_text())
-        (path / "task.json").write_text(json.dumps(task | {"class_biases": biases}))
+        (path / "task.json").write_text(json.dumps(task | changes))
 
     write_artefact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
     with pytest.raises(ArtefactRefused, match="not a task description"):
