@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from post_dist.config.sources import DataSource, placeholders
 from post_dist.errors import EnvironmentFault, InputError
+from post_dist.runtime.watchdog import unwatched
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": lambda path: _delimited(path, ","),
@@ -92,7 +93,8 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
     from datasets import load_dataset  # slow to import, and not needed for files
 
     try:
-        rows: Any = load_dataset(source.hub, source.hub_config, revision=source.revision, split=split)
+        with unwatched(f"fetching {source.hub}"):  # the hub's client has time limits of its own
+            rows: Any = load_dataset(source.hub, source.hub_config, revision=source.revision, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise EnvironmentFault(f"{where}.hub: cannot load {source.hub} ({split}): {error}") from None
     return _as_written(rows.with_format("arrow")[:].to_pydict())

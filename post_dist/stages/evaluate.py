@@ -72,7 +72,7 @@ def evaluate(
     readings = world.on_main(lambda: count_reading(task, runs, folder.path.name)) if section.split == "test" else 0
     if readings > 1:
         log.warning("the test split is read for the %d. time: choose settings with --set evaluate.split=validation", readings)
-    examples = load_examples(task, section.split, "private_task")
+    examples = world.on_main(lambda: load_examples(task, section.split, "private_task"))
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": inputs["private_task"], "split": section.split, "precision": precision})
     common = Questions(task, examples, digest), runs / "answers", section.batch_size, world

@@ -56,7 +56,7 @@ def transfer(clients: Sequence[Client], teacher_folder: Path, student_folder: Pa
     config = clients[0].folder.config
     if config.public_task is None:
         raise InputError("transfer needs the section `public_task`")
-    public = load_public_texts(config.public_task, "public_task")
+    public = world.on_main(partial(load_public_texts, config.public_task, "public_task"))
     prompts = [read_prompt(client.prompt_folder) for client in clients]
     precision = choose_precision(config.engine, world.device)
     models = Models(load_whole(student_folder, precision, world.device), load_sharded(teacher_folder, config.engine, precision, world))
