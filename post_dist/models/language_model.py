@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from post_dist.errors import InputError
 from post_dist.models.shared_prompt import PACKABLE, Packing
 from post_dist.runtime.zero import gathered
+
+_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""What Granite, Cohere and Falcon-H1 call theirs."""
 
 
 class LanguageModel(nn.Module):
@@ -271,6 +274,19 @@ class LanguageModel(nn.Module):
         for layer, (keys, values) in enumerate(zip(prefix[::2], prefix[1::2], strict=True)):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return {"cache": cache, "use_cache": True}
+
+
+def check_no_scale(config: PretrainedConfig) -> None:
+    """Look for a scale of the logits in the settings of a model that is to be sharded.
+
+    `check_split` would find it out by a pass through the whole model, after which ZeRO keeps weights for a second use that never comes.
+
+    Raises:
+        InputError: there is one.
+    """
+    settings = config.get_text_config()
+    if any(getattr(settings, name, None) not in (None, 1.0) for name in _SCALES):
+        raise InputError(f"a {settings.model_type} does more to its logits than post_dist knows of")
 
 
 def check_split(language_model: LanguageModel) -> None:

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from post_dist.config.deepspeed import Precision, frozen_settings
 from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault, InputError
-from post_dist.models.language_model import LanguageModel, check_split
+from post_dist.models.language_model import LanguageModel, check_no_scale
 from post_dist.models.load import load_config, load_whole, model_settings
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World
@@ -53,6 +53,7 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
     if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
     else:
+        check_no_scale(load_config(folder))
         settings = frozen_settings(engine, precision, -(-_largest_weight(folder) // group.size))
         family, masked, made_with = model_settings(folder, precision, world.device)
         # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and never for a group of them.
@@ -65,7 +66,6 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
             bare.tie_weights()
             _fill(bare, folder, reads=group.reads)
         model = freeze_sharded(LanguageModel(bare, masked=masked).eval(), settings)
-        check_split(model)
     if engine.activation_checkpointing:
         model.checkpoint_activations()
     return model

@@ -89,7 +89,7 @@ def outcome(output: Path) -> tuple[bytes, int, int, int]:
         weights.read_bytes() + json.dumps(biases).encode(),
         len(spendings),
         charged,
-        sum(spending.repeated_steps for spending in spendings),
+        charged - sum(len(spending.intents) for spending in spendings),
     )
 
 
