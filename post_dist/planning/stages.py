@@ -248,11 +248,10 @@ def tune(config: RunConfig, models: Models, machine: Machine, precision: Precisi
         "hours": (trials or 1) * sum(step * count for step, count in zip(seconds, steps, strict=True)) / 3600,
         "conflicts": _room(config, size),
     }
-    private = [plan for plan in wanted if plan.enabled]
-    if private:
-        from post_dist.privacy.accounting import account, private_plan
+    if any(plan.enabled for plan in wanted):
+        from post_dist.privacy.accounting import account, private_plans
 
-        found["epsilon"] = [account(private_plan(config.model_copy(update={"privacy": plan}))).epsilon for plan in private]
+        found["epsilon"] = [account(plan).epsilon for plan in private_plans(config)]
     return _finished("tune", machine, 1, found)
 
 
