@@ -335,6 +335,11 @@ class RunConfig(Section):
             self.privacy.for_target(epsilon)
         return self
 
+    @property
+    def all_privacy(self) -> list[Privacy]:
+        """What each prompt is tuned with: the run file's own section, and one for each of `evaluate.private_rows`."""
+        return [self.privacy, *map(self.privacy.for_target, self.evaluate.private_rows)]
+
     def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
         """A stage, and before it those whose result it builds on and `inputs` does not give; a data owner's builds on no transfer."""
         inputs, no_transfer = self.inputs, self.teacher is None and not self.evaluate.baselines

@@ -223,8 +223,7 @@ def _asked_and_kept(config: RunConfig, models: Models, precision: Precision) -> 
 
 def tune(config: RunConfig, models: Models, machine: Machine, precision: Precision) -> dict[str, Any]:
     """One GPU: a forward and a backward by what goes in, of rows behind a prompt that is run once; a prompt for each row of privacy."""
-    section, privacy, size, each = config.tune, config.privacy, models.student, _BYTES[precision]
-    wanted = [privacy, *map(privacy.for_target, config.evaluate.private_rows)]
+    section, wanted, size, each = config.tune, config.all_privacy, models.student, _BYTES[precision]
     text, responses = _lengths(config)
     length = section.num_virtual_tokens + text + responses
     rows = [(plan.enabled and plan.expected_batch_size) or section.batch_size for plan in wanted]

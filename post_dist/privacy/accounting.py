@@ -71,8 +71,7 @@ def private_plans(config: RunConfig) -> list[PrivacyPlan]:
     Raises:
         InputError: see `private_plan`.
     """
-    sections = [config.privacy, *map(config.privacy.for_target, config.evaluate.private_rows)]
-    return [private_plan(config.model_copy(update={"privacy": section})) for section in sections if section.enabled]
+    return [private_plan(config.model_copy(update={"privacy": section})) for section in config.all_privacy if section.enabled]
 
 
 @cache

@@ -65,9 +65,10 @@ def evaluate(
     config, section, task = folder.config, folder.config.evaluate, folder.config.private_task
     if task is None or task.template is None:
         raise InputError("evaluate needs the section `private_task`")
-    for each in tuned:
-        for path in (each.source, *each.on_target.values()):
-            _check_classes(read_prompt(path).task, task)
+    read = [{_ON_STUDENT: read_prompt(each.source)} | {name: read_prompt(path) for name, path in each.on_target.items()} for each in tuned]
+    for prompts in read:
+        for prompt in prompts.values():
+            _check_classes(prompt.task, task)
     runs = folder.path.parent
     readings = world.on_main(lambda: count_reading(task, runs, folder.path.name)) if section.split == "test" else 0
     if readings > 1:
@@ -78,17 +79,18 @@ def evaluate(
     common = Questions(task, examples, digest), runs / "answers", section.batch_size, world
     student = Scorer(load_whole(student_folder, precision, world.device), student_folder, inputs["student"], *common)
     plain = student(None, "student")
-    target, zero_shot, first = None, None, {"name": "student", **student.measure(plain)}
-    if teacher_folder is not None:
+    target = zero_shot = None
+    if teacher_folder is None:
+        first = {"name": "student", **student.measure(plain)}
+    else:
         target = Scorer(load_sharded(teacher_folder, config.engine, precision, world), teacher_folder, inputs["teacher"], *common)
         zero_shot = target(None, "zero-shot")
         first = {"name": "zero-shot", **target.measure(zero_shot)}
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
     table = [first | {"epsilon": None}]
-    for each in tuned:
-        source = read_prompt(each.source)
+    for each, prompts in zip(tuned, read, strict=True):
+        source = prompts[_ON_STUDENT]
         check_belongs(source, student.model, target.model if target else None, student.tokenizer)
-        prompts = {_ON_STUDENT: source} | {name: read_prompt(path) for name, path in each.on_target.items()}
         if target and target.takes(source):
             prompts[_DIRECT] = source
         by = {name: student if target is None or name == _ON_STUDENT else target for name in prompts}
