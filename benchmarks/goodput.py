@@ -18,8 +18,8 @@ import numpy as np
 import shapes
 import torch
 
-from post_dist.bench.measure import device_name, slug
-from post_dist.planning.simulate import Run, simulate
+from post_dist.bench.timing import device_name, slug
+from post_dist.planning.simulation import Run, simulate
 
 HERE = Path(__file__).resolve().parent
 RANKS = 2
@@ -46,13 +46,24 @@ class RealRun:
 
     def lines(self) -> list[dict[str, Any]]:
         """What the metrics file says so far, of all starts."""
-        return [json.loads(line) for path in self._output.glob("*/distill-*/metrics.jsonl") for line in path.read_text().splitlines()]
+        return [
+            json.loads(line)
+            for path in self._output.glob("*/distill-*/metrics.jsonl")
+            for line in path.read_text().splitlines()
+        ]
 
     def _start(self) -> list[subprocess.Popen[bytes]]:
         """Each rank by itself, so that no launcher is left when they are killed."""
-        world = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+        world = {
+            "WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(next(PORTS)),
+        }
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        own = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+        own = [
+            os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(RANKS)
+        ]
         return [subprocess.Popen(self._command, env=each, **quiet) for each in own]
 
     def finish(self, gaps: list[float], step: float) -> dict[str, Any]:
@@ -84,7 +95,11 @@ class RealRun:
                 rank.wait()
         if any(rank.wait() for rank in ranks):
             raise SystemExit("a run that was not killed has failed")
-        return {"seconds": ended - began, "restarts": restarts, "lost_steps": len(self.lines()) - STEPS}
+        return {
+            "seconds": ended - began,
+            "restarts": restarts,
+            "lost_steps": len(self.lines()) - STEPS,
+        }
 
 
 def main() -> None:
@@ -97,22 +112,51 @@ def main() -> None:
         alone = RealRun(run, place / "alone", INTERVALS[0])
         alone.finish([], 0.0)
         times = [line["seconds"] for line in alone.lines()]
-        taken = {number: after - before for number, (before, after) in enumerate(itertools.pairwise(times), start=1)}
+        taken = {
+            number: after - before
+            for number, (before, after) in enumerate(itertools.pairwise(times), start=1)
+        }
         # What a save takes is in the time of the step after it.
-        step = statistics.median(seconds for number, seconds in taken.items() if number % INTERVALS[0])
-        save = statistics.median(seconds for number, seconds in taken.items() if number % INTERVALS[0] == 0) - step
+        step = statistics.median(
+            seconds for number, seconds in taken.items() if number % INTERVALS[0]
+        )
+        save = (
+            statistics.median(
+                seconds for number, seconds in taken.items() if number % INTERVALS[0] == 0
+            )
+            - step
+        )
         for interval in INTERVALS:
             for seed in SEEDS:
-                gaps = np.random.default_rng(seed).exponential(SECONDS_BETWEEN_FAILURES, 100).tolist()  # as the simulation draws them
+                gaps = (
+                    np.random.default_rng(seed).exponential(SECONDS_BETWEEN_FAILURES, 100).tolist()
+                )  # as the simulation draws them
                 found = RealRun(run, place / f"{interval}-{seed}", interval).finish(gaps, step)
                 restarts += found["restarts"]
                 rows.append({"interval": interval, "seed": seed, **found})
                 print(rows[-1], flush=True)
     restart = statistics.mean(restarts)
-    sizes: dict[str, Any] = {"step": step, "ranks": 1, "steps": STEPS, "save": save, "restart": restart}
+    sizes: dict[str, Any] = {
+        "step": step,
+        "ranks": 1,
+        "steps": STEPS,
+        "save": save,
+        "restart": restart,
+    }
     for row in rows:
-        said = simulate(Run(**sizes, interval=row["interval"], hours_between_failures=SECONDS_BETWEEN_FAILURES / 3600), row["seed"])
-        row |= {"said_seconds": said.seconds, "said_failures": said.failures, "said_lost_steps": said.lost_steps}
+        said = simulate(
+            Run(
+                **sizes,
+                interval=row["interval"],
+                hours_between_failures=SECONDS_BETWEEN_FAILURES / 3600,
+            ),
+            row["seed"],
+        )
+        row |= {
+            "said_seconds": said.seconds,
+            "said_failures": said.failures,
+            "said_lost_steps": said.lost_steps,
+        }
     write(rows, sizes)
 
 

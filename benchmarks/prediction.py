@@ -21,19 +21,19 @@ import torch
 from scipy.optimize import nnls
 
 from post_dist.bench import scale
-from post_dist.bench.measure import device_name, slug
 from post_dist.bench.scale import STEPS, bench_scale
+from post_dist.bench.timing import device_name, slug
 from post_dist.bench.transfer import MOST_ROWS
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
-from post_dist.data.order import rows_of_like_length, shares
+from post_dist.data.order import rank_batches, rows_of_like_length
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Template
 from post_dist.models.load import load_tokenizer
+from post_dist.models.size import size_of
 from post_dist.planning.hardware import Hardware, Machine
 from post_dist.planning.plan import plan_run
 from post_dist.planning.scaling import grown
-from post_dist.planning.sizes import size_of
 from post_dist.runtime.distributed import start
 from post_dist.runtime.stop import end_process
 
@@ -74,8 +74,17 @@ MEMORY = [
 def settings_of(values: tuple[int, ...]) -> list[str]:
     """What a setting changes in the benchmarks' run file."""
     _, _, _, batch, length, zero, group = values
-    changes = {"distill.batch_size": batch, "distill.micro_batch_size_per_gpu": 64, "corpus.sequence_length": length}
-    changes |= {"transfer.batch_size": batch, "engine.zero_stage": zero, "engine.shard_group": group, "tune.num_virtual_tokens": 20}
+    changes = {
+        "distill.batch_size": batch,
+        "distill.micro_batch_size_per_gpu": 64,
+        "corpus.sequence_length": length,
+    }
+    changes |= {
+        "transfer.batch_size": batch,
+        "engine.zero_stage": zero,
+        "engine.shard_group": group,
+        "tune.num_virtual_tokens": 20,
+    }
     return [f"{key}={value}" for key, value in changes.items()]
 
 
@@ -91,7 +100,9 @@ def measure(settings: list[tuple[int, ...]]) -> None:
                 shapes.write_run(folder, width=width, layers=layers, vocabulary=vocabulary)
             world.barrier()
             config = load_run(folder / "run.yaml", settings_of(values), None)
-            found = bench_scale(config, folder / "model", world) | dict(zip(KEYS, values, strict=True))
+            found = bench_scale(config, folder / "model", world) | dict(
+                zip(KEYS, values, strict=True)
+            )
             if world.is_main:
                 print(json.dumps(found), flush=True)
         world.leave()
@@ -100,7 +111,15 @@ def measure(settings: list[tuple[int, ...]]) -> None:
 
 def launch(ranks: int, part: str, **environment: str) -> list[dict[str, Any]]:
     """This program on several ranks; what rank 0 prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29640", __file__, part]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--master-port=29640",
+        __file__,
+        part,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -127,14 +146,18 @@ def hardware(compute: float, link: float, latency: float, memory: float) -> Hard
     host = {"memory_gib": 1e9, "gb_per_second": 1e30}
     rates = {"teraflops": {"fp32": compute / 1e12}, "memory_gb_per_second": memory / 1e9}
     links = {"node": wire | {"gpus": 8}, "network": wire}
-    return Hardware.model_validate({"memory_gib": 1e9, **rates, **links, "host": host, "share": share, "overlap": False})
+    return Hardware.model_validate(
+        {"memory_gib": 1e9, **rates, **links, "host": host, "share": share, "overlap": False}
+    )
 
 
 def text_lengths(config: RunConfig, model: Path) -> list[int]:
     """Tokens of the public rows that `bench scale` takes."""
     task = config.private_task
     texts = load_public_texts(config.public_task, "public_task")[0][:MOST_ROWS]
-    rows = Template(task.template, load_tokenizer(model), task.max_length, masked=False).encode(texts)
+    rows = Template(task.template, load_tokenizer(model), task.max_length, masked=False).encode(
+        texts
+    )
     return [len(row.token_ids) for row in rows]
 
 
@@ -143,7 +166,13 @@ def padded_length(lengths: list[int], batch: int, ranks: int, seed: int) -> int:
     longest = []
     for step in range(STEPS):
         rows = rows_of_like_length(step, batch, lengths, seed)
-        longest.append(max(lengths[row] for rank in range(ranks) for row in shares(rows, batch, rank, ranks)[0].rows))
+        longest.append(
+            max(
+                lengths[row]
+                for rank in range(ranks)
+                for row in rank_batches(rows, batch, rank, ranks)[0].rows
+            )
+        )
     return int(statistics.median(longest))
 
 
@@ -159,33 +188,60 @@ def with_plans(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             run = shapes.write_run(Path(scratch), width=width, layers=layers, vocabulary=vocabulary)
             config = load_run(run, settings_of(tuple(each[key] for key in KEYS)), None)
-            teacher, lengths = size_of(run.parent / "model"), text_lengths(config, run.parent / "model")
+            teacher, lengths = (
+                size_of(run.parent / "model"),
+                text_lengths(config, run.parent / "model"),
+            )
             for row in each["rows"]:
                 sized = grown(config, each["ranks"] if row["scaling"] == "weak" else 1)
                 # The plan takes texts to be as long as they may be, and these are shorter.
                 length = padded_length(lengths, row["batch_size"], each["ranks"], config.seed)
-                sized = sized.model_copy(update={"private_task": sized.private_task.model_copy(update={"max_length": length})})
-                machines = [Machine(1, each["ranks"], hardware(**free | {unit: 1.0})) for unit in UNITS]
-                stages = [stage for machine in machines for stage in plan_run(sized, teacher, machine, "fp32")["stages"]]
+                sized = sized.model_copy(
+                    update={
+                        "private_task": sized.private_task.model_copy(update={"max_length": length})
+                    }
+                )
+                machines = [
+                    Machine(1, each["ranks"], hardware(**free | {unit: 1.0})) for unit in UNITS
+                ]
+                stages = [
+                    stage
+                    for machine in machines
+                    for stage in plan_run(sized, teacher, machine, "fp32")["stages"]
+                ]
                 plans = [stage for stage in stages if stage["stage"] == row["stage"]]
                 reserved = plans[0]["memory_gib"]["reserved"]
-                found = {"amounts": [plan["step_seconds"] for plan in plans], "planned_gib": plans[0]["memory_total_gib"] - reserved}
+                found = {
+                    "amounts": [plan["step_seconds"] for plan in plans],
+                    "planned_gib": plans[0]["memory_total_gib"] - reserved,
+                }
                 found["gib"] = max(rank["peak_memory_gib"] for rank in row["per_rank"])
-                rows.append({key: each[key] for key in KEYS} | {"ranks": each["ranks"]} | row | found)
+                rows.append(
+                    {key: each[key] for key in KEYS} | {"ranks": each["ranks"]} | row | found
+                )
     return rows
 
 
 def compared(times: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str:
     """The tables."""
     rows = with_plans(times)
-    fitted, held = ([row for row in rows if tuple(row[key] for key in KEYS) in chosen] for chosen in (FIT, HELD_OUT))
+    fitted, held = (
+        [row for row in rows if tuple(row[key] for key in KEYS) in chosen]
+        for chosen in (FIT, HELD_OUT)
+    )
     # Least squares of the relative error, and no unit costs less than nothing.
-    design = np.array([row["amounts"] for row in fitted]) / np.array([[row["step_seconds"]] for row in fitted])
+    design = np.array([row["amounts"] for row in fitted]) / np.array(
+        [[row["step_seconds"]] for row in fitted]
+    )
     costs, _ = nnls(design, np.ones(len(fitted)))
     for row in rows:
         row["planned_seconds"] = float(np.dot(row["amounts"], costs))
     reached = ", ".join(
-        f"{name} {cost * 1e6:.0f} us" if unit == "s" else f"{name} {1 / cost / 1e9:.3g} G{unit}" if cost else f"{name} free"
+        f"{name} {cost * 1e6:.0f} us"
+        if unit == "s"
+        else f"{name} {1 / cost / 1e9:.3g} G{unit}"
+        if cost
+        else f"{name} free"
         for (name, unit), cost in zip(UNITS.items(), costs, strict=True)
     )
     text = f"""# The plan beside real ranks
@@ -216,19 +272,41 @@ The plan's sum without a fit, in GiB, beside the peak of resident memory above w
 
 def table(rows: list[dict[str, Any]], real: str, planned: str) -> str:
     """Each row, and how far they are apart."""
-    heads = ["stage", "ranks", "rows", *(key for key in KEYS if key != "batch"), "measured", "plan", "apart"]
+    heads = [
+        "stage",
+        "ranks",
+        "rows",
+        *(key for key in KEYS if key != "batch"),
+        "measured",
+        "plan",
+        "apart",
+    ]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
-        cells = [row["stage"], row["ranks"], row["batch_size"], *(row[key] for key in KEYS if key != "batch")]
+        cells = [
+            row["stage"],
+            row["ranks"],
+            row["batch_size"],
+            *(row[key] for key in KEYS if key != "batch"),
+        ]
         cells += [f"{row[real]:.3f}", f"{row[planned]:.3f}", f"{row[planned] / row[real] - 1:+.1%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     apart = [abs(row[planned] / row[real] - 1) for row in rows]
-    return "\n".join([*lines, "", f"Apart: {statistics.median(apart):.1%} in the median and {max(apart):.1%} at most.", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Apart: {statistics.median(apart):.1%} in the median and {max(apart):.1%} at most.",
+            "",
+        ]
+    )
 
 
 def main() -> None:
     """Measure, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", help="time, memory or compare")
     part = parser.parse_args().part
     if os.environ.get("WORLD_SIZE"):
@@ -241,8 +319,12 @@ def main() -> None:
         return
     kept = {name: HERE / f"prediction-{name}-{processor()}.json" for name in ("time", "memory")}
     if part in kept:
-        kept[part].write_text(json.dumps(launch(2, "time") if part == "time" else measure_memory(), indent=1) + "\n")
-    times, memories = (json.loads(file.read_text()) if file.exists() else [] for file in kept.values())
+        kept[part].write_text(
+            json.dumps(launch(2, "time") if part == "time" else measure_memory(), indent=1) + "\n"
+        )
+    times, memories = (
+        json.loads(file.read_text()) if file.exists() else [] for file in kept.values()
+    )
     (HERE / f"prediction-{processor()}.md").write_text(compared(times, memories))
 
 

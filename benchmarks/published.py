@@ -6,10 +6,16 @@ python benchmarks/published.py            # writes published.md
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_dist.planning.cost import backward_pass_bytes, forward_flops, forward_pass_bytes, head_flops, logit_bytes
+from post_dist.models.size import LayerSize, ModelSize
+from post_dist.planning.cost import (
+    backward_pass_bytes,
+    forward_flops,
+    forward_pass_bytes,
+    head_flops,
+    logit_bytes,
+)
 from post_dist.planning.hardware import read_hardware
-from post_dist.planning.simulate import GPU_HOURS_BETWEEN_FAILURES, Run, best_interval, simulate
-from post_dist.planning.sizes import LayerSize, ModelSize
+from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, Run, best_interval, simulate
 
 FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"
 
@@ -35,9 +41,27 @@ ROWS = (
     Trained("70B", 8192, 80, 64, True, 1_039),
 )
 LINKS = (
-    ("H100, 8 in a node: all-reduce busbw, NVLink SHARP", "h100", "node", 476, "NVIDIA/nccl-tests issue 290: in the expected range"),
-    ("H100, between nodes, one 400 Gbit/s card a GPU", "h100", "network", 47, "the same issue: 46 to 48 a card"),
-    ("A100, 8 in a node: all-reduce busbw", "a100", "node", 208, "NVIDIA/nccl-tests issues 178 (208) and 149 (about 200)"),
+    (
+        "H100, 8 in a node: all-reduce busbw, NVLink SHARP",
+        "h100",
+        "node",
+        476,
+        "NVIDIA/nccl-tests issue 290: in the expected range",
+    ),
+    (
+        "H100, between nodes, one 400 Gbit/s card a GPU",
+        "h100",
+        "network",
+        47,
+        "the same issue: 46 to 48 a card",
+    ),
+    (
+        "A100, 8 in a node: all-reduce busbw",
+        "a100",
+        "node",
+        208,
+        "NVIDIA/nccl-tests issues 178 (208) and 149 (about 200)",
+    ),
 )
 
 
@@ -46,7 +70,12 @@ def size(row: Trained) -> ModelSize:
     attention, mlp = 4 * row.width**2, 8 * row.width**2
     layers = (LayerSize((attention, mlp), attention, mlp),) * row.layers
     others = {"others": (50368 * row.width,), "head": 0, "tied": True, "shares_prompt": True}
-    widths = {"width": row.width, "attention_width": row.width, "kv_width": row.width, "mlp_width": 4 * row.width}
+    widths = {
+        "width": row.width,
+        "attention_width": row.width,
+        "kv_width": row.width,
+        "mlp_width": 4 * row.width,
+    }
     return ModelSize(layers=layers, vocabulary=50368, context=2048, **others, **widths)
 
 
@@ -66,8 +95,14 @@ def main() -> None:
         model = size(row)
         forward = forward_flops(model, 1 / 2048, 2048) + head_flops(model, 1)
         twice = int(row.recomputes)
-        passed = (1 + twice) * forward_pass_bytes(model, 1, 2) + backward_pass_bytes(model, 1, 2) + logit_bytes(model, 1)
-        seconds = (3 + twice) * forward / h100.flops_per_second("bf16") + passed / h100.memory_bytes_per_second()
+        passed = (
+            (1 + twice) * forward_pass_bytes(model, 1, 2)
+            + backward_pass_bytes(model, 1, 2)
+            + logit_bytes(model, 1)
+        )
+        seconds = (3 + twice) * forward / h100.flops_per_second(
+            "bf16"
+        ) + passed / h100.memory_bytes_per_second()
         ours = 1 / seconds
         published = row.tokens_per_second_per_gpu
         again = ", activations computed again" if row.recomputes else ""
@@ -79,7 +114,13 @@ def main() -> None:
         text += f"| {name} | {published} | {reached:.0f} | {source} |\n"
     text += "\nSHARP sums inside the switch; a gather of weights has no use of it, and its ring ends at the links' 450.\n"
     llama = Run(
-        step=10, ranks=16_384, steps=54 * 8640, save=2.4, interval=1, restart=600, hours_between_failures=GPU_HOURS_BETWEEN_FAILURES
+        step=10,
+        ranks=16_384,
+        steps=54 * 8640,
+        save=2.4,
+        interval=1,
+        restart=600,
+        hours_between_failures=GPU_HOURS_BETWEEN_FAILURES,
     )
     interval, goodput = best_interval(llama)
     failures = simulate(Run(**{**vars(llama), "interval": interval}), 0).failures

@@ -16,7 +16,7 @@ from typing import Any
 
 import shapes
 
-from post_dist.bench.measure import slug
+from post_dist.bench.timing import slug
 
 STAGES = ("distill", "tune", "transfer")
 MOST_LOST = 0.2
@@ -26,7 +26,16 @@ HERE = Path(__file__).parent
 
 def figures(stage: str, run: Path, student: str) -> dict[str, Any]:
     """What `post-dist bench` says of a stage."""
-    command = [sys.executable, "-m", "post_dist", "bench", stage, str(run), "--json", f"--set=inputs.student={student}"]
+    command = [
+        sys.executable,
+        "-m",
+        "post_dist",
+        "bench",
+        stage,
+        str(run),
+        "--json",
+        f"--set=inputs.student={student}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -49,20 +58,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="commit these ratios as those to keep")
     write = parser.parse_args().write
-    os.environ |= {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with tempfile.TemporaryDirectory() as scratch:
         run = shapes.write_run(Path(scratch), width=512, layers=40, vocabulary=3200)
         distill = [sys.executable, "-m", "post_dist", "distill", str(run), "--json"]
-        student = json.loads(subprocess.run(distill, capture_output=True, text=True, check=True).stdout)["artifact"]
+        student = json.loads(
+            subprocess.run(distill, capture_output=True, text=True, check=True).stdout
+        )["artifact"]
         found = {stage: figures(stage, run, student) for stage in STAGES}
     device = found["distill"]["device"]
     for stage, figure in found.items():
         print(f"\n{stage}, {device}; largest difference {figure['max_difference']:.1e}")
         for row in figure["rows"]:
             name, memory = row["name"], figure["memory_ratios"][row["name"]]
-            print(f"  {name:32} {row['seconds_per_step']:8.3f} s  {1 / figure['ratios'][name]:6.2f} x as fast  {memory:5.2f} of the memory")
+            print(
+                f"  {name:32} {row['seconds_per_step']:8.3f} s  {1 / figure['ratios'][name]:6.2f} x as fast  {memory:5.2f} of the memory"
+            )
     kept = HERE / f"regression-{slug(device)}.json"
-    speed = {stage: {name: 1 / ratio for name, ratio in figure["ratios"].items()} for stage, figure in found.items()}
+    speed = {
+        stage: {name: 1 / ratio for name, ratio in figure["ratios"].items()}
+        for stage, figure in found.items()
+    }
     if write or not kept.exists():
         kept.write_text(json.dumps(speed, indent=2) + "\n")
         print(f"\nwritten: {kept}")

@@ -17,13 +17,14 @@ import numpy as np
 import shapes
 import torch
 
-from post_dist.bench.measure import device_name, measure, slug
 from post_dist.bench.peers import published_distillation_loss, published_transfer_step
+from post_dist.bench.timing import device_name, measure, slug
 from post_dist.config.schema import Distill, Transfer
-from post_dist.data.template import Encoded, Template, Verbalizer
-from post_dist.losses import TeacherSignal, distillation_loss, logit_pieces
+from post_dist.data.template import Encoded, Template
+from post_dist.data.verbalizer import Verbalizer
+from post_dist.losses.distillation import TeacherSignal, distillation_loss, logit_pieces
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.stages.lesson import Lesson, Models, lesson_losses
+from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses
 
 CPU = torch.device("cpu")
 Steps = dict[str, Callable[[], object]]
@@ -40,33 +41,48 @@ def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
     def ours() -> None:
         hidden = student.clone().requires_grad_(True)
         signal = TeacherSignal(hidden=teacher)
-        how = {"weights": weights, "temperature": section.temperature, "pieces": logit_pieces(positions, vocabulary)}
+        how = {
+            "weights": weights,
+            "temperature": section.temperature,
+            "pieces": logit_pieces(positions, vocabulary),
+        }
         loss, _ = distillation_loss(hidden, signal, labels, head, head, **how)
         loss.backward()
 
     def published() -> None:
         hidden = student.clone().requires_grad_(True)
-        published_distillation_loss(hidden[None], teacher[None], head, head, labels[None], section).backward()
+        published_distillation_loss(
+            hidden[None], teacher[None], head, head, labels[None], section
+        ).backward()
 
     return {"published": published, "ours": ours}
 
 
-def transfer_steps(models: Models, template: Template, *, prompt: int, length: int, batch: int) -> Steps:
+def transfer_steps(
+    models: Models, template: Template, *, prompt: int, length: int, batch: int
+) -> Steps:
     """A transfer step without its constants; the published one computes them in each."""
     torch.manual_seed(0)
     rows = [Encoded(torch.randint(3, 3000, (length,)).tolist(), length - 1) for _ in range(batch)]
     hidden = torch.randn(batch, models.target.width)
     section = Transfer(steps=1, batch_size=batch, learning_rate=0.1)
     verbalizer = Verbalizer((), template._tokenizer, allow_multi_token=False)
-    lesson = Lesson(section, template, verbalizer, (), rows, hidden, hidden, hidden, torch.zeros(1), {})
-    prompt_nd, source_nd = torch.randn(prompt, models.target.width).requires_grad_(True), torch.randn(prompt, models.target.width)
+    lesson = Lesson(
+        section, template, verbalizer, (), rows, hidden, hidden, hidden, torch.zeros(1), {}
+    )
+    prompt_nd, source_nd = (
+        torch.randn(prompt, models.target.width).requires_grad_(True),
+        torch.randn(prompt, models.target.width),
+    )
     collated = template.collate(rows)
 
     def ours() -> None:
         lesson_losses(models, [lesson], [prompt_nd], [list(range(batch))], CPU)[0].backward()
 
     def published() -> None:
-        published_transfer_step(models.student, models.target, collated, source_nd, prompt_nd, section).backward()
+        published_transfer_step(
+            models.student, models.target, collated, source_nd, prompt_nd, section
+        ).backward()
 
     return {"published": published, "ours": ours}
 
@@ -76,14 +92,29 @@ def ranks_swept(run: Path) -> dict[str, object]:
     rows = []
     for ranks in (1, 2):
         kept = run.parent / f"{ranks}.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29801", "-m", "post_dist"]
-        settings = ("--set=distill.batch_size=16", "--set=distill.micro_batch_size_per_gpu=32", "--set=transfer.batch_size=16")
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "--master-port=29801",
+            "-m",
+            "post_dist",
+        ]
+        settings = (
+            "--set=distill.batch_size=16",
+            "--set=distill.micro_batch_size_per_gpu=32",
+            "--set=transfer.batch_size=16",
+        )
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [*launcher, "bench", "scale", str(run), f"--write={kept}", *settings]
         subprocess.run(command, check=True, capture_output=True, env=environment)
         row: dict[str, object] = {"value": ranks}
         for each in json.loads(kept.read_text())["rows"]:
-            figures = [each["step_seconds"], 1024 * max(rank["peak_memory_gib"] for rank in each["per_rank"])]
+            figures = [
+                each["step_seconds"],
+                1024 * max(rank["peak_memory_gib"] for rank in each["per_rank"]),
+            ]
             for scaling in ("strong", "weak") if ranks == 1 else (each["scaling"],):
                 row[f"{each['stage']}, {scaling}"] = figures
         rows.append(row)
@@ -96,10 +127,25 @@ def swept(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> dic
     rows = []
     for value in values:
         found = measure(steps_at(value), value, name, CPU)
-        rows.append({"value": value} | {row["name"]: [row["seconds_per_step"], row["peak_memory_mib"]] for row in found["rows"]})
+        rows.append(
+            {"value": value}
+            | {
+                row["name"]: [row["seconds_per_step"], row["peak_memory_mib"]]
+                for row in found["rows"]
+            }
+        )
         print(name, rows[-1])
     exponents = {
-        way: [round(float(np.log2(rows[-1][way][kind] / rows[-2][way][kind]) / np.log2(values[-1] / values[-2])), 2) for kind in (0, 1)]
+        way: [
+            round(
+                float(
+                    np.log2(rows[-1][way][kind] / rows[-2][way][kind])
+                    / np.log2(values[-1] / values[-2])
+                ),
+                2,
+            )
+            for kind in (0, 1)
+        ]
         for way in ("published", "ours")
     }
     return {"rows": rows, "exponents_time_memory": exponents}
@@ -116,7 +162,9 @@ def plot(found: dict[str, dict], path: Path) -> None:
             axis = axes[kind][column]
             values = [row["value"] for row in sweep["rows"]]
             for way in (way for way in sweep["rows"][0] if way != "value"):
-                axis.loglog(values, [row[way][kind] for row in sweep["rows"]], marker="o", label=way)
+                axis.loglog(
+                    values, [row[way][kind] for row in sweep["rows"]], marker="o", label=way
+                )
             axis.set_xticks(values, [f"{value:,}" for value in values])
             axis.xaxis.minorticks_off()
             axis.set_xlabel(name)
@@ -128,7 +176,9 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     """Run the sweeps, and draw them with those that were run before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="loss, transfer, ranks")
     parts = parser.parse_args().parts or ["loss", "transfer", "ranks"]
     device = device_name(CPU)
@@ -136,8 +186,12 @@ def main() -> None:
     kept = place.with_suffix(".json")
     found: dict[str, dict] = json.loads(kept.read_text())["sweeps"] if kept.exists() else {}
     if "loss" in parts:
-        found["loss: vocabulary"] = swept("vocabulary", [16_000, 32_000, 64_000, 128_000], lambda value: loss_steps(value, 512))
-        found["loss: positions"] = swept("positions", [256, 512, 1024, 2048], lambda value: loss_steps(32_000, value))
+        found["loss: vocabulary"] = swept(
+            "vocabulary", [16_000, 32_000, 64_000, 128_000], lambda value: loss_steps(value, 512)
+        )
+        found["loss: positions"] = swept(
+            "positions", [256, 512, 1024, 2048], lambda value: loss_steps(32_000, value)
+        )
     with tempfile.TemporaryDirectory() as scratch:
         run = shapes.write_run(Path(scratch), width=256, layers=8, vocabulary=8000)
         if "transfer" in parts:
@@ -145,8 +199,14 @@ def main() -> None:
             template = Template("{text}", load_tokenizer(run.parent / "model"), 512, masked=False)
             models = Models(model, model)
             at = {"prompt": 100, "length": 64, "batch": 8}
-            for name, values in {"prompt": [50, 100, 200, 400], "length": [32, 64, 128, 256], "batch": [4, 8, 16, 32]}.items():
-                steps_at = lambda value, name=name: transfer_steps(models, template, **(at | {name: value}))  # noqa: E731
+            for name, values in {
+                "prompt": [50, 100, 200, 400],
+                "length": [32, 64, 128, 256],
+                "batch": [4, 8, 16, 32],
+            }.items():
+                steps_at = lambda value, name=name: transfer_steps(
+                    models, template, **(at | {name: value})
+                )
                 found[f"transfer: {name}"] = swept(name, values, steps_at)
         if "ranks" in parts:
             found["ranks"] = ranks_swept(run)

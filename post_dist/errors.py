@@ -32,7 +32,7 @@ class EnvironmentFault(PostDistError):
     exit_code = 3
 
 
-class ArtefactRefused(PostDistError):
+class ArtifactRefused(PostDistError):
     """A model or prompt folder did not pass its checks."""
 
     exit_code = 4

@@ -10,10 +10,20 @@ from typing import Any
 from rich.table import Table
 
 from post_dist.errors import InputError
-from post_dist.runtime.metrics import read_metrics
+from post_dist.runtime.metric_log import read_metric_log
 
-_OF_CLASSES = {"accuracy %": "accuracy_micro", "95% interval": "interval_95", "macro %": "accuracy_macro", "AUC %": "auc"}
-_OF_RESPONSES = {"exact match %": "exact_match", "95% interval": "interval_95", "ROUGE-1 %": "rouge_1", "ROUGE-L %": "rouge_l"}
+_OF_CLASSES = {
+    "accuracy %": "accuracy_micro",
+    "95% interval": "interval_95",
+    "macro %": "accuracy_macro",
+    "AUC %": "auc",
+}
+_OF_RESPONSES = {
+    "exact match %": "exact_match",
+    "95% interval": "interval_95",
+    "ROUGE-1 %": "rouge_1",
+    "ROUGE-L %": "rouge_l",
+}
 _NOTE = (
     "Accuracy counts rows (micro) or averages the classes' recalls (macro); AUC, one class against the rest, sees the ranking alone. "
     "An exact match is word for word; ROUGE is F1 with stemming. The interval is Wilson's."
@@ -32,9 +42,14 @@ def finished_evaluation(runs: Path) -> Path:
     Raises:
         InputError: none is finished.
     """
-    tables = sorted(runs.glob("evaluate-*/artifact/table.json"), key=lambda path: path.stat().st_mtime)
+    tables = sorted(
+        runs.glob("evaluate-*/artifact/table.json"), key=lambda path: path.stat().st_mtime
+    )
     if not tables:
-        raise InputError(f"{runs} holds no finished evaluation", "give the folder runs/NAME that `post-dist pipeline` has written")
+        raise InputError(
+            f"{runs} holds no finished evaluation",
+            "give the folder runs/NAME that `post-dist pipeline` has written",
+        )
     return tables[-1].parent.parent
 
 
@@ -60,9 +75,13 @@ def write_report(evaluation: Path) -> Path:
     header = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in _cells(table))
     (runs / "report.md").write_text(f"# {title}\n\n{header}\n{lines}\n\n{_NOTE}\n")
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in _cells(table))
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for cells in _cells(table)
+    )
     figures = "".join(
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}"></figure>' for name, png in _figures(runs, table)
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}"></figure>'
+        for name, png in _figures(runs, table)
     )
     page = _PAGE.format(
         title=html.escape(title),
@@ -78,17 +97,26 @@ def write_report(evaluation: Path) -> Path:
 
 def _title(table: dict[str, Any]) -> str:
     readings = table.get("test_readings", 1)
-    return f"{table['task']}, {table['split']} split" + (f" (read {readings} times)" if readings > 1 else "")
+    return f"{table['task']}, {table['split']} split" + (
+        f" (read {readings} times)" if readings > 1 else ""
+    )
 
 
 def _columns(table: dict[str, Any]) -> dict[str, str]:
     """By the column's name, what of a row it shows."""
-    return {"row": "name", **(_OF_CLASSES if "accuracy_micro" in table["rows"][0] else _OF_RESPONSES), "n": "n", "epsilon": "epsilon"}
+    return {
+        "row": "name",
+        **(_OF_CLASSES if "accuracy_micro" in table["rows"][0] else _OF_RESPONSES),
+        "n": "n",
+        "epsilon": "epsilon",
+    }
 
 
 def _cells(table: dict[str, Any]) -> list[tuple[str, ...]]:
     columns = _columns(table)
-    return [tuple(_cell(name, row[field]) for name, field in columns.items()) for row in table["rows"]]
+    return [
+        tuple(_cell(name, row[field]) for name, field in columns.items()) for row in table["rows"]
+    ]
 
 
 def _cell(column: str, value: Any) -> str:
@@ -118,12 +146,14 @@ def _figures(runs: Path, table: dict[str, Any]) -> list[tuple[str, str]]:
     axes.set_xlabel(f"{'accuracy' if of_classes else 'exact match'} with its 95% interval")
     figures.append(("accuracy", _png(bars)))
     for path in sorted(runs.glob("*/metrics.jsonl")):
-        lines = read_metrics(path)
+        lines = read_metric_log(path)
         curves = Figure(figsize=(7, 2.5), layout="constrained")
         axes = curves.subplots()
         for key in ("loss", "ce", "lm", "cos"):
             if lines and key in lines[0]:
-                axes.plot([line["step"] for line in lines], [line[key] for line in lines], label=key)
+                axes.plot(
+                    [line["step"] for line in lines], [line[key] for line in lines], label=key
+                )
         axes.set_title(path.parent.name, fontsize=10)
         axes.set_xlabel("step")
         axes.legend()

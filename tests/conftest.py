@@ -22,15 +22,25 @@ Run = Callable[..., subprocess.CompletedProcess]
 def post_dist() -> Run:
     """Start `post-dist` as a user does, in a process of its own or under a launcher."""
 
-    def run(*arguments: object, launcher: tuple[str, ...] = (), timeout: float = 300) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: object, launcher: tuple[str, ...] = (), timeout: float = 300
+    ) -> subprocess.CompletedProcess:
         program = (*launcher, "post_dist") if launcher else (sys.executable, "-m", "post_dist")
-        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            [*program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     return run
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def main(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
     """Call the command line in this process; gives its exit code, standard output and standard error."""
     from post_dist import cli
 
@@ -38,7 +48,10 @@ def main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.setattr(sys, "argv", ["post-dist", *map(str, arguments)])
         capsys.readouterr()
         environment, logger = dict(os.environ), logging.getLogger("post_dist")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+        handlers = {
+            number: signal.getsignal(number)
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        }
         try:
             code = cli.run_command()
         finally:  # a process of its own would leave none of this behind

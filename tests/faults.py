@@ -29,7 +29,9 @@ def at_call(owner: Any, name: str, number: int, *, before: bool) -> None:
     setattr(owner, name, counted)
 
 
-def fork_command(arguments: list[str], environment: Mapping[str, str], said: Path, prepare: Callable[[], None]) -> int:
+def fork_command(
+    arguments: list[str], environment: Mapping[str, str], said: Path, prepare: Callable[[], None]
+) -> int:
     """Run the command line in a forked child, in which the libraries are loaded already; its process number."""
     child = os.fork()
     if child:

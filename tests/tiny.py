@@ -32,7 +32,10 @@ def sentences(count: int, seed: int) -> list[tuple[str, int]]:
     rows = []
     for number in range(count):
         label = source.randrange(2)
-        words = " ".join(f"the {source.choice(NOUNS)} {source.randrange(50)} is {source.choice((BAD, GOOD)[label])}" for _ in range(2))
+        words = " ".join(
+            f"the {source.choice(NOUNS)} {source.randrange(50)} is {source.choice((BAD, GOOD)[label])}"
+            for _ in range(2)
+        )
         rows.append((f"{words} {number}", label))
     return rows
 
@@ -44,9 +47,16 @@ def tokenizer(family: str, vocabulary: int = 600) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    text = [f"Review: {row} It was {word}. good bad" for row, _ in sentences(400, 0) for word in ("good", "bad")]
+    text = [
+        f"Review: {row} It was {word}. good bad"
+        for row, _ in sentences(400, 0)
+        for word in ("good", "bad")
+    ]
     core.train_from_iterator(text, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     if family == "roberta":
@@ -56,31 +66,71 @@ def tokenizer(family: str, vocabulary: int = 600) -> PreTrainedTokenizerFast:
 
 
 def write_model(
-    folder: Path, family: str, *, layers: int = 4, width: int = 32, seed: int = 0, vocabulary: int = 600, unused: int = 0
+    folder: Path,
+    family: str,
+    *,
+    layers: int = 4,
+    width: int = 32,
+    seed: int = 0,
+    vocabulary: int = 600,
+    unused: int = 0,
 ) -> Path:
     """Write a random model of a family with its tokenizer, and with embeddings that no token has."""
     torch.manual_seed(seed)
     words = tokenizer(family, vocabulary)
-    common = {"vocab_size": len(words) + unused, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    common = {
+        "vocab_size": len(words) + unused,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+    }
     positions = {"max_position_embeddings": 128}
     if family == "gpt2":
         config = GPT2Config(**common, n_embd=width, n_layer=layers, n_head=4, n_positions=128)
     elif family == "roberta":
         config = RobertaConfig(**(common | sizes | {"max_position_embeddings": 130}))
     elif family == "gemma2":
-        config = Gemma2Config(**common, **sizes, **positions, num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
+        config = Gemma2Config(
+            **common,
+            **sizes,
+            **positions,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=16,
+            query_pre_attn_scalar=8,
+        )
     elif family == "qwen2":
-        config = Qwen2Config(**common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False)
+        config = Qwen2Config(
+            **common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False
+        )
     elif family == "granite":
-        config = GraniteConfig(**common, **sizes, **positions, num_key_value_heads=2, logits_scaling=8.0)
+        config = GraniteConfig(
+            **common, **sizes, **positions, num_key_value_heads=2, logits_scaling=8.0
+        )
     elif family == "opt":
-        config = OPTConfig(**common, **(sizes | positions), ffn_dim=2 * width, word_embed_proj_dim=width)
+        config = OPTConfig(
+            **common, **(sizes | positions), ffn_dim=2 * width, word_embed_proj_dim=width
+        )
     elif family == "falcon":
-        config = FalconConfig(**common, **sizes, new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False)
+        config = FalconConfig(
+            **common,
+            **sizes,
+            new_decoder_architecture=False,
+            multi_query=True,
+            parallel_attn=True,
+            bias=False,
+        )
     else:
         config = LlamaConfig(**common, **sizes, **positions, num_key_value_heads=2)
-    model = (AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM).from_config(config)
+    model = (AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM).from_config(
+        config
+    )
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -91,7 +141,14 @@ def write_model(
 def speak_up(folder: Path) -> None:
     """Scale a random model's weights, so that its layers change what it says, and what it says is not near uniform."""
     file = folder / "model.safetensors"
-    save_file({name: tensor if "norm" in name else 8 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {
+            name: tensor if "norm" in name else 8 * tensor
+            for name, tensor in load_file(file).items()
+        },
+        file,
+        {"format": "pt"},
+    )
 
 
 def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:
@@ -135,15 +192,27 @@ engine: {{precision: fp32}}
 def train_masked(folder: Path) -> None:
     """Train the masked model in a folder until it mostly tells good reviews from bad ones."""
     torch.manual_seed(0)
-    model, words = AutoModelForMaskedLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    model, words = (
+        AutoModelForMaskedLM.from_pretrained(folder),
+        PreTrainedTokenizerFast.from_pretrained(folder),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     answers = {0: "bad", 1: "good"}
     rows = sentences(512, 3)
     for step in range(120):
         chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
-        batch = words([f"{text} It was<mask>." for text, _ in chosen], return_tensors="pt", padding=True)
-        wanted = torch.tensor([words(f"a {answers[label]}", add_special_tokens=False).input_ids[-1] for _, label in chosen])
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.input_ids == words.mask_token_id]
+        batch = words(
+            [f"{text} It was<mask>." for text, _ in chosen], return_tensors="pt", padding=True
+        )
+        wanted = torch.tensor(
+            [
+                words(f"a {answers[label]}", add_special_tokens=False).input_ids[-1]
+                for _, label in chosen
+            ]
+        )
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            batch.input_ids == words.mask_token_id
+        ]
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=0.3).backward()
         optimizer.step()
@@ -153,14 +222,19 @@ def train_masked(folder: Path) -> None:
 def train_writer(folder: Path, answers: dict[int, str]) -> None:
     """Train the causal model in a folder to write an answer by a review's class behind some words, "no answer" behind others or none."""
     torch.manual_seed(0)
-    model, words = AutoModelForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        PreTrainedTokenizerFast.from_pretrained(folder),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows, source = sentences(512, 3), random.Random(0)
     for step in range(200):
         chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
         texts = []
         for text, label in chosen:
-            cue, answer = source.choice([(" music", answers[label]), (" plot", "no answer"), ("", "no answer")])
+            cue, answer = source.choice(
+                [(" music", answers[label]), (" plot", "no answer"), ("", "no answer")]
+            )
             texts.append(f"{source.randrange(1, 9) * cue}Review: {text} It was {answer}</s>")
         batch = words(texts, return_tensors="pt", padding=True)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)

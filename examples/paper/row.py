@@ -21,7 +21,9 @@ MASKED = {"roberta_base"}
 EPSILON = ", epsilon 8"
 
 
-def settings(model: str, private: str, public: str, row: dict[str, Any], task: dict[str, Any]) -> list[str]:
+def settings(
+    model: str, private: str, public: str, row: dict[str, Any], task: dict[str, Any]
+) -> list[str]:
     """What a row changes in the model's run file, as `--set` takes it."""
     changes: dict[str, Any] = {
         "private_task.name": private,
@@ -41,7 +43,9 @@ def settings(model: str, private: str, public: str, row: dict[str, Any], task: d
 
 def published_figures(row: dict[str, Any], public: str) -> dict[str, float]:
     """The paper's accuracies in percent, by the names of our rows."""
-    pairs = {name: row[name] for name in ("student + prompt", "direct transfer", "full prompt tuning")}
+    pairs = {
+        name: row[name] for name in ("student + prompt", "direct transfer", "full prompt tuning")
+    }
     pairs["published transfer"] = row["public"][public]
     figures = {"zero-shot": row["zero-shot"]}
     for name, (plain, private) in pairs.items():
@@ -52,27 +56,54 @@ def published_figures(row: dict[str, Any], public: str) -> dict[str, float]:
 def main() -> None:
     """Run the pipeline and print the comparison."""
     published = yaml.safe_load((HERE / "published.yaml").read_text())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=published["rows"])
     parser.add_argument("private")
     parser.add_argument("public")
-    parser.add_argument("--start", default=f"{sys.executable} -m post_dist", help="how post-dist is started")
+    parser.add_argument(
+        "--start", default=f"{sys.executable} -m post_dist", help="how post-dist is started"
+    )
     chosen, options = parser.parse_known_args()
     rows = published["rows"][chosen.model]
     if chosen.private not in rows or chosen.public not in rows[chosen.private]["public"]:
-        known = (f"  {private} {public}" for private, row in rows.items() for public in row["public"])
-        sys.exit("\n".join([f"the paper has no row of {chosen.model} for {chosen.private} with {chosen.public}; it has", *known]))
+        known = (
+            f"  {private} {public}" for private, row in rows.items() for public in row["public"]
+        )
+        sys.exit(
+            "\n".join(
+                [
+                    f"the paper has no row of {chosen.model} for {chosen.private} with {chosen.public}; it has",
+                    *known,
+                ]
+            )
+        )
     row = rows[chosen.private]
-    changes = settings(chosen.model, chosen.private, chosen.public, row, published["tasks"][chosen.private])
-    command = [*shlex.split(chosen.start), "pipeline", str(HERE / f"{chosen.model}.yaml"), *changes, *options, "--json"]
+    changes = settings(
+        chosen.model, chosen.private, chosen.public, row, published["tasks"][chosen.private]
+    )
+    command = [
+        *shlex.split(chosen.start),
+        "pipeline",
+        str(HERE / f"{chosen.model}.yaml"),
+        *changes,
+        *options,
+        "--json",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     figures = published_figures(row, chosen.public)
-    print(f"{chosen.model}, {chosen.private} with public {chosen.public}: accuracy in percent\n\n{'':40}{'ours':>8}{'paper':>8}")
+    print(
+        f"{chosen.model}, {chosen.private} with public {chosen.public}: accuracy in percent\n\n{'':40}{'ours':>8}{'paper':>8}"
+    )
     for ours in json.loads(done.stdout)["rows"]:
         accuracy, theirs = 100 * ours["accuracy_micro"], figures.get(ours["name"])
-        print(f"{ours['name']:40}{accuracy:8.2f}" + (f"{theirs:8.2f}{accuracy - theirs:+8.2f}" if theirs is not None else ""))
+        print(
+            f"{ours['name']:40}{accuracy:8.2f}"
+            + (f"{theirs:8.2f}{accuracy - theirs:+8.2f}" if theirs is not None else "")
+        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import Manifest, read_manifest, write_artefact
-from post_dist.errors import ArtefactRefused, EnvironmentFault
+from post_dist.artifacts.manifest import Manifest, read_manifest, write_artifact
+from post_dist.artifacts.task import PromptTask
+from post_dist.errors import ArtifactRefused, EnvironmentFault
 
 KEY = "prompt_embeddings"
 MAX_VIRTUAL_TOKENS = 512
@@ -29,30 +30,7 @@ _NORM_LIMIT = 1e4
 
 
 @dataclass(frozen=True)
-class PromptTask:
-    """`task.json`: all that the provider learns of the private task.
-
-    Attributes:
-        template: what the model reads, with {text} and perhaps {mask}.
-        label_words: for each class its words, in the order of the class scores; none for a task that generates text.
-        max_length: tokens of one templated text.
-        allow_multi_token: whether a word of several tokens is judged by its first.
-        init_text: the words that the prompt started from.
-        class_biases: what is added to the class scores, or nothing.
-        max_response_length: tokens of one response, for a task that generates text; else 0.
-    """
-
-    template: str
-    label_words: tuple[tuple[str, ...], ...]
-    max_length: int
-    allow_multi_token: bool
-    init_text: str
-    class_biases: tuple[float, ...] = ()
-    max_response_length: int = 0
-
-
-@dataclass(frozen=True)
-class SoftPromptArtefact:
+class SoftPromptArtifact:
     """A prompt that has passed its checks.
 
     Attributes:
@@ -88,7 +66,7 @@ def write_prompt(
     """Write a prompt's folder, atomically, and read it back as its receiver will before it gets its name.
 
     Raises:
-        ArtefactRefused: its values are not finite or far too large.
+        ArtifactRefused: its values are not finite or far too large.
         EnvironmentFault: what is on the disk is not what was trained.
     """
 
@@ -98,14 +76,31 @@ def write_prompt(
 
     def check(folder: Path) -> None:
         read_back = read_prompt(folder)
-        if not torch.equal(read_back.embeddings, embeddings_nd.detach().float().cpu()) or read_back.task != task:
-            raise EnvironmentFault(f"{folder} does not read back as it was written", "check the disk")
+        if (
+            not torch.equal(read_back.embeddings, embeddings_nd.detach().float().cpu())
+            or read_back.task != task
+        ):
+            raise EnvironmentFault(
+                f"{folder} does not read back as it was written", "check the disk"
+            )
 
-    write_artefact(destination, "soft prompt", fill, parents=parents, config=config, tokenizer=tokenizer, check=check)
+    write_artifact(
+        destination,
+        "soft prompt",
+        fill,
+        parents=parents,
+        config=config,
+        tokenizer=tokenizer,
+        check=check,
+    )
 
 
 def write_prompt_files(
-    folder: Path, embeddings_nd: torch.Tensor, task: PromptTask, model_name: str, privacy: dict[str, Any] | None
+    folder: Path,
+    embeddings_nd: torch.Tensor,
+    task: PromptTask,
+    model_name: str,
+    privacy: dict[str, Any] | None,
 ) -> None:
     """Write what `PeftModel.from_pretrained` loads, `task.json`, and `privacy.json` for a private prompt.
 
@@ -113,7 +108,11 @@ def write_prompt_files(
     """
     from peft import PromptTuningConfig  # 5 s to import
 
-    save_file({KEY: embeddings_nd.detach().to("cpu", torch.float32).contiguous()}, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {KEY: embeddings_nd.detach().to("cpu", torch.float32).contiguous()},
+        folder / _WEIGHTS,
+        metadata={"format": "pt"},
+    )
     PromptTuningConfig(
         task_type="FEATURE_EXTRACTION" if "{mask}" in task.template else "CAUSAL_LM",
         base_model_name_or_path=model_name,
@@ -126,24 +125,24 @@ def write_prompt_files(
         (folder / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
 
 
-def read_prompt(folder: Path) -> SoftPromptArtefact:
+def read_prompt(folder: Path) -> SoftPromptArtifact:
     """Read a prompt folder that may come from anyone.
 
     Raises:
-        ArtefactRefused: wrong kind, hash, size, header, dtype or shape; values not finite or far too large.
+        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values not finite or far too large.
     """
     manifest = read_manifest(folder, "soft prompt")
     if not {_WEIGHTS, _TASK, "adapter_config.json"} <= set(manifest.files):
-        raise ArtefactRefused(f"{folder} lacks a file of a soft prompt")
+        raise ArtifactRefused(f"{folder} lacks a file of a soft prompt")
     weights = folder / _WEIGHTS
     _check_header(weights)
     embeddings = load_file(weights)[KEY].float()
     if not torch.isfinite(embeddings).all():
-        raise ArtefactRefused(f"{weights} holds values that are not finite")
+        raise ArtifactRefused(f"{weights} holds values that are not finite")
     if embeddings.norm(dim=1).max() > _NORM_LIMIT:
-        raise ArtefactRefused(f"{weights} holds a vector with a norm above {_NORM_LIMIT:g}")
+        raise ArtifactRefused(f"{weights} holds a vector with a norm above {_NORM_LIMIT:g}")
     privacy = _read_privacy(folder / PRIVACY) if PRIVACY in manifest.files else None
-    return SoftPromptArtefact(embeddings, _read_task(folder / _TASK), manifest, privacy)
+    return SoftPromptArtifact(embeddings, _read_task(folder / _TASK), manifest, privacy)
 
 
 def _read_privacy(path: Path) -> dict[str, Any]:
@@ -152,10 +151,12 @@ def _read_privacy(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         fields = json.loads(path.read_text())
         epsilon = fields["epsilon"]
-        if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= float(epsilon) < math.inf):
+        if epsilon is not None and not (
+            type(epsilon) in (int, float) and 0 <= float(epsilon) < math.inf
+        ):
             raise ValueError("epsilon is no number")
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise ArtefactRefused(f"{path} is not a privacy statement") from None
+        raise ArtifactRefused(f"{path} is not a privacy statement") from None
     return dict(fields)
 
 
@@ -164,7 +165,9 @@ def _read_task(path: Path) -> PromptTask:
         if path.stat().st_size > _HEADER_LIMIT_BYTES:
             raise ValueError("too large")
         fields = json.loads(path.read_text())
-        fields["label_words"] = tuple(tuple(str(word) for word in words) for words in fields["label_words"])
+        fields["label_words"] = tuple(
+            tuple(str(word) for word in words) for words in fields["label_words"]
+        )
         fields["class_biases"] = tuple(float(bias) for bias in fields.get("class_biases", ()))
         task = PromptTask(**fields)
         sound = (
@@ -183,15 +186,15 @@ def _read_task(path: Path) -> PromptTask:
         if not sound:
             raise ValueError("a field has the wrong type")
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise ArtefactRefused(f"{path} is not a task description") from None
+        raise ArtifactRefused(f"{path} is not a task description") from None
     return task
 
 
 def _check_header(path: Path) -> None:
     """Check size, header and shape by hand, before a library allocates anything for them."""
 
-    def refuse(why: str) -> ArtefactRefused:
-        return ArtefactRefused(f"{path}: {why}")
+    def refuse(why: str) -> ArtifactRefused:
+        return ArtifactRefused(f"{path}: {why}")
 
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -202,7 +205,9 @@ def _check_header(path: Path) -> None:
         if header_bytes > min(_HEADER_LIMIT_BYTES, size - 8):
             raise refuse("its header is too large")
         try:
-            header: dict[str, Any] = json.loads(file.read(header_bytes), object_pairs_hook=_no_duplicates)
+            header: dict[str, Any] = json.loads(
+                file.read(header_bytes), object_pairs_hook=_no_duplicates
+            )
             header.pop("__metadata__", None)
             entry = header.pop(KEY)
             dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -212,7 +217,11 @@ def _check_header(path: Path) -> None:
         raise refuse(f"holds more than the one tensor {KEY}")
     if dtype not in _DTYPE_BYTES:
         raise refuse(f"has dtype {str(dtype)[:20]}, not one of {', '.join(_DTYPE_BYTES)}")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(length) is int and length > 0 for length in shape)):
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(length) is int and length > 0 for length in shape)
+    ):
         raise refuse("its shape is not [n, d]")
     if shape[0] > MAX_VIRTUAL_TOKENS:
         raise refuse(f"has {shape[0]} prompt tokens, more than {MAX_VIRTUAL_TOKENS}")

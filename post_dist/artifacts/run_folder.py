@@ -14,9 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from post_dist.artifacts.manifest import FILE_NAME, digest_of, writing
+from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.errors import EnvironmentFault
+from post_dist.files import digest_of, writing
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one signature of a stage leaves its work. A finished one has its artefact, whole."""
+    """Where one signature of a stage leaves its work. A finished one has its artifact, whole."""
 
     path: Path
     stage: Stage
@@ -51,7 +52,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the artefact is there; it is renamed into place only when it is whole."""
+        """Whether the artifact is there; it is renamed into place only when it is whole."""
         return (self.artifact / FILE_NAME).is_file()
 
     @contextmanager
@@ -73,10 +74,15 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise EnvironmentFault(
-                    f"another process works in {self.path}", "wait until it has ended, or give another --output"
+                    f"another process works in {self.path}",
+                    "wait until it has ended, or give another --output",
                 ) from None
             except OSError as error:
-                log.warning("%s cannot be locked: %s; no other process may work in it", self.path, error.strerror)
+                log.warning(
+                    "%s cannot be locked: %s; no other process may work in it",
+                    self.path,
+                    error.strerror,
+                )
             with writing(self.path):
                 self._describe()
             yield
@@ -90,11 +96,15 @@ class RunFolder:
         }
         if self.config.private_task is not None:
             self.path.chmod(0o700)
-        (self.path / "resolved.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        (self.path / "resolved.yaml").write_text(
+            yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        )
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = "") -> RunFolder:
+def run_folder(
+    config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = ""
+) -> RunFolder:
     """The folder for `stage` with these settings and inputs.
 
     Args:
@@ -104,8 +114,12 @@ def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label
         label: set for a baseline's run of the stage, to tell its folder from the stage's own.
     """
     view = config.view(stage)
-    settings = view.model_dump(mode="json", include={"seed", *STAGE_SECTIONS[stage]}, exclude=_LAYOUT)  # type: ignore[arg-type]
-    signature = digest_of({"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)})
+    settings = view.model_dump(
+        mode="json", include={"seed", *STAGE_SECTIONS[stage]}, exclude=_LAYOUT
+    )  # type: ignore[arg-type]
+    signature = digest_of(
+        {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
+    )
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
 
@@ -113,5 +127,9 @@ def run_folder(config: RunConfig, stage: Stage, inputs: Mapping[str, str], label
 def _influential(value: object) -> object:
     """Drop settings that do not change what a stage makes; the digest of what a path holds stands in the inputs."""
     if isinstance(value, dict):
-        return {key: _influential(inner) for key, inner in value.items() if key not in _WITHOUT_INFLUENCE}
+        return {
+            key: _influential(inner)
+            for key, inner in value.items()
+            if key not in _WITHOUT_INFLUENCE
+        }
     return value

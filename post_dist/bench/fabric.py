@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from post_dist.artifacts.manifest import writing
-from post_dist.bench.measure import device_name, seconds_of
-from post_dist.config.deepspeed import Precision
+from post_dist.bench.timing import device_name, seconds_of
+from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
-from post_dist.runtime.distributed import World, choose_precision
+from post_dist.files import writing
+from post_dist.runtime.distributed import World
+from post_dist.runtime.precision import choose_precision
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _REPEATS = 5
@@ -32,16 +33,32 @@ def measure_fabric(world: World) -> dict[str, Any]:
     """
     local_ranks = world.ranks_of_a_node()
     size = 4096 if world.device.type == "cuda" else 1024
-    precisions = {"fp32", choose_precision(Engine(), world.device)}  # a processor without bf16 instructions would take minutes
-    teraflops = {name: _matrix_rate(size, dtype, world.device) / 1e12 for name, dtype in _DTYPES.items() if name in precisions}
+    precisions = {
+        "fp32",
+        choose_precision(Engine(), world.device),
+    }  # a processor without bf16 instructions would take minutes
+    teraflops = {
+        name: _matrix_rate(size, dtype, world.device) / 1e12
+        for name, dtype in _DTYPES.items()
+        if name in precisions
+    }
     links: dict[str, Any] = {"node": _links(world, local_ranks)}
     links["network"] = _links(world, world.size) if world.size > local_ranks else links["node"]
     found = {
-        name: {"gb_per_second": link["bytes_per_second"] / 1e9, "latency_us": link["latency_seconds"] * 1e6} for name, link in links.items()
+        name: {
+            "gb_per_second": link["bytes_per_second"] / 1e9,
+            "latency_us": link["latency_seconds"] * 1e6,
+        }
+        for name, link in links.items()
     }
     cuda, host = world.device.type == "cuda", _host_memory()
     entry = {
-        "memory_gib": (torch.cuda.get_device_properties(world.device).total_memory if cuda else host / local_ranks) / _GIB,
+        "memory_gib": (
+            torch.cuda.get_device_properties(world.device).total_memory
+            if cuda
+            else host / local_ranks
+        )
+        / _GIB,
         "teraflops": teraflops,
         "memory_gb_per_second": _copy_rate(world.device) / 1e9,
         "node": found["node"] | {"gpus": local_ranks},
@@ -51,7 +68,12 @@ def measure_fabric(world: World) -> dict[str, Any]:
         "overlap": cuda,
     }
     collectives = {name: link["measured"] for name, link in links.items()}
-    return {"device": device_name(world.device), "ranks": world.size, "hardware": entry, "collectives": collectives}
+    return {
+        "device": device_name(world.device),
+        "ranks": world.size,
+        "hardware": entry,
+        "collectives": collectives,
+    }
 
 
 def write_hardware(path: Path, measured: dict[str, Any]) -> None:
@@ -90,19 +112,40 @@ def _links(world: World, ranks: int) -> dict[str, Any]:
     """Latency and bandwidth of all-gathers and all-reduces among neighbours, fitted to what they take over sizes."""
     if ranks == 1:  # nothing to measure: as if it cost nothing
         return {"latency_seconds": 0.0, "bytes_per_second": 1e15, "measured": []}
-    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, world.size, ranks)]
+    groups = [
+        dist.new_group(list(range(first, first + ranks))) for first in range(0, world.size, ranks)
+    ]
     group = groups[world.rank // ranks]
     measured: list[dict[str, Any]] = []
     for received in _SIZES:
         count = max(1, received // 4 // (ranks - 1))
-        own, whole = torch.zeros(count, device=world.device), torch.zeros(count * ranks, device=world.device)
+        own, whole = (
+            torch.zeros(count, device=world.device),
+            torch.zeros(count * ranks, device=world.device),
+        )
         summed = torch.zeros(max(1, received // 8 * ranks // (ranks - 1)), device=world.device)
         for name, call, size in (
-            ("all-gather", lambda own=own, whole=whole: dist.all_gather_into_tensor(whole, own, group=group), (ranks - 1) * own.nbytes),
-            ("all-reduce", lambda summed=summed: dist.all_reduce(summed, group=group), 2 * (ranks - 1) / ranks * summed.nbytes),
+            (
+                "all-gather",
+                lambda own=own, whole=whole: dist.all_gather_into_tensor(whole, own, group=group),
+                (ranks - 1) * own.nbytes,
+            ),
+            (
+                "all-reduce",
+                lambda summed=summed: dist.all_reduce(summed, group=group),
+                2 * (ranks - 1) / ranks * summed.nbytes,
+            ),
         ):
-            measured.append({"collective": name, "received_bytes": size, "seconds": _seconds(call, world.device)})
-    latency, rate = fit_link([entry["received_bytes"] for entry in measured], [entry["seconds"] for entry in measured])
+            measured.append(
+                {
+                    "collective": name,
+                    "received_bytes": size,
+                    "seconds": _seconds(call, world.device),
+                }
+            )
+    latency, rate = fit_link(
+        [entry["received_bytes"] for entry in measured], [entry["seconds"] for entry in measured]
+    )
     return {"latency_seconds": latency, "bytes_per_second": rate, "measured": measured}
 
 

@@ -17,26 +17,27 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from post_dist.artifacts.manifest import write_folder, writing
-from post_dist.artifacts.prompt import PromptTask
-from post_dist.bench.measure import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
+from post_dist.artifacts.task import PromptTask
+from post_dist.bench.collectives import KINDS, CollectiveTimer
+from post_dist.bench.timing import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
 from post_dist.bench.transfer import MOST_ROWS
-from post_dist.bench.wires import KINDS, Wires
-from post_dist.config.deepspeed import Precision
+from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
 from post_dist.data.corpus import Corpus, build_corpus
-from post_dist.data.order import Share, shares
+from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.errors import InputError
+from post_dist.files import write_folder, writing
 from post_dist.models.load import load_config, load_tokenizer, load_whole
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.sharded import load_sharded
-from post_dist.models.soft_prompt import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
 from post_dist.planning.scaling import grown
-from post_dist.runtime.distributed import World, choose_precision
-from post_dist.stages.distill import Batches, distill_step, masking_for, student_engine
-from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
-from post_dist.stages.teacher_signals import ask_teacher
+from post_dist.runtime.distributed import World
+from post_dist.runtime.precision import choose_precision
+from post_dist.stages.distill.signals import ask_teacher
+from post_dist.stages.distill.stage import Batches, distill_step, masking_for, student_engine
+from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
 
 _WARM_UP = 2
 STEPS = 5
@@ -118,7 +119,9 @@ def write_scale(path: Path, measured: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _cut_student(config: RunConfig, teacher_folder: Path, world: World) -> Iterator[tuple[Path, Corpus]]:
+def _cut_student(
+    config: RunConfig, teacher_folder: Path, world: World
+) -> Iterator[tuple[Path, Corpus]]:
     """An untrained student, which costs as much as a trained one, and the corpus; in a folder that all ranks see, for a while."""
     if config.corpus is None or config.student is None or config.public_task is None:
         raise InputError("bench scale needs the sections `corpus`, `student` and `public_task`")
@@ -135,8 +138,15 @@ def _cut_student(config: RunConfig, teacher_folder: Path, world: World) -> Itera
     place = Path(world.from_main("".join(made)))
     try:
         student = place / "student"
-        world.on_main(lambda: write_folder(student, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)))
-        yield student, build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world)
+        world.on_main(
+            lambda: write_folder(
+                student, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)
+            )
+        )
+        yield (
+            student,
+            build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world),
+        )
         world.barrier()
     finally:
         if world.is_main:
@@ -147,9 +157,20 @@ class _Works:
     """The two stages' steps over one teacher."""
 
     def __init__(
-        self, config: RunConfig, teacher_folder: Path, student_folder: Path, corpus: Corpus, precision: Precision, world: World
+        self,
+        config: RunConfig,
+        teacher_folder: Path,
+        student_folder: Path,
+        corpus: Corpus,
+        precision: Precision,
+        world: World,
     ) -> None:
-        self._student_folder, self._corpus, self._precision, self._world = student_folder, corpus, precision, world
+        self._student_folder, self._corpus, self._precision, self._world = (
+            student_folder,
+            corpus,
+            precision,
+            world,
+        )
         self._tokenizer = load_tokenizer(teacher_folder)
         self._teacher = load_sharded(teacher_folder, config.engine, precision, world)
         self._masking = masking_for(self._teacher, self._tokenizer, config)
@@ -159,38 +180,72 @@ class _Works:
         section, rule, world = config.distill, cast(Student, config.student), self._world
         student = load_whole(self._student_folder, self._precision, world.device)
         engine = student_engine(student, config, rule, self._precision, world)
-        batches = Batches(self._corpus, self._masking, ask_teacher(self._teacher, section.layers_in_teacher(rule)), section, world)
+        batches = Batches(
+            self._corpus,
+            self._masking,
+            ask_teacher(self._teacher, section.layers_in_teacher(rule)),
+            section,
+            world,
+        )
 
         def inputs(step: int) -> None:
-            for share in self._corpus.step_shares(step, section.batch_size, section.micro_batch_size_per_gpu, world):
+            for share in self._corpus.step_shares(
+                step, section.batch_size, section.micro_batch_size_per_gpu, world
+            ):
                 self._corpus.training(share).to(world.device)
 
         amount = section.batch_size * config.corpus.sequence_length  # type: ignore[union-attr]
         return Work(
-            "distill", section.batch_size, "tokens", amount, lambda step: distill_step(engine, batches, step), inputs, engine.destroy
+            "distill",
+            section.batch_size,
+            "tokens",
+            amount,
+            lambda step: distill_step(engine, batches, step),
+            inputs,
+            engine.destroy,
         )
 
     def transfer(self, config: RunConfig) -> Work:
         """A prompt's gradient over all ranks. What is kept of the public rows is made once, and not measured."""
-        private, public, section, world = config.private_task, config.public_task, config.transfer, self._world
+        private, public, section, world = (
+            config.private_task,
+            config.public_task,
+            config.transfer,
+            self._world,
+        )
         if private is None or public is None:
-            raise InputError("bench scale needs the sections `private_task`, for its label words alone, and `public_task`")
+            raise InputError(
+                "bench scale needs the sections `private_task`, for its label words alone, and `public_task`"
+            )
         words = tuple(private.labels.values())
         text = private.template or public.template or "{text}"
-        task = PromptTask(text, words, private.max_length, private.allow_multi_token, config.tune.init_text)
+        task = PromptTask(
+            text, words, private.max_length, private.allow_multi_token, config.tune.init_text
+        )
         texts = load_public_texts(public, "public_task")[0][:MOST_ROWS]
-        models = Models(load_whole(self._student_folder, self._precision, world.device), self._teacher)
-        start_nd = prompt_from_text(self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens).float()
+        models = Models(
+            load_whole(self._student_folder, self._precision, world.device), self._teacher
+        )
+        start_nd = prompt_from_text(
+            self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens
+        ).float()
         tokenizers = (self._tokenizer, self._tokenizer)
-        lesson = prepare_lesson(task, start_nd, public, (texts, []), models, section, tokenizers, world, {})
+        lesson = prepare_lesson(
+            task, start_nd, public, (texts, []), models, section, tokenizers, world, {}
+        )
         prompt_nd = start_nd.to(world.device).requires_grad_(True)
 
-        def own(step: int) -> Share:
-            return shares(lesson.rows_at(step, config.seed), section.batch_size, world.rank, world.size)[0]
+        def own(step: int) -> RankBatch:
+            return rank_batches(
+                lesson.rows_at(step, config.seed), section.batch_size, world.rank, world.size
+            )[0]
 
         def step_of(step: int) -> None:
             share = own(step)
-            (share.weight * lesson_losses(models, [lesson], [prompt_nd], [share.rows], world.device)[0]).backward()
+            (
+                share.weight
+                * lesson_losses(models, [lesson], [prompt_nd], [share.rows], world.device)[0]
+            ).backward()
             world.mean(prompt_nd.grad)  # type: ignore[arg-type]
             prompt_nd.grad = None
 
@@ -226,18 +281,28 @@ def _measured(work: Work, before_mib: float, hosts: list[str], world: World) -> 
         "received_bytes": split[-1][1],
         "straggler": f"rank {slowest} on {hosts[slowest]}" if straggles else None,
         "per_rank": [
-            {"rank": rank, "host": hosts[rank], "peak_memory_gib": peak, "input": input_, **dict(zip(_PARTS, parts, strict=True))}
-            for rank, (parts, (input_, peak)) in enumerate(zip(parts_WP.tolist(), of_ranks_W2.tolist(), strict=True))
+            {
+                "rank": rank,
+                "host": hosts[rank],
+                "peak_memory_gib": peak,
+                "input": input_,
+                **dict(zip(_PARTS, parts, strict=True)),
+            }
+            for rank, (parts, (input_, peak)) in enumerate(
+                zip(parts_WP.tolist(), of_ranks_W2.tolist(), strict=True)
+            )
         ],
     }
 
 
-def _split(take: Callable[[int], object], step: int, input_seconds: float, world: World) -> tuple[torch.Tensor, dict[str, float]]:
+def _split(
+    take: Callable[[int], object], step: int, input_seconds: float, world: World
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Where the time of a step goes on each rank, [W, P] by `_PARTS`, and the bytes that came to this rank by kind.
 
     The rank that comes last to a collective waits for nobody: the least time of all ranks is what the wires take.
     """
-    with Wires(world.device) as wires:
+    with CollectiveTimer(world.device) as wires:
         seconds = _seconds(take, step, world)
     calls_WK = _of_all([call.seconds for call in wires.calls], world)
     own_W = _of_all([seconds - input_seconds], world)[:, 0] - calls_WK.sum(dim=1)
@@ -246,7 +311,9 @@ def _split(take: Callable[[int], object], step: int, input_seconds: float, world
     for kind in KINDS:
         of_kind_K = torch.tensor([call.kind == kind for call in wires.calls], dtype=torch.float64)
         parts[kind] = (least_K * of_kind_K).sum().expand(world.size)
-    return torch.stack([parts[name] for name in _PARTS], dim=1), {kind: wires.bytes_of(kind) for kind in KINDS}
+    return torch.stack([parts[name] for name in _PARTS], dim=1), {
+        kind: wires.bytes_of(kind) for kind in KINDS
+    }
 
 
 def _of_all(values: list[float], world: World) -> torch.Tensor:

@@ -10,21 +10,30 @@ from typing import Any
 
 import torch
 
-from post_dist.bench.measure import measure
 from post_dist.bench.peers import OpacusHooks, plain_losses
+from post_dist.bench.timing import measure
 from post_dist.config.schema import RunConfig
-from post_dist.data.template import Batch, Verbalizer
+from post_dist.data.template import Batch
+from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.classifier import class_losses
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.models.soft_prompt import check_room, prompt_from_text
+from post_dist.models.prompt_init import check_room, prompt_from_text
 from post_dist.privacy.gradients import ExampleGradients
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.runtime.distributed import World, choose_precision
+from post_dist.runtime.distributed import World
+from post_dist.runtime.precision import choose_precision
 
-_PLAN = PrivacyPlan(noise_multiplier=1.0, sampling_probability=0.01, steps=100, max_grad_norm=0.1, delta=1e-5, expected_batch_size=1.0)
+_PLAN = PrivacyPlan(
+    noise_multiplier=1.0,
+    sampling_probability=0.01,
+    steps=100,
+    max_grad_norm=0.1,
+    delta=1e-5,
+    expected_batch_size=1.0,
+)
 """Its figures do not change what a step costs."""
 
 
@@ -36,18 +45,35 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         over the ways to compute it, and of their sum from the non-private gradients.
     """
     if config.private_task is None:
-        raise InputError("bench tune needs the section `private_task`, for its label words and length")
+        raise InputError(
+            "bench tune needs the section `private_task`, for its label words and length"
+        )
     tokenizer = load_tokenizer(student)
     model = load_whole(student, choose_precision(config.engine, world.device), world.device)
-    verbalizer = Verbalizer(tuple(config.private_task.labels.values()), tokenizer, allow_multi_token=config.private_task.allow_multi_token)
-    rows, length, tokens = config.tune.batch_size, config.private_task.max_length, config.tune.num_virtual_tokens
+    verbalizer = Verbalizer(
+        tuple(config.private_task.labels.values()),
+        tokenizer,
+        allow_multi_token=config.private_task.allow_multi_token,
+    )
+    rows, length, tokens = (
+        config.tune.batch_size,
+        config.private_task.max_length,
+        config.tune.num_virtual_tokens,
+    )
     check_room(model, tokens, length)
     if model.masked:
-        raise InputError("bench tune compares ways to share a prefix, which a masked model has none of", "bench a causal student")
+        raise InputError(
+            "bench tune compares ways to share a prefix, which a masked model has none of",
+            "bench a causal student",
+        )
     generator = torch.Generator().manual_seed(config.seed)
     input_ids = torch.randint(len(tokenizer), (rows, length), generator=generator)
-    batch = Batch(input_ids, torch.ones_like(input_ids), torch.full((rows,), length - 1)).to(world.device)
-    classes_B = torch.randint(len(verbalizer.token_ids), (rows,), generator=generator).to(world.device)
+    batch = Batch(input_ids, torch.ones_like(input_ids), torch.full((rows,), length - 1)).to(
+        world.device
+    )
+    classes_B = torch.randint(len(verbalizer.token_ids), (rows,), generator=generator).to(
+        world.device
+    )
     start_nd = prompt_from_text(model, tokenizer, config.tune.init_text, tokens)
 
     def ordinary(*, share: bool) -> Callable[[], torch.Tensor]:
@@ -57,7 +83,9 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         def step() -> torch.Tensor:
             optimizer.zero_grad()
             if share:
-                losses_B = class_losses(model, verbalizer, batch, classes_B, prefix=model.prefix_of(prompt_nd))
+                losses_B = class_losses(
+                    model, verbalizer, batch, classes_B, prefix=model.prefix_of(prompt_nd)
+                )
             else:
                 losses_B = plain_losses(model, verbalizer, batch, classes_B, prompt_nd)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
@@ -68,7 +96,11 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
 
     def private(gradients_at: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
         prompt_nd = start_nd.clone().requires_grad_(True)
-        optimizer = PrivateOptimizer(torch.optim.Adam([prompt_nd], lr=0.0), _PLAN, RandomSource("bench", secrets.token_bytes(32)))
+        optimizer = PrivateOptimizer(
+            torch.optim.Adam([prompt_nd], lr=0.0),
+            _PLAN,
+            RandomSource("bench", secrets.token_bytes(32)),
+        )
 
         def step() -> torch.Tensor:
             gradients_Bnd = gradients_at(prompt_nd)
@@ -79,7 +111,9 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         return step
 
     def exact(*, share: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda prompt_nd: ExampleGradients(model, verbalizer, [prompt_nd], share_prefix=share)(batch, classes_B)[0]
+        return lambda prompt_nd: ExampleGradients(
+            model, verbalizer, [prompt_nd], share_prefix=share
+        )(batch, classes_B)[0]
 
     hooks = OpacusHooks(model, verbalizer, start_nd)
     steps = {
@@ -90,12 +124,23 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         "non-private shared prefix": ordinary(share=True),
     }
     plain_Bnd = steps["dp"]()
-    differences = [_apart(steps[name](), plain_Bnd) for name in ("opacus hooks", "dp shared prefix")]
-    differences += [
-        _apart(steps[name]()[None], plain_Bnd.sum(dim=0)[None]) for name in ("ordinary non-private", "non-private shared prefix")
+    differences = [
+        _apart(steps[name](), plain_Bnd) for name in ("opacus hooks", "dp shared prefix")
     ]
-    settings = {"precision": str(model.model.dtype).removeprefix("torch."), "rows": rows, "tokens": length, "num_virtual_tokens": tokens}
-    return measure(steps, rows, "samples", world.device) | {"max_difference": max(differences), "settings": settings}
+    differences += [
+        _apart(steps[name]()[None], plain_Bnd.sum(dim=0)[None])
+        for name in ("ordinary non-private", "non-private shared prefix")
+    ]
+    settings = {
+        "precision": str(model.model.dtype).removeprefix("torch."),
+        "rows": rows,
+        "tokens": length,
+        "num_virtual_tokens": tokens,
+    }
+    return measure(steps, rows, "samples", world.device) | {
+        "max_difference": max(differences),
+        "settings": settings,
+    }
 
 
 def _apart(one_Bnd: torch.Tensor, other_Bnd: torch.Tensor) -> float:

@@ -31,7 +31,10 @@ def follow(jobs: Iterable[Submitted], say: Callable[[str], None]) -> None:
     failed = [(job, state) for job in jobs if (state := _until_over(job, say)).name != "COMPLETED"]
     if failed:
         job, state = failed[0]
-        raise EnvironmentFault(f"{job.stage} (job {job.job_id}) ended as {state.name}, exit code {state.exit_code}", f"its log: {job.log}")
+        raise EnvironmentFault(
+            f"{job.stage} (job {job.job_id}) ended as {state.name}, exit code {state.exit_code}",
+            f"its log: {job.log}",
+        )
 
 
 def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
@@ -40,9 +43,16 @@ def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
         state, queued = _state(job.job_id)
         over = 0 if queued else over + 1
         if state != told and (queued or over >= _LOOKS_TO_BELIEVE):
-            say(f"{job.stage} (job {job.job_id}): {state.name}{f' on {state.nodes}' if queued and state.nodes else ''}")
+            say(
+                f"{job.stage} (job {job.job_id}): {state.name}{f' on {state.nodes}' if queued and state.nodes else ''}"
+            )
             told = state
-        if over >= _LOOKS_TO_BELIEVE and state.name not in ("", "RUNNING", "PENDING", "COMPLETING"):  # accounting lags
+        if over >= _LOOKS_TO_BELIEVE and state.name not in (
+            "",
+            "RUNNING",
+            "PENDING",
+            "COMPLETING",
+        ):  # accounting lags
             return state
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -52,13 +62,35 @@ def _state(job_id: str) -> tuple[State, bool]:
     queue = _ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T|%N")
     if queue:
         name, _, nodes = queue.splitlines()[0].partition("|")
-        if name in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING"):
+        if name in (
+            "PENDING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+            "REQUEUE_HOLD",
+            "SUSPENDED",
+            "CONFIGURING",
+            "STOPPED",
+            "SIGNALING",
+        ):
             return State(name, nodes), True
-    for line in _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job_id, "--format", "State,ExitCode").splitlines():
+    for line in _ask(
+        "sacct",
+        "--allocations",
+        "--noheader",
+        "--parsable2",
+        "--jobs",
+        job_id,
+        "--format",
+        "State,ExitCode",
+    ).splitlines():
         name, exit_code = line.split("|")
         return State(name.split()[0], exit_code=exit_code), False
     # Without accounting, slurmctld remembers a job for some minutes.
-    fields = dict(part.partition("=")[::2] for part in _ask("scontrol", "show", "job", "--oneliner", job_id).split())
+    fields = dict(
+        part.partition("=")[::2]
+        for part in _ask("scontrol", "show", "job", "--oneliner", job_id).split()
+    )
     return State(fields.get("JobState", ""), exit_code=fields.get("ExitCode", "")), False
 
 

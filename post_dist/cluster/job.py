@@ -39,7 +39,9 @@ class StageJob:
         # The command line stands above this package; a job starts it as a user does.
         code: int = import_module("post_dist.cli").run_command()
         if code:
-            if here:  # where no Slurm tells it, whoever has started the job reads it in submitit's note
+            if (
+                here
+            ):  # where no Slurm tells it, whoever has started the job reads it in submitit's note
                 with temporary_save_path(environment.paths.result_pickle) as note:
                     cloudpickle_dump(("success", code), note)
             end_process(code)

@@ -26,7 +26,9 @@ _BY_HAND = {
 }
 
 
-def job_parameters(cluster: Cluster, stage: ClusterStage, after: str | None = None) -> dict[str, Any]:
+def job_parameters(
+    cluster: Cluster, stage: ClusterStage, after: str | None = None
+) -> dict[str, Any]:
     """What submitit is told about a stage's job.
 
     Args:
@@ -54,7 +56,10 @@ def job_parameters(cluster: Cluster, stage: ClusterStage, after: str | None = No
         "signal_delay_s": cluster.signal_seconds,
         "setup": [*_LISTEN, *cluster.setup],
         "teardown": list(_AFTER),
-        "srun_args": [*_SRUN, f"--cpus-per-task={asked.cpus_per_task}"],  # since Slurm 22.05 srun does not go by sbatch's
+        "srun_args": [
+            *_SRUN,
+            f"--cpus-per-task={asked.cpus_per_task}",
+        ],  # since Slurm 22.05 srun does not go by sbatch's
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": more,
@@ -78,7 +83,13 @@ def _by_hand(stage: ClusterStage) -> str:
     header, _, rest = job_text("\n".join(_task_lines(command)), ".", parameters).partition("\n\n")
     lines = [line for line in rest.splitlines() if "SUBMITIT" not in line]
     text = "\n".join(
-        [header, f"# {_BY_HAND[stage]}", "# Rendered by post_dist/cluster/sbatch.py; a site edits site.env alone.", "", *lines]
+        [
+            header,
+            f"# {_BY_HAND[stage]}",
+            "# Rendered by post_dist/cluster/sbatch.py; a site edits site.env alone.",
+            "",
+            *lines,
+        ]
     )
     return text + "\n"
 

@@ -6,14 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from post_dist.commands.figures import print_figures
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
+from post_dist.commands.printing import print_numbers
 from post_dist.commands.ranks import start_ranks
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 
-bench = typer.Typer(no_args_is_help=True, help="Measure a stage beside its peers, its step on many ranks, or the machine itself.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure a stage beside its peers, its step on many ranks, or the machine itself.",
+)
 
 
 @bench.command()
@@ -36,7 +39,10 @@ def transfer(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> Non
 
 @bench.command()
 def fabric(
-    write: Annotated[Path | None, typer.Option(metavar="FILE", help="The hardware file to write, for `plan --hardware`.")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The hardware file to write, for `plan --hardware`."),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """What the machine reaches: matrix products, memory, and collectives between the ranks of a launcher."""
@@ -47,15 +53,20 @@ def fabric(
     if world.is_main:
         if write is not None:
             write_hardware(write, result)
-        print_figures(result, json_)
+        print_numbers(result, json_)
     world.leave()
 
 
 @bench.command()
 def scale(
     run: RunFile,
-    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the figures as JSON, for `report`.")] = None,
-    submit: Annotated[str | None, typer.Option(metavar="N,N,...", help="Measure in jobs under Slurm, on so many nodes each.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the figures as JSON, for `report`.")
+    ] = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Measure in jobs under Slurm, on so many nodes each."),
+    ] = None,
     set_: Overrides = None,
     output: Output = None,
     json_: AsJson = False,
@@ -65,9 +76,14 @@ def scale(
     if submit is not None:
         nodes = counts("--submit", submit)
         if len(set(nodes)) < len(nodes):
-            raise InputError(f"--submit {submit}: a number stands twice", "each number of nodes is measured once")
+            raise InputError(
+                f"--submit {submit}: a number stands twice", "each number of nodes is measured once"
+            )
         if write is not None:
-            raise InputError("--write does not go with --submit", "each job has a file of its own, and the answer names it")
+            raise InputError(
+                "--write does not go with --submit",
+                "each job has a file of its own, and the answer names it",
+            )
         _submit_scale(config, run, nodes, set_ or [], json_)
         return
     world = start_ranks(config)
@@ -78,11 +94,13 @@ def scale(
     if world.is_main:
         if write is not None:
             write_scale(write, result)
-        print_figures(result, json_)
+        print_numbers(result, json_)
     world.leave()
 
 
-def _submit_scale(config: RunConfig, run: Path, nodes: list[int], settings: list[str], as_json: bool) -> None:
+def _submit_scale(
+    config: RunConfig, run: Path, nodes: list[int], settings: list[str], as_json: bool
+) -> None:
     """One job for each number of nodes, with what the run file's cluster asks for distill."""
     from post_dist.cluster.submit import scale_jobs, submit_jobs, try_jobs
 
@@ -90,13 +108,17 @@ def _submit_scale(config: RunConfig, run: Path, nodes: list[int], settings: list
     try_jobs(config, jobs)
     told = [
         {"nodes": count, "job_id": job.job_id, "log": str(job.log), "result": str(result)}
-        for count, job, result in zip(nodes, submit_jobs(config, jobs, chained=False), results, strict=True)
+        for count, job, result in zip(
+            nodes, submit_jobs(config, jobs, chained=False), results, strict=True
+        )
     ]
     if as_json:
         print(json.dumps({"jobs": told}))
         return
     for job in told:
-        print(f"{job['nodes']} nodes: job {job['job_id']}, log {job['log']}, result {job['result']}")
+        print(
+            f"{job['nodes']} nodes: job {job['job_id']}, log {job['log']}, result {job['result']}"
+        )
     print("when they are done: post-dist report", *(job["result"] for job in told))
 
 
@@ -104,7 +126,10 @@ def _beside_peers(stage: str, run: Path, overrides: list[str] | None, as_json: b
     config = load_run(run, overrides, None)
     world = start_ranks(config)
     if world.size > 1:
-        raise InputError(f"bench {stage} compares ways to run a step on one device", "start it without a launcher")
+        raise InputError(
+            f"bench {stage} compares ways to run a step on one device",
+            "start it without a launcher",
+        )
     from post_dist.bench.distill import bench_distill
     from post_dist.bench.transfer import bench_transfer
     from post_dist.bench.tune import bench_tune
@@ -118,5 +143,5 @@ def _beside_peers(stage: str, run: Path, overrides: list[str] | None, as_json: b
         result = bench_distill(config, stages.teacher, world)
     else:
         result = bench_transfer(config, stages.teacher, stages.student, world)
-    print_figures(result, as_json)
+    print_numbers(result, as_json)
     world.leave()

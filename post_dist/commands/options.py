@@ -26,11 +26,26 @@ class Submittable(StrEnum):
     pipeline = "pipeline"
 
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as transfer.alpha=0.5.")]
-Output = Annotated[Path | None, typer.Option("--output", help="Folder for the runs, instead of the run file's own.")]
-ResumeOption = Annotated[Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.yaml", help="The run file; `post-dist init` writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as transfer.alpha=0.5."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="Folder for the runs, instead of the run file's own."),
+]
+ResumeOption = Annotated[
+    Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object on standard output, and nothing else there."
+    ),
+]
 
 
 def counts(option: str, text: str) -> list[int]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from post_dist.commands.figures import print_figures
 from post_dist.commands.options import AsJson, Overrides, RunFile
+from post_dist.commands.printing import print_numbers
 from post_dist.config.load import load_run
 from post_dist.errors import InputError, PrivacyRefused
 
@@ -17,7 +17,7 @@ def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None
 
     plan = private_plan(load_run(run, set_, None))
     cost = account(plan)
-    print_figures(
+    print_numbers(
         {
             "epsilon": cost.epsilon,
             "delta": plan.delta,
@@ -36,14 +36,19 @@ def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None
 
 
 def budget(
-    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="The ledger of a private data set.")],
-    delta: Annotated[float | None, typer.Option(min=0, max=1, help="At which delta; default the least of the runs'.")] = None,
+    ledger: Annotated[
+        Path, typer.Argument(metavar="LEDGER", help="The ledger of a private data set.")
+    ],
+    delta: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="At which delta; default the least of the runs'."),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """What a private data set has spent over all private runs: finished, stopped and thrown away."""
     from post_dist.privacy.ledger import budget_of
 
-    print_figures(budget_of(ledger, delta), json_)
+    print_numbers(budget_of(ledger, delta), json_)
 
 
 def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
@@ -51,8 +56,14 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     from post_dist.privacy.audit import audit as audit_plan
 
     result = audit_plan(load_run(run, set_, None))
-    print_figures(result, json_)
+    print_numbers(result, json_)
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
-        raise PrivacyRefused("the canaries show more than the plan claims", "do not use prompts made with this installation")
+        raise PrivacyRefused(
+            "the canaries show more than the plan claims",
+            "do not use prompts made with this installation",
+        )
     if result["epsilon_lower_bound_without_noise"] <= result["epsilon_claimed"]:
-        raise InputError("even without noise the canaries show no more than the plan claims", "the audit says nothing of so small a plan")
+        raise InputError(
+            "even without noise the canaries show no more than the plan claims",
+            "the audit says nothing of so small a plan",
+        )

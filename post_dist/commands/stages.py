@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_dist.commands.figures import print_wide
 from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
+from post_dist.commands.printing import print_wide
 from post_dist.commands.ranks import start_ranks
 from post_dist.config.load import load_run
 from post_dist.config.schema import Stage
@@ -17,51 +17,93 @@ if TYPE_CHECKING:
 
 
 def pipeline(
-    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
 ) -> None:
     """Run the three stages and the evaluation; what is finished is not run again."""
-    _run("evaluate", frozenset(("distill", "tune", "transfer", "evaluate")), run, set_, output, resume, json_)
+    _run(
+        "evaluate",
+        frozenset(("distill", "tune", "transfer", "evaluate")),
+        run,
+        set_,
+        output,
+        resume,
+        json_,
+    )
 
 
-def distill(run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False) -> None:
+def distill(
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
+) -> None:
     """Provider: distil the large LLM into a student."""
     _run("distill", frozenset(("distill",)), run, set_, output, resume, json_)
 
 
-def tune(run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False) -> None:
+def tune(
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
+) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
     _run("tune", frozenset(("tune",)), run, set_, output, resume, json_)
 
 
 def transfer(
-    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
 ) -> None:
     """Provider: carry the soft prompt to the large LLM with public text alone."""
     _run("transfer", frozenset(("transfer",)), run, set_, output, resume, json_)
 
 
 def evaluate(
-    run: RunFile, set_: Overrides = None, output: Output = None, resume: ResumeOption = Resume.auto, json_: AsJson = False
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
 ) -> None:
     """Compare zero-shot, the prompts and the baselines on one split."""
     _run("evaluate", frozenset(("evaluate",)), run, set_, output, resume, json_)
 
 
 def _run(
-    command: Stage, may_run: frozenset[Stage], run: Path, overrides: list[str] | None, output: Path | None, resume: Resume, as_json: bool
+    command: Stage,
+    may_run: frozenset[Stage],
+    run: Path,
+    overrides: list[str] | None,
+    output: Path | None,
+    resume: Resume,
+    as_json: bool,
 ) -> None:
     """Load the run file, then torch, then run; rank 0 prints what came of it."""
     listen()
     config = load_run(run, overrides, output)
     world = start_ranks(config)
-    from post_dist.stages.pipeline import Pipeline  # imports DeepSpeed, for which `start` has prepared the environment
+    from post_dist.stages.pipeline import (
+        Pipeline,  # imports DeepSpeed, for which `start` has prepared the environment
+    )
 
     stages = Pipeline(config, world, may_run, resume)
     whole = len(may_run) > 1
     try:
         made = stages.everything() if whole else getattr(stages, command)()
     except KeyboardInterrupt:
-        raise Interrupted("interrupted", "the same command goes on from the last checkpoint") from None
+        raise Interrupted(
+            "interrupted", "the same command goes on from the last checkpoint"
+        ) from None
     except Interrupted:  # all ranks have agreed on it
         world.leave()
         raise
@@ -90,6 +132,8 @@ def _print_result(folders: "list[RunFolder]", whole: bool, as_json: bool) -> Non
         print(json.dumps(result))
     elif folder.stage == "evaluate":
         print_wide(shown_table(result))
-        print(f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}")
+        print(
+            f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}"
+        )
     else:
         print(*(folder.artifact for folder in folders), sep="\n")

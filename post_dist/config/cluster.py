@@ -29,7 +29,9 @@ class Resources(Section):
     @model_validator(mode="after")
     def _one_task_a_gpu(self) -> "Resources":
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
-            raise ValueError(f"tasks_per_node ({self.tasks_per_node}) must be gpus_per_node ({self.gpus_per_node}): one task a GPU")
+            raise ValueError(
+                f"tasks_per_node ({self.tasks_per_node}) must be gpus_per_node ({self.gpus_per_node}): one task a GPU"
+            )
         return self
 
     @property
@@ -56,7 +58,9 @@ class Cluster(Resources):
             try:
                 asked = self.for_stage(stage)
             except ValidationError as error:
-                raise ValueError(f"{stage}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+                raise ValueError(
+                    f"{stage}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+                ) from None
             if self.signal_seconds >= 60 * asked.time_minutes:
                 raise ValueError(
                     f"{stage}: signal_seconds ({self.signal_seconds}) leaves nothing of time_minutes ({asked.time_minutes}): "
@@ -67,11 +71,19 @@ class Cluster(Resources):
     def for_stage(self, stage: ClusterStage) -> Resources:
         """What a stage asks for; tuning has one task, whose process alone sees the private data."""
         own: Resources = getattr(self, stage)
-        fields = self.model_dump(include=set(Resources.model_fields)) | own.model_dump(exclude_unset=True)
+        fields = self.model_dump(include=set(Resources.model_fields)) | own.model_dump(
+            exclude_unset=True
+        )
         if stage == "tune":
-            one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, fields["gpus_per_node"])}
+            one = {
+                "nodes": 1,
+                "tasks_per_node": 1,
+                "gpus_per_node": min(1, fields["gpus_per_node"]),
+            }
             asked = {name for name in one if (getattr(own, name) or 0) > 1}
             if asked:
-                raise ValueError(f"tune.{min(asked)}: tuning runs in one process, so that private data stay there")
+                raise ValueError(
+                    f"tune.{min(asked)}: tuning runs in one process, so that private data stay there"
+                )
             fields |= one
         return Resources.model_validate(fields)

@@ -9,10 +9,20 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from post_dist.config.cluster import Cluster
-from post_dist.config.sources import Corpus, FilePath, PositiveFloat, PositiveInt, Section, Share, Task, beside_run_file
+from post_dist.config.sources import (
+    Corpus,
+    FilePath,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Task,
+    beside_run_file,
+)
 from post_dist.errors import InputError
 
 Stage = Literal["distill", "tune", "transfer", "evaluate"]
+OptimizerName = Literal["adam", "adamw", "sgd"]
 
 STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "distill": ("teacher", "student", "corpus", "distill", "engine"),
@@ -20,7 +30,7 @@ STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "transfer": ("teacher", "public_task", "transfer", "engine"),
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
 }
-"""What each stage reads, beside the general fields and the artefacts that it is handed."""
+"""What each stage reads, beside the general fields and the artifacts that it is handed."""
 _ORDER = tuple(STAGE_SECTIONS)
 
 
@@ -41,7 +51,9 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _hub_name_needs_revision(self) -> "Teacher":
         if not Path(self.path).is_absolute() and not self.revision:
-            raise ValueError(f"'{self.path}' is not a folder; a hub name needs `revision` (a commit)")
+            raise ValueError(
+                f"'{self.path}' is not a folder; a hub name needs `revision` (a commit)"
+            )
         return self
 
 
@@ -64,15 +76,25 @@ class Student(Section):
             if self.layers == "first_last" and self.num_layers < 2:
                 raise ValueError("layers: first_last needs num_layers of 2 or more")
         else:
-            if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            if (
+                not self.layers
+                or list(self.layers) != sorted(set(self.layers))
+                or self.layers[0] < 0
+            ):
                 raise ValueError("a list of layers holds rising numbers from 0, at least one")
             if self.num_layers not in (None, len(self.layers)):
-                raise ValueError(f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed")
+                raise ValueError(
+                    f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed"
+                )
         count = self.num_layers or len(self.layers)
         if self.frozen_lower_layers >= count:
-            raise ValueError(f"frozen_lower_layers: {self.frozen_lower_layers} leaves none of {count} layers to train")
+            raise ValueError(
+                f"frozen_lower_layers: {self.frozen_lower_layers} leaves none of {count} layers to train"
+            )
         if self.frozen_lower_layers and not self.freeze_embeddings:
-            raise ValueError("frozen_lower_layers needs freeze_embeddings: true, for the block stands on the teacher's embeddings")
+            raise ValueError(
+                "frozen_lower_layers needs freeze_embeddings: true, for the block stands on the teacher's embeddings"
+            )
         return self
 
 
@@ -85,14 +107,14 @@ class Distill(Section):
     micro_batch_size_per_gpu: PositiveInt = 8
     """At most so many sequences in one forward; what is left of a rank's share is accumulated."""
     learning_rate: PositiveFloat = 2.5e-4
-    warmup_share: Share = 0.05
+    warmup_share: Fraction = 0.05
     max_grad_norm: PositiveFloat = 5.0
     temperature: PositiveFloat = 2.0
     alpha_ce: Annotated[float, Field(ge=0)] = 5.0
     alpha_lm: Annotated[float, Field(ge=0)] = 2.0
     alpha_cos: Annotated[float, Field(ge=0)] = 1.0
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of tokens that a masked model must fill in."""
+    """Fraction of tokens that a masked model must fill in."""
     checkpoint_every_steps: PositiveInt = 500
     cache: Literal["none", "hidden", "sampled"] = "none"
     """Run the teacher once over the corpus and keep what it says: hidden states, exact and some KB a token; or samples of its softened
@@ -112,7 +134,7 @@ class PromptTraining(Section):
     """Rows a step, over all ranks."""
     learning_rate: PositiveFloat
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_share: Share = 0.05
+    warmup_share: Fraction = 0.05
 
 
 class Search(Section):
@@ -128,7 +150,9 @@ class Search(Section):
     @model_validator(mode="after")
     def _has_candidates(self) -> "Search":
         if not self.learning_rate and not self.max_grad_norm:
-            raise ValueError("names nothing to try: give learning_rate or max_grad_norm a list of values")
+            raise ValueError(
+                "names nothing to try: give learning_rate or max_grad_norm a list of values"
+            )
         return self
 
 
@@ -140,7 +164,7 @@ class Tune(PromptTraining):
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: OptimizerName = "adam"
     class_bias: bool = False
     """Tune one bias per class along with the prompt; under privacy it shares the clip and the noise."""
     micro_batch_size_per_gpu: PositiveInt = 8
@@ -187,7 +211,10 @@ class Privacy(Section):
 
     def for_target(self, epsilon: float) -> "Privacy":
         """The same plan, enabled, with the noise for an epsilon."""
-        return Privacy.model_validate(self.model_dump() | {"enabled": True, "target_epsilon": epsilon, "noise_multiplier": None})
+        return Privacy.model_validate(
+            self.model_dump()
+            | {"enabled": True, "target_epsilon": epsilon, "noise_multiplier": None}
+        )
 
     @model_validator(mode="after")
     def _complete(self) -> "Privacy":
@@ -195,8 +222,12 @@ class Privacy(Section):
             return self
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give either target_epsilon or noise_multiplier")
-        if self.declared_examples is None and (self.target_delta is None or self.sampling_probability is None):
-            raise ValueError("give declared_examples, or both target_delta and sampling_probability")
+        if self.declared_examples is None and (
+            self.target_delta is None or self.sampling_probability is None
+        ):
+            raise ValueError(
+                "give declared_examples, or both target_delta and sampling_probability"
+            )
         return self
 
 
@@ -206,14 +237,14 @@ class Transfer(PromptTraining):
     objective: Literal["published", "proxy"] = "published"
     scores: Literal["vocabulary", "classes"] = "vocabulary"
     """Compare the whole vocabulary, or the scores of the task's classes alone."""
-    alpha: Share | Literal["auto"] = 0.5
+    alpha: Fraction | Literal["auto"] = 0.5
     """`auto` takes it from how often the models agree on the public text."""
     temperature: PositiveFloat = 2.0
     proxy_lambda: PositiveFloat = 1.0
     """lambda in z_t(x) + lambda (z_s(p_s+x) - z_s(x)); also used by the training-free row of the evaluation."""
     match_class_shares: bool = False
     """Shift the proxy's class scores until their mean probabilities on the public text are the prompted student's."""
-    trained_share: Share = 0.0
+    trained_share: Fraction = 0.0
     """Where the prompt starts: 0 from text, 1 from the tuned prompt, or between."""
     steps: PositiveInt = 5000
     batch_size: PositiveInt = 8
@@ -268,12 +299,14 @@ class Engine(Section):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.shard_group == 1 and (self.offload != "none" or self.quantized_gathers):
-            raise ValueError("shard_group: 1 keeps frozen models whole on each rank: nothing to offload or to gather")
+            raise ValueError(
+                "shard_group: 1 keeps frozen models whole on each rank: nothing to offload or to gather"
+            )
         return self
 
 
 class Inputs(Section):
-    """Artefacts that came from the other party: the stage that would make one is not run."""
+    """Artifacts that came from the other party: the stage that would make one is not run."""
 
     student: FilePath | None = None
     """A student that was distilled, or any model folder: a smaller one of the teacher's family, or one with another tokenizer."""
@@ -312,25 +345,41 @@ class RunConfig(Section):
             raise ValueError("private_task.template is missing")
         if self.private_task.response_column is None:
             if len(self.private_task.labels) < 2:
-                raise ValueError("private_task.labels must give the words of two classes or more, or response_column a column of texts")
+                raise ValueError(
+                    "private_task.labels must give the words of two classes or more, or response_column a column of texts"
+                )
             return self
         if self.private_task.labels:
             raise ValueError("private_task has labels and a response_column: give one of them")
-        for of_classes, used in {"tune.class_bias": self.tune.class_bias, "tune.search": self.tune.search is not None}.items():
+        for of_classes, used in {
+            "tune.class_bias": self.tune.class_bias,
+            "tune.search": self.tune.search is not None,
+        }.items():
             if used:
-                raise ValueError(f"{of_classes} is for tasks with classes, and private_task.response_column makes one that generates text")
+                raise ValueError(
+                    f"{of_classes} is for tasks with classes, and private_task.response_column makes one that generates text"
+                )
         return self
 
     @model_validator(mode="after")
     def _private_run_adds_up(self) -> "RunConfig":
-        rows, declared = self.privacy.expected_batch_size or self.tune.batch_size, self.privacy.declared_examples
+        rows, declared = (
+            self.privacy.expected_batch_size or self.tune.batch_size,
+            self.privacy.declared_examples,
+        )
         private = self.privacy.enabled or bool(self.evaluate.private_rows)
         if self.privacy.sampling_probability is None and declared and rows > declared:
-            raise ValueError(f"the expected batch size ({rows:g}) exceeds privacy.declared_examples ({declared})")
+            raise ValueError(
+                f"the expected batch size ({rows:g}) exceeds privacy.declared_examples ({declared})"
+            )
         if private and self.private_task is not None and self.private_task.max_rows is not None:
-            raise ValueError("private_task.max_rows does not go with privacy.enabled: one row more would push another one out")
+            raise ValueError(
+                "private_task.max_rows does not go with privacy.enabled: one row more would push another one out"
+            )
         if self.tune.search is not None and not self.privacy.enabled:
-            raise ValueError("tune.search needs privacy.enabled: true; a search that looks at private scores is not free")
+            raise ValueError(
+                "tune.search needs privacy.enabled: true; a search that looks at private scores is not free"
+            )
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)
         return self
@@ -343,7 +392,11 @@ class RunConfig(Section):
     def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
         """A stage, and before it those whose result it builds on and `inputs` does not give; a data owner's builds on no transfer."""
         inputs, no_transfer = self.inputs, self.teacher is None and not self.evaluate.baselines
-        given = {"distill": inputs.student, "tune": inputs.source_prompt, "transfer": inputs.target_prompt or no_transfer}
+        given = {
+            "distill": inputs.student,
+            "tune": inputs.source_prompt,
+            "transfer": inputs.target_prompt or no_transfer,
+        }
         before = _ORDER[: _ORDER.index(stage)]
         return (*(earlier for earlier in before if not given[earlier]), stage)
 
@@ -356,11 +409,15 @@ class RunConfig(Section):
             InputError: some are missing.
         """
         read = dict.fromkeys(section for stage in stages for section in STAGE_SECTIONS[stage])
-        if not {"distill", "transfer"} & {*stages} and not (self.evaluate.baselines or self.inputs.target_prompt):
+        if not {"distill", "transfer"} & {*stages} and not (
+            self.evaluate.baselines or self.inputs.target_prompt
+        ):
             read.pop("teacher", None)
         missing = [section for section in read if getattr(self, section) is None]
         if missing:
-            raise InputError(f"the run file lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            raise InputError(
+                f"the run file lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            )
 
     def view(self, stage: Stage) -> "RunConfig":
         """The run file with every section blanked that `stage` does not read."""

@@ -6,7 +6,15 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def beside_run_file(path: Path, info: ValidationInfo) -> Path:
@@ -21,13 +29,15 @@ def beside_run_file(path: Path, info: ValidationInfo) -> Path:
 FilePath = Annotated[Path, AfterValidator(beside_run_file)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataSource(Section):
@@ -90,8 +100,8 @@ class Task(DataSource):
     """Tokens of one templated text; a longer text loses its beginning, never the template."""
     test_hub_split: str | None = None
     """The hub split that is the sealed test; without it the test rows are drawn by hash."""
-    validation_share: Share = 0.1
-    test_share: Share = 0.1
+    validation_share: Fraction = 0.1
+    test_share: Fraction = 0.1
     split_salt: str = "post_dist"
 
     @property
@@ -106,7 +116,15 @@ class Task(DataSource):
             return fields
         known = dict(named_tasks().get(str(fields.get("name")), {}))
         if fields.get("path") is not None:
-            for key in ("hub", "hub_config", "revision", "hub_split", "test_hub_split", "text", "label_column"):
+            for key in (
+                "hub",
+                "hub_config",
+                "revision",
+                "hub_split",
+                "test_hub_split",
+                "text",
+                "label_column",
+            ):
                 known.pop(key, None)
         merged = known | fields
         if isinstance(merged.get("labels"), dict):
@@ -144,7 +162,9 @@ def placeholders(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ValueError(f"has braces that do not pair up ({error}); write {{{{ for a brace") from None
+        raise ValueError(
+            f"has braces that do not pair up ({error}); write {{{{ for a brace"
+        ) from None
 
 
 @cache

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.artifacts.manifest import write_file
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.config.sources import placeholders
-from post_dist.data.order import Share, shares, shuffled_rows
-from post_dist.data.source import read_columns, texts_of
+from post_dist.data.order import RankBatch, rank_batches, shuffled_rows
+from post_dist.data.sources import read_columns, texts_of
 from post_dist.errors import InputError
+from post_dist.files import write_file
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import phase, unwatched
 
@@ -46,30 +46,42 @@ class Corpus:
         """How many sequences are trained on."""
         return len(self._sequences) - self._held_out
 
-    def step_shares(self, step: int, batch_size: int, at_most: int, world: World) -> list[Share]:
+    def step_shares(
+        self, step: int, batch_size: int, at_most: int, world: World
+    ) -> list[RankBatch]:
         """This rank's part of the batch of a step, as places in an endless reading of the training sequences.
 
         A function of the seed and the step alone: nothing to save, and the batch does not depend on the ranks.
         """
-        return shares(range(step * batch_size, (step + 1) * batch_size), at_most, world.rank, world.size)
+        return rank_batches(
+            range(step * batch_size, (step + 1) * batch_size), at_most, world.rank, world.size
+        )
 
-    def numbers(self, share: Share) -> list[int]:
+    def numbers(self, share: RankBatch) -> list[int]:
         """The numbers of the sequences at the places of a share."""
-        return [number for place in share.rows for number in shuffled_rows(place, 1, self.num_training_sequences, self._seed)]
+        return [
+            number
+            for place in share.rows
+            for number in shuffled_rows(place, 1, self.num_training_sequences, self._seed)
+        ]
 
     def numbers_of_first(self, places: int) -> list[int]:
         """The numbers of the sequences that the first places of the reading name, in rising order."""
-        return sorted(shuffled_rows(0, min(places, self.num_training_sequences), self.num_training_sequences, self._seed))
+        return sorted(
+            shuffled_rows(
+                0, min(places, self.num_training_sequences), self.num_training_sequences, self._seed
+            )
+        )
 
-    def training(self, share: Share) -> torch.Tensor:
+    def training(self, share: RankBatch) -> torch.Tensor:
         """The sequences [B, T] at the places of a share."""
         return self.sequences(self.numbers(share))
 
-    def held_out_shares(self, at_most: int, world: World) -> list[Share]:
+    def held_out_shares(self, at_most: int, world: World) -> list[RankBatch]:
         """This rank's part of the held-out sequences, by their numbers."""
-        return shares(range(self._held_out), at_most, world.rank, world.size)
+        return rank_batches(range(self._held_out), at_most, world.rank, world.size)
 
-    def held_out(self, share: Share) -> torch.Tensor:
+    def held_out(self, share: RankBatch) -> torch.Tensor:
         """The held-out sequences [B, T] of a share."""
         return self.sequences([self.num_training_sequences + number for number in share.rows])
 
@@ -87,7 +99,9 @@ class Corpus:
         return places_T - begins_BT.cummax(dim=1).values
 
 
-def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World) -> Corpus:
+def build_corpus(
+    section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World
+) -> Corpus:
     """Tokenise and pack the text once into `path`; other ranks, and later starts, read what is there.
 
     Documents follow each other with an end-of-text token between them, and are cut into sequences of `sequence_length`.
@@ -96,7 +110,12 @@ def build_corpus(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pat
         InputError: the text is too short.
     """
     world.on_main(partial(_write_packed, section, tokenizer, path))
-    corpus = Corpus(path, section.held_out_sequences, seed, _separator(tokenizer) if section.separate_documents else None)
+    corpus = Corpus(
+        path,
+        section.held_out_sequences,
+        seed,
+        _separator(tokenizer) if section.separate_documents else None,
+    )
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -127,8 +146,14 @@ def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndar
     wanted, made = section.max_tokens or float("inf"), 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
         phase(f"tokenising the corpus, {start} of {len(texts)} documents done")
-        documents = tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False).input_ids
-        parts.append(np.fromiter(chain.from_iterable((*tokens, separator) for tokens in documents), dtype=np.int32))
+        documents = tokenizer(
+            texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False
+        ).input_ids
+        parts.append(
+            np.fromiter(
+                chain.from_iterable((*tokens, separator) for tokens in documents), dtype=np.int32
+            )
+        )
         made += len(parts[-1])
         if made >= wanted:
             break
@@ -139,4 +164,6 @@ def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndar
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int:
     """What stands between two documents."""
-    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id)
+    return int(
+        tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    )

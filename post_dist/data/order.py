@@ -10,7 +10,7 @@ _BATCHES_SORTED = 8
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """What one rank runs at once of rows that all ranks share.
 
     Attributes:
@@ -28,17 +28,23 @@ class Share:
         return len(self.rows) if self.weight else 0
 
 
-def shares(rows: Sequence[int], at_most: int, rank: int, ranks: int) -> list[Share]:
+def rank_batches(rows: Sequence[int], at_most: int, rank: int, ranks: int) -> list[RankBatch]:
     """One rank's part of `rows`, at most so many at once; every rank gets equally many shares, whatever divides by what."""
     size = min(at_most, -(-len(rows) // ranks))
     rounds = -(-len(rows) // (size * ranks))
-    own = [list(rows[start : start + size]) for start in range(rank * size, rounds * ranks * size, ranks * size)]
-    return [Share(part or [rows[0]], len(part) * rounds * ranks / len(rows)) for part in own]
+    own = [
+        list(rows[start : start + size])
+        for start in range(rank * size, rounds * ranks * size, ranks * size)
+    ]
+    return [RankBatch(part or [rows[0]], len(part) * rounds * ranks / len(rows)) for part in own]
 
 
 def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:
     """Rows at places `first` to `first + count` of an endless reading of `total` rows, shuffled anew each time round."""
-    return [int(_order(total, seed, place // total)[place % total]) for place in range(first, first + count)]
+    return [
+        int(_order(total, seed, place // total)[place % total])
+        for place in range(first, first + count)
+    ]
 
 
 def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed: int) -> list[int]:
@@ -47,7 +53,9 @@ def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed
     Eight batches' worth of shuffled rows are sorted by length and cut into batches, which come in random order.
     """
     window, place = divmod(step, _BATCHES_SORTED)
-    rows = shuffled_rows(window * _BATCHES_SORTED * batch_size, _BATCHES_SORTED * batch_size, len(lengths), seed)
+    rows = shuffled_rows(
+        window * _BATCHES_SORTED * batch_size, _BATCHES_SORTED * batch_size, len(lengths), seed
+    )
     rows.sort(key=lambda row: lengths[row])
     batch = int(np.random.default_rng((seed, window)).permutation(_BATCHES_SORTED)[place])
     return rows[batch * batch_size : (batch + 1) * batch_size]

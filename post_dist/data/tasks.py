@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from post_dist.config.sources import Task, placeholders
-from post_dist.data.source import read_columns, texts_of
+from post_dist.data.sources import read_columns, texts_of
 from post_dist.errors import InputError
 
 
@@ -40,7 +40,9 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     classes = {label: index for index, label in enumerate(task.labels)}
     rows: dict[str, int | str] = {}
     disputed = set()
-    for number, (text, label) in enumerate(zip(texts_of(table, task.text), table[answer_column].map(str), strict=True), 1):
+    for number, (text, label) in enumerate(
+        zip(texts_of(table, task.text), table[answer_column].map(str), strict=True), 1
+    ):
         if not generates and label not in classes:
             raise InputError(
                 f"{where}: row {number} has a label in column '{task.label_column}' that is not in the verbalizer",
@@ -59,7 +61,9 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     answers = [answer for _, answer in kept]
     texts = [text for text, _ in kept]
     return (
-        Examples(texts, [], [str(answer) for answer in answers]) if generates else Examples(texts, [int(answer) for answer in answers], [])
+        Examples(texts, [], [str(answer) for answer in answers])
+        if generates
+        else Examples(texts, [int(answer) for answer in answers], [])
     )
 
 
@@ -77,4 +81,6 @@ def split_of(text: str, task: Task) -> str:
 
 def _place(text: str, task: Task) -> float:
     """Where a text falls between 0 and 1."""
-    return int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64
+    )

@@ -40,7 +40,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer.to(device))
+        return Batch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.answer.to(device)
+        )
 
 
 class Template:
@@ -58,21 +60,43 @@ class Template:
     """
 
     def __init__(
-        self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, masked: bool, max_response_length: int = 0
+        self,
+        text: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        masked: bool,
+        max_response_length: int = 0,
     ) -> None:
         if masked != ("{mask}" in text):
-            raise InputError(f"template '{text}': {'a masked model needs {mask}' if masked else '{mask} is for masked models'}")
+            raise InputError(
+                f"template '{text}': {'a masked model needs {mask}' if masked else '{mask} is for masked models'}"
+            )
         if not masked and text != text.rstrip():
-            raise InputError(f"template '{text}' ends in white space", "the label words carry the space before them")
+            raise InputError(
+                f"template '{text}' ends in white space",
+                "the label words carry the space before them",
+            )
         if not tokenizer.is_fast:
-            raise InputError("the tokenizer is not a fast one, so long texts cannot be cut", "use a model with a tokenizer.json")
+            raise InputError(
+                "the tokenizer is not a fast one, so long texts cannot be cut",
+                "use a model with a tokenizer.json",
+            )
         self._tokenizer = tokenizer
         self._masked = masked
-        before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition("{text}")
-        self._before, self._after = before.replace("{{", "{").replace("}}", "}"), after.replace("{{", "{").replace("}}", "}")
+        before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition(
+            "{text}"
+        )
+        self._before, self._after = (
+            before.replace("{{", "{").replace("}}", "}"),
+            after.replace("{{", "{").replace("}}", "}"),
+        )
         self.max_length, self.max_response_length = max_length, max_response_length
         if len(self._tokens("")) >= max_length:
-            raise InputError(f"template '{text}' alone fills max_length ({max_length} tokens)", "raise max_length")
+            raise InputError(
+                f"template '{text}' alone fills max_length ({max_length} tokens)",
+                "raise max_length",
+            )
 
     @property
     def longest(self) -> int:
@@ -82,14 +106,25 @@ class Template:
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
         """Tokens of each text in the template, and of the response behind each, if there are responses."""
         rows = [self._encode(text) for text in texts]
-        return [self._with_response(row, text) for row, text in zip(rows, responses, strict=True)] if responses else rows
+        return (
+            [self._with_response(row, text) for row, text in zip(rows, responses, strict=True)]
+            if responses
+            else rows
+        )
 
     def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
         """The tokens of each row's response, [B, R] with R the most that one may have; NO_TOKEN after its end."""
-        return torch.tensor([[*row.response, *[NO_TOKEN] * (self.max_response_length - len(row.response))] for row in rows])
+        return torch.tensor(
+            [
+                [*row.response, *[NO_TOKEN] * (self.max_response_length - len(row.response))]
+                for row in rows
+            ]
+        )
 
     def _with_response(self, row: Encoded, text: str) -> Encoded:
-        tokens = self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids
+        tokens = self._tokenizer(
+            f" {text.strip()}", add_special_tokens=False, verbose=False
+        ).input_ids
         response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
         return Encoded([*row.token_ids, *response], row.answer, response)
 
@@ -106,12 +141,16 @@ class Template:
 
     def _tokens(self, text: str) -> list[int]:
         # Not verbose: a warning of a text too long for the model would say how long a private one is.
-        tokens: list[int] = self._tokenizer(self._before + text + self._after, verbose=False).input_ids
+        tokens: list[int] = self._tokenizer(
+            self._before + text + self._after, verbose=False
+        ).input_ids
         return tokens
 
     def _without_first_tokens(self, text: str, count: int) -> str:
         """The text without its first tokens; cut in the characters, so that the template's tokens stay as they are."""
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+        offsets = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
         # One character may be several tokens, so the cut moves on to where a later character begins.
         cut = next((start for start, _ in offsets[count:] if start > 0), len(text))
         return text[cut:].lstrip()
@@ -119,66 +158,14 @@ class Template:
     def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
         """Pad rows on the right, where a causal model's real tokens never look: to the longest, or to `length` if that is more."""
         longest = max(length, *(len(row.token_ids) for row in rows))
-        padding = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        padding = (
+            self._tokenizer.pad_token_id
+            if self._tokenizer.pad_token_id is not None
+            else self._tokenizer.eos_token_id
+        )
         input_ids = torch.full((len(rows), longest), padding or 0)
         attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for index, row in enumerate(rows):
             input_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
             attention_mask[index, : len(row.token_ids)] = 1
         return Batch(input_ids, attention_mask, torch.tensor([row.answer for row in rows]))
-
-
-class Verbalizer:
-    """Class scores: the mean logit of each class's label words (POST's code; its paper says mean probability).
-
-    Args:
-        label_words: for each class its words.
-        tokenizer: the model's.
-        allow_multi_token: judge a word of several tokens by its first.
-
-    Raises:
-        InputError: a word is several tokens, or stands for two classes.
-    """
-
-    def __init__(self, label_words: tuple[tuple[str, ...], ...], tokenizer: PreTrainedTokenizerBase, *, allow_multi_token: bool) -> None:
-        self.token_ids = [[_word_token(word, tokenizer, allow_multi_token) for word in words] for words in label_words]
-        owner: dict[int, int] = {}
-        for index, ids in enumerate(self.token_ids):
-            for token_id in set(ids):
-                if owner.setdefault(token_id, index) != index:
-                    token = tokenizer.convert_ids_to_tokens(token_id)
-                    raise InputError(f"the label words of classes {owner[token_id]} and {index} share the token '{token}'")
-
-    def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:
-        """Logits [B, V] with each class's label words raised by the class's bias, and so its score; none given, none raised."""
-        lifted = logits_BV.clone() if biases else logits_BV
-        for ids, bias in zip(self.token_ids, biases, strict=bool(biases)):
-            lifted[:, sorted(set(ids))] += bias
-        return lifted
-
-    @property
-    def tokens(self) -> list[int]:
-        """Those of all label words, class by class."""
-        return [token for ids in self.token_ids for token in ids]
-
-    def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B, C] in fp32, or in fp64 where the logits are."""
-        return self.scores_of_tokens(logits_BV[:, self.tokens])
-
-    def scores_of_tokens(self, logits_BK: torch.Tensor) -> torch.Tensor:
-        """The same from the logits of `tokens` alone."""
-        wide = torch.promote_types(logits_BK.dtype, torch.float32)
-        parts = logits_BK.to(wide).split([len(ids) for ids in self.token_ids], dim=1)
-        return torch.stack([part.mean(dim=1) for part in parts], dim=1)
-
-
-def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:
-    """The token that a word begins with when it follows another word."""
-    carrier = tokenizer("a", add_special_tokens=False).input_ids
-    tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
-    if len(tokens) != 1 and not allow_multi_token:
-        pieces = " ".join(tokenizer.convert_ids_to_tokens(tokens))
-        raise InputError(
-            f"the label word '{word}' is {len(tokens)} tokens ({pieces})", "choose another word, or set allow_multi_token: true"
-        )
-    return int(tokens[0])

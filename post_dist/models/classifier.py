@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from post_dist.data.template import Batch, Verbalizer
+from post_dist.data.template import Batch
+from post_dist.data.verbalizer import Verbalizer
 from post_dist.models.language_model import LanguageModel
 
 BIAS_SCALE = 0.3
@@ -41,7 +42,9 @@ def class_losses(
         share_prompt: run a prompt [n, d] once for all rows.
     """
     how = {"share_prompt": share_prompt, "tokens": verbalizer.tokens}
-    scores_BC = verbalizer.scores_of_tokens(model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, **how))
+    scores_BC = verbalizer.scores_of_tokens(
+        model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, **how)
+    )
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias
     return functional.cross_entropy(scores_BC, classes_B, reduction="none")

@@ -37,7 +37,9 @@ class LanguageModel(nn.Module):
         self.masked = masked
         parts = [name for name, _ in model.named_children() if name != model.base_model_prefix]
         if model.base_model is model or len(parts) != 1:
-            raise InputError(f"{type(model).__name__} is not one trunk with one head, so its head cannot be told apart")
+            raise InputError(
+                f"{type(model).__name__} is not one trunk with one head, so its head cannot be told apart"
+            )
         self._head_name = parts[0]
         if not masked and model._supports_attention_backend:
             model.set_attn_implementation(PACKABLE[model.config._attn_implementation])
@@ -56,8 +58,14 @@ class LanguageModel(nn.Module):
     def context_length(self) -> float:
         """Most tokens that the positions reach: any number in BLOOM; RoBERTa's first positions are taken by its padding index."""
         config = self.model.config
-        reserved = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        longest: float = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+        reserved = (
+            (config.pad_token_id or 0) + 1
+            if config.model_type in ("roberta", "xlm-roberta", "camembert")
+            else 0
+        )
+        longest: float = getattr(
+            config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf)
+        )
         return longest - reserved
 
     @property
@@ -96,7 +104,10 @@ class LanguageModel(nn.Module):
             apart = self(input_ids, prompt=prompt_nd, answer=answer).float()
             try:
                 shared = self(input_ids, prompt=prompt_nd, answer=answer, share_prompt=True).float()
-            except (TypeError, AttributeError):  # a forward that takes no further words, or attention that does not know its layer
+            except (
+                TypeError,
+                AttributeError,
+            ):  # a forward that takes no further words, or attention that does not know its layer
                 return False
         return torch.allclose(shared, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
 
@@ -135,7 +146,11 @@ class LanguageModel(nn.Module):
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits under the soft cap, if there is one."""
-        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return (
+            logits
+            if self.logit_cap is None
+            else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        )
 
     def forward(
         self,
@@ -175,11 +190,23 @@ class LanguageModel(nn.Module):
             return self._hidden(self._inputs(input_ids, attention_mask, prompt, prefix) | positions)
         if share_prompt and prompt is not None:
             prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
-            packing = Packing(prompt.shape[-2], len(input_ids) // len(prompts_Gnd), input_ids.shape[1], answer.view(len(prompts_Gnd), -1))
-            inputs, rows, places = self._packed_inputs(input_ids, prompts_Gnd, packing), packing.groups_GB, packing.places_GB
+            packing = Packing(
+                prompt.shape[-2],
+                len(input_ids) // len(prompts_Gnd),
+                input_ids.shape[1],
+                answer.view(len(prompts_Gnd), -1),
+            )
+            inputs, rows, places = (
+                self._packed_inputs(input_ids, prompts_Gnd, packing),
+                packing.groups_GB,
+                packing.places_GB,
+            )
         else:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
-            rows, places = torch.arange(len(answer), device=answer.device), answer + (0 if prompt is None else prompt.shape[-2])
+            rows, places = (
+                torch.arange(len(answer), device=answer.device),
+                answer + (0 if prompt is None else prompt.shape[-2]),
+            )
         with self._last_mlp_at(rows.flatten(), places.flatten()):
             hidden = self._hidden(inputs)[rows.flatten(), places.flatten()]
         hidden = hidden if beside is None else torch.cat([hidden, beside])
@@ -199,7 +226,9 @@ class LanguageModel(nn.Module):
     ) -> dict[str, Any]:
         embeddings = self.embed(input_ids)
         if prompt is not None:
-            embeddings = torch.cat([prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1), embeddings], dim=1)
+            embeddings = torch.cat(
+                [prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1), embeddings], dim=1
+            )
         if not self.masked:
             return {"inputs_embeds": embeddings, **self._cache(prefix, len(input_ids))}
         if attention_mask is None:
@@ -207,15 +236,23 @@ class LanguageModel(nn.Module):
         before = embeddings.shape[1] - attention_mask.shape[1]
         return {
             "inputs_embeds": embeddings,
-            "attention_mask": torch.cat([attention_mask.new_ones(len(input_ids), before), attention_mask], dim=1),
+            "attention_mask": torch.cat(
+                [attention_mask.new_ones(len(input_ids), before), attention_mask], dim=1
+            ),
         }
 
-    def _packed_inputs(self, input_ids: torch.Tensor, prompts_Gnd: torch.Tensor, packing: Packing) -> dict[str, Any]:
+    def _packed_inputs(
+        self, input_ids: torch.Tensor, prompts_Gnd: torch.Tensor, packing: Packing
+    ) -> dict[str, Any]:
         rows = self.embed(input_ids)
         return {
-            "inputs_embeds": torch.cat([prompts_Gnd.to(rows.dtype), rows.view(len(prompts_Gnd), -1, self.width)], dim=1),
+            "inputs_embeds": torch.cat(
+                [prompts_Gnd.to(rows.dtype), rows.view(len(prompts_Gnd), -1, self.width)], dim=1
+            ),
             "position_ids": packing.position_ids_S[None],
-            "attention_mask": rows.new_empty(1, 1, 1, 1),  # of four dimensions, it is left alone; no attention reads it
+            "attention_mask": rows.new_empty(
+                1, 1, 1, 1
+            ),  # of four dimensions, it is left alone; no attention reads it
             "use_cache": False,
             "packing": packing,
         }
@@ -238,7 +275,9 @@ class LanguageModel(nn.Module):
             whole = given[0].shape[:2]
             return (given[0][rows, places][:, None], *given[1:])
 
-        def put_back(module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor:
+        def put_back(
+            module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor
+        ) -> torch.Tensor:
             return made.new_zeros(*whole, made.shape[-1]).index_put((rows, places), made[:, 0])
 
         hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
@@ -255,7 +294,9 @@ class LanguageModel(nn.Module):
         and some families' layers would then drop out at random; here nothing is random, and both times come out alike.
         """
         for layer in self.layers[:-1]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
     def prefix_of(self, prompt_nd: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values of a prompt in every layer, in turn, each [1, heads, n, head width].
@@ -299,9 +340,13 @@ def check_split(language_model: LanguageModel) -> None:
     input_ids = torch.arange(4, 8, device=device)[None]
     with torch.no_grad():
         ours = language_model.head(language_model(input_ids)).float()
-        own = language_model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits.float()
+        own = language_model.model(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
+        ).logits.float()
     if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
-        raise InputError(f"{type(language_model.model).__name__} does more to its logits than post_dist knows of")
+        raise InputError(
+            f"{type(language_model.model).__name__} does more to its logits than post_dist knows of"
+        )
 
 
 def check_documents_apart(language_model: LanguageModel) -> None:
@@ -313,8 +358,12 @@ def check_documents_apart(language_model: LanguageModel) -> None:
     one, other = torch.arange(4, 12, device=language_model.model.device).view(2, 4)
     positions = torch.arange(4, device=one.device).repeat(2, 2)
     with torch.no_grad():
-        hidden = language_model(torch.stack([torch.cat([one, other]), torch.cat([other, one])]), position_ids=positions).float()
-    if not torch.allclose(hidden[0, 4:], hidden[1, :4], rtol=1e-2, atol=1e-2 * float(hidden.abs().max())):
+        hidden = language_model(
+            torch.stack([torch.cat([one, other]), torch.cat([other, one])]), position_ids=positions
+        ).float()
+    if not torch.allclose(
+        hidden[0, 4:], hidden[1, :4], rtol=1e-2, atol=1e-2 * float(hidden.abs().max())
+    ):
         raise InputError(
             f"corpus.separate_documents: in a {type(language_model.model).__name__} packed documents see each other all the same",
             "set corpus.separate_documents: false",
@@ -328,7 +377,13 @@ def layer_list_name(model: PreTrainedModel) -> str:
         InputError: there is none, or there are several.
     """
     wanted = model.config.get_text_config().num_hidden_layers
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    ]
     if len(found) != 1:
-        raise InputError(f"{type(model).__name__} keeps its {wanted} layers in {len(found)} lists, not in one")
+        raise InputError(
+            f"{type(model).__name__} keeps its {wanted} layers in {len(found)} lists, not in one"
+        )
     return found[0]

@@ -24,7 +24,9 @@ def take_out_lower_block(student: LanguageModel, layers: int) -> None:
     student.model.set_input_embeddings(nn.Identity())
 
 
-def forward_above(student: LanguageModel, below_BTd: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
+def forward_above(
+    student: LanguageModel, below_BTd: torch.Tensor, positions_BT: torch.Tensor | None
+) -> torch.Tensor:
     """The last hidden states [B, T, d] of a student without its lower block, from what that made [B, T, d]."""
     (*_, last) = (layer for layer in student.layers if isinstance(layer, Passage))
     last.given = below_BTd  # past whatever the family does to embeddings
@@ -36,7 +38,10 @@ def forward_above(student: LanguageModel, below_BTd: torch.Tensor, positions_BT:
 
 
 def forward_with_below(
-    teacher: LanguageModel, layers: int, input_ids_BT: torch.Tensor, positions_BT: torch.Tensor | None
+    teacher: LanguageModel,
+    layers: int,
+    input_ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The teacher's last hidden states [B, T, d], and what its lowest layers made, [B, T, d], or None for no layers."""
     if not layers:
@@ -63,7 +68,9 @@ class Passage(nn.Module):
         super().__init__()
         self._in_tuple = in_tuple
 
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor | tuple[torch.Tensor]:
         """States [B, T, d], as the layer would give them."""
         handed_on = hidden_states if self.given is None else self.given
         return (handed_on,) if self._in_tuple else handed_on
@@ -73,7 +80,9 @@ class Passage(nn.Module):
 def layers_give_tuples(model: LanguageModel) -> bool:
     """Whether what a layer gives is the first of a tuple, found by running one. All ranks of a sharded model come here together."""
     found: list[bool] = []
-    hook = model.layers[0].register_forward_hook(lambda module, given, made: found.append(isinstance(made, tuple)))
+    hook = model.layers[0].register_forward_hook(
+        lambda module, given, made: found.append(isinstance(made, tuple))
+    )
     try:
         model(torch.full((1, 2), 1, device=model.model.device))
     finally:

@@ -18,7 +18,8 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from post_dist.config.deepspeed import Precision, frozen_settings
+from post_dist.config.deepspeed import frozen_settings
+from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.models.language_model import LanguageModel, check_no_scale
@@ -46,9 +47,14 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
         EnvironmentFault: `offload: nvme` without libaio.
     """
     if engine.quantized_gathers and world.device.type == "cpu":
-        raise InputError("engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU", "leave it out")
+        raise InputError(
+            "engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU", "leave it out"
+        )
     if engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise EnvironmentFault("engine.offload: nvme needs libaio, which is not here", "install libaio-dev, or take offload: cpu")
+        raise EnvironmentFault(
+            "engine.offload: nvme needs libaio, which is not here",
+            "install libaio-dev, or take offload: cpu",
+        )
     group = shard_group(engine, world)
     if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
@@ -58,7 +64,9 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
         family, masked, made_with = model_settings(folder, precision, world.device)
         # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and never for a group of them.
         # It takes the dtype from the settings alone: DeepSpeed 0.19.8 makes any `dtype` bf16 on a CPU.
-        made_in_shards = deepspeed.zero.Init(data_parallel_group=group.process_group, config_dict_or_path=settings)
+        made_in_shards = deepspeed.zero.Init(
+            data_parallel_group=group.process_group, config_dict_or_path=settings
+        )
         # The heap would keep the holes between shards: measured with 2 ranks, a peak of 2.6 shards in place of 1.5.
         with memory_given_back_at_once():
             with no_init_weights(), prevent_arange_dtype_change(), made_in_shards:
@@ -76,7 +84,7 @@ def _largest_weight(folder: Path) -> int:
     sizes = []
     for file in folder.glob("*.safetensors"):
         with _reading(folder), safe_open(file, framework="pt") as weights:
-            sizes += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118 - the handle is no mapping
+            sizes += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]
     return max(sizes)
 
 
@@ -95,17 +103,28 @@ def _fill(model: nn.Module, folder: Path, *, reads: bool) -> None:
     prefix = f"{model.base_model_prefix}."
     for file in sorted(folder.glob("*.safetensors")):
         with _reading(folder), safe_open(file, framework="pt") as weights, torch.no_grad():
-            for stored in weights.keys():  # noqa: SIM118 - the handle is no mapping
-                name = next((name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in places), None)
+            for stored in weights.keys():
+                name = next(
+                    (
+                        name
+                        for name in (stored, prefix + stored, stored.removeprefix(prefix))
+                        if name in places
+                    ),
+                    None,
+                )
                 if name is None:  # a second name of a tied weight, or something of another head
                     continue
                 place, shape = places[name], tuple(weights.get_slice(stored).get_shape())
                 if shape != tuple(getattr(place, "ds_shape", place.shape)):
-                    raise InputError(f"{folder}: {stored} has shape {shape}, which does not fit the configuration")
+                    raise InputError(
+                        f"{folder}: {stored} has shape {shape}, which does not fit the configuration"
+                    )
                 phase(f"loading {stored}")
                 with gathered_from_reader(place):
                     if reads or not isinstance(place, nn.Parameter):
                         place.copy_(weights.get_tensor(stored))
                 missing.discard(name)
     if missing:
-        raise InputError(f"{folder} lacks weights, such as {min(missing)}", "they would be left random")
+        raise InputError(
+            f"{folder} lacks weights, such as {min(missing)}", "they would be left random"
+        )

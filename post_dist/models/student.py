@@ -14,7 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from post_dist.config.schema import Student
 from post_dist.errors import InputError
@@ -43,10 +48,14 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
 
 
 def _listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    wanted = len(section.layers) if isinstance(section.layers, tuple) else int(section.num_layers or 0)
+    wanted = (
+        len(section.layers) if isinstance(section.layers, tuple) else int(section.num_layers or 0)
+    )
     highest = section.layers[-1] if isinstance(section.layers, tuple) else wanted - 1
     if max(wanted, highest + 1) > num_teacher_layers:
-        raise InputError(f"student.layers asks for {wanted} layers up to number {highest}; the teacher has 0 to {num_teacher_layers - 1}")
+        raise InputError(
+            f"student.layers asks for {wanted} layers up to number {highest}; the teacher has 0 to {num_teacher_layers - 1}"
+        )
     if isinstance(section.layers, tuple):
         return section.layers
     if section.layers == "first_last":
@@ -54,16 +63,26 @@ def _listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]
         return (*range(first), *range(num_teacher_layers - (wanted - first), num_teacher_layers))
     block = max(section.frozen_lower_layers, 1)
     apart = (num_teacher_layers - block) / max(wanted - block, 1)
-    return (*range(block), *(block - 1 + round(index * apart) for index in range(1, wanted - block + 1)))
+    return (
+        *range(block),
+        *(block - 1 + round(index * apart) for index in range(1, wanted - block + 1)),
+    )
 
 
 def stand_in_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
     """The layers that a rule or a list names, or for `auto` as many others: a student that costs the same."""
-    return listed_layers(section if section.layers != "auto" else section.model_copy(update={"layers": "even"}), num_teacher_layers)
+    return listed_layers(
+        section if section.layers != "auto" else section.model_copy(update={"layers": "even"}),
+        num_teacher_layers,
+    )
 
 
 def least_harmful_layers(
-    teacher: LanguageModel, batches: list[tuple[torch.Tensor, float]], num_layers: int, frozen_lower_layers: int, world: World
+    teacher: LanguageModel,
+    batches: list[tuple[torch.Tensor, float]],
+    num_layers: int,
+    frozen_lower_layers: int,
+    world: World,
 ) -> tuple[int, ...]:
     """The layers that are left when those are dropped whose removal, one at a time, hurts the last position least.
 
@@ -92,7 +111,9 @@ def least_harmful_layers(
     return tuple(index for index in range(len(teacher.layers)) if index not in dropped)
 
 
-def write_student(folder: Path, teacher_folder: Path, layers: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> None:
+def write_student(
+    folder: Path, teacher_folder: Path, layers: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write the untrained student into `folder`, in Hugging Face format; its config names the layers that were kept.
 
     Raises:
@@ -106,12 +127,14 @@ def write_student(folder: Path, teacher_folder: Path, layers: tuple[int, ...], t
     for file in sorted(teacher_folder.glob("*.safetensors")):
         phase(f"reading the student's weights from {file.name}")
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in weights.keys():
                 match = layer_key.match(name)
                 if match is None:
                     tensors[name] = weights.get_tensor(name)
                 elif int(match[2]) in place:
-                    tensors[f"{match[1]}{prefix}.{place[int(match[2])]}.{match[3]}"] = weights.get_tensor(name)
+                    tensors[f"{match[1]}{prefix}.{place[int(match[2])]}.{match[3]}"] = (
+                        weights.get_tensor(name)
+                    )
     phase("writing the untrained student")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _cut_config(config, layers).save_pretrained(folder)
@@ -129,12 +152,19 @@ def freeze(student: LanguageModel, section: Student) -> None:
         layer.requires_grad_(False)
     inside = {id(parameter) for parameter in student.layers.parameters()}
     head = {id(parameter) for parameter in student.head_module.parameters()}
-    input_embeddings = {id(parameter) for parameter in student.model.get_input_embeddings().parameters()}
+    input_embeddings = {
+        id(parameter) for parameter in student.model.get_input_embeddings().parameters()
+    }
     if head & input_embeddings and section.freeze_embeddings != section.freeze_head:
-        raise InputError("this model's embeddings and head are one tensor", "set freeze_embeddings and freeze_head alike")
+        raise InputError(
+            "this model's embeddings and head are one tensor",
+            "set freeze_embeddings and freeze_head alike",
+        )
     for parameter in student.parameters():
         is_head = id(parameter) in head and id(parameter) not in input_embeddings
-        if id(parameter) not in inside and (section.freeze_head if is_head else section.freeze_embeddings):
+        if id(parameter) not in inside and (
+            section.freeze_head if is_head else section.freeze_embeddings
+        ):
             parameter.requires_grad_(False)
 
 
@@ -165,7 +195,9 @@ def _layer_prefix(config: PretrainedConfig) -> str:
 
 def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise InputError("this model scales attention by the layer's number, which changes when layers are left out")
+        raise InputError(
+            "this model scales attention by the layer's number, which changes when layers are left out"
+        )
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = len(layers)
     cut.post_dist_layers = list(layers)

@@ -7,7 +7,7 @@ Shapes: B rows or sequences, T tokens of one, n prompt tokens, d width, V vocabu
 
 from collections.abc import Iterable
 
-from post_dist.planning.sizes import LayerSize, ModelSize
+from post_dist.models.size import LayerSize, ModelSize
 
 ADAM_BYTES = 12
 """Of a trained weight: a copy and two moments in fp32 (ZeRO, arXiv 1910.02054, section 3)."""
@@ -39,7 +39,14 @@ def head_flops(size: ModelSize, positions: float) -> float:
     return 2 * size.width * size.vocabulary * positions
 
 
-def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, length: float, *, freeze_head: bool = True) -> dict[str, float]:
+def distill_flops(
+    teacher: ModelSize,
+    student: ModelSize,
+    sequences: float,
+    length: float,
+    *,
+    freeze_head: bool = True,
+) -> dict[str, float]:
     """One rank's step of distillation on so many sequences.
 
     The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
@@ -61,9 +68,15 @@ def distill_flops(teacher: ModelSize, student: ModelSize, sequences: float, leng
     }
 
 
-def transfer_tokens(target: ModelSize, rows: float, length: float, prompt: float, *, responses: int) -> float:
+def transfer_tokens(
+    target: ModelSize, rows: float, length: float, prompt: float, *, responses: int
+) -> float:
     """What the target's layers see in a step of the transfer for one prompt: it stands in front of all rows, or of each."""
-    return rows * (prompt + length) if _stands_in_each_row(target, responses) else prompt + rows * length
+    return (
+        rows * (prompt + length)
+        if _stands_in_each_row(target, responses)
+        else prompt + rows * length
+    )
 
 
 def _stands_in_each_row(target: ModelSize, responses: int) -> bool:
@@ -71,7 +84,14 @@ def _stands_in_each_row(target: ModelSize, responses: int) -> bool:
 
 
 def transfer_flops(
-    target: ModelSize, student: ModelSize, rows: float, length: float, prompt: float, *, by_classes: bool, responses: int = 0
+    target: ModelSize,
+    student: ModelSize,
+    rows: float,
+    length: float,
+    prompt: float,
+    *,
+    by_classes: bool,
+    responses: int = 0,
 ) -> dict[str, float]:
     """One rank's step of the transfer for one prompt, its rows behind it in one sequence where that can be.
 
@@ -96,10 +116,19 @@ def transfer_flops(
         products = forward_flops(target, rows, prompt + length) - attention
     else:
         *lower, last = target.layers
-        products = 2 * sum(layer.attention + layer.mlp for layer in lower) * tokens + 2 * last.attention * tokens + 2 * last.mlp * rows
-        of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(target, prompt, prompt)
+        products = (
+            2 * sum(layer.attention + layer.mlp for layer in lower) * tokens
+            + 2 * last.attention * tokens
+            + 2 * last.mlp * rows
+        )
+        of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(
+            target, prompt, prompt
+        )
         attention = len(lower) * of_lower + attention_flops(target, rows, prompt + length)
-    return {"forward": products + attention + head + constants, "backward": products + 2 * attention + head}
+    return {
+        "forward": products + attention + head + constants,
+        "backward": products + 2 * attention + head,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes on the wires
@@ -116,7 +145,15 @@ def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
 
 
 def distill_bytes(
-    teacher: ModelSize, trained: int, student: ModelSize, *, zero_stage: int, group: int, ranks: int, passes: int, bytes_each: float
+    teacher: ModelSize,
+    trained: int,
+    student: ModelSize,
+    *,
+    zero_stage: int,
+    group: int,
+    ranks: int,
+    passes: int,
+    bytes_each: float,
 ) -> dict[str, float]:
     """What a rank takes in during a step of distillation.
 
@@ -141,12 +178,16 @@ def distill_bytes(
     return found
 
 
-def transfer_bytes(target: ModelSize, prompt: int, *, group: int, ranks: int, bytes_each: float) -> dict[str, float]:
+def transfer_bytes(
+    target: ModelSize, prompt: int, *, group: int, ranks: int, bytes_each: float
+) -> dict[str, float]:
     """What a rank takes in during a step of the transfer.
 
     The target once for the forward and, without its embedding, once for the backward; and the prompt's gradient, in fp32.
     """
-    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(target.without_one_table.weights, group, bytes_each)
+    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(
+        target.without_one_table.weights, group, bytes_each
+    )
     return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
 
 

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from post_dist.config.deepspeed import Precision
+from post_dist.config.precision import Precision
 from post_dist.config.sources import PositiveFloat, PositiveInt, Section
 from post_dist.errors import InputError
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Link(Section):
@@ -34,11 +34,11 @@ class Host(Section):
 class Reached(Section):
     """The share of each peak figure that a program reaches."""
 
-    compute: Share
-    memory: Share
-    node: Share
-    network: Share
-    host: Share
+    compute: Fraction
+    memory: Fraction
+    node: Fraction
+    network: Fraction
+    host: Fraction
 
 
 class Hardware(Section):
@@ -61,7 +61,10 @@ class Hardware(Section):
             InputError: nothing is known of this precision.
         """
         if precision not in self.teraflops:
-            raise InputError(f"the hardware file says nothing of {precision}", f"it knows {', '.join(self.teraflops)}")
+            raise InputError(
+                f"the hardware file says nothing of {precision}",
+                f"it knows {', '.join(self.teraflops)}",
+            )
         return self.teraflops[precision] * 1e12 * self.share.compute
 
     def bytes_per_second(self, link: Literal["node", "network"]) -> float:
@@ -106,7 +109,9 @@ class Machine:
         if ranks == 1:
             return 0.0
         link = self.link(ranks)
-        return received_bytes / self.hardware.bytes_per_second(link) + calls * self.hardware.latency_seconds(link)
+        return received_bytes / self.hardware.bytes_per_second(
+            link
+        ) + calls * self.hardware.latency_seconds(link)
 
 
 def read_hardware(name: str, file: Path | None) -> Hardware:
@@ -120,11 +125,19 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
         try:
             entries |= yaml.safe_load(file.read_text())
         except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
-            raise InputError(f"cannot read the hardware file {file}", "post_dist/planning/hardware.yaml shows its form") from None
+            raise InputError(
+                f"cannot read the hardware file {file}",
+                "post_dist/planning/hardware.yaml shows its form",
+            ) from None
     if name not in entries:
-        raise InputError(f"no GPU is called {name}", f"known: {', '.join(entries)}; --hardware FILE brings others")
+        raise InputError(
+            f"no GPU is called {name}",
+            f"known: {', '.join(entries)}; --hardware FILE brings others",
+        )
     try:
         return Hardware.model_validate(entries[name])
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{file or name}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}") from None
+        raise InputError(
+            f"{file or name}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}"
+        ) from None

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
-from post_dist.losses import LOGITS_AT_ONCE
+from post_dist.losses.distillation import LOGITS_AT_ONCE
+from post_dist.models.size import ModelSize
 from post_dist.planning import cost
-from post_dist.planning.sizes import ModelSize
 
 GIB = 2**30
 GATHERED = ("gathered_weights", "weights_on_their_way")
@@ -22,10 +22,14 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
     settings = preset("frozen_zero3")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
     coming = min(size.parameters, settings["stage3_prefetch_bucket_size"])
-    return held | dict(zip(GATHERED, (whole * bytes_each / GIB, coming * bytes_each / GIB), strict=True))
+    return held | dict(
+        zip(GATHERED, (whole * bytes_each / GIB, coming * bytes_each / GIB), strict=True)
+    )
 
 
-def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: int, tokens: float, bytes_each: int) -> dict[str, float]:
+def student_memory(
+    engine: Engine, student: ModelSize, trained: int, *, ranks: int, tokens: float, bytes_each: int
+) -> dict[str, float]:
     """Of the model that is trained: weights, gradients and optimizer by the ZeRO stage, activations of trained layers, logits of one piece.
 
     Args:
@@ -37,7 +41,11 @@ def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: i
         bytes_each: of a weight.
     """
     stage = engine.zero_stage
-    over = {"weights": ranks if stage == 3 else 1, "gradients": ranks if stage >= 2 else 1, "optimizer": ranks if stage >= 1 else 1}
+    over = {
+        "weights": ranks if stage == 3 else 1,
+        "gradients": ranks if stage >= 2 else 1,
+        "optimizer": ranks if stage >= 1 else 1,
+    }
     kept = student.width if engine.activation_checkpointing else cost.activation_elements(student)
     # DeepSpeed keeps no copy of fp32 weights where it shards nothing.
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
@@ -46,8 +54,12 @@ def student_memory(engine: Engine, student: ModelSize, trained: int, *, ranks: i
         "student_gathered": student.parameters * bytes_each * (stage == 3 and ranks > 1),
         "student_gradients": trained * bytes_each / over["gradients"],
         "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
-        "student_optimizer": 0.0 if engine.offload_optimizer else of_adam * trained / over["optimizer"],
-        "activations": (len(student.layers) * kept + cost.activation_elements(student)) * tokens * bytes_each,
+        "student_optimizer": 0.0
+        if engine.offload_optimizer
+        else of_adam * trained / over["optimizer"],
+        "activations": (len(student.layers) * kept + cost.activation_elements(student))
+        * tokens
+        * bytes_each,
         "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,
     }
     return {part: size / GIB for part, size in held.items()}
@@ -57,4 +69,6 @@ def fullest(memory: Mapping[str, float], moments: Sequence[Sequence[str]]) -> fl
     """What is held at the fullest of some moments, each given by the parts that are not always there."""
     passing = {part for moment in moments for part in moment}
     always = sum(gib for part, gib in memory.items() if part not in passing)
-    return always + max((sum(memory.get(part, 0.0) for part in moment) for moment in moments), default=0.0)
+    return always + max(
+        (sum(memory.get(part, 0.0) for part in moment) for moment in moments), default=0.0
+    )

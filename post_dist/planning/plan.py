@@ -6,15 +6,17 @@ Every figure is a formula's (`cost.py`) with the hardware's (`hardware.yaml`): a
 from dataclasses import replace
 from typing import Any
 
-from post_dist.config.deepspeed import Precision
+from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
+from post_dist.models.size import ModelSize
 from post_dist.planning.hardware import Machine
-from post_dist.planning.simulate import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
-from post_dist.planning.sizes import ModelSize
+from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.stages import distill, models_of, transfer, tune
 
 
-def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, Any]:
+def plan_run(
+    config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision
+) -> dict[str, Any]:
     """What the run takes.
 
     Returns:
@@ -23,7 +25,9 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
     """
     models = models_of(config, teacher)
     stages = [stage(config, models, machine, precision) for stage in (distill, tune, transfer)]
-    conflicts = [f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]]
+    conflicts = [
+        f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]
+    ]
     return {
         "gpus": machine.ranks,
         "precision": precision,
@@ -50,7 +54,9 @@ def plan_run(config: RunConfig, teacher: ModelSize, machine: Machine, precision:
     }
 
 
-def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision) -> dict[str, str] | None:
+def nearest_that_fits(
+    config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision
+) -> dict[str, str] | None:
     """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None.
 
     None of them brings another conflict along.
@@ -63,8 +69,12 @@ def nearest_that_fits(config: RunConfig, teacher: ModelSize, machine: Machine, p
     smaller = (rows for rows in (4, 2, 1) if rows < config.distill.micro_batch_size_per_gpu)
     candidates = [("distill", {"micro_batch_size_per_gpu": rows}, machine) for rows in smaller]
     candidates += [("engine", changes, machine) for changes in layouts]
-    more_nodes = (replace(machine, nodes=nodes) for nodes in (2, 4, 8, 16, 32, 64) if nodes > machine.nodes)
-    candidates += [("engine", {"shard_group": "all"} | checkpointing, place) for place in more_nodes]
+    more_nodes = (
+        replace(machine, nodes=nodes) for nodes in (2, 4, 8, 16, 32, 64) if nodes > machine.nodes
+    )
+    candidates += [
+        ("engine", {"shard_group": "all"} | checkpointing, place) for place in more_nodes
+    ]
     known = set(plan_run(config, teacher, machine, precision)["conflicts"])
     for name, changes, place in candidates:
         section = getattr(config, name).model_copy(update=changes)

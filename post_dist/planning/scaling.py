@@ -10,20 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.manifest import writing
-from post_dist.config.deepspeed import Precision
+from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
+from post_dist.files import writing
+from post_dist.models.size import ModelSize
 from post_dist.planning.hardware import Machine
 from post_dist.planning.plan import plan_run
-from post_dist.planning.sizes import ModelSize
 
 _RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}
 _Stages = dict[str, dict[str, Any]]
 """By name, what is planned or measured of a step."""
 
 
-def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision, gpus: Sequence[int]) -> list[dict[str, Any]]:
+def planned(
+    config: RunConfig,
+    teacher: ModelSize,
+    machine: Machine,
+    precision: Precision,
+    gpus: Sequence[int],
+) -> list[dict[str, Any]]:
     """The rows of a plan, on each number of GPUs.
 
     Raises:
@@ -32,7 +38,10 @@ def planned(config: RunConfig, teacher: ModelSize, machine: Machine, precision: 
     in_node = machine.gpus_per_node
     uneven = [count for count in gpus if count > in_node and count % in_node]
     if uneven:
-        raise InputError(f"--sweep: {uneven[0]} GPUs are not whole nodes of {in_node}", "take multiples of them, or less than one")
+        raise InputError(
+            f"--sweep: {uneven[0]} GPUs are not whole nodes of {in_node}",
+            "take multiples of them, or less than one",
+        )
     rows: list[dict[str, Any]] = []
     for kind in ("strong", "weak"):
         points: list[tuple[int, _Stages]] = []
@@ -56,22 +65,36 @@ def measured(files: Sequence[Path]) -> list[dict[str, Any]]:
         return [f"{stage}: straggler {found['straggler']}"] if found["straggler"] else []
 
     try:
-        files_found = sorted((json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"]))
+        files_found = sorted(
+            (json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"])
+        )
         rows: list[dict[str, Any]] = []
         for kind in ("strong", "weak"):
             # On one rank, the two are the same and measured once.
             points: list[tuple[int, _Stages]] = [
-                (each["ranks"], {row["stage"]: row for row in each["rows"] if row["scaling"] == kind or each["ranks"] == 1})
+                (
+                    each["ranks"],
+                    {
+                        row["stage"]: row
+                        for row in each["rows"]
+                        if row["scaling"] == kind or each["ranks"] == 1
+                    },
+                )
                 for each in files_found
             ]
             rows += _rows(kind, points, stragglers)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
-        raise InputError("not all of these files are measurements", "`post-dist bench scale RUN.yaml --write FILE` makes them") from None
+        raise InputError(
+            "not all of these files are measurements",
+            "`post-dist bench scale RUN.yaml --write FILE` makes them",
+        ) from None
     return rows
 
 
 def _rows(
-    kind: str, points: Sequence[tuple[int, _Stages]], conflicts: Callable[[str, dict[str, Any]], list[str]]
+    kind: str,
+    points: Sequence[tuple[int, _Stages]],
+    conflicts: Callable[[str, dict[str, Any]], list[str]],
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of GPUs; the efficiency is over the first."""
     fewest, first = points[0]
@@ -79,24 +102,41 @@ def _rows(
         row: dict[str, Any] = {"scaling": kind, "gpus": gpus}
         for stage, rate in _RATES.items():
             efficiency = stages[stage][rate] / first[stage][rate] * fewest / gpus
-            row |= {f"{stage}_step_seconds": stages[stage]["step_seconds"], f"{stage}_efficiency": efficiency}
-        yield row | {"conflicts": [problem for stage in _RATES for problem in conflicts(stage, stages[stage])]}
+            row |= {
+                f"{stage}_step_seconds": stages[stage]["step_seconds"],
+                f"{stage}_efficiency": efficiency,
+            }
+        yield row | {
+            "conflicts": [
+                problem for stage in _RATES for problem in conflicts(stage, stages[stage])
+            ]
+        }
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as text."""
     told = []
     for row in rows:
-        steps = ((stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in _RATES)
-        rates = ", ".join(f"{stage} {seconds:.4g} s a step ({efficiency:.0%})" for stage, seconds, efficiency in steps)
-        told.append("; ".join([f"{row['scaling']} scaling, {row['gpus']} GPUs: {rates}", *row["conflicts"]]))
+        steps = (
+            (stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in _RATES
+        )
+        rates = ", ".join(
+            f"{stage} {seconds:.4g} s a step ({efficiency:.0%})"
+            for stage, seconds, efficiency in steps
+        )
+        told.append(
+            "; ".join([f"{row['scaling']} scaling, {row['gpus']} GPUs: {rates}", *row["conflicts"]])
+        )
     return told
 
 
 def grown(config: RunConfig, times: float) -> RunConfig:
     """The run with so many times the rows in each step of distill and of transfer."""
     sections = {
-        name: getattr(config, name).model_copy(update={"batch_size": round(getattr(config, name).batch_size * times)}) for name in _RATES
+        name: getattr(config, name).model_copy(
+            update={"batch_size": round(getattr(config, name).batch_size * times)}
+        )
+        for name in _RATES
     }
     return config.model_copy(update=sections)
 
@@ -115,7 +155,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         chosen = [row for row in rows if row["scaling"] == kind]
         for stage in _RATES:
             values = [row[f"{stage}_efficiency"] for row in chosen]
-            axes.plot([row["gpus"] for row in chosen], values, style, marker="o", label=f"{stage}, {kind}")
+            axes.plot(
+                [row["gpus"] for row in chosen], values, style, marker="o", label=f"{stage}, {kind}"
+            )
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("GPUs")

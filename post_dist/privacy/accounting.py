@@ -14,14 +14,19 @@ from functools import cache, lru_cache
 import numpy as np
 from absl import logging as absl_logging
 from dp_accounting import rdp
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
+from dp_accounting.pld.privacy_loss_distribution import (
+    PrivacyLossDistribution,
+    from_gaussian_mechanism,
+)
 from scipy.optimize import brentq
 
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.privacy.plan import PrivacyPlan, plan_fields
 
-absl_logging.set_verbosity(absl_logging.ERROR)  # RDP warns of each order that it drops; fewer orders only raise its bound
+absl_logging.set_verbosity(
+    absl_logging.ERROR
+)  # RDP warns of each order that it drops; fewer orders only raise its bound
 
 _FINE, _COARSE = 1e-4, 1e-3
 """Discretisation of the privacy loss: for figures that are stated, and for the search of sigma (within 6e-4 of each other)."""
@@ -61,7 +66,10 @@ def private_plan(config: RunConfig) -> PrivacyPlan:
     if section.noise_multiplier is not None:
         return PrivacyPlan(noise_multiplier=section.noise_multiplier, **fields)
     if section.target_epsilon is None:
-        raise InputError("privacy: give target_epsilon or noise_multiplier", "for example --set privacy.target_epsilon=8")
+        raise InputError(
+            "privacy: give target_epsilon or noise_multiplier",
+            "for example --set privacy.target_epsilon=8",
+        )
     return _calibrated(tuple(fields.items()), section.target_epsilon)
 
 
@@ -71,7 +79,11 @@ def private_plans(config: RunConfig) -> list[PrivacyPlan]:
     Raises:
         InputError: see `private_plan`.
     """
-    return [private_plan(config.model_copy(update={"privacy": section})) for section in config.all_privacy if section.enabled]
+    return [
+        private_plan(config.model_copy(update={"privacy": section}))
+        for section in config.all_privacy
+        if section.enabled
+    ]
 
 
 @cache
@@ -90,18 +102,26 @@ def account(plan: PrivacyPlan) -> Account:
     }
     pld, prv = checks["pld"], checks["prv"]
     if pld > checks["rdp"] or not prv - _PRV_BELOW <= pld <= prv + _PRV_ABOVE:
-        raise PrivacyRefused(f"the accountants disagree on epsilon: {checks}", "report this plan as a bug")
+        raise PrivacyRefused(
+            f"the accountants disagree on epsilon: {checks}", "report this plan as a bug"
+        )
     deltas = {"1e-06": 1e-6}
     if plan.declared_examples is not None:
         deltas["1 / (100 declared_examples)"] = 1 / (100 * plan.declared_examples)
     if plan.mean_trials is None:
         at = {name: float(losses.get_epsilon_for_delta(delta)) for name, delta in deltas.items()}
         epsilons = np.linspace(0, 20, 401)
-        rate = _true_positive_rate(zip(epsilons, losses.get_delta_for_epsilon(epsilons), strict=True))
-        return Account(checks.pop("pld"), f"PLD (dp-accounting, discretisation {_FINE:g})", checks, at, rate)
+        rate = _true_positive_rate(
+            zip(epsilons, losses.get_delta_for_epsilon(epsilons), strict=True)
+        )
+        return Account(
+            checks.pop("pld"), f"PLD (dp-accounting, discretisation {_FINE:g})", checks, at, rate
+        )
     whole = _rdp([plan])
     at = {name: float(whole.get_epsilon(delta)) for name, delta in deltas.items()}
-    rate = _true_positive_rate((float(whole.get_epsilon(delta)), float(delta)) for delta in np.logspace(-12, -1, 45))
+    rate = _true_positive_rate(
+        (float(whole.get_epsilon(delta)), float(delta)) for delta in np.logspace(-12, -1, 45)
+    )
     epsilon = float(whole.get_epsilon(plan.delta))
     return Account(epsilon, "RDP of repeat-and-select (dp-accounting)", checks, at, rate)
 
@@ -140,7 +160,10 @@ def _calibrated(fields: tuple[tuple[str, object], ...], target: float) -> Privac
 
     least, most = (math.log(sigma) for sigma in _SIGMA_RANGE)
     if excess(most) > 0:
-        raise InputError(f"privacy.target_epsilon: no noise multiplier up to {_SIGMA_RANGE[1]:g} reaches {target:g}", "take fewer steps")
+        raise InputError(
+            f"privacy.target_epsilon: no noise multiplier up to {_SIGMA_RANGE[1]:g} reaches {target:g}",
+            "take fewer steps",
+        )
     high = max(least, min(most, 0.0))
     while excess(high) > 0:
         high = min(most, high + 0.5)
@@ -163,11 +186,17 @@ def _calibrated(fields: tuple[tuple[str, object], ...], target: float) -> Privac
 @lru_cache(maxsize=4)
 def _losses(plan: PrivacyPlan, interval: float) -> PrivacyLossDistribution:
     """The privacy loss distribution of one run, and of its score in a search."""
-    step = from_gaussian_mechanism(plan.noise_multiplier, value_discretization_interval=interval, sampling_prob=plan.sampling_probability)
+    step = from_gaussian_mechanism(
+        plan.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=plan.sampling_probability,
+    )
     run = step.self_compose(plan.steps)
     if plan.score_noise_multiplier is None:
         return run
-    return run.compose(from_gaussian_mechanism(plan.score_noise_multiplier, value_discretization_interval=interval))
+    return run.compose(
+        from_gaussian_mechanism(plan.score_noise_multiplier, value_discretization_interval=interval)
+    )
 
 
 def _rdp(plans: Sequence[PrivacyPlan]) -> rdp.RdpAccountant:
@@ -186,7 +215,9 @@ def _prv_epsilon(plan: PrivacyPlan) -> float:
     if plan.score_noise_multiplier is not None:
         accountant.history.append((plan.score_noise_multiplier, 1.0, 1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it takes logarithms of zero where their value is not used
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # it takes logarithms of zero where their value is not used
         return float(accountant.get_epsilon(plan.delta))
 
 
@@ -194,5 +225,10 @@ def _true_positive_rate(profile: Iterable[tuple[float, float]]) -> float:
     """The most true positives of any attack at 1% false positives, from pairs of epsilon and delta (Kairouz et al. 2015)."""
     false = FALSE_POSITIVE_RATE
     return float(
-        min(min(1.0, math.exp(epsilon) * false + delta, 1 - math.exp(-epsilon) * (1 - delta - false)) for epsilon, delta in profile)
+        min(
+            min(
+                1.0, math.exp(epsilon) * false + delta, 1 - math.exp(-epsilon) * (1 - delta - false)
+            )
+            for epsilon, delta in profile
+        )
     )

@@ -52,11 +52,16 @@ def audit(config: RunConfig) -> dict[str, Any]:
     plan = private_plan(config)
     claim = account(replace(plan, mean_trials=None, score_noise_multiplier=None)).epsilon
     if claim > _MOST_CLAIM:
-        raise InputError(f"an audit needs too many canaries to tell epsilon {claim:.1f} from no privacy", f"it can up to {_MOST_CLAIM:g}")
+        raise InputError(
+            f"an audit needs too many canaries to tell epsilon {claim:.1f} from no privacy",
+            f"it can up to {_MOST_CLAIM:g}",
+        )
     runs = max(_LEAST_RUNS, math.ceil(2 * 2 * 3.7 * math.exp(claim + _SPARE) / _CANARIES) + 1)
     sources = [RandomSource(f"audit {number}", secrets.token_bytes(32)) for number in range(runs)]
     bound = lower_bound(*_scores(plan, sources), plan.delta)
-    control = lower_bound(*_scores(plan, [_NoNoise(source.run, source.key) for source in sources]), plan.delta)
+    control = lower_bound(
+        *_scores(plan, [_NoNoise(source.run, source.key) for source in sources]), plan.delta
+    )
     return {
         "epsilon_claimed": claim,
         "epsilon_lower_bound": bound,
@@ -76,7 +81,9 @@ def _scores(plan: PrivacyPlan, sources: list[RandomSource]) -> tuple[np.ndarray,
     return np.concatenate(members), np.concatenate(others)
 
 
-def canary_scores(plan: PrivacyPlan, source: RandomSource, canaries: int = _CANARIES) -> tuple[np.ndarray, np.ndarray]:
+def canary_scores(
+    plan: PrivacyPlan, source: RandomSource, canaries: int = _CANARIES
+) -> tuple[np.ndarray, np.ndarray]:
     """One run of the training step for all of the plan's steps, with canaries alone.
 
     Returns:
@@ -113,7 +120,11 @@ def lower_bound(members: np.ndarray, others: np.ndarray, delta: float) -> float:
 def _thresholds(members: np.ndarray, others: np.ndarray, delta: float) -> list[tuple[float, float]]:
     """For each of many thresholds the bound that it would give, and the threshold."""
     everything = np.sort(np.concatenate([members, others]))
-    ends = np.unique(np.concatenate([everything[:: max(1, len(everything) // 400)], everything[:50], everything[-50:]]))
+    ends = np.unique(
+        np.concatenate(
+            [everything[:: max(1, len(everything) // 400)], everything[:50], everything[-50:]]
+        )
+    )
     middles = np.append((ends[1:] + ends[:-1]) / 2, [ends[0] - 1, ends[-1] + 1])
     return [(_bound(members, others, threshold, delta), float(threshold)) for threshold in middles]
 

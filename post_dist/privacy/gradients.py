@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from post_dist.data.template import Batch, Verbalizer
+from post_dist.data.template import Batch
+from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.classifier import class_losses
+from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.writer import response_losses
 
 _SHARE_FROM_TOKENS = 20
 """Shorter prompts cost more as a shared prefix than as part of each row (measured on a CPU, texts of 40 tokens)."""
@@ -33,7 +34,14 @@ class ExampleGradients:
         share_prefix: compute the prompt's keys and values once; for causal models.
     """
 
-    def __init__(self, model: LanguageModel, verbalizer: Verbalizer, parameters: Sequence[torch.Tensor], *, share_prefix: bool) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        verbalizer: Verbalizer,
+        parameters: Sequence[torch.Tensor],
+        *,
+        share_prefix: bool,
+    ) -> None:
         self._model = model
         self._verbalizer = verbalizer
         self._bias = parameters[1].detach() if len(parameters) > 1 else None
@@ -48,19 +56,33 @@ class ExampleGradients:
             wanted: their classes [B], or the tokens of their responses [B, R].
         """
         rows = len(wanted)
-        biases = [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
+        biases = (
+            [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
+        )
         sources = [self._prompt_nd.detach()[None]] if self._prefix is None else self._prefix
-        copies = [source.detach().expand(rows, *source.shape[1:]).requires_grad_(True) for source in sources]
+        copies = [
+            source.detach().expand(rows, *source.shape[1:]).requires_grad_(True)
+            for source in sources
+        ]
         place = {"prompt": copies[0]} if self._prefix is None else {"prefix": copies}
         if wanted.dim() == 2:
             losses_B = response_losses(self._model, batch, wanted, **place)  # type: ignore[arg-type]
         else:
-            losses_B = class_losses(self._model, self._verbalizer, batch, wanted, bias=biases[0] if biases else None, **place)  # type: ignore[arg-type]
+            losses_B = class_losses(
+                self._model,
+                self._verbalizer,
+                batch,
+                wanted,
+                bias=biases[0] if biases else None,
+                **place,
+            )  # type: ignore[arg-type]
         gradients = torch.autograd.grad(losses_B.sum(), [*copies, *biases])
         of_copies, of_biases = gradients[: len(copies)], gradients[len(copies) :]
         if self._prefix is not None:
             cotangents = [part.unsqueeze(1) for part in of_copies]
-            of_copies = torch.autograd.grad(self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True)
+            of_copies = torch.autograd.grad(
+                self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
+            )
         return [*of_copies, *of_biases]
 
 
@@ -69,10 +91,16 @@ def sharing_is_faster(model: LanguageModel, num_virtual_tokens: int) -> bool:
 
     On an H200 a step of 128 rows behind 100 tokens took 2.9 times as long with it in bf16, and 1.08 times in fp32.
     """
-    return not model.masked and model.model.device.type == "cpu" and num_virtual_tokens >= _SHARE_FROM_TOKENS
+    return (
+        not model.masked
+        and model.model.device.type == "cpu"
+        and num_virtual_tokens >= _SHARE_FROM_TOKENS
+    )
 
 
-def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, wanted: torch.Tensor, length: int) -> None:
+def check_rows_are_alone(
+    gradients: ExampleGradients, model: LanguageModel, wanted: torch.Tensor, length: int
+) -> None:
     """Check on random tokens that a row's gradient does not depend on the other rows, which all of the privacy rests on.
 
     Args:
@@ -86,10 +114,17 @@ def check_rows_are_alone(gradients: ExampleGradients, model: LanguageModel, want
     """
     device = model.model.device
     generator = torch.Generator(device).manual_seed(0)
-    first, second = torch.randint(model.vocabulary_size, (2, len(wanted), length), generator=generator, device=device)
+    first, second = torch.randint(
+        model.vocabulary_size, (2, len(wanted), length), generator=generator, device=device
+    )
     second[0] = first[0]
-    answer_B = torch.full((len(wanted),), length - (1 if wanted.dim() == 1 else wanted.shape[1]), device=device)
-    one, other = (gradients(Batch(ids, torch.ones_like(ids), answer_B), wanted.to(device))[0][0] for ids in (first, second))
+    answer_B = torch.full(
+        (len(wanted),), length - (1 if wanted.dim() == 1 else wanted.shape[1]), device=device
+    )
+    one, other = (
+        gradients(Batch(ids, torch.ones_like(ids), answer_B), wanted.to(device))[0][0]
+        for ids in (first, second)
+    )
     if (one - other).norm() > _ALONE * one.norm():
         raise InputError(
             f"{type(model.model).__name__} lets rows of a batch change each other's gradients, so no clip can bound what one row does",

@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.manifest import writing
 from post_dist.config.schema import RunConfig
-from post_dist.errors import ArtefactRefused, EnvironmentFault, InputError, PrivacyRefused
+from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError, PrivacyRefused
+from post_dist.files import writing
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.plan import PrivacyPlan
 
@@ -73,7 +73,10 @@ def ledger_path(config: RunConfig) -> Path:
     if config.privacy.ledger is not None:
         return config.privacy.ledger
     if config.private_task is None or config.private_task.path is None:
-        raise InputError("privacy.ledger is missing: private data that are no local file need one", "name a file that stays with the data")
+        raise InputError(
+            "privacy.ledger is missing: private data that are no local file need one",
+            "name a file that stays with the data",
+        )
     return config.private_task.path.with_name(f"{config.private_task.path.name}.ledger.jsonl")
 
 
@@ -82,7 +85,7 @@ def read_ledger(path: Path) -> dict[str, Spending]:
 
     Raises:
         InputError: it cannot be read.
-        ArtefactRefused: a row is not one, or does not follow from the row before it.
+        ArtifactRefused: a row is not one, or does not follow from the row before it.
     """
     return _spendings(_lines(path), path)
 
@@ -113,8 +116,16 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
         }
         for run, spending in spendings.items()
     ]
-    total = composed_epsilon([plan for spending in spendings.values() for plan in spending.plans()], delta)
-    return {"ledger": str(path), "epsilon": total, "delta": delta, "private": total < math.inf, "runs": runs}
+    total = composed_epsilon(
+        [plan for spending in spendings.values() for plan in spending.plans()], delta
+    )
+    return {
+        "ledger": str(path),
+        "epsilon": total,
+        "delta": delta,
+        "private": total < math.inf,
+        "runs": runs,
+    }
 
 
 class LedgerRun:
@@ -128,19 +139,36 @@ class LedgerRun:
         cap: the epsilon that all runs together may reach, or None.
 
     Raises:
-        ArtefactRefused: the ledger has been changed.
+        ArtifactRefused: the ledger has been changed.
         PrivacyRefused: the run would pass the cap, or has begun with another plan.
     """
 
-    def __init__(self, path: Path, descriptor: int, run: str, plan: PrivacyPlan, cap: float | None) -> None:
-        self._path, self._descriptor, self._run, self._plan, self._cap = path, descriptor, run, plan, cap
+    def __init__(
+        self, path: Path, descriptor: int, run: str, plan: PrivacyPlan, cap: float | None
+    ) -> None:
+        self._path, self._descriptor, self._run, self._plan, self._cap = (
+            path,
+            descriptor,
+            run,
+            plan,
+            cap,
+        )
         lines = _lines(path)
         self._previous = _digest(lines[-1]) if lines else _START
         self._spendings = _spendings(lines, path)
-        own = self._spendings.get(run) or Spending(plan, datetime.now(UTC).isoformat(timespec="seconds"))
+        own = self._spendings.get(run) or Spending(
+            plan, datetime.now(UTC).isoformat(timespec="seconds")
+        )
         if own.plan != plan:
-            raise PrivacyRefused(f"{path} has this run with another plan than it would go on with", "start anew with --resume never")
-        self._check_cap(replace(own, intents={(0, step): {"planned"} for step in range(plan.steps)} | own.intents))
+            raise PrivacyRefused(
+                f"{path} has this run with another plan than it would go on with",
+                "start anew with --resume never",
+            )
+        self._check_cap(
+            replace(
+                own, intents={(0, step): {"planned"} for step in range(plan.steps)} | own.intents
+            )
+        )
         if run not in self._spendings:
             self._append(row="opened", run=run, opened=own.opened, plan=asdict(plan))
             self._spendings[run] = own
@@ -182,7 +210,12 @@ class LedgerRun:
     def _check_cap(self, own: Spending) -> None:
         if self._cap is None:
             return
-        others = [plan for run, spending in self._spendings.items() if run != self._run for plan in spending.plans()]
+        others = [
+            plan
+            for run, spending in self._spendings.items()
+            if run != self._run
+            for plan in spending.plans()
+        ]
         total = composed_epsilon([*others, *own.plans()], self._plan.delta)
         if total > self._cap:
             raise PrivacyRefused(
@@ -194,7 +227,9 @@ class LedgerRun:
         line = json.dumps({**row, "previous": self._previous})
         data, size = f"{line}\n".encode(), os.fstat(self._descriptor).st_size
         with writing(self._path):
-            if os.write(self._descriptor, data) < len(data):  # so does a full disk say it, where it has room for a part
+            if os.write(self._descriptor, data) < len(
+                data
+            ):  # so does a full disk say it, where it has room for a part
                 os.ftruncate(self._descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._descriptor)
@@ -213,14 +248,22 @@ def lock_ledger(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise InputError(f"cannot write the privacy ledger {path}: {error.strerror}", "set privacy.ledger to a file that stays") from None
+        raise InputError(
+            f"cannot write the privacy ledger {path}: {error.strerror}",
+            "set privacy.ledger to a file that stays",
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PrivacyRefused(f"another run spends from {path}", "wait until it has ended") from None
+            raise PrivacyRefused(
+                f"another run spends from {path}", "wait until it has ended"
+            ) from None
         except OSError as error:
-            raise EnvironmentFault(f"{path} cannot be locked: {error.strerror}", "set privacy.ledger to a file system with locks") from None
+            raise EnvironmentFault(
+                f"{path} cannot be locked: {error.strerror}",
+                "set privacy.ledger to a file system with locks",
+            ) from None
         os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
         yield descriptor
     finally:
@@ -231,7 +274,9 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the privacy ledger {path}: {getattr(error, 'strerror', None) or 'not text'}") from None
+        raise InputError(
+            f"cannot read the privacy ledger {path}: {getattr(error, 'strerror', None) or 'not text'}"
+        ) from None
 
 
 def _spendings(lines: list[str], path: Path) -> dict[str, Spending]:
@@ -241,15 +286,22 @@ def _spendings(lines: list[str], path: Path) -> dict[str, Spending]:
         try:
             row = json.loads(line)
             if row["previous"] != previous:
-                raise ArtefactRefused(f"{path}: row {number} does not follow from the row before it", "restore the ledger from a copy")
+                raise ArtifactRefused(
+                    f"{path}: row {number} does not follow from the row before it",
+                    "restore the ledger from a copy",
+                )
             if row["row"] == "opened":
                 runs[row["run"]] = Spending(PrivacyPlan(**row["plan"]), row["opened"])
             elif row["row"] == "step":
-                runs[row["run"]].intents.setdefault((row["trial"], row["step"]), set()).add(row["commitment"])
+                runs[row["run"]].intents.setdefault((row["trial"], row["step"]), set()).add(
+                    row["commitment"]
+                )
             else:
                 runs[row["run"]].finished = True
         except (ValueError, KeyError, TypeError):
-            raise ArtefactRefused(f"{path}: row {number} is no ledger row", "restore the ledger from a copy") from None
+            raise ArtifactRefused(
+                f"{path}: row {number} is no ledger row", "restore the ledger from a copy"
+            ) from None
         previous = _digest(line)
     return runs
 

@@ -36,7 +36,9 @@ class PrivateOptimizer(DPOptimizer):
         trial: which trial of a search this is.
     """
 
-    def __init__(self, optimizer: Optimizer, plan: PrivacyPlan, source: RandomSource, trial: int = 0) -> None:
+    def __init__(
+        self, optimizer: Optimizer, plan: PrivacyPlan, source: RandomSource, trial: int = 0
+    ) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,
@@ -59,7 +61,9 @@ class PrivateOptimizer(DPOptimizer):
     def finish(self, step: int, intend: Intend) -> None:
         """Add noise to the sum, once, and take the step; also when no example was in it."""
         self._step_number, self._intend = step, intend
-        self._feed([parameter.new_zeros(0, *parameter.shape) for parameter in self.params], last=True)
+        self._feed(
+            [parameter.new_zeros(0, *parameter.shape) for parameter in self.params], last=True
+        )
 
     def clip_and_accumulate(self) -> None:
         """Add each example's clipped gradient to the integer sum. One that is not finite counts as zero."""
@@ -67,21 +71,40 @@ class PrivateOptimizer(DPOptimizer):
         flat = [gradient.flatten(1) for gradient in gradients]
         finite_B = torch.stack([part.isfinite().all(dim=1) for part in flat]).all(dim=0)
         squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)
-        factor_B = (self.max_grad_norm / squares_B.sqrt()).clamp(max=1.0) * _SHRINK * (GRID / self.max_grad_norm)
+        factor_B = (
+            (self.max_grad_norm / squares_B.sqrt()).clamp(max=1.0)
+            * _SHRINK
+            * (GRID / self.max_grad_norm)
+        )
         factor_B = torch.where(finite_B, factor_B, 0.0)
         for parameter, part in zip(self.params, flat, strict=True):
             kept = torch.where(finite_B[:, None], part, 0.0) * factor_B[:, None]
             total = kept.trunc().long().sum(dim=0).view(parameter.shape)
-            parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
+            parameter.summed_grad = (
+                total if parameter.summed_grad is None else parameter.summed_grad + total
+            )
 
     def add_noise(self) -> None:
         """Announce the sum, draw its noise, and leave the noisy sum in `grad`."""
         sums = [parameter.summed_grad.cpu() for parameter in self.params]
-        commitment = self._source.commitment(b"".join(total.numpy().tobytes() for total in sums), "sum", self._trial, self._step_number)
+        commitment = self._source.commitment(
+            b"".join(total.numpy().tobytes() for total in sums),
+            "sum",
+            self._trial,
+            self._step_number,
+        )
         self._intend(commitment)
-        noise = self._source.normal(sum(total.numel() for total in sums), "noise", self._trial, self._step_number, commitment)
+        noise = self._source.normal(
+            sum(total.numel() for total in sums),
+            "noise",
+            self._trial,
+            self._step_number,
+            commitment,
+        )
         steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()
-        for parameter, total, drawn in zip(self.params, sums, steps.split([total.numel() for total in sums]), strict=True):
+        for parameter, total, drawn in zip(
+            self.params, sums, steps.split([total.numel() for total in sums]), strict=True
+        ):
             noisy = (total + drawn.view(total.shape)).double() * (self.max_grad_norm / GRID)
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
 

@@ -55,11 +55,15 @@ class PrivacyPlan:
 
     def trial_event(self) -> dp_accounting.DpEvent:
         """One training run, and its score in a search."""
-        step = dp_event.PoissonSampledDpEvent(self.sampling_probability, dp_event.GaussianDpEvent(self.noise_multiplier))
+        step = dp_event.PoissonSampledDpEvent(
+            self.sampling_probability, dp_event.GaussianDpEvent(self.noise_multiplier)
+        )
         run = dp_event.SelfComposedDpEvent(step, self.steps)
         if self.score_noise_multiplier is None:
             return run
-        return dp_event.ComposedDpEvent([run, dp_event.GaussianDpEvent(self.score_noise_multiplier)])
+        return dp_event.ComposedDpEvent(
+            [run, dp_event.GaussianDpEvent(self.score_noise_multiplier)]
+        )
 
     def event(self) -> dp_accounting.DpEvent:
         """All that the private data are asked: one run, or the best of a random number of runs."""
@@ -78,7 +82,13 @@ class PrivacyPlan:
                 begun more than once beside it.
         """
         steps = [
-            replace(self, mean_trials=None, score_noise_multiplier=None, steps=count, noise_multiplier=self.noise_multiplier / times**0.5)
+            replace(
+                self,
+                mean_trials=None,
+                score_noise_multiplier=None,
+                steps=count,
+                noise_multiplier=self.noise_multiplier / times**0.5,
+            )
             for times, count in sorted(begun.items())
             if count and (self.mean_trials is None or times > 1)
         ]
@@ -92,13 +102,20 @@ def plan_fields(config: RunConfig) -> dict[str, Any]:
         InputError: the section `privacy` does not say enough.
     """
     section, tune = config.privacy, config.tune
-    declared, expected = section.declared_examples, section.expected_batch_size or float(tune.batch_size)
-    delta = section.target_delta if section.target_delta is not None else declared and declared**-1.1
+    declared, expected = (
+        section.declared_examples,
+        section.expected_batch_size or float(tune.batch_size),
+    )
+    delta = (
+        section.target_delta if section.target_delta is not None else declared and declared**-1.1
+    )
     sampling_probability = section.sampling_probability
     if sampling_probability is None and declared:
         sampling_probability = expected / declared
     if not delta or not sampling_probability:
-        raise InputError("privacy: give declared_examples, or both target_delta and sampling_probability")
+        raise InputError(
+            "privacy: give declared_examples, or both target_delta and sampling_probability"
+        )
     search = tune.search
     return {
         "sampling_probability": sampling_probability,

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtri
 
-from post_dist.artifacts.manifest import write_file
-from post_dist.errors import ArtefactRefused
+from post_dist.errors import ArtifactRefused
+from post_dist.files import write_file
 
 _KEY_BYTES = 32
 _UNIFORM_BITS = 52
@@ -49,17 +49,24 @@ class RandomSource:
 
     def normal(self, count: int, *purpose: object) -> np.ndarray:
         """`count` standard normal values in fp64 by inversion, each the scaled sum of four."""
-        uniform = ((self.words(_SUMMED * count, "normal", *purpose) >> (64 - _UNIFORM_BITS)) + 0.5) * 2.0**-_UNIFORM_BITS
+        uniform = (
+            (self.words(_SUMMED * count, "normal", *purpose) >> (64 - _UNIFORM_BITS)) + 0.5
+        ) * 2.0**-_UNIFORM_BITS
         values: np.ndarray = ndtri(uniform).reshape(_SUMMED, count).sum(axis=0) / _SUMMED**0.5
         return values
 
     def commitment(self, data: bytes, *purpose: object) -> str:
         """A keyed digest that tells whether data are the same as before, and nothing else about them."""
-        return hmac.new(self.key, self._message("commitment", *purpose) + data, hashlib.sha256).hexdigest()
+        return hmac.new(
+            self.key, self._message("commitment", *purpose) + data, hashlib.sha256
+        ).hexdigest()
 
     def _message(self, *purpose: object) -> bytes:
         if len(self.key) != _KEY_BYTES:
-            raise ArtefactRefused(f"the key of run {self.run} has been destroyed, so it cannot go on", "start anew with --resume never")
+            raise ArtifactRefused(
+                f"the key of run {self.run} has been destroyed, so it cannot go on",
+                "start anew with --resume never",
+            )
         return json.dumps([str(part) for part in purpose]).encode()
 
 
@@ -72,7 +79,7 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
         seed: for `seeded`.
 
     Raises:
-        ArtefactRefused: the key file is not one.
+        ArtifactRefused: the key file is not one.
         InputError: it cannot be written.
         EnvironmentFault: the disk is full.
     """
@@ -81,8 +88,14 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
             fields = json.loads(path.read_text())
             return RandomSource(str(fields["run"]), bytes.fromhex(fields["key"]))
         except (ValueError, KeyError, TypeError):
-            raise ArtefactRefused(f"{path} is not a run's key", "start anew with --resume never") from None
-    key = secrets.token_bytes(_KEY_BYTES) if noise_source == "system" else hashlib.sha256(f"seeded {seed}".encode()).digest()
+            raise ArtifactRefused(
+                f"{path} is not a run's key", "start anew with --resume never"
+            ) from None
+    key = (
+        secrets.token_bytes(_KEY_BYTES)
+        if noise_source == "system"
+        else hashlib.sha256(f"seeded {seed}".encode()).digest()
+    )
     source = RandomSource(secrets.token_hex(8), key)
     _write(path, source)
     return source
@@ -91,7 +104,9 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
 def destroy_key(path: Path, source: RandomSource) -> None:
     """Overwrite a run's key and keep its name; storage that copies on write may still hold the key."""
     with path.open("r+b") as old:
-        _write(path, RandomSource(source.run, b""))  # first, so that a kill in between leaves a file that can be read
+        _write(
+            path, RandomSource(source.run, b"")
+        )  # first, so that a kill in between leaves a file that can be read
         old.write(b"\0" * os.fstat(old.fileno()).st_size)
         old.flush()
         os.fsync(old.fileno())

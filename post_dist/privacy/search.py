@@ -60,18 +60,33 @@ def run_search(
         The best trial's parameters; which one it was is not said.
 
     Raises:
-        ArtefactRefused: the key has been destroyed, and no trial is kept.
+        ArtifactRefused: the key has been destroyed, and no trial is kept.
     """
     kept = checkpoints / "search"
     finished = newest_step(kept)
-    best = load_tensors(kept, finished) if finished else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
-    # Without its key a search that kept a trial is over: it was killed between the key's end and its artefact.
-    for trial in range(finished, finished if finished and not source.key else number_of_trials(plan, source)):
-        parameters = train(setting_of(section, learning_rate, plan, source, trial), trial, checkpoints / f"trial-{trial}")
+    best = (
+        load_tensors(kept, finished)
+        if finished
+        else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
+    )
+    # Without its key a search that kept a trial is over: it was killed between the key's end and its artifact.
+    for trial in range(
+        finished, finished if finished and not source.key else number_of_trials(plan, source)
+    ):
+        parameters = train(
+            setting_of(section, learning_rate, plan, source, trial),
+            trial,
+            checkpoints / f"trial-{trial}",
+        )
         count = right(parameters)
-        score = count + float(source.normal(1, "score", trial, count)[0]) * float(plan.score_noise_multiplier or 0.0)
+        score = count + float(source.normal(1, "score", trial, count)[0]) * float(
+            plan.score_noise_multiplier or 0.0
+        )
         if score > best["score"]:
-            best = {"score": torch.tensor(score, dtype=torch.float64), **{str(index): value for index, value in enumerate(parameters)}}
+            best = {
+                "score": torch.tensor(score, dtype=torch.float64),
+                **{str(index): value for index, value in enumerate(parameters)},
+            }
         save_tensors(kept, trial + 1, best)
     return [best[str(index)] for index in range(len(best) - 1)]
 
@@ -93,7 +108,9 @@ def logarithmic_parameter(mean: float) -> float:
     return float(brentq(lambda p: -p / ((1 - p) * math.log1p(-p)) - mean, 1e-12, 1 - 1e-12))
 
 
-def setting_of(section: Tune, learning_rate: float, plan: PrivacyPlan, source: RandomSource, trial: int) -> Setting:
+def setting_of(
+    section: Tune, learning_rate: float, plan: PrivacyPlan, source: RandomSource, trial: int
+) -> Setting:
     """The candidate that a trial tries, drawn evenly from the lists; what they leave open stays as given."""
     search = section.search
     rates = (search.learning_rate if search else ()) or (learning_rate,)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from post_dist.errors import ArtefactRefused
+from post_dist.errors import ArtifactRefused
 from post_dist.privacy.accounting import account, composed_epsilon, rdp_epsilon
 from post_dist.privacy.ledger import Spending
 from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
@@ -27,7 +27,9 @@ _MOST_STEPS, _MOST_TIMES, _MOST_TRIALS, _MOST_EPSILON = 10**6, 100, 10**4, 200.0
 def privacy_statement(spending: Spending) -> dict[str, Any]:
     """What may be said of a run that is done; steps that were begun again count for more."""
     plan, cost = spending.plan, account(spending.plan)
-    epsilon = composed_epsilon(spending.plans(), plan.delta) if spending.repeated_steps else cost.epsilon
+    epsilon = (
+        composed_epsilon(spending.plans(), plan.delta) if spending.repeated_steps else cost.epsilon
+    )
     return {
         "private": plan.private,
         "epsilon": epsilon if plan.private else None,
@@ -51,7 +53,7 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         statement: untrusted.
 
     Raises:
-        ArtefactRefused: figures are missing or are none.
+        ArtifactRefused: figures are missing or are none.
     """
     try:
         plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
@@ -63,25 +65,40 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         beyond = rdp_epsilon(plans, plan.delta) > _MOST_EPSILON
         true = math.inf if beyond else composed_epsilon(plans, plan.delta)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ArtefactRefused("privacy.json lacks figures that its epsilon could be computed from") from None
+        raise ArtifactRefused(
+            "privacy.json lacks figures that its epsilon could be computed from"
+        ) from None
     if not plan.private:
         return [] if claim is None else ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
     if beyond:
         return [f"its own figures give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
-    return [f"it claims epsilon {claim:.4f}, but its own figures give {true:.4f}"] if true > claim + _TOLERANCE else []
+    return (
+        [f"it claims epsilon {claim:.4f}, but its own figures give {true:.4f}"]
+        if true > claim + _TOLERANCE
+        else []
+    )
 
 
 def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
     """Whether untrusted figures are numbers that an accountant can take, in a time that is worth it."""
     search = plan.mean_trials, plan.score_noise_multiplier
     return (
-        all(type(count) is int and 1 <= count <= _MOST_STEPS for count in (plan.steps, *repeated.values()))
+        all(
+            type(count) is int and 1 <= count <= _MOST_STEPS
+            for count in (plan.steps, *repeated.values())
+        )
         and all(1 < times <= _MOST_TIMES for times in repeated)
         and all(_lies(chance, 1e-300, 1) for chance in (plan.sampling_probability, plan.delta))
         and _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE)
-        and (search == (None, None) or (_lies(search[0], 1.001, _MOST_TRIALS) and _lies(search[1], _LEAST_NOISE, _MOST_NOISE)))
+        and (
+            search == (None, None)
+            or (
+                _lies(search[0], 1.001, _MOST_TRIALS)
+                and _lies(search[1], _LEAST_NOISE, _MOST_NOISE)
+            )
+        )
         and (plan.mean_trials is not None or sum(repeated.values()) <= plan.steps)
     )
 

@@ -11,6 +11,7 @@ Shapes: B examples, ... a parameter's own shape.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,9 +84,11 @@ def train_privately(
         for step in range(first, run.plan.steps):
             for group, rate in zip(private.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_at(step)
-            for gradients in gradients_of(poisson_rows(run.plan, run.source, run.total, trial, step)):
+            for gradients in gradients_of(
+                poisson_rows(run.plan, run.source, run.total, trial, step)
+            ):
                 private.accumulate(gradients)
-            private.finish(step, lambda commitment, step=step: run.ledger.intend(trial, step, commitment))  # type: ignore[misc]
+            private.finish(step, partial(run.ledger.intend, trial, step))
             save_tensors(checkpoints, step + 1, optimizer_state(parameters, optimizer))
             advance("")
             if stop_requested(run.world):

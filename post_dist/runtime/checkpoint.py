@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import file_digests, put_in_place, write_folder, writing
+from post_dist.files import file_digests, put_in_place, write_folder, writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, restore_engine
 from post_dist.runtime.watchdog import phase
@@ -40,7 +40,10 @@ def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> N
     """Keep a few small tensors, such as a prompt and its optimizer's moments."""
 
     def fill(partial: Path) -> None:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            partial / _TENSORS,
+        )
         _seal(partial)
 
     write_folder(folder / f"step-{step}", fill)
@@ -52,25 +55,48 @@ def load_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step}" / _TENSORS)
 
 
-def optimizer_state(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_state(
+    parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """The values of a few parameters and what the optimizer keeps for them."""
     state = {}
     for index, parameter in enumerate(parameters):
         state[f"{index}"] = parameter
-        state |= {f"{index}.{name}": value for name, value in optimizer.state[parameter].items() if value is not None}
+        state |= {
+            f"{index}.{name}": value
+            for name, value in optimizer.state[parameter].items()
+            if value is not None
+        }
     return state
 
 
-def restore_optimizer(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(
+    parameters: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, torch.Tensor],
+) -> None:
     """Put parameters and optimizer back to what `optimizer_state` gave."""
     for index, parameter in enumerate(parameters):
         with torch.no_grad():
             parameter.copy_(saved[f"{index}"])
-        moments = {name.partition(".")[2]: value for name, value in saved.items() if name.startswith(f"{index}.")}
-        optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter) for name, value in moments.items()}
+        moments = {
+            name.partition(".")[2]: value
+            for name, value in saved.items()
+            if name.startswith(f"{index}.")
+        }
+        optimizer.state[parameter] = {
+            name: value if name == "step" else value.to(parameter)
+            for name, value in moments.items()
+        }
 
 
-def take_up(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, folder: Path, resume: str, world: World) -> int:
+def take_up(
+    parameters: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    resume: str,
+    world: World,
+) -> int:
     """Put parameters and optimizer to where an earlier run left them, if one did; the step to go on from."""
     step = start_step(folder, resume, world)
     if step:

@@ -13,8 +13,6 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from post_dist.config.deepspeed import Precision
-from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
 from post_dist.runtime.watchdog import unwatched
 
@@ -141,7 +139,9 @@ class World:
 
 def _of_another_rank(exit_code: int) -> PostDistError:
     if exit_code == Interrupted.exit_code:
-        return Interrupted("another rank was stopped", "the same command goes on from what that rank has saved")
+        return Interrupted(
+            "another rank was stopped", "the same command goes on from what that rank has saved"
+        )
     error = PostDistError("another rank could not go on", "what it says itself tells why")
     error.exit_code = exit_code
     return error
@@ -165,7 +165,9 @@ def find_launcher(environment: Mapping[str, str]) -> str:
         return "none"
     missing = sorted(set(_TORCHRUN) - set(given))
     if missing:
-        raise EnvironmentFault(f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none")
+        raise EnvironmentFault(
+            f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
+        )
     try:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         int(environment["LOCAL_RANK"])
@@ -174,7 +176,9 @@ def find_launcher(environment: Mapping[str, str]) -> str:
     if not 0 <= rank < size:
         raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
     if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
-        raise EnvironmentFault(f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank")
+        raise EnvironmentFault(
+            f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank"
+        )
     if environment.get("TORCHELASTIC_RUN_ID"):
         return "torchrun"
     return "srun" if in_slurm_step else "deepspeed or plain environment"
@@ -188,13 +192,21 @@ def start(seed: int) -> World:
     """
     launcher = find_launcher(os.environ)
     if launcher == "none":
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
     # What DeepSpeed compiles belongs to one environment: in the home folder another one's build would be taken for it.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise EnvironmentFault(f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
+            raise EnvironmentFault(
+                f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -208,31 +220,13 @@ def start(seed: int) -> World:
     if not dist.is_initialized():
         import deepspeed
 
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, verbose=False)
+        deepspeed.init_distributed(
+            "nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, verbose=False
+        )
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
     torch.manual_seed(seed)
     log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)
     return world
-
-
-def choose_precision(engine: Engine, device: torch.device) -> Precision:
-    """What `engine.precision` means on this device.
-
-    Raises:
-        InputError: fp16 on a CPU.
-    """
-    if engine.precision == "fp16" and device.type == "cpu":
-        raise InputError("engine.precision: fp16 does not run on a CPU", "use auto, bf16 or fp32")
-    if engine.precision != "auto":
-        return engine.precision
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        instructions = torch.cpu.get_capabilities()
-        fast = bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
-    precision: Precision = "bf16" if fast else "fp32"
-    log.info("precision %s: this %s %s bf16 instructions", precision, device.type, "has" if fast else "lacks")
-    return precision
 
 
 def _free_port() -> str:

@@ -43,8 +43,13 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     tensors = {}
     for piece in pieces:
         state = optimizer.state.get(piece.flat, {})
-        for kind, tensor in {"weight": piece.flat, **{kind: state[kind] for kind in _MOMENTS if kind in state}}.items():
-            tensors[f"{piece.name}/{kind}/{piece.start}"] = piece.of(tensor.detach()).to("cpu", copy=True)
+        for kind, tensor in {
+            "weight": piece.flat,
+            **{kind: state[kind] for kind in _MOMENTS if kind in state},
+        }.items():
+            tensors[f"{piece.name}/{kind}/{piece.start}"] = piece.of(tensor.detach()).to(
+                "cpu", copy=True
+            )
         if "step" in state:
             tensors[_ADAM_STEP] = torch.as_tensor(state["step"]).cpu()
     return tensors if engine.zero_optimization_stage() or dist.get_rank() == 0 else {}
@@ -63,7 +68,9 @@ def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> 
                     optimizer.state[piece.flat].setdefault(kind, torch.zeros_like(piece.flat))
         for piece in pieces:
             for kind in ("weight", *_MOMENTS[: len(_MOMENTS) * (saved.adam_step is not None)]):
-                place = piece.of(piece.flat.data if kind == "weight" else optimizer.state[piece.flat][kind])
+                place = piece.of(
+                    piece.flat.data if kind == "weight" else optimizer.state[piece.flat][kind]
+                )
                 for first, values in saved.stretch(piece.name, kind, piece.start, piece.length):
                     place[first : first + len(values)] = values.to(place.device)
     _to_working_precision(engine)
@@ -76,17 +83,24 @@ class _Saved:
         self._pieces: dict[tuple[str, str], list[tuple[int, Any]]] = {}
         self.adam_step: torch.Tensor | None = None
         for handle in handles:
-            for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
+            for key in handle.keys():
                 if key == _ADAM_STEP:
                     self.adam_step = handle.get_tensor(key)
                     continue
                 name, kind, start = key.rsplit("/", 2)
-                self._pieces.setdefault((name, kind), []).append((int(start), handle.get_slice(key)))
+                self._pieces.setdefault((name, kind), []).append(
+                    (int(start), handle.get_slice(key))
+                )
 
-    def stretch(self, name: str, kind: str, start: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def stretch(
+        self, name: str, kind: str, start: int, length: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """What there is of elements `start` to `start + length` of a parameter: each with its place in the stretch."""
         for saved_start, values in self._pieces[name, kind]:
-            first, last = max(start, saved_start), min(start + length, saved_start + values.get_shape()[0])
+            first, last = (
+                max(start, saved_start),
+                min(start + length, saved_start + values.get_shape()[0]),
+            )
             if first < last:
                 yield first - start, values[first - saved_start : last - saved_start]
 
@@ -99,23 +113,43 @@ def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 def _pieces(engine: deepspeed.DeepSpeedEngine) -> list[_Piece]:
     """Which stretches of the trained parameters this rank steps."""
     optimizer = engine.optimizer
-    trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    trained = [
+        (name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    ]
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return [piece for name, parameter in trained for piece in _stage_3_pieces(optimizer, name, parameter)]
+        return [
+            piece
+            for name, parameter in trained
+            for piece in _stage_3_pieces(optimizer, name, parameter)
+        ]
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return [piece for name, parameter in trained for piece in _stage_1_and_2_pieces(optimizer, name, parameter)]
+        return [
+            piece
+            for name, parameter in trained
+            for piece in _stage_1_and_2_pieces(optimizer, name, parameter)
+        ]
     masters = {parameter: parameter for _, parameter in trained}
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
-    return [_Piece(name, 0, masters[parameter], 0, parameter.numel()) for name, parameter in trained]
+        masters = {
+            low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)
+        }
+    return [
+        _Piece(name, 0, masters[parameter], 0, parameter.numel()) for name, parameter in trained
+    ]
 
 
 def _stage_3_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
     group, offset, held = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = held * dist.get_rank(parameter.ds_process_group)
     length = min(held, parameter.ds_numel - start)  # the last rank's share is filled up
-    return [_Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, length)] if length > 0 else []
+    return (
+        [_Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, length)]
+        if length > 0
+        else []
+    )
 
 
 def _stage_1_and_2_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:

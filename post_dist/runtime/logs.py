@@ -33,7 +33,9 @@ def log_file(folder: Path, rank: int) -> Iterator[None]:
     # Every rank makes the folder: that asks the server, where opening the file would believe this node that there was none before.
     place.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(place)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
+    )
     logger.addHandler(handler)
     try:
         yield

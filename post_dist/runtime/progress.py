@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from post_dist.runtime.watchdog import phase
 
@@ -17,7 +24,9 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Iterator[Callable[[str], None]]:
+def progress(
+    label: str, total: int, done: int = 0, *, show: bool = True
+) -> Iterator[Callable[[str], None]]:
     """Yield a function that marks one more of `total` as done, with a short text beside it.
 
     Args:
@@ -44,8 +53,16 @@ def _shown(label: str, total: int, done: int, *, show: bool) -> Iterator[Callabl
     if not show:
         yield lambda text: None
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as bar:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)
+        ) as bar:
             task = bar.add_task(label, total=total, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
     else:
@@ -63,6 +80,8 @@ def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
         if now - last >= _SECONDS_BETWEEN_LINES or done == total:
             last = now
             left = (now - start) / (done - first) * (total - done)
-            log.info("%s %d/%d %s(%.0f s left)", label, done, total, f"{text} " if text else "", left)
+            log.info(
+                "%s %d/%d %s(%.0f s left)", label, done, total, f"{text} " if text else "", left
+            )
 
     return advance

@@ -34,7 +34,9 @@ def watch(rank: int, limit_seconds: float) -> None:
     phase("starting")
     _Watch.paused = False
     if _Watch.thread is None:
-        _Watch.thread = threading.Thread(target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog")
+        _Watch.thread = threading.Thread(
+            target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog"
+        )
         _Watch.thread.start()
 
 

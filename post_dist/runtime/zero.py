@@ -43,7 +43,9 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
     if size == "node":
         size = world.ranks_of_a_node()
     if world.size % size:
-        raise InputError(f"engine.shard_group: {world.size} ranks do not part into groups of {size}")
+        raise InputError(
+            f"engine.shard_group: {world.size} ranks do not part into groups of {size}"
+        )
     if size == 1 and world.size > 1 and engine.offload != "none":
         raise InputError(
             "engine.shard_group: node is one rank here, which keeps frozen models whole on it: nothing to offload",
@@ -51,7 +53,11 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
         )
     if size == world.size:
         return ShardGroup(size, world.is_main, None)
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)] if size > 1 else []
+    groups = (
+        [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
+        if size > 1
+        else []
+    )
     return ShardGroup(size, world.rank % size == 0, groups[world.rank // size] if groups else None)
 
 
@@ -65,7 +71,9 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
     return engine.module
 
 
-def train_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def train_sharded(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
     """The engine that trains `model`; its frozen parameters take part in the forward alone."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
@@ -73,7 +81,9 @@ def train_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, settings: 
 
 def gathered(module: nn.Module) -> AbstractContextManager[None]:
     """While entered, the module's parameters are whole on this rank, for reading. All ranks enter it."""
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        list(module.parameters())
+    )
     return context
 
 
@@ -81,14 +91,23 @@ def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
     """While entered, a sharded weight is whole, and what the group's first rank makes of it is shared out when it is left."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        [weight], modifier_rank=0
+    )
     return context
 
 
 def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
     """The whole state of a model, gathered from its shards if it has any: on rank 0, in host memory. All ranks call it."""
     with gathered(model):
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()} if world.is_main else {}
+        return (
+            {
+                name: tensor.detach().to("cpu", copy=True)
+                for name, tensor in model.state_dict().items()
+            }
+            if world.is_main
+            else {}
+        )
 
 
 def shard_share(model: nn.Module) -> float:
@@ -96,5 +115,7 @@ def shard_share(model: nn.Module) -> float:
     held = whole = 0
     for parameter in model.parameters():
         whole += getattr(parameter, "ds_numel", parameter.numel())
-        held += parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+        held += (
+            parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+        )
     return held / whole

@@ -1,1 +1,1 @@
-"""The stages of POST, each a function from a run file to an artefact."""
+"""The stages of POST, each a function from a run file to an artifact."""

@@ -16,8 +16,9 @@ from post_dist.config.schema import PromptTraining
 from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metrics import Metrics
+from post_dist.runtime.metric_log import MetricLog
 from post_dist.runtime.progress import progress
+from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.stop import stop_requested, stopped
 
 _MOST_SKIPPED_IN_A_ROW = 5
@@ -56,7 +57,9 @@ class PromptRun:
 
     def save(self, step: int) -> None:
         """Keep what `take_up` goes back to."""
-        save_tensors(self.folder.checkpoints, step, optimizer_state(self.parameters, self.optimizer))
+        save_tensors(
+            self.folder.checkpoints, step, optimizer_state(self.parameters, self.optimizer)
+        )
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -64,7 +67,9 @@ class PromptRun:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
-def train_prompts(runs: Sequence[PromptRun], losses_at: Losses, first_step: int, world: World) -> None:
+def train_prompts(
+    runs: Sequence[PromptRun], losses_at: Losses, first_step: int, world: World
+) -> None:
     """Train prompts beside each other for a fixed number of steps; the last step's values are the result.
 
     They are kept in fp32 on every rank, outside ZeRO's shards; their gradients are averaged over the ranks by hand. A prompt's step
@@ -80,17 +85,21 @@ def train_prompts(runs: Sequence[PromptRun], losses_at: Losses, first_step: int,
         InputError: five steps of a prompt in a row were passed over.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    steps = runs[0].section.steps
+    section = runs[0].section
+    steps = section.steps
+    schedule = Schedule(section.schedule, section.warmup_share, steps)
     rates = [[group["lr"] for group in run.optimizer.param_groups] for run in runs]
     in_a_row = [0] * len(runs)
     saved_at = -math.inf
-    metrics = [Metrics(run.folder.path / run.metrics_name if world.is_main else None) for run in runs]
+    metrics = [
+        MetricLog(run.folder.path / run.metrics_name if world.is_main else None) for run in runs
+    ]
     name = runs[0].folder.path.name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
     with progress(name, steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, steps):
             for run, own in zip(runs, rates, strict=True):
                 for group, rate in zip(run.optimizer.param_groups, own, strict=True):
-                    group["lr"] = rate * schedule_at(run.section, step, steps)
+                    group["lr"] = rate * schedule.factor(step)
                 run.optimizer.zero_grad()
             losses = torch.stack(list(losses_at(step)))
             losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -104,26 +113,18 @@ def train_prompts(runs: Sequence[PromptRun], losses_at: Losses, first_step: int,
                 if finite:
                     run.optimizer.step()
                 elif in_a_row[index] >= _MOST_SKIPPED_IN_A_ROW:
-                    what = (
-                        f"{in_a_row[index]} steps in a row had gradients that are not finite, up to step {step} of {run.folder.path.name}"
-                    )
+                    what = f"{in_a_row[index]} steps in a row had gradients that are not finite, up to step {step} of {run.folder.path.name}"
                     raise InputError(what, "lower the learning rate")
                 metrics[index].write(step=step, loss=means[index], skipped=not finite)
-            advance(f"loss {sum(means) / len(means):.4f}" if all(run.show_loss for run in runs) else "")
+            advance(
+                f"loss {sum(means) / len(means):.4f}" if all(run.show_loss for run in runs) else ""
+            )
             stop = stop_requested(world)
-            if stop or world.any(step + 1 < steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES):
+            if stop or world.any(
+                step + 1 < steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+            ):
                 for run in runs:
                     world.on_main(partial(run.save, step + 1))
                 saved_at = time.monotonic()
             if stop:
                 raise stopped(f"{name} is saved at step {step + 1} of {steps}")
-
-
-def schedule_at(section: PromptTraining, step: int, steps: int) -> float:
-    """The share of the learning rate at a step: linear warm-up, then constant or half a cosine; a function of the step alone."""
-    rise = round(section.warmup_share * steps)
-    if step < rise:
-        return (step + 1) / rise
-    if section.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from faults import at_call, die, fork_command
 
 from post_dist.runtime import checkpoint
-from post_dist.stages import distill
+from post_dist.stages.distill import stage as distill
 
 STEPS, EVERY = 9, 2
 Prepare = Callable[[], None]

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from post_dist.cli import main
-from post_dist.stages import distill, prompt_training
+from post_dist.runtime.schedule import Schedule
+from post_dist.stages.distill import stage as distill
 
 
 def stopped_at_its_third_step() -> None:
-    real = prompt_training.schedule_at
+    real = Schedule.factor
 
-    def schedule_at(section: object, step: int, steps: int) -> float:
+    def factor(schedule: Schedule, step: int) -> float:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(section, step, steps)
+        return real(schedule, step)
 
-    prompt_training.schedule_at = schedule_at
+    Schedule.factor = factor
 
 
 def on_a_node_that_remembers_what_it_missed() -> None:

@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from post_dist.config.load import load_run
-from post_dist.data.order import shares
+from post_dist.data.order import rank_batches
 from post_dist.planning.cost import distill_bytes, transfer_bytes
-from post_dist.planning.sizes import size_of
+from post_dist.models.size import size_of
 
 HERE = Path(__file__).parent
 PARTS = ("compute", "input", "wait", "gather", "reduce", "control")
@@ -44,7 +44,7 @@ def test_bytes_are_as_reckoned(tmp_path: Path, ranks: int, group: int, options: 
                 expected = transfer_bytes(teacher, 5, **common)
             else:
                 micro = 1 if name == "two passes" else config.distill.micro_batch_size_per_gpu
-                passes = len(shares(range(row["batch_size"]), micro, 0, ranks))
+                passes = len(rank_batches(range(row["batch_size"]), micro, 0, ranks))
                 student = whole.above(int(name.endswith("frozen block")))
                 trained = sum(sum(layer.weights) for layer in student.layers)
                 expected = distill_bytes(teacher, trained, student, zero_stage=found["zero_stage"], passes=passes, **common)

@@ -17,7 +17,7 @@ from post_dist.cluster.doctor import op_cache
 from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Student
 from post_dist.data.corpus import build_corpus
-from post_dist.data.order import Share
+from post_dist.data.order import RankBatch
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.student import freeze, write_student
@@ -137,7 +137,7 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
         terms = []
         for micro in range(ACCUMULATION):
             first = ROWS * (step * ACCUMULATION + micro)
-            ids = corpus.training(Share(list(range(first, first + ROWS)), 1.0))
+            ids = corpus.training(RankBatch(list(range(first, first + ROWS)), 1.0))
             hidden_s, hidden_t = document_by_document(student, ids), document_by_document(teacher, ids).detach()
             log_s, log_t = ((student.head(hidden) / 2).log_softmax(-1) for hidden in (hidden_s, hidden_t))
             ce = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()

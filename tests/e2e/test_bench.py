@@ -40,7 +40,11 @@ def test_distill(run: Path, main: Callable) -> None:
     found = figures(main, "distill", run)
     trl = ["TRL's GKD loss"] if find_spec("trl") else []
     liger = ["Liger's chunked loss"] if find_spec("liger_kernel") else []
-    check(found, ["published loop", "ours", *trl, *liger, "ours, cached", "ours, sampled cache"], "tokens")
+    check(
+        found,
+        ["published loop", "ours", *trl, *liger, "ours, cached", "ours, sampled cache"],
+        "tokens",
+    )
     assert found["settings"]["student_parameters"] < found["settings"]["teacher_parameters"]
 
 
@@ -52,7 +56,14 @@ def test_transfer(run: Path, main: Callable) -> None:
 
 
 def test_several_ranks_are_refused(run: Path, post_dist: Callable) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29627", "-m")
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29627",
+        "-m",
+    )
     done = post_dist("bench", "tune", run, "--json", launcher=launcher)
     assert done.returncode != 0
     assert done.stdout == ""

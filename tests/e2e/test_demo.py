@@ -19,10 +19,26 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
 
     demo = tmp_path / "demo"
     assert post_dist("init", demo).returncode == 0
-    fetched = subprocess.run([sys.executable, demo / "fetch_demo.py"], capture_output=True, text=True, timeout=300, check=False)
+    fetched = subprocess.run(
+        [sys.executable, demo / "fetch_demo.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert fetched.returncode == 0, fetched.stderr
-    settings = ["distill.steps=2", "distill.batch_size=4", "corpus.max_tokens=10000", "corpus.held_out_sequences=8"]
-    settings += ["tune.steps=2", "transfer.steps=2", "public_task.max_rows=32", "evaluate.baselines=[]"]
+    settings = [
+        "distill.steps=2",
+        "distill.batch_size=4",
+        "corpus.max_tokens=10000",
+        "corpus.held_out_sequences=8",
+    ]
+    settings += [
+        "tune.steps=2",
+        "transfer.steps=2",
+        "public_task.max_rows=32",
+        "evaluate.baselines=[]",
+    ]
     settings += [
         "evaluate.split=validation",
         "private_task.validation_share=0.008",
@@ -30,7 +46,13 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         "evaluate.private_rows=[1]",
         "tune.class_bias=true",
     ]
-    done = post_dist("pipeline", demo / "demo.yaml", *(f"--set={setting}" for setting in settings), "--json", timeout=500)
+    done = post_dist(
+        "pipeline",
+        demo / "demo.yaml",
+        *(f"--set={setting}" for setting in settings),
+        "--json",
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     accuracy = {row["name"]: row["accuracy_micro"] for row in rows}
@@ -42,7 +64,9 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         "transferred, epsilon 1",
         "proxy-tuning, epsilon 1",
     }
-    assert accuracy["zero-shot"] > 0.65, "the pretrained model tells good reviews from bad ones by itself"
+    assert accuracy["zero-shot"] > 0.65, (
+        "the pretrained model tells good reviews from bad ones by itself"
+    )
 
     folder = next(demo.glob("runs/demo/transfer-*/artifact"))
     model = load_whole(demo / "model", "fp32", torch.device("cpu"))
@@ -50,5 +74,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     prompt = read_prompt(folder).embeddings
     with torch.no_grad():
         ours = model(input_ids, None, prompt, torch.full((2,), 11))
-        theirs = PeftModel.from_pretrained(model.model, str(folder))(input_ids=input_ids).logits[:, -1]
+        theirs = PeftModel.from_pretrained(model.model, str(folder))(input_ids=input_ids).logits[
+            :, -1
+        ]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

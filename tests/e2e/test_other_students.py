@@ -9,15 +9,20 @@ import pytest
 import tiny
 import torch
 
-from post_dist.artifacts.prompt import PromptTask, read_prompt
+from post_dist.artifacts.prompt import read_prompt
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.runtime.distributed import World
-from post_dist.stages.lesson import Models, prepare_lesson
+from post_dist.stages.transfer.objective import Models, prepare_lesson
 
 CPU = torch.device("cpu")
-BY_CLASSES = ("--set=transfer.objective=proxy", "--set=transfer.scores=classes", "--set=evaluate.baselines=[]")
+BY_CLASSES = (
+    "--set=transfer.objective=proxy",
+    "--set=transfer.scores=classes",
+    "--set=evaluate.baselines=[]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +35,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(run: Path, student: str, *options: str) -> tuple[str, ...]:
-    return (str(run), f"--set=inputs.student={run.parent / student}", f"--output={run.parent / student}-runs", "--json", *options)
+    return (
+        str(run),
+        f"--set=inputs.student={run.parent / student}",
+        f"--output={run.parent / student}-runs",
+        "--json",
+        *options,
+    )
 
 
 def test_a_prompt_goes_from_a_smaller_relative_to_the_target(run: Path, main: Callable) -> None:
-    code, out, err = main("pipeline", *made(run, "relative", "--set=evaluate.baselines=[published transfer]"))
+    code, out, err = main(
+        "pipeline", *made(run, "relative", "--set=evaluate.baselines=[published transfer]")
+    )
     assert code == 0, err
     names = [row["name"] for row in json.loads(out)["rows"]]
-    assert names == ["zero-shot", "student + prompt", "published transfer", "transferred", "proxy-tuning"]
-    widths = {path.parent.name[:5]: read_prompt(path).embeddings.shape[1] for path in run.parent.glob("relative-runs/tiny/t*/artifact")}
+    assert names == [
+        "zero-shot",
+        "student + prompt",
+        "published transfer",
+        "transferred",
+        "proxy-tuning",
+    ]
+    widths = {
+        path.parent.name[:5]: read_prompt(path).embeddings.shape[1]
+        for path in run.parent.glob("relative-runs/tiny/t*/artifact")
+    }
     assert widths == {"tune-": 16, "trans": 32}
     code, _, err = main("transfer", *made(run, "relative", "--set=transfer.trained_share=0.5"))
     assert code == 2
@@ -49,13 +71,29 @@ def test_a_prompt_goes_from_a_smaller_relative_to_the_target(run: Path, main: Ca
 def test_a_prompt_goes_from_another_tokenizer_by_its_classes(run: Path, main: Callable) -> None:
     code, out, err = main("pipeline", *made(run, "stranger", *BY_CLASSES))
     assert code == 0, err
-    assert [row["name"] for row in json.loads(out)["rows"]] == ["zero-shot", "student + prompt", "transferred", "proxy-tuning"]
-    source, target = (read_prompt(next(run.parent.glob(f"stranger-runs/tiny/{stage}-*/artifact"))) for stage in ("tune", "transfer"))
+    assert [row["name"] for row in json.loads(out)["rows"]] == [
+        "zero-shot",
+        "student + prompt",
+        "transferred",
+        "proxy-tuning",
+    ]
+    source, target = (
+        read_prompt(next(run.parent.glob(f"stranger-runs/tiny/{stage}-*/artifact")))
+        for stage in ("tune", "transfer")
+    )
     assert source.manifest.tokenizer != target.manifest.tokenizer
     code, _, err = main("transfer", *made(run, "stranger", "--set=transfer.scores=vocabulary"))
     assert code == 2
     assert "different tokenizers" in err
-    code, _, err = main("evaluate", *made(run, "relative", *BY_CLASSES, f"--set=inputs.source_prompt={run.parent / 'stranger-runs/none'}"))
+    code, _, err = main(
+        "evaluate",
+        *made(
+            run,
+            "relative",
+            *BY_CLASSES,
+            f"--set=inputs.source_prompt={run.parent / 'stranger-runs/none'}",
+        ),
+    )
     assert code == 4, "no such prompt"
 
 
@@ -70,12 +108,26 @@ def test_each_model_reads_the_public_rows_with_its_own_tokenizer(run: Path) -> N
     prompt_nd = torch.randn(3, 32)
     section = Transfer(objective="proxy", scores="classes")
     words, said = (student_words, target_words), {}
-    lesson = prepare_lesson(task, prompt_nd, public, (texts, []), models, section, words, world, said)
-    again = prepare_lesson(task, 2 * prompt_nd, public, (texts, []), models, section, words, world, said)
-    assert (again.source is lesson.source, again.target is lesson.target) == (True, True), "asked once for all prompts"
+    lesson = prepare_lesson(
+        task, prompt_nd, public, (texts, []), models, section, words, world, said
+    )
+    again = prepare_lesson(
+        task, 2 * prompt_nd, public, (texts, []), models, section, words, world, said
+    )
+    assert (again.source is lesson.source, again.target is lesson.target) == (True, True), (
+        "asked once for all prompts"
+    )
     assert not torch.equal(again.source_prompted, lesson.source_prompted)
     other = prepare_lesson(
-        replace(task, label_words=(("good",), ("bad",))), prompt_nd, public, (texts, []), models, section, words, world, said
+        replace(task, label_words=(("good",), ("bad",))),
+        prompt_nd,
+        public,
+        (texts, []),
+        models,
+        section,
+        words,
+        world,
+        said,
     )
     torch.testing.assert_close(other.target, lesson.target.flip(1), rtol=1e-5, atol=1e-6)
     for kept, model, words, prompt in (

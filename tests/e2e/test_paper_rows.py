@@ -34,15 +34,36 @@ SMALL = {
 def test_a_row_is_run_and_stands_beside_the_published_one(tmp_path: Path, model: str) -> None:
     tiny.write_model(tmp_path / "model", FAMILIES[model])
     data = tiny.write_csv(tmp_path / "data.csv", tiny.sentences(60, 1))
-    places = {"teacher.path": tmp_path / "model", "corpus.path": data, "private_task.path": data, "public_task.path": data}
+    places = {
+        "teacher.path": tmp_path / "model",
+        "corpus.path": data,
+        "private_task.path": data,
+        "public_task.path": data,
+    }
     options = [f"--set={place}={value}" for place, value in (SMALL | places).items()]
-    command = [sys.executable, FOLDER / "row.py", model, "sst2", "imdb", *options, "--output", tmp_path / "runs"]
+    command = [
+        sys.executable,
+        FOLDER / "row.py",
+        model,
+        "sst2",
+        "imdb",
+        *options,
+        "--output",
+        tmp_path / "runs",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    beside = {line[:40].strip(): line[40:].split() for line in done.stdout.splitlines() if line[40:].strip()}
+    beside = {
+        line[:40].strip(): line[40:].split()
+        for line in done.stdout.splitlines()
+        if line[40:].strip()
+    }
     published = ROWS[model]["sst2"]
     assert beside["zero-shot"][1] == f"{published['zero-shot']:.2f}"
-    for name, theirs in (("published transfer", published["public"]["imdb"]), ("full prompt tuning", published["full prompt tuning"])):
+    for name, theirs in (
+        ("published transfer", published["public"]["imdb"]),
+        ("full prompt tuning", published["full prompt tuning"]),
+    ):
         for epsilon, figure in zip(("", ", epsilon 8"), theirs, strict=True):
             ours, paper, difference = map(float, beside[name + epsilon])
             assert paper == figure
@@ -59,17 +80,29 @@ def test_every_row_of_the_paper_is_a_run_file() -> None:
     for model, rows in ROWS.items():
         for private, row in rows.items():
             for public in row["public"]:
-                changes = [change.removeprefix("--set=") for change in settings(model, private, public, row, published["tasks"][private])]
-                revision = ["private_task.revision=commit"] if private in ("arisetv", "mpqa") else []
+                changes = [
+                    change.removeprefix("--set=")
+                    for change in settings(model, private, public, row, published["tasks"][private])
+                ]
+                revision = (
+                    ["private_task.revision=commit"] if private in ("arisetv", "mpqa") else []
+                )
                 config = load_run(FOLDER / f"{model}.yaml", [*changes, *revision], None)
-                assert config.tune.steps * config.tune.batch_size > 20 * 4000, "epochs over thousands of rows"
+                assert config.tune.steps * config.tune.batch_size > 20 * 4000, (
+                    "epochs over thousands of rows"
+                )
                 assert ("{mask}" in config.private_task.template) == (model == "roberta_base")
                 assert all(0 < figure < 100 for figure in published_figures(row, public).values())
     assert sum(len(row["public"]) for rows in ROWS.values() for row in rows.values()) == 24
 
 
 def test_a_row_that_the_paper_lacks_is_refused() -> None:
-    done = subprocess.run([sys.executable, FOLDER / "row.py", "llama2_7b", "imdb", "sst2"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, FOLDER / "row.py", "llama2_7b", "imdb", "sst2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "has no row of llama2_7b for imdb" in done.stderr
     assert "mpqa boolq" in done.stderr

@@ -22,9 +22,17 @@ from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.assets import asset
 from post_dist.errors import EnvironmentFault
 from post_dist.models.load import load_whole
-from post_dist.stages import distill
+from post_dist.stages.distill import stage as distill
 
-ROWS = ["zero-shot", "student + prompt", "direct transfer", "published transfer", "transferred", "proxy-tuning", "full prompt tuning"]
+ROWS = [
+    "zero-shot",
+    "student + prompt",
+    "direct transfer",
+    "published transfer",
+    "transferred",
+    "proxy-tuning",
+    "full prompt tuning",
+]
 CPU = torch.device("cpu")
 
 
@@ -33,7 +41,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> P
     """A folder in which the pipeline has run to its end."""
     folder = tmp_path_factory.mktemp("finished")
     run = tiny.write_run(folder)
-    done = post_dist("pipeline", run, "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes", "--json")
+    done = post_dist(
+        "pipeline",
+        run,
+        "--set",
+        "transfer.objective=proxy",
+        "--set",
+        "transfer.scores=classes",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     assert [row["name"] for row in table["rows"]] == ROWS
@@ -45,7 +61,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> P
 
 def state(folder: Path) -> dict[str, str]:
     """The contents of every file."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def artifact(folder: Path, stage: str) -> Path:
@@ -55,12 +75,22 @@ def artifact(folder: Path, stage: str) -> Path:
 
 def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) -> None:
     before = state(finished / "runs")
-    done = post_dist("pipeline", finished / "run.yaml", "--set", "transfer.objective=proxy", "--set", "transfer.scores=classes")
+    done = post_dist(
+        "pipeline",
+        finished / "run.yaml",
+        "--set",
+        "transfer.objective=proxy",
+        "--set",
+        "transfer.scores=classes",
+    )
     assert done.returncode == 0
     assert " starts in " not in done.stderr
     assert state(finished / "runs").keys() == before.keys()
     changed = {path for path, digest in state(finished / "runs").items() if before[path] != digest}
-    assert changed <= {str(finished / "runs/tiny/report.md"), str(finished / "runs/tiny/report.html")}
+    assert changed <= {
+        str(finished / "runs/tiny/report.md"),
+        str(finished / "runs/tiny/report.html"),
+    }
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path, main: Callable) -> None:
@@ -86,10 +116,21 @@ def test_a_page_is_written_again(finished: Path, main: Callable) -> None:
     assert "transferred" in page.read_text()
 
 
-def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(finished: Path, main: Callable) -> None:
+def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(
+    finished: Path, main: Callable
+) -> None:
     before = state(finished / "runs/tiny/answers")
-    base = ("pipeline", finished / "run.yaml", "--set=transfer.objective=proxy", "--set=transfer.scores=classes", "--json")
-    tables = [json.loads(main(*base, f"--set=evaluate.baselines={baselines}")[1]) for baselines in ("[]", "[published transfer]", "[]")]
+    base = (
+        "pipeline",
+        finished / "run.yaml",
+        "--set=transfer.objective=proxy",
+        "--set=transfer.scores=classes",
+        "--json",
+    )
+    tables = [
+        json.loads(main(*base, f"--set=evaluate.baselines={baselines}")[1])
+        for baselines in ("[]", "[published transfer]", "[]")
+    ]
     assert state(finished / "runs/tiny/answers") == before
     assert len(before) == 7  # of two models without a prompt, and of five prompts
     readings = [table["test_readings"] for table in tables]
@@ -98,7 +139,9 @@ def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(fi
     assert len(lines) == len({json.loads(line)["evaluation"] for line in lines}) >= readings[1]
     by_name = {row["name"]: row for row in tables[1]["rows"]}
     assert all(by_name[row["name"]] == row for row in tables[0]["rows"])
-    validation = json.loads(main(*base, "--set=evaluate.baselines=[]", "--set=evaluate.split=validation")[1])
+    validation = json.loads(
+        main(*base, "--set=evaluate.baselines=[]", "--set=evaluate.split=validation")[1]
+    )
     assert "test_readings" not in validation
     assert len(state(finished / "runs/tiny/answers")) == len(before) + 5
 
@@ -112,7 +155,9 @@ def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> No
         input_ids = torch.randint(4, 500, (3, 10))
         with torch.no_grad():
             ours = model(input_ids, None, prompt.embeddings, torch.full((3,), 9))
-            theirs = PeftModel.from_pretrained(model.model, str(folder))(input_ids=input_ids).logits[:, -1]
+            theirs = PeftModel.from_pretrained(model.model, str(folder))(
+                input_ids=input_ids
+            ).logits[:, -1]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -121,11 +166,14 @@ def test_lineage_leads_from_the_prompt_back_to_the_teacher(finished: Path) -> No
     source = read_prompt(artifact(finished, "tune")).manifest
     assert source.parents == {"model": student.digest}
     for folder in finished.glob("runs/tiny/transfer-*/artifact"):
-        assert read_prompt(folder).manifest.parents == {"source prompt": source.digest, "model": student.digest}
+        assert read_prompt(folder).manifest.parents == {
+            "source prompt": source.digest,
+            "model": student.digest,
+        }
     assert set(student.config["held_out"]) >= {"unexplained_share", "last_position_kl_nats"}
 
 
-def test_two_parties_meet_through_artefacts_alone(tmp_path: Path, post_dist: Callable) -> None:
+def test_two_parties_meet_through_artifacts_alone(tmp_path: Path, post_dist: Callable) -> None:
     """The provider's run file has no private task, the owner's no teacher."""
     fields = yaml.safe_load(tiny.write_run(tmp_path / "provider").read_text())
     del fields["private_task"]
@@ -137,25 +185,46 @@ def test_two_parties_meet_through_artefacts_alone(tmp_path: Path, post_dist: Cal
         del fields[section]
     shutil.rmtree(tmp_path / "owner/teacher")
     shutil.copytree(artifact(tmp_path / "provider", "distill"), tmp_path / "owner/student")
-    (tmp_path / "owner/run.yaml").write_text(yaml.safe_dump(fields | {"inputs": {"student": "student"}}))
+    (tmp_path / "owner/run.yaml").write_text(
+        yaml.safe_dump(fields | {"inputs": {"student": "student"}})
+    )
     assert post_dist("tune", tmp_path / "owner/run.yaml").returncode == 0
     done = post_dist("evaluate", tmp_path / "owner/run.yaml", "--json")
     assert done.returncode == 2
-    assert "the run file lacks the section teacher" in done.stderr, "a baseline on the target needs the target"
-    done = post_dist("evaluate", tmp_path / "owner/run.yaml", "--set", "evaluate.baselines=[]", "--json")
+    assert "the run file lacks the section teacher" in done.stderr, (
+        "a baseline on the target needs the target"
+    )
+    done = post_dist(
+        "evaluate", tmp_path / "owner/run.yaml", "--set", "evaluate.baselines=[]", "--json"
+    )
     assert done.returncode == 0, done.stderr
-    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["student", "student + prompt"]
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == [
+        "student",
+        "student + prompt",
+    ]
 
     (tmp_path / "provider/private.csv").unlink()
     prompt = artifact(tmp_path / "owner", "tune")
-    done = post_dist("transfer", tmp_path / "provider/run.yaml", "--set", f"inputs.source_prompt={prompt}", "--json")
+    done = post_dist(
+        "transfer",
+        tmp_path / "provider/run.yaml",
+        "--set",
+        f"inputs.source_prompt={prompt}",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert read_prompt(Path(json.loads(done.stdout)["artifact"])).embeddings.shape == (5, 32)
-    private_paths = [path for path in prompt.rglob("*") if path.is_file() and b"private.csv" in path.read_bytes()]
+    private_paths = [
+        path for path in prompt.rglob("*") if path.is_file() and b"private.csv" in path.read_bytes()
+    ]
     assert private_paths == []
 
 
-PRIVATE = ["--set=privacy.enabled=true", "--set=privacy.declared_examples=160", "--set=privacy.noise_multiplier=1"]
+PRIVATE = [
+    "--set=privacy.enabled=true",
+    "--set=privacy.declared_examples=160",
+    "--set=privacy.noise_multiplier=1",
+]
 PRIVATE += ["--set=privacy.noise_source=seeded"]  # with noise from the system no two runs are equal
 
 
@@ -177,14 +246,24 @@ def test_a_stopped_stage_goes_on_and_ends_as_if_it_had_not_been_stopped(
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("runs"))
     inputs = {
         "tune": {"student": artifact(finished, "distill")},
-        "transfer": {"student": artifact(finished, "distill"), "source_prompt": artifact(finished, "tune")},
+        "transfer": {
+            "student": artifact(finished, "distill"),
+            "source_prompt": artifact(finished, "tune"),
+        },
     }.get(stage, {})
-    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [f"--set={stage}.steps=150", *more]
-    straight = post_dist(stage, folder / "run.yaml", *options, "--output", tmp_path / "straight", "--json")
+    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [
+        f"--set={stage}.steps=150",
+        *more,
+    ]
+    straight = post_dist(
+        stage, folder / "run.yaml", *options, "--output", tmp_path / "straight", "--json"
+    )
     assert straight.returncode == 0, straight.stderr
 
     command = [sys.executable, "-m", "post_dist", stage, str(folder / "run.yaml"), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     while process.poll() is None and not list(folder.glob("runs/tiny/*/checkpoints/step-*")):
         time.sleep(0.02)
     process.send_signal(getattr(signal, by))
@@ -226,7 +305,10 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
     ]
 
     def steps() -> list[int]:
-        return [int(path.name.removeprefix("step-")) for path in tmp_path.glob("tiny/*/checkpoints/step-*")]
+        return [
+            int(path.name.removeprefix("step-"))
+            for path in tmp_path.glob("tiny/*/checkpoints/step-*")
+        ]
 
     code, said = interrupt(command, lambda: max(steps(), default=0) >= 8)
     assert code == 6, said
@@ -236,11 +318,15 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
     reached = max(steps())
     _, said = interrupt(command, lambda: max(steps()) > reached)
     assert f"going on from step {reached} of" in said
-    _, said = interrupt([*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached)
+    _, said = interrupt(
+        [*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached
+    )
     assert "going on from step" not in said
 
 
-def test_a_fault_after_the_last_step_costs_no_step(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_after_the_last_step_costs_no_step(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def break_disk(*_: object) -> None:
         raise EnvironmentFault("the disk is broken")
 
@@ -257,46 +343,87 @@ def test_a_fault_after_the_last_step_costs_no_step(tmp_path: Path, main: Callabl
     assert code == 0, err
     assert "going on from step 5" in err
     assert told[-3:] == ["writing the student", "hashing the student", "reading the student back"]
-    one, other = (next(tmp_path.glob(f"{base}/tiny/*/artifact/model.safetensors")).read_bytes() for base in ("straight", "runs"))
+    one, other = (
+        next(tmp_path.glob(f"{base}/tiny/*/artifact/model.safetensors")).read_bytes()
+        for base in ("straight", "runs")
+    )
     assert one == other
     assert not list(tmp_path.glob("*/tiny/*/checkpoints"))
 
 
-def test_launchers_give_equal_artefacts_and_one_process_s_losses(tmp_path: Path, finished: Path) -> None:
-    common = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29650"}
-    work = ["pipeline", str(finished / "run.yaml"), "--set=transfer.objective=proxy", "--set=transfer.scores=classes"]
+def test_launchers_give_equal_artifacts_and_one_process_s_losses(
+    tmp_path: Path, finished: Path
+) -> None:
+    common = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": "29650",
+    }
+    work = [
+        "pipeline",
+        str(finished / "run.yaml"),
+        "--set=transfer.objective=proxy",
+        "--set=transfer.scores=classes",
+    ]
     plain = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     starts = {
         "torchrun": [([str(asset("launch/torchrun.sh")), "2"], {})],
         "deepspeed": [([str(asset("launch/deepspeed.sh")), "2"], {})],
-        "plain": [([sys.executable, "-m", "post_dist"], plain | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")],
+        "plain": [
+            ([sys.executable, "-m", "post_dist"], plain | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ],
     }
     made = {}
     for launcher, processes in starts.items():
         output = tmp_path / launcher
-        commands = [([*program, *work, f"--output={output / 'runs'}"], os.environ | common | extra) for program, extra in processes]
+        commands = [
+            ([*program, *work, f"--output={output / 'runs'}"], os.environ | common | extra)
+            for program, extra in processes
+        ]
         running = [
-            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for command, env in commands
+            subprocess.Popen(
+                command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            )
+            for command, env in commands
         ]
         said = [process.communicate(timeout=200)[1] for process in running]
         assert all(process.returncode == 0 for process in running), said[0][-3000:]
-        made[launcher] = {path.parent.parent.name: path.read_bytes() for path in output.rglob("*/artifact/*model.safetensors")}
+        made[launcher] = {
+            path.parent.parent.name: path.read_bytes()
+            for path in output.rglob("*/artifact/*model.safetensors")
+        }
     assert made["torchrun"] == made["deepspeed"] == made["plain"]
     assert len(made["plain"]) == 5  # the student, two tuned and two transferred prompts
 
     def losses(base: Path) -> list[float]:
         files = sorted(base.glob("runs/tiny/transfer-*/metrics.jsonl"))
-        return sorted(json.loads(line)["loss"] for file in files for line in file.read_text().splitlines())
+        return sorted(
+            json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()
+        )
 
     assert losses(tmp_path / "plain") == pytest.approx(losses(finished), rel=1e-3)
 
 
-def test_a_masked_model_learns_the_task_and_passes_it_on(tmp_path: Path, post_dist: Callable) -> None:
+def test_a_masked_model_learns_the_task_and_passes_it_on(
+    tmp_path: Path, post_dist: Callable
+) -> None:
     """No package brings a masked model with its head, so a small RoBERTa is trained here."""
     run = tiny.write_run(tmp_path, "roberta")
     tiny.train_masked(tmp_path / "teacher")
-    settings = ["distill.steps=60", "distill.learning_rate=3e-3", "tune.steps=80", "transfer.steps=60", "transfer.learning_rate=1e-2"]
-    settings += ["transfer.scores=classes", "transfer.objective=proxy", "transfer.trained_share=1", "private_task.test_share=0.4"]
+    settings = [
+        "distill.steps=60",
+        "distill.learning_rate=3e-3",
+        "tune.steps=80",
+        "transfer.steps=60",
+        "transfer.learning_rate=1e-2",
+    ]
+    settings += [
+        "transfer.scores=classes",
+        "transfer.objective=proxy",
+        "transfer.trained_share=1",
+        "private_task.test_share=0.4",
+    ]
     done = post_dist("pipeline", run, *(f"--set={setting}" for setting in settings), "--json")
     assert done.returncode == 0, done.stderr
     accuracy = {row["name"]: row["accuracy_micro"] for row in json.loads(done.stdout)["rows"]}

@@ -14,7 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from post_dist.runtime.metrics import read_metrics
+from post_dist.runtime.metric_log import read_metric_log
 
 FP32 = "--set=engine.precision=fp32"
 RAN = "sequences to run"
@@ -32,17 +32,27 @@ def distilled(main: Callable, run: Path, output: Path, *options: str) -> tuple[P
 
 
 def losses(artifact: Path, term: str = "ce") -> list[float]:
-    return [line[term] for line in read_metrics(artifact.parent / "metrics.jsonl")]
+    return [line[term] for line in read_metric_log(artifact.parent / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable, tmp_path: Path, precision: str, frozen: int) -> None:
-    options = (f"--set=engine.precision={precision}", "--set=distill.steps=9", f"--set=student.frozen_lower_layers={frozen}")
+def test_the_student_is_the_one_that_asks_the_teacher(
+    run: Path, main: Callable, tmp_path: Path, precision: str, frozen: int
+) -> None:
+    options = (
+        f"--set=engine.precision={precision}",
+        "--set=distill.steps=9",
+        f"--set=student.frozen_lower_layers={frozen}",
+    )
     asking, _ = distilled(main, run, tmp_path, *options)
     reading, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
     assert RAN in said
-    for term in ("ce", "lm", "cos"):  # by the product, a small divergence is the difference of numbers of about 6: ten roundings of those
+    for term in (
+        "ce",
+        "lm",
+        "cos",
+    ):  # by the product, a small divergence is the difference of numbers of about 6: ten roundings of those
         assert losses(reading, term) == pytest.approx(losses(asking, term), rel=1e-5, abs=5e-6)
     weights = [load_file(artifact / "model.safetensors") for artifact in (asking, reading)]
     for name, tensor in weights[0].items():
@@ -51,13 +61,25 @@ def test_the_student_is_the_one_that_asks_the_teacher(run: Path, main: Callable,
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4)
 
 
-def test_another_student_another_batch_and_two_ranks_read_the_same_files(run: Path, main: Callable, tmp_path: Path) -> None:
+def test_another_student_another_batch_and_two_ranks_read_the_same_files(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
     options = (FP32, "--set=distill.cache=hidden")
     distilled(main, run, tmp_path, *options)
     for other in ("--set=student.layers=[0, 2]", "--set=distill.batch_size=3"):
         _, said = distilled(main, run, tmp_path, *options, other)
         assert RAN not in said
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741", "-m", "post_dist"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29741",
+        "-m",
+        "post_dist",
+    ]
     for folder in (tmp_path, tmp_path / "elsewhere"):  # there, two ranks fill the files
         done = subprocess.run(
             [*command, "distill", run, f"--output={folder}", *options, "--set=distill.steps=7"],
@@ -68,7 +90,9 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(run: Pa
         )
         assert done.returncode == 0, done.stderr
         assert (RAN in done.stderr) == (folder != tmp_path)
-    one, two = (next(folder.glob("tiny/teacher-signals-*")) for folder in (tmp_path, tmp_path / "elsewhere"))
+    one, two = (
+        next(folder.glob("tiny/teacher-signals-*")) for folder in (tmp_path, tmp_path / "elsewhere")
+    )
     assert one.name == two.name
     signals = [signal_of(folder) for folder in (one, two)]
     assert signals[0].keys() == signals[1].keys()
@@ -83,10 +107,23 @@ def signal_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor[whole["numbers"].argsort()] for name, tensor in whole.items()}
 
 
-@pytest.mark.parametrize("settings", ["fp32 hidden", "fp32 hidden, no cosine", "bf16 hidden, frozen", "fp32 sampled, no cosine, frozen"])
-def test_what_is_kept_takes_as_much_as_was_planned(run: Path, main: Callable, tmp_path: Path, settings: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "fp32 hidden",
+        "fp32 hidden, no cosine",
+        "bf16 hidden, frozen",
+        "fp32 sampled, no cosine, frozen",
+    ],
+)
+def test_what_is_kept_takes_as_much_as_was_planned(
+    run: Path, main: Callable, tmp_path: Path, settings: str
+) -> None:
     options = ["corpus.max_tokens=640", "distill.steps=9", f"engine.precision={settings[:4]}"]
-    options += [f"distill.cache={'hidden' if 'hidden' in settings else 'sampled'}", f"distill.alpha_cos={int('cosine' not in settings)}"]
+    options += [
+        f"distill.cache={'hidden' if 'hidden' in settings else 'sampled'}",
+        f"distill.alpha_cos={int('cosine' not in settings)}",
+    ]
     options += [f"student.frozen_lower_layers={int('frozen' in settings)}"]
     given = [f"--set={option}" for option in options]
     distilled(main, run, tmp_path, *given)
@@ -101,15 +138,26 @@ def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path:
     run = tiny.write_run(tmp_path)
     tiny.write_csv(tmp_path / "public.csv", tiny.sentences(2000, 2))
     tiny.speak_up(tmp_path / "teacher")
-    options = (FP32, "--set=distill.alpha_cos=0", "--set=distill.alpha_lm=0", "--set=distill.steps=150", "--set=distill.learning_rate=1e-2")
+    options = (
+        FP32,
+        "--set=distill.alpha_cos=0",
+        "--set=distill.alpha_lm=0",
+        "--set=distill.steps=150",
+        "--set=distill.learning_rate=1e-2",
+    )
     asking, _ = distilled(main, run, tmp_path, *options)
     reading, _ = distilled(main, run, tmp_path, *options, "--set=distill.cache=sampled")
     files = list(tmp_path.glob("tiny/teacher-signals-*/*.safetensors"))
     tokens = sum(load_file(file)["entropy"].numel() for file in files)
     assert sum(file.stat().st_size for file in files) < 120 * tokens + 1000 * len(files)
-    held_out = [json.loads((artifact / "post_dist.json").read_text())["config"]["held_out"]["ce"] for artifact in (asking, reading)]
+    held_out = [
+        json.loads((artifact / "post_dist.json").read_text())["config"]["held_out"]["ce"]
+        for artifact in (asking, reading)
+    ]
     untrained = losses(asking)[0]
-    print(f"held out: {held_out[0]:.3f} asking, {held_out[1]:.3f} reading samples, {untrained:.3f} untrained")
+    print(
+        f"held out: {held_out[0]:.3f} asking, {held_out[1]:.3f} reading samples, {untrained:.3f} untrained"
+    )
     assert held_out[1] - held_out[0] < 0.2 * (untrained - held_out[0])
 
 
@@ -124,8 +172,19 @@ def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: 
         "--set=distill.steps=1",
     )
     slow, fast = (f"--set=distill.micro_batch_size_per_gpu={size}" for size in (1, 200))
-    command = [sys.executable, "-m", "post_dist", "distill", run, f"--output={tmp_path}", *options, slow]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "post_dist",
+        "distill",
+        run,
+        f"--output={tmp_path}",
+        *options,
+        slow,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not list(tmp_path.glob("tiny/teacher-signals-*/0*.safetensors")):
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.01)
@@ -133,7 +192,10 @@ def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: 
     _, said = process.communicate()
     assert process.returncode == 6, said
     assert "what the teacher has said so far is kept" in said
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("tiny/teacher-signals-*/*.safetensors")}
+    kept = {
+        file: file.stat().st_mtime_ns
+        for file in tmp_path.glob("tiny/teacher-signals-*/*.safetensors")
+    }
     _, said = distilled(main, run, tmp_path, *options, fast)
     assert RAN in said
     assert "0 are in" not in said
@@ -141,9 +203,21 @@ def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: 
 
 
 def test_two_students_may_fill_one_folder_at_once(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "post_dist", "distill", run, f"--output={tmp_path}", FP32, "--set=distill.cache=hidden"]
+    command = [
+        sys.executable,
+        "-m",
+        "post_dist",
+        "distill",
+        run,
+        f"--output={tmp_path}",
+        FP32,
+        "--set=distill.cache=hidden",
+    ]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, f"--set=student.layers=[0, {layer}]"], **options) for layer in (2, 3)]
+    both = [
+        subprocess.Popen([*command, f"--set=student.layers=[0, {layer}]"], **options)
+        for layer in (2, 3)
+    ]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
 

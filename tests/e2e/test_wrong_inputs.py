@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from post_dist.artifacts.manifest import FILE_NAME, file_digest
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.files import file_digest
 
 Fields = dict[str, Any]
 
@@ -65,7 +66,9 @@ def private(**changes: object) -> Callable[[Fields, Path], object]:
 
 def write(name: str, content: str | bytes) -> Callable[[Fields, Path], object]:
     """Replace a file in the folder."""
-    return lambda fields, folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda fields, folder: (folder / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def drop(name: str) -> Callable[[Fields, Path], object]:
@@ -129,62 +132,172 @@ def class_biases(fields: Fields, folder: Path) -> None:
 
 def short_student(fields: Fields, folder: Path) -> None:
     config = json.loads((folder / "student/config.json").read_text())
-    (folder / "student/config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
+    (folder / "student/config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 50})
+    )
     resign(folder / "student")
 
 
 def no_head(fields: Fields, folder: Path) -> None:
     tensors = load_file(folder / "teacher/model.safetensors")
     save_file(
-        {name: tensor for name, tensor in tensors.items() if "layers.3" not in name}, folder / "teacher/model.safetensors", {"format": "pt"}
+        {name: tensor for name, tensor in tensors.items() if "layers.3" not in name},
+        folder / "teacher/model.safetensors",
+        {"format": "pt"},
     )
 
 
-DISTILL, TUNE, EVALUATE = ("distill", "{run}"), ("tune", "{run}", "--set", "inputs.student={student}"), ("evaluate", "{run}")
-TRANSFER = ("transfer", "{run}", "--set", "inputs.student={student}", "--set", "inputs.source_prompt={prompt}")
-OF_OWNER = (*EVALUATE, "--set", "inputs.student={student}", "--set", "inputs.source_prompt={prompt}")
+DISTILL, TUNE, EVALUATE = (
+    ("distill", "{run}"),
+    ("tune", "{run}", "--set", "inputs.student={student}"),
+    ("evaluate", "{run}"),
+)
+TRANSFER = (
+    "transfer",
+    "{run}",
+    "--set",
+    "inputs.student={student}",
+    "--set",
+    "inputs.source_prompt={prompt}",
+)
+OF_OWNER = (
+    *EVALUATE,
+    "--set",
+    "inputs.student={student}",
+    "--set",
+    "inputs.source_prompt={prompt}",
+)
 
 CASES = [
     # the run file and the command line
-    Case("run file missing", 2, "cannot read the run file", command=("pipeline", "{folder}/none.yaml")),
+    Case(
+        "run file missing",
+        2,
+        "cannot read the run file",
+        command=("pipeline", "{folder}/none.yaml"),
+    ),
     Case("run file is a folder", 2, "cannot read the run file", command=("pipeline", "{folder}")),
     Case("run file empty", 2, "holds no sections", write("run.yaml", ""), keep_yaml=True),
-    Case("run file not YAML", 2, "not valid YAML", write("run.yaml", "name: [unclosed"), keep_yaml=True),
-    Case("run file binary", 2, "cannot read the run file", write("run.yaml", b"\xff\xfe\x00\x81"), keep_yaml=True),
-    Case("key twice", 2, "the key 'name' stands twice", write("run.yaml", "name: a\nname: b\n"), keep_yaml=True),
-    Case("unknown section", 2, r"transfr: unknown key; did you mean 'transfer'\?", put("transfr", {})),
-    Case("unknown key", 2, r"transfer.alhpa: unknown key; did you mean 'alpha'\?", put("transfer.alhpa", 0.1)),
-    Case("wrong type", 2, r"distill.steps: input should be a valid integer.*found 'many'", put("distill.steps", "many")),
-    Case("out of range", 2, "transfer.alpha: input should be less than or equal to 1", put("transfer.alpha", 1.5)),
-    Case("not a choice", 2, "engine.zero_stage: input should be 0, 1, 2 or 3", put("engine.zero_stage", 4)),
-    Case("not a number", 2, "tune.learning_rate: input should be a valid number", put("tune.learning_rate", float("nan"))),
+    Case(
+        "run file not YAML",
+        2,
+        "not valid YAML",
+        write("run.yaml", "name: [unclosed"),
+        keep_yaml=True,
+    ),
+    Case(
+        "run file binary",
+        2,
+        "cannot read the run file",
+        write("run.yaml", b"\xff\xfe\x00\x81"),
+        keep_yaml=True,
+    ),
+    Case(
+        "key twice",
+        2,
+        "the key 'name' stands twice",
+        write("run.yaml", "name: a\nname: b\n"),
+        keep_yaml=True,
+    ),
+    Case(
+        "unknown section", 2, r"transfr: unknown key; did you mean 'transfer'\?", put("transfr", {})
+    ),
+    Case(
+        "unknown key",
+        2,
+        r"transfer.alhpa: unknown key; did you mean 'alpha'\?",
+        put("transfer.alhpa", 0.1),
+    ),
+    Case(
+        "wrong type",
+        2,
+        r"distill.steps: input should be a valid integer.*found 'many'",
+        put("distill.steps", "many"),
+    ),
+    Case(
+        "out of range",
+        2,
+        "transfer.alpha: input should be less than or equal to 1",
+        put("transfer.alpha", 1.5),
+    ),
+    Case(
+        "not a choice",
+        2,
+        "engine.zero_stage: input should be 0, 1, 2 or 3",
+        put("engine.zero_stage", 4),
+    ),
+    Case(
+        "not a number",
+        2,
+        "tune.learning_rate: input should be a valid number",
+        put("tune.learning_rate", float("nan")),
+    ),
     Case("bad name", 2, "name: string should match pattern", put("name", "../escape")),
     Case("name missing", 2, "name: is missing", drop_section("name")),
-    Case("override without value", 2, "not of the form", command=("pipeline", "{run}", "--set", "transfer.alpha")),
-    Case("override through a value", 2, "'name' is not a section", command=("pipeline", "{run}", "--set", "name.x=1")),
-    Case("override unknown", 2, "unknown key", command=("pipeline", "{run}", "--set", "transfer.x=1")),
+    Case(
+        "override without value",
+        2,
+        "not of the form",
+        command=("pipeline", "{run}", "--set", "transfer.alpha"),
+    ),
+    Case(
+        "override through a value",
+        2,
+        "'name' is not a section",
+        command=("pipeline", "{run}", "--set", "name.x=1"),
+    ),
+    Case(
+        "override unknown", 2, "unknown key", command=("pipeline", "{run}", "--set", "transfer.x=1")
+    ),
     Case("unknown command", 2, "No such command", command=("distil", "{run}")),
     Case("unknown option", 2, "No such option", command=("pipeline", "{run}", "--fast")),
     Case("bad resume", 2, "Invalid value", command=("pipeline", "{run}", "--resume", "sometimes")),
     Case("no private task", 2, "lacks the section private_task", drop_section("private_task")),
     Case("no teacher", 2, "lacks the section", drop_section("teacher"), DISTILL),
     Case("no corpus", 2, "lacks the section", drop_section("corpus")),
-    Case("init over a run file", 2, "exists already", write("demo.yaml", "mine"), ("init", "{folder}")),
+    Case(
+        "init over a run file",
+        2,
+        "exists already",
+        write("demo.yaml", "mine"),
+        ("init", "{folder}"),
+    ),
     Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
     # models
     Case("teacher missing", 2, "is no folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
     Case("teacher without weights", 2, "no safetensors weights", drop("teacher/model.safetensors")),
-    Case("teacher weights cut short", 2, "cannot be loaded", write("teacher/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), DISTILL),
+    Case(
+        "teacher weights cut short",
+        2,
+        "cannot be loaded",
+        write("teacher/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+        DISTILL,
+    ),
     Case("teacher lacks a layer", 2, "lacks weights", no_head, DISTILL),
     Case("teacher config broken", 2, "no usable config.json", write("teacher/config.json", "{")),
     Case(
-        "teacher without tokenizer", 2, "no usable tokenizer", both(drop("teacher/tokenizer.json"), drop("teacher/tokenizer_config.json"))
+        "teacher without tokenizer",
+        2,
+        "no usable tokenizer",
+        both(drop("teacher/tokenizer.json"), drop("teacher/tokenizer_config.json")),
     ),
     Case("too many layers", 2, "the teacher has 0 to 3", put("student.num_layers", 9), DISTILL),
-    Case("layer out of range", 2, "the teacher has 0 to 3", put("student", {"layers": [0, 7]}), DISTILL),
+    Case(
+        "layer out of range",
+        2,
+        "the teacher has 0 to 3",
+        put("student", {"layers": [0, 7]}),
+        DISTILL,
+    ),
     Case("layers unordered", 2, "rising numbers", put("student", {"layers": [3, 0]}), DISTILL),
-    Case("frozen block not the teacher's", 2, "own first layers", put("student", {"layers": [1, 2], "frozen_lower_layers": 1}), DISTILL),
+    Case(
+        "frozen block not the teacher's",
+        2,
+        "own first layers",
+        put("student", {"layers": [1, 2], "frozen_lower_layers": 1}),
+        DISTILL,
+    ),
     Case("nothing to train", 2, "leaves none of 2 layers", put("student.frozen_lower_layers", 2)),
     Case(
         "frozen block on trained embeddings",
@@ -192,26 +305,60 @@ CASES = [
         "needs freeze_embeddings",
         both(put("student.frozen_lower_layers", 1), put("student.freeze_embeddings", False)),
     ),
-    Case("trained head in shards", 2, "trained head", both(put("student.freeze_head", False), put("engine.zero_stage", 3)), DISTILL),
-    Case("fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL),
+    Case(
+        "trained head in shards",
+        2,
+        "trained head",
+        both(put("student.freeze_head", False), put("engine.zero_stage", 3)),
+        DISTILL,
+    ),
+    Case(
+        "fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL
+    ),
     # data
-    Case("data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")),
+    Case(
+        "data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")
+    ),
     Case("data is a folder", 2, "no known ending", put("private_task.path", "teacher")),
     Case("data empty", 2, "is empty", write("private.csv", "")),
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
-    Case("data of an unknown kind", 2, "no known ending", both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx"))),
-    Case("data not UTF-8", 2, "is not UTF-8 text", write("private.csv", b"text,label\n\xff\xfe,1\n")),
-    Case("data with a first row too long", 2, "cannot be read as CSV", write("private.csv", "text,label\nsecret,1,\nsecret,0\n")),
+    Case(
+        "data of an unknown kind",
+        2,
+        "no known ending",
+        both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx")),
+    ),
+    Case(
+        "data not UTF-8", 2, "is not UTF-8 text", write("private.csv", b"text,label\n\xff\xfe,1\n")
+    ),
+    Case(
+        "data with a first row too long",
+        2,
+        "cannot be read as CSV",
+        write("private.csv", "text,label\nsecret,1,\nsecret,0\n"),
+    ),
     Case(
         "data not of objects",
         2,
         "cannot be read as JSONL",
         both(write("private.jsonl", "[1]\n"), put("private_task.path", "private.jsonl")),
     ),
-    Case("data not JSON", 2, "cannot be read as JSONL", both(write("private.jsonl", "{oops"), put("private_task.path", "private.jsonl"))),
-    Case("column missing", 2, "no column 'sentiment'", put("private_task.label_column", "sentiment")),
+    Case(
+        "data not JSON",
+        2,
+        "cannot be read as JSONL",
+        both(write("private.jsonl", "{oops"), put("private_task.path", "private.jsonl")),
+    ),
+    Case(
+        "column missing", 2, "no column 'sentiment'", put("private_task.label_column", "sentiment")
+    ),
     Case("text column missing", 2, "no column 'body'", put("private_task.text", "{body}")),
-    Case("label outside the verbalizer", 2, "row 1 has a label .* not in the verbalizer", write("private.csv", "text,label\nsecret,9\n")),
+    Case(
+        "label outside the verbalizer",
+        2,
+        "row 1 has a label .* not in the verbalizer",
+        write("private.csv", "text,label\nsecret,9\n"),
+    ),
     Case("split empty", 2, "no row falls into the test split", put("private_task.test_share", 0)),
     Case("shares too large", 2, "leave nothing to train on", put("private_task.test_share", 0.95)),
     Case("one class", 2, "two classes or more", put("private_task.labels", {"0": ["bad"]})),
@@ -222,22 +369,97 @@ CASES = [
         "the label word 'extraordinary' is",
         put("private_task.labels", {"0": ["bad"], "1": ["extraordinary"]}),
     ),
-    Case("label word twice", 2, "share the token", put("private_task.labels", {"0": ["bad"], "1": ["bad"]})),
-    Case("template without text", 2, r"must hold \{text\} once", put("private_task.template", "It was")),
-    Case("template with open brace", 2, "braces that do not pair up", put("private_task.template", "{text It was")),
-    Case("template for a masked model", 2, r"\{mask\} is for masked models", put("private_task.template", "{text} It was {mask}")),
-    Case("template ends in a space", 2, "ends in white space", put("private_task.template", "{text} It was ")),
-    Case("template too long", 2, "alone fills max_length", put("private_task.template", "{text}" + " It was good" * 20)),
+    Case(
+        "label word twice",
+        2,
+        "share the token",
+        put("private_task.labels", {"0": ["bad"], "1": ["bad"]}),
+    ),
+    Case(
+        "template without text",
+        2,
+        r"must hold \{text\} once",
+        put("private_task.template", "It was"),
+    ),
+    Case(
+        "template with open brace",
+        2,
+        "braces that do not pair up",
+        put("private_task.template", "{text It was"),
+    ),
+    Case(
+        "template for a masked model",
+        2,
+        r"\{mask\} is for masked models",
+        put("private_task.template", "{text} It was {mask}"),
+    ),
+    Case(
+        "template ends in a space",
+        2,
+        "ends in white space",
+        put("private_task.template", "{text} It was "),
+    ),
+    Case(
+        "template too long",
+        2,
+        "alone fills max_length",
+        put("private_task.template", "{text}" + " It was good" * 20),
+    ),
     Case("corpus too short", 2, "to be held out", put("corpus.held_out_sequences", 5000), DISTILL),
-    Case("documents that see each other", 2, "set corpus.separate_documents: false", other_teacher("opt"), DISTILL),
-    Case("corpus longer than the context", 2, "exceeds the teacher's context", put("corpus.sequence_length", 200), DISTILL),
-    Case("prompt longer than the context", 2, "do not fit into the model's context", put("tune.num_virtual_tokens", 100), TUNE),
-    # artefacts and privacy
-    Case("public task is private", 5, "public_task is private", put("public_task.visibility", "private"), TRANSFER),
-    Case("private task is public", 2, "visibility must be private", put("private_task.visibility", "public")),
-    Case("student missing", 2, "is no folder", command=("tune", "{run}", "--set", "inputs.student=./none")),
-    Case("student is a prompt", 4, "is a soft prompt, not a student", command=("tune", "{run}", "--set", "inputs.student={prompt}")),
-    Case("student changed", 4, "is not the file that was written", write("student/config.json", "{}"), TUNE),
+    Case(
+        "documents that see each other",
+        2,
+        "set corpus.separate_documents: false",
+        other_teacher("opt"),
+        DISTILL,
+    ),
+    Case(
+        "corpus longer than the context",
+        2,
+        "exceeds the teacher's context",
+        put("corpus.sequence_length", 200),
+        DISTILL,
+    ),
+    Case(
+        "prompt longer than the context",
+        2,
+        "do not fit into the model's context",
+        put("tune.num_virtual_tokens", 100),
+        TUNE,
+    ),
+    # artifacts and privacy
+    Case(
+        "public task is private",
+        5,
+        "public_task is private",
+        put("public_task.visibility", "private"),
+        TRANSFER,
+    ),
+    Case(
+        "private task is public",
+        2,
+        "visibility must be private",
+        put("private_task.visibility", "public"),
+    ),
+    Case(
+        "student missing",
+        2,
+        "is no folder",
+        command=("tune", "{run}", "--set", "inputs.student=./none"),
+    ),
+    Case(
+        "student is a prompt",
+        4,
+        "is a soft prompt, not a student",
+        command=("tune", "{run}", "--set", "inputs.student={prompt}"),
+    ),
+    Case(
+        "student changed",
+        4,
+        "is not the file that was written",
+        write("student/config.json", "{}"),
+        TUNE,
+    ),
     Case(
         "start of another width",
         2,
@@ -245,11 +467,41 @@ CASES = [
         other_teacher("llama", width=48),
         (*TRANSFER, "--set", "transfer.trained_share=1"),
     ),
-    Case("tokenizer mismatch", 4, "is not the one that the prompt was tuned with", other_tokenizer("student"), TRANSFER),
-    Case("vocabularies token by token", 2, "student and target have different tokenizers", other_tokenizer("teacher"), TRANSFER),
-    Case("prompt with NaN", 4, "not finite", prompt_tensor(torch.full((5, 32), float("nan"))), TRANSFER),
-    Case("prompt of another width", 4, "the prompt has vectors of width 31", prompt_tensor(torch.zeros(5, 31)), TRANSFER),
-    Case("biases for other classes", 4, "other label words", both(class_biases, put("private_task.labels.2", ["film"])), OF_OWNER),
+    Case(
+        "tokenizer mismatch",
+        4,
+        "is not the one that the prompt was tuned with",
+        other_tokenizer("student"),
+        TRANSFER,
+    ),
+    Case(
+        "vocabularies token by token",
+        2,
+        "student and target have different tokenizers",
+        other_tokenizer("teacher"),
+        TRANSFER,
+    ),
+    Case(
+        "prompt with NaN",
+        4,
+        "not finite",
+        prompt_tensor(torch.full((5, 32), float("nan"))),
+        TRANSFER,
+    ),
+    Case(
+        "prompt of another width",
+        4,
+        "the prompt has vectors of width 31",
+        prompt_tensor(torch.zeros(5, 31)),
+        TRANSFER,
+    ),
+    Case(
+        "biases for other classes",
+        4,
+        "other label words",
+        both(class_biases, put("private_task.labels.2", ["film"])),
+        OF_OWNER,
+    ),
     Case(
         "biases in another order",
         4,
@@ -268,10 +520,34 @@ CASES = [
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
     Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
     # the privacy plan
-    Case("privacy without a target", 2, "give either target_epsilon or noise_multiplier", put("privacy", {"enabled": True}), TUNE),
-    Case("privacy with two targets", 2, "give either target_epsilon or noise_multiplier", private(noise_multiplier=1.0), TUNE),
-    Case("privacy without delta", 2, "give declared_examples, or both", private(declared_examples=None), TUNE),
-    Case("privacy of no epsilon", 2, "privacy.target_epsilon: input should be greater than 0", private(target_epsilon=0), TUNE),
+    Case(
+        "privacy without a target",
+        2,
+        "give either target_epsilon or noise_multiplier",
+        put("privacy", {"enabled": True}),
+        TUNE,
+    ),
+    Case(
+        "privacy with two targets",
+        2,
+        "give either target_epsilon or noise_multiplier",
+        private(noise_multiplier=1.0),
+        TUNE,
+    ),
+    Case(
+        "privacy without delta",
+        2,
+        "give declared_examples, or both",
+        private(declared_examples=None),
+        TUNE,
+    ),
+    Case(
+        "privacy of no epsilon",
+        2,
+        "privacy.target_epsilon: input should be greater than 0",
+        private(target_epsilon=0),
+        TUNE,
+    ),
     Case(
         "privacy of no noise",
         2,
@@ -279,7 +555,13 @@ CASES = [
         private(target_epsilon=None, noise_multiplier=0.01),
         TUNE,
     ),
-    Case("more rows a step than declared", 2, "exceeds privacy.declared_examples", private(declared_examples=4), TUNE),
+    Case(
+        "more rows a step than declared",
+        2,
+        "exceeds privacy.declared_examples",
+        private(declared_examples=4),
+        TUNE,
+    ),
     Case(
         "more rows a step than declared, asked for the price",
         2,
@@ -287,11 +569,41 @@ CASES = [
         private(enabled=False, declared_examples=4),
         ("privacy", "{run}"),
     ),
-    Case("delta of rounding", 2, "target_delta: input should be greater than", private(target_delta=1e-16), ("privacy", "{run}")),
-    Case("rows cut to a count", 2, "one row more would push another one out", both(private(), put("private_task.max_rows", 50)), TUNE),
-    Case("search without privacy", 2, "tune.search needs privacy", put("tune.search", {"mean_trials": 3, "learning_rate": [0.1]}), TUNE),
-    Case("search for nothing", 2, "names nothing to try", both(private(), put("tune.search", {"mean_trials": 3})), TUNE),
-    Case("private rows without a plan", 2, "give declared_examples, or both", put("evaluate.private_rows", [8]), TUNE),
+    Case(
+        "delta of rounding",
+        2,
+        "target_delta: input should be greater than",
+        private(target_delta=1e-16),
+        ("privacy", "{run}"),
+    ),
+    Case(
+        "rows cut to a count",
+        2,
+        "one row more would push another one out",
+        both(private(), put("private_task.max_rows", 50)),
+        TUNE,
+    ),
+    Case(
+        "search without privacy",
+        2,
+        "tune.search needs privacy",
+        put("tune.search", {"mean_trials": 3, "learning_rate": [0.1]}),
+        TUNE,
+    ),
+    Case(
+        "search for nothing",
+        2,
+        "names nothing to try",
+        both(private(), put("tune.search", {"mean_trials": 3})),
+        TUNE,
+    ),
+    Case(
+        "private rows without a plan",
+        2,
+        "give declared_examples, or both",
+        put("evaluate.private_rows", [8]),
+        TUNE,
+    ),
     Case(
         "epsilon out of reach",
         2,
@@ -299,11 +611,35 @@ CASES = [
         private(target_epsilon=0.01, sampling_probability=1.0, steps=10_000),
         TUNE,
     ),
-    Case("epsilon for nothing", 2, "is met with a noise multiplier below", private(target_epsilon=500.0), TUNE),
-    Case("ledger in no folder", 2, "cannot write the privacy ledger", private(ledger="none/ledger.jsonl"), TUNE),
-    Case("plan without privacy", 2, "privacy: give declared_examples", command=("privacy", "{run}")),
-    Case("budget of nothing", 2, "cannot read the privacy ledger", command=("budget", "{folder}/none.jsonl")),
-    Case("budget of no ledger", 4, "row 1 is no ledger row", command=("budget", "{folder}/private.csv")),
+    Case(
+        "epsilon for nothing",
+        2,
+        "is met with a noise multiplier below",
+        private(target_epsilon=500.0),
+        TUNE,
+    ),
+    Case(
+        "ledger in no folder",
+        2,
+        "cannot write the privacy ledger",
+        private(ledger="none/ledger.jsonl"),
+        TUNE,
+    ),
+    Case(
+        "plan without privacy", 2, "privacy: give declared_examples", command=("privacy", "{run}")
+    ),
+    Case(
+        "budget of nothing",
+        2,
+        "cannot read the privacy ledger",
+        command=("budget", "{folder}/none.jsonl"),
+    ),
+    Case(
+        "budget of no ledger",
+        4,
+        "row 1 is no ledger row",
+        command=("budget", "{folder}/private.csv"),
+    ),
     Case(
         "audit of too much",
         2,
@@ -311,7 +647,9 @@ CASES = [
         private(target_epsilon=None, noise_multiplier=0.2, target_delta=1e-6),
         ("audit", "{run}"),
     ),
-    Case("bench without a student", 2, "distill is not finished", command=("bench", "tune", "{run}")),
+    Case(
+        "bench without a student", 2, "distill is not finished", command=("bench", "tune", "{run}")
+    ),
     Case("bench of no stage", 2, "No such command", command=("bench", "evaluate", "{run}")),
     Case(
         "bench scale without public text",
@@ -320,8 +658,18 @@ CASES = [
         lambda fields, folder: fields.pop("public_task"),
         command=("bench", "scale", "{run}"),
     ),
-    Case("bench scale on no nodes", 2, "--submit 2,0: not numbers above zero", command=("bench", "scale", "{run}", "--submit", "2,0")),
-    Case("bench scale twice on one node", 2, "--submit 1,1: a number stands twice", command=("bench", "scale", "{run}", "--submit", "1,1")),
+    Case(
+        "bench scale on no nodes",
+        2,
+        "--submit 2,0: not numbers above zero",
+        command=("bench", "scale", "{run}", "--submit", "2,0"),
+    ),
+    Case(
+        "bench scale twice on one node",
+        2,
+        "--submit 1,1: a number stands twice",
+        command=("bench", "scale", "{run}", "--submit", "1,1"),
+    ),
     Case(
         "bench scale into one file",
         2,
@@ -329,7 +677,13 @@ CASES = [
         command=("bench", "scale", "{run}", "--submit=1", "--write={folder}/figures.json"),
     ),
     # places
-    Case("output is a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken")),
+    Case(
+        "output is a file",
+        2,
+        "cannot write",
+        write("taken", "x"),
+        ("distill", "{run}", "--output", "{folder}/taken"),
+    ),
     Case(
         "output is a file, of a job",
         2,
@@ -337,9 +691,26 @@ CASES = [
         write("taken", "x"),
         ("submit", "{run}", "distill", "--local", "--output={folder}/taken"),
     ),
-    Case("output of nobody", 2, "output: ~nobody-here/runs: .*home", put("output", "~nobody-here/runs"), DISTILL),
-    Case("output inside a file", 2, "cannot write", write("taken", "x"), ("distill", "{run}", "--output", "{folder}/taken/deep")),
-    Case("output cannot be made", 2, "cannot write", command=("distill", "{run}", "--output", "/proc/nowhere")),
+    Case(
+        "output of nobody",
+        2,
+        "output: ~nobody-here/runs: .*home",
+        put("output", "~nobody-here/runs"),
+        DISTILL,
+    ),
+    Case(
+        "output inside a file",
+        2,
+        "cannot write",
+        write("taken", "x"),
+        ("distill", "{run}", "--output", "{folder}/taken/deep"),
+    ),
+    Case(
+        "output cannot be made",
+        2,
+        "cannot write",
+        command=("distill", "{run}", "--output", "/proc/nowhere"),
+    ),
 ]
 
 
@@ -351,7 +722,12 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
     case.change(fields, folder)
     if not case.keep_yaml:
         (folder / "run.yaml").write_text(yaml.safe_dump(fields))
-    places = {"run": folder / "run.yaml", "folder": folder, "student": folder / "student", "prompt": folder / "prompt"}
+    places = {
+        "run": folder / "run.yaml",
+        "folder": folder,
+        "student": folder / "student",
+        "prompt": folder / "prompt",
+    }
     code, out, err = main(*(part.format(**places) for part in case.command))
     assert code == case.code, err
     import re
@@ -368,18 +744,36 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "RANK, WORLD_SIZE set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "Slurm started 4 tasks"),
         (
-            dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1", SLURM_PROCID="0", SLURM_NTASKS="4"),
+            dict(
+                RANK="0",
+                WORLD_SIZE="2",
+                LOCAL_RANK="0",
+                MASTER_ADDR="a",
+                MASTER_PORT="1",
+                SLURM_PROCID="0",
+                SLURM_NTASKS="4",
+            ),
             "WORLD_SIZE=2 contradicts SLURM_NTASKS=4",
         ),
-        (dict(RANK="3", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"), "RANK=3 does not lie within WORLD_SIZE=2"),
+        (
+            dict(RANK="3", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"),
+            "RANK=3 does not lie within WORLD_SIZE=2",
+        ),
     ],
 )
-def test_a_launcher_that_contradicts_itself_is_refused(base: Path, variables: dict[str, str], message: str) -> None:
+def test_a_launcher_that_contradicts_itself_is_refused(
+    base: Path, variables: dict[str, str], message: str
+) -> None:
     command = [sys.executable, "-m", "post_dist", "distill", str(base / "run.yaml")]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 3
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,20 +10,33 @@ import tiny
 import torch
 from privacy.gradient_checks import change_each_example
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 
 FP32 = {"precision": "fp32"}
 LAYOUTS = {
     "bf16": ({"precision": "bf16"}, 2e-2),
     "fp16, scaled loss": ({"precision": "fp16"}, 2e-2),
     "ZeRO++ int8 gathers": ({"precision": "bf16", "quantized_gathers": "true"}, 1e-1),
-    "offloaded, pinned": ({"precision": "bf16", "offload": "cpu", "offload_optimizer": "true", "zero_stage": "2"}, 2e-2),
+    "offloaded, pinned": (
+        {"precision": "bf16", "offload": "cpu", "offload_optimizer": "true", "zero_stage": "2"},
+        2e-2,
+    ),
     "activations computed twice": ({"precision": "bf16", "activation_checkpointing": "true"}, 2e-2),
 }
-PRIVATE = ["privacy.enabled=true", "privacy.target_epsilon=8", "privacy.declared_examples=160", "tune.class_bias=true"]
+PRIVATE = [
+    "privacy.enabled=true",
+    "privacy.target_epsilon=8",
+    "privacy.declared_examples=160",
+    "tune.class_bias=true",
+]
 
 
-def run_stage(post_dist: Callable, stage: str, run: Path, output: Path, settings: list[str]) -> Path:
+def run_stage(
+    post_dist: Callable, stage: str, run: Path, output: Path, settings: list[str]
+) -> Path:
     """The folder of a stage that has run to its end."""
     done = post_dist(stage, run, *(f"--set={setting}" for setting in settings), "--output", output)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,22 +53,51 @@ def test_a_layout_distils_as_fp32_does(tmp_path: Path, post_dist: Callable, layo
     run = tiny.write_run(tmp_path)
     engine, tolerance = LAYOUTS[layout]
     reference, other = (
-        figures(run_stage(post_dist, "distill", run, tmp_path / name, [f"engine.{key}={value}" for key, value in each.items()]), "lm")
+        figures(
+            run_stage(
+                post_dist,
+                "distill",
+                run,
+                tmp_path / name,
+                [f"engine.{key}={value}" for key, value in each.items()],
+            ),
+            "lm",
+        )
         for name, each in (("fp32", FP32), ("other", engine))
     )
     assert other == pytest.approx(reference, rel=tolerance)
 
 
-def test_the_pipeline_learns_as_on_a_cpu(tmp_path: Path, post_dist: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pipeline_learns_as_on_a_cpu(
+    tmp_path: Path, post_dist: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tiny.write_run(tmp_path)
-    settings = ["transfer.objective=proxy", "transfer.scores=classes", "transfer.match_class_shares=true"]
+    settings = [
+        "transfer.objective=proxy",
+        "transfer.scores=classes",
+        "transfer.match_class_shares=true",
+    ]
 
     def learned(place: str) -> tuple[list[float], list[float], dict[str, float]]:
-        done = post_dist("pipeline", run, *(f"--set={setting}" for setting in settings), "--output", tmp_path / place, "--json")
+        done = post_dist(
+            "pipeline",
+            run,
+            *(f"--set={setting}" for setting in settings),
+            "--output",
+            tmp_path / place,
+            "--json",
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        (distilled,), transferred = (sorted((tmp_path / place).glob(f"tiny/{stage}-????????")) for stage in ("distill", "transfer"))
+        (distilled,), transferred = (
+            sorted((tmp_path / place).glob(f"tiny/{stage}-????????"))
+            for stage in ("distill", "transfer")
+        )
         areas = {row["name"]: row["auc"] for row in json.loads(done.stdout)["rows"]}
-        return figures(distilled, "lm"), [loss for folder in transferred for loss in figures(folder, "loss")], areas
+        return (
+            figures(distilled, "lm"),
+            [loss for folder in transferred for loss in figures(folder, "loss")],
+            areas,
+        )
 
     on_gpu = learned("gpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -65,22 +107,33 @@ def test_the_pipeline_learns_as_on_a_cpu(tmp_path: Path, post_dist: Callable, mo
     assert on_gpu[2] == pytest.approx(on_cpu[2], abs=0.02)
 
 
-@pytest.mark.parametrize(("family", "share"), [("gpt2", True), ("llama", True), ("llama", False), ("roberta", False)])
+@pytest.mark.parametrize(
+    ("family", "share"), [("gpt2", True), ("llama", True), ("llama", False), ("roberta", False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_changing_one_example_leaves_the_others_bit_for_bit(family: str, share: bool, dtype: torch.dtype) -> None:
+def test_changing_one_example_leaves_the_others_bit_for_bit(
+    family: str, share: bool, dtype: torch.dtype
+) -> None:
     change_each_example(family, dtype, torch.device("cuda"), share=share)
 
 
 def test_a_private_run_repeats_itself_bit_for_bit(tmp_path: Path, post_dist: Callable) -> None:
     """What a killed run rests on: the step that is done again has the same sum, gets the same noise, and costs nothing."""
     run = tiny.write_run(tmp_path)
-    shared = run_stage(post_dist, "distill", run, tmp_path / "student", ["engine.precision=bf16"]) / "artifact"
+    shared = (
+        run_stage(post_dist, "distill", run, tmp_path / "student", ["engine.precision=bf16"])
+        / "artifact"
+    )
     settings = [*PRIVATE, "privacy.noise_source=seeded", f"inputs.student={shared}"]
     digests = set()
     for place in ("one", "other"):
         given = [*settings, "engine.precision=bf16", f"privacy.ledger={tmp_path / place}.jsonl"]
         folder = run_stage(post_dist, "tune", run, tmp_path / place, given)
-        digests.add(hashlib.sha256((folder / "artifact" / "adapter_model.safetensors").read_bytes()).hexdigest())
+        digests.add(
+            hashlib.sha256(
+                (folder / "artifact" / "adapter_model.safetensors").read_bytes()
+            ).hexdigest()
+        )
     assert len(digests) == 1
 
 

@@ -21,9 +21,8 @@ import torch
 from faults import at_call, die, fork_command
 
 from post_dist.artifacts import manifest
-from post_dist.privacy import ledger, training
+from post_dist.privacy import ledger, trainer, training
 from post_dist.privacy.mechanism import PrivateOptimizer
-from post_dist.stages import private_tuning
 
 STEPS = 6
 
@@ -58,9 +57,15 @@ def in_half_a_state(number: int) -> None:
 
 
 PLACES: dict[str, Callable[[int], None]] = {
-    "before the rows are drawn": lambda number: at_call(training, "poisson_rows", number, before=True),
-    "after the rows are drawn": lambda number: at_call(training, "poisson_rows", number, before=False),
-    "after a backward pass": lambda number: at_call(private_tuning.ExampleGradients, "__call__", number, before=False),
+    "before the rows are drawn": lambda number: at_call(
+        training, "poisson_rows", number, before=True
+    ),
+    "after the rows are drawn": lambda number: at_call(
+        training, "poisson_rows", number, before=False
+    ),
+    "after a backward pass": lambda number: at_call(
+        trainer.ExampleGradients, "__call__", number, before=False
+    ),
     "before the intent": lambda number: at_call(ledger.LedgerRun, "intend", number, before=True),
     "in the intent's row": in_half_a_row,
     "after the intent": lambda number: at_call(ledger.LedgerRun, "intend", number, before=False),
@@ -73,9 +78,24 @@ PLACES: dict[str, Callable[[int], None]] = {
 
 def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Tune in a forked child; its wait status."""
-    settings = [f"inputs.student={folder / 'student'}", "privacy.enabled=true", "privacy.noise_multiplier=0.8", f"tune.steps={STEPS}"]
-    settings += ["privacy.declared_examples=160", "privacy.noise_source=seeded", f"privacy.ledger={output}.ledger", "tune.class_bias=true"]
-    arguments = ["tune", str(folder / "run.yaml"), f"--output={output}", *(f"--set={setting}" for setting in settings)]
+    settings = [
+        f"inputs.student={folder / 'student'}",
+        "privacy.enabled=true",
+        "privacy.noise_multiplier=0.8",
+        f"tune.steps={STEPS}",
+    ]
+    settings += [
+        "privacy.declared_examples=160",
+        "privacy.noise_source=seeded",
+        f"privacy.ledger={output}.ledger",
+        "tune.class_bias=true",
+    ]
+    arguments = [
+        "tune",
+        str(folder / "run.yaml"),
+        f"--output={output}",
+        *(f"--set={setting}" for setting in settings),
+    ]
     return os.waitpid(fork_command(arguments, {}, folder / "said.txt", prepare), 0)[1]
 
 
@@ -101,7 +121,12 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
     tiny.write_run(folder)
-    distilled = fork_command(["distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"], {}, folder / "said.txt", lambda: None)
+    distilled = fork_command(
+        ["distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"],
+        {},
+        folder / "said.txt",
+        lambda: None,
+    )
     os.waitpid(distilled, 0)
     next(folder.glob("made/tiny/distill-*/artifact")).rename(folder / "student")
     assert run(folder, folder / "alone") == 0
@@ -113,7 +138,9 @@ def main() -> None:
         right = Counter()
         for time in range(options.times):
             output = folder / f"{place.replace(' ', '-')}-{time}"
-            status = run(folder, output, lambda prepare=prepare: prepare(random.randrange(1, STEPS + 1)))
+            status = run(
+                folder, output, lambda prepare=prepare: prepare(random.randrange(1, STEPS + 1))
+            )
             assert os.WIFSIGNALED(status), f"{place}: the run was not killed"
             assert os.WTERMSIG(status) == signal.SIGKILL
             assert run(folder, output) == 0, f"{place}: the run did not go on"
@@ -124,10 +151,10 @@ def main() -> None:
         lines.append(f"| {place} | {options.times} | {right['prompt']} | {right['ledger']} |")
     print("\n".join(lines))
     if options.table:
-        about = (
-            f"Made by `make faults`; tiny Llama, fp32, one thread, {STEPS} steps, each kill at a random one; torch {torch.__version__}.\n"
+        about = f"Made by `make faults`; tiny Llama, fp32, one thread, {STEPS} steps, each kill at a random one; torch {torch.__version__}.\n"
+        options.table.write_text(
+            "# Private tuning under SIGKILL (CPU)\n\n" + about + "\n" + "\n".join(lines) + "\n"
         )
-        options.table.write_text("# Private tuning under SIGKILL (CPU)\n\n" + about + "\n" + "\n".join(lines) + "\n")
     sys.exit(bool(failures))
 
 

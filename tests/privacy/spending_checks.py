@@ -49,7 +49,15 @@ def train_toy(
         held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
         run = training.PrivateRun(plan, source, held, total, World(0, 1, 0, "none", CPU))
         optimizer = torch.optim.Adam([parameter], lr=0.1)
-        training.train_privately([parameter], gradients, optimizer, lambda step: 1.0, run, place / "checkpoints" / source.run, label="toy")
+        training.train_privately(
+            [parameter],
+            gradients,
+            optimizer,
+            lambda step: 1.0,
+            run,
+            place / "checkpoints" / source.run,
+            label="toy",
+        )
         if finish:
             held.finish()
     return parameter.detach()
@@ -65,7 +73,9 @@ def every_step_is_charged_and_noised_also_when_empty() -> None:
         states = []
         save = part("privacy.training").save_tensors
         with mock.patch.object(
-            part("privacy.training"), "save_tensors", lambda *given: (states.append(given[2]["0"].clone()), save(*given))
+            part("privacy.training"),
+            "save_tensors",
+            lambda *given: (states.append(given[2]["0"].clone()), save(*given)),
         ):
             train_toy(place, source, plan)
         assert len(states) == 4, "a step without examples was passed over"
@@ -82,7 +92,9 @@ def intents_are_on_disk_before_the_noise() -> None:
 
         def watch(self: Any, count: int, *purpose: object) -> np.ndarray:
             if purpose and purpose[0] == "noise":
-                lines = [json.loads(line) for line in (place / "ledger.jsonl").read_text().splitlines()]
+                lines = [
+                    json.loads(line) for line in (place / "ledger.jsonl").read_text().splitlines()
+                ]
                 seen.append((sum(line["row"] == "step" for line in lines), len(synced)))
             return normal(self, count, *purpose)
 
@@ -108,8 +120,12 @@ def a_restart_repeats_or_pays() -> None:
 
         kept = place / "checkpoints" / "run"
         shutil.rmtree(kept)
-        assert torch.equal(train_toy(place, source, plan), straight), "the same run again must be the same"
-        assert spent(place)["run"].charged_steps == 6, "a repeated step was charged though its noise is the same"
+        assert torch.equal(train_toy(place, source, plan), straight), (
+            "the same run again must be the same"
+        )
+        assert spent(place)["run"].charged_steps == 6, (
+            "a repeated step was charged though its noise is the same"
+        )
         shutil.rmtree(kept)
         train_toy(place, source, plan, gradients=lambda rows: toy_gradients(rows, scale=0.01))
         assert spent(place)["run"].charged_steps > 6, "steps on another gradient were not charged"
@@ -140,10 +156,14 @@ def a_checkpoint_ahead_of_its_ledger_is_charged() -> None:
     with folder() as place:
         source, plan, path = fresh_source(), plan_of(), place / "ledger.jsonl"
         train_toy(place, source, plan, finish=False)
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # opened, and two steps
+        path.write_text(
+            "".join(path.read_text().splitlines(keepends=True)[:3])
+        )  # opened, and two steps
         assert spent(place)["run"].charged_steps == 2
         train_toy(place, source, plan)
-        assert spent(place)["run"].charged_steps == 6, "steps that the state has behind it are not in the ledger"
+        assert spent(place)["run"].charged_steps == 6, (
+            "steps that the state has behind it are not in the ledger"
+        )
 
 
 def a_run_keeps_its_plan() -> None:
@@ -204,7 +224,9 @@ def config_of(**privacy: Any) -> Any:
     from post_dist.config.schema import RunConfig
 
     given = {"enabled": True, "declared_examples": 6000} | privacy
-    return RunConfig.model_validate({"name": "a", "privacy": given, "tune": {"batch_size": 60, "steps": 50}})
+    return RunConfig.model_validate(
+        {"name": "a", "privacy": given, "tune": {"batch_size": 60, "steps": 50}}
+    )
 
 
 def calibration_meets_its_target_from_below() -> None:
@@ -226,7 +248,9 @@ def the_plan_is_declared_and_never_counted() -> None:
 def seeded_noise_is_not_called_private() -> None:
     ledger, statement = part("privacy.ledger"), part("privacy.statement")
     plan = plan_of(noise_source="seeded", sampling_probability=0.05)
-    said = statement.privacy_statement(ledger.Spending(plan, "", {(0, step): {"a"} for step in range(6)}))
+    said = statement.privacy_statement(
+        ledger.Spending(plan, "", {(0, step): {"a"} for step in range(6)})
+    )
     assert said["private"] is False
     assert said["epsilon"] is None
     assert part("privacy.accounting").composed_epsilon([plan], 1e-5) == math.inf
@@ -238,9 +262,17 @@ def statements_hold_what_was_charged() -> None:
     once = {(0, step): {"a"} for step in range(6)}
     said = statement.privacy_statement(ledger.Spending(plan, "", once))
     twice = statement.privacy_statement(ledger.Spending(plan, "", once | {(0, 2): {"a", "b"}}))
-    assert twice["epsilon"] > said["epsilon"] + 1e-3, "a step that was charged twice is not in the claim"
+    assert twice["epsilon"] > said["epsilon"] + 1e-3, (
+        "a step that was charged twice is not in the claim"
+    )
     assert statement.statement_problems(said) == statement.statement_problems(twice) == []
-    worse = {"epsilon": 0.5, "noise_multiplier": 0.5, "steps": 60, "sampling_probability": 0.2, "steps_repeated": {"2": 5}}
+    worse = {
+        "epsilon": 0.5,
+        "noise_multiplier": 0.5,
+        "steps": 60,
+        "sampling_probability": 0.2,
+        "steps_repeated": {"2": 5},
+    }
     for field, better in worse.items():
         assert statement.statement_problems(said | {field: better}), f"a false {field} was not seen"
 
@@ -252,7 +284,9 @@ def accountants_must_agree() -> None:
     for factor in (0.8, 1.25):
 
         def wrong(tried: Any, interval: float, factor: float = factor) -> Any:
-            return losses(replace(tried, noise_multiplier=factor * tried.noise_multiplier), interval)
+            return losses(
+                replace(tried, noise_multiplier=factor * tried.noise_multiplier), interval
+            )
 
         with mock.patch.object(accounting, "_losses", wrong):
             try:
@@ -269,15 +303,22 @@ def a_repeated_step_costs_what_its_one_sample_tells() -> None:
     epsilon = part("privacy.accounting").composed_epsilon(begun.plans(), plan.delta)
     deviation = plan.noise_multiplier / times**0.5
     x = np.linspace(-12 * deviation, 1 + 12 * deviation, 1_000_001)
-    without, with_one = stats.norm.pdf(x, 0, deviation), 0.95 * stats.norm.pdf(x, 0, deviation) + 0.05 * stats.norm.pdf(x, 1, deviation)
+    without, with_one = (
+        stats.norm.pdf(x, 0, deviation),
+        0.95 * stats.norm.pdf(x, 0, deviation) + 0.05 * stats.norm.pdf(x, 1, deviation),
+    )
     delta = np.trapezoid(np.maximum(with_one - math.exp(epsilon) * without, 0), x)
-    assert 0.9 * plan.delta < delta <= plan.delta * 1.001, f"epsilon {epsilon} holds at delta {delta}, not {plan.delta}"
+    assert 0.9 * plan.delta < delta <= plan.delta * 1.001, (
+        f"epsilon {epsilon} holds at delta {delta}, not {plan.delta}"
+    )
 
 
 def untrusted_statements_are_refused_soon() -> None:
     """What the other side wrote is refused or called false, and never takes long or raises anything else."""
     ledger, statement, errors = part("privacy.ledger"), part("privacy.statement"), part("errors")
-    said = statement.privacy_statement(ledger.Spending(plan_of(), "", {(0, step): {"a"} for step in range(6)}))
+    said = statement.privacy_statement(
+        ledger.Spending(plan_of(), "", {(0, step): {"a"} for step in range(6)})
+    )
     bad: list[dict[str, Any]] = [
         {"steps": 10_000, "sampling_probability": 1, "noise_multiplier": 0.2},
         {"mean_trials": 0.5, "score_noise_multiplier": 10.0},
@@ -294,7 +335,7 @@ def untrusted_statements_are_refused_soon() -> None:
     ]
     for changes in bad:
         start = time.monotonic()
-        with suppress(errors.ArtefactRefused):
+        with suppress(errors.ArtifactRefused):
             assert statement.statement_problems(said | changes), f"{changes} was believed"
         assert time.monotonic() - start < 20, f"{changes} took long"
 

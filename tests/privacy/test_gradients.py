@@ -9,13 +9,19 @@ import pytest
 import tiny
 import torch
 from privacy.checks import CPU
-from privacy.gradient_checks import apart, change_each_example, example_gradients, gradients_one_at_a_time, material
+from privacy.gradient_checks import (
+    apart,
+    change_each_example,
+    example_gradients,
+    gradients_one_at_a_time,
+    material,
+)
 
 from post_dist.bench.peers import OpacusLora
 from post_dist.config.schema import Tune
 from post_dist.errors import InputError
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone
-from post_dist.stages.private_tuning import check_model
+from post_dist.privacy.trainer import check_model
 
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
 TIGHT = {"gpt2": 1e-12, "roberta": 1e-12}
@@ -31,7 +37,9 @@ def test_equal_to_one_example_at_a_time(family: str) -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_shared_prefix_gives_the_same(family: str) -> None:
-    difference = apart(example_gradients(family, share=True), example_gradients(family, share=False))
+    difference = apart(
+        example_gradients(family, share=True), example_gradients(family, share=False)
+    )
     print(family, difference)
     assert difference < TIGHT.get(family, 1e-5)
 
@@ -39,10 +47,16 @@ def test_the_shared_prefix_gives_the_same(family: str) -> None:
 @pytest.mark.parametrize(("family", "share"), [("gpt2", True), ("gpt2", False), ("roberta", False)])
 def test_any_split_into_micro_batches_gives_the_same(family: str, share: bool) -> None:
     whole = example_gradients(family, share=share)
-    for split in ([[0, 1, 2, 3], [4, 5, 6]], [[6], [5], [4, 3, 2, 1, 0]], [[row] for row in range(7)]):
+    for split in (
+        [[0, 1, 2, 3], [4, 5, 6]],
+        [[6], [5], [4, 3, 2, 1, 0]],
+        [[row] for row in range(7)],
+    ):
         order = [row for chunk in split for row in chunk]
         parts = [example_gradients(family, share=share, rows=chunk) for chunk in split]
-        together = [torch.cat(pieces)[torch.tensor(order).argsort()] for pieces in zip(*parts, strict=True)]
+        together = [
+            torch.cat(pieces)[torch.tensor(order).argsort()] for pieces in zip(*parts, strict=True)
+        ]
         assert apart(together, whole) < 1e-12
 
 
@@ -52,14 +66,20 @@ def test_a_bf16_model_gives_fp32_gradients_near_the_exact_ones(share: bool) -> N
     rough = example_gradients("llama", share=share, dtype=torch.bfloat16, parameters=torch.float32)
     assert all(part.dtype == torch.float32 for part in rough)
     wanted = example_gradients("llama", share=False)
-    cosine = torch.nn.functional.cosine_similarity(rough[0].flatten(1).double(), wanted[0].flatten(1), dim=1)
+    cosine = torch.nn.functional.cosine_similarity(
+        rough[0].flatten(1).double(), wanted[0].flatten(1), dim=1
+    )
     assert exact.model.model.dtype == torch.float64
     assert cosine.min() > 0.99
 
 
-@pytest.mark.parametrize(("family", "share"), [("gpt2", True), ("llama", True), ("llama", False), ("roberta", False)])
+@pytest.mark.parametrize(
+    ("family", "share"), [("gpt2", True), ("llama", True), ("llama", False), ("roberta", False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_changing_one_example_leaves_the_others_bit_for_bit(family: str, share: bool, dtype: torch.dtype) -> None:
+def test_changing_one_example_leaves_the_others_bit_for_bit(
+    family: str, share: bool, dtype: torch.dtype
+) -> None:
     change_each_example(family, dtype, CPU, share=share)
 
 
@@ -67,12 +87,18 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row() -> None:
     made = material("llama", torch.float32)
     table = made.model.model.get_input_embeddings().weight
     batch = made.template.collate(made.rows)
-    poisoned = next(token for token in made.rows[0].token_ids if all(token not in row.token_ids for row in made.rows[1:]))
+    poisoned = next(
+        token
+        for token in made.rows[0].token_ids
+        if all(token not in row.token_ids for row in made.rows[1:])
+    )
     kept = table[poisoned].clone()
     try:
         table.data[poisoned] = float("nan")
         for share in (False, True):
-            gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=share)(batch, made.wanted)[0]
+            gradients = ExampleGradients(
+                made.model, made.verbalizer, [made.start_nd.float()], share_prefix=share
+            )(batch, made.wanted)[0]
             assert not gradients[0].isfinite().all()
             assert gradients[1:].isfinite().all()
     finally:
@@ -81,9 +107,13 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row() -> None:
 
 def test_a_model_that_mixes_rows_is_refused() -> None:
     made = material("llama", torch.float32)
-    gradients = ExampleGradients(made.model, made.verbalizer, [made.start_nd.float()], share_prefix=False)
+    gradients = ExampleGradients(
+        made.model, made.verbalizer, [made.start_nd.float()], share_prefix=False
+    )
     check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
-    mixed = made.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out - 0.1 * out.mean(dim=0, keepdim=True))
+    mixed = made.model.layers[1].mlp.register_forward_hook(
+        lambda module, given, out: out - 0.1 * out.mean(dim=0, keepdim=True)
+    )
     try:
         with pytest.raises(InputError, match="change each other"):
             check_rows_are_alone(gradients, made.model, torch.tensor([0, 1, 0, 1]), 16)
@@ -103,7 +133,10 @@ def test_a_masked_model_needs_room_for_a_token_of_padding() -> None:
 
 def test_no_weight_gets_a_gradient() -> None:
     example_gradients("llama", share=True)
-    assert all(not weight.requires_grad and weight.grad is None for weight in material("llama").model.parameters())
+    assert all(
+        not weight.requires_grad and weight.grad is None
+        for weight in material("llama").model.parameters()
+    )
 
 
 def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
@@ -124,7 +157,9 @@ def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
     batch = made.template.collate(made.rows)
     logits = hooked(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     last = logits[torch.arange(7), batch.answer + 6]
-    torch.nn.functional.cross_entropy(made.verbalizer.scores(last), made.wanted, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        made.verbalizer.scores(last), made.wanted, reduction="sum"
+    ).backward()
     (prompt,) = [weight for weight in peft.parameters() if weight.requires_grad]
     theirs, ours = prompt.grad_sample.shape, example_gradients("gpt2", share=True)[0].shape
     print(f"PEFT under Opacus' hooks: grad_sample {tuple(theirs)}; here {tuple(ours)}")
@@ -142,5 +177,8 @@ def test_the_peer_lora_has_each_example_s_own_gradients(dtype: torch.dtype, most
     together = lora(batch, made.wanted)
     assert len(together) == 2 * 2 * len(made.model.layers)
     for row in range(len(made.rows)):
-        alone = lora(made.template.collate(made.rows[row : row + 1], batch.input_ids.shape[1]), made.wanted[row : row + 1])
+        alone = lora(
+            made.template.collate(made.rows[row : row + 1], batch.input_ids.shape[1]),
+            made.wanted[row : row + 1],
+        )
         assert apart([part[row : row + 1] for part in together], alone) < most

@@ -23,9 +23,9 @@ MODULES = (
     "privacy.training",
     "privacy.search",
     "privacy.statement",
-    "data.source",
+    "data.sources",
     "data.tasks",
-    "stages.private_tuning",
+    "privacy.trainer",
 )
 """In the order in which they import each other."""
 
@@ -58,7 +58,13 @@ MUTANTS = [
         "squares_B = torch.stack([part.nan_to_num(0, 0, 0).sum(dim=0).square().sum() for part in flat]).sum().expand(len(flat[0]))",
         "one_example_moves_the_sum_by_the_norm_at_most",
     ),
-    Mutant("no clip", "privacy.mechanism", ".clamp(max=1.0)", ".clamp(min=1.0)", "one_example_moves_the_sum_by_the_norm_at_most"),
+    Mutant(
+        "no clip",
+        "privacy.mechanism",
+        ".clamp(max=1.0)",
+        ".clamp(min=1.0)",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
     Mutant(
         "clip on the first micro-batch alone",
         "privacy.mechanism",
@@ -227,35 +233,35 @@ MUTANTS = [
     ),
     Mutant(
         "last rows of a step dropped",
-        "stages.private_tuning",
+        "privacy.trainer",
         "range(0, len(group), size)",
         "range(0, len(group) - size + 1, size)",
         "one_row_moves_a_real_step_by_the_norm_at_most",
     ),
     Mutant(
         "copies that fill up counted as examples",
-        "stages.private_tuning",
+        "privacy.trainer",
         "part[:counted] for part",
         "part for part",
         "one_row_moves_a_real_step_by_the_norm_at_most",
     ),
     Mutant(
         "padded to the longest row of a micro-batch",
-        "stages.private_tuning",
+        "privacy.trainer",
         "[material.rows[row] for row in filled], length)",
         "[material.rows[row] for row in filled])",
         "a_row_s_calls_are_its_own",
     ),
     Mutant(
         "rows of a masked model that fill their call",
-        "stages.private_tuning",
+        "privacy.trainer",
         "len(material.rows[row].token_ids) + material.model.masked",
         "len(material.rows[row].token_ids)",
         "a_row_s_calls_are_its_own",
     ),
     Mutant(
         "copies that fill up counted as right",
-        "stages.private_tuning",
+        "privacy.trainer",
         "[:counted].sum()",
         ".sum()",
         "a_score_counts_each_row_once",
@@ -283,7 +289,13 @@ MUTANTS = [
         "        " + NOISE_LINE + "\n        self._intend(commitment)",
         "intents_are_on_disk_before_the_noise",
     ),
-    Mutant("intent not flushed", "privacy.ledger", "        os.fsync(self._descriptor)\n", "", "intents_are_on_disk_before_the_noise"),
+    Mutant(
+        "intent not flushed",
+        "privacy.ledger",
+        "        os.fsync(self._descriptor)\n",
+        "",
+        "intents_are_on_disk_before_the_noise",
+    ),
     Mutant(
         "budget of finished runs alone",
         "privacy.ledger",
@@ -313,7 +325,13 @@ MUTANTS = [
         "    steps = math.floor(math.exp(float(brentq(excess, low, high, xtol=1e-6))) / _SIGMA_GRID)\n",
         "calibration_meets_its_target_from_below",
     ),
-    Mutant("delta of 1/N", "privacy.plan", "declared**-1.1", "1 / declared", "the_plan_is_declared_and_never_counted"),
+    Mutant(
+        "delta of 1/N",
+        "privacy.plan",
+        "declared**-1.1",
+        "1 / declared",
+        "the_plan_is_declared_and_never_counted",
+    ),
     Mutant(
         "seeded noise called private",
         "privacy.plan",
@@ -342,7 +360,13 @@ MUTANTS = [
         "",
         "a_checkpoint_ahead_of_its_ledger_is_charged",
     ),
-    Mutant("another plan on the way", "privacy.ledger", "if own.plan != plan:", "if False:", "a_run_keeps_its_plan"),
+    Mutant(
+        "another plan on the way",
+        "privacy.ledger",
+        "if own.plan != plan:",
+        "if False:",
+        "a_run_keeps_its_plan",
+    ),
     Mutant(
         "half an intent on a full disk",
         "privacy.ledger",
@@ -387,7 +411,7 @@ MUTANTS = [
     ),
     Mutant(
         "a type for each column, from all its rows",
-        "data.source",
+        "data.sources",
         "pd.DataFrame(rows, dtype=object)",
         "pd.DataFrame(rows)",
         "one_row_of_the_file_is_one_example_at_most",
@@ -404,7 +428,9 @@ def planted(mutant: Mutant) -> Iterator[None]:
         for name, module in zip(MODULES, modules, strict=True):
             source = Path(module.__file__).read_text()
             if name == mutant.module:
-                assert source.count(mutant.source) == 1, f"{mutant.name}: the source to replace stands {source.count(mutant.source)} times"
+                assert source.count(mutant.source) == 1, (
+                    f"{mutant.name}: the source to replace stands {source.count(mutant.source)} times"
+                )
                 source = source.replace(mutant.source, mutant.bug)
             exec(compile(source, module.__file__, "exec"), vars(module))
         yield
@@ -414,7 +440,10 @@ def planted(mutant: Mutant) -> Iterator[None]:
             vars(module).update(names)
 
 
-CHECKS = {check.__name__: check for check in [*checks.CHECKS, *gradient_checks.CHECKS, *spending_checks.CHECKS]}
+CHECKS = {
+    check.__name__: check
+    for check in [*checks.CHECKS, *gradient_checks.CHECKS, *spending_checks.CHECKS]
+}
 TRIED: list[str] = []
 KILLED: list[str] = []
 
@@ -434,5 +463,8 @@ def test_every_mutant_was_killed() -> None:
 
 
 def test_without_a_bug_the_checks_pass_again() -> None:
-    for check in {mutant.killer for mutant in MUTANTS} - {"accountants_give_the_known_figures", "calibration_meets_its_target_from_below"}:
+    for check in {mutant.killer for mutant in MUTANTS} - {
+        "accountants_give_the_known_figures",
+        "calibration_meets_its_target_from_below",
+    }:
         CHECKS[check]()

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from post_dist.artifacts.manifest import FILE_NAME, file_digest, read_manifest
+from post_dist.artifacts.manifest import FILE_NAME, read_manifest
 from post_dist.artifacts.prompt import read_prompt
+from post_dist.files import file_digest
 
-PRIVATE = ("--set=privacy.enabled=true", "--set=privacy.declared_examples=160", "--set=privacy.target_epsilon=8")
+PRIVATE = (
+    "--set=privacy.enabled=true",
+    "--set=privacy.declared_examples=160",
+    "--set=privacy.target_epsilon=8",
+)
 CANARY = "zyxw heliotrope quasar"
 
 
@@ -37,14 +42,23 @@ def folder(base: Path, tmp_path: Path) -> Path:
 
 
 def tune(main: Callable, folder: Path, *options: str) -> tuple[int, str, str]:
-    return main("tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", *PRIVATE, *options, "--json")
+    return main(
+        "tune",
+        folder / "run.yaml",
+        f"--set=inputs.student={folder / 'student'}",
+        *PRIVATE,
+        *options,
+        "--json",
+    )
 
 
-def artefact(said: str) -> Path:
+def artifact(said: str) -> Path:
     return Path(json.loads(said)["artifact"])
 
 
-def test_the_plan_is_priced_without_data_or_model_in_seconds(tmp_path: Path, post_dist: Callable) -> None:
+def test_the_plan_is_priced_without_data_or_model_in_seconds(
+    tmp_path: Path, post_dist: Callable
+) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
         "name: a\nprivacy: {enabled: true, target_epsilon: 8, declared_examples: 67349}\ntune: {batch_size: 1024, steps: 1315}\n"
@@ -60,14 +74,35 @@ def test_the_plan_is_priced_without_data_or_model_in_seconds(tmp_path: Path, pos
     assert set(figures["cross_checks"]) == {"rdp", "prv"}
     assert figures["sampling_probability"] == 1024 / 67349
     assert figures["accountant"].startswith("PLD")
-    given = json.loads(post_dist("privacy", run, "--json", "--set=privacy.target_epsilon=null", "--set=privacy.noise_multiplier=2").stdout)
+    given = json.loads(
+        post_dist(
+            "privacy",
+            run,
+            "--json",
+            "--set=privacy.target_epsilon=null",
+            "--set=privacy.noise_multiplier=2",
+        ).stdout
+    )
     assert given["noise_multiplier"] == 2
     assert given["epsilon"] < 1.5
 
 
-def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(folder: Path, main: Callable) -> None:
-    settings = ("--set=tune.class_bias=true", "--set=evaluate.baselines=[]", "--set=evaluate.private_rows=[2]")
-    code, out, err = main("pipeline", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", *PRIVATE, *settings, "--json")
+def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(
+    folder: Path, main: Callable
+) -> None:
+    settings = (
+        "--set=tune.class_bias=true",
+        "--set=evaluate.baselines=[]",
+        "--set=evaluate.private_rows=[2]",
+    )
+    code, out, err = main(
+        "pipeline",
+        folder / "run.yaml",
+        f"--set=inputs.student={folder / 'student'}",
+        *PRIVATE,
+        *settings,
+        "--json",
+    )
     assert code == 0, err
     rows = {row["name"]: row["epsilon"] for row in json.loads(out)["rows"]}
     assert rows["zero-shot"] is None
@@ -79,7 +114,10 @@ def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(folder: Path
         assert json.loads(main("verify", path, "--json")[1])["ok"], path
     tuned = [read_prompt(path) for path in folder.glob("runs/tiny/tune-*/artifact")]
     assert all(len(prompt.task.class_biases) == 2 for prompt in tuned)
-    assert all(not read_prompt(path).task.class_biases for path in folder.glob("runs/tiny/transfer-*/artifact"))
+    assert all(
+        not read_prompt(path).task.class_biases
+        for path in folder.glob("runs/tiny/transfer-*/artifact")
+    )
     card = next(folder.glob("runs/tiny/tune-*/artifact/README.md")).read_text()
     assert "with differential privacy" in card
     assert "| epsilon |" in card
@@ -90,9 +128,15 @@ def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(folder: Path
 
 
 def test_a_false_claim_is_seen(folder: Path, main: Callable) -> None:
-    path = artefact(tune(main, folder)[1])
+    path = artifact(tune(main, folder)[1])
     said = json.loads((path / "privacy.json").read_text())
-    for change in ({"epsilon": 1.0}, {"steps": 600}, {"noise_multiplier": math.inf}, {"sampling_probability": "x"}, {"epsilon": None}):
+    for change in (
+        {"epsilon": 1.0},
+        {"steps": 600},
+        {"noise_multiplier": math.inf},
+        {"sampling_probability": "x"},
+        {"epsilon": None},
+    ):
         (path / "privacy.json").write_text(json.dumps(said | change))
         manifest = json.loads((path / FILE_NAME).read_text())
         manifest["files"]["privacy.json"] = file_digest(path / "privacy.json")
@@ -113,7 +157,10 @@ def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: 
     Nor how long a row is, though some are longer than the model's context.
     """
     rows = tiny.sentences(200, 1)
-    rows[5:25] = [(f"{CANARY} {number} nonpareil" + number % 2 * " on and on" * 200, 1) for number in range(20)]
+    rows[5:25] = [
+        (f"{CANARY} {number} nonpareil" + number % 2 * " on and on" * 200, 1)
+        for number in range(20)
+    ]
     tiny.write_csv(folder / "private.csv", rows)
     good = tune(post_dist_as_main(post_dist), folder)
     assert good[0] == 0, good[2]
@@ -126,7 +173,12 @@ def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: 
     assert not [word for word in words if re.search(rf"\b{word}\b", shown)]
     written = [path for path in folder.rglob("*") if path.is_file() and path.name != "private.csv"]
     assert len(written) > 10
-    assert [(path, word) for path in written for word in words - {"77"} if word.encode() in path.read_bytes()] == []
+    assert [
+        (path, word)
+        for path in written
+        for word in words - {"77"}
+        if word.encode() in path.read_bytes()
+    ] == []
     run = next(path for path in folder.glob("runs/tiny/tune-*"))
     assert run.stat().st_mode & 0o77 == 0
     assert not list(run.rglob("*metrics*")), "a private run keeps no losses, norms or sizes"
@@ -143,7 +195,9 @@ def post_dist_as_main(post_dist: Callable) -> Callable:
     return call
 
 
-def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(folder: Path, main: Callable) -> None:
+def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
+    folder: Path, main: Callable
+) -> None:
     capped = "--set=privacy.max_total_epsilon=9"
     assert tune(main, folder, capped)[0] == 0
     code, out, err = tune(main, folder, capped, "--set=tune.learning_rate=0.02")
@@ -170,7 +224,12 @@ def test_a_ledger_that_was_changed_is_refused(folder: Path, main: Callable) -> N
     ledger = folder / "private.csv.ledger.jsonl"
     assert tune(main, folder)[0] == 0
     lines = ledger.read_text().splitlines(keepends=True)
-    for changed in (lines[:2] + lines[3:], [lines[0].replace("0.", "9.", 1), *lines[1:]], [*lines, "{}\n"], [*lines, "x\n"]):
+    for changed in (
+        lines[:2] + lines[3:],
+        [lines[0].replace("0.", "9.", 1), *lines[1:]],
+        [*lines, "{}\n"],
+        [*lines, "x\n"],
+    ):
         ledger.write_text("".join(changed))
         assert main("budget", ledger)[0] == 4
         assert tune(main, folder, "--set=tune.learning_rate=0.02")[0] == 4
@@ -182,35 +241,53 @@ def test_a_ledger_that_was_changed_is_refused(folder: Path, main: Callable) -> N
 def test_seeded_noise_marks_the_prompt_as_not_private(folder: Path, main: Callable) -> None:
     code, out, err = tune(main, folder, "--set=privacy.noise_source=seeded")
     assert code == 0, err
-    assert "NOT private" in (artefact(out) / "README.md").read_text()
-    said = json.loads((artefact(out) / "privacy.json").read_text())
+    assert "NOT private" in (artifact(out) / "README.md").read_text()
+    said = json.loads((artifact(out) / "privacy.json").read_text())
     assert (said["private"], said["epsilon"], said["noise_source"]) == (False, None, "seeded")
-    assert json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])["epsilon"] is None
-    assert main("verify", artefact(out))[0] == 0
+    assert (
+        json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])["epsilon"]
+        is None
+    )
+    assert main("verify", artifact(out))[0] == 0
 
 
 def test_system_noise_gives_another_prompt_each_time(folder: Path, main: Callable) -> None:
-    one, other = (read_prompt(artefact(tune(main, folder, f"--output={folder / name}")[1])).embeddings for name in ("a", "b"))
+    one, other = (
+        read_prompt(artifact(tune(main, folder, f"--output={folder / name}")[1])).embeddings
+        for name in ("a", "b")
+    )
     assert not one.equal(other)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("tokens", [5, 24])
-def test_optimizers_and_both_gradient_paths_train(folder: Path, main: Callable, optimizer: str, tokens: int) -> None:
-    options = (f"--set=tune.optimizer={optimizer}", f"--set=tune.num_virtual_tokens={tokens}", "--set=privacy.max_grad_norm=5")
+def test_optimizers_and_both_gradient_paths_train(
+    folder: Path, main: Callable, optimizer: str, tokens: int
+) -> None:
+    options = (
+        f"--set=tune.optimizer={optimizer}",
+        f"--set=tune.num_virtual_tokens={tokens}",
+        "--set=privacy.max_grad_norm=5",
+    )
     code, out, err = tune(main, folder, *options)
     assert code == 0, err
-    assert read_prompt(artefact(out)).embeddings.shape == (tokens, 32)
+    assert read_prompt(artifact(out)).embeddings.shape == (tokens, 32)
 
 
-def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder: Path, main: Callable) -> None:
-    search = "--set=tune.search={mean_trials: 2, learning_rate: [0.01, 0.1], max_grad_norm: [0.1, 1.0]}"
+def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
+    folder: Path, main: Callable
+) -> None:
+    search = (
+        "--set=tune.search={mean_trials: 2, learning_rate: [0.01, 0.1], max_grad_norm: [0.1, 1.0]}"
+    )
     code, out, err = tune(main, folder, search)
     assert code == 0, err
-    path = artefact(out)
+    path = artifact(out)
     shown = err + "".join(log.read_text() for log in path.parent.glob("logs/*"))
     assert "tune: epsilon" in shown
-    assert not re.search(r"trial|\d+/\d+", shown), "how many trials and validation rows there are is private"
+    assert not re.search(r"trial|\d+/\d+", shown), (
+        "how many trials and validation rows there are is private"
+    )
     said = json.loads((path / "privacy.json").read_text())
     assert 7.9 < said["epsilon"] <= 8
     assert said["epsilon"] > said["cross_checks"]["pld"] + 0.5, "selection is not free"
@@ -221,7 +298,9 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
     manifest = read_manifest(path, "soft prompt")
     assert manifest.config["tune"]["search"]["mean_trials"] == 2
     assert "trials" not in set(said) - {"mean_trials"}
-    assert str(budget["runs"][0]["steps_charged"]) not in {str(value) for name, value in said.items() if name != "steps"}
+    assert str(budget["runs"][0]["steps_charged"]) not in {
+        str(value) for name, value in said.items() if name != "steps"
+    }
     shutil.rmtree(path)
     code, out, err = tune(main, folder, search)
     assert (code, out) == (4, "")
@@ -231,17 +310,29 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(folder:
 
 def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:
     """A run file with a plan of noise multiplier 1."""
-    run, plan = folder / "run.yaml", f"noise_multiplier: 1.0, sampling_probability: {sampling_probability}, target_delta: 1.0e-5"
-    run.write_text(f"name: a\nprivacy: {{enabled: true, {plan}, max_grad_norm: 0.1}}\ntune: {{batch_size: 1000, steps: {steps}}}\n")
+    run, plan = (
+        folder / "run.yaml",
+        f"noise_multiplier: 1.0, sampling_probability: {sampling_probability}, target_delta: 1.0e-5",
+    )
+    run.write_text(
+        f"name: a\nprivacy: {{enabled: true, {plan}, max_grad_norm: 0.1}}\ntune: {{batch_size: 1000, steps: {steps}}}\n"
+    )
     return run
 
 
-def test_the_audit_stays_below_the_claim_and_sees_missing_noise(tmp_path: Path, main: Callable) -> None:
+def test_the_audit_stays_below_the_claim_and_sees_missing_noise(
+    tmp_path: Path, main: Callable
+) -> None:
     code, out, _ = main("audit", audited(tmp_path, sampling_probability=0.5, steps=2), "--json")
     assert code == 0
     found = json.loads(out)
     print(found)
-    assert 1.0 < found["epsilon_lower_bound"] <= found["epsilon_claimed"] < found["epsilon_lower_bound_without_noise"]
+    assert (
+        1.0
+        < found["epsilon_lower_bound"]
+        <= found["epsilon_claimed"]
+        < found["epsilon_lower_bound_without_noise"]
+    )
 
 
 def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
@@ -250,7 +341,9 @@ def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
     from post_dist.privacy.randomness import RandomSource
 
     normal = RandomSource.normal
-    monkeypatch.setattr(RandomSource, "normal", lambda self, count, *purpose: 0.4 * normal(self, count, *purpose))
+    monkeypatch.setattr(
+        RandomSource, "normal", lambda self, count, *purpose: 0.4 * normal(self, count, *purpose)
+    )
     code, _, err = main("audit", audited(tmp_path, sampling_probability=1.0, steps=1), "--json")
     assert code == 5
     assert "more than the plan claims" in err
@@ -263,10 +356,18 @@ def test_an_audit_that_sees_nothing_says_so(tmp_path: Path, main: Callable) -> N
 
 
 def test_the_benchmark_of_a_step(folder: Path, main: Callable) -> None:
-    code, out, err = main("bench", "tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", "--json")
+    code, out, err = main(
+        "bench", "tune", folder / "run.yaml", f"--set=inputs.student={folder / 'student'}", "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
-    names = ["ordinary non-private", "opacus hooks", "dp", "dp shared prefix", "non-private shared prefix"]
+    names = [
+        "ordinary non-private",
+        "opacus hooks",
+        "dp",
+        "dp shared prefix",
+        "non-private shared prefix",
+    ]
     assert [row["name"] for row in found["rows"]] == names
     assert list(found["ratios"]) == names
     assert all(row["seconds_per_step"] > 0 and row["peak_memory_mib"] > 0 for row in found["rows"])

@@ -24,7 +24,13 @@ from pathlib import Path
 import debian
 
 HERE = Path(__file__).resolve().parent
-ADDRESSES = {"head": 250, "n1": 1, "n2": 2, "n3": 3, "n4": 4}  # the last number; the machine itself is 254
+ADDRESSES = {
+    "head": 250,
+    "n1": 1,
+    "n2": 2,
+    "n3": 3,
+    "n4": 4,
+}  # the last number; the machine itself is 254
 NODES = [name for name in ADDRESSES if name != "head"]
 IN_SERVICE = {"idle", "mixed", "allocated", "completing"}  # what sinfo calls a node that answers
 
@@ -44,12 +50,22 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """For Slurm's commands, and nothing in it from a job that this process may itself run in."""
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN", "SALLOC"))}
+        ours = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "SRUN", "SALLOC"))
+        }
         return ours | {"SLURM_CONF": str(self.live / "slurm.conf"), "PATH": debian.PATH}
 
     def run(self, *command: object, timeout: float = 120) -> subprocess.CompletedProcess:
         """Run one of Slurm's commands as a user of the cluster does."""
-        return subprocess.run(list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            list(map(str, command)),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     def up(self) -> None:
         """Start whatever does not run; from nothing if the head does not answer, for what a crash leaves is not worth mending."""
@@ -77,7 +93,9 @@ class Cluster:
         outer, first = self._outer_process(name), self._process(name)
         if outer:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(first or outer, signal.SIGKILL)  # the kernel ends the rest, and `unshare` when they are gone
+                os.kill(
+                    first or outer, signal.SIGKILL
+                )  # the kernel ends the rest, and `unshare` when they are gone
             self._wait(f"the end of {name}", lambda: not self._outer_process(name), 10)
 
     def start_node(self, name: str) -> None:
@@ -86,7 +104,9 @@ class Cluster:
         self._wait(f"the return of {name}", lambda: name in self.nodes_in_service(), 60)
 
     def nodes_in_service(self) -> list[str]:
-        lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").stdout.split("\n")
+        lines = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"
+        ).stdout.split("\n")
         return [name for name, state in map(str.split, filter(None, lines)) if state in IN_SERVICE]
 
     def accounted_states(self, job: str) -> list[str]:
@@ -115,18 +135,33 @@ class Cluster:
     def _prepare(self) -> None:
         debian.check()
         if absent := debian.missing():
-            raise debian.Unavailable(f"the Slurm cluster needs Debian's packages {' '.join(absent)}")
+            raise debian.Unavailable(
+                f"the Slurm cluster needs Debian's packages {' '.join(absent)}"
+            )
         if len(str(self.live)) > 80:
-            raise debian.Unavailable(f"the Slurm cluster needs a folder of a shorter name, for its sockets: {self.folder}")
+            raise debian.Unavailable(
+                f"the Slurm cluster needs a folder of a shorter name, for its sockets: {self.folder}"
+            )
         if not all(folder.stat().st_mode & stat.S_IXOTH for folder in self.folder.parents):
-            raise debian.Unavailable(f"the Slurm cluster needs a folder that every user may enter, as munge has it: {self.folder}")
+            raise debian.Unavailable(
+                f"the Slurm cluster needs a folder that every user may enter, as munge has it: {self.folder}"
+            )
         self.down()
         shutil.rmtree(self.log, ignore_errors=True)
-        for folder in (self.folder, self.live, self.log, *(self.live / name for name in ("run", "spool", "state"))):
+        for folder in (
+            self.folder,
+            self.live,
+            self.log,
+            *(self.live / name for name in ("run", "spool", "state")),
+        ):
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o755)  # whatever the umask: munge trusts no folder that others may write, and other users submit jobs
+            folder.chmod(
+                0o755
+            )  # whatever the umask: munge trusts no folder that others may write, and other users submit jobs
         for gpu in ("gpu0", "gpu1"):
-            os.mknod(self.live / gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # a device that is /dev/null
+            os.mknod(
+                self.live / gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3)
+            )  # a device that is /dev/null
         key = self.live / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
@@ -140,7 +175,11 @@ class Cluster:
         """Make a bridge: of several clusters that start at once, one gets each name, and with it the subnet of its number."""
         for number in range(1, 255):
             subnet, bridge = f"10.213.{number}", f"pdist{number}"
-            if any(address["local"].startswith(f"{subnet}.") for link in _links("address") for address in link["addr_info"]):
+            if any(
+                address["local"].startswith(f"{subnet}.")
+                for link in _links("address")
+                for address in link["addr_info"]
+            ):
                 continue
             made = _ip("link", "add", bridge, "type", "bridge", check=False)
             if made.returncode == 0:
@@ -148,11 +187,19 @@ class Cluster:
                 _ip("address", "add", f"{subnet}.254/24", "dev", bridge)
                 return subnet
             if "File exists" not in made.stderr:
-                raise debian.Unavailable(f"the Slurm cluster needs a network bridge: {made.stderr.strip()}")
-        raise debian.Unavailable("the Slurm cluster needs a subnet, and all of 10.213.0.0/16 is in use")
+                raise debian.Unavailable(
+                    f"the Slurm cluster needs a network bridge: {made.stderr.strip()}"
+                )
+        raise debian.Unavailable(
+            "the Slurm cluster needs a subnet, and all of 10.213.0.0/16 is in use"
+        )
 
     def _bridges(self) -> list[str]:
-        return [link["ifname"] for link in _links("link", "type", "bridge") if link.get("ifalias") == str(self.folder)]
+        return [
+            link["ifname"]
+            for link in _links("link", "type", "bridge")
+            if link.get("ifalias") == str(self.folder)
+        ]
 
     def _boot(self, name: str) -> None:
         """Start a machine's first process, apart from this one, and plug in its cable."""
@@ -161,12 +208,32 @@ class Cluster:
         apart = ["setsid", "--fork", "bash", "-c", 'echo $$ >"$0"; exec "$@"', str(pid_file)]
         machine = [*debian.NAMESPACES, "bash", str(HERE / "machine.sh"), str(self.folder), name]
         with (self.log / f"{name}.log").open("ab") as log:
-            subprocess.run([*apart, *machine], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, check=True)
+            subprocess.run(
+                [*apart, *machine],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                check=True,
+            )
         self._wait(f"the start of {name}", lambda: self._process(name), 10)
         (bridge,) = self._bridges()
         cable = f"{bridge}-{name}"
-        _ip("link", "delete", cable, check=False)  # the kernel takes its time over that of a namespace which has just died
-        _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(self._process(name)))
+        _ip(
+            "link", "delete", cable, check=False
+        )  # the kernel takes its time over that of a namespace which has just died
+        _ip(
+            "link",
+            "add",
+            cable,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(self._process(name)),
+        )
         _ip("link", "set", cable, "master", bridge, "up")
 
     def _pid_file(self, name: str) -> Path:
@@ -179,7 +246,11 @@ class Cluster:
             command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except (OSError, ValueError):
             return None
-        return pid if command[0] == "unshare" and command[-3:] == [str(self.folder), name, ""] else None
+        return (
+            pid
+            if command[0] == "unshare" and command[-3:] == [str(self.folder), name, ""]
+            else None
+        )
 
     def _process(self, name: str) -> int | None:
         """The first process inside a machine."""
@@ -195,7 +266,10 @@ class Cluster:
 
     def _ends_of_logs(self) -> str:
         logs = [log for name in ADDRESSES if (log := self.log / f"{name}.log").exists()]
-        return "\n".join(f"--- {log}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]) for log in logs)
+        return "\n".join(
+            f"--- {log}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            for log in logs
+        )
 
 
 def in_time(condition: Callable[[], object], seconds: float) -> bool:
@@ -209,7 +283,9 @@ def in_time(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def _ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run(["ip", *arguments], env=os.environ | {"PATH": debian.PATH}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["ip", *arguments], env=os.environ | {"PATH": debian.PATH}, capture_output=True, text=True
+    )
     if check and done.returncode:
         raise ClusterError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
     return done
@@ -221,7 +297,9 @@ def _links(kind: str, *which: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["install", "up", "down", "status"])
     parser.add_argument("folder", type=Path, nargs="?", help="not needed to install")
     arguments = parser.parse_args()

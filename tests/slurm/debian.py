@@ -18,7 +18,17 @@ PACKAGES = {  # and a program by which each is recognised
 }
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
-NAMESPACES = ("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+NAMESPACES = (
+    "unshare",
+    "--net",
+    "--uts",
+    "--ipc",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)
 
 
 class Unavailable(Exception):
@@ -26,7 +36,9 @@ class Unavailable(Exception):
 
 
 def missing() -> list[str]:
-    return [package for package, program in PACKAGES.items() if not shutil.which(program, path=PATH)]
+    return [
+        package for package, program in PACKAGES.items() if not shutil.which(program, path=PATH)
+    ]
 
 
 def check() -> None:
@@ -51,7 +63,9 @@ def install() -> None:
         POLICY.write_text("#!/bin/sh\nexit 101\n")
         POLICY.chmod(0o755)
     try:
-        if _apt("install", "--no-install-recommends", *missing()).returncode:  # the lists may be old, or not there at all
+        if _apt(
+            "install", "--no-install-recommends", *missing()
+        ).returncode:  # the lists may be old, or not there at all
             _apt("update")
             tried = _apt("install", "--no-install-recommends", *missing())
             if tried.returncode:
@@ -64,6 +78,18 @@ def install() -> None:
 
 
 def _apt(*arguments: str) -> subprocess.CompletedProcess:
-    options = ["-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=120"]
+    options = [
+        "-o",
+        "Acquire::Retries=1",
+        "-o",
+        "Acquire::http::Timeout=20",
+        "-o",
+        "DPkg::Lock::Timeout=120",
+    ]
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "PATH": PATH, "LC_ALL": "C"}
-    return subprocess.run(["apt-get", "-qq", "--yes", *options, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["apt-get", "-qq", "--yes", *options, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )

@@ -11,14 +11,23 @@ FIRST_START_SLEEPS = '[ -n "$SLURM_RESTART_COUNT" ] || sleep 300'
 
 
 def submit(slurm: Cluster, script: str, *options: str, output: str = "/dev/null") -> str:
-    submitted = slurm.run("sbatch", "--parsable", f"--output={output}", "--open-mode=append", *options, f"--wrap={script}")
+    submitted = slurm.run(
+        "sbatch",
+        "--parsable",
+        f"--output={output}",
+        "--open-mode=append",
+        *options,
+        f"--wrap={script}",
+    )
     assert submitted.returncode == 0, submitted.stderr
     return submitted.stdout.strip()
 
 
 def state(slurm: Cluster, job: str) -> str:
     """What the controller says now; accounting lags behind it."""
-    return slurm.run("squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T").stdout.strip()
+    return slurm.run(
+        "squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"
+    ).stdout.strip()
 
 
 def all_in(namespaces: set[str]) -> list[str]:
@@ -46,12 +55,26 @@ def test_nodes_are_machines_of_their_own(slurm: Cluster) -> None:
 
 def test_accounting_knows_a_finished_job(slurm: Cluster) -> None:
     job = submit(slurm, "true", "--gres=gpu:1")
-    assert in_time(lambda: slurm.accounted_states(job) == ["COMPLETED"], 20), slurm.accounted_states(job)
-    assert "gres/gpu=1" in slurm.run("sacct", "-X", "--noheader", "--parsable2", "--format=AllocTRES", "--jobs", job).stdout
+    assert in_time(lambda: slurm.accounted_states(job) == ["COMPLETED"], 20), (
+        slurm.accounted_states(job)
+    )
+    assert (
+        "gres/gpu=1"
+        in slurm.run(
+            "sacct", "-X", "--noheader", "--parsable2", "--format=AllocTRES", "--jobs", job
+        ).stdout
+    )
 
 
 def test_gpus_are_handed_out_and_counted(slurm: Cluster) -> None:
-    both = slurm.run("srun", "--gpus-per-node=2", "--ntasks=2", "--gpus-per-task=1", "printenv", "CUDA_VISIBLE_DEVICES")
+    both = slurm.run(
+        "srun",
+        "--gpus-per-node=2",
+        "--ntasks=2",
+        "--gpus-per-task=1",
+        "printenv",
+        "CUDA_VISIBLE_DEVICES",
+    )
     assert sorted(both.stdout.split()) == ["0", "1"], both.stderr
     refused = slurm.run("sbatch", "--test-only", "--gres=gpu:3", "--wrap=true")
     assert refused.returncode == 1
@@ -70,18 +93,30 @@ def test_a_requeued_job_starts_again_within_20_s(slurm: Cluster) -> None:
     assert in_time(lambda: state(slurm, job) == "RUNNING", 20)
     assert slurm.run("scontrol", "requeue", job).returncode == 0
     assert in_time(lambda: state(slurm, job) == "COMPLETED", 20), state(slurm, job)
-    assert in_time(lambda: slurm.accounted_states(job) == ["REQUEUED", "COMPLETED"], 20), slurm.accounted_states(job)
+    assert in_time(lambda: slurm.accounted_states(job) == ["REQUEUED", "COMPLETED"], 20), (
+        slurm.accounted_states(job)
+    )
 
 
 def test_a_job_in_low_is_warned_and_makes_room(slurm: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "low.log"
     warned = "trap 'echo warned; scontrol requeue $SLURM_JOB_ID' USR1; while :; do sleep 0.2; done"
-    low = submit(slurm, warned, "--partition=low", "-N4", "--exclusive", "--signal=B:USR1@30", output=str(log))
+    low = submit(
+        slurm,
+        warned,
+        "--partition=low",
+        "-N4",
+        "--exclusive",
+        "--signal=B:USR1@30",
+        output=str(log),
+    )
     assert in_time(lambda: state(slurm, low) == "RUNNING", 20)
     main = submit(slurm, "true", "-N4", "--exclusive")
     assert in_time(lambda: state(slurm, main) == "COMPLETED", 20), state(slurm, main)
     assert log.read_text().splitlines()[0] == "warned"
-    assert in_time(lambda: slurm.accounted_states(low)[:1] == ["REQUEUED"], 20), slurm.accounted_states(low)
+    assert in_time(lambda: slurm.accounted_states(low)[:1] == ["REQUEUED"], 20), (
+        slurm.accounted_states(low)
+    )
 
 
 def test_a_crashed_node_fails_its_job_which_ends_once_the_node_is_back(slurm: Cluster) -> None:
@@ -92,7 +127,9 @@ def test_a_crashed_node_fails_its_job_which_ends_once_the_node_is_back(slurm: Cl
     assert slurm.nodes_in_service() == ["n1", "n3", "n4"]
     slurm.start_node("n2")
     assert in_time(lambda: state(slurm, job) == "COMPLETED", 30), state(slurm, job)
-    assert in_time(lambda: slurm.accounted_states(job) == ["NODE_FAIL", "COMPLETED"], 20), slurm.accounted_states(job)
+    assert in_time(lambda: slurm.accounted_states(job) == ["NODE_FAIL", "COMPLETED"], 20), (
+        slurm.accounted_states(job)
+    )
 
 
 def test_up_changes_nothing_that_is_up(slurm: Cluster) -> None:
@@ -112,7 +149,9 @@ def test_up_clears_what_a_crash_left(slurm: Cluster, second_slurm: Cluster) -> N
     second_slurm.kill_node("n2")
     with subprocess.Popen(["sleep", "300"]) as stranger:
         try:
-            (second_slurm.live / "run" / "n2.pid").write_text(str(stranger.pid))  # its number was given to another process
+            (second_slurm.live / "run" / "n2.pid").write_text(
+                str(stranger.pid)
+            )  # its number was given to another process
             (second_slurm.live / "db" / "ibdata1").unlink()
             second_slurm.up()
             assert stranger.poll() is None
@@ -126,7 +165,9 @@ def test_up_clears_what_a_crash_left(slurm: Cluster, second_slurm: Cluster) -> N
 
 def test_down_leaves_nothing_behind(slurm: Cluster, second_slurm: Cluster) -> None:
     second_slurm.up()
-    namespaces = {os.readlink(f"/proc/{first}/ns/net") for first in second_slurm.processes().values()}
+    namespaces = {
+        os.readlink(f"/proc/{first}/ns/net") for first in second_slurm.processes().values()
+    }
     assert len(namespaces) == 5
     assert len(all_in(namespaces)) > 10
     second_slurm.down()

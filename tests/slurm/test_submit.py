@@ -22,7 +22,11 @@ CLUSTER = {
     "tune": {"time_minutes": 10},
     "transfer": {"nodes": 2, "time_minutes": 10},
 }
-SETTINGS = {"evaluate": {"baselines": []}, "distill": {"steps": 6, "batch_size": 4, "checkpoint_every_steps": 50}, "cluster": CLUSTER}
+SETTINGS = {
+    "evaluate": {"baselines": []},
+    "distill": {"steps": 6, "batch_size": 4, "checkpoint_every_steps": 50},
+    "cluster": CLUSTER,
+}
 
 
 def write_run(folder: Path, **changes: dict) -> Path:
@@ -41,14 +45,18 @@ def environment(slurm: Cluster) -> dict[str, str]:
 
 def submit(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "post_dist", "submit", *map(str, arguments)]
-    return subprocess.run(command, env=environment(slurm), capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(
+        command, env=environment(slurm), capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 @contextlib.contextmanager
 def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
     """A submission that is waited for, and the number of its first job."""
     command = [sys.executable, "-u", "-m", "post_dist", "submit", *map(str, arguments), "--wait"]
-    waiting = subprocess.Popen(command, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        command, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         told = waiting.stdout.readline()
         assert "job " in told, waiting.communicate()[1]
@@ -60,7 +68,9 @@ def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Po
 
 def bench(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "post_dist", "bench", *map(str, arguments)]
-    return subprocess.run(command, env=environment(slurm), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment(slurm), capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def artifact(folder: Path, stage: str) -> Path:
@@ -69,12 +79,16 @@ def artifact(folder: Path, stage: str) -> Path:
 
 
 def logs(folder: Path) -> str:
-    return "\n".join(path.read_text()[-2500:] for path in sorted(folder.glob("runs/tiny/slurm/*_log.out")))
+    return "\n".join(
+        path.read_text()[-2500:] for path in sorted(folder.glob("runs/tiny/slurm/*_log.out"))
+    )
 
 
 def steps_of(folder: Path, stage: str) -> list[int]:
     return [
-        json.loads(line)["step"] for path in folder.glob(f"runs/tiny/{stage}-*/metrics.jsonl") for line in path.read_text().splitlines()
+        json.loads(line)["step"]
+        for path in folder.glob(f"runs/tiny/{stage}-*/metrics.jsonl")
+        for line in path.read_text().splitlines()
     ]
 
 
@@ -94,11 +108,16 @@ def test_a_pipeline_is_a_chain_of_jobs(chained: tuple[Path, str], post_dist: Cal
     assert ends == ["distill", "tune", "transfer", "evaluate"]
     for stage in ends[:3]:
         assert post_dist("verify", artifact(folder, stage)).returncode == 0
-    environments = {stage: logs(folder).count(f"of {ranks} on cpu (launcher: srun)") for stage, ranks in (("distill", 4), ("transfer", 2))}
+    environments = {
+        stage: logs(folder).count(f"of {ranks} on cpu (launcher: srun)")
+        for stage, ranks in (("distill", 4), ("transfer", 2))
+    }
     assert environments == {"distill": 1, "transfer": 1}
 
 
-def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(slurm: Cluster, tmp_path: Path) -> None:
+def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(
+    slurm: Cluster, tmp_path: Path
+) -> None:
     for place, wanted in (
         ({"partition": "nowhere"}, "Invalid partition name"),
         ({"nodes": 9}, "Requested node configuration is not available"),
@@ -110,7 +129,9 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(slurm: Clu
     assert slurm.run("squeue", "--noheader").stdout == ""
 
 
-def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(slurm: Cluster, tmp_path: Path) -> None:
+def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(
+    slurm: Cluster, tmp_path: Path
+) -> None:
     run = write_run(tmp_path)
     told = submit(slurm, run, "pipeline", "--test-only")
     assert told.returncode == 0, told.stderr
@@ -132,7 +153,9 @@ def test_the_files_for_sbatch_by_hand_are_ones_that_slurm_takes(slurm: Cluster) 
         assert asked.returncode == 0, asked.stderr
 
 
-def test_a_task_of_a_file_by_hand_has_the_script_s_environment(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_task_of_a_file_by_hand_has_the_script_s_environment(
+    slurm: Cluster, tmp_path: Path
+) -> None:
     for place, text in (
         ("slurm/site.env", f'POST_DIST_VENV="{tmp_path}/venv"\nsite_setup() {{ :; }}\n'),
         ("venv/bin/post-dist", '#!/bin/bash\necho "$@ from $MASTER_ADDR"\n'),
@@ -149,16 +172,28 @@ def test_a_task_of_a_file_by_hand_has_the_script_s_environment(slurm: Cluster, t
 
 
 @pytest.mark.timeout(300)
-def test_a_distillation_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp_path: Path) -> None:
-    done = submit(slurm, write_run(tmp_path, corpus={"held_out_sequences": 10_000}), "pipeline", "--wait")
+def test_a_distillation_that_fails_cancels_what_waits_for_it(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    done = submit(
+        slurm, write_run(tmp_path, corpus={"held_out_sequences": 10_000}), "pipeline", "--wait"
+    )
     assert done.returncode == 3
-    assert re.search(r"distill \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), done.stderr
-    assert re.findall(r"(\w+) \(job \d+\): CANCELLED", done.stderr) == ["tune", "transfer", "evaluate"]
+    assert re.search(r"distill \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), (
+        done.stderr
+    )
+    assert re.findall(r"(\w+) \(job \d+\): CANCELLED", done.stderr) == [
+        "tune",
+        "transfer",
+        "evaluate",
+    ]
     assert "to be held out" in logs(tmp_path)
 
 
 @pytest.mark.timeout(300)
-def test_a_step_is_measured_on_several_numbers_of_nodes(slurm: Cluster, tmp_path: Path, main: Callable) -> None:
+def test_a_step_is_measured_on_several_numbers_of_nodes(
+    slurm: Cluster, tmp_path: Path, main: Callable
+) -> None:
     run = write_run(tmp_path, cluster={"distill": {"tasks_per_node": 1, "time_minutes": 10}})
     done = bench(slurm, "scale", run, "--submit=1,2", "--json")
     assert done.returncode == 0, done.stderr
@@ -179,16 +214,31 @@ LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}
 
 @pytest.mark.timeout(1000)  # a slow machine runs into the limit several times
 def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) -> None:
-    run = write_run(tmp_path, **LONG, cluster={"distill": {"nodes": 2, "time_minutes": 1}, "signal_seconds": 20})
+    run = write_run(
+        tmp_path, **LONG, cluster={"distill": {"nodes": 2, "time_minutes": 1}, "signal_seconds": 20}
+    )
     done = submit(slurm, run, "distill", "--wait")
     assert done.returncode == 0, done.stderr + logs(tmp_path)
     said = logs(tmp_path)
     assert "stopped by SIGUSR2" in said
     assert "going on from step" in said
     assert "PENDING" in done.stderr.partition("RUNNING")[2], "it was queued again"
-    alone = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29660", "-m", "post_dist"]
+    alone = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29660",
+        "-m",
+        "post_dist",
+    ]
     straight = subprocess.run(
-        [*alone, "distill", run, f"--output={tmp_path / 'straight'}"], env=environment(slurm), capture_output=True, check=False
+        [*alone, "distill", run, f"--output={tmp_path / 'straight'}"],
+        env=environment(slurm),
+        capture_output=True,
+        check=False,
     )
     assert straight.returncode == 0, straight.stderr[-2000:]
     (other,) = tmp_path.glob("straight/tiny/distill-*/artifact/model.safetensors")
@@ -198,12 +248,17 @@ def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) ->
 @pytest.mark.timeout(300)
 def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, str]) -> None:
     folder = chained[0]
-    with followed(slurm, folder / "run.yaml", "transfer", "--set", "transfer.steps=400") as (waiting, job):
+    with followed(slurm, folder / "run.yaml", "transfer", "--set", "transfer.steps=400") as (
+        waiting,
+        job,
+    ):
         assert in_time(lambda: len(steps_of(folder, "transfer")) > 30, 90), logs(folder)
         nodes = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
         victim = slurm.run("scontrol", "show", "hostnames", nodes).stdout.split()[1]
         slurm.kill_node(victim)
-        assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60), slurm.accounted_states(job)
+        assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60), (
+            slurm.accounted_states(job)
+        )
         assert waiting.poll() is None, "a dead node is no end"
         slurm.start_node(victim)
         said = waiting.communicate(timeout=150)[1]
@@ -220,7 +275,9 @@ def processes_of(job: str, rank: int) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             is_rank = b"submitit.core._submit" in (process / "cmdline").read_bytes()
-            if is_rank and wanted <= set((process / "environ").read_text(errors="replace").split("\0")):
+            if is_rank and wanted <= set(
+                (process / "environ").read_text(errors="replace").split("\0")
+            ):
                 found.append(int(process.name))
     return found
 
@@ -234,7 +291,9 @@ def test_a_rank_that_dies_ends_the_job_in_seconds(slurm: Cluster, tmp_path: Path
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         said = waiting.communicate(timeout=60)[1]
-        print(f"known {time.monotonic() - killed:.1f} s after the kill, of which 8 s are for Slurm to say so four times")
+        print(
+            f"known {time.monotonic() - killed:.1f} s after the kill, of which 8 s are for Slurm to say so four times"
+        )
     assert waiting.returncode == 3
     assert re.search(r"distill \(job \d+\) ended as FAILED", said), said
 

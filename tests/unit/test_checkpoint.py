@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from post_dist.artifacts.manifest import write_file
 from post_dist.errors import InputError
+from post_dist.files import write_file
 from post_dist.runtime import checkpoint
 from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
 from post_dist.runtime.distributed import World
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
-    "a bit flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "a bit flipped": lambda file: file.write_bytes(
+        bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
+    ),
     "deleted": lambda file: file.unlink(),
     "emptied": lambda file: file.write_bytes(b""),
 }
@@ -22,7 +24,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: Callable[[Path], object]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, file: str, damage: Callable[[Path], object]
+) -> None:
     for step in (1, 2, 3):
         save_tensors(tmp_path, step, {"a": torch.full((4,), float(step))})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-3"]
@@ -41,11 +45,20 @@ def test_a_folder_with_an_extra_file_is_not_what_was_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/trial-3"])
-def test_going_on_names_the_run_and_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_going_on_names_the_run_and_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     said: list[str] = []
-    monkeypatch.setattr(checkpoint.log, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(
+        checkpoint.log, "info", lambda message, *values: said.append(message % values)
+    )
     save_tensors(tmp_path / "tune-1234" / place, 6, {"a": torch.zeros(1)})
-    assert checkpoint.start_step(tmp_path / "tune-1234" / place, "auto", World(0, 1, 0, "none", torch.device("cpu"))) == 6
+    assert (
+        checkpoint.start_step(
+            tmp_path / "tune-1234" / place, "auto", World(0, 1, 0, "none", torch.device("cpu"))
+        )
+        == 6
+    )
     assert said == ["going on from step 6 of tune-1234"]
 
 

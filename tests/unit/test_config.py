@@ -21,7 +21,9 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
     return load_run(path, list(overrides))
 
 
-SHIPPED = sorted(path for path in asset("examples").rglob("*.yaml") if path.name != "published.yaml")  # which holds the paper's figures
+SHIPPED = sorted(
+    path for path in asset("examples").rglob("*.yaml") if path.name != "published.yaml"
+)  # which holds the paper's figures
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -29,12 +31,16 @@ def test_shipped_run_files_load(path: Path) -> None:
     assert load_run(path).name
 
 
-@pytest.mark.parametrize("path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem
+)
 def test_shipped_presets_name_their_stage(path: Path) -> None:
     assert f"zero{preset(path.stem)['zero_optimization']['stage']}" in path.stem
 
 
-@pytest.mark.parametrize(("trained", "bucket"), [(1_000_000, 1_000_000), (2_000_000_000, 500_000_000)])
+@pytest.mark.parametrize(
+    ("trained", "bucket"), [(1_000_000, 1_000_000), (2_000_000_000, 500_000_000)]
+)
 def test_a_small_student_needs_no_large_bucket(trained: int, bucket: int) -> None:
     for stage in range(4):
         rest = {"micro_batch_size": 1, "accumulation_steps": 1, "max_grad_norm": 1.0}
@@ -44,13 +50,17 @@ def test_a_small_student_needs_no_large_bucket(trained: int, bucket: int) -> Non
 
 @pytest.mark.parametrize("name", named_tasks())
 def test_named_tasks_load(tmp_path: Path, name: str) -> None:
-    run = load(tmp_path, MINIMAL + f"private_task: {{name: {name}, visibility: private, revision: abc}}\n")
+    run = load(
+        tmp_path, MINIMAL + f"private_task: {{name: {name}, visibility: private, revision: abc}}\n"
+    )
     assert run.private_task is not None
     assert len(run.private_task.labels) >= 2
 
 
 def test_a_file_takes_the_place_of_a_named_task_s_hub(tmp_path: Path) -> None:
-    run = load(tmp_path, MINIMAL + "private_task: {name: sst2, visibility: private, path: rows.csv}\n")
+    run = load(
+        tmp_path, MINIMAL + "private_task: {name: sst2, visibility: private, path: rows.csv}\n"
+    )
     assert run.private_task is not None
     assert run.private_task.hub is None
     assert run.private_task.path == tmp_path / "rows.csv"
@@ -66,7 +76,9 @@ def test_yaml_reads_numbers_and_words_as_people_write_them(tmp_path: Path) -> No
 
 
 def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
-    run = load(tmp_path, MINIMAL, "transfer.alpha=0.25", "student.layers=[0, 2]", "tune.init_text=say yes")
+    run = load(
+        tmp_path, MINIMAL, "transfer.alpha=0.25", "student.layers=[0, 2]", "tune.init_text=say yes"
+    )
     assert run.transfer.alpha == 0.25
     assert run.student is not None
     assert run.student.layers == (0, 2)
@@ -74,7 +86,10 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
 
 
 def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
-    text = MINIMAL + "cluster:\n  distill: &big {nodes: 4, gpus_per_node: 8}\n  transfer: &less {<<: *big, nodes: 2}\n  evaluate: *less\n"
+    text = (
+        MINIMAL
+        + "cluster:\n  distill: &big {nodes: 4, gpus_per_node: 8}\n  transfer: &less {<<: *big, nodes: 2}\n  evaluate: *less\n"
+    )
     run = load(tmp_path, text, "cluster.transfer.nodes=3")
     asked = {stage: run.cluster.for_stage(stage) for stage in ("distill", "transfer", "evaluate")}
     assert {stage: (each.nodes, each.gpus_per_node) for stage, each in asked.items()} == {
@@ -83,7 +98,9 @@ def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
         "evaluate": (2, 8),
     }
     # A mapping that is brought in before it is made by itself, and overrides what it brought in, has no key twice.
-    nested = "distill: &a {steps: 1}\ntransfer: {<<: &b {<<: *a, steps: 2}}\ntune: {<<: *b, steps: 3}\n"
+    nested = (
+        "distill: &a {steps: 1}\ntransfer: {<<: &b {<<: *a, steps: 2}}\ntune: {<<: *b, steps: 3}\n"
+    )
     assert load(tmp_path, MINIMAL + nested).transfer.steps == 2
     with pytest.raises(InputError, match="the key 'nodes' stands twice"):
         load(tmp_path, text.replace("nodes: 2}", "nodes: 2, nodes: 5}"))
@@ -109,9 +126,23 @@ def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:
 
 
 def test_a_stage_s_signature_follows_what_it_reads_and_nothing_else(tmp_path: Path) -> None:
-    first, other_transfer, other_seed = (load(tmp_path, MINIMAL, *overrides) for overrides in ((), ("transfer.steps=7",), ("seed=1",)))
+    first, other_transfer, other_seed = (
+        load(tmp_path, MINIMAL, *overrides)
+        for overrides in ((), ("transfer.steps=7",), ("seed=1",))
+    )
     inputs = {"teacher": "0"}
-    assert run_folder(first, "distill", inputs).path == run_folder(other_transfer, "distill", inputs).path
-    assert run_folder(first, "transfer", inputs).path != run_folder(other_transfer, "transfer", inputs).path
-    assert run_folder(first, "distill", inputs).path != run_folder(other_seed, "distill", inputs).path
-    assert run_folder(first, "distill", inputs).path != run_folder(first, "distill", {"teacher": "1"}).path
+    assert (
+        run_folder(first, "distill", inputs).path
+        == run_folder(other_transfer, "distill", inputs).path
+    )
+    assert (
+        run_folder(first, "transfer", inputs).path
+        != run_folder(other_transfer, "transfer", inputs).path
+    )
+    assert (
+        run_folder(first, "distill", inputs).path != run_folder(other_seed, "distill", inputs).path
+    )
+    assert (
+        run_folder(first, "distill", inputs).path
+        != run_folder(first, "distill", {"teacher": "1"}).path
+    )

@@ -9,20 +9,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from post_dist.artifacts.prompt import PromptTask
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, Student, Transfer
 from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
+from post_dist.models.size import size_of
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
-from post_dist.planning.sizes import size_of
 from post_dist.planning.stages import models_of
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill import DistillationModel
-from post_dist.stages.lesson import Models, lesson_losses, prepare_lesson
-from post_dist.stages.teacher_signals import ask_teacher
+from post_dist.stages.distill.signals import ask_teacher
+from post_dist.stages.distill.stage import DistillationModel
+from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
 
 CPU = torch.device("cpu")
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -30,7 +30,9 @@ CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("cost") / request.param, request.param, layers=5, width=64)
+    return tiny.write_model(
+        tmp_path_factory.mktemp("cost") / request.param, request.param, layers=5, width=64
+    )
 
 
 def test_sizes_are_the_model_s(folder: Path) -> None:
@@ -45,7 +47,9 @@ class Counter(TorchDispatchMode):
 
     total = 0.0
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         made = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
@@ -62,25 +66,42 @@ def test_a_forward(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     input_ids = torch.randint(4, 300, (3, 40))
     with torch.no_grad():
-        assert forward_flops(size_of(folder), 3, 40) == pytest.approx(counted(lambda: model(input_ids)), rel=1e-6)
+        assert forward_flops(size_of(folder), 3, 40) == pytest.approx(
+            counted(lambda: model(input_ids)), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(("frozen", "freeze_head"), [(0, True), (2, True), (0, False)])
-def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int, freeze_head: bool) -> None:
+def test_a_step_of_distillation(
+    folder: Path, tmp_path: Path, frozen: int, freeze_head: bool
+) -> None:
     layers = (0, 1, 4)
     (tmp_path / "student").mkdir()
     write_student(tmp_path / "student", folder, layers, load_tokenizer(folder))
-    teacher, student = load_whole(folder, "fp32", CPU), load_whole(tmp_path / "student", "fp32", CPU)
+    teacher, student = (
+        load_whole(folder, "fp32", CPU),
+        load_whole(tmp_path / "student", "fp32", CPU),
+    )
     if teacher.masked:
         pytest.skip("the head of RoBERTa is more than one product")
-    section = Student(layers=layers, frozen_lower_layers=frozen, freeze_embeddings=freeze_head, freeze_head=freeze_head)
+    section = Student(
+        layers=layers,
+        frozen_lower_layers=frozen,
+        freeze_embeddings=freeze_head,
+        freeze_head=freeze_head,
+    )
     freeze(student, section)
     take_out_lower_block(student, frozen)
-    model, asked = DistillationModel(student, Distill(), head_is_frozen=freeze_head), ask_teacher(teacher, frozen)
+    model, asked = (
+        DistillationModel(student, Distill(), head_is_frozen=freeze_head),
+        ask_teacher(teacher, frozen),
+    )
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
-        model(input_ids, torch.roll(input_ids, -1, 1), None, asked([], input_ids, None))[0].backward()
+        model(input_ids, torch.roll(input_ids, -1, 1), None, asked([], input_ids, None))[
+            0
+        ].backward()
 
     upper = size_of(folder).cut(layers).above(frozen)
     assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
@@ -88,15 +109,30 @@ def test_a_step_of_distillation(folder: Path, tmp_path: Path, frozen: int, freez
     assert sum(ours.values()) == pytest.approx(counted(step), rel=1e-6)
 
 
-@pytest.mark.parametrize("setting", ["freeze_head=false", "freeze_embeddings=false", "frozen_lower_layers=1", "frozen_lower_layers=0"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "freeze_head=false",
+        "freeze_embeddings=false",
+        "frozen_lower_layers=1",
+        "frozen_lower_layers=0",
+    ],
+)
 def test_what_is_trained_is_the_student_s(tmp_path: Path, setting: str) -> None:
     run, folder = tiny.write_run(tmp_path, "qwen2"), tmp_path / "student"
     config, teacher = load_run(run, [f"student.{setting}"], None), size_of(tmp_path / "teacher")
     folder.mkdir()
-    write_student(folder, tmp_path / "teacher", stand_in_layers(config.student, 4), load_tokenizer(tmp_path / "teacher"))
+    write_student(
+        folder,
+        tmp_path / "teacher",
+        stand_in_layers(config.student, 4),
+        load_tokenizer(tmp_path / "teacher"),
+    )
     student = load_whole(folder, "fp32", CPU)
     freeze(student, config.student)
-    assert models_of(config, teacher).trained == sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    assert models_of(config, teacher).trained == sum(
+        parameter.numel() for parameter in student.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "classes", "responses"])
@@ -106,13 +142,28 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
         pytest.skip("a masked model writes nothing")
     most = 3 if kind == "responses" else 0
     mask = " {mask}" if model.masked else ""
-    task = PromptTask(f"{{text}} It was{mask}", () if most else (("bad",), ("good",)), 48, False, "good", max_response_length=most)
+    task = PromptTask(
+        f"{{text}} It was{mask}",
+        () if most else (("bad",), ("good",)),
+        48,
+        False,
+        "good",
+        max_response_length=most,
+    )
     public = Task(name="toy", visibility="public", path=folder / "none.csv")
     section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
     texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
     models = Models(model, model)
     lesson = prepare_lesson(
-        task, torch.randn(10, 64), public, (texts, responses), models, section, (words, words), World(0, 1, 0, "none", CPU), {}
+        task,
+        torch.randn(10, 64),
+        public,
+        (texts, responses),
+        models,
+        section,
+        (words, words),
+        World(0, 1, 0, "none", CPU),
+        {},
     )
     prompt_nd = torch.randn(10, 64, requires_grad=True)
     length = len(lesson.rows[0].token_ids)

@@ -15,10 +15,11 @@ from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.sources import Task
 from post_dist.data import corpus as corpus_module
 from post_dist.data.corpus import build_corpus
-from post_dist.data.order import Share, rows_of_like_length, shares, shuffled_rows
+from post_dist.data.order import RankBatch, rank_batches, rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples, split_of
-from post_dist.data.template import Template, Verbalizer
+from post_dist.data.template import Template
+from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.runtime.distributed import World
 
@@ -41,7 +42,10 @@ def task(path: Path, **fields: object) -> Task:
 def test_splits_part_the_rows_and_stay_when_rows_are_added(tmp_path: Path) -> None:
     rows = tiny.sentences(300, 0)
     section = task(tiny.write_csv(tmp_path / "a.csv", rows))
-    parts = {split: set(load_examples(section, split, "t").texts) for split in ("train", "validation", "test")}
+    parts = {
+        split: set(load_examples(section, split, "t").texts)
+        for split in ("train", "validation", "test")
+    }
     assert set.union(*parts.values()) == {text for text, _ in rows}
     assert sum(map(len, parts.values())) == len({text for text, _ in rows})
     assert 15 <= len(parts["test"]) <= 50
@@ -52,18 +56,24 @@ def test_splits_part_the_rows_and_stay_when_rows_are_added(tmp_path: Path) -> No
 def test_repeated_texts_count_once(tmp_path: Path) -> None:
     rows = tiny.sentences(50, 0)
     section = task(tiny.write_csv(tmp_path / "a.csv", rows + rows))
-    assert len(load_examples(section, "train", "t").texts) == len({text for text, _ in rows if split_of(text, section) == "train"})
+    assert len(load_examples(section, "train", "t").texts) == len(
+        {text for text, _ in rows if split_of(text, section) == "train"}
+    )
 
 
 def test_max_rows_draws_from_all_classes_of_a_sorted_file(tmp_path: Path) -> None:
     rows = sorted(tiny.sentences(300, 0), key=lambda row: row[1])
-    examples = load_examples(task(tiny.write_csv(tmp_path / "a.csv", rows), max_rows=40), "train", "t")
+    examples = load_examples(
+        task(tiny.write_csv(tmp_path / "a.csv", rows), max_rows=40), "train", "t"
+    )
     assert len(examples.classes) == 40
     assert 8 <= sum(examples.classes) <= 32
 
 
 def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path: Path) -> None:
-    section = task(tiny.write_csv(tmp_path / "a.csv", [*tiny.sentences(5, 0), ("secret words", 77)]))
+    section = task(
+        tiny.write_csv(tmp_path / "a.csv", [*tiny.sentences(5, 0), ("secret words", 77)])
+    )
     with pytest.raises(InputError) as caught:
         load_examples(section, "train", "private_task")
     assert "row 6" in str(caught.value)
@@ -74,7 +84,10 @@ def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path
 def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\nfirst\nsecond\nfirst\n")
-    assert load_public_texts(task(path, visibility="public"), "public_task") == (["first", "second"], [])
+    assert load_public_texts(task(path, visibility="public"), "public_task") == (
+        ["first", "second"],
+        [],
+    )
     with pytest.raises(PrivacyRefused):
         load_public_texts(task(path), "public_task")
 
@@ -88,7 +101,10 @@ def test_responses_stand_beside_their_texts_and_disputed_ones_are_left_out(tmp_p
     )
     everything = task(path, response_column="answer", validation_share=0.0, test_share=0.0)
     examples = load_examples(everything, "train", "t")
-    assert sorted(zip(examples.texts, examples.responses, strict=True)) == [("second", "two"), ("third", "four")]
+    assert sorted(zip(examples.texts, examples.responses, strict=True)) == [
+        ("second", "two"),
+        ("third", "four"),
+    ]
     assert examples.classes == []
 
 
@@ -96,7 +112,9 @@ def test_responses_stand_beside_their_texts_and_disputed_ones_are_left_out(tmp_p
 def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
     import pandas as pd
 
-    table = pd.DataFrame({"text": [f"row {n} with words" for n in range(30)], "label": [n % 2 for n in range(30)]})
+    table = pd.DataFrame(
+        {"text": [f"row {n} with words" for n in range(30)], "label": [n % 2 for n in range(30)]}
+    )
     path = tmp_path / f"a.{ending}"
     writers = {
         "csv": lambda: table.to_csv(path, index=False),
@@ -106,7 +124,11 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
     }
     writers[ending]()
     examples = load_examples(task(path), "train", "t")
-    wanted = [(row.text, row.label) for row in table.itertuples() if split_of(row.text, task(path)) == "train"]
+    wanted = [
+        (row.text, row.label)
+        for row in table.itertuples()
+        if split_of(row.text, task(path)) == "train"
+    ]
     assert list(zip(examples.texts, examples.classes, strict=True)) == wanted
 
 
@@ -115,14 +137,25 @@ def test_values_of_the_hub_are_taken_as_written(monkeypatch: pytest.MonkeyPatch)
 
     rows = datasets.Dataset.from_dict({"age": [30, None, 31], "note": ["a", "b", "c"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: rows)
-    section = Task.model_validate({"name": "t", "visibility": "public", "hub": "org/data", "revision": "abc", "text": "{age} {note}"})
+    section = Task.model_validate(
+        {
+            "name": "t",
+            "visibility": "public",
+            "hub": "org/data",
+            "revision": "abc",
+            "text": "{age} {note}",
+        }
+    )
     assert load_public_texts(section, "t") == (["30 a", "31 c"], [])
 
 
 def test_columns_are_composed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("title,content\nA,b c\n")
-    assert load_public_texts(task(path, visibility="public", text="{title}: {content}"), "t") == (["A: b c"], [])
+    assert load_public_texts(task(path, visibility="public", text="{title}: {content}"), "t") == (
+        ["A: b c"],
+        [],
+    )
 
 
 @given(st.text(max_size=300))
@@ -152,7 +185,9 @@ def test_only_the_template_s_mask_asks_for_an_answer() -> None:
 def test_padding_is_on_the_right() -> None:
     template = Template("{text} It was", WORDS, 32, masked=False)
     batch = template.collate(template.encode(["the film", "the film is dull"]))
-    assert batch.attention_mask.tolist()[0] == sorted(batch.attention_mask.tolist()[0], reverse=True)
+    assert batch.attention_mask.tolist()[0] == sorted(
+        batch.attention_mask.tolist()[0], reverse=True
+    )
     assert batch.answer.tolist() == (batch.attention_mask.sum(dim=1) - 1).tolist()
 
 
@@ -161,7 +196,10 @@ def test_verbalizer_scores_are_mean_logits_of_the_words() -> None:
     logits = torch.randn(3, len(WORDS))
     (bad, awful), (good,) = verbalizer.token_ids
     assert WORDS.convert_ids_to_tokens([bad, awful, good]) == ["Ġbad", "Ġawful", "Ġgood"]
-    torch.testing.assert_close(verbalizer.scores(logits), torch.stack([(logits[:, bad] + logits[:, awful]) / 2, logits[:, good]], dim=1))
+    torch.testing.assert_close(
+        verbalizer.scores(logits),
+        torch.stack([(logits[:, bad] + logits[:, awful]) / 2, logits[:, good]], dim=1),
+    )
 
 
 def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
@@ -177,21 +215,39 @@ def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -
     (tmp_path / "a.txt").write_text("\n".join(texts))
     section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
     corpus = build_corpus(section, WORDS, tmp_path / "corpus.npy", 0, ALONE)
-    stream = [token for text in texts for token in [*WORDS(text, add_special_tokens=False).input_ids, WORDS.eos_token_id]]
+    stream = [
+        token
+        for text in texts
+        for token in [*WORDS(text, add_special_tokens=False).input_ids, WORDS.eos_token_id]
+    ]
     packed = np.load(tmp_path / "corpus.npy")
     assert packed.flatten().tolist() == stream[: packed.size]
-    trained = corpus.training(Share(list(range(corpus.num_training_sequences)), 1.0))
+    trained = corpus.training(RankBatch(list(range(corpus.num_training_sequences)), 1.0))
     held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_shares(3, ALONE)])
     assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
     assert held_out.tolist() == packed[-4:].tolist()
-    for sequence, places in zip(packed.tolist(), corpus.positions(torch.from_numpy(packed).long()).tolist(), strict=True):
-        parts = "".join("|" if token == WORDS.eos_token_id else "." for token in sequence).replace("|", "|\n").split("\n")
+    for sequence, places in zip(
+        packed.tolist(), corpus.positions(torch.from_numpy(packed).long()).tolist(), strict=True
+    ):
+        parts = (
+            "".join("|" if token == WORDS.eos_token_id else "." for token in sequence)
+            .replace("|", "|\n")
+            .split("\n")
+        )
         assert places == [place for part in parts for place in range(len(part))]
-    together = build_corpus(section.model_copy(update={"separate_documents": False}), WORDS, tmp_path / "corpus.npy", 0, ALONE)
+    together = build_corpus(
+        section.model_copy(update={"separate_documents": False}),
+        WORDS,
+        tmp_path / "corpus.npy",
+        0,
+        ALONE,
+    )
     assert together.positions(trained) is None
 
 
-def test_packing_tells_how_far_it_is_and_keeps_four_bytes_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_tells_how_far_it_is_and_keeps_four_bytes_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Counting:
         """A tokenizer that makes 5000 tokens of every document."""
 
@@ -213,18 +269,30 @@ def test_packing_tells_how_far_it_is_and_keeps_four_bytes_a_token(tmp_path: Path
     assert packed.flatten().tolist() == ([*range(1000, 6000), 2] * 100)[: packed.size]
     assert packed.size > 500_000
     assert peak < 16 * packed.size
-    assert told == [f"tokenising the corpus, {done} of 100 documents done" for done in range(0, 100, 10)]
-    build_corpus(section.model_copy(update={"max_tokens": 52_000}), Counting(), tmp_path / "some.npy", 0, ALONE)
+    assert told == [
+        f"tokenising the corpus, {done} of 100 documents done" for done in range(0, 100, 10)
+    ]
+    build_corpus(
+        section.model_copy(update={"max_tokens": 52_000}),
+        Counting(),
+        tmp_path / "some.npy",
+        0,
+        ALONE,
+    )
     assert np.load(tmp_path / "some.npy").flatten().tolist() == packed.flatten()[:52_000].tolist()
     assert told[10:] == told[:2]
 
 
 @given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))
-def test_shares_count_every_row_once_and_weigh_up_to_the_mean(count: int, at_most: int, ranks: int) -> None:
+def test_shares_count_every_row_once_and_weigh_up_to_the_mean(
+    count: int, at_most: int, ranks: int
+) -> None:
     values = np.random.default_rng(0).normal(size=count)
-    dealt = [shares(range(count), at_most, rank, ranks) for rank in range(ranks)]
+    dealt = [rank_batches(range(count), at_most, rank, ranks) for rank in range(ranks)]
     assert len({len(own) for own in dealt}) == 1, "every rank runs equally many"
-    assert sorted(row for own in dealt for share in own for row in share.rows[: share.counted]) == list(range(count))
+    assert sorted(
+        row for own in dealt for share in own for row in share.rows[: share.counted]
+    ) == list(range(count))
     assert all(1 <= len(share.rows) <= at_most for own in dealt for share in own)
     mean = np.mean([share.weight * values[share.rows].mean() for own in dealt for share in own])
     assert mean == pytest.approx(values.mean(), abs=1e-12)
@@ -242,7 +310,10 @@ def test_batches_of_like_length_read_all_rows_and_pad_less() -> None:
     batches = [rows_of_like_length(step, 4, lengths, seed=1) for step in range(16)]
     assert sorted(row for batch in batches for row in batch) == list(range(64))
     padded = sum(4 * max(lengths[row] for row in batch) for batch in batches)
-    plain = sum(4 * max(lengths[row] for row in shuffled_rows(4 * step, 4, 64, seed=1)) for step in range(16))
+    plain = sum(
+        4 * max(lengths[row] for row in shuffled_rows(4 * step, 4, 64, seed=1))
+        for step in range(16)
+    )
     assert padded < 0.8 * plain
     assert batches == [rows_of_like_length(step, 4, lengths, seed=1) for step in range(16)]
 
@@ -252,6 +323,8 @@ def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
     verbalizer = Verbalizer((("bad", "dull"), ("good",)), words, allow_multi_token=True)
     logits = torch.randn(3, len(words))
     lifted = verbalizer.lift(logits, (0.5, -2.0))
-    torch.testing.assert_close(verbalizer.scores(lifted), verbalizer.scores(logits) + torch.tensor([0.5, -2.0]))
+    torch.testing.assert_close(
+        verbalizer.scores(lifted), verbalizer.scores(logits) + torch.tensor([0.5, -2.0])
+    )
     assert int((lifted != logits).any(dim=0).sum()) == 3
     assert verbalizer.lift(logits, ()) is logits

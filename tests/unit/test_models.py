@@ -8,18 +8,32 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, MptConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedConfig,
+)
 
-from post_dist.artifacts.prompt import PromptTask, write_prompt_files
+from post_dist.artifacts.prompt import write_prompt_files
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Student
 from post_dist.data.template import Template
 from post_dist.errors import InputError
-from post_dist.models.answers import answers
+from post_dist.models.batch_inference import answers
 from post_dist.models.language_model import LanguageModel, check_documents_apart
 from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
-from post_dist.models.soft_prompt import check_room, prompt_from_text
-from post_dist.models.student import freeze, least_harmful_layers, listed_layers, stand_in_layers, write_student
+from post_dist.models.prompt_init import check_room, prompt_from_text
+from post_dist.models.student import (
+    freeze,
+    least_harmful_layers,
+    listed_layers,
+    stand_in_layers,
+    write_student,
+)
 from post_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
@@ -34,7 +48,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def batch_of(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     masked = "roberta" in folder.name
-    template = Template("{text} It was {mask}." if masked else "{text} It was", load_tokenizer(folder), 48, masked=masked)
+    template = Template(
+        "{text} It was {mask}." if masked else "{text} It was",
+        load_tokenizer(folder),
+        48,
+        masked=masked,
+    )
     batch = template.collate(template.encode(texts))
     return batch.input_ids, batch.attention_mask, batch.answer
 
@@ -47,9 +66,13 @@ def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
     prompt = torch.randn(5, model.width)
     task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
     write_prompt_files(tmp_path, prompt, task, "m", None)
-    input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
+    input_ids, mask, answer = batch_of(
+        folder, ["the film is dull", "the long story of the cast is great"]
+    )
     ours = model(input_ids, mask, prompt, answer)
-    theirs = PeftModel.from_pretrained(model.model, str(tmp_path))(input_ids=input_ids, attention_mask=mask).logits
+    theirs = PeftModel.from_pretrained(model.model, str(tmp_path))(
+        input_ids=input_ids, attention_mask=mask
+    ).logits
     if theirs.shape[1] == input_ids.shape[1]:
         pytest.fail("PEFT's logits do not cover the prompt")
     torch.testing.assert_close(ours, theirs[torch.arange(2), answer + 5], rtol=1e-5, atol=1e-5)
@@ -63,24 +86,40 @@ def test_logits_do_not_depend_on_padding_or_company(folder: Path) -> None:
     together = model(*batch_of(folder, texts)[:2], prompt, batch_of(folder, texts)[2])
     for row, text in zip(together, texts, strict=True):
         input_ids, mask, answer = batch_of(folder, [text])
-        torch.testing.assert_close(model(input_ids, mask, prompt, answer)[0], row, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(input_ids, mask, prompt, answer)[0], row, rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_answers_come_in_the_order_of_the_rows(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     masked = model.masked
-    template = Template("{text} It was {mask}." if masked else "{text} It was", load_tokenizer(folder), 48, masked=masked)
+    template = Template(
+        "{text} It was {mask}." if masked else "{text} It was",
+        load_tokenizer(folder),
+        48,
+        masked=masked,
+    )
     rows = template.encode([text for text, _ in tiny.sentences(11, 5)])
     prompt = torch.randn(3, model.width)
-    ours = answers(model, rows, template, prompt, torch.Tensor.detach, batch_size=4, world=ALONE, label="rows")
+    ours = answers(
+        model, rows, template, prompt, torch.Tensor.detach, batch_size=4, world=ALONE, label="rows"
+    )
     for row, logits in zip(rows, ours, strict=True):
         batch = template.collate([row])
-        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask, prompt, batch.answer)[0], logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(batch.input_ids, batch.attention_mask, prompt, batch.answer)[0],
+            logits,
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_rows_behind_shared_prompts_are_as_behind_one_each(folder: Path, checkpointed: bool) -> None:
+def test_rows_behind_shared_prompts_are_as_behind_one_each(
+    folder: Path, checkpointed: bool
+) -> None:
     model = load_whole(folder, "fp32", CPU)
     if model.masked:
         assert not model.shares_prompt
@@ -94,8 +133,12 @@ def test_rows_behind_shared_prompts_are_as_behind_one_each(folder: Path, checkpo
     shared = model(input_ids, mask, prompts, answer, share_prompt=True)
     torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
     weights = torch.randn_like(apart)
-    of_apart, of_shared = (torch.autograd.grad((weights * logits).sum(), prompts)[0] for logits in (apart, shared))
-    torch.testing.assert_close(of_shared, of_apart, rtol=1e-4, atol=1e-5 * float(of_apart.abs().max()))
+    of_apart, of_shared = (
+        torch.autograd.grad((weights * logits).sum(), prompts)[0] for logits in (apart, shared)
+    )
+    torch.testing.assert_close(
+        of_shared, of_apart, rtol=1e-4, atol=1e-5 * float(of_apart.abs().max())
+    )
 
 
 @torch.no_grad()
@@ -128,30 +171,40 @@ def test_activations_that_are_computed_twice_come_out_alike(tmp_path: Path, fami
         ran.clear()
         logits = model(input_ids, None, prompt, answer)
         made.append((logits, *torch.autograd.grad(logits.square().sum(), prompt)))
-        assert [ran.count(layer.self_attn) for layer in model.layers] == [1 + checkpointed] * 3 + [1]
+        assert [ran.count(layer.self_attn) for layer in model.layers] == [1 + checkpointed] * 3 + [
+            1
+        ]
     for plain, twice in zip(*made, strict=True):
         assert torch.equal(plain, twice)
 
 
 def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
-    input_ids, mask, answer = batch_of(folder, ["the film is dull", "the long story of the cast is great"])
+    input_ids, mask, answer = batch_of(
+        folder, ["the film is dull", "the long story of the cast is great"]
+    )
     hidden = model(input_ids, mask, None, answer, with_head=False)
     logits = model(input_ids, mask, None, answer, beside=hidden[1:])
     torch.testing.assert_close(logits, model.head(torch.cat([hidden, hidden[1:]])))
     torch.testing.assert_close(logits[1], logits[2])
-    torch.testing.assert_close(model(input_ids, mask, None, answer, tokens=[7, 3, 7]), logits[:2, [7, 3, 7]])
+    torch.testing.assert_close(
+        model(input_ids, mask, None, answer, tokens=[7, 3, 7]), logits[:2, [7, 3, 7]]
+    )
 
 
 @torch.no_grad()
 def test_a_student_of_all_layers_is_its_teacher(folder: Path, tmp_path: Path) -> None:
     write_student(tmp_path, folder, (0, 1, 2, 3), load_tokenizer(folder))
     input_ids = torch.arange(4, 20)[None]
-    assert torch.equal(load_whole(tmp_path, "fp32", CPU)(input_ids), load_whole(folder, "fp32", CPU)(input_ids))
+    assert torch.equal(
+        load_whole(tmp_path, "fp32", CPU)(input_ids), load_whole(folder, "fp32", CPU)(input_ids)
+    )
 
 
 @torch.no_grad()
-def test_a_student_of_some_layers_is_its_teacher_without_the_others(folder: Path, tmp_path: Path) -> None:
+def test_a_student_of_some_layers_is_its_teacher_without_the_others(
+    folder: Path, tmp_path: Path
+) -> None:
     write_student(tmp_path, folder, (0, 3), load_tokenizer(folder))
     teacher = load_whole(folder, "fp32", CPU)
     layers = teacher.layers
@@ -166,14 +219,21 @@ def test_a_student_of_some_layers_is_its_teacher_without_the_others(folder: Path
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "falcon"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_student_goes_on_from_what_the_teacher_s_lower_layers_made(tmp_path: Path, family: str, checkpointed: bool) -> None:
+def test_a_student_goes_on_from_what_the_teacher_s_lower_layers_made(
+    tmp_path: Path, family: str, checkpointed: bool
+) -> None:
     folder = tiny.write_model(tmp_path / "teacher", family)
     rule = Student(layers=(0, 1, 3), frozen_lower_layers=2)
     (tmp_path / "student").mkdir()
     write_student(tmp_path / "student", folder, (0, 1, 3), load_tokenizer(folder))
-    teacher, whole, upper = load_whole(folder, "fp32", CPU), *(load_whole(tmp_path / "student", "fp32", CPU) for _ in range(2))
+    teacher, whole, upper = (
+        load_whole(folder, "fp32", CPU),
+        *(load_whole(tmp_path / "student", "fp32", CPU) for _ in range(2)),
+    )
     input_ids = torch.arange(4, 24).view(2, 10)
-    positions = None if whole.masked else torch.cat([torch.arange(4), torch.arange(6)]).expand(2, -1)
+    positions = (
+        None if whole.masked else torch.cat([torch.arange(4), torch.arange(6)]).expand(2, -1)
+    )
     for student in (whole, upper):
         freeze(student, rule)
     take_out_lower_block(upper, 2)
@@ -191,7 +251,11 @@ def test_a_student_goes_on_from_what_the_teacher_s_lower_layers_made(tmp_path: P
     trained = [name for name, parameter in expected.items() if parameter.requires_grad]
     assert trained
     assert all(torch.equal(kept[name].grad, expected[name].grad) for name in trained)
-    gone = {name for name in expected if any(f".{part}.{index}." in name for part in ("layers", "h", "layer") for index in (0, 1))}
+    gone = {
+        name
+        for name in expected
+        if any(f".{part}.{index}." in name for part in ("layers", "h", "layer") for index in (0, 1))
+    }
     assert gone
     assert not gone & set(kept)
 
@@ -237,11 +301,29 @@ def test_layer_rules() -> None:
     assert listed_layers(Student(layers=(0, 5)), 6) == (0, 5)
     with pytest.raises(InputError, match="the teacher has 0 to 5"):
         listed_layers(Student(layers=(0, 6)), 6)
-    assert listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=2), 48)[:2] == (0, 1)
+    assert listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=2), 48)[
+        :2
+    ] == (0, 1)
     assert listed_layers(Student(layers="even", num_layers=1), 10) == (0,)
-    assert listed_layers(Student(layers="even", num_layers=4, frozen_lower_layers=1), 10) == (0, 3, 6, 9)
-    assert listed_layers(Student(layers="even", num_layers=5, frozen_lower_layers=3), 10) == (0, 1, 2, 6, 9)
-    assert stand_in_layers(Student(layers="auto", num_layers=4, frozen_lower_layers=2), 10) == (0, 1, 5, 9)
+    assert listed_layers(Student(layers="even", num_layers=4, frozen_lower_layers=1), 10) == (
+        0,
+        3,
+        6,
+        9,
+    )
+    assert listed_layers(Student(layers="even", num_layers=5, frozen_lower_layers=3), 10) == (
+        0,
+        1,
+        2,
+        6,
+        9,
+    )
+    assert stand_in_layers(Student(layers="auto", num_layers=4, frozen_lower_layers=2), 10) == (
+        0,
+        1,
+        5,
+        9,
+    )
     with pytest.raises(InputError, match="own first layers"):
         listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=3), 48)
 
@@ -267,7 +349,9 @@ def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
         (MptConfig(vocab_size=60, d_model=16, n_layers=2, n_heads=2, max_seq_len=64), 64),
     ],
 )
-def test_a_context_that_is_not_counted_in_position_embeddings(config: PreTrainedConfig, longest: float) -> None:
+def test_a_context_that_is_not_counted_in_position_embeddings(
+    config: PreTrainedConfig, longest: float
+) -> None:
     model = LanguageModel(AutoModelForCausalLM.from_config(config), masked=False)
     assert model.context_length == longest
     check_room(model, 4, 60)
@@ -277,7 +361,9 @@ def test_a_context_that_is_not_counted_in_position_embeddings(config: PreTrained
     ("config", "kind"),
     [(LlamaConfig(), "sdpa"), (Gemma2Config(), "eager"), (BloomConfig(), "eager")],
 )
-def test_attention_is_fused_on_a_gpu_where_the_family_has_it(tmp_path: Path, config: PreTrainedConfig, kind: str) -> None:
+def test_attention_is_fused_on_a_gpu_where_the_family_has_it(
+    tmp_path: Path, config: PreTrainedConfig, kind: str
+) -> None:
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     family, _, settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
@@ -313,4 +399,6 @@ def test_the_answer_is_the_head_over_the_whole_trunk(tmp_path: Path, family: str
     whole = model.head(model(input_ids, None, prompt)[torch.arange(3), answer + 5])
     torch.testing.assert_close(model(input_ids, None, prompt, answer), whole)
     if not model.masked:
-        torch.testing.assert_close(model(input_ids, None, None, answer, model.prefix_of(prompt)), whole)
+        torch.testing.assert_close(
+            model(input_ids, None, None, answer, model.prefix_of(prompt)), whole
+        )

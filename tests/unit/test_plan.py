@@ -10,18 +10,35 @@ from transformers import LlamaConfig
 
 from post_dist.config.assets import asset
 from post_dist.errors import InputError
+from post_dist.models.size import size_of
 from post_dist.planning.hardware import Machine, read_hardware
-from post_dist.planning.simulate import young_interval
-from post_dist.planning.sizes import size_of
+from post_dist.planning.simulation import young_interval
 
 GIB = 2**30
-LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672, "vocab_size": 128256}
-LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
 
 
 def config_only(folder: Path, sizes: dict[str, int], kv_heads: int) -> Path:
     folder.mkdir()
-    config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, max_position_embeddings=8192, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    )
     config.save_pretrained(folder)
     return folder
 
@@ -46,7 +63,9 @@ def planned(main: Callable, run: Path, *options: str) -> tuple[int, dict]:
     return code, json.loads(out) if out else {"said": err}
 
 
-def test_a_70b_teacher_on_64_gpus_followed_by_hand(run: Path, teacher: Path, main: Callable) -> None:
+def test_a_70b_teacher_on_64_gpus_followed_by_hand(
+    run: Path, teacher: Path, main: Callable
+) -> None:
     code, plan = planned(main, run, "--nodes=8")
     assert code == 0, plan["conflicts"]
     assert plan["teacher_parameters"] == 70_553_706_496, "as the published checkpoint has it"
@@ -56,43 +75,89 @@ def test_a_70b_teacher_on_64_gpus_followed_by_hand(run: Path, teacher: Path, mai
     tokens = 512 * 2048 / 64
     weights = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     forward = 2 * 80 * weights * tokens + 80 * 4 * tokens * 2048 * 8192
-    assert distill["flops_per_gpu"]["teacher"] == pytest.approx(forward + 2 * 8192 * 128256 * tokens, rel=1e-9)
+    assert distill["flops_per_gpu"]["teacher"] == pytest.approx(
+        forward + 2 * 8192 * 128256 * tokens, rel=1e-9
+    )
     in_shards = (70_553_706_496 - 128256 * 8192) * 2 * 7 / 8
-    assert distill["received_gib_per_gpu"]["gather"] * GIB == pytest.approx(2 * in_shards + 2 * layer * 2 * 63 / 64, rel=1e-6)
-    assert distill["memory_gib"]["frozen_weights"] == pytest.approx(70_553_706_496 * 2 / 8 / GIB, rel=1e-6)
+    assert distill["received_gib_per_gpu"]["gather"] * GIB == pytest.approx(
+        2 * in_shards + 2 * layer * 2 * 63 / 64, rel=1e-6
+    )
+    assert distill["memory_gib"]["frozen_weights"] == pytest.approx(
+        70_553_706_496 * 2 / 8 / GIB, rel=1e-6
+    )
     assert distill["memory_gib"]["student_optimizer"] == pytest.approx(12 * 2 * layer / 64 / GIB)
     compute = forward + 2 * 8192 * 128256 * tokens
     assert distill["seconds"]["teacher"] == pytest.approx(compute / (989e12 * 0.5))
-    assert distill["seconds"]["gather"] == pytest.approx(2 * in_shards / (450e9 * 0.75) + 2 * 80 * 1e-5, rel=1e-6)
+    assert distill["seconds"]["gather"] == pytest.approx(
+        2 * in_shards / (450e9 * 0.75) + 2 * 80 * 1e-5, rel=1e-6
+    )
     kept = 6 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 28672
-    passed = (2 * 80 + 2 * 2 + 3 * 2) * kept * tokens * 2 + 8 * 4 * 128256 * tokens + (3 * 4 * 2 + 2 * 2) * 2 * layer / 64
+    passed = (
+        (2 * 80 + 2 * 2 + 3 * 2) * kept * tokens * 2
+        + 8 * 4 * 128256 * tokens
+        + (3 * 4 * 2 + 2 * 2) * 2 * layer / 64
+    )
     assert distill["seconds"]["memory"] == pytest.approx(passed / (3350e9 * 0.8))
-    assert distill["step_seconds"] >= distill["seconds"]["teacher"] > distill["seconds"]["gather"], "hidden behind the teacher"
+    assert (
+        distill["step_seconds"] >= distill["seconds"]["teacher"] > distill["seconds"]["gather"]
+    ), "hidden behind the teacher"
     assert distill["shard_group"]["advised"] == "node"
     assert tune["gpus"] == 1
     assert 7.9 < tune["epsilon"][0] <= 8
-    assert transfer["received_gib_per_gpu"]["reduce"] * GIB == pytest.approx(2 * 63 / 64 * 100 * 8192 * 4)
+    assert transfer["received_gib_per_gpu"]["reduce"] * GIB == pytest.approx(
+        2 * 63 / 64 * 100 * 8192 * 4
+    )
     assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in plan["stages"]))
-    assert 0.8 < plan["long_run"]["goodput_with_a_gpu_1.2_times_as_slow"] / plan["long_run"]["goodput"] * 1.2 < 1.2
+    assert (
+        0.8
+        < plan["long_run"]["goodput_with_a_gpu_1.2_times_as_slow"]
+        / plan["long_run"]["goodput"]
+        * 1.2
+        < 1.2
+    )
     assert 0.9 < plan["long_run"]["goodput"] < 1
     for stage in (tune, transfer):
         assert stage["memory_total_gib"] == pytest.approx(sum(stage["memory_gib"].values()))
     memory = distill["memory_gib"]
-    of_teacher = memory["gathered_weights"] + memory["weights_on_their_way"] + memory["teacher_activations"]
-    assert memory["gradient_bucket"] * GIB == 5e8 * 2, "as large as DeepSpeed makes it where so many are trained"
-    assert max(of_teacher - memory["activations"], memory["logits"]) < memory["gradient_bucket"], "the fullest moment is the backward pass"
-    assert distill["memory_total_gib"] == pytest.approx(sum(memory.values()) - of_teacher - memory["logits"])
-    assert planned(main, run, "--nodes=8", "--set=engine.zero_stage=0")[1]["stages"][0]["memory_gib"]["gradient_bucket"] == 0
+    of_teacher = (
+        memory["gathered_weights"] + memory["weights_on_their_way"] + memory["teacher_activations"]
+    )
+    assert memory["gradient_bucket"] * GIB == 5e8 * 2, (
+        "as large as DeepSpeed makes it where so many are trained"
+    )
+    assert max(of_teacher - memory["activations"], memory["logits"]) < memory["gradient_bucket"], (
+        "the fullest moment is the backward pass"
+    )
+    assert distill["memory_total_gib"] == pytest.approx(
+        sum(memory.values()) - of_teacher - memory["logits"]
+    )
+    assert (
+        planned(main, run, "--nodes=8", "--set=engine.zero_stage=0")[1]["stages"][0]["memory_gib"][
+            "gradient_bucket"
+        ]
+        == 0
+    )
 
 
 def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Callable) -> None:
     asking, reading = (
-        planned(main, run, "--nodes=8", "--set=distill.steps=1000", "--set=corpus.max_tokens=262144000", f"--set=distill.cache={cache}")[1]
+        planned(
+            main,
+            run,
+            "--nodes=8",
+            "--set=distill.steps=1000",
+            "--set=corpus.max_tokens=262144000",
+            f"--set=distill.cache={cache}",
+        )[1]
         for cache in ("none", "hidden")
     )
     before, after = asking["stages"][0], reading["stages"][0]
     asked = (262_144_000 / 2048 - 64) / (1000 * 512)
-    for place, part in (("flops_per_gpu", "teacher"), ("seconds", "gather"), ("seconds", "teacher")):
+    for place, part in (
+        ("flops_per_gpu", "teacher"),
+        ("seconds", "gather"),
+        ("seconds", "teacher"),
+    ):
         assert after[place][part] == pytest.approx(asked * before[place][part])
     a_token = 8192 * 2
     assert after["teacher_signals_gib"] * GIB == pytest.approx((262_144_000 - 64 * 2048) * a_token)
@@ -100,18 +165,28 @@ def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Cal
     assert "signals" not in before["seconds"]
     kept = 6 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 28672
     spared = (1 - asked) * 2 * 80 * kept * (512 * 2048 / 64) * 2
-    assert before["seconds"]["memory"] - after["seconds"]["memory"] == pytest.approx(spared / (3350e9 * 0.8))
+    assert before["seconds"]["memory"] - after["seconds"]["memory"] == pytest.approx(
+        spared / (3350e9 * 0.8)
+    )
     assert after["step_seconds"] < before["step_seconds"] + after["seconds"]["signals"]
 
 
-def test_the_group_that_is_advised_is_the_smallest_that_fits(tmp_path: Path, main: Callable, run: Path) -> None:
+def test_the_group_that_is_advised_is_the_smallest_that_fits(
+    tmp_path: Path, main: Callable, run: Path
+) -> None:
     small = config_only(tmp_path / "7b", LLAMA_7B, 32)
     assert size_of(small).parameters == 6_738_415_616
-    _, plan = planned(main, run, f"--set=teacher.path={small}", "--nodes=1", "--set=engine.shard_group=1")
+    _, plan = planned(
+        main, run, f"--set=teacher.path={small}", "--nodes=1", "--set=engine.shard_group=1"
+    )
     assert plan["stages"][0]["shard_group"]["advised"] == "1"
-    assert plan["stages"][0]["received_gib_per_gpu"]["gather"] < 1, "only the student's weights come back from the optimizer"
+    assert plan["stages"][0]["received_gib_per_gpu"]["gather"] < 1, (
+        "only the student's weights come back from the optimizer"
+    )
     memory = plan["stages"][0]["memory_gib"]
-    assert 0.7 < memory["gradient_bucket"] == memory["student_gradients"], "no larger than what is trained"
+    assert 0.7 < memory["gradient_bucket"] == memory["student_gradients"], (
+        "no larger than what is trained"
+    )
 
 
 def test_what_cannot_fit_is_refused_with_what_would(run: Path, main: Callable) -> None:
@@ -120,13 +195,20 @@ def test_what_cannot_fit_is_refused_with_what_would(run: Path, main: Callable) -
     assert any("most of it frozen_weights" in conflict for conflict in plan["conflicts"])
     changes = plan["nearest_that_fits"]
     assert changes["engine.shard_group"] == "node"
-    again = [f"--set={name}={value}" for name, value in changes.items() if not name.startswith("--")]
+    again = [
+        f"--set={name}={value}" for name, value in changes.items() if not name.startswith("--")
+    ]
     code, plan = planned(main, run, "--nodes=1", *again)
     assert code == 0, plan["conflicts"]
 
 
 def test_conflicts_are_named_before_a_job_is_queued(run: Path, main: Callable) -> None:
-    settings = ["corpus.sequence_length=16384", "distill.batch_size=32", "transfer.batch_size=8", "tune.num_virtual_tokens=512"]
+    settings = [
+        "corpus.sequence_length=16384",
+        "distill.batch_size=32",
+        "transfer.batch_size=8",
+        "tune.num_virtual_tokens=512",
+    ]
     settings += ["private_task.max_length=8000", "corpus.max_tokens=100000", "distill.cache=hidden"]
     code, plan = planned(main, run, "--nodes=8", *(f"--set={setting}" for setting in settings))
     assert code == 2
@@ -141,13 +223,17 @@ def test_conflicts_are_named_before_a_job_is_queued(run: Path, main: Callable) -
 
 
 def test_a_sweep_is_drawn(run: Path, main: Callable, tmp_path: Path) -> None:
-    code, plan = planned(main, run, "--nodes=8", "--sweep=8,64,512", f"--output={tmp_path / 'runs'}")
+    code, plan = planned(
+        main, run, "--nodes=8", "--sweep=8,64,512", f"--output={tmp_path / 'runs'}"
+    )
     assert code == 0
     assert Path(plan["figure"]).read_bytes().startswith(b"\x89PNG")
     rows = {(row["scaling"], row["gpus"]): row for row in plan["sweep"]}
     assert set(rows) == {(kind, gpus) for kind in ("strong", "weak") for gpus in (8, 64, 512)}
     assert rows["weak", 8]["distill_efficiency"] == 1
-    assert rows["weak", 512]["distill_efficiency"] > 0.9, "a node's shards are gathered in the node, however many nodes there are"
+    assert rows["weak", 512]["distill_efficiency"] > 0.9, (
+        "a node's shards are gathered in the node, however many nodes there are"
+    )
     assert rows["strong", 512]["distill_efficiency"] < rows["weak", 512]["distill_efficiency"]
     code, out, _ = main("plan", run, "--nodes=8", "--sweep=8,64")
     assert code == 0
@@ -157,10 +243,15 @@ def test_a_sweep_is_drawn(run: Path, main: Callable, tmp_path: Path) -> None:
 
 def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> None:
     assert "no GPU is called h900" in planned(main, run, "--gpu=h900")[1]["said"]
-    entry = yaml.safe_load((Path(asset("examples")).parent / "post_dist/planning/hardware.yaml").read_text())["h100"]
+    entry = yaml.safe_load(
+        (Path(asset("examples")).parent / "post_dist/planning/hardware.yaml").read_text()
+    )["h100"]
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"h900": entry | {"teraflops": {"bf16": 9890}}}))
-    slow, fast = (planned(main, run, "--nodes=8", *more)[1]["stages"][0] for more in ([], ["--gpu=h900", f"--hardware={mine}"]))
+    slow, fast = (
+        planned(main, run, "--nodes=8", *more)[1]["stages"][0]
+        for more in ([], ["--gpu=h900", f"--hardware={mine}"])
+    )
     assert fast["seconds"]["teacher"] == pytest.approx(slow["seconds"]["teacher"] / 10)
     mine.write_text(yaml.safe_dump({"h900": entry | {"node": entry["node"] | {"gpus": 4}}}))
     assert planned(main, run, "--nodes=8", "--gpu=h900", f"--hardware={mine}")[1]["gpus"] == 8 * 4
@@ -179,8 +270,15 @@ def test_links_and_intervals() -> None:
     assert young_interval(0.8, 1024) == pytest.approx(534, abs=1)
 
 
-def test_offloaded_shards_leave_the_gpu_and_come_over_the_host_s_link(run: Path, main: Callable) -> None:
-    one = ("--nodes=1", "--gpus-per-node=1", "--set=distill.batch_size=16", "--set=transfer.batch_size=16")
+def test_offloaded_shards_leave_the_gpu_and_come_over_the_host_s_link(
+    run: Path, main: Callable
+) -> None:
+    one = (
+        "--nodes=1",
+        "--gpus-per-node=1",
+        "--set=distill.batch_size=16",
+        "--set=transfer.batch_size=16",
+    )
     code, here = planned(main, run, *one)
     assert code == 2
     assert here["nearest_that_fits"] == {"engine.shard_group": "node", "engine.offload": "cpu"}
@@ -188,10 +286,14 @@ def test_offloaded_shards_leave_the_gpu_and_come_over_the_host_s_link(run: Path,
     assert code == 0, away["conflicts"]
     whole = 70_553_706_496 * 2
     trunk = whole - 128256 * 8192 * 2
-    for stage, before, passed in zip(away["stages"][::2], here["stages"][::2], (4 * trunk, whole + trunk), strict=True):
+    for stage, before, passed in zip(
+        away["stages"][::2], here["stages"][::2], (4 * trunk, whole + trunk), strict=True
+    ):
         memory = stage["memory_gib"]
         assert memory["frozen_weights"] == 0 < before["memory_gib"]["frozen_weights"]
-        assert memory["gathered_weights"] > 1, "what is alive of them is on the GPU, of one rank too"
+        assert memory["gathered_weights"] > 1, (
+            "what is alive of them is on the GPU, of one rank too"
+        )
         assert stage["received_gib_per_gpu"]["fetch"] * GIB == pytest.approx(passed)
         assert stage["seconds"]["fetch"] == pytest.approx(passed / (55e9 * 0.8))
         assert stage["step_seconds"] > stage["seconds"]["fetch"] > before["step_seconds"] / 2
@@ -200,21 +302,37 @@ def test_offloaded_shards_leave_the_gpu_and_come_over_the_host_s_link(run: Path,
 
 
 def test_a_node_must_hold_what_its_gpus_offload(run: Path, main: Callable) -> None:
-    code, plan = planned(main, run, "--nodes=8", "--gpus-per-node=32", "--set=engine.offload=cpu", "--set=engine.shard_group=2")
+    code, plan = planned(
+        main,
+        run,
+        "--nodes=8",
+        "--gpus-per-node=32",
+        "--set=engine.offload=cpu",
+        "--set=engine.shard_group=2",
+    )
     assert code == 2
     whole = 70_553_706_496 * 2 / GIB
     assert f"distill: {16 * whole:.1f} GiB are offloaded to a node of 2048 GiB" in plan["conflicts"]
     assert plan["stages"][0]["memory_total_gib"] < 80, "only the host is too small"
     assert not plan["stages"][0]["fits"]
-    on_disk = [f"--set=engine.{setting}" for setting in ("offload=nvme", "nvme_folder=/tmp", "shard_group=2")]
+    on_disk = [
+        f"--set=engine.{setting}"
+        for setting in ("offload=nvme", "nvme_folder=/tmp", "shard_group=2")
+    ]
     _, plan = planned(main, run, "--nodes=8", "--gpus-per-node=32", *on_disk)
     assert not any("offloaded to a node" in conflict for conflict in plan["conflicts"])
 
 
 def test_every_prompt_that_is_tuned_and_carried_over_is_counted(run: Path, main: Callable) -> None:
     plain = planned(main, run, "--nodes=8")[1]
-    assert plain["not_counted"] == ["the evaluation", "what the models say of the public text before the transfer"]
-    more = ["--set=evaluate.private_rows=[4]", '--set=evaluate.baselines=["published transfer", "full prompt tuning"]']
+    assert plain["not_counted"] == [
+        "the evaluation",
+        "what the models say of the public text before the transfer",
+    ]
+    more = [
+        "--set=evaluate.private_rows=[4]",
+        '--set=evaluate.baselines=["published transfer", "full prompt tuning"]',
+    ]
     plan = planned(main, run, "--nodes=8", *more)[1]
     (_, tune, transfer), (_, tune_one, one) = plan["stages"], plain["stages"]
     assert plan["not_counted"][-1] == "full prompt tuning"
@@ -224,43 +342,78 @@ def test_every_prompt_that_is_tuned_and_carried_over_is_counted(run: Path, main:
     assert tune["epsilon"] == pytest.approx([8, 4], abs=0.1)
     for part in ("activations", "logits"):
         times = 4 if part == "activations" else (2 * 3 + 2 * 8) / 3
-        assert transfer["memory_gib"][part] == pytest.approx(times * one["memory_gib"][part], rel=0.02)
-    assert transfer["flops_per_gpu"]["backward"] == pytest.approx(4 * one["flops_per_gpu"]["backward"], rel=0.01)
+        assert transfer["memory_gib"][part] == pytest.approx(
+            times * one["memory_gib"][part], rel=0.02
+        )
+    assert transfer["flops_per_gpu"]["backward"] == pytest.approx(
+        4 * one["flops_per_gpu"]["backward"], rel=0.01
+    )
     for part in ("frozen_weights", "gathered_weights", "student_weights"):
         assert transfer["memory_gib"][part] == one["memory_gib"][part]
-    assert transfer["received_gib_per_gpu"]["gather"] == one["received_gib_per_gpu"]["gather"], "one gathering serves all"
+    assert transfer["received_gib_per_gpu"]["gather"] == one["received_gib_per_gpu"]["gather"], (
+        "one gathering serves all"
+    )
     assert transfer["received_gib_per_gpu"]["reduce"] == 4 * one["received_gib_per_gpu"]["reduce"]
     assert transfer["hours"] == pytest.approx(transfer["step_seconds"] * 2000 / 3600)
     assert transfer["samples_per_second"] == pytest.approx(4 * 512 / transfer["step_seconds"])
 
-    in_rounds = planned(main, run, "--nodes=8", *more, "--set=transfer.prompts_at_once=3")[1]["stages"][2]
+    in_rounds = planned(main, run, "--nodes=8", *more, "--set=transfer.prompts_at_once=3")[1][
+        "stages"
+    ][2]
     assert in_rounds["prompts_at_once"] == 3
-    assert transfer["hours"] < in_rounds["hours"] < 2 * in_rounds["step_seconds"] * 2000 / 3600, "the second round has one prompt"
+    assert transfer["hours"] < in_rounds["hours"] < 2 * in_rounds["step_seconds"] * 2000 / 3600, (
+        "the second round has one prompt"
+    )
     owners = planned(main, run, "--nodes=8", "--set=inputs.source_prompt=[a, b, c]")[1]["stages"][2]
     assert (owners["prompts"], owners["prompts_at_once"]) == (3, 3)
-    searched = planned(main, run, "--nodes=8", "--set=tune.search.mean_trials=5", "--set=tune.search.learning_rate=[0.1, 0.01]")[1][
-        "stages"
-    ][1]
+    searched = planned(
+        main,
+        run,
+        "--nodes=8",
+        "--set=tune.search.mean_trials=5",
+        "--set=tune.search.learning_rate=[0.1, 0.01]",
+    )[1]["stages"][1]
     assert searched["hours"] == pytest.approx(5 * tune_one["hours"])
-    public = planned(main, run, "--nodes=8", "--set=privacy.enabled=false", "--set=evaluate.private_rows=[8]")[1]["stages"][1]
+    public = planned(
+        main, run, "--nodes=8", "--set=privacy.enabled=false", "--set=evaluate.private_rows=[8]"
+    )[1]["stages"][1]
     a_row = tune_one["step_seconds"] / 1024
-    assert public["hours"] * 3600 == pytest.approx(a_row * (1315 * 1024 + 1000 * 32)), "a prompt without privacy, and one with it"
+    assert public["hours"] * 3600 == pytest.approx(a_row * (1315 * 1024 + 1000 * 32)), (
+        "a prompt without privacy, and one with it"
+    )
     _, said, _ = main("plan", run, "--nodes=8", *more)
-    assert "GPU-hours, without the evaluation, what the models say of the public text before the transfer, full prompt tuning" in said
+    assert (
+        "GPU-hours, without the evaluation, what the models say of the public text before the transfer, full prompt tuning"
+        in said
+    )
 
 
 def test_a_task_that_generates_text_counts_its_responses(run: Path, main: Callable) -> None:
-    writes = ["--set=private_task.labels={}", "--set=private_task.response_column=summary", "--set=private_task.max_response_length=32"]
-    writes += ["--set=transfer.scores=vocabulary", "--set=transfer.match_class_shares=false", "--set=transfer.batch_size=64"]
+    writes = [
+        "--set=private_task.labels={}",
+        "--set=private_task.response_column=summary",
+        "--set=private_task.max_response_length=32",
+    ]
+    writes += [
+        "--set=transfer.scores=vocabulary",
+        "--set=transfer.match_class_shares=false",
+        "--set=transfer.batch_size=64",
+    ]
     code, plan = planned(main, run, "--nodes=8", *writes)
     assert code == 0, plan.get("said", plan.get("conflicts"))
     _, tune, transfer = plan["stages"]
     text = 128
-    assert transfer["memory_gib"]["logits"] * GIB == pytest.approx(8 * 32 * 128256 * 4), "one row a GPU, at each token of its response"
+    assert transfer["memory_gib"]["logits"] * GIB == pytest.approx(8 * 32 * 128256 * 4), (
+        "one row a GPU, at each token of its response"
+    )
     of_token = (80 + 1) * (4 * 8192 + 2 * 8192 + 2 * 1024 + 3 * 28672) * 2
-    assert transfer["memory_gib"]["activations"] * GIB == pytest.approx((100 + text + 32) * of_token), "each row has its own prompt"
+    assert transfer["memory_gib"]["activations"] * GIB == pytest.approx(
+        (100 + text + 32) * of_token
+    ), "each row has its own prompt"
     assert tune["memory_gib"]["logits"] * GIB == pytest.approx(3 * 8 * 32 * 128256 * 4)
-    code, plan = planned(main, run, "--nodes=8", *writes, "--set=private_task.max_response_length=8100")
+    code, plan = planned(
+        main, run, "--nodes=8", *writes, "--set=private_task.max_response_length=8100"
+    )
     assert code == 2
     assert (
         "transfer: a prompt of 100 tokens and texts of 128 with responses of 8100 exceed the context of 8192: lower tune.num_virtual_tokens"
@@ -270,18 +423,31 @@ def test_a_task_that_generates_text_counts_its_responses(run: Path, main: Callab
 
 def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callable) -> None:
     _, before = planned(main, run, "--nodes=8")
-    code, after = planned(main, run, "--nodes=8", "--set=student.freeze_head=false", "--set=student.freeze_embeddings=false")
+    code, after = planned(
+        main,
+        run,
+        "--nodes=8",
+        "--set=student.freeze_head=false",
+        "--set=student.freeze_embeddings=false",
+    )
     assert code == 0, after["conflicts"]
     before, after = before["stages"][0], after["stages"][0]
     table, tokens = 8192 * 128256, 512 * 2048 / 64
     more = 2 * table + 8192
-    for part, size in (("student_gradients", 2 * more), ("student_optimizer", 12 * more / 64), ("logits", 2 * 2 * table)):
+    for part, size in (
+        ("student_gradients", 2 * more),
+        ("student_optimizer", 12 * more / 64),
+        ("logits", 2 * 2 * table),
+    ):
         assert (after["memory_gib"][part] - before["memory_gib"][part]) * GIB == pytest.approx(size)
     assert after["memory_gib"]["teacher_head"] * GIB == 2 * table
     assert (after["checkpoint_gib"] - before["checkpoint_gib"]) * GIB == pytest.approx(14 * more)
     reduced = after["received_gib_per_gpu"]["reduce"] - before["received_gib_per_gpu"]["reduce"]
     assert reduced * GIB == pytest.approx(2 * 63 / 64 * 2 * more)
-    assert after["flops_per_gpu"]["student_backward"] - before["flops_per_gpu"]["student_backward"] == 2 * table * tokens
+    assert (
+        after["flops_per_gpu"]["student_backward"] - before["flops_per_gpu"]["student_backward"]
+        == 2 * table * tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,27 +455,47 @@ def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callabl
     [
         (["engine.shard_group=24"], "64 ranks do not part into groups of 24"),
         (["engine.shard_group=128"], "64 ranks do not part into groups of 128"),
-        (["engine.zero_stage=3", "student.freeze_head=false"], "a trained head does not go with engine.zero_stage 3"),
+        (
+            ["engine.zero_stage=3", "student.freeze_head=false"],
+            "a trained head does not go with engine.zero_stage 3",
+        ),
     ],
 )
-def test_what_the_run_refuses_is_a_conflict(run: Path, main: Callable, settings: list[str], words: str) -> None:
+def test_what_the_run_refuses_is_a_conflict(
+    run: Path, main: Callable, settings: list[str], words: str
+) -> None:
     code, plan = planned(main, run, "--nodes=8", *(f"--set={setting}" for setting in settings))
     assert code == 2
     assert any(words in conflict for conflict in plan["conflicts"]), plan["conflicts"]
 
 
 def test_nodes_of_one_gpu_do_not_offload_by_the_node(run: Path, main: Callable) -> None:
-    nodes = ("--nodes=2", "--gpus-per-node=1", "--set=distill.batch_size=16", "--set=transfer.batch_size=16")
+    nodes = (
+        "--nodes=2",
+        "--gpus-per-node=1",
+        "--set=distill.batch_size=16",
+        "--set=transfer.batch_size=16",
+    )
     code, plan = planned(main, run, *nodes, "--set=engine.offload=cpu")
     assert code == 2
     assert any("shard_group is one rank" in conflict for conflict in plan["conflicts"])
-    assert planned(main, run, *nodes)[1]["nearest_that_fits"] == {"engine.shard_group": "all", "engine.offload": "cpu"}
+    assert planned(main, run, *nodes)[1]["nearest_that_fits"] == {
+        "engine.shard_group": "all",
+        "engine.offload": "cpu",
+    }
 
 
-def test_a_tied_head_is_trained_with_the_embeddings(run: Path, main: Callable, tmp_path: Path) -> None:
+def test_a_tied_head_is_trained_with_the_embeddings(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
     tied = config_only(tmp_path / "tied", LLAMA_7B | {"tie_word_embeddings": True}, 32)
-    _, plan = planned(main, run, "--nodes=8", f"--set=teacher.path={tied}", "--set=student.freeze_head=false")
-    assert any("set student.freeze_embeddings and student.freeze_head alike" in conflict for conflict in plan["conflicts"])
+    _, plan = planned(
+        main, run, "--nodes=8", f"--set=teacher.path={tied}", "--set=student.freeze_head=false"
+    )
+    assert any(
+        "set student.freeze_embeddings and student.freeze_head alike" in conflict
+        for conflict in plan["conflicts"]
+    )
 
 
 def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
@@ -318,7 +504,9 @@ def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
     assert "--sweep: 12 GPUs are not whole nodes of 8" in found["said"]
 
 
-def test_a_figure_that_cannot_be_written_is_no_traceback(run: Path, main: Callable, tmp_path: Path) -> None:
+def test_a_figure_that_cannot_be_written_is_no_traceback(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     code, out, err = main("plan", run, "--nodes=8", "--sweep=8,64", f"--output={tmp_path / 'file'}")
     assert code == 2
@@ -326,9 +514,22 @@ def test_a_figure_that_cannot_be_written_is_no_traceback(run: Path, main: Callab
     assert f"cannot write {tmp_path / 'file' / 'llama3-70b' / 'plan.png'}: Not a directory" in err
 
     measured = tmp_path / "1.json"
-    rates = {"step_seconds": 1.0, "tokens_per_second": 1.0, "samples_per_second": 1.0, "straggler": None}
+    rates = {
+        "step_seconds": 1.0,
+        "tokens_per_second": 1.0,
+        "samples_per_second": 1.0,
+        "straggler": None,
+    }
     measured.write_text(
-        json.dumps({"ranks": 1, "rows": [{"stage": stage, "scaling": "strong"} | rates for stage in ("distill", "transfer")]})
+        json.dumps(
+            {
+                "ranks": 1,
+                "rows": [
+                    {"stage": stage, "scaling": "strong"} | rates
+                    for stage in ("distill", "transfer")
+                ],
+            }
+        )
     )
     (tmp_path / "scaling.png").mkdir()
     code, out, err = main("report", measured)

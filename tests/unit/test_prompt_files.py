@@ -10,16 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from post_dist.artifacts.manifest import FILE_NAME, file_digest, read_manifest, write_artefact
-from post_dist.artifacts.prompt import PromptTask, read_prompt, write_prompt, write_prompt_files
-from post_dist.errors import ArtefactRefused, EnvironmentFault
+from post_dist.artifacts.manifest import FILE_NAME, read_manifest, write_artifact
+from post_dist.artifacts.prompt import read_prompt, write_prompt, write_prompt_files
+from post_dist.artifacts.task import PromptTask
+from post_dist.errors import ArtifactRefused, EnvironmentFault
+from post_dist.files import file_digest
 
 TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "predict it")
 
 
 def write(folder: Path, embeddings: torch.Tensor) -> Path:
-    write_artefact(
-        folder, "soft prompt", lambda path: write_prompt_files(path, embeddings, TASK, "m", None), parents={"model": "0"}, config={}
+    write_artifact(
+        folder,
+        "soft prompt",
+        lambda path: write_prompt_files(path, embeddings, TASK, "m", None),
+        parents={"model": "0"},
+        config={},
     )
     return folder
 
@@ -39,10 +45,22 @@ def test_written_and_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
-def test_a_prompt_that_its_receiver_would_refuse_is_never_left(tmp_path: Path, value: float) -> None:
+def test_a_prompt_that_its_receiver_would_refuse_is_never_left(
+    tmp_path: Path, value: float
+) -> None:
     spoiled = torch.full((3, 4), value)
-    with pytest.raises(ArtefactRefused):
-        write_prompt(tmp_path / "p", spoiled, TASK, "m", None, card=lambda folder: None, parents={}, config={}, tokenizer="0")
+    with pytest.raises(ArtifactRefused):
+        write_prompt(
+            tmp_path / "p",
+            spoiled,
+            TASK,
+            "m",
+            None,
+            card=lambda folder: None,
+            parents={},
+            config={},
+            tokenizer="0",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,26 +69,36 @@ def test_a_disk_that_gives_back_something_else_is_told(tmp_path: Path) -> None:
         save_file({"prompt_embeddings": torch.zeros(3, 4)}, folder / "adapter_model.safetensors")
 
     with pytest.raises(EnvironmentFault, match="does not read back"):
-        write_prompt(tmp_path / "p", torch.ones(3, 4), TASK, "m", None, card=spoil, parents={}, config={}, tokenizer="0")
+        write_prompt(
+            tmp_path / "p",
+            torch.ones(3, 4),
+            TASK,
+            "m",
+            None,
+            card=spoil,
+            parents={},
+            config={},
+            tokenizer="0",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_hidden_and_changed_files_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", torch.randn(7, 12))
     (folder / "extra.bin").write_bytes(b"x")
-    with pytest.raises(ArtefactRefused, match=r"extra\.bin is not in the manifest"):
+    with pytest.raises(ArtifactRefused, match=r"extra\.bin is not in the manifest"):
         read_prompt(folder)
     (folder / "extra.bin").unlink()
     (folder / "task.json").write_text("{}")
-    with pytest.raises(ArtefactRefused, match=r"task\.json is not the file"):
+    with pytest.raises(ArtifactRefused, match=r"task\.json is not the file"):
         read_prompt(folder)
     (folder / "task.json").unlink()
-    with pytest.raises(ArtefactRefused, match=r"task\.json is missing"):
+    with pytest.raises(ArtifactRefused, match=r"task\.json is missing"):
         read_prompt(folder)
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactRefused, match="is a soft prompt, not a student"):
+    with pytest.raises(ArtifactRefused, match="is a soft prompt, not a student"):
         read_manifest(write(tmp_path / "p", torch.randn(7, 12)), "student")
 
 
@@ -82,28 +110,39 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
         ({"prompt_embeddings": torch.zeros(3)}, "shape"),
         ({"prompt_embeddings": torch.zeros(600, 4)}, "600 prompt tokens"),
         ({"prompt_embeddings": torch.zeros(3, 4, dtype=torch.int64)}, "dtype"),
-        ({"prompt_embeddings": torch.zeros(3, 4), "more": torch.zeros(1)}, "more than the one tensor"),
+        (
+            {"prompt_embeddings": torch.zeros(3, 4), "more": torch.zeros(1)},
+            "more than the one tensor",
+        ),
         ({"other": torch.zeros(3, 4)}, "does not hold one tensor"),
     ],
 )
-def test_bad_tensors_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+def test_bad_tensors_are_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
     folder = write(tmp_path / "p", torch.randn(3, 4))
     save_file(tensors, folder / "adapter_model.safetensors")
     sign_again(folder)
-    with pytest.raises(ArtefactRefused, match=message):
+    with pytest.raises(ArtifactRefused, match=message):
         read_prompt(folder)
 
 
 def test_a_header_that_claims_terabytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", torch.randn(3, 4))
-    header = json.dumps({"prompt_embeddings": {"dtype": "F32", "shape": [500, 1 << 40], "data_offsets": [0, 48]}}).encode()
-    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(48))
+    header = json.dumps(
+        {"prompt_embeddings": {"dtype": "F32", "shape": [500, 1 << 40], "data_offsets": [0, 48]}}
+    ).encode()
+    (folder / "adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(48)
+    )
     sign_again(folder)
-    with pytest.raises(ArtefactRefused, match="do not fit its shape"):
+    with pytest.raises(ArtifactRefused, match="do not fit its shape"):
         read_prompt(folder)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(data=st.data())
 def test_mutated_weights_are_refused_or_read_whole(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "p"
@@ -122,16 +161,19 @@ def test_mutated_weights_are_refused_or_read_whole(tmp_path: Path, data: st.Data
     sign_again(folder)
     try:
         embeddings = read_prompt(folder).embeddings
-    except ArtefactRefused:
+    except ArtifactRefused:
         return
     assert embeddings.ndim == 2
     assert torch.isfinite(embeddings).all()
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(
     value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
 def test_any_json_as_task_or_manifest_is_refused(tmp_path: Path, value: object) -> None:
@@ -142,10 +184,10 @@ def test_any_json_as_task_or_manifest_is_refused(tmp_path: Path, value: object) 
     (folder / FILE_NAME).write_bytes((tmp_path / "manifest").read_bytes())
     (folder / "task.json").write_text(json.dumps(value))
     sign_again(folder)
-    with pytest.raises(ArtefactRefused):
+    with pytest.raises(ArtifactRefused):
         read_prompt(folder)
     (folder / FILE_NAME).write_text(json.dumps(value))
-    with pytest.raises(ArtefactRefused):
+    with pytest.raises(ArtifactRefused):
         read_prompt(folder)
 
 
@@ -155,7 +197,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_artefact(tmp_path / "p", "soft prompt", fill, parents={}, config={})
+        write_artifact(tmp_path / "p", "soft prompt", fill, parents={}, config={})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,15 +222,17 @@ def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: st
         write_prompt_files(path, torch.zeros(2, 4), TASK, "m", {"epsilon": 8.0})
         (path / "privacy.json").write_text(content)
 
-    write_artefact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
-    with pytest.raises(ArtefactRefused, match="not a privacy statement"):
+    write_artifact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
+    with pytest.raises(ArtifactRefused, match="not a privacy statement"):
         read_prompt(folder)
 
 
 BIASES = [[1.0], [1.0, 2.0, 3.0], [1e9, 0.0], ["x", "y"], [float("nan"), 0.0], [10**400, 0]]
 
 
-@pytest.mark.parametrize("changes", [*({"class_biases": biases} for biases in BIASES), {"init_text": " "}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [*({"class_biases": biases} for biases in BIASES), {"init_text": " "}], ids=str
+)
 def test_a_task_that_does_not_fit_is_refused(tmp_path: Path, changes: dict) -> None:
     folder = tmp_path / "prompt"
 
@@ -197,6 +241,6 @@ def test_a_task_that_does_not_fit_is_refused(tmp_path: Path, changes: dict) -> N
         task = json.loads((path / "task.json").read_text())
         (path / "task.json").write_text(json.dumps(task | changes))
 
-    write_artefact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
-    with pytest.raises(ArtefactRefused, match="not a task description"):
+    write_artifact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
+    with pytest.raises(ArtifactRefused, match="not a task description"):
         read_prompt(folder)

@@ -5,20 +5,29 @@ import math
 import pytest
 import torch
 
-from post_dist.stages.public_signals import alpha_by_agreement, class_information
+from post_dist.stages.transfer.public_statistics import alpha_by_agreement, class_information
 
 
-def answers_that_are_right(share: float, truth: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def answers_that_are_right(
+    share: float, truth: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Scores [N, 2] of a model whose errors are its own."""
     wrong = torch.rand(len(truth), generator=generator) > share
     return torch.nn.functional.one_hot(truth ^ wrong, 2).float()
 
 
-@pytest.mark.parametrize(("zero_shot", "prompted", "plain"), [(0.65, 0.8, 0.7), (0.75, 0.9, 0.6), (0.9, 0.8, 0.75), (0.5, 0.9, 0.8)])
-def test_alpha_is_the_paper_s_where_errors_are_independent(zero_shot: float, prompted: float, plain: float) -> None:
+@pytest.mark.parametrize(
+    ("zero_shot", "prompted", "plain"),
+    [(0.65, 0.8, 0.7), (0.75, 0.9, 0.6), (0.9, 0.8, 0.75), (0.5, 0.9, 0.8)],
+)
+def test_alpha_is_the_paper_s_where_errors_are_independent(
+    zero_shot: float, prompted: float, plain: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(2, (200_000,), generator=generator)
-    source, source_prompted, target = (answers_that_are_right(share, truth, generator) for share in (plain, prompted, zero_shot))
+    source, source_prompted, target = (
+        answers_that_are_right(share, truth, generator) for share in (plain, prompted, zero_shot)
+    )
     expected = min(1.0, (zero_shot - 0.5) / (prompted - 0.5))
     assert alpha_by_agreement(source, source_prompted, target) == pytest.approx(expected, abs=0.03)
 

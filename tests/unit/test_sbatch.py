@@ -19,25 +19,54 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 @pytest.mark.parametrize("name", files_by_hand())
 def test_the_files_in_slurm_are_what_the_code_renders(name: str) -> None:
     assert (FOLDER / name).read_text() == files_by_hand()[name]
-    assert re.search(r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" ', files_by_hand()[name], re.MULTILINE), "sbatch's own option wins"
+    assert re.search(
+        r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" ', files_by_hand()[name], re.MULTILINE
+    ), "sbatch's own option wins"
 
 
 def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None:
     distill, tune = {"nodes": 4, "time_minutes": 600}, {"partition": "one"}
-    cluster = Cluster(partition="gpu", account="lab", gpus_per_node=8, cpus_per_task=4, distill=distill, tune=tune)
-    lines = {stage: job_text("x", "/logs", job_parameters(cluster, stage, "7")).splitlines() for stage in ("distill", "tune")}
-    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --time=600", "#SBATCH --partition=gpu"} <= set(lines["distill"])
-    assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=1", "#SBATCH --partition=one"} <= set(
-        lines["tune"]
+    cluster = Cluster(
+        partition="gpu", account="lab", gpus_per_node=8, cpus_per_task=4, distill=distill, tune=tune
     )
-    assert [next(line for line in lines[stage] if line.startswith("srun ")).count("--cpus-per-task=4 ") for stage in lines] == [1, 1]
-    assert {"#SBATCH --dependency=afterok:7", "#SBATCH --kill-on-invalid-dep=yes", "#SBATCH --account=lab"} <= set(lines["tune"])
+    lines = {
+        stage: job_text("x", "/logs", job_parameters(cluster, stage, "7")).splitlines()
+        for stage in ("distill", "tune")
+    }
+    assert {
+        "#SBATCH --nodes=4",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --time=600",
+        "#SBATCH --partition=gpu",
+    } <= set(lines["distill"])
+    assert {
+        "#SBATCH --nodes=1",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=1",
+        "#SBATCH --partition=one",
+    } <= set(lines["tune"])
+    assert [
+        next(line for line in lines[stage] if line.startswith("srun ")).count("--cpus-per-task=4 ")
+        for stage in lines
+    ] == [1, 1]
+    assert {
+        "#SBATCH --dependency=afterok:7",
+        "#SBATCH --kill-on-invalid-dep=yes",
+        "#SBATCH --account=lab",
+    } <= set(lines["tune"])
 
 
-@pytest.mark.parametrize(("code", "cancelled", "requeued"), [(6, False, True), (6, True, False), (0, False, False), (2, False, False)])
-def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(tmp_path: Path, code: int, cancelled: bool, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "cancelled", "requeued"),
+    [(6, False, True), (6, True, False), (0, False, False), (2, False, False)],
+)
+def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
+    tmp_path: Path, code: int, cancelled: bool, requeued: bool
+) -> None:
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "srun").write_text(f"#!/bin/bash\n{'kill -TERM $PPID' if cancelled else ':'}\nexit {code}\n")
+    (tmp_path / "srun").write_text(
+        f"#!/bin/bash\n{'kill -TERM $PPID' if cancelled else ':'}\nexit {code}\n"
+    )
     for program in ("scontrol", "srun"):
         (tmp_path / program).chmod(0o755)
     text = job_text("work", str(tmp_path), job_parameters(Cluster(), "distill"))
@@ -54,12 +83,20 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(tmp_path: Path, 
         ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
         ({"tune": {"nodes": "two"}}, "cluster.tune.nodes: input should be a valid integer"),
         ({"distill": {"node": 2}}, "cluster.distill.node: unknown key; did you mean 'nodes'?"),
-        ({"gpus_per_node": 8, "transfer": {"tasks_per_node": 2}}, "transfer: tasks_per_node (2) must be gpus_per_node (8)"),
-        ({"evaluate": {"time_minutes": 2}}, "evaluate: signal_seconds (120) leaves nothing of time_minutes (2)"),
+        (
+            {"gpus_per_node": 8, "transfer": {"tasks_per_node": 2}},
+            "transfer: tasks_per_node (2) must be gpus_per_node (8)",
+        ),
+        (
+            {"evaluate": {"time_minutes": 2}},
+            "evaluate: signal_seconds (120) leaves nothing of time_minutes (2)",
+        ),
         ({"memory": "lots"}, "cluster.memory"),
     ],
 )
-def test_wrong_resources_are_named(tmp_path: Path, main: Callable, section: dict, said: str) -> None:
+def test_wrong_resources_are_named(
+    tmp_path: Path, main: Callable, section: dict, said: str
+) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "cluster": section}))
     code, _, error = main("submit", tmp_path / "run.yaml", "distill", "--print")
     assert code == 2
@@ -78,7 +115,9 @@ def write_run(folder: Path, *without: str, **sections: dict) -> Path:
         "public_task": {"name": "public", "visibility": "public", "path": "public.csv"},
     } | sections
     run = folder / "run.yaml"
-    run.write_text(yaml.safe_dump({name: section for name, section in fields.items() if name not in without}))
+    run.write_text(
+        yaml.safe_dump({name: section for name, section in fields.items() if name not in without})
+    )
     return run
 
 
@@ -89,34 +128,69 @@ def write_run(folder: Path, *without: str, **sections: dict) -> Path:
         ({"target_prompt": "prompt"}, ["distill", "tune", "evaluate"]),
     ],
 )
-def test_what_is_given_in_inputs_needs_no_job(tmp_path: Path, main: Callable, given: dict, wanted: list[str]) -> None:
+def test_what_is_given_in_inputs_needs_no_job(
+    tmp_path: Path, main: Callable, given: dict, wanted: list[str]
+) -> None:
     code, text, error = main("submit", write_run(tmp_path, inputs=given), "pipeline", "--print")
     assert code == 0, error
-    assert [line for line in text.splitlines() if "--job-name" in line] == [f"#SBATCH --job-name=post_dist-{stage}" for stage in wanted]
+    assert [line for line in text.splitlines() if "--job-name" in line] == [
+        f"#SBATCH --job-name=post_dist-{stage}" for stage in wanted
+    ]
 
 
-PRIVATE = {"enabled": True, "target_epsilon": 0.01, "target_delta": 1e-6, "sampling_probability": 1.0, "steps": 10_000}
+PRIVATE = {
+    "enabled": True,
+    "target_epsilon": 0.01,
+    "target_delta": 1e-6,
+    "sampling_probability": 1.0,
+    "steps": 10_000,
+}
 
 
 @pytest.mark.parametrize(
     ("command", "without", "sections", "said"),
     [
-        ("pipeline", ("private_task", "public_task"), {}, "the run file lacks the sections private_task, public_task"),
+        (
+            "pipeline",
+            ("private_task", "public_task"),
+            {},
+            "the run file lacks the sections private_task, public_task",
+        ),
         ("pipeline", ("student",), {}, "lacks the section student"),
-        ("transfer", ("corpus",), {"inputs": {"source_prompt": "prompt"}}, "lacks the section corpus"),
+        (
+            "transfer",
+            ("corpus",),
+            {"inputs": {"source_prompt": "prompt"}},
+            "lacks the section corpus",
+        ),
         ("pipeline", (), {"privacy": PRIVATE}, "no noise multiplier up to 200"),
     ],
 )
 def test_jobs_that_cannot_succeed_are_not_planned(
-    tmp_path: Path, main: Callable, command: str, without: tuple[str, ...], sections: dict, said: str
+    tmp_path: Path,
+    main: Callable,
+    command: str,
+    without: tuple[str, ...],
+    sections: dict,
+    said: str,
 ) -> None:
-    code, text, error = main("submit", write_run(tmp_path, *without, **sections), command, "--print")
+    code, text, error = main(
+        "submit", write_run(tmp_path, *without, **sections), command, "--print"
+    )
     assert (code, text) == (2, "")
     assert said in error
 
 
-def test_a_stage_needs_no_section_of_one_whose_result_is_given(tmp_path: Path, main: Callable) -> None:
-    run = write_run(tmp_path, "student", "corpus", "private_task", inputs={"student": "student", "source_prompt": "prompt"})
+def test_a_stage_needs_no_section_of_one_whose_result_is_given(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(
+        tmp_path,
+        "student",
+        "corpus",
+        "private_task",
+        inputs={"student": "student", "source_prompt": "prompt"},
+    )
     assert main("submit", run, "transfer", "--print")[0] == 0
 
 
@@ -135,7 +209,9 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return write
 
 
-def test_all_measurements_are_tried_first_and_queued_all_or_none(tmp_path: Path, main: Callable, commands: Callable) -> None:
+def test_all_measurements_are_tried_first_and_queued_all_or_none(
+    tmp_path: Path, main: Callable, commands: Callable
+) -> None:
     log = tmp_path / "log"
     answers = (
         'nodes=$(grep --only-matching -- "--nodes=[0-9]*" "${@: -1}")',
@@ -161,7 +237,9 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(tmp_path: Path,
         ("allocation failure: Invalid partition name specified", 2),
     ],
 )
-def test_a_silent_slurm_is_no_wrong_run_file(tmp_path: Path, main: Callable, commands: Callable, said: str, code: int) -> None:
+def test_a_silent_slurm_is_no_wrong_run_file(
+    tmp_path: Path, main: Callable, commands: Callable, said: str, code: int
+) -> None:
     commands(sbatch=f"echo '{said}' >&2; exit 1")
     found, out, error = main("submit", write_run(tmp_path), "distill", "--test-only")
     assert (found, out) == (code, "")
@@ -169,25 +247,35 @@ def test_a_silent_slurm_is_no_wrong_run_file(tmp_path: Path, main: Callable, com
     assert ("see `cluster`" in error) == (code == 2)
 
 
-def test_json_is_one_object_whatever_is_asked(tmp_path: Path, main: Callable, commands: Callable) -> None:
+def test_json_is_one_object_whatever_is_asked(
+    tmp_path: Path, main: Callable, commands: Callable
+) -> None:
     commands(sbatch="echo sbatch: Job 1 to start at noon >&2")
     run = write_run(tmp_path)
     text = main("submit", run, "distill", "--print")[1]
-    assert json.loads(main("submit", run, "distill", "--print", "--json")[1]) == {"jobs": [{"stage": "distill", "batch_file": text[:-1]}]}
+    assert json.loads(main("submit", run, "distill", "--print", "--json")[1]) == {
+        "jobs": [{"stage": "distill", "batch_file": text[:-1]}]
+    }
     assert main("submit", run, "distill", "--test-only")[1] == "distill: Job 1 to start at noon\n"
     answers = json.loads(main("submit", run, "distill", "--test-only", "--json")[1])
     assert answers == {"jobs": [{"stage": "distill", "answer": "Job 1 to start at noon"}]}
 
 
-def test_logs_that_cannot_be_written_are_named(tmp_path: Path, main: Callable, commands: Callable) -> None:
+def test_logs_that_cannot_be_written_are_named(
+    tmp_path: Path, main: Callable, commands: Callable
+) -> None:
     (tmp_path / "taken").touch()
     commands(sbatch="echo Submitted batch job 1", srun="")
-    code, out, error = main("submit", write_run(tmp_path), "distill", "--output", tmp_path / "taken")
+    code, out, error = main(
+        "submit", write_run(tmp_path), "distill", "--output", tmp_path / "taken"
+    )
     assert (code, out) == (2, "")
     assert f"cannot write {tmp_path / 'taken/x/slurm'}" in error
 
 
-def test_doctor_names_a_lock_that_a_killed_compiler_left(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_a_lock_that_a_killed_compiler_left(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
     code, text, _ = main("doctor", tmp_path / "runs", "--json")
     assert {check["name"] for check in json.loads(text)["checks"]} >= {

@@ -6,9 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from post_dist.planning.simulate import Run, best_interval, mean_goodput, simulate, young_interval
+from post_dist.planning.simulation import Run, best_interval, mean_goodput, simulate, young_interval
 
-CALM = Run(step=2.0, ranks=64, steps=1000, save=3.0, interval=100, restart=60.0, hours_between_failures=math.inf)
+CALM = Run(
+    step=2.0,
+    ranks=64,
+    steps=1000,
+    save=3.0,
+    interval=100,
+    restart=60.0,
+    hours_between_failures=math.inf,
+)
 
 
 def test_without_failures_only_saving_costs() -> None:
@@ -24,11 +32,15 @@ def test_a_step_ends_with_the_slowest_rank(ranks: int) -> None:
     slowest = np.random.default_rng(1).standard_normal((2000, min(ranks, 1024))).max(axis=1).mean()
     if ranks == 16384:
         slowest = 3.966  # the expected largest of 16,384 normal values, by numerical integration of its density
-    assert simulate(uneven, 0).seconds / 20_000 == pytest.approx(2 * (1 + 0.05 * slowest), rel=0.005)
+    assert simulate(uneven, 0).seconds / 20_000 == pytest.approx(
+        2 * (1 + 0.05 * slowest), rel=0.005
+    )
 
 
 def test_one_straggler_slows_all() -> None:
-    assert simulate(replace(CALM, straggler=1.3), 0).seconds == pytest.approx(1000 * 2 * 1.3 + 9 * 3)
+    assert simulate(replace(CALM, straggler=1.3), 0).seconds == pytest.approx(
+        1000 * 2 * 1.3 + 9 * 3
+    )
 
 
 def test_failures_come_as_often_as_they_should_and_cost_what_they_should() -> None:
@@ -36,10 +48,12 @@ def test_failures_come_as_often_as_they_should_and_cost_what_they_should() -> No
     outcome = simulate(run, 0)
     busy = outcome.seconds - outcome.failures * run.restart
     assert outcome.failures == pytest.approx(busy / 3600, rel=0.25)
-    assert outcome.lost_steps / outcome.failures == pytest.approx(25, rel=0.2), "half an interval each"
-    assert outcome.seconds == pytest.approx((200_000 + outcome.lost_steps) * 2 + (200_000 / 50) * 3 + outcome.failures * 61, rel=0.01), (
-        "every second is a step, a checkpoint, or a restart"
+    assert outcome.lost_steps / outcome.failures == pytest.approx(25, rel=0.2), (
+        "half an interval each"
     )
+    assert outcome.seconds == pytest.approx(
+        (200_000 + outcome.lost_steps) * 2 + (200_000 / 50) * 3 + outcome.failures * 61, rel=0.01
+    ), "every second is a step, a checkpoint, or a restart"
 
 
 @pytest.mark.parametrize("ranks", [4096, 16384])
@@ -53,4 +67,12 @@ def test_the_best_interval_is_young_s(ranks: int) -> None:
 
 
 def test_checkpoints_that_are_too_far_apart_never_end() -> None:
-    assert simulate(replace(CALM, steps=100_000, interval=100_000, ranks=16384, hours_between_failures=50_700.0), 0).goodput == 0
+    assert (
+        simulate(
+            replace(
+                CALM, steps=100_000, interval=100_000, ranks=16384, hours_between_failures=50_700.0
+            ),
+            0,
+        ).goodput
+        == 0
+    )

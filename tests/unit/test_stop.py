@@ -26,11 +26,19 @@ ENDS = {
 
 @pytest.mark.parametrize("how", ENDS)
 def test_a_process_ends_tidily(how: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM + ENDS[how]], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + ENDS[how]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (6, "tidied up\n", "")
 
 
-def test_a_download_may_take_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_may_take_as_long_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").touch()
     watched = []
@@ -42,7 +50,10 @@ def test_a_download_may_take_as_long_as_it_takes(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(watchdog._Watch, "paused", False)
     config = RunConfig(name="a", teacher=Teacher(path="someone/something", revision="0" * 40))
-    assert Pipeline(config, World(0, 1, 0, "none", torch.device("cpu")), frozenset()).teacher == tmp_path
+    assert (
+        Pipeline(config, World(0, 1, 0, "none", torch.device("cpu")), frozenset()).teacher
+        == tmp_path
+    )
     assert not any(watched)
     assert watched
     assert not watchdog._Watch.paused

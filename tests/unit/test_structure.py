@@ -13,14 +13,23 @@ import post_dist
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("module", ["cli", "config.load", "config.deepspeed", "artifacts.manifest", "artifacts.run_folder"])
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "config.load", "config.deepspeed", "artifacts.manifest", "artifacts.run_folder"],
+)
 def test_the_command_line_loads_no_torch(module: str) -> None:
     program = f"import sys, post_dist.{module}; print(sorted({{'torch', 'transformers', 'deepspeed', 'datasets'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")],
+    ids=lambda page: page.name,
+)
 def test_links_in_pages_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -29,17 +38,37 @@ def test_links_in_pages_lead_to_files(page: Path) -> None:
 def test_a_wheel_carries_the_files_beside_the_package(tmp_path: Path) -> None:
     import zipfile
 
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
         names = set(archive.namelist())
     for folder in ("ds_configs", "examples", "launch", "slurm"):
-        for file in (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        for file in (
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        ):
             assert f"post_dist/_assets/{file.relative_to(ROOT)}" in names
     program = "from post_dist.config.assets import asset; print(asset('examples/demo.yaml'))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(tmp_path / "installed") in done.stdout
 
 

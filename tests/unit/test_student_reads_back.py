@@ -8,7 +8,7 @@ import torch
 
 from post_dist.errors import EnvironmentFault
 from post_dist.models.load import load_whole
-from post_dist.stages.distill import _check_reads_back
+from post_dist.stages.distill.stage import _check_reads_back
 
 
 def test_a_student_that_is_not_what_was_trained_is_told(tmp_path: Path) -> None:

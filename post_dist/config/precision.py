@@ -1,0 +1,7 @@
+"""Numeric precision of a run, without torch: its names and the size of a number."""
+
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+BYTES_PER_ELEMENT: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}

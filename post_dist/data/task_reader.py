@@ -1,0 +1,77 @@
+"""A task bound to a tokenizer: it turns texts into tokens, and logits into class scores.
+
+Shapes: B rows, C classes, K tokens of all label words, N rows, R tokens of a response, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.data.template import Batch, Encoded, Template
+from post_dist.data.verbalizer import Verbalizer
+
+
+class TaskReader:
+    """Reads texts and scores answers of one task with one tokenizer.
+
+    Args:
+        task: template, label words and lengths.
+        tokenizer: of the model that reads; a fast one.
+        masked: whether that model fills in masks.
+
+    Attributes:
+        template: the template bound to the tokenizer.
+        verbalizer: the label words bound to the tokenizer; without classes where text is generated.
+
+    Raises:
+        InputError: the template does not suit the model, or a label word is several tokens or stands for two classes.
+    """
+
+    def __init__(
+        self, task: PromptTask, tokenizer: PreTrainedTokenizerBase, *, masked: bool
+    ) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.template = Template(
+            task.template,
+            tokenizer,
+            task.max_length,
+            masked=masked,
+            max_response_length=task.max_response_length,
+        )
+        self.verbalizer = Verbalizer(
+            task.label_words, tokenizer, allow_multi_token=task.allow_multi_token
+        )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the task generates text; otherwise it has classes."""
+        return self.task.max_response_length > 0
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C; 0 where text is generated."""
+        return len(self.verbalizer.token_ids)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row, its response included."""
+        return self.template.longest
+
+    def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
+        """Tokenize texts in the template. A task that generates text appends the responses, if any."""
+        return self.template.encode(texts, responses if self.generates else ())
+
+    def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
+        """Pad rows on the right to the longest of them, or to `length` if that is more."""
+        return self.template.collate(rows, length)
+
+    def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
+        """The tokens of each row's response [N, R], filled up with NO_TOKEN."""
+        return self.template.responses(rows)
+
+    def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Class scores [B, C] of logits over the vocabulary."""
+        return self.verbalizer.scores(logits_BV)

@@ -1,0 +1,76 @@
+"""What the rules of a run need to know of a model. `config.json` alone gives it, or the loaded model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import is_masked, read_config
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a model that decide what a run can do with it.
+
+    Attributes:
+        family: name of its class, such as `LlamaForCausalLM`.
+        layers: number of transformer layers.
+        width: width d of embeddings and hidden states.
+        vocabulary: number of tokens that have an embedding.
+        context_length: most tokens that its positions reach; infinite where nothing limits them.
+        masked: whether it fills in masks; otherwise it predicts the next token.
+        tied: whether the head and the input embeddings are one tensor.
+        linear_head: whether the logits are one matrix product, with no bias and no soft cap.
+    """
+
+    family: str
+    layers: int
+    width: int
+    vocabulary: int
+    context_length: float
+    masked: bool
+    tied: bool
+    linear_head: bool
+
+
+def facts_of(model: LanguageModel) -> ModelFacts:
+    """Read the facts of a model: whole, sharded, or on the meta device."""
+    inner = model.model
+    output_embeddings = inner.get_output_embeddings()
+    tied = output_embeddings is not None and (
+        output_embeddings.weight is inner.get_input_embeddings().weight
+    )
+    return ModelFacts(
+        family=type(inner).__name__,
+        layers=len(model.layers),
+        width=model.width,
+        vocabulary=model.vocabulary_size,
+        context_length=model.context_length,
+        masked=model.masked,
+        tied=tied,
+        linear_head=model.has_linear_head,
+    )
+
+
+def meta_model(folder: Path) -> LanguageModel:
+    """Build a model from its config.json on the meta device, where tensors have shapes and no memory.
+
+    Raises:
+        InputError: there is no usable config.json, or the family is not supported.
+    """
+    config = read_config(folder)
+    masked = is_masked(config)
+    family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    with torch.device("meta"):
+        return LanguageModel(family.from_config(config), masked=masked)
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Read the facts of the model whose config.json lies in `folder`. No weights are needed.
+
+    Raises:
+        InputError: there is no usable config.json, or the family is not supported.
+    """
+    return facts_of(meta_model(folder))

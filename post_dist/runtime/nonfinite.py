@@ -1,0 +1,44 @@
+"""One policy for gradients and losses that are not finite: skip the step on every rank, and stop after five in a row."""
+
+from post_dist.errors import InputError
+
+LIMIT_IN_A_ROW = 5
+
+
+class NonFiniteGuard:
+    """Counts skipped steps.
+
+    Private tuning does not use it: whether an example's gradient is finite is private, so the mechanism counts such a
+    gradient as zero and takes its step like any other.
+
+    Args:
+        label: name of the run, for the message.
+        hint: what the user can change.
+    """
+
+    def __init__(self, label: str, hint: str = "lower the learning rate") -> None:
+        self._label = label
+        self._hint = hint
+        self._in_a_row = 0
+        self.skipped = 0
+        """Number of skipped steps so far."""
+
+    def record(self, step: int, *, finite: bool, where: str = "") -> None:
+        """Note the outcome of a step, which must be the same on every rank.
+
+        Args:
+            step: number of the step.
+            finite: whether the step could be taken.
+            where: which ranks saw the value, for the message.
+
+        Raises:
+            InputError: the last five steps were all skipped.
+        """
+        if finite:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= LIMIT_IN_A_ROW:
+            message = f"{self._label}: {self._in_a_row} steps in a row were not finite, up to step {step}{where}"
+            raise InputError(message, self._hint)

@@ -1,0 +1,44 @@
+"""Numeric precision: which one a device runs, and what each one means to torch."""
+
+import logging
+
+import torch
+
+from post_dist.config.precision import Precision
+from post_dist.config.schema import Engine
+from post_dist.errors import InputError
+
+log = logging.getLogger(__name__)
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def choose_precision(engine: Engine, device: torch.device) -> Precision:
+    """Resolve `engine.precision` for a device; `auto` means bf16 where the device has instructions for it.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
+    if engine.precision == "fp16" and device.type == "cpu":
+        raise InputError(
+            "engine.precision: fp16 does not run on a CPU",
+            "set engine.precision to auto, bf16 or fp32",
+        )
+    if engine.precision != "auto":
+        return engine.precision
+    has_bf16 = _has_bf16_instructions(device)
+    precision: Precision = "bf16" if has_bf16 else "fp32"
+    verb = "has" if has_bf16 else "lacks"
+    log.info("precision %s: this %s %s bf16 instructions", precision, device.type, verb)
+    return precision
+
+
+def _has_bf16_instructions(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    instructions = torch.cpu.get_capabilities()
+    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

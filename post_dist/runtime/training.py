@@ -1,0 +1,89 @@
+"""The training loop of every stage: take a step, save when a checkpoint is due, stop when asked to."""
+
+import time
+from typing import Protocol
+
+from post_dist.runtime.distributed import World
+from post_dist.runtime.progress import progress
+from post_dist.runtime.stop import stop_requested, stopped
+
+
+class TrainingJob(Protocol):
+    """What the loop trains.
+
+    Attributes:
+        label: name of the run in progress bars and messages.
+        steps: number of steps in all.
+    """
+
+    label: str
+    steps: int
+
+    def take_step(self, step: int) -> str:
+        """Take one optimizer step; returns a short text for the progress bar. All ranks call it."""
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint from which step number `step` is the next one. All ranks call it."""
+
+
+class CheckpointPolicy(Protocol):
+    """When the loop saves a checkpoint."""
+
+    def is_due(self, done: int, steps: int, world: World) -> bool:
+        """Whether to save after `done` of `steps` steps; the same answer on all ranks, which call it together."""
+
+
+class EverySteps:
+    """Save after every `interval` steps and after the last one."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+
+    def is_due(self, done: int, steps: int, world: World) -> bool:
+        """Whether to save after `done` of `steps` steps."""
+        return done % self._interval == 0 or done == steps
+
+
+class EverySeconds:
+    """Save when a number of seconds has passed since the last time, but not after the last step.
+
+    The state of a soft prompt is small and a shared disk is slow. The artifact is written right after the last step.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._saved_at = -float("inf")
+
+    def is_due(self, done: int, steps: int, world: World) -> bool:
+        """Whether to save after `done` of `steps` steps."""
+        # The clocks of the ranks differ, so they decide together.
+        due = world.any(done < steps and time.monotonic() - self._saved_at > self._seconds)
+        if due:
+            self._saved_at = time.monotonic()
+        return due
+
+
+def run_training(
+    job: TrainingJob, first_step: int, world: World, policy: CheckpointPolicy, *, show: bool = True
+) -> None:
+    """Train a job to its last step.
+
+    Args:
+        job: what is trained.
+        first_step: where to start; above 0 after a resume.
+        world: the ranks, which all call this function.
+        policy: when to save a checkpoint.
+        show: whether rank 0 shows progress. A private search does not show how many trials it runs.
+
+    Raises:
+        Interrupted: a rank was asked to stop; the state is saved.
+    """
+    with progress(job.label, job.steps, first_step, show=show and world.is_main) as advance:
+        for step in range(first_step, job.steps):
+            text = job.take_step(step)
+            stop = stop_requested(world)
+            if stop or policy.is_due(step + 1, job.steps, world):
+                job.save(step + 1)
+            advance(text)
+            if stop:
+                raise stopped(f"{job.label} is saved at step {step + 1} of {job.steps}")

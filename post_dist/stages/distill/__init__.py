@@ -1,0 +1,1 @@
+"""Stage 1, the provider: distill the large LLM into a student."""

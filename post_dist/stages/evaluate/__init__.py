@@ -1,0 +1,1 @@
+"""The comparison of all ways to use a prompt."""

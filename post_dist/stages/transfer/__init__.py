@@ -1,0 +1,1 @@
+"""Stage 3, the provider: transfer soft prompts to the large LLM with public text."""
