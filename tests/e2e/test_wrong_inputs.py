@@ -195,7 +195,7 @@ CASES = [
     Case(
         "key twice",
         2,
-        "the key 'name' stands twice",
+        "the key 'name' appears twice",
         write("run.yaml", "name: a\nname: b\n"),
         keep_yaml=True,
     ),
@@ -579,7 +579,7 @@ CASES = [
     Case(
         "rows cut to a count",
         2,
-        "one row more would push another one out",
+        "one more example would push another one out",
         both(private(), put("private_task.max_rows", 50)),
         TUNE,
     ),
