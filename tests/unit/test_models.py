@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from post_dist.artifacts.prompt import write_prompt_files
+from post_dist.artifacts.prompt import PromptContents, write_prompt_files
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Student
 from post_dist.data.template import Template
@@ -65,7 +65,7 @@ def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     prompt = torch.randn(5, model.width)
     task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
-    write_prompt_files(tmp_path, prompt, task, "m", None)
+    write_prompt_files(tmp_path, PromptContents(prompt, task, None), "m")
     input_ids, mask, answer = batch_of(
         folder, ["the film is dull", "the long story of the cast is great"]
     )

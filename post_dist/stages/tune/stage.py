@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.data.order import rows_of_like_length
@@ -144,15 +144,14 @@ def _tune_alone(
             notes=notes,
         )
 
-    made = (parameters[0], task, model_name, statement)
-    write_prompt(
-        folder.artifact,
-        *made,
-        card=card,
+    contents = PromptContents(parameters[0], task, statement)
+    provenance = Provenance(
+        model_name=model_name,
+        tokenizer=tokenizer_fingerprint(tokenizer),
         parents=parents,
         config=settings,
-        tokenizer=tokenizer_fingerprint(tokenizer),
     )
+    write_prompt(folder.artifact, contents, provenance, card)
 
 
 def _tune_openly(
