@@ -47,7 +47,7 @@ def raise_conflicts(stage: str, found: Sequence[Conflict]) -> None:
     if not found:
         return
     if len(found) == 1:
-        raise InputError(f"{stage}: {found[0].message}", found[0].hint)
+        raise InputError(found[0].message, found[0].hint)
     lines = []
     for conflict in found:
         hint = f"\n    {conflict.hint}" if conflict.hint else ""

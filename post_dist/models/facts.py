@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from post_dist.models.language_model import LanguageModel
@@ -22,7 +23,9 @@ class ModelFacts:
         context_length: most tokens that its positions reach; infinite where nothing limits them.
         masked: whether it fills in masks; otherwise it predicts the next token.
         tied: whether the head and the input embeddings are one tensor.
+        matrix_head: whether the head is one matrix, perhaps with a bias.
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
+        scales_attention_by_layer: whether a layer's number is part of its attention.
     """
 
     family: str
@@ -32,7 +35,9 @@ class ModelFacts:
     context_length: float
     masked: bool
     tied: bool
+    matrix_head: bool
     linear_head: bool
+    scales_attention_by_layer: bool
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
@@ -42,6 +47,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
     tied = output_embeddings is not None and (
         output_embeddings.weight is inner.get_input_embeddings().weight
     )
+    scaled = bool(getattr(inner.config, "scale_attn_by_inverse_layer_idx", False))
     return ModelFacts(
         family=type(inner).__name__,
         layers=len(model.layers),
@@ -50,7 +56,9 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         context_length=model.context_length,
         masked=model.masked,
         tied=tied,
+        matrix_head=isinstance(model.head_module, nn.Linear),
         linear_head=model.has_linear_head,
+        scales_attention_by_layer=scaled,
     )
 
 

@@ -46,16 +46,12 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
             what `engine` asks for.
         EnvironmentFault: `offload: nvme` without libaio.
     """
-    if engine.quantized_gathers and world.device.type == "cpu":
-        raise InputError(
-            "engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU", "leave it out"
-        )
+    group = shard_group(engine, world)
     if engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
         raise EnvironmentFault(
             "engine.offload: nvme needs libaio, which is not here",
             "install libaio-dev, or take offload: cpu",
         )
-    group = shard_group(engine, world)
     if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
     else:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from post_dist.config.schema import Engine
-from post_dist.errors import InputError
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.runtime.distributed import World
+from post_dist.runtime.shard_group import engine_conflicts, shard_group_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,17 @@ class ShardGroup:
     process_group: Any
 
 
+def layout_of(engine: Engine, world: World) -> Layout:
+    """Describe the ranks of this run. All ranks call it together.
+
+    Raises:
+        InputError: `engine.shard_group: node` on nodes of different sizes.
+    """
+    # Only a group per node asks for nodes of equal size.
+    of_a_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
+    return Layout(world.size, of_a_node, world.device.type)
+
+
 @lru_cache
 def shard_group(engine: Engine, world: World) -> ShardGroup:
     """This rank's group, by `engine.shard_group`. All ranks call it.
@@ -39,18 +51,9 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
     Raises:
         InputError: the ranks do not part into such groups, or a rank by itself would have to offload what it keeps whole.
     """
-    size = world.size if engine.shard_group == "all" else engine.shard_group
-    if size == "node":
-        size = world.ranks_of_a_node()
-    if world.size % size:
-        raise InputError(
-            f"engine.shard_group: {world.size} ranks do not part into groups of {size}"
-        )
-    if size == 1 and world.size > 1 and engine.offload != "none":
-        raise InputError(
-            "engine.shard_group: node is one rank here, which keeps frozen models whole on it: nothing to offload",
-            "take engine.shard_group: all, or engine.offload: none",
-        )
+    layout = layout_of(engine, world)
+    raise_conflicts("engine", engine_conflicts(engine, layout))
+    size = shard_group_size(engine, layout)
     if size == world.size:
         return ShardGroup(size, world.is_main, None)
     groups = (

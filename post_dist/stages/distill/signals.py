@@ -83,16 +83,6 @@ def cache_teacher(
         InputError: the teacher fills in masks, and so reads other tokens each time; or samples are to serve the cosine term.
         Interrupted: a rank was asked to stop; what is written stays.
     """
-    if teacher.masked:
-        raise InputError(
-            "distill.cache: a masked model reads a sequence with other masks each time",
-            "leave distill.cache out",
-        )
-    if section.cache == "sampled" and section.alpha_cos:
-        raise InputError(
-            "distill.cache: sampled keeps no hidden states, which the cosine term compares",
-            "set distill.alpha_cos: 0",
-        )
     maker = _Maker(teacher, section, student, seed)
     corpus_digest = world.on_main(partial(file_digest, corpus.path))
     signature = digest_of(

@@ -18,7 +18,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.deepspeed import training_settings
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Distill, RunConfig, Student
-from post_dist.config.sources import Corpus as CorpusSection
+from post_dist.conflicts import raise_conflicts
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import rank_batches
 from post_dist.errors import EnvironmentFault, InputError
@@ -30,6 +30,7 @@ from post_dist.losses.distillation import (
     logit_pieces,
 )
 from post_dist.losses.divergence import softened_kl, unexplained_share
+from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel, check_documents_apart
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, take_out_lower_block
@@ -44,7 +45,8 @@ from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import full_weights, gathered, shard_share, train_sharded
+from post_dist.runtime.zero import full_weights, gathered, layout_of, shard_share, train_sharded
+from post_dist.stages.distill.conflicts import conflicts
 from post_dist.stages.distill.signals import Signals, ask_teacher, cache_teacher
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,8 @@ def distill(
     section, corpus_section, student_section = config.distill, config.corpus, config.student
     if corpus_section is None or student_section is None:
         raise InputError("distill needs the sections `corpus` and `student`")
-    if config.engine.zero_stage == 3 and not student_section.freeze_head:
-        raise InputError(
-            "a trained head does not go with engine.zero_stage: 3, which scatters its weights",
-            "take zero_stage 2 or freeze_head: true",
-        )
+    layout = layout_of(config.engine, world)
+    raise_conflicts("distill", conflicts(config, read_facts(teacher_folder), layout))
     first_step = start_step(folder.checkpoints, resume, world)
     precision = choose_precision(config.engine, world.device)
     tokenizer = load_tokenizer(teacher_folder)
@@ -75,7 +74,6 @@ def distill(
         len(teacher.layers),
         100 * shard_share(teacher),
     )
-    _check_length(corpus_section, teacher)
     if corpus_section.separate_documents and not teacher.masked:
         check_documents_apart(teacher)
     corpus = build_corpus(
@@ -526,10 +524,6 @@ def _choose_layers(
         )
         return layers
     num_layers = int(section.num_layers or 0)
-    if num_layers > len(teacher.layers):
-        raise InputError(
-            f"student.num_layers is {num_layers}; the teacher has {len(teacher.layers)} layers"
-        )
     sample = [
         (corpus.training(share).to(world.device), share.weight)
         for share in corpus.step_shares(0, _ROWS_FOR_LAYER_CHOICE, at_most, world)
@@ -537,10 +531,3 @@ def _choose_layers(
     layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers, world)
     log.info("student: layers %s, those whose removal hurts the last position most", list(layers))
     return layers
-
-
-def _check_length(section: CorpusSection, teacher: LanguageModel) -> None:
-    if section.sequence_length > teacher.context_length:
-        raise InputError(
-            f"corpus.sequence_length {section.sequence_length} exceeds the teacher's context of {teacher.context_length}"
-        )

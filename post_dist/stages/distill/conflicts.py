@@ -1,0 +1,121 @@
+"""What distillation cannot do with a run file, a teacher and a layout of ranks."""
+
+from post_dist.config.schema import RunConfig, Student
+from post_dist.conflicts import Conflict, Layout
+from post_dist.errors import InputError
+from post_dist.models.facts import ModelFacts
+from post_dist.models.student import stand_in_layers
+from post_dist.runtime.shard_group import engine_conflicts
+
+
+def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Conflict]:
+    """Find what keeps the distill stage from running.
+
+    Args:
+        config: the run file; its sections `corpus` and `student` must be there.
+        teacher: facts of the model to distill.
+        layout: the ranks of the stage.
+
+    Returns:
+        All conflicts, the engine's first.
+    """
+    corpus, student = config.corpus, config.student
+    if corpus is None or student is None:
+        return [Conflict("the run file lacks one of the sections corpus and student", "add it")]
+    found = engine_conflicts(config.engine, layout)
+    found += _layer_conflicts(student, teacher)
+    found += _training_conflicts(config, student, teacher)
+    found += _cache_conflicts(config, teacher)
+    if corpus.sequence_length > teacher.context_length:
+        found.append(
+            Conflict(
+                f"corpus.sequence_length {corpus.sequence_length} exceeds the teacher's context "
+                f"of {teacher.context_length}",
+                "lower corpus.sequence_length",
+            )
+        )
+    if corpus.max_tokens is not None:
+        sequences = corpus.max_tokens // corpus.sequence_length
+        if sequences <= corpus.held_out_sequences:
+            found.append(
+                Conflict(
+                    f"corpus.max_tokens makes {sequences} sequences, "
+                    f"and {corpus.held_out_sequences} are to be held out",
+                    "raise corpus.max_tokens, or lower corpus.held_out_sequences",
+                )
+            )
+    return found
+
+
+def _layer_conflicts(student: Student, teacher: ModelFacts) -> list[Conflict]:
+    """Check that the teacher has the student's layers."""
+    if student.layers == "auto" and (student.num_layers or 0) > teacher.layers:
+        return [
+            Conflict(
+                f"student.num_layers is {student.num_layers}; the teacher has {teacher.layers} layers",
+                "lower student.num_layers",
+            )
+        ]
+    try:
+        stand_in_layers(student, teacher.layers)
+    except InputError as error:
+        return [Conflict(error.args[0], error.hint)]
+    return []
+
+
+def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts) -> list[Conflict]:
+    """Check which parts of the student are trained."""
+    found = []
+    if config.engine.zero_stage == 3 and not student.freeze_head:
+        found.append(
+            Conflict(
+                "a trained head does not go with engine.zero_stage: 3, which scatters its weights",
+                "set engine.zero_stage: 2, or student.freeze_head: true",
+            )
+        )
+    if teacher.tied and student.freeze_embeddings != student.freeze_head:
+        found.append(
+            Conflict(
+                "this model's embeddings and head are one tensor",
+                "set student.freeze_embeddings and student.freeze_head alike",
+            )
+        )
+    if teacher.scales_attention_by_layer:
+        found.append(
+            Conflict(
+                "this model scales attention by the number of the layer, which changes when "
+                "layers are left out",
+                "choose another teacher",
+            )
+        )
+    return found
+
+
+def _cache_conflicts(config: RunConfig, teacher: ModelFacts) -> list[Conflict]:
+    """Check that the teacher's signals can be cached as `distill.cache` says."""
+    cache = config.distill.cache
+    if cache == "none":
+        return []
+    if teacher.masked:
+        return [
+            Conflict(
+                "distill.cache: a masked model reads a sequence with other masks each time",
+                "leave distill.cache out",
+            )
+        ]
+    found = []
+    if cache == "sampled" and config.distill.alpha_cos:
+        found.append(
+            Conflict(
+                "distill.cache: sampled keeps no hidden states, which the cosine term compares",
+                "set distill.alpha_cos: 0",
+            )
+        )
+    if cache == "sampled" and not teacher.matrix_head:
+        found.append(
+            Conflict(
+                "distill.cache: sampled needs a head that is one matrix",
+                "set distill.cache: hidden",
+            )
+        )
+    return found
