@@ -38,12 +38,12 @@ from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
 from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metric_log import MetricLog
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, gathered, layout_of, shard_share, train_sharded
 from post_dist.stages.distill.conflicts import conflicts
@@ -332,7 +332,7 @@ def _train(
     world: World,
     first_step: int,
 ) -> None:
-    metrics = MetricLog(folder.path / "metrics.jsonl" if world.is_main else None)
+    metrics = open_public_metrics(folder, world)
     schedule = Schedule("linear", section.warmup_share, section.steps)
     with progress("distill", section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):

@@ -33,6 +33,7 @@ from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses, prepare_lesson
 
@@ -111,7 +112,7 @@ def transfer(
             optimizer,
             section,
             client.folder,
-            metrics_name="metrics.jsonl",
+            open_metrics=open_public_metrics,
             show_loss=True,
         )
         alike = (

@@ -26,6 +26,7 @@ from post_dist.models.prompt_init import check_room, prompt_from_text
 from post_dist.models.tuning_task import TuningTask
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.private_metrics import open_private_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def _tune_openly(
         optimizer,
         section,
         folder,
-        metrics_name="private_metrics.jsonl",
+        open_metrics=open_private_metrics,
         show_loss=False,
     )
     train_prompts([run], losses_at, run.take_up(resume, world), world)
