@@ -319,13 +319,13 @@ CASES = [
     Case(
         "data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")
     ),
-    Case("data is a folder", 2, "no known ending", put("private_task.path", "teacher")),
+    Case("data is a folder", 2, "no known file type", put("private_task.path", "teacher")),
     Case("data empty", 2, "is empty", write("private.csv", "")),
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
     Case(
         "data of an unknown kind",
         2,
-        "no known ending",
+        "no known file type",
         both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx")),
     ),
     Case(
