@@ -264,7 +264,7 @@ CASES = [
     ),
     Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
     # models
-    Case("teacher missing", 2, "is no folder", put("teacher.path", "./nowhere")),
+    Case("teacher missing", 2, "is not a folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
     Case("teacher without weights", 2, "no safetensors weights", drop("teacher/model.safetensors")),
     Case(
@@ -444,7 +444,7 @@ CASES = [
     Case(
         "student missing",
         2,
-        "is no folder",
+        "is not a folder",
         command=("tune", "{run}", "--set", "inputs.student=./none"),
     ),
     Case(

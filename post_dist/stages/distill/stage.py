@@ -31,8 +31,9 @@ from post_dist.losses.distillation import (
 )
 from post_dist.losses.divergence import softened_kl, unexplained_share
 from post_dist.models.facts import read_facts
-from post_dist.models.language_model import LanguageModel, check_documents_apart
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
