@@ -47,6 +47,7 @@ def fingerprint(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
+    # A model folder may hold hundreds of GB, so large files are not read whole.
     files = sorted(entry for entry in path.rglob("*") if entry.is_file())
     return digest_of({str(file.relative_to(path)): _quick_digest(file) for file in files})
 
@@ -90,6 +91,7 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         InputError: the place cannot be written to.
         EnvironmentFault: the disk is full.
     """
+    # A name of its own for each process, since several may write at once.
     partial = destination.with_name(f".{uuid4().hex[:8]}.{destination.name}")
     with writing(destination):
         try:
@@ -128,6 +130,7 @@ def writing(destination: Path) -> Iterator[None]:
 
 def put_in_place(partial: Path, destination: Path) -> None:
     """Flush a finished folder to disk, then give it its final name."""
+    # If the name came first, a power failure could leave a named folder with empty files.
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     partial.rename(destination)

@@ -96,6 +96,7 @@ def write_prompt(
 
     def check(folder: Path) -> None:
         found = read_prompt(folder)
+        # Compared bit for bit: what was trained must be what is read.
         expected = contents.embeddings.detach().float().cpu()
         if not torch.equal(found.embeddings, expected) or found.task != contents.task:
             raise EnvironmentFault(

@@ -132,6 +132,7 @@ def run_folder(
     signature = digest_of(
         {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
     )
+    # The name holds nothing of the private data, only the start of the signature.
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
 

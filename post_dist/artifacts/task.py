@@ -37,6 +37,7 @@ class PromptTask:
                 text.
             init_text: the text that the prompt is initialized from.
         """
+        # The labels themselves stay with the owner; only their words are needed.
         return cls(
             template=section.template or "{text}",
             label_words=tuple(section.labels.values()),

@@ -44,12 +44,15 @@ def rank_batches(rows: Sequence[int], at_most: int, rank: int, ranks: int) -> li
         rank: the rank.
         ranks: number of ranks.
     """
+    # Small batches are spread over all ranks before any rank gets more.
     size = min(at_most, math.ceil(len(rows) / ranks))
     rounds = math.ceil(len(rows) / (size * ranks))
+    # Ranks take turns, so that in each round they run neighboring examples.
     batches = []
     for round_number in range(rounds):
         start = (round_number * ranks + rank) * size
         own = list(rows[start : start + size])
+        # A rank that has run out has no examples of its own, and the weight 0.
         weight = len(own) * rounds * ranks / len(rows)
         batches.append(RankBatch(own or [rows[0]], weight))
     return batches
@@ -83,10 +86,12 @@ def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed
         lengths: number of tokens of each example.
         seed: seed of the shuffles.
     """
+    # A window is sorted as a whole; sorting everything would fix the order of all epochs.
     window, place = divmod(step, _BATCHES_SORTED)
     window_size = _BATCHES_SORTED * batch_size
     rows = shuffled_rows(window * window_size, window_size, len(lengths), seed)
     rows.sort(key=lambda row: lengths[row])
+    # In random order, or every window would go from short texts to long ones.
     batch = int(np.random.default_rng((seed, window)).permutation(_BATCHES_SORTED)[place])
     return rows[batch * batch_size : (batch + 1) * batch_size]
 

@@ -28,6 +28,7 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
             f"{where} is private; the provider's stages read public text alone",
             "give a task with `visibility: public`",
         )
+    # A text may be composed of several columns, and one of them may be the responses.
     columns = placeholders(task.text)
     if task.response_column:
         columns.append(task.response_column)
@@ -46,6 +47,7 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
     if not response_of:
         raise InputError(f"{where}: no row has any text")
 
+    # Public files need no drawing by hash: their order is public too.
     kept = list(response_of)[: task.max_rows]
     if not task.response_column:
         return kept, []

@@ -28,6 +28,7 @@ def _read_tsv(path: Path) -> pd.DataFrame:
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     with path.open(encoding="utf-8") as lines:
+        # A blank line, such as a last one, is not an example.
         objects = [json.loads(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
@@ -67,16 +68,14 @@ def read_columns(
         InputError: the file or a column is missing, or there is no row. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
-    if source.path:
-        table = _read_file(source.path, where)
-    else:
-        table = _read_hub(source, hub_split, where)
+    table = _read_table(source, hub_split, where)
     for column in columns:
         if column not in table.columns:
             raise InputError(
                 f"{where}: there is no column '{column}'",
                 f"columns: {', '.join(map(str, table.columns))}",
             )
+    # An example without a text or a label cannot be used.
     table = table[columns].dropna()
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
@@ -90,11 +89,18 @@ def texts_of(table: pd.DataFrame, text: str) -> list[str]:
         table: the columns that `text` names.
         text: how the columns make the text, such as '{title} {content}'.
     """
+    # The values are made strings first, so that 30 and "30" give the same text.
     names = placeholders(text)
     texts = []
     for values in table[names].map(str).itertuples(index=False):
         texts.append(text.format(**dict(zip(names, values, strict=True))).strip())
     return texts
+
+
+def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
+    if source.path:
+        return _read_file(source.path, where)
+    return _read_hub(source, hub_split, where)
 
 
 def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:

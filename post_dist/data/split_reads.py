@@ -24,6 +24,7 @@ def count_split_read(task: Task, runs: Path, evaluation: str) -> int:
     Raises:
         InputError: the record cannot be written.
     """
+    # Beside a local file, all runs on it share the count.
     path = runs / _NAME
     if task.path:
         path = task.path.with_name(f"{task.path.name}.{_NAME}")

@@ -35,6 +35,7 @@ class TaskReader:
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        # Both are bound here once; they check the task against the tokenizer.
         self.template = Template(
             task.template,
             tokenizer,

@@ -44,11 +44,13 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             number of the row and never its contents.
     """
     answer_column = task.response_column or task.label_column
+    # The text may use the answer's column too; each column is read once.
     columns = list(dict.fromkeys([*placeholders(task.text), answer_column]))
     table = read_columns(task, columns, _hub_split(task, split), where)
     texts = texts_of(table, task.text)
     written_answers = table[answer_column].map(str).tolist()
 
+    # Every row is checked, also those of other splits: a wrong label is found in every run alike.
     answer_of: dict[str, int | str] = {}
     disputed = set()
     for row, (text, written) in enumerate(zip(texts, written_answers, strict=True), start=1):
@@ -57,6 +59,7 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             continue
         if answer_of.setdefault(text, answer) != answer:
             disputed.add(text)
+    # Only now, because a third row may dispute a text again.
     for text in disputed:
         del answer_of[text]
     if not answer_of:
@@ -66,6 +69,7 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     if task.max_rows is not None:
         # Chosen by hash, because files are often sorted by class.
         kept = sorted(kept, key=lambda text: _place(text, task))[: task.max_rows]
+    # One of the two lists of answers stays empty.
     if task.response_column is not None:
         return Examples(kept, [], [str(answer_of[text]) for text in kept])
     return Examples(kept, [int(answer_of[text]) for text in kept], [])
@@ -76,6 +80,7 @@ def split_of(text: str, task: Task) -> str:
 
     A task with a test set of its own draws only train and validation.
     """
+    # The place is the same for all shares, so a larger share only adds to a split.
     place = _place(text, task)
     test_share = 0.0 if task.test_hub_split is not None else task.test_share
     if place < test_share:
@@ -113,5 +118,6 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
 
 def _place(text: str, task: Task) -> float:
     """Return the place of a text between 0 and 1."""
+    # The first 64 bits of the digest, as a fraction of their range.
     digest = hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64

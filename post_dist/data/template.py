@@ -82,10 +82,12 @@ class Template:
         self.max_length = max_length
         self.max_response_length = max_response_length
 
+        # The template is split at the text once, so that a text with braces is taken as it is.
         mask_token = tokenizer.mask_token if masked else ""
         before, _, after = text.replace("{mask}", mask_token).partition("{text}")
         self._before = _without_double_braces(before)
         self._after = _without_double_braces(after)
+        # Special tokens of the tokenizer count too.
         if len(self._tokens("")) >= max_length:
             raise InputError(
                 f"template '{text}' alone fills max_length ({max_length} tokens)",
@@ -129,6 +131,7 @@ class Template:
             length: pad to this length if it exceeds that of the longest example.
         """
         longest = max(length, *(len(row.token_ids) for row in rows))
+        # Padding tokens are masked out, except for a causal model, which never sees them.
         input_ids = torch.full((len(rows), longest), self._padding_token())
         attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -145,6 +148,7 @@ class Template:
         return 0
 
     def _with_response(self, row: Encoded, text: str) -> Encoded:
+        # A response follows other words, so it starts with a space.
         tokens = self._tokenizer(
             f" {text.strip()}", add_special_tokens=False, verbose=False
         ).input_ids
@@ -161,6 +165,7 @@ class Template:
         while len(tokens) > self.max_length:
             text = self._without_first_tokens(text, len(tokens) - self.max_length)
             tokens = self._tokens(text)
+        # A causal model predicts the answer from the last token.
         answer = len(tokens) - 1
         if self._masked:
             answer = tokens.index(self._tokenizer.mask_token_id)

@@ -35,6 +35,7 @@ class Verbalizer:
         *,
         allow_multi_token: bool,
     ) -> None:
+        # One list of tokens for each class.
         self.token_ids: list[list[int]] = []
         for words in label_words:
             tokens = [_word_token(word, tokenizer, allow_multi_token) for word in words]
@@ -77,6 +78,7 @@ class Verbalizer:
 
     def scores_of_tokens(self, logits_BK: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] from the logits of `tokens` alone."""
+        # In half precision, the mean of logits loses the small differences between classes.
         wide = torch.promote_types(logits_BK.dtype, torch.float32)
         parts = logits_BK.to(wide).split([len(ids) for ids in self.token_ids], dim=1)
         return torch.stack([part.mean(dim=1) for part in parts], dim=1)
@@ -87,6 +89,7 @@ def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token
 
     Byte-level and sentencepiece tokenizers have other tokens for a word at the start of a text.
     """
+    # The word is tokenized behind "a", whose tokens are then cut off.
     carrier = tokenizer("a", add_special_tokens=False).input_ids
     tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
     if len(tokens) != 1 and not allow_multi_token:

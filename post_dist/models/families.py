@@ -37,6 +37,7 @@ class AttentionWidths:
 
 def context_length(config: PretrainedConfig) -> float:
     """Return the most tokens that the positions of a model reach; infinite without a limit."""
+    # RoBERTa with a padding index of 1 and 514 positions reads 512 tokens.
     reserved = 0
     if config.model_type in _POSITIONS_AFTER_PADDING:
         reserved = (config.pad_token_id or 0) + 1
@@ -71,6 +72,7 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 def attention_widths(config: PretrainedConfig) -> AttentionWidths:
     """Return the widths of the attention's projections; some families share keys among heads."""
     settings = config.get_text_config()
+    # Without the optional fields, all heads have keys of their own and split the width evenly.
     heads = settings.num_attention_heads
     head_width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     key_heads = getattr(settings, "num_key_value_heads", None) or heads
@@ -89,6 +91,7 @@ def head_name(model: PreTrainedModel) -> str:
     Raises:
         InputError: there is none, or there are several.
     """
+    # Models without a head have no trunk inside of them.
     names = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     if model.base_model is model or len(names) != 1:
         raise InputError(
@@ -105,6 +108,7 @@ def layer_list_name(model: PreTrainedModel) -> str:
     Raises:
         InputError: there is none, or there are several.
     """
+    # The layers are told from other lists by their number.
     wanted = model.config.get_text_config().num_hidden_layers
     found = []
     for name, module in model.named_modules():

@@ -24,6 +24,7 @@ def run_at(mlp: nn.Module | None, rows_B: torch.Tensor, places_B: torch.Tensor) 
     if mlp is None:
         yield
         return
+    # The first hook learns the shape that the second one restores.
     whole = torch.Size()
 
     def pick(module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -157,6 +157,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     It covers the vocabulary, the special tokens, and how a few texts are split.
     """
+    # Sorted, because the order of a vocabulary differs from load to load.
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
@@ -204,6 +205,7 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
         InputError: it cannot be loaded, or weights are missing.
     """
     settings = model_settings(folder, precision, device)
+    # The report lists the weights that no file has.
     try:
         model, report = settings.auto_class.from_pretrained(
             folder,

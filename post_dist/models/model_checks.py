@@ -45,6 +45,7 @@ def check_split(model: "LanguageModel") -> None:
     Raises:
         InputError: they differ, as for a model that scales or caps its logits in an unknown way.
     """
+    # Any tokens will do; the first few are often special ones.
     input_ids = torch.arange(4, 8, device=model.model.device)[None]
     with torch.no_grad():
         ours = model.head(model(input_ids)).float()

@@ -72,6 +72,7 @@ def optimizer_state(
 ) -> dict[str, torch.Tensor]:
     """Collect the values of a few parameters and the optimizer's tensors for each of them."""
     state = {}
+    # Names are numbers, because the parameters of a prompt have none.
     for index, parameter in enumerate(parameters):
         state[f"{index}"] = parameter
         for name, value in optimizer.state[parameter].items():
@@ -171,6 +172,7 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
         world.together(write)
         world.on_main(finish)
     finally:
+        # After a failure the partial folder is worthless.
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -185,6 +187,7 @@ def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> N
 
 def start_step(folder: Path, resume: str, world: World) -> int:
     """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted."""
+    # Rank 0 alone touches the folder; the others would see it half deleted.
     if world.is_main and resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
     step = world.from_main(newest_step(folder) if world.is_main else 0)
@@ -206,6 +209,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         sealed = json.loads((folder / _SEAL).read_text())
         found = file_digests(folder)
+        # The seal does not hold its own hash.
         found.pop(_SEAL)
         return bool(sealed == found)
     except (OSError, ValueError):

@@ -87,6 +87,7 @@ class World:
         own = torch.tensor([self.local_rank], device=self.device)
         local_ranks = self.concatenate(own).tolist()
         count: int = max(local_ranks) + 1
+        # The sharing of models goes by neighboring numbers.
         if local_ranks != [rank % count for rank in range(self.size)]:
             raise InputError(
                 "the nodes have different numbers of ranks, "
@@ -119,6 +120,7 @@ class World:
         """Return rank 0's value on every rank. All ranks call it."""
         if self.size == 1:
             return own
+        # torch fills the list in place.
         shared = [own]
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
@@ -132,12 +134,14 @@ class World:
             PostDistError: another rank failed. The error has that rank's exit code, which is what
                 a launcher reports.
         """
+        # A list, because a result may be None.
         results: list[Shared] = []
         failure = None
         try:
             results.append(work())
         except PostDistError as error:
             failure = error
+        # Every rank reaches this point, so that none waits in vain.
         code = self._largest(failure.exit_code if failure else 0)
         if code:
             raise failure or _error_of_another_rank(code)
@@ -174,6 +178,7 @@ def _error_of_another_rank(exit_code: int) -> PostDistError:
         return Interrupted(
             "another rank was stopped", "the same command resumes from what that rank has saved"
         )
+    # The class is not known here, but launchers look at the exit code.
     error = PostDistError("another rank failed", "its own error message says why")
     error.exit_code = exit_code
     return error
@@ -198,6 +203,7 @@ def start(seed: int) -> World:
 
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
+    # The process group decides, whatever the environment says.
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
     torch.manual_seed(seed)
     log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)
@@ -213,6 +219,7 @@ def _use_device(local_rank: int) -> torch.device:
                 f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs",
                 "start one process per GPU",
             )
+        # Each process drives one GPU.
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device

@@ -55,6 +55,7 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     if not engine.zero_optimization_stage() and dist.get_rank() != 0:
         return {}
     optimizer = _torch_optimizer(engine)
+    # Adam keeps its moments in tensors of the same layout as the flat weights.
     tensors = {}
     for piece in _pieces(engine):
         state = optimizer.state.get(piece.flat, {})
@@ -90,6 +91,7 @@ def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> 
             kinds += _MOMENTS
             _make_moments(pieces, optimizer, saved.adam_step)
 
+        # Several saved pieces may overlap with one of ours, as the ranks were more or fewer.
         for piece in pieces:
             for kind in kinds:
                 is_weight = kind == "weight"
@@ -122,6 +124,7 @@ class _SavedPieces:
                 if key == _ADAM_STEP:
                     self.adam_step = handle.get_tensor(key)
                     continue
+                # Names of parameters hold dots, and no slashes.
                 name, kind, start = key.rsplit("/", 2)
                 saved = (int(start), handle.get_slice(key))
                 self._pieces.setdefault((name, kind), []).append(saved)

@@ -30,11 +30,13 @@ def find_launcher(environment: Mapping[str, str]) -> str:
             )
         return "none"
 
+    # torch would wait for ever for an address that nobody gave.
     missing = sorted(set(_TORCHRUN) - set(given))
     if missing:
         raise EnvironmentFault(
             f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
         )
+    # torchrun inside a Slurm job sets its own variables beside those of Slurm.
     size = _checked_world_size(environment)
     if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
         raise EnvironmentFault(

@@ -34,6 +34,7 @@ class MetricLog:
             return
         seconds = round(time.monotonic() - self._start, 3)
         line = json.dumps({"seconds": seconds, "step": step, **values})
+        # Opened for each line, so that a killed run has lost none.
         with self._path.open("a") as file:
             file.write(line + "\n")
 

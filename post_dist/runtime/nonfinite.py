@@ -37,6 +37,7 @@ class NonFiniteGuard:
         Raises:
             InputError: the last five steps were all skipped.
         """
+        # One good step ends a series of bad ones.
         if finite:
             self._in_a_row = 0
             return

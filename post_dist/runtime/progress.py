@@ -53,6 +53,7 @@ def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Ite
 @contextmanager
 def _display(label: str, total: int, done: int, *, show: bool) -> Iterator[Advance]:
     """Yield a function that updates what the user sees."""
+    # A log file would be spoiled by a bar, so it gets lines.
     if not show:
         yield lambda text: None
     elif sys.stderr.isatty():

@@ -35,6 +35,7 @@ class Schedule:
             return (step + 1) / warmup
         if self.shape == "constant":
             return 1.0
+        # Half a period of the cosine, from 1 to 0.
         progress = (step - warmup) / max(1, self.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
 

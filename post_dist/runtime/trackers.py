@@ -70,6 +70,7 @@ class _TrackedRecord:
 
     def write(self, step: int, **values: MetricValue) -> None:
         """Add the metrics of one step."""
+        # Read-only, so that one tracker cannot change what the next one sees.
         metrics = PublicMetrics(step, MappingProxyType(values))
         for tracker in self._trackers:
             tracker.log(metrics)

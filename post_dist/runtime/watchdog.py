@@ -40,6 +40,7 @@ def watch(rank: int, limit_seconds: float) -> None:
     """
     phase("starting")
     _Watch.paused = False
+    # A second command in the same process is watched by the same thread.
     if _Watch.thread is None:
         _Watch.thread = threading.Thread(
             target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog"
@@ -62,6 +63,7 @@ def phase(name: str) -> None:
 def unwatched(name: str) -> Iterator[None]:
     """Pause the watch for a wait of unknown length, such as a download or another rank's work."""
     phase(name)
+    # Waits may be nested; only the outermost one resumes the watch.
     paused_before = _Watch.paused
     _Watch.paused = True
     try:

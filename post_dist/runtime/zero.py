@@ -78,6 +78,7 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
         model: a model that was created under `deepspeed.zero.Init`.
         settings: the DeepSpeed settings of a frozen model.
     """
+    # The engine stays alive through the hooks that it has put on the module.
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
     return engine.module
 
@@ -128,6 +129,7 @@ def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     with gathered(model):
         if world.is_main:
+            # A copy, because the gathered weights are freed when this context ends.
             for name, tensor in model.state_dict().items():
                 weights[name] = tensor.detach().to("cpu", copy=True)
     return weights
