@@ -16,7 +16,7 @@ from post_dist.config.schema import PromptTraining
 from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metric_log import MetricLog
+from post_dist.runtime.metric_log import MetricRecord
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.stop import stop_requested, stopped
@@ -38,7 +38,7 @@ class PromptRun:
         optimizer: over the parameters.
         section: steps and schedule.
         folder: for checkpoints and metrics.
-        metrics_name: the file for the losses.
+        open_metrics: opens the record of the losses; public or private, as the data are.
         show_loss: whether the loss may be shown; not when it comes from private data.
     """
 
@@ -46,7 +46,7 @@ class PromptRun:
     optimizer: torch.optim.Optimizer
     section: PromptTraining
     folder: RunFolder
-    metrics_name: str
+    open_metrics: Callable[[RunFolder, World], MetricRecord]
     show_loss: bool
 
     def take_up(self, resume: str, world: World) -> int:
@@ -91,9 +91,7 @@ def train_prompts(
     rates = [[group["lr"] for group in run.optimizer.param_groups] for run in runs]
     in_a_row = [0] * len(runs)
     saved_at = -math.inf
-    metrics = [
-        MetricLog(run.folder.path / run.metrics_name if world.is_main else None) for run in runs
-    ]
+    metrics = [run.open_metrics(run.folder, world) for run in runs]
     name = runs[0].folder.path.name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
     with progress(name, steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, steps):

@@ -275,7 +275,7 @@ def test_a_stopped_stage_goes_on_and_ends_as_if_it_had_not_been_stopped(
     assert not list(folder.glob("runs/tiny/*/artifact")), "the stage ended before it was killed"
     again = post_dist(stage, folder / "run.yaml", *options, "--json")
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stderr
+    assert "resuming from step" in again.stderr
     one, other = (Path(json.loads(done.stdout)["artifact"]) for done in (straight, again))
     weights = "model.safetensors" if stage == "distill" else "adapter_model.safetensors"
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
@@ -313,15 +313,15 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
     code, said = interrupt(command, lambda: max(steps(), default=0) >= 8)
     assert code == 6, said
     assert "stopped by SIGINT" in said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert "Traceback" not in said
     reached = max(steps())
     _, said = interrupt(command, lambda: max(steps()) > reached)
-    assert f"going on from step {reached} of" in said
+    assert f"resuming from step {reached} of" in said
     _, said = interrupt(
         [*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached
     )
-    assert "going on from step" not in said
+    assert "resuming from step" not in said
 
 
 def test_a_fault_after_the_last_step_costs_no_step(
@@ -341,7 +341,7 @@ def test_a_fault_after_the_last_step_costs_no_step(
     assert (code, list(tmp_path.glob("runs/tiny/*/artifact"))) == (3, []), err
     code, _, err = main(*command)
     assert code == 0, err
-    assert "going on from step 5" in err
+    assert "resuming from step 5" in err
     assert told[-3:] == ["writing the student", "hashing the student", "reading the student back"]
     one, other = (
         next(tmp_path.glob(f"{base}/tiny/*/artifact/model.safetensors")).read_bytes()

@@ -11,6 +11,7 @@ from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.schedule import Schedule
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 
 
@@ -24,7 +25,7 @@ def run_of(folder: Path, steps: int) -> PromptRun:
         optimizer,
         section,
         RunFolder(folder, "transfer", config),
-        metrics_name="metrics.jsonl",
+        open_metrics=open_public_metrics,
         show_loss=True,
     )
 

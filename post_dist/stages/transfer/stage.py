@@ -13,7 +13,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt, write_prompt
+from post_dist.artifacts.prompt import (
+    PromptContents,
+    Provenance,
+    SoftPromptArtifact,
+    read_prompt,
+    write_prompt,
+)
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Teacher, Transfer
 from post_dist.config.sources import Task
@@ -27,6 +33,7 @@ from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses, prepare_lesson
 
@@ -105,7 +112,7 @@ def transfer(
             optimizer,
             section,
             client.folder,
-            metrics_name="metrics.jsonl",
+            open_metrics=open_public_metrics,
             show_loss=True,
         )
         alike = (
@@ -187,16 +194,15 @@ def _write(pupil: _Pupil, teacher: Teacher | None, teacher_folder: Path, tokeniz
             tag="prompt-tuning",
         )
 
-    made = (pupil.run.parameters[0], task, name, source.privacy)
+    contents = PromptContents(pupil.run.parameters[0], task, source.privacy)
     lineage = {"source prompt": source.manifest.digest, **source.manifest.parents}
     settings = {
         "transfer": section.model_dump(mode="json"),
         "task": asdict(task),
         "public_text": dict(pupil.lesson.signals),
     }
-    write_prompt(
-        folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=tokenizer
-    )
+    provenance = Provenance(model_name=name, tokenizer=tokenizer, parents=lineage, config=settings)
+    write_prompt(folder.artifact, contents, provenance, card)
 
 
 def check_belongs(
