@@ -8,6 +8,9 @@ import atexit
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,13 +20,36 @@ if TYPE_CHECKING:  # it loads torch, and signals may come before that
     from post_dist.runtime.distributed import World
 
 _requested: list[str] = []
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 def listen() -> None:
     """Take the three signals as requests to stop; a second Ctrl-C stops at once."""
     _requested.clear()
-    for name in ("SIGTERM", "SIGUSR2", "SIGINT"):
-        signal.signal(getattr(signal, name), _request)
+    for number in _SIGNALS:
+        signal.signal(number, _request)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Take the three signals as requests to stop while the body runs, and no longer.
+
+    A command listens from its start to its end; then this changes nothing. Python allows signal
+    handlers in the main thread only, so a call from another thread cannot be stopped this way.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is _request:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        _requested.clear()
+        for number, handler in before.items():
+            if handler is not None:  # None: it was set by C code, and cannot be set again
+                signal.signal(number, handler)
 
 
 def leave_quietly() -> None:
