@@ -1,7 +1,7 @@
 """Private soft-prompt transfer in three stages: distill, tune, transfer (POST, arXiv 2506.16196).
 
-The names of the Python API (`post_dist.api`) are here too, as in `post_dist.tune(config)`. They are imported
-at their first use, so that `import post_dist` loads neither torch nor pydantic.
+The names of the Python API (`post_dist.api`) are here too, as in `post_dist.tune(config)`. They are
+imported at their first use, so that `import post_dist` loads neither torch nor pydantic.
 """
 
 from typing import TYPE_CHECKING

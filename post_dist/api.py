@@ -9,15 +9,16 @@
     post_dist.transfer(config)                 # provider
     print(post_dist.evaluate(config))          # the table
 
-A stage needs what the stages before it have made, or what `inputs` in the run file gives. A finished
-stage is not run again: its result is returned. An interrupted one resumes from its last checkpoint.
+A stage needs what the stages before it have made, or what `inputs` in the run file gives. A
+finished stage is not run again: its result is returned. An interrupted one resumes from its last
+checkpoint.
 
 In a script that torchrun or another launcher starts, all ranks call the same functions and get the
 same results. The process group stays up between calls; end such a script with
 `torch.distributed.destroy_process_group()`.
 
-Importing this module loads no torch. What a user can mend is raised as a subclass of `PostDistError`,
-with a hint.
+Importing this module loads no torch. What a user can mend is raised as a subclass of
+`PostDistError`, with a hint.
 """
 
 import json
@@ -174,7 +175,7 @@ def load_run(
         The checked settings, frozen.
 
     Raises:
-        InputError: the file is missing, is not YAML, or breaks the schema; the message names every error.
+        InputError: the file is missing, is not YAML, or breaks the schema. It names every error.
 
     Examples:
         >>> from post_dist.config.assets import asset
@@ -197,7 +198,7 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
 
     Raises:
         InputError: a section or a file is missing, or the settings do not fit the teacher.
-        EnvironmentFault: the disk is full, another process uses the folder, or a rank has left.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
         Interrupted: the run was asked to stop, and has saved.
     """
 
@@ -221,7 +222,7 @@ def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
     Raises:
         InputError: the student is not there yet, or a section or a file is missing or wrong.
         PrivacyRefused: the ledger of the data set or the accountants do not allow the run.
-        EnvironmentFault: the disk is full, another process uses the folder, or a rank has left.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
         Interrupted: the run was asked to stop, and has saved.
     """
 
@@ -233,7 +234,7 @@ def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
 
 
 def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
-    """Transfer the soft prompt to the large LLM with public text alone (the provider's second stage).
+    """Transfer the soft prompt to the large LLM with public text (the provider's second stage).
 
     Args:
         config: a run file with the sections `teacher` and `public_task`.
@@ -245,7 +246,7 @@ def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
     Raises:
         ArtifactRefused: a source prompt fails its checks, or does not belong to these models.
         InputError: student or prompt is not there yet, or a section or a file is missing or wrong.
-        EnvironmentFault: the disk is full, another process uses the folder, or a rank has left.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
         Interrupted: the run was asked to stop, and has saved.
     """
 
@@ -270,7 +271,7 @@ def evaluate(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     Raises:
         ArtifactRefused: a prompt fails its checks, or does not belong to these models or this task.
         InputError: a stage before is not finished, or a section or a file is missing or wrong.
-        EnvironmentFault: the disk is full, another process uses the folder, or a rank has left.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
         Interrupted: the run was asked to stop, and has saved.
     """
 
@@ -354,7 +355,7 @@ def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
         The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
 
     Raises:
-        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values not finite or too large.
+        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; or values out of range.
 
     Examples:
         >>> load_prompt("received/prompt")

@@ -1,4 +1,4 @@
-"""The command line: its commands, and how each of them ends. No torch is loaded before a stage runs."""
+"""The command line: its commands, and how each ends. Loads no torch before a stage runs."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Checks an artifact that someone else made: hashes, lineage, shapes, finite values, its epsilon."""
+"""Checks an artifact of someone else: hashes, lineage, shapes, finite values, its epsilon."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Follows jobs to their end.
 
-Slurm decides whether a job is over, and is asked several times: a job whose node died is called failed
-for some seconds and then runs again.
+Slurm decides whether a job is over, and is asked several times: a job whose node died is called
+failed for some seconds and then runs again.
 """
 
 import subprocess

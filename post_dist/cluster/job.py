@@ -1,7 +1,7 @@
 """What runs in each task of a job: a stage of a run file, whose rank submitit tells.
 
-The pickle of a job holds its class's name and fields, no code and no state. A job therefore runs the
-code and the run file that it finds when it starts.
+The pickle of a job holds its class's name and fields, no code and no state. A job therefore runs
+the code and the run file that it finds when it starts.
 """
 
 import atexit
@@ -103,7 +103,7 @@ class Job(ABC):
             _stop_with_submitter()
         code = exit_code_of(self.work)
         if code:
-            # Where no Slurm tells the exit code, the submitter reads it in submitit's note of the result.
+            # Where no Slurm tells the exit code, the submitter reads it in submitit's result file.
             if on_this_machine:
                 with temporary_save_path(environment.paths.result_pickle) as note:
                     cloudpickle_dump(("success", code), note)

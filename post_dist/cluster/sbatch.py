@@ -12,8 +12,8 @@ from post_dist.config.cluster import Cluster, ClusterStage
 BEFORE = ("trap 'cancelled=1' TERM",)
 AFTER = (
     # A rank that has saved because time is up ends with 6, and the job is queued again. The batch
-    # script does it after all its tasks have ended: the requeue would kill a task that waits for its
-    # answer.
+    # script does it after all its tasks have ended: a task that called scontrol would be killed by
+    # that very requeue.
     "code=$?",
     'if [[ $code == 6 && -z ${cancelled:-} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi',
     "exit $code",

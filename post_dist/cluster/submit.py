@@ -203,8 +203,8 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
         nodes = planned.cluster.for_stage(planned.stage).nodes
         if nodes > 1:
             raise InputError(f"cluster.{planned.stage}.nodes is {nodes}; --local has one node")
-    # The lines of `setup` run in bash, as in a batch file. submitit's own way is the system's shell,
-    # which may not know `module`.
+    # The lines of `setup` run in bash, as in a batch file. submitit's own way is the system's
+    # shell, which may not know `module`.
     setup = "\n".join([*config.cluster.setup, 'exec "$@"'])
     python = shlex.join(["bash", "-c", setup, "bash", sys.executable])
     os.environ[SUBMITTER] = str(os.getpid())

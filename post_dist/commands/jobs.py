@@ -112,7 +112,7 @@ def _print_answers(stages: Sequence[str], name: str, answers: Sequence[str], as_
 
     Args:
         stages: of the jobs.
-        name: what the texts are called in JSON. Batch files are printed bare, others with their stage.
+        name: what the texts are called in JSON; batch files are printed without their stage.
         answers: the texts.
         as_json: whether to print JSON.
     """

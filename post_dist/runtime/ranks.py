@@ -30,9 +30,9 @@ def join_ranks(config: RunConfig) -> "World":
     Raises:
         EnvironmentFault: the launcher's variables contradict each other, or there are too few GPUs.
     """
-    # Waiting OpenMP threads give up their core instead of spinning on it. Beside one other busy process
-    # on two cores, spinning made a tuning step eighteen times slower (15 s against 0.8 s). libgomp reads
-    # this variable when torch is loaded.
+    # Waiting OpenMP threads give up their core instead of spinning on it. Beside one other busy
+    # process on two cores, spinning made a tuning step eighteen times slower (15 s against 0.8 s).
+    # libgomp reads this variable when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
