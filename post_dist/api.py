@@ -204,6 +204,7 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
 
     def run(stages: "Pipeline", world: "World") -> StudentResult:
         folder = stages.distill()
+        # Only rank 0 reads files: on NFS another node may not see a new file for half a minute.
         return world.on_main(lambda: _student_result(folder))
 
     return _with_stages(config, frozenset(("distill",)), resume, run)
@@ -327,6 +328,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     """
     from post_dist.privacy import accounting
 
+    # A run file may name a target epsilon: then the noise multiplier is searched for first.
     if isinstance(plan, RunConfig):
         plan = accounting.private_plan(plan)
     cost = accounting.account(plan)
@@ -376,18 +378,21 @@ def _with_stages(
 ) -> _Result:
     """Join the ranks, run some stages, and say in the user's terms why they could not go on."""
     with listening():
+        # The order counts: the environment is set before torch is loaded, and DeepSpeed reads it.
         world = join_ranks(config)
-        # This imports DeepSpeed, whose environment `join_ranks` has prepared.
         from post_dist.stages.pipeline import Pipeline
 
         try:
             return run(Pipeline(config, world, may_run, resume), world)
         except KeyboardInterrupt:
             raise Interrupted("interrupted", _RESUMES) from None
-        except Interrupted:  # all ranks have agreed on it
+        except Interrupted:
+            # All ranks have agreed to stop, so all of them come here.
             leave_ranks()
             raise
         except RuntimeError as error:
+            # A collective that loses its connection raises a RuntimeError. Only that one is the
+            # user's business; any other is a fault of this package.
             if not world.lost_a_rank(error):
                 raise
             raise EnvironmentFault(
@@ -395,7 +400,8 @@ def _with_stages(
                 f"look at the log of that rank; {_RESUMES}",
             ) from None
         finally:
-            rest()  # the watchdog would take a notebook that waits for its user for a hang
+            # The watchdog would end a notebook that waits for its user.
+            rest()
 
 
 def _student_result(folder: "RunFolder") -> StudentResult:
@@ -405,6 +411,7 @@ def _student_result(folder: "RunFolder") -> StudentResult:
 
 
 def _prompt_result(folder: "RunFolder") -> PromptResult:
+    # Read with all checks: a prompt that was changed after it was tuned is not handed on.
     prompt = load_prompt(folder.artifact)
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
     return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)

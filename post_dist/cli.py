@@ -14,11 +14,14 @@ from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tun
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.stop import end_process
 
+# Exceptions are left to `exit_code_of`: typer's own page would print local variables, private data
+# among them.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Private soft-prompt transfer: distill, tune, transfer.",
 )
+# In the order of `post-dist --help`.
 _COMMANDS = (
     pipeline,
     distill,

@@ -30,6 +30,7 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = read_any_manifest(folder)
     except ArtifactRefused as error:
         return {"ok": False, "kind": None, "problems": [str(error)]}
+    # A problem with the contents does not hide one with the lineage: all of them are listed.
     problems = _lineage_problems(manifest)
     try:
         if manifest.kind == "soft prompt":
@@ -65,10 +66,12 @@ def _weight_problems(folder: Path) -> list[str]:
 
     from post_dist.models.load import load_whole
 
+    # Tensor by tensor, so that this scan needs little memory.
     for path in sorted(folder.glob("*.safetensors")):
         problem = _file_problem(path)
         if problem is not None:
             return [problem]
+    # Loading finds weights that are missing, unknown, or of another shape than config.json says.
     load_whole(folder, "fp32", torch.device("cpu"))
     return []
 

@@ -33,6 +33,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData  # half a second
 
+    # The library writes the metadata, so that no name can break its YAML.
     tags = ["post_dist"]
     if tag:
         tags.append(tag)

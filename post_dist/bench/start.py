@@ -22,6 +22,7 @@ def bench_stage(stage: BenchStage, config: RunConfig) -> dict[str, Any]:
             f"bench {stage} compares ways to run a step on one device",
             "start it without a launcher",
         )
+    # A pipeline that may run no stage finds the models, and refuses where one is not finished.
     from post_dist.stages.pipeline import Pipeline
 
     stages = Pipeline(config, world, frozenset())

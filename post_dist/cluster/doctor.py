@@ -56,6 +56,7 @@ def build_ops() -> list[str]:
     import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
 
+    # Offload to NVMe needs the first, quantized gathers the second, which needs CUDA.
     builders = [AsyncIOBuilder()]
     if torch.cuda.is_available():
         builders.append(QuantizerBuilder())
@@ -91,6 +92,7 @@ def _python(folder: Path) -> Iterator[Finding]:
 def _torch(folder: Path) -> Iterator[Finding]:
     import torch
 
+    # A driver without CUDA in torch is a wrong installation; neither of them is a CPU machine.
     yield Finding("torch", True, torch.__version__)
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -112,6 +114,7 @@ def _torch(folder: Path) -> Iterator[Finding]:
 def _deepspeed(folder: Path) -> Iterator[Finding]:
     yield Finding("deepspeed", True, version("deepspeed"))
     yield _ops()
+    # Without a compiler everything but two options works, so this is no fault.
     missing = []
     for tool in ("g++", "ninja"):
         if shutil.which(tool, path=_path_with_ninja()) is None:
@@ -125,6 +128,7 @@ def _deepspeed(folder: Path) -> Iterator[Finding]:
 
 def _ops() -> Finding:
     """Look for the lock of a killed compiler, and for what is compiled already."""
+    # torch's lock has no owner: a compiler that was killed leaves it for good.
     cache = op_cache()
     for lock in cache.glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
@@ -145,11 +149,13 @@ def _slurm(folder: Path) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("Slurm", True, "none: use torchrun, deepspeed, or submit --local")
         return
+    # The commands may be there while the controller is not.
     ping = _run("scontrol", "ping")
     answers = ping.returncode == 0 and " is UP" in ping.stdout
     cure = "" if answers else "slurmctld does not answer: ask whoever runs the cluster"
     yield Finding("Slurm", answers, _run("sinfo", "--version").stdout.strip(), cure)
 
+    # Accounting tells the end of a job that has left the queue.
     accounting = _run("sacct", "--noheader", "--starttime=now")
     if accounting.returncode == 0:
         yield Finding("accounting", True, "answers")
@@ -175,11 +181,13 @@ def _disk(folder: Path) -> Iterator[Finding]:
             "give a folder that every node may write to",
         )
         return
+    # On a cluster, a folder in memory or in a container is this node's own.
     kind = _run("stat", "--file-system", "--format=%T", str(folder)).stdout.strip()
     local = shutil.which("sbatch") is not None and kind in ("tmpfs", "overlayfs")
     cure = "other nodes do not see it: give a shared folder" if local else ""
     yield Finding("folder", not local, f"{folder.resolve()} ({kind})", cure)
 
+    # One student's checkpoints fill a small disk in the middle of a run.
     free_gib = shutil.disk_usage(folder).free / 2**30
     cure = ""
     if free_gib < _FREE_GIB:
@@ -188,6 +196,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         )
     yield Finding("space", not cure, f"{free_gib:.0f} GiB free", cure)
 
+    # The newest table and abandoned locks are told by file times, which the server gives.
     right = abs(seconds_off) < _CLOCK_SECONDS
     found = f"{seconds_off:+.1f} s between the folder's server and this machine"
     yield Finding("clock", right, found, "" if right else "start NTP on both")
@@ -197,6 +206,7 @@ def _clock_difference(folder: Path) -> float:
     """Write a file, and return how many seconds the clock of the folder's server is ahead."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".post_dist-doctor-") as file:
+        # The server stamps the file when it is flushed, so the time is taken just before.
         now = time.time()
         file.write(b"x")
         file.flush()

@@ -60,6 +60,7 @@ def follow(jobs: Iterable[Submitted], say: Callable[[str], None]) -> None:
     Raises:
         EnvironmentFault: one of them did not succeed.
     """
+    # All jobs are followed to their end, also those that wait for one that has failed.
     failed = []
     for job in jobs:
         state = _until_over(job, say)
@@ -78,9 +79,11 @@ def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
     told = State("")
     looks_over = 0
     while True:
+        # One look that finds the job in the queue starts the count again.
         state = _state(job.job_id)
         looks_over = 0 if state.queued else looks_over + 1
         believed = looks_over >= _LOOKS_TO_BELIEVE
+        # An end is told when it is believed, and every other change at once.
         if state != told and (state.queued or believed):
             say(f"{job.stage} (job {job.job_id}): {_place(state)}")
             told = state
@@ -97,12 +100,14 @@ def _place(state: State) -> str:
 
 def _state(job_id: str) -> State:
     """Ask the queue, then accounting, then the controller's memory."""
+    # The queue is the newest source, and knows only what is not over.
     queue = _ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T|%N")
     if queue:
         name, _, nodes = queue.splitlines()[0].partition("|")
         if name in _IN_QUEUE:
             return State(name, nodes, queued=True)
 
+    # Accounting keeps what is over, and may lag some seconds behind.
     columns = ["--allocations", "--noheader", "--parsable2", "--format", "State,ExitCode"]
     accounted = _ask("sacct", *columns, "--jobs", job_id)
     if accounted:

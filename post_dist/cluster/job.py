@@ -156,10 +156,11 @@ def _stop_with_submitter() -> None:
     if submitter is None or not hasattr(os, "pidfd_open"):  # Linux has it
         return
 
+    # A descriptor of the process: once it has ended, its number may be given to another process.
     def wait() -> None:
         try:
             process = os.pidfd_open(int(submitter))
-        except ProcessLookupError:
+        except ProcessLookupError:  # it has ended already
             pass
         else:
             select.select([process], [], [])  # readable once the process has ended

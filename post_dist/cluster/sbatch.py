@@ -47,6 +47,7 @@ def job_parameters(
         "constraint": asked.constraint,
         "dependency": None if after is None else f"afterok:{after}",
     }
+    # What the run file does not say is left to the cluster's own defaults.
     parameters: dict[str, Any] = {}
     for name, value in resources.items():
         if value is not None:
@@ -56,9 +57,11 @@ def job_parameters(
     parameters["teardown"] = list(AFTER)
     # Since Slurm 22.05, srun ignores the --cpus-per-task of sbatch.
     parameters["srun_args"] = [*SRUN, f"--cpus-per-task={asked.cpus_per_task}"]
+    # One log for each task, in the order in which the lines were written.
     parameters["stderr_to_stdout"] = True
     parameters["wckey"] = None
     more: dict[str, Any] = {"requeue": True}
+    # Without this, a job whose predecessor failed would wait in the queue for good.
     if after is not None:
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more

@@ -81,11 +81,13 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
     last: ClusterStage = "evaluate" if command == "pipeline" else command
     stages = config.stages_until(last)
     config.need(*stages)
+    # A single stage is not checked further: its job finds out when it starts.
     if command != "pipeline":
         return [Planned(last, StageJob(source, command), config.cluster)]
 
     from post_dist.privacy.accounting import private_plans  # takes a second
 
+    # A target epsilon out of reach would be found only after hours of distillation.
     private_plans(config)
     planned = []
     for stage in stages:
@@ -103,6 +105,7 @@ def scale_jobs(
     Returns:
         The jobs, and the file that each will leave.
     """
+    # The node must write where this process looks for the result.
     here = RunSource(source.path, source.overrides, str(config.output.resolve()))
     planned = []
     results = []
@@ -171,10 +174,12 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
     try:
         for planned in jobs:
             after = submitted[-1].job_id if submitted and chained else None
+            # submitit keeps parameters from one submission to the next.
             executor.parameters.clear()
             executor.update_parameters(**job_parameters(planned.cluster, planned.stage, after))
             submitted.append(_submit(executor, planned))
     except BaseException as error:  # Ctrl-C too must leave nothing in the queue
+        # A chain that is not whole is of no use to anybody.
         for earlier in submitted:
             earlier.job.cancel(check=False)
         if not isinstance(error, FailedJobError | FailedSubmissionError):
@@ -199,6 +204,7 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
         EnvironmentFault: one of them failed.
         Interrupted: one of them was stopped, and has saved.
     """
+    # Refused before the first job runs.
     for planned in jobs:
         nodes = planned.cluster.for_stage(planned.stage).nodes
         if nodes > 1:
@@ -207,6 +213,7 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     # shell, which may not know `module`.
     setup = "\n".join([*config.cluster.setup, 'exec "$@"'])
     python = shlex.join(["bash", "-c", setup, "bash", sys.executable])
+    # submitit's processes outlive the one that starts them, unless they know whom to look for.
     os.environ[SUBMITTER] = str(os.getpid())
     with writing(job_folder(config)):
         executor = submitit.LocalExecutor(job_folder(config), python=python)
@@ -232,6 +239,7 @@ def _try_job(config: RunConfig, planned: Planned) -> str:
     """Ask Slurm about one job, and return its answer."""
     parameters = job_parameters(planned.cluster, planned.stage)
     text = job_text("true", str(job_folder(config)), parameters)
+    # sbatch reads a file; `--test-only` asks the scheduler and queues nothing.
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)
         file.flush()
@@ -242,6 +250,7 @@ def _try_job(config: RunConfig, planned: Planned) -> str:
     answer = lines[-1] if lines else asked.stdout.strip()
     if asked.returncode == 0:
         return answer.removeprefix("sbatch: ")
+    # A controller that is away is no fault of the run file.
     if _UNREACHABLE.search(asked.stderr):
         raise EnvironmentFault(
             f"Slurm does not answer: {answer}", "ask whoever runs the cluster, or try again"
@@ -261,6 +270,7 @@ def _wait_here(submitted: Submitted) -> None:
     """
     job = submitted.job
     job.wait()
+    # A task that was killed leaves no result file, and submitit an exception in its place.
     codes = [EnvironmentFault.exit_code]
     if job.exception() is None:
         codes = job.results()

@@ -22,6 +22,7 @@ def init(
 ) -> None:
     """Write the demo's run file and its fetching script, to start your own from."""
     try:
+        # All or nothing: no file is written if one of them would be overwritten.
         folder.mkdir(parents=True, exist_ok=True)
         for name in _DEMO_FILES:
             if (folder / name).exists():
@@ -59,11 +60,13 @@ def report(
     """Write the pages of finished runs again; merge `bench scale` files into a table and a plot."""
     from post_dist.report import finished_evaluation, write_report
 
+    # A wrong path is found before the first page is written.
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} is not there")
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
+    # Folders are runs, and files are measurements; both may be given at once.
     pages = [str(write_report(finished_evaluation(folder))) for folder in folders]
     result: dict[str, Any] = {"reports": pages}
     if files:
@@ -72,6 +75,7 @@ def report(
         print(json.dumps(result))
     else:
         _print_report(result)
+    # The plot comes last: a table that is printed is not lost where the plot cannot be written.
     if files:
         from post_dist.planning.scaling import draw
 

@@ -71,6 +71,7 @@ def scale(
     if submit is None:
         _end_with(bench_scale_of(config, write), json_)
         return
+    # Two jobs on equal numbers of nodes would write the same file.
     nodes = counts("--submit", submit)
     if len(set(nodes)) < len(nodes):
         raise InputError(
@@ -95,6 +96,7 @@ def _submit_scale(
     from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import scale_jobs, submit_jobs, try_jobs
 
+    # All jobs are tried before the first is queued. They do not wait for each other.
     jobs, results = scale_jobs(config, RunSource.of_command(run, overrides), nodes)
     try_jobs(config, jobs)
     submitted = submit_jobs(config, jobs, chained=False)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from post_dist.cluster.doctor import Finding
     from post_dist.cluster.job import Command
 
+# typer needs an enumeration; jobs hold plain words, which their pickle can name.
 _COMMANDS: "dict[Submittable, Command]" = {
     Submittable.distill: "distill",
     Submittable.tune: "tune",
@@ -55,8 +56,10 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
 
     config = load_run(run, set_, output)
+    # What cannot succeed is refused here, before it waits in a queue.
     jobs = planned_jobs(config, RunSource.of_command(run, set_, output), _COMMANDS[command])
     stages = [planned.stage for planned in jobs]
+    # Three ways that submit nothing, or nothing to Slurm.
     if print_:
         _print_answers(stages, "batch_file", job_texts(config, jobs), json_)
         return
@@ -68,6 +71,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
             _print_answers(stages, "answer", answers, json_)
             return
         submitted = submit_jobs(config, jobs)
+    # Job numbers are printed at once, also where the jobs are then followed for hours.
     if json_:
         told = [
             {"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted
@@ -94,6 +98,7 @@ def doctor(
     """Look at this machine, and say what it lacks and what to do about it."""
     from post_dist.cluster.doctor import build_ops, examine
 
+    # Built first, so that the findings tell of what has been built.
     built = build_ops() if build else []
     findings = examine(folder)
     all_well = all(finding.ok for finding in findings)

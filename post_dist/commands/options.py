@@ -68,6 +68,7 @@ def counts(option: str, text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = [0]
+    # A text without numbers was read as a zero above.
     if min(numbers) < 1:
         raise InputError(f"{option} {text}: not numbers above zero", "write them as 8,64,512")
     return numbers

@@ -44,6 +44,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     from post_dist.planning.hardware import Machine, read_hardware
     from post_dist.planning.scaling import draw
 
+    # The hardware file is read before the model: a misspelt GPU costs no download.
     if config.teacher is None:
         raise InputError("plan needs the section `teacher`")
     described = read_hardware(gpu, hardware)
@@ -55,9 +56,11 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
         print(json.dumps(result))
     else:
         _print_plan(result)
+    # The plot comes after the table, which is not lost where the plot cannot be written.
     if sweep:
         title = f"{config.name} on {gpu} (a model, not a measurement)"
         draw(result["sweep"], title, Path(result["figure"]))
+    # A script can tell from the exit code that the run cannot work as planned.
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)
 
@@ -73,6 +76,7 @@ def _plan(
     precision = _precision(config, machine.hardware)
     result = plan_run(config, teacher, machine, precision)
     result["long_run"] = goodput(result["stages"][0])
+    # Both are computed only where they are asked for or needed: each plans the run many times.
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, sweep)
         result["figure"] = str(config.output / config.name / "plan.png")

@@ -19,6 +19,7 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
             finite[name] = None if value == math.inf else value
         print(json.dumps(finite))
         return
+    # A list, such as the problems of an artifact, has a line for each entry.
     for name, value in numbers.items():
         if isinstance(value, list):
             print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")

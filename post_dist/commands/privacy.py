@@ -40,12 +40,14 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     from post_dist.privacy.audit import audit as audit_plan
 
     result = audit_plan(api.load_run(run, set_ or ()))
+    # The result is printed in any case; what it means decides the exit code.
     print_numbers(result, json_)
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
         raise PrivacyRefused(
             "the canaries show more than the plan claims",
             "do not use prompts made with this installation",
         )
+    # An audit that finds nothing without noise would find nothing with a broken mechanism either.
     if result["epsilon_lower_bound_without_noise"] <= result["epsilon_claimed"]:
         raise InputError(
             "even without noise the canaries show no more than the plan claims",

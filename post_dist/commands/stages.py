@@ -94,6 +94,7 @@ def _end_with(
 def _json_object(
     result: StudentResult | PromptResult | TransferResult | EvaluationResult,
 ) -> dict[str, Any]:
+    # The names of the keys are those that scripts rely on.
     if isinstance(result, EvaluationResult):
         table = dict(result.table)
         if result.report is not None:
@@ -103,6 +104,7 @@ def _json_object(
         return {"stage": "distill", "artifact": str(result.artifact)}
     if isinstance(result, PromptResult):
         return {"stage": "tune", "artifact": str(result.artifact)}
+    # Prompts of several owners come in the order of `inputs.source_prompt`.
     artifacts = [str(prompt.artifact) for prompt in result.prompts]
     if len(artifacts) == 1:
         return {"stage": "transfer", "artifact": artifacts[0]}

@@ -28,6 +28,7 @@ def finished_evaluation(runs: Path) -> Path:
             f"{runs} holds no finished evaluation",
             "give the folder runs/NAME that `post-dist pipeline` has written",
         )
+    # A table with other settings has a folder of its own beside the older ones.
     newest = max(tables, key=lambda path: path.stat().st_mtime)
     return newest.parent.parent
 
@@ -43,6 +44,7 @@ def write_report(evaluation: Path) -> Path:
     title = f"{runs.name}: {table_title(table)}"
     (runs / "report.md").write_text(f"# {title}\n\n{markdown_table(table)}\n\n{NOTE}\n")
 
+    # Imported here: most commands write no page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # Names of tasks and of rows come from run files: they are escaped.

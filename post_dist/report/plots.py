@@ -38,6 +38,7 @@ def page_plots(runs: Path, table: Mapping[str, Any]) -> list[Plot]:
         runs: the folder of one run file, with a folder for each of its stages.
         table: the object of the evaluation.
     """
+    # The owner's metric logs have another name: a page may be shown to the other party.
     plots = [accuracy_plot(table)]
     for path in sorted(runs.glob("*/metrics.jsonl")):
         plots.append(loss_plot(path.parent.name, read_metric_log(path)))
@@ -49,9 +50,12 @@ def accuracy_plot(table: Mapping[str, Any]) -> Plot:
     from matplotlib.figure import Figure  # slow to import
 
     rows = table["rows"]
-    field, label = "exact_match", "exact match"
+    field = "exact_match"
+    label = "exact match"
     if has_classes(table):
-        field, label = "accuracy_micro", "accuracy"
+        field = "accuracy_micro"
+        label = "accuracy"
+    # matplotlib wants the lengths of the two arms of each interval.
     values = [row[field] for row in rows]
     below = [row[field] - row["interval_95"][0] for row in rows]
     above = [row["interval_95"][1] - row[field] for row in rows]
@@ -60,6 +64,7 @@ def accuracy_plot(table: Mapping[str, Any]) -> Plot:
     axes = figure.subplots()
     names = [row["name"] for row in rows]
     axes.errorbar(values, names, xerr=[below, above], fmt="o", capsize=3)
+    # The table's first row comes at the top.
     axes.invert_yaxis()
     axes.set_xlabel(f"{label} with its 95% interval")
     return Plot("accuracy", _png(figure))
@@ -71,6 +76,7 @@ def loss_plot(name: str, lines: Sequence[Mapping[str, Any]]) -> Plot:
 
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     axes = figure.subplots()
+    # Stages log different terms: each curve is drawn where the log has it.
     steps = [line["step"] for line in lines]
     for key in _CURVES:
         if lines and key in lines[0]:

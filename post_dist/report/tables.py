@@ -106,6 +106,7 @@ def print_wide(table: "Table") -> None:
 
 def _fields_by_column(table: Mapping[str, Any]) -> dict[str, str]:
     """Return which field of a row each column holds, by the column's heading."""
+    # The order here is the order of the columns.
     measured = _CLASS_COLUMNS if has_classes(table) else _RESPONSE_COLUMNS
     return {"row": "name", **measured, "n": "n", "epsilon": "epsilon"}
 

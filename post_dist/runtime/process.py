@@ -25,6 +25,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
             return end.code
         return int(end.code is not None)
     except PostDistError as error:
+        # Slurm ends the other tasks now; a signal to this one must not replace its exit code.
         leave_quietly()
         print(f"post-dist: {error}", file=sys.stderr)
         return error.exit_code

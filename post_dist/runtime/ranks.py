@@ -34,9 +34,11 @@ def join_ranks(config: RunConfig) -> "World":
     # process on two cores, spinning made a tuning step eighteen times slower (15 s against 0.8 s).
     # libgomp reads this variable when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Everything below loads torch.
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
 
+    # The watchdog is on before the first collective, in which a missing rank would be waited for.
     limit_seconds = config.engine.hang_timeout_seconds
     speak(this_rank())
     watch(this_rank(), limit_seconds)

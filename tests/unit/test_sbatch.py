@@ -96,7 +96,7 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
         ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
@@ -114,12 +114,12 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
     ],
 )
 def test_wrong_resources_are_named(
-    tmp_path: Path, main: Callable, section: dict, said: str
+    tmp_path: Path, main: Callable, section: dict, message: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "cluster": section}))
     code, _, error = main("submit", tmp_path / "run.yaml", "distill", "--print")
     assert code == 2
-    assert said in error
+    assert message in error
 
 
 def write_run(folder: Path, *without: str, **sections: dict) -> Path:
@@ -167,7 +167,7 @@ PRIVATE = {
 
 
 @pytest.mark.parametrize(
-    ("command", "without", "sections", "said"),
+    ("command", "without", "sections", "message"),
     [
         (
             "pipeline",
@@ -191,13 +191,13 @@ def test_jobs_that_cannot_succeed_are_not_planned(
     command: str,
     without: tuple[str, ...],
     sections: dict,
-    said: str,
+    message: str,
 ) -> None:
     code, text, error = main(
         "submit", write_run(tmp_path, *without, **sections), command, "--print"
     )
     assert (code, text) == (2, "")
-    assert said in error
+    assert message in error
 
 
 def test_a_stage_needs_no_section_of_one_whose_result_is_given(
@@ -248,7 +248,7 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
 
 
 @pytest.mark.parametrize(
-    ("said", "code"),
+    ("message", "code"),
     [
         ("sbatch: fatal: Could not establish a configuration source", 3),
         ("allocation failure: Unable to contact slurm controller (connect failure)", 3),
@@ -257,12 +257,12 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
     ],
 )
 def test_a_silent_slurm_is_no_wrong_run_file(
-    tmp_path: Path, main: Callable, commands: Callable, said: str, code: int
+    tmp_path: Path, main: Callable, commands: Callable, message: str, code: int
 ) -> None:
-    commands(sbatch=f"echo '{said}' >&2; exit 1")
+    commands(sbatch=f"echo '{message}' >&2; exit 1")
     found, out, error = main("submit", write_run(tmp_path), "distill", "--test-only")
     assert (found, out) == (code, "")
-    assert said in error
+    assert message in error
     assert ("see `cluster`" in error) == (code == 2)
 
 
