@@ -6,4 +6,5 @@ set -euo pipefail
 processes=$1
 shift
 exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
-  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$processes" -m post_dist "$@"
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+  --nproc-per-node "$processes" -m post_dist "$@"

@@ -2,10 +2,10 @@
 
     python tests/slurm/cluster.py install|up|down|status FOLDER
 
-Each node has a host name, an address, processes and a /dev/shm of its own. All daemons live in namespaces,
-so the machine's own network and processes see one bridge and five commands. To kill the first process of a
-namespace is to crash a node. The bridge claims a subnet, so that clusters of several folders run side by
-side.
+Each node has a host name, an address, processes and a /dev/shm of its own. All daemons live in
+namespaces, so the machine's own network and processes see one bridge and five commands. To kill the
+first process of a namespace is to crash a node. The bridge claims a subnet, so that clusters of
+several folders run side by side.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of Slurm's commands, without that of a job which this process may run in."""
+        """The environment of Slurm's commands, without that of a job that this process is in."""
         ours = {
             name: value
             for name, value in os.environ.items()
@@ -75,7 +75,7 @@ class Cluster:
     def up(self) -> None:
         """Start whatever does not run.
 
-        If the head does not answer, everything is started anew: the remains of a crash are not repaired.
+        If the head does not answer, everything is started anew: a crash is not repaired.
         """
         if not (self._process("head") and in_time(self._head_answers, 10)):
             self._prepare()
@@ -120,7 +120,7 @@ class Cluster:
         return names
 
     def accounted_states(self, job: str) -> list[str]:
-        """What accounting says of a job, one state for each start; it may lag some seconds behind."""
+        """The states of a job in accounting, one for each start; it may lag some seconds behind."""
         columns = ["--noheader", "--parsable2", "--allocations", "--duplicates", "--format=State"]
         return self.run("sacct", *columns, "--jobs", job).stdout.splitlines()
 
@@ -155,8 +155,8 @@ class Cluster:
         inner = [self.live / name for name in ("run", "spool", "state")]
         for folder in (self.folder, self.live, self.log, *inner):
             folder.mkdir(parents=True, exist_ok=True)
-            # Whatever the umask is: munge trusts no folder that others may write to, and other users
-            # submit jobs.
+            # Whatever the umask is: munge trusts no folder that others may write to, and other
+            # users submit jobs.
             folder.chmod(0o755)
         for gpu in ("gpu0", "gpu1"):
             # A device that is /dev/null.

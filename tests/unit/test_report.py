@@ -30,8 +30,8 @@ def test_the_table_as_text(tmp_path: Path) -> None:
     lines = table_text(table).splitlines()
     assert lines[0].strip() == "toy, test split (read 2 times)"
     first, second = (line.replace("│", " ").split() for line in lines[4:6])
-    assert first == "zero-shot 75.0 70.0 to 80.0 74.0 none 100 none".split()
-    assert second == "a 75.0 70.0 to 80.0 74.0 none 100 8.00".split()
+    assert first == ["zero-shot", "75.0", "70.0", "to", "80.0", "74.0", "none", "100", "none"]
+    assert second == ["a", "75.0", "70.0", "to", "80.0", "74.0", "none", "100", "8.00"]
 
 
 def test_a_task_that_generates_text_has_its_own_columns(tmp_path: Path) -> None:
