@@ -127,7 +127,7 @@ def job_folder(config: RunConfig) -> Path:
 def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     """Return the batch file of each job as submitit would send it.
 
-    The job before has no number yet, so its stage stands in place of it.
+    The job before has no number yet, so the text names its stage instead.
     """
     folder = job_folder(config)
     command = _SUBMITIT.format(python=shlex.quote(sys.executable), folder=shlex.quote(str(folder)))

@@ -23,19 +23,19 @@ bench = typer.Typer(
 
 @bench.command()
 def distill(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Time and memory of a distillation step beside the published distiller's."""
+    """Measure time and memory of a distillation step beside the published distiller's."""
     _beside_peers("distill", run, set_, json_)
 
 
 @bench.command()
 def tune(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Time and memory of a tuning step beside its peers', private ones too."""
+    """Measure time and memory of a tuning step beside its peers', private ones too."""
     _beside_peers("tune", run, set_, json_)
 
 
 @bench.command()
 def transfer(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Time and memory of a transfer step beside the published loop's."""
+    """Measure time and memory of a transfer step beside the published loop's."""
     _beside_peers("transfer", run, set_, json_)
 
 
@@ -47,7 +47,7 @@ def fabric(
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """What the machine reaches: matrix products, memory, and collectives between the ranks."""
+    """Measure matrix products, memory, and collectives between the ranks of a launcher."""
     _end_with(bench_fabric(write), json_)
 
 
@@ -66,7 +66,7 @@ def scale(
     output: Output = None,
     json_: AsJson = False,
 ) -> None:
-    """Where the time of a step of distill and of transfer goes on each rank of a launcher."""
+    """Measure a step of distill and of transfer: where its time goes on each rank of a launcher."""
     config = load_run(run, set_, output)
     if submit is None:
         _end_with(bench_scale_of(config, write), json_)
@@ -75,7 +75,7 @@ def scale(
     nodes = counts("--submit", submit)
     if len(set(nodes)) < len(nodes):
         raise InputError(
-            f"--submit {submit}: a number stands twice", "each number of nodes is measured once"
+            f"--submit {submit}: a number is given twice", "each number of nodes is measured once"
         )
     if write is not None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The command for what a run takes on a cluster, before it is queued."""
+"""The command that plans a run on a cluster before it is queued."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     output: Output = None,
     json_: AsJson = False,
 ) -> None:
-    """What the run takes on a cluster: memory, bytes, time, conflicts. Needs no GPU, no weights."""
+    """Plan the run on a cluster: memory, bytes, time, conflicts. Needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.models.load import config_folder
     from post_dist.models.size import size_of

@@ -13,7 +13,7 @@ from post_dist.errors import InputError, PrivacyRefused
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Epsilon of the run file's plan, or the noise for its target; reads no data and no model."""
+    """Compute epsilon of the run file's plan, or the noise for its target. Reads no data or model."""
     print_numbers(asdict(api.account(api.load_run(run, set_ or ()))), json_)
 
 
@@ -29,14 +29,14 @@ def budget(
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """What all private runs have spent of a data set: finished, stopped and discarded ones."""
+    """Add up the privacy that all runs have spent of a data set, stopped and discarded ones too."""
     from post_dist.privacy.ledger import budget_of
 
     print_numbers(budget_of(ledger, delta), json_)
 
 
 def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """A lower bound on epsilon, from canaries in the real training step, beside the claim."""
+    """Measure a lower bound on epsilon with canaries in the real training step."""
     from post_dist.privacy.audit import audit as audit_plan
 
     result = audit_plan(api.load_run(run, set_ or ()))
