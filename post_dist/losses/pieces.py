@@ -1,4 +1,4 @@
-"""Cut many positions into pieces, so that the logits of only a few positions are in memory at once."""
+"""Cut positions into pieces, so that the logits of only a few are in memory at once."""
 
 from itertools import pairwise
 

@@ -5,10 +5,8 @@ Shapes: B positions of one chunk, N positions of the batch, V vocabulary.
 
 import torch
 
+from post_dist.data.masking import NO_LABEL
 from post_dist.losses.terms.base import LogitChunk, LogitTerm
-
-NO_LABEL = -100
-"""Marks a position without a label, as in torch and transformers."""
 
 
 class LabelCrossEntropy(LogitTerm):
