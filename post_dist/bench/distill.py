@@ -132,7 +132,7 @@ def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) 
 
 def _interleaved(steps_of_ways: list[dict[str, Step]]) -> dict[str, Step]:
     """Merge dictionaries entry by entry: the first of each, then the second of each."""
-    merged = {}
+    merged: dict[str, Step] = {}
     for pairs in zip(*(steps.items() for steps in steps_of_ways), strict=True):
         merged.update(pairs)
     return merged

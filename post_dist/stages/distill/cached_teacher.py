@@ -9,9 +9,10 @@ Shapes: B sequences, T tokens.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -39,7 +40,8 @@ _NUMBERS = "numbers"
 """The tensor of a file that holds the numbers of its sequences."""
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """Where the signal of one sequence is: the file, and the index in it."""
 
     file: Path
