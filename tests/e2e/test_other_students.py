@@ -27,7 +27,7 @@ BY_CLASSES = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file, and beside its teacher a smaller relative and a model with a tokenizer of its own."""
+    """A run file, a smaller relative of its teacher, and a model with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("others")
     tiny.write_model(folder / "relative", "llama", layers=2, width=16, unused=8)
     tiny.write_model(folder / "stranger", "qwen2", layers=2, width=32, vocabulary=400)
