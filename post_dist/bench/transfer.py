@@ -71,6 +71,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         raise InputError("bench transfer needs the section `public_task`")
     bench = _TransferBench(config, public_task, teacher, student, world)
 
+    # Every precision needs models of its own. All stay loaded, since the variants take turns.
     steps: dict[str, Step] = {}
     seconds_before: dict[str, float] = {}
     for precision in _PRECISIONS:
@@ -148,6 +149,8 @@ class _Setting:
 
     def _cached_loss(self) -> LossOf:
         """Compute the logits that do not depend on the prompt once, for use in each step."""
+        # Logits of all examples over the vocabulary, which the stage itself does not store: they
+        # take too much memory for a real number of examples.
         outputs = self.objective.outputs
         with torch.no_grad():
             student, target = self.models.student, self.whole_target
@@ -202,6 +205,7 @@ class _TransferBench:
 
     def prepare(self, precision: Precision) -> _Setting:
         """Load the models and run the forwards that need no training."""
+        # The target is loaded as the stage loads it, and whole for the variants without ZeRO.
         device = self._world.device
         models = ModelPair(
             load_whole(self._student, precision, device),

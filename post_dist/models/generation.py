@@ -37,6 +37,7 @@ def response_hidden(
         Last hidden states [B, R, d].
     """
     hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt, None, prefix)
+    # A prompt shifts all positions; a prefix does not, since its states are not among the outputs.
     prompt_length = 0 if prompt is None else prompt.shape[-2]
     first_B = batch.answer + prompt_length
     positions_BR = first_B[:, None] + torch.arange(length, device=first_B.device)
@@ -72,6 +73,7 @@ def response_losses(
     """
     hidden_BRd = response_hidden(model, batch, responses_BR.shape[1], prompt=prompt, prefix=prefix)
     logits = model.head(hidden_BRd.flatten(0, 1))
+    # Cross-entropy in bf16 would lose the differences that training needs.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = functional.cross_entropy(
         wide, responses_BR.flatten(), ignore_index=NO_TOKEN, reduction="none"
@@ -109,6 +111,7 @@ def generate_responses(
     world = run.world
 
     def generate(chosen: list[Encoded]) -> torch.Tensor:
+        # Each draft grows by one token in each round, until it has ended.
         drafts = [_Draft(example, end_token) for example in chosen]
         for _ in range(template.max_response_length):
             batch = template.collate([draft.example for draft in drafts]).to(world.device)

@@ -88,6 +88,8 @@ class Packing:
         Returns:
             The outputs [G, S, H, h].
         """
+        # Split the packed states. Each example gets the prompt's keys and values in front of its
+        # own.
         n = self.num_virtual_tokens
         window = options.get("sliding_window")
         example_query = self._as_examples(query[:, :, n:])
@@ -107,6 +109,8 @@ class Packing:
             )
             return self._at_answers(outputs)
 
+        # In all other layers the examples and the prompt itself are two calls of ordinary
+        # attention.
         example_outputs, _ = attention(
             module, example_query, example_key, example_value, mask, **options
         )
@@ -114,6 +118,7 @@ class Packing:
         prompt_outputs, _ = attention(
             module, query[:, :, :n], key[:, :, :n], value[:, :, :n], prompt_mask, **options
         )
+        # Put the outputs back in the order of the packed sequence.
         groups, heads, _, width = query.shape
         packed_outputs = example_outputs.reshape(groups, self.rows * self.length, heads, width)
         return torch.cat([prompt_outputs, packed_outputs], dim=1)
@@ -155,6 +160,7 @@ def _causal_mask(
     allowed = key_position <= query_position
     if window is not None:
         allowed = allowed & (query_position - key_position < window)
+    # The smallest number instead of minus infinity: a query without any allowed key stays finite.
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
     return mask[None, None]

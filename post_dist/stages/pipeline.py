@@ -126,6 +126,7 @@ class Pipeline:
             prompts = self._with_target_prompts(variants)
             inputs = {"teacher": self._teacher_digest, **inputs}
 
+        # The signature holds the digest of every prompt, so that another prompt is another table.
         folder = run_folder(config, "evaluate", inputs | _prompt_digests(prompts))
 
         def run(unfinished: Sequence[RunFolder]) -> None:
@@ -186,6 +187,7 @@ class Pipeline:
             for prompt, folder in zip(transfers, folders, strict=True)
         }
 
+        # Collect the prompts of each variant, in the order of the table's rows.
         found: dict[str, dict[str, Path]] = {variant.label: {} for variant in variants}
         for prompt in needed:
             place = (prompt.variant.label, prompt.row)

@@ -61,6 +61,7 @@ class PromptRun:
         Returns:
             The step from which training resumes; 0 without a checkpoint.
         """
+        # The optimizer was made over plain tensors. From here on they collect gradients.
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         return take_up(self.parameters, self.optimizer, self.folder.checkpoints, resume, world)
@@ -93,6 +94,7 @@ def train_prompts(
         InputError: five steps of a prompt in a row were not finite.
         Interrupted: a rank was asked to stop; the state is saved.
     """
+    # The loop shows progress, saves checkpoints and stops when asked to; the trainer takes steps.
     trainer = PromptTrainer(runs, losses_at, world)
     run_training(trainer, first_step, world, EverySeconds(_SECONDS_BETWEEN_CHECKPOINTS))
 
@@ -138,8 +140,10 @@ class PromptTrainer:
         # The losses have no parameter in common, so that one backward pass serves all prompts.
         losses = torch.stack(list(self._losses_at(step)))
         losses.sum().backward()  # type: ignore[no-untyped-call]
+        # A copy is averaged, for the metrics: the averaging is in place.
         mean_losses = self._world.mean(losses.detach().clone()).tolist()
 
+        # One prompt may skip its step while the others take theirs.
         for prompt, loss in zip(self._prompts, mean_losses, strict=True):
             prompt.finish_step(step, loss)
         if not self._show_loss:
@@ -148,6 +152,7 @@ class PromptTrainer:
 
     def save(self, step: int) -> None:
         """Save a checkpoint of each prompt from which step number `step` is the next one."""
+        # Rank 0 saves for all, since every rank holds the same values.
         for prompt in self._prompts:
             self._world.on_main(partial(prompt.run.save, step))
 

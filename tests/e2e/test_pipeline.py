@@ -1,4 +1,4 @@
-"""The whole pipeline on small models through the command line, with real processes and launchers."""
+"""The whole pipeline on small models, run by the command line with real processes and launchers."""
 
 import fcntl
 import hashlib

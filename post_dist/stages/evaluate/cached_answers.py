@@ -123,6 +123,7 @@ class CachedAnswers:
         if not world.on_main(file.exists):
             computed = self._compute(prompt, label)
             world.on_main(lambda: self._store(file, computed))
+        # Rank 0 reads the file for all: other nodes may see a new file only later.
         stored = load_file(file)["answers"] if world.is_main else torch.empty(0)
         return world.from_main(stored)
 
@@ -137,6 +138,7 @@ class CachedAnswers:
         """
         if not self.generates:
             return classification_metrics(answers.numpy(), np.array(self._examples.classes))
+        # Responses are compared as text, since the data holds text.
         responses = []
         for tokens in answers.tolist():
             generated = [token for token in tokens if token != NO_TOKEN]

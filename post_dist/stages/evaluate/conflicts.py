@@ -37,6 +37,7 @@ def conflicts(config: RunConfig, models: Sequence[PromptedModel]) -> list[Confli
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
+    # Engine settings are checked where a sharded model is loaded: a data owner loads none.
     found: list[Conflict] = []
     longest = task.max_length + task.response_length
     for model in models:

@@ -49,6 +49,7 @@ def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[st
         `exact_match`, which ignores differences in white space, with its `interval_95`; the mean F1
         of `rouge_1` and `rouge_l`, with stemming; and `n`.
     """
+    # Stemming makes "films" match "film", as is usual for ROUGE.
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     exact = []
     rouge_1 = []
@@ -77,12 +78,14 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     Returns:
         Lower and upper end.
     """
+    # Wilson's interval stays within 0 and 1, and holds for proportions near them.
     interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
     return (float(interval.low), float(interval.high))
 
 
 def _mean_auc(scores_NC: np.ndarray, classes_N: np.ndarray) -> float | None:
     """Compute the mean AUC over the classes that occur, each against all others."""
+    # AUC compares examples of a class with others, so that one class alone has none.
     present = np.unique(classes_N)
     if len(present) < 2:
         return None

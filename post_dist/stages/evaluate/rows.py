@@ -141,6 +141,7 @@ class WithoutPrompt(Row):
         """Compute the answers without a prompt."""
         if inputs.target is None:
             return [TableEntry("student", inputs.student.answers(None, "student"), inputs.student)]
+        # The label of a pass is the name of its row, as users see it in the table.
         answers = inputs.target.answers(None, self.name)
         return [TableEntry(self.name, answers, inputs.target)]
 
@@ -189,6 +190,7 @@ class PublishedTransfer(TargetPromptRow):
 
     def target_prompt(self, variant: PromptVariant) -> TargetPrompt:
         """Ask for a transfer with the paper's loss."""
+        # Steps, batch size and learning rate stay those of the run file, for a fair comparison.
         section = variant.config.transfer.model_copy(update=_PUBLISHED_TRANSFER)
         config = variant.config.model_copy(update={"transfer": section})
         return TargetPrompt("transfer", config)
@@ -218,6 +220,8 @@ class ProxyTuning(Row):
         """Combine the class scores of both models; a task that generates text has none."""
         if inputs.target is None or inputs.student.generates:
             return []
+        # The class biases are part of the change that the prompt makes. All answers are cached, so
+        # that asking for those of other rows again costs nothing.
         (prompted, *_) = StudentPrompt().entries(inputs)
         scores_NC = proxy_logits(
             inputs.student.answers(None, "student"),
@@ -260,6 +264,7 @@ ROWS: tuple[Row, ...] = (
 
 def target_prompts(variant: PromptVariant) -> dict[str, TargetPrompt]:
     """Collect the prompts on the target that one variant needs, by the name of their row."""
+    # A row that the run file does not ask for costs no training.
     needed = {}
     for row in ROWS:
         if not row.is_wanted(variant.config):
@@ -302,6 +307,7 @@ def _prompt_entries(
     Returns:
         One line, or two if the prompt's task has class biases: with and without them.
     """
+    # Answers are cached without biases: they depend on the prompt's vectors alone.
     name += inputs.label
     answers = model.answers(prompt, name)
     biases = prompt.task.class_biases

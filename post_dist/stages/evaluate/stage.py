@@ -128,6 +128,7 @@ def evaluate(
         rows += [_table_row(entry) for entry in entries]
         parents |= _parents(prompt_set, entries)
 
+    # Readers of the table learn how often its test split was read before.
     table: dict[str, Any] = {"task": task.name, "split": config.evaluate.split}
     if test_readings:
         table["test_readings"] = test_readings
@@ -152,6 +153,7 @@ def _check(
             _check_classes(prompt.task, task)
         check_belongs(prompt_set.source, student, student_tokenizer)
 
+    # The longest prompt in front of each model decides whether the examples fit behind it.
     source_lengths = [len(prompt_set.source.embeddings) for prompt_set in prompt_sets]
     prompted = [PromptedModel("the student", student, max(source_lengths))]
     if models.target is not None:
@@ -188,6 +190,7 @@ def _count_test_reading(folder: RunFolder, task: Task, world: World) -> int:
     """
     if folder.config.evaluate.split != "test":
         return 0
+    # Each reading makes the test split a worse estimate: choices are made by its numbers.
     runs = folder.path.parent
     readings = world.on_main(lambda: count_split_read(task, runs, folder.path.name))
     if readings > 1:
@@ -204,6 +207,7 @@ def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -
     config = folder.config
     split = config.evaluate.split
     examples = world.on_main(lambda: load_examples(task, split, "private_task"))
+    # Answers in another precision differ in rounding, so they are stored apart.
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
     return EvaluationSplit(task, examples, digest)
@@ -219,9 +223,11 @@ def _load_models(
     """Load student and target, with the answers that earlier tables of the same run have stored."""
     config = folder.config
     precision = choose_precision(config.engine, world.device)
+    # All tables of a run share the folder of answers, which lies beside theirs.
     cache = folder.path.parent / "answers"
     batch_size = config.evaluate.batch_size
 
+    # Each rank holds the student whole. The target is loaded straight into shards.
     student_model = load_whole(models.student, precision, world.device)
     student = EvaluatedModel(student_model, models.student, inputs["student"])
     student_answers = CachedAnswers(student, split, cache, batch_size, world)

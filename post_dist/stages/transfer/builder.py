@@ -109,6 +109,7 @@ class ObjectiveBuilder:
             section.scores,
         )
         # The public text may need a template of its own, such as one for another kind of review.
+        # Everything else of the task is the owner's: label words, lengths and class biases.
         task = replace(task, template=self._public.template or task.template)
         student = self._reading(
             "student", self._models.student, self._tokenizers.student, task, section
@@ -117,12 +118,15 @@ class ObjectiveBuilder:
             "target", self._models.target, self._tokenizers.target, task, section
         )
 
+        # The three forwards that do not depend on the prompt that is trained. All ranks run them in
+        # this order, since a sharded target needs all of them at once.
         outputs = FixedOutputs(
             source=self._unprompted_outputs(student),
             source_prompted=student.outputs(source_nd, "student + prompt"),
             target=self._unprompted_outputs(target),
         )
 
+        # Statistics of the classes. A task that generates text has none.
         statistics: dict[str, float] = {}
         if student.reader.num_classes:
             prompted_NC = student.class_scores(outputs.source_prompted, prompted=True)
@@ -130,6 +134,7 @@ class ObjectiveBuilder:
             if section.alpha == "auto":
                 alpha = resolve_alpha(student, target, outputs, prompted_NC)
                 statistics["alpha"] = alpha
+                # The artifact's manifest names the number, so that a reader need not recompute it.
                 section = section.model_copy(update={"alpha": alpha})
             log.info("transfer: statistics of the public text: %s", _listed(statistics))
 
@@ -196,12 +201,15 @@ class PublicReading:
             Class scores [N, C] with the task's class biases where there is a prompt; or hidden
             states [N, d]; or, for a task that generates text, hidden states [N, R, d].
         """
+        # Without gradients a rank can run more examples at once than in a training step.
         trained_at_once = -(-self.section.batch_size // self.world.size)
         run = InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
         if self.reader.generates:
             return map_batches(
                 self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
             )
+        # Class scores are small and final. For logits over the vocabulary the hidden states in
+        # front of the head are stored, and the biases are added when the head has run.
         by_classes = self.section.scores == "classes"
         biases = () if prompt_nd is None else self.reader.task.class_biases
 
@@ -240,12 +248,14 @@ class PublicReading:
         """
         if self.section.scores == "classes":
             return stored
-        # Hidden states are stored. Of the head, only the rows of the label words are needed.
+        # Hidden states are stored. The logits of the label words alone are computed from them, in
+        # batches: the hidden states of all examples need not fit on the device.
         head = self.model.head_of(self.reader.verbalizer.tokens)
         device = self.model.model.device
         logits = [head(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
         scores_NC = self.reader.verbalizer.scores_of_tokens(torch.cat(logits))
         biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
+        # Without biases a single zero is added to every class.
         return scores_NC + torch.tensor([biases or [0.0]])
 
 
@@ -279,6 +289,7 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     """
     if not section.match_class_shares:
         return torch.zeros(1)
+    # The proxy adds up the class biases of two models. The prompted student knows the right shares.
     proxy_NC = proxy_logits(
         outputs.source, outputs.source_prompted, outputs.target, section.proxy_lambda
     )

@@ -132,11 +132,14 @@ class TransferObjective:
         Returns:
             The loss, a scalar in fp32.
         """
+        # What the student gives, from before the first step: class scores, or hidden states.
         device = prompted_BV.device
         source_BK = self.select(chosen, self.outputs.source).to(device)
         source_prompted_BK = self.select(chosen, self.outputs.source_prompted).to(device)
 
+        # Bring all four outputs to the same K scores.
         if target_BV is None:
+            # Class scores are stored; only the trained prompt's logits are not reduced yet.
             target_BK = self.select(chosen, self.outputs.target).to(device)
             prompted_BK = self.reader.scores(prompted_BV)
         else:
@@ -145,10 +148,12 @@ class TransferObjective:
             common = min(student.vocabulary_size, target_BV.shape[1])
             target_BK = target_BV.detach()[:, :common]
             prompted_BK = prompted_BV[:, :common]
+            # The student's head is frozen and reads stored states, so no gradient is needed.
             with torch.no_grad():
                 source_BK = student.head(source_BK)[:, :common]
                 prompted_logits = student.head(source_prompted_BK)
                 biases = self.reader.task.class_biases
+                # The biases raise the label words, as they do when the owner uses the prompt.
                 lifted = self.reader.verbalizer.lift(prompted_logits, biases)
                 source_prompted_BK = lifted[:, :common]
 
@@ -163,6 +168,7 @@ class TransferObjective:
                 temperature=self.section.temperature,
                 shares_B=weights_B,
             )
+        # The other objective has the prompted target imitate proxy-tuning.
         strength = self.section.proxy_lambda
         proxy_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, strength)
         wanted_BK = proxy_BK + self.offsets.to(device)
@@ -177,6 +183,7 @@ class TransferObjective:
         """
         if not self.reader.generates:
             return None
+        # Each of B examples gets 1/B, divided equally among its tokens.
         mask_BR = self.response_mask[chosen].to(device)
         num_tokens_B1 = mask_BR.sum(dim=1, keepdim=True)
         weights_BR = (1 / (len(chosen) * num_tokens_B1)).expand_as(mask_BR)

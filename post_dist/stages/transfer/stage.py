@@ -150,6 +150,7 @@ def _check(
     world: World,
 ) -> None:
     """Refuse prompts that are not the student's, and settings that do not suit the models."""
+    # Facts of a model come from its config.json alone, in a second.
     student_tokenizer = tokenizer_fingerprint(tokenizers.student)
     target_tokenizer = tokenizer_fingerprint(tokenizers.target)
     models = TransferModels(
@@ -157,6 +158,7 @@ def _check(
         target=read_facts(teacher_folder),
         same_tokenizer=student_tokenizer == target_tokenizer,
     )
+    # A prompt of another student is refused as an artifact, with an exit code of its own.
     for source in sources:
         check_belongs(source, models.student, tokenizers.student)
 
@@ -184,6 +186,7 @@ def _start(
     `transfer.trained_share` blends two starts: the target's embeddings of a text (0), and the
         source prompt (1).
     """
+    # All ranks gather the embeddings of a sharded target together.
     start_nd = prompt_from_text(
         models.target, tokenizers.target, source.task.init_text, len(source_nd)
     )
@@ -195,6 +198,7 @@ def _start(
 
 def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
     """Prepare the training of a prompt. Its losses come from public text and may be shown."""
+    # The published transfer uses Adam too.
     section = folder.config.transfer
     optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
     return PromptRun(
@@ -215,6 +219,7 @@ def _groups(jobs: Sequence[TransferJob], at_once: int) -> list[list[TransferJob]
         )
         by_shape.setdefault(shape, []).append(job)
 
+    # Each prompt needs the memory of its own examples, so that the run file limits a group.
     groups = []
     for alike in by_shape.values():
         for start in range(0, len(alike), at_once):
@@ -228,6 +233,7 @@ def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: Wor
     prompts = [job.run.parameters[0] for job in jobs]
 
     def losses_at(step: int) -> list[torch.Tensor]:
+        # The weight corrects for ranks with fewer examples: the mean over ranks is the loss.
         own = [_rank_batch(objective, step, seed, world) for objective in objectives]
         losses = transfer_losses(models, objectives, prompts, [batch.rows for batch in own])
         return [batch.weight * loss for batch, loss in zip(own, losses, strict=True)]

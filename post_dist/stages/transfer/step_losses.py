@@ -52,6 +52,7 @@ def transfer_losses(
     prompted_parts = parts[: len(objectives)]
     unprompted_parts = iter(parts[len(objectives) :])
 
+    # Each objective compares its own part of the logits.
     losses = []
     for index, objective in enumerate(objectives):
         target_BV = next(unprompted_parts) if objective.stores_hidden else None
@@ -83,8 +84,11 @@ def _logits(
     for objective, indices in zip(objectives, chosen, strict=True):
         examples += [objective.examples[index] for index in indices]
     batch = reader.collate(examples).to(device)
+    # The examples of a prompt follow each other, and all prompts have the same number of them.
     prompt_of_each_example = prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0)
 
+    # A response has several tokens, so that the hidden states of all positions are computed, and
+    # the head runs on those that predict a token of a response.
     if reader.generates:
         length = reader.task.max_response_length
         hidden_BRd = response_hidden(target, batch, length, prompt=prompt_of_each_example)
@@ -95,6 +99,8 @@ def _logits(
         mask_BR = torch.cat(masks).to(device)
         return target.head(torch.cat([hidden_BRd[mask_BR], *unprompted_hidden]))
 
+    # A task with classes has one answer for each example. Where the model's family allows it, the
+    # prompt runs once for all examples that follow it (see models/shared_prompt.py).
     logits: torch.Tensor = target(
         batch.input_ids,
         batch.attention_mask,
