@@ -24,7 +24,12 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill.stage import distill
-from post_dist.stages.evaluate.rows import PromptVariant, TargetPrompt, target_prompts
+from post_dist.stages.evaluate.rows import (
+    PromptVariant,
+    TargetPrompt,
+    TransferredPrompt,
+    target_prompts,
+)
 from post_dist.stages.evaluate.stage import ModelFolders, PromptFolders, evaluate
 from post_dist.stages.transfer.stage import TransferRequest, transfer
 from post_dist.stages.tune.stage import tune
@@ -174,8 +179,10 @@ class Pipeline:
         """Find or make the prompts on the target that the rows of the table need."""
         needed = []
         for variant in variants:
-            for row, plan in target_prompts(variant).items():
-                needed.append(_NeededPrompt(variant, row, plan))
+            plans = target_prompts(variant)
+            # The run file's own transfer is trained first, and the baselines after it.
+            for row in sorted(plans, key=lambda name: name != TransferredPrompt.name):
+                needed.append(_NeededPrompt(variant, row, plans[row]))
 
         # All transfers are trained beside each other, whichever variant they belong to.
         transfers = [prompt for prompt in needed if prompt.plan.made_by == "transfer"]
@@ -187,7 +194,7 @@ class Pipeline:
             for prompt, folder in zip(transfers, folders, strict=True)
         }
 
-        # Collect the prompts of each variant, in the order of the table's rows.
+        # Collect the prompts of each variant.
         found: dict[str, dict[str, Path]] = {variant.label: {} for variant in variants}
         for prompt in needed:
             place = (prompt.variant.label, prompt.row)
