@@ -17,7 +17,6 @@ from post_dist.config.schema import Tune
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Batch
 from post_dist.models.classifier import BIAS_SCALE
-from post_dist.models.prompt_init import check_room
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone, sharing_is_faster
@@ -118,7 +117,6 @@ def check_model(section: Tune, material: TuningTask) -> None:
     Raises:
         InputError: it is one.
     """
-    check_room(material.model, section.num_virtual_tokens, _padded_length(material))
     parameters = material.parameters(section)
     gradients = _example_gradients(material, parameters)
     rows = max(

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import flop_registry
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, Student, Transfer
-from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.size import size_of
@@ -22,7 +21,9 @@ from post_dist.planning.stages import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.model import DistillationModel
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 CPU = torch.device("cpu")
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -149,26 +150,18 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
         "good",
         max_response_length=most,
     )
-    public = Task(name="toy", visibility="public", path=folder / "none.csv")
     section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
     texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
-    models = Models(model, model)
-    lesson = prepare_lesson(
-        task,
-        torch.randn(10, 64),
-        public,
-        (texts, responses),
-        models,
-        section,
-        (words, words),
-        World(0, 1, 0, "none", CPU),
-        {},
-    )
+    models = ModelPair(model, model)
+    public = PublicExamples(texts, responses)
+    world = World(0, 1, 0, "none", CPU)
+    builder = ObjectiveBuilder(models, Tokenizers(words, words), public, world)
+    objective = builder.build(task, torch.randn(10, 64), section)
     prompt_nd = torch.randn(10, 64, requires_grad=True)
-    length = len(lesson.rows[0].token_ids)
+    length = len(objective.examples[0].token_ids)
 
     def step() -> None:
-        lesson_losses(models, [lesson], [prompt_nd], [list(range(6))], CPU)[0].backward()
+        transfer_losses(models, [objective], [prompt_nd], [list(range(6))])[0].backward()
 
     size = size_of(folder)
     assert size.shares_prompt == model.shares_prompt

@@ -14,20 +14,23 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.order import rows_of_like_length
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.classifier import BIAS_SCALE, class_losses
+from post_dist.models.facts import read_facts
 from post_dist.models.generation import response_losses
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
-from post_dist.models.prompt_init import check_room, prompt_from_text
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.tuning_task import TuningTask
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.private_metrics import open_private_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.stages.tune.conflicts import conflicts
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ def _tune_alone(
     section, task_section = folder.config.tune, folder.config.private_task
     if task_section is None or task_section.template is None:
         raise InputError("tune needs the section `private_task`")
+    layout = Layout(device=world.device.type)
+    raise_conflicts("tune", conflicts(folder.config, read_facts(model_folder), layout))
     tokenizer = load_tokenizer(model_folder)
     examples = load_examples(task_section, "train", "private_task")
     model = load_whole(
@@ -95,7 +100,6 @@ def _tune_alone(
         init_text=section.init_text,
         max_response_length=most,
     )
-    check_room(model, section.num_virtual_tokens, template.longest)
     rows = template.encode(examples.texts, examples.responses)
     material = TuningTask(
         model=model,
