@@ -38,7 +38,6 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.stage import masking_for, student_engine
 from post_dist.stages.distill.trainer import StudentStep
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.objective import ModelPair
