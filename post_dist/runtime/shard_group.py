@@ -37,16 +37,21 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     return found
 
 
-def _cpu_conflicts(engine: Engine) -> list[Conflict]:
-    """Find the settings that need a GPU."""
-    found = []
-    if engine.precision == "fp16":
-        found.append(
+def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
+    """Find out whether a device, `cuda` or `cpu`, runs the precision of the run file."""
+    if device == "cpu" and engine.precision == "fp16":
+        return [
             Conflict(
                 "engine.precision: fp16 does not run on a CPU",
                 "set engine.precision to auto, bf16 or fp32",
             )
-        )
+        ]
+    return []
+
+
+def _cpu_conflicts(engine: Engine) -> list[Conflict]:
+    """Find the settings that need a GPU."""
+    found = precision_conflicts(engine, "cpu")
     if engine.quantized_gathers:
         found.append(
             Conflict(
