@@ -52,6 +52,7 @@ def class_losses(
         prompt: the soft prompt before each example.
         bias: bias parameters [C] or [B, C].
     """
+    # Only the logits of the label words are computed.
     logits_BK = model(
         batch.input_ids,
         batch.attention_mask,
@@ -62,6 +63,7 @@ def class_losses(
         tokens=verbalizer.tokens,
     )
     scores_BC = verbalizer.scores_of_tokens(logits_BK)
+    # Biases are tuned in a smaller unit; see BIAS_SCALE.
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias
     return functional.cross_entropy(scores_BC, classes_B, reduction="none")

@@ -38,6 +38,7 @@ class TuningTask:
 
     def parameters(self, section: Tune) -> list[torch.Tensor]:
         """Return new parameters in fp32: the prompt [n, d], and zero class biases [C] if tuned."""
+        # A copy for each caller: every trial of a search starts from the same prompt.
         start = self.start_nd.to(torch.float32).clone()
         if not section.class_bias:
             return [start]
@@ -48,6 +49,7 @@ class TuningTask:
         section: Tune, parameters: list[torch.Tensor], learning_rate: float
     ) -> torch.optim.Optimizer:
         """Make the run file's optimizer. The class biases have a learning rate of their own."""
+        # One group for each parameter, because each has its own learning rate.
         groups = [{"params": [parameters[0]], "lr": learning_rate}]
         if len(parameters) > 1:
             groups.append({"params": [parameters[1]], "lr": learning_rate * BIAS_RATE})
@@ -72,6 +74,7 @@ def example_losses(
         prompt: the soft prompt before each example; responses do not use `PromptInput.shared`.
         bias: bias parameters [C] or [B, C]; not used for responses.
     """
+    # Responses have one more dimension than classes.
     if targets.dim() == 2:
         return response_losses(model, batch, targets, prompt=prompt.prompt, prefix=prompt.prefix)
     return class_losses(model, verbalizer, batch, targets, prompt, bias)

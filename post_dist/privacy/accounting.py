@@ -27,26 +27,22 @@ from post_dist.privacy.plan import PrivacyPlan, declared_plan
 # RDP warns about each order that it drops. Fewer orders only raise its bound.
 absl_logging.set_verbosity(absl_logging.ERROR)
 
+# Discretization interval of the privacy loss for every epsilon that is published.
 _FINE = 1e-4
-"""Discretization interval of the privacy loss for every epsilon that is published."""
+# Discretization interval during the search for sigma. Its epsilon is at most 6e-4 above that of
+# `_FINE`.
 _COARSE = 1e-3
-"""Discretization interval during the search for sigma.
-
-Its epsilon is at most 6e-4 above that of `_FINE`.
-"""
+# A calibrated sigma is rounded up to a multiple of this.
 _SIGMA_GRID = 1e-4
-"""A calibrated sigma is rounded up to a multiple of this."""
 _LEAST_SIGMA = 0.2
 _MOST_SIGMA = 200.0
+# In log sigma. Walking from sigma 1 keeps away from small sigmas, whose privacy loss takes
+# longest to compute.
 _BRACKET_STEP = 0.5
-"""In log sigma.
-
-Walking from sigma 1 keeps away from small sigmas, whose privacy loss takes longest to compute.
-"""
+# PLD may exceed the upper end of PRV by twice PRV's own error in epsilon.
 _PRV_ABOVE = 0.02
-"""PLD may exceed the upper end of PRV by twice PRV's own error in epsilon."""
+# PLD may fall short of the upper end of PRV by five times PRV's error; 0.013 was seen.
 _PRV_BELOW = 0.05
-"""PLD may fall short of the upper end of PRV by five times PRV's error; 0.013 was seen."""
 FALSE_POSITIVE_RATE = 0.01
 
 
@@ -109,6 +105,7 @@ def account(plan: PrivacyPlan) -> Account:
     Raises:
         PrivacyRefused: the accountants disagree.
     """
+    # PLD and PRV know no repeat-and-select, so the three accountants compare one trial.
     trial = replace(plan, mean_trials=None)
     losses = _pld((trial,), _FINE)
     checks = {
@@ -119,6 +116,7 @@ def account(plan: PrivacyPlan) -> Account:
     _check_agreement(checks)
     if plan.mean_trials is not None:
         return _account_of_search(plan, checks)
+    # The privacy profile on a grid of epsilon bounds the power of any attack.
     epsilons = [float(epsilon) for epsilon in np.linspace(0, 20, 401)]
     profile = [(epsilon, float(losses.get_delta(epsilon))) for epsilon in epsilons]
     return Account(
@@ -139,8 +137,10 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
     """
     if not plans:
         return 0.0
+    # Noise that can be repeated can be subtracted, which ends the guarantee for all.
     if any(not plan.private for plan in plans):
         return math.inf
+    # Only RDP composes searches.
     if any(plan.mean_trials is not None for plan in plans):
         return rdp_epsilon(plans, delta)
     return float(_pld(tuple(plans), _FINE).get_epsilon(delta))
@@ -167,8 +167,10 @@ def _calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
     def excess(log_sigma: float) -> float:
         return _epsilon(with_noise(log_sigma), _COARSE) - target
 
+    # The library finds the root in log sigma and returns a point on the safe side of it.
     bracket = _bracket(excess, target)
     log_sigma = calibrate_dp_mechanism(accountant, event, target, plan.delta, bracket, tol=1e-6)
+    # Rounded up, so that the noise is never less than needed.
     multiples = math.ceil(math.exp(log_sigma) / _SIGMA_GRID)
     # The coarse loss is the more pessimistic one, so the first multiple meets the target as a rule.
     while True:
@@ -191,6 +193,7 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
     Raises:
         InputError: epsilon crosses the target outside the range of sigma.
     """
+    # No sigma in range meets the target if the largest does not.
     least = math.log(_LEAST_SIGMA)
     most = math.log(_MOST_SIGMA)
     if excess(most) > 0:
@@ -198,9 +201,11 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
             f"privacy.target_epsilon: no noise multiplier up to {_MOST_SIGMA:g} reaches {target:g}",
             "take fewer steps",
         )
+    # Up from sigma 1 until the target is met.
     high = 0.0
     while excess(high) > 0:
         high = min(most, high + _BRACKET_STEP)
+    # Down from there until it is not met.
     low = max(least, high - _BRACKET_STEP)
     while excess(low) <= 0:
         if low == least:
@@ -222,6 +227,7 @@ def _check_agreement(checks: dict[str, float]) -> None:
     """
     pld = checks["pld"]
     prv = checks["prv"]
+    # RDP is an upper bound, PRV an estimate with an error of its own.
     near_prv = prv - _PRV_BELOW <= pld <= prv + _PRV_ABOVE
     if pld > checks["rdp"] or not near_prv:
         raise PrivacyRefused(
@@ -231,6 +237,7 @@ def _check_agreement(checks: dict[str, float]) -> None:
 
 def _account_of_search(plan: PrivacyPlan, checks: dict[str, float]) -> Account:
     """Compute what a search costs in all; `checks` are those of one of its trials."""
+    # Each delta gives one point of the profile.
     losses = _rdp([plan])
     deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
     profile = [(float(losses.get_epsilon(delta)), delta) for delta in deltas]
@@ -284,6 +291,7 @@ def _prv_epsilon(trial: PrivacyPlan) -> float:
     from opacus.accountants import PRVAccountant  # imports torch
 
     accountant = PRVAccountant()
+    # Opacus takes its history as (sigma, q, steps). A score is one step over all examples.
     accountant.history = trial.sampler.opacus_history(trial.noise_multiplier, trial.steps)
     if trial.score_noise_multiplier is not None:
         accountant.history.append((trial.score_noise_multiplier, 1.0, 1))
@@ -303,6 +311,7 @@ def _true_positive_rate(profile: Iterable[tuple[float, float]]) -> float:
     """
     false = FALSE_POSITIVE_RATE
     bound = 1.0
+    # Each (epsilon, delta) bounds both error rates of a test; the tightest pair counts.
     for epsilon, delta in profile:
         by_members = math.exp(epsilon) * false + delta
         by_others = 1 - math.exp(-epsilon) * (1 - delta - false)

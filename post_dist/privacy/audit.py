@@ -29,16 +29,16 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 
+# Probability that the lower bound exceeds the true epsilon, shared by the two error rates.
 _ERROR = 0.05
-"""Probability that the lower bound exceeds the true epsilon, shared by the two error rates."""
+# In one run. The prompt of the run has as many values, one coordinate for each canary.
 _CANARIES = 2048
-"""In one run. The prompt of the run has as many values, one coordinate for each canary."""
 _LEAST_RUNS = 16
+# The canaries suffice to show this much more than the claim, to detect a broken mechanism.
 _SPARE = 1.0
-"""The canaries suffice to show this much more than the claim, to detect a broken mechanism."""
 _MOST_CLAIM = 11.0
+# With no error among N canaries, the 97.5% upper end of the error rate is 3.7 / N.
 _POISSON_BOUND = 3.7
-"""With no error among N canaries, the 97.5% upper end of the error rate is 3.7 / N."""
 
 
 class _NoNoise(RandomSource):
@@ -57,6 +57,7 @@ def audit(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: the claim is above what a reasonable number of canaries can show.
     """
+    # An audit tries one training run. Selection by a search is not part of it.
     plan = private_plan(config)
     claim = account(replace(plan, mean_trials=None, score_noise_multiplier=None)).epsilon
     if claim > _MOST_CLAIM:
@@ -90,13 +91,16 @@ def canary_scores(
         The scores of the members, and of the canaries left out: the logarithm of the likelihood
         ratio of the noisy gradients.
     """
+    # A coin for each canary decides whether it is among the data.
     member_M = source.words(canaries, "coins") % 2 == 0
     members = np.flatnonzero(member_M)
+    # One coordinate for each canary, so that a canary's noisy gradient can be read alone.
     parameter = torch.zeros(canaries, requires_grad=True)
     optimizer = PrivateOptimizer(torch.optim.SGD([parameter], lr=1.0), plan, source)
     score_M = np.zeros(canaries)
     for step in range(plan.steps):
         drawn = members[plan.sampler.draw(source, len(members), 0, step)]
+        # Each canary in the step has all of the clipping norm in its coordinate.
         gradients = torch.zeros(len(drawn), canaries)
         gradients[torch.arange(len(drawn)), torch.from_numpy(drawn)] = plan.max_grad_norm
         before = parameter.detach().clone()
@@ -119,6 +123,7 @@ def lower_bound(members: np.ndarray, others: np.ndarray, delta: float) -> float:
         others: scores of the canaries left out.
         delta: delta of the claim.
     """
+    # A threshold chosen on the scores that it is judged by would flatter the bound.
     tried = _thresholds(members[::2], others[::2])
     bounds = [_bound(members[::2], others[::2], threshold, delta) for threshold in tried]
     best = tried[int(np.argmax(bounds))]
@@ -154,6 +159,7 @@ def _log_likelihood_ratios(plan: PrivacyPlan, sum_M: np.ndarray) -> np.ndarray:
 
 def _thresholds(members: np.ndarray, others: np.ndarray) -> list[float]:
     """Return the thresholds to try: between 400 quantiles of the scores and between extremes."""
+    # The extremes matter most: the bound comes from thresholds with few errors.
     everything = np.sort(np.concatenate([members, others]))
     quantiles = everything[:: max(1, len(everything) // 400)]
     ends = np.unique(np.concatenate([quantiles, everything[:50], everything[-50:]]))
@@ -164,10 +170,12 @@ def _thresholds(members: np.ndarray, others: np.ndarray) -> list[float]:
 
 def _bound(members: np.ndarray, others: np.ndarray, threshold: float, delta: float) -> float:
     """Bound epsilon by the error rates of a threshold, as the larger bound of both directions."""
+    # Counts become upper ends of rates, so that the bound holds with confidence.
     false_positives = int((others > threshold).sum())
     false_negatives = int((members <= threshold).sum())
     positive_rate = _upper_end(false_positives, len(others))
     negative_rate = _upper_end(false_negatives, len(members))
+    # Differential privacy bounds both error rates by each other, in both directions.
     by_positives = _log_ratio(1 - delta - negative_rate, positive_rate)
     by_negatives = _log_ratio(1 - delta - positive_rate, negative_rate)
     return max(by_positives, by_negatives)

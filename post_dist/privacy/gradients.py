@@ -22,8 +22,8 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.micro_batches import micro_batches
 
+# Shorter prompts are slower as a shared prefix (measured on a CPU, texts of 40 tokens).
 _SHARE_FROM_TOKENS = 20
-"""Shorter prompts are slower as a shared prefix (measured on a CPU, texts of 40 tokens)."""
 
 
 class ExampleGradients:
@@ -57,20 +57,24 @@ class ExampleGradients:
             batch: the examples.
             targets: their classes [B], or the tokens of their responses [B, R].
         """
+        # Each example gets leaves of its own, with which its gradient is taken.
         copies = self._prompt_copies(len(targets))
         leaves = list(copies)
         bias_BC = None
         if self._bias is not None:
             bias_BC = self._bias.expand(len(targets), -1).clone().requires_grad_(True)
             leaves.append(bias_BC)
+        # The prompt goes in as embeddings, or as the keys and values that were computed once.
         if self._prefix is None:
             prompt = PromptInput(prompt=copies[0])
         else:
             prompt = PromptInput(prefix=copies)
         losses_B = example_losses(self._model, self._verbalizer, batch, targets, prompt, bias_BC)
+        # The SUM of losses: a mean would scale each gradient by the batch size before the clip.
         gradients = torch.autograd.grad(losses_B.sum(), leaves)
         of_copies = gradients[: len(copies)]
         of_biases = gradients[len(copies) :]
+        # The chain rule carries gradients of the keys and values back to the prompt.
         if self._prefix is not None:
             of_copies = self._back_to_prompt(of_copies)
         return [*of_copies, *of_biases]
@@ -86,6 +90,7 @@ class ExampleGradients:
 
     def _back_to_prompt(self, of_prefix: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Carry gradients with respect to the prefix back to the prompt: one tensor [B, n, d]."""
+        # One product for all examples; the graph of the prefix stays for the next micro-batch.
         cotangents = [part.unsqueeze(1) for part in of_prefix]
         return torch.autograd.grad(
             self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
@@ -118,8 +123,10 @@ def micro_gradients(
         For each parameter the gradients [B, ...] of the micro-batch's examples, without the copies
         that fill it up.
     """
+    # A step without examples needs no prefix.
     if not examples:
         return
+    # The prefix is computed once for the whole step.
     gradients = task_gradients(task, parameters)
     for micro_batch in micro_batches(task, examples, longest_size, device):
         found = gradients(micro_batch.batch, micro_batch.targets)

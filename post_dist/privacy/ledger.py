@@ -27,10 +27,10 @@ from post_dist.files import writing
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.plan import PrivacyPlan
 
+# Stands in the first row in place of the hash of a row before it.
 _START = hashlib.sha256(b"post_dist ledger").hexdigest()
-"""Stands in the first row in place of the hash of a row before it."""
+# The delta of the budget of an empty ledger.
 _DEFAULT_DELTA = 1e-6
-"""The delta of the budget of an empty ledger."""
 
 
 @dataclass
@@ -85,6 +85,7 @@ def ledger_path(config: RunConfig) -> Path:
             "privacy.ledger is missing: private data that are not a local file need one",
             "set privacy.ledger to a file that stays with the data",
         )
+    # Beside the data, so that all run files for the same data share one ledger.
     data = config.private_task.path
     return data.with_name(f"{data.name}.ledger.jsonl")
 
@@ -108,6 +109,7 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
         path: the ledger.
         delta: the delta at which to state epsilon. None takes the least delta of the runs.
     """
+    # Epsilons add up at one delta only, so all runs are stated at the same.
     spendings = read_ledger(path)
     if delta is None:
         deltas = [spending.plan.delta for spending in spendings.values()]
@@ -171,12 +173,14 @@ class LedgerRun:
         self._run = run
         self._plan = plan
         self._cap = cap
+        # The next row carries the hash of the last one.
         lines = _lines(path)
         self._previous = _digest(lines[-1]) if lines else _START
         self._spendings = _spendings(lines, path)
         own = self._spendings.get(run)
         if own is None:
             own = Spending(plan, datetime.now(UTC).isoformat(timespec="seconds"))
+        # Less noise or more steps after a restart would not be what the first rows announced.
         if own.plan != plan:
             raise PrivacyRefused(
                 f"{path} has this run with another plan than the one it would resume with",
@@ -185,6 +189,7 @@ class LedgerRun:
         # The cap is checked for all steps of the plan before the first one is taken.
         planned = {(0, step): {"planned"} for step in range(plan.steps)}
         self._check_cap(replace(own, intents=planned | own.intents))
+        # A run that resumes has its row already.
         if run not in self._spendings:
             self._append(row="opened", run=run, opened=own.opened, plan=asdict(plan))
             self._spendings[run] = own
@@ -205,10 +210,12 @@ class LedgerRun:
         Raises:
             PrivacyRefused: the step would be charged a second time, and that would exceed the cap.
         """
+        # The same sum gets the same noise, so it reveals nothing new.
         known = self.spending.intents.setdefault((trial, step), set())
         if commitment in known:
             return
         known.add(commitment)
+        # The plan's own steps were checked against the cap at the start; repeated ones were not.
         if len(known) > 1:
             self._check_cap(self.spending)
         self._append(row="step", run=self._run, trial=trial, step=step, commitment=commitment)
@@ -236,6 +243,7 @@ class LedgerRun:
         """
         if self._cap is None:
             return
+        # Finished, stopped and thrown away runs all count.
         others = []
         for run, spending in self._spendings.items():
             if run != self._run:
@@ -254,6 +262,7 @@ class LedgerRun:
         Raises:
             EnvironmentFault: the disk is full; the ledger is as it was before.
         """
+        # One write for the whole row, at the end of the file.
         line = json.dumps({**row, "previous": self._previous})
         data = f"{line}\n".encode()
         size = os.fstat(self._descriptor).st_size
@@ -263,6 +272,7 @@ class LedgerRun:
             if written < len(data):
                 os.ftruncate(self._descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # Only now may the caller draw noise.
             os.fsync(self._descriptor)
         self._previous = _digest(line)
 
@@ -323,6 +333,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise InputError(f"cannot read the privacy ledger {path}: {reason}") from None
+    # What follows the last line break is empty, or a row that a kill cut short.
     return text.split("\n")[:-1]
 
 
@@ -332,6 +343,7 @@ def _spendings(lines: list[str], path: Path) -> dict[str, Spending]:
     Raises:
         ArtifactRefused: a row is not a ledger row, or does not follow from the row before it.
     """
+    # A changed row breaks the chain of hashes at the row after it.
     runs: dict[str, Spending] = {}
     previous = _START
     for number, line in enumerate(lines, 1):

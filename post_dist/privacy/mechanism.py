@@ -22,8 +22,8 @@ from post_dist.privacy.randomness import RandomSource
 
 GRID = 2.0**30
 """Steps of the integer grid in one C. An int64 then has room for the sum of 2^33 examples."""
+# Keeps a clipped norm at C or below, whatever fp64 rounds up.
 _SHRINK = 1 - 2.0**-40
-"""Keeps a clipped norm at C or below, whatever fp64 rounds up."""
 
 Intend = Callable[[str], None]
 """Called with a commitment to the sum before its noise is drawn.
@@ -75,6 +75,7 @@ class PrivateOptimizer(DPOptimizer):
         """
         self._step_number = step
         self._intend = intend
+        # Opacus adds noise in the last of its steps, so an empty one comes last.
         no_examples = [parameter.new_zeros(0, *parameter.shape) for parameter in self.params]
         self._feed(no_examples, last=True)
 
@@ -83,6 +84,7 @@ class PrivateOptimizer(DPOptimizer):
 
         A gradient that is not finite counts as zero.
         """
+        # fp64 holds the norm of any fp32 gradient without overflow.
         flat = [gradient.double().flatten(1) for gradient in self.grad_samples]
         finite_B = _finite_examples(flat)
         factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)
@@ -90,6 +92,7 @@ class PrivateOptimizer(DPOptimizer):
             # NaN times zero is NaN, so values that are not finite are replaced first.
             finite = torch.where(finite_B[:, None], gradient, 0.0)
             kept = finite * factor_B[:, None]
+            # Toward zero, so that no norm grows; integers, so that the order does not matter.
             total = kept.trunc().long().sum(dim=0).view(parameter.shape)
             if parameter.summed_grad is not None:
                 total = parameter.summed_grad + total
@@ -98,6 +101,7 @@ class PrivateOptimizer(DPOptimizer):
     def add_noise(self) -> None:
         """Announce the sum, draw its noise, and leave the noisy sum in `grad`."""
         sums = [parameter.summed_grad.cpu() for parameter in self.params]
+        # The commitment is a keyed digest of the exact integer sum.
         place = (self._trial, self._step_number)
         data = b"".join(total.numpy().tobytes() for total in sums)
         commitment = self._source.commitment(data, "sum", *place)
@@ -106,9 +110,11 @@ class PrivateOptimizer(DPOptimizer):
         self._intend(commitment)
         # The commitment is part of the noise's name, so another sum gets independent noise.
         noise = self._source.normal(sum(sizes), "noise", *place, commitment)
+        # The noise in steps of the grid: sigma * C is sigma * 2^30 of them.
         steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()
         for parameter, total, drawn in zip(self.params, sums, steps.split(sizes), strict=True):
             noisy = (total + drawn.view(total.shape)).double() * (self.max_grad_norm / GRID)
+            # Opacus divides by the expected batch size after this.
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
 
     def _grid_factors(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:

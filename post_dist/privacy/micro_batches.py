@@ -49,9 +49,11 @@ def micro_batches(
     """
     longest = padded_length(task)
     for length, group in sorted(_groups_by_length(task, examples).items()):
+        # Shorter examples come in larger micro-batches: about as many tokens, and the same memory.
         size = longest_size * longest // length
         for start in range(0, len(group), size):
             chosen = group[start : start + size]
+            # Copies fill up the last micro-batch, so that its shape is the same whatever its size.
             copies = chosen[-1:] * (size - len(chosen))
             filled = chosen + copies
             batch = task.reader.collate([task.examples[example] for example in filled], length)
@@ -74,6 +76,7 @@ def _groups_by_length(task: TuningTask, examples: Sequence[int]) -> dict[int, li
     groups: dict[int, list[int]] = {}
     for example in examples:
         needed = len(task.examples[example].token_ids) + task.model.masked
+        # Round up without floating-point numbers.
         rounded = -(-needed // LENGTH_STEP) * LENGTH_STEP
         groups.setdefault(min(rounded, longest), []).append(example)
     return groups

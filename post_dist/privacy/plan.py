@@ -64,6 +64,7 @@ class PrivacyPlan:
 
     def trial_event(self) -> DpEvent:
         """Describe one training run, with its score in a search, for the accountants."""
+        # The clipping norm is not part of it: sigma counts in units of C.
         training = self.sampler.event(self.noise_multiplier, self.steps)
         if self.score_noise_multiplier is None:
             return training
@@ -93,6 +94,7 @@ class PrivacyPlan:
             in_full_price = self.mean_trials is not None and times <= 1
             if count == 0 or in_full_price:
                 continue
+            # Averaging k sums of one sample divides the noise variance by k.
             repeated = replace(
                 self,
                 mean_trials=None,
@@ -113,12 +115,15 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         InputError: the section `privacy` lacks a number that the plan needs.
     """
     section = config.privacy
+    # All defaults follow from declared numbers, never from the data.
     declared = section.declared_examples
     expected = section.expected_batch_size or float(config.tune.batch_size)
     delta = section.target_delta
+    # Well below 1 / N, as is customary.
     if delta is None and declared:
         delta = declared**-1.1
     sampling_probability = section.sampling_probability
+    # The probability for which the expected batch size is what the run file says.
     if sampling_probability is None and declared:
         sampling_probability = expected / declared
     if not delta or not sampling_probability:

@@ -43,19 +43,23 @@ def tune_privately(
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
     config = folder.config
+    # Everything that can refuse the run comes before the ledger is opened.
     plan = private_plan(config)
     _log_cost(plan)
     check_model(config.tune, task)
     key_file = folder.path / "randomness.json"
     ledger_file = ledger_path(config)
+    # The lock holds for the whole run: two runs must not spend from one budget at once.
     with lock_ledger(ledger_file) as descriptor:
         if resume == "never":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
             key_file.unlink(missing_ok=True)
+        # An unfinished run resumes with its key, and so with its name in the ledger.
         source = open_source(key_file, plan.noise_source, config.seed)
         cap = config.privacy.max_total_epsilon
         ledger = LedgerRun(ledger_file, descriptor, source.run, plan, cap)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
+        # A search varies these settings; a single run uses them as they are.
         trainer = PrivateTrainer(task, config, run)
         learning_rate = config.privacy.learning_rate or config.tune.learning_rate
         settings = TrialSettings(learning_rate, plan.max_grad_norm)

@@ -27,13 +27,11 @@ from post_dist.errors import ArtifactRefused
 from post_dist.files import write_file
 
 _KEY_BYTES = 32
+# Bits of a uniform value. Values lie half a step inside (0, 1), so their inverse normal is
+# finite.
 _UNIFORM_BITS = 52
-"""Bits of a uniform value.
-
-Values lie half a step inside (0, 1), so their inverse normal is finite.
-"""
+# A sum of four draws defeats attacks on the lowest bits of one draw (arXiv 2107.10138).
 _SUMMED = 4
-"""A sum of four draws defeats attacks on the lowest bits of one draw (arXiv 2107.10138)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class RandomSource:
 
         The same key and purpose give the same words.
         """
+        # SHAKE-256 is an extendable-output function: one digest gives as many words as are needed.
         stream = hashlib.shake_256(self.key + self._message("words", *purpose)).digest(8 * count)
         return np.frombuffer(stream, dtype="<u8")
 
@@ -65,12 +64,14 @@ class RandomSource:
         Each is the scaled sum of four values by inversion.
         """
         words = self.words(_SUMMED * count, "normal", *purpose)
+        # The upper 52 bits of a word, half a step off the grid.
         uniform = ((words >> (64 - _UNIFORM_BITS)) + 0.5) * 2.0**-_UNIFORM_BITS
         values: np.ndarray = ndtri(uniform).reshape(_SUMMED, count).sum(axis=0) / _SUMMED**0.5
         return values
 
     def commitment(self, data: bytes, *purpose: object) -> str:
         """Return a keyed digest, which tells whether data are the same as before, and no more."""
+        # Keyed, so that nobody without the key can test a guess of the data.
         message = self._message("commitment", *purpose)
         return hmac.new(self.key, message + data, hashlib.sha256).hexdigest()
 
@@ -104,10 +105,12 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
     """
     if path.exists():
         return _read(path)
+    # A seed gives a key that everyone can compute, for tests alone.
     if noise_source == "system":
         key = secrets.token_bytes(_KEY_BYTES)
     else:
         key = hashlib.sha256(f"seeded {seed}".encode()).digest()
+    # The name is random too: two runs of one run file are two runs in the ledger.
     source = RandomSource(secrets.token_hex(8), key)
     _write(path, source)
     return source
@@ -142,6 +145,7 @@ def _write(path: Path, source: RandomSource) -> None:
     """Write a key file that its owner alone can read."""
 
     def fill(partial: Path) -> None:
+        # Created with its final mode, so that nobody else can open it in between.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(partial, flags, 0o600)
         with os.fdopen(descriptor, "w") as file:

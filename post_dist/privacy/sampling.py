@@ -68,6 +68,7 @@ class PoissonSampler:
 
     def draw(self, source: RandomSource, total: int, *step: object) -> list[int]:
         """Draw the examples of a step; see `Sampler.draw`."""
+        # The purpose "rows" is part of the random stream: another name would draw other examples.
         words_N = source.words(total, "rows", *step)
         # A uniform word is below the threshold with probability q, to a multiple of 2^-64.
         threshold = int(self.sampling_probability * _WORDS)
@@ -75,6 +76,7 @@ class PoissonSampler:
 
     def event(self, noise_multiplier: float, steps: int) -> DpEvent:
         """Describe `steps` steps with Gaussian noise for the accountants of dp-accounting."""
+        # dp-accounting composes the subsampled Gaussian mechanism with itself.
         noise = dp_event.GaussianDpEvent(noise_multiplier)
         step = dp_event.PoissonSampledDpEvent(self.sampling_probability, noise)
         return dp_event.SelfComposedDpEvent(step, steps)

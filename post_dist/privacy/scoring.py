@@ -51,12 +51,15 @@ def count_right(
     """
     right = 0
     for micro_batch in micro_batches(task, range(len(task.examples)), longest_size, world.device):
+        # The watchdog learns that work continues, but not how much of it there is.
         phase("scoring a trial")
         batch = micro_batch.batch
+        # The whole head runs, as in `evaluate`: scores of single tokens may round differently.
         logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
         scores_BC = task.reader.scores(logits_BV)
         if len(parameters) > 1:
             scores_BC = scores_BC + BIAS_SCALE * parameters[1]
+        # Copies that fill up a micro-batch are cut off before the count.
         matches_B = scores_BC.argmax(dim=1) == micro_batch.targets
         right += int(matches_B[: micro_batch.counted].sum())
         if stop_requested(world):

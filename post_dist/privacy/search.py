@@ -31,13 +31,16 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
     run = trainer.run
     kept = run.checkpoints / "search"
     finished = newest_step(kept)
+    # Trials that were finished before a kill are kept, as their best one and their number.
     best = {"score": torch.tensor(-math.inf, dtype=torch.float64)}
     if finished:
         best = load_tensors(kept, finished)
     for trial in range(finished, _trials_in_all(run.plan, run.source, finished)):
+        # Settings, training and score noise are functions of the key and the trial's number.
         chosen = trial_settings(trainer.config.tune.search, settings, run.source, trial)
         parameters = trainer.train(chosen, trial, run.checkpoints / f"trial-{trial}")
         score = noisy_score(trainer.count_right(parameters), run.plan, run.source, trial)
+        # The noisy score alone decides. Only the best trial's parameters are kept.
         if score > best["score"]:
             best = {"score": torch.tensor(score, dtype=torch.float64)}
             for index, value in enumerate(parameters):
@@ -84,6 +87,7 @@ def logarithmic_parameter(mean: float) -> float:
     def excess(p: float) -> float:
         return -p / ((1 - p) * math.log1p(-p)) - mean
 
+    # The mean rises with p from 1 to infinity, so there is one root.
     return float(brentq(excess, 1e-12, 1 - 1e-12))
 
 
@@ -102,6 +106,7 @@ def trial_settings(
         return settings
     rates = search.learning_rate or (settings.learning_rate,)
     norms = search.max_grad_norm or (settings.max_grad_norm,)
+    # One word chooses a pair, so that all combinations are equally likely.
     word = int(source.words(1, "setting", trial)[0]) % (len(rates) * len(norms))
     return TrialSettings(rates[word % len(rates)], norms[word // len(rates)])
 
@@ -112,6 +117,7 @@ def _trials_in_all(plan: PrivacyPlan, source: RandomSource, finished: int) -> in
     A search that kept a trial and has no key is complete: it was killed after its key was destroyed
     and before its artifact was written.
     """
+    # The number of trials is drawn from the key, so it cannot be drawn again without one.
     if finished and not source.key:
         return finished
     return number_of_trials(plan, source)

@@ -19,8 +19,8 @@ _NOT_COVERED = [
     "the time that the run took, for anyone who can watch the machine",
 ]
 _SEEDED = "everything: the noise came from a seed and can be subtracted"
+# Two machines compute epsilon to better than this.
 _TOLERANCE = 1e-3
-"""Two machines compute epsilon to better than this."""
 
 # Claims beyond these bounds promise nothing, or take hours to compute.
 _LEAST_NOISE = 0.2
@@ -40,6 +40,7 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
     """
     plan = spending.plan
     cost = account(plan)
+    # Repeated steps cost more than the plan, so epsilon is computed from what was spent.
     epsilon = cost.epsilon
     if spending.repeated_steps:
         epsilon = composed_epsilon(spending.plans(), plan.delta)
@@ -57,6 +58,7 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
         "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
         "not_covered": _NOT_COVERED,
     }
+    # Noise from a seed protects nothing, whatever the accountants say.
     if not plan.private:
         statement["epsilon"] = None
         statement["epsilon_at_delta"] = {}
@@ -75,18 +77,21 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         ArtifactRefused: numbers are missing, or are not numbers that an accountant can take.
     """
     claim, plan, repeated = _parse(statement)
+    # A prompt with seeded noise may not claim anything.
     if not plan.private:
         if claim is None:
             return []
         return ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
+    # Numbers that pass the bounds may still overflow in an accountant.
     try:
         true = _epsilon_of(plan, repeated)
     except (TypeError, ValueError, OverflowError):
         raise _not_computable() from None
     if true > _MOST_EPSILON:
         return [f"its own numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
+    # A claim above the computed epsilon is allowed: it promises less.
     if true > claim + _TOLERANCE:
         return [f"it claims epsilon {claim:.4f}, but its own numbers give {true:.4f}"]
     return []
@@ -98,6 +103,7 @@ def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[i
     Raises:
         ArtifactRefused: numbers are missing or out of bounds.
     """
+    # The file comes from the other party: any field may be missing or of any type.
     try:
         claim = statement["epsilon"]
         plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
@@ -134,11 +140,13 @@ def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
     # A single run cannot have repeated more steps than it has; a search has more than the plan's.
     if plan.mean_trials is None and sum(repeated.values()) > plan.steps:
         return False
+    # Zero is left out: its logarithm is taken.
     probabilities = (plan.sampling_probability, plan.delta)
     if not all(_lies(value, _LEAST_PROBABILITY, 1) for value in probabilities):
         return False
     if not _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE):
         return False
+    # Both numbers of a search, or neither.
     if plan.mean_trials is None and plan.score_noise_multiplier is None:
         return True
     return _lies(plan.mean_trials, _LEAST_TRIALS, _MOST_TRIALS) and _lies(

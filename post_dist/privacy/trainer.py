@@ -89,9 +89,11 @@ class PrivateTrainer:
             Interrupted: the run was asked to stop; the state is saved.
         """
         job = PrivateTrial(self, settings, trial, checkpoints)
+        # Steps before the checkpoint are charged before the first new step is taken.
         first_step = job.resume()
         # A search does not show its progress, because the number of its trials is private.
         show = self.config.tune.search is None
+        # Every step is saved: a repeated step is free only while its sum can be computed again.
         run_training(job, first_step, self.run.world, EverySteps(1), show=show)
         return job.parameters
 
@@ -107,6 +109,7 @@ class PrivateTrainer:
         section = self.config.private_task
         if section is None:
             raise InputError("the run file lacks the section private_task", "add it")
+        # Read anew for each trial, so that they are in memory only while a trial is scored.
         validation = validation_task(self.task, section)
         size = self.config.tune.micro_batch_size_per_gpu
         return count_right(validation, parameters, size, self.run.world)
@@ -139,6 +142,7 @@ class PrivateTrial:
     def __init__(
         self, trainer: PrivateTrainer, settings: TrialSettings, trial: int, checkpoints: Path
     ) -> None:
+        # A trial may clip at a norm of its own: the noise scales with it, so the cost is the same.
         section = trainer.config.tune
         plan = replace(trainer.run.plan, max_grad_norm=settings.max_grad_norm)
         self._trainer = trainer
@@ -148,10 +152,12 @@ class PrivateTrial:
         self._sampler = plan.sampler
         self.label = trainer.run.label
         self.steps = plan.steps
+        # Parameters start anew for each trial; `resume` replaces their values after a kill.
         self.parameters = trainer.task.parameters(section)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self._optimizer = trainer.task.optimizer(section, self.parameters, settings.learning_rate)
+        # The inner optimizer holds the state to save; the private one clips and adds noise.
         self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)
         # The schedule is a function of the step alone, so no learning rate depends on the data.
         schedule = Schedule(section.schedule, section.warmup_share, plan.steps)
@@ -165,14 +171,17 @@ class PrivateTrial:
         """
         world = self._run.world
         done = take_up(self.parameters, self._optimizer, self._checkpoints, "auto", world)
+        # The ledger may be an older copy than the checkpoint, and then lacks these steps.
         self._run.ledger.charge_done(self._trial, done)
         return done
 
     def take_step(self, step: int) -> str:
         """Take one private step. The loop gets no text to show, because the loss is private."""
         self._rates.apply(step)
+        # The name (trial, step) draws the same examples again after a kill.
         total = len(self._trainer.task.examples)
         examples = self._sampler.draw(self._run.source, total, self._trial, step)
+        # Summing is exact, so the split into micro-batches does not change the sum.
         for gradients in self._trainer.micro_gradients(self.parameters, examples):
             self._private.accumulate(gradients)
         # A step without examples takes its noise like any other.

@@ -1,4 +1,4 @@
-"""Checks of per-example gradients and of a trial's score on small models, like those of `checks.py`."""
+"""Checks of per-example gradients and of a trial's score, on small models."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

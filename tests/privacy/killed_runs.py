@@ -4,8 +4,8 @@
     python tests/privacy/killed_runs.py FOLDER [--times N] [--table FILE]
 
 The reference is a run that was left alone. Every run is a process of its own (forked, so that the
-libraries are loaded once) and dies by SIGKILL from within, at a random step. The noise source is the
-seeded one: only with it can two runs be compared bit for bit.
+libraries are loaded once) and dies by SIGKILL from within, at a random step. The noise source is
+the seeded one: only with it can two runs be compared bit for bit.
 """
 
 import argparse

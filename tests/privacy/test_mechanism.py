@@ -1,4 +1,4 @@
-"""The private mechanism: every check that the bugs of test_mutants.py must fail, and random attacks."""
+"""The private mechanism: the checks that the bugs of test_mutants.py fail, and random attacks."""
 
 from collections.abc import Callable
 

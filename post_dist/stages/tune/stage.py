@@ -68,6 +68,7 @@ def tune(
         InputError: the run file, the model and the data do not go together.
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
+    # Collective calls of the training loop must not wait for the other ranks.
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
@@ -89,14 +90,17 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
     """Load the model and the training examples."""
     section = folder.config.tune
     task_section = _task_section(folder)
+    # The data come before the model: mistakes in a file show in a second.
     tokenizer = load_tokenizer(model_folder)
     loaded = load_examples(task_section, "train", "private_task")
     precision = choose_precision(folder.config.engine, world.device)
     model = load_whole(model_folder, precision, world.device)
+    # The reader binds the task to the model's tokenizer.
     prompt_task = PromptTask.of_section(task_section, section.init_text)
     reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
+    # The prompt starts from the embeddings of some words.
     start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
     return TuningTask(model, reader, examples, targets, start_nd)
 
@@ -125,6 +129,7 @@ def _tune_openly(
     """Tune without privacy. The losses stay in a file that only the owner can read."""
     section = folder.config.tune
     parameters = task.parameters(section)
+    # Open training batches examples of like length; private batches are drawn at random.
     lengths = [len(example.token_ids) for example in task.examples]
     # Responses are scored at many positions, for which the model has no shared prompt.
     shared = not task.reader.generates and task.model.shares_prompt
@@ -161,6 +166,7 @@ def _write(
     model_name: str,
 ) -> None:
     """Write the artifact: the prompt, its task, its privacy statement and its card."""
+    # Biases travel in the task, in the units in which scores are compared.
     prompt_task = task.reader.task
     if len(parameters) > 1:
         biases = tuple((BIAS_SCALE * parameters[1]).tolist())
@@ -188,9 +194,11 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
     They hold no number of examples, which is private.
     """
     config = folder.config
+    # The rule of the split is public. How many examples fall into it is not.
     rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
     split = {"hash": "sha256", **_task_section(folder).model_dump(include=rule)}
     settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
+    # The path of the ledger stays with the owner.
     if config.privacy.enabled:
         settings["privacy"] = config.privacy.model_dump(mode="json", exclude={"ledger"})
     return settings
@@ -203,13 +211,16 @@ def _write_card(
 
     The card of a private prompt quotes the plan and the privacy statement.
     """
+    # Settings first, then the claim, so that the claim wins where both have a name.
     rows = folder.config.tune.model_dump(exclude_none=True)
     notes = {}
     if statement is None:
         summary = _OPEN
         rows["epsilon"] = "none: tuned without differential privacy"
     else:
-        summary = _PRIVATE if statement["private"] else _SEEDED
+        summary = _PRIVATE
+        if not statement["private"]:
+            summary = _SEEDED
         hidden = {"enabled", "ledger"}
         rows |= folder.config.privacy.model_dump(exclude=hidden, exclude_none=True)
         claim = dict(statement)
