@@ -24,20 +24,11 @@ from post_dist.runtime.logs import log_file
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill.stage import distill
 from post_dist.stages.evaluate.stage import ON_TARGET, Prompts, evaluate
+from post_dist.stages.transfer.published import with_published_transfer
 from post_dist.stages.transfer.stage import Client, transfer
 from post_dist.stages.tune.stage import tune
 
 log = logging.getLogger(__name__)
-
-_PUBLISHED = {
-    "objective": "published",
-    "scores": "vocabulary",
-    "temperature": 2.0,
-    "match_class_shares": False,
-    "trained_share": 0.0,
-}
-"""The paper's loss and start, whatever the run file chooses for its own transfer."""
-
 
 class Pipeline:
     """Finds or runs the stages of one run file. A finished one is known by its signature and never run again.
@@ -137,11 +128,8 @@ class Pipeline:
             else:
                 wanted[label, "transferred"] = config, sources[label]
             if "published transfer" in baselines:
-                section = config.transfer.model_copy(update=_PUBLISHED)
-                wanted[label, "published transfer"] = (
-                    config.model_copy(update={"transfer": section}),
-                    sources[label],
-                )
+                published = with_published_transfer(config)
+                wanted[label, "published transfer"] = (published, sources[label])
         carried = self._transfer(list(wanted.values()))
         made |= {place: folder.artifact for place, folder in zip(wanted, carried, strict=True)}
         if "full prompt tuning" in baselines:

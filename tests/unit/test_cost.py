@@ -18,7 +18,7 @@ from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.size import size_of
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
-from post_dist.planning.stages import models_of
+from post_dist.planning.inputs import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.signals import ask_teacher
 from post_dist.stages.distill.stage import DistillationModel

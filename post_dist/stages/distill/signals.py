@@ -25,6 +25,7 @@ from post_dist.data.order import rank_batches
 from post_dist.errors import InputError
 from post_dist.files import digest_of, file_digest, write_file
 from post_dist.losses.distillation import TeacherSignal, condensed, sampled
+from post_dist.models.facts import facts_of
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.lower_block import forward_with_below
 from post_dist.runtime.distributed import World
@@ -32,14 +33,13 @@ from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import gathered
+from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
 
 log = logging.getLogger(__name__)
 
 Signals = Callable[[Sequence[int], torch.Tensor, torch.Tensor | None], TeacherSignal]
 """From the numbers of sequences, their tokens and positions [B, T] to what the teacher says, each tensor [B, T, ...]."""
 
-SAMPLES = 28
-"""Draws a position: with four bytes each, and four for the entropy, 116 bytes."""
 _SEQUENCES_A_FILE = 64
 
 
@@ -130,27 +130,6 @@ def cache_teacher(
     return _reader(known, maker.names, world.device)
 
 
-def kept_names(section: Distill, student: Student, *, exact_product: bool) -> list[str]:
-    """What is kept of each token, by the names of a `TeacherSignal`; whether a product with the head can stand for the distribution."""
-    condense = student.freeze_head and section.cache == "hidden" and exact_product
-    names = (
-        {"samples", "entropy"}
-        if section.cache == "sampled"
-        else {"product", "entropy"}
-        if condense
-        else {"hidden"}
-    )
-    names |= {"hidden"} if section.cache == "hidden" and section.alpha_cos else set()
-    return sorted(names | ({"below"} if section.layers_in_teacher(student) else set()))
-
-
-def kept_bytes(names: Sequence[str], width: int, bytes_each: int) -> int:
-    """Of one token, for a teacher of a width whose hidden states take so many bytes each."""
-    return sum(
-        {"samples": 4 * SAMPLES, "entropy": 4}.get(name, width * bytes_each) for name in names
-    )
-
-
 class _Maker:
     """Makes from hidden states what is kept of them."""
 
@@ -159,7 +138,8 @@ class _Maker:
     ) -> None:
         self.teacher, self._section, self._seed = teacher, section, seed
         self._lower_layers = section.layers_in_teacher(student)
-        self.names = kept_names(section, student, exact_product=_is_exact_product(teacher))
+        exact = exact_product(facts_of(teacher), fp32=teacher.model.dtype == torch.float32)
+        self.names = kept_names(section, student, exact_product=exact)
         if "entropy" in self.names:
             if not isinstance(teacher.head_module, nn.Linear):
                 raise InputError(
@@ -229,15 +209,6 @@ class _Maker:
         return torch.rand(
             length, generator=torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         )
-
-
-def _is_exact_product(teacher: LanguageModel) -> bool:
-    """Whether a product stands for the distribution: the logits are one matrix's, in fp32.
-
-    In bf16 the student's own product and the teacher's would each be rounded before their difference is taken, which is the whole
-    gradient of a good student; there hidden states are kept.
-    """
-    return teacher.has_linear_head and teacher.model.dtype == torch.float32
 
 
 def _make(
