@@ -75,6 +75,18 @@ def config_folder(teacher: Teacher) -> Path:
     )
 
 
+def tokenizer_folder(teacher: Teacher) -> Path:
+    """Return the folder of a model's config.json and tokenizer, fetching only these from the hub.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached.
+    """
+    if Path(teacher.path).is_absolute():
+        return Path(teacher.path)
+    tokenizer = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
+    return _fetched(teacher, ["config.json", *tokenizer])
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration.
 
