@@ -58,6 +58,7 @@ def raise_conflicts(stage: str, found: Sequence[Conflict]) -> None:
         return
     if len(found) == 1:
         raise InputError(found[0].message, found[0].hint)
+    # Several conflicts make one error, so that all of them can be mended before the next start.
     lines = []
     for conflict in found:
         hint = f"\n    {conflict.hint}" if conflict.hint else ""

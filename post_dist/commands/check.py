@@ -19,12 +19,13 @@ _ITEM = "  - "
 
 def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     """Check a run file with its models, data and prompts; needs no weights and no GPU."""
+    # Errors of the run file are conflicts like the others, in the same form.
     try:
         config = load_run(run, set_, None)
     except InputError as error:
         report = _unreadable(error)
     else:
-        from post_dist.stages.check import check_run
+        from post_dist.stages.check import check_run  # loads torch
 
         report = check_run(config)
     if json_:
@@ -39,6 +40,7 @@ def _unreadable(error: InputError) -> "CheckReport":
     """Report the errors of a run file that cannot be loaded; each of its lines is a conflict."""
     from post_dist.stages.check_report import CheckReport, StageConflict
 
+    # The first line names the file, and each of the others a field.
     message = str(error.args[0])
     head, *items = message.split(f"\n{_ITEM}")
     messages = items or [head]

@@ -45,6 +45,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
     inner = model.model
     input_embeddings = inner.get_input_embeddings()
     output_embeddings = inner.get_output_embeddings()
+    # Some families have no output embeddings that transformers knows of.
     tied = output_embeddings is not None and output_embeddings.weight is input_embeddings.weight
     scaled = bool(getattr(inner.config, "scale_attn_by_inverse_layer_idx", False))
     return ModelFacts(

@@ -102,6 +102,7 @@ class ModelSize:
         """The model without its input embeddings, or without its head. A tied table stays."""
         if self.facts.tied:
             return self
+        # Embeddings and head have equal sizes, so it does not matter which of them goes.
         others = list(self.others)
         others.remove(self.width * self.vocabulary)
         return replace(self, others=tuple(others))
@@ -115,6 +116,7 @@ def size_of(folder: Path) -> ModelSize:
     """
     model = meta_model(folder)
     text = model.model.config.get_text_config()
+    # Gemma's heads are wider than width / heads. Only grouped queries have a number of key heads.
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -140,6 +142,7 @@ def _sizes_outside_layers(model: LanguageModel) -> tuple[int, ...]:
 
 def _head_size(model: LanguageModel) -> int:
     """Elements of the head that are not those of the input embeddings."""
+    # A tied head is counted with the embeddings.
     embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
     own = [
         parameter.numel()
@@ -163,6 +166,7 @@ def _output_width(product: nn.Linear | Conv1D) -> int:
 
 
 def _layer_size(layer: nn.Module) -> LayerSize:
+    # All families name the module of attention so; every other product counts as MLP.
     attention = 0
     mlp = 0
     for name, module in layer.named_modules():

@@ -39,6 +39,7 @@ def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
 
     Each product is a multiplication and an addition, so they are 2 x 2 x queries x keys x width.
     """
+    # The softmax is left out, as it is by torch's own counter.
     return 4 * queries * keys * size.attention_width
 
 
@@ -92,11 +93,13 @@ def distill_flops(
         Operations of `teacher`, `student_forward` and `student_backward`.
     """
     tokens = sequences * length
+    # The teacher's logits are computed from its hidden states, so its head counts as well.
+    teacher_forward = forward_flops(teacher, sequences, length) + head_flops(teacher, tokens)
     forward = forward_flops(student, sequences, length)
     head = head_flops(student, tokens)
     head_products = 1 if freeze_head else 2
     return {
-        "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
+        "teacher": teacher_forward,
         "student_forward": forward + head,
         "student_backward": 2 * forward + head_products * head,
     }
@@ -158,13 +161,18 @@ def transfer_flops(
         Operations of `forward` and `backward`.
     """
     tokens = transfer_tokens(target, examples, length, prompt, responses=responses)
+    # Each example has one answer, or one at each token of its response.
     answers = examples * (responses or 1)
     head = head_flops(target, answers if by_classes else 2 * answers)
+    # Class scores of the student are computed once, before the steps.
     constants = 0.0 if by_classes else head_flops(student, 2 * answers)
+    # Attention is kept apart from the other products, because its backward pass costs twice as
+    # much: each of its products has two inputs with a gradient.
     if _repeats_prompt(target, responses):
         attention = len(target.layers) * attention_flops(target, tokens, prompt + length)
         products = forward_flops(target, examples, prompt + length) - attention
     else:
+        # All tokens pass through the lower layers and need keys and values in the last one.
         *lower, last = target.layers
         lower_weights = sum(layer.attention + layer.mlp for layer in lower)
         products = (
@@ -192,6 +200,7 @@ def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> flo
         group: number of ranks that hold the shards.
         bytes_each: bytes of one element.
     """
+    # ZeRO-3 pads each weight, so that all ranks hold shards of equal size.
     shards = sum(-(-numel // group) for numel in weights)
     return shards * (group - 1) * bytes_each
 
@@ -232,8 +241,10 @@ def distill_bytes(
     trunk = gathered_bytes(teacher.without_one_table.weights, sharding.group, each)
     gather = passes * trunk
     reduce = reduced_bytes(trained, ranks, each)
+    # ZeRO-1 and 2: each rank steps its part of the weights, and then all of them are exchanged.
     if zero_stage in (1, 2):
         gather += gathered_bytes([trained], ranks, each)
+    # ZeRO-3: weights are gathered for each pass, and gradients are reduced to their owner alone.
     if zero_stage == 3:
         gather += passes * gathered_bytes(student.weights, ranks, each)
         reduce = passes * (ranks - 1) / ranks * trained * each
@@ -283,6 +294,7 @@ def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
     kept = 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
     if trained:
         return kept
+    # The inputs of two projections and of the last product of the MLP.
     return kept - 2 * size.width - size.mlp_width
 
 

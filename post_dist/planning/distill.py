@@ -88,6 +88,7 @@ class _Seconds:
 
     def of_step(self, *, overlap: bool) -> float:
         """Compute the time of a step, where collectives may overlap with computation."""
+        # Without overlap, everything waits for everything.
         if not overlap:
             return (
                 self.teacher
@@ -98,6 +99,8 @@ class _Seconds:
                 + self.memory
                 + self.signals
             )
+        # Weights arrive while the teacher computes, and gradients leave while the backward pass of
+        # the student still runs.
         return (
             max(self.teacher, self.fetch + self.gather)
             + self.student
@@ -117,19 +120,26 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     if config.corpus is None or config.student is None:
         raise InputError("plan needs the sections `corpus` and `student`")
     section = config.distill
+
+    # What one rank computes, receives and waits for in a step.
     work = _work(inputs, config.corpus, config.student)
     flops = _flops(inputs, work)
     traffic = _traffic(inputs, work)
     seconds = _seconds(inputs, work, flops, traffic)
     step = seconds.of_step(overlap=inputs.machine.hardware.overlap)
     memory, moments = _memory(inputs, work)
+
+    # The whole stage.
     hours = section.steps * step / 3600
 
     # A checkpoint holds what the optimizer keeps, whatever the precision of the run.
     checkpoint = cost.ADAM_BYTES * inputs.models.trained
     save_seconds = checkpoint / _STORAGE_BYTES_PER_SECOND
+
+    # Each sequence that the teacher runs over is kept once.
     tokens = section.batch_size * work.length
     signals = work.teacher_share * section.steps * tokens * work.kept_bytes
+
     gather = traffic.gather_student + traffic.gather_teacher
     received = {"gather": gather, "reduce": traffic.reduce} | nonzero(fetch=traffic.fetch)
     numbers = {
@@ -175,9 +185,11 @@ def _conflicts(inputs: PlanInputs) -> list[Conflict]:
 def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
     """Compute what one rank runs in a step."""
     section = inputs.config.distill
+    # Rank 0 has at least as many examples as any other rank.
     own = rank_batches(
         range(section.batch_size), section.micro_batch_size_per_gpu, 0, inputs.machine.ranks
     )
+    # Without a cache the teacher runs in every step, and nothing is kept.
     share = 1.0
     kept = 0
     if section.cache != "none":
@@ -203,6 +215,7 @@ def _teacher_share(inputs: PlanInputs, corpus: Corpus) -> float:
     have a new sequence for each place in a step.
     """
     section = inputs.config.distill
+    # Later epochs read what the first one kept.
     wanted = section.steps * section.batch_size
     if not corpus.max_tokens:
         return 1.0
@@ -240,6 +253,7 @@ def _traffic(inputs: PlanInputs, work: _Work) -> _Traffic:
         zero_stage=inputs.config.engine.zero_stage,
         passes=work.passes,
     )
+    # The teacher's part is set apart, because a cached teacher runs over a share of the sequences.
     trunk = models.teacher.without_one_table
     of_teacher = work.passes * cost.gathered_bytes(trunk.weights, inputs.group, inputs.bytes_each)
     return _Traffic(
@@ -264,6 +278,7 @@ def _seconds(
     machine = inputs.machine
     hardware = machine.hardware
     rate = inputs.flops_per_second
+    # One collective a layer, in each pass of the teacher.
     gathers = work.teacher_share * work.passes * len(inputs.models.teacher.layers)
     # The student's gradients and weights take one collective each.
     reduced = traffic.reduce + traffic.gather_student
@@ -295,6 +310,7 @@ def _passed_bytes(inputs: PlanInputs, work: _Work) -> float:
         + student
         + cost.logit_bytes(models.upper, tokens)
     )
+    # Above ZeRO-0, each rank steps its part of the weights.
     shards = inputs.machine.ranks if inputs.config.engine.zero_stage else 1
     return work.passes * one_pass + cost.optimizer_bytes(models.trained / shards, each)
 
@@ -305,6 +321,8 @@ def _memory(inputs: PlanInputs, work: _Work) -> tuple[dict[str, float], list[tup
     engine = inputs.config.engine
     each = inputs.bytes_each
     tokens = work.tokens_at_once
+
+    # The teacher keeps no activations for a backward pass: one layer's are alive at a time.
     memory = frozen_memory(models.teacher, engine, inputs.group, each)
     in_a_layer = cost.activation_elements(models.teacher)
     memory["teacher_activations"] = in_a_layer * tokens * each / GIB
@@ -323,6 +341,7 @@ def _memory(inputs: PlanInputs, work: _Work) -> tuple[dict[str, float], list[tup
         memory["teacher_head"] = table
         memory["logits"] += 2 * table
 
+    # Three moments of a pass: the teacher runs, the student's logits exist, it runs backward.
     teacher_forward = (*GATHERED, "teacher_activations")
     student_loss = ("student_gathered", "activations", "logits")
     student_backward = ["student_gathered", "activations"]
@@ -341,4 +360,5 @@ def _host_bytes(inputs: PlanInputs) -> float:
     of_teacher = offloaded_bytes(inputs)
     if not inputs.config.engine.offload_optimizer:
         return of_teacher
+    # An offloaded optimizer is sharded: the run file asks for ZeRO-1 or more.
     return of_teacher + cost.ADAM_BYTES * inputs.models.trained / inputs.machine.ranks

@@ -38,6 +38,7 @@ class StageEstimate:
 
 def stage_numbers(estimate: StageEstimate, machine: Machine) -> dict[str, Any]:
     """Return a stage as the plan prints it: with total memory, GPU-hours, and what does not fit."""
+    # The fullest moment decides, not the sum of all parts.
     memory = estimate.memory_gib | {"reserved": _RESERVED_GIB}
     total = fullest(memory, estimate.moments)
     # All GPUs of a node offload into the same host memory.

@@ -117,6 +117,7 @@ class Machine:
 
     def link(self, ranks: int) -> LinkName:
         """Return the slowest link that connects a number of neighboring ranks."""
+        # Shard groups are made of neighboring ranks, which fill a node before the next one.
         return "node" if ranks <= self.gpus_per_node else "network"
 
     def collective_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
@@ -129,6 +130,7 @@ class Machine:
         """
         if ranks == 1:
             return 0.0
+        # The slowest link of the group limits the whole ring.
         link = self.link(ranks)
         transport = received_bytes / self.hardware.bytes_per_second(link)
         return transport + calls * self.hardware.latency_seconds(link)
@@ -144,6 +146,7 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     Raises:
         InputError: there is no entry of this name, or the file does not have the form of ours.
     """
+    # The user's entries come on top of the shipped ones.
     entries = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
     if file is not None:
         try:
@@ -161,6 +164,7 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     try:
         return Hardware.model_validate(entries[name])
     except ValidationError as error:
+        # One wrong field is enough to name: the file is short.
         first = error.errors()[0]
         place = ".".join(str(part) for part in (name, *first["loc"]))
         raise InputError(f"{file or name}: {place}: {first['msg']}") from None

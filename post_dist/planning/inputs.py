@@ -38,8 +38,11 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     section = config.student
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
+    # `layers: auto` is decided in the run; a stand-in of as many layers costs the same.
     student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
     upper = student.above(section.frozen_lower_layers)
+    # All layers above the frozen ones are trained, and head and embeddings where the run file asks
+    # for it. The final norm counts with the embeddings, as `models.student.freeze` has it.
     trained = sum(sum(layer.weights) for layer in upper.layers)
     if not section.freeze_head:
         trained += upper.head
@@ -90,6 +93,7 @@ class PlanInputs:
 
     def text_lengths(self) -> tuple[int, int]:
         """Return most tokens of a text, and of its response; the latter is 0 for classes."""
+        # A provider plans without the private task; its public one reads texts of a like length.
         task = self.config.private_task or self.config.public_task
         if task is None:
             return 128, 0

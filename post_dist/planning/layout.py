@@ -38,6 +38,7 @@ def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> GroupAd
         machine: the GPUs.
         bytes_each: bytes of one weight.
     """
+    # A whole copy on each GPU comes first, then a copy in each node.
     capacity = machine.hardware.memory_gib
     whole = size.parameters * bytes_each / GIB
     if whole <= _REPLICATE_BELOW * capacity:
@@ -72,6 +73,7 @@ def fetched_bytes(inputs: PlanInputs, models: Sequence[ModelSize]) -> float:
 
 def offloaded_bytes(inputs: PlanInputs) -> float:
     """Compute the bytes of a rank's shard of the large model that stay in host memory."""
+    # With `offload: nvme`, shards are on disk.
     if inputs.config.engine.offload != "cpu":
         return 0.0
     return cost.shard_bytes(inputs.models.teacher, inputs.group, inputs.bytes_each)

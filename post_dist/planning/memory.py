@@ -29,11 +29,14 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
         GiB of the shard. A sharded model adds the weights that DeepSpeed gathers and keeps whole,
         and copies of the weights that it prefetches.
     """
+    # An offloaded shard is in host memory or on disk between two passes.
     offloaded = engine.offload != "none"
     shard = 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each)
     held = {"frozen_weights": shard / GIB}
+    # A whole copy on each rank needs no DeepSpeed, which is what gathers and prefetches.
     if group == 1 and not offloaded:
         return held
+    # DeepSpeed keeps up to `max_live` gathered weights beside the layer that runs.
     settings = preset("frozen_zero3")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
     prefetched = min(size.parameters, settings["stage3_prefetch_bucket_size"])
@@ -57,10 +60,15 @@ def student_memory(
     Returns:
         GiB of weights, gradients, optimizer, activations, and of the logits of one piece.
     """
+    # ZeRO-1 shards the optimizer, ZeRO-2 also the gradients, ZeRO-3 also the weights.
     stage = engine.zero_stage
-    weight_shards = ranks if stage == 3 else 1
-    gradient_shards = ranks if stage >= 2 else 1
-    optimizer_shards = ranks if stage >= 1 else 1
+    optimizer_shards = gradient_shards = weight_shards = 1
+    if stage >= 1:
+        optimizer_shards = ranks
+    if stage >= 2:
+        gradient_shards = ranks
+    if stage == 3:
+        weight_shards = ranks
 
     # With checkpointing, only the input of each layer is kept, and one layer is recomputed.
     in_a_layer = cost.activation_elements(student)
@@ -71,6 +79,7 @@ def student_memory(
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
     optimizer = 0.0 if engine.offload_optimizer else of_adam * trained / optimizer_shards
 
+    # ZeRO-3 gathers the whole student for a pass (see `cost.distill_bytes`).
     whole = student.parameters * bytes_each
     held = {
         "student_weights": whole / weight_shards,
@@ -92,7 +101,11 @@ def fullest(memory: Mapping[str, float], moments: Sequence[Sequence[str]]) -> fl
         moments: for each moment, the parts that exist then. A part that no moment names always
             exists.
     """
+    # Parts that no moment names are held all the time.
     passing = {part for moment in moments for part in moment}
-    always = sum(gib for part, gib in memory.items() if part not in passing)
+    always = 0.0
+    for part, gib in memory.items():
+        if part not in passing:
+            always += gib
     at_moments = [sum(memory.get(part, 0.0) for part in moment) for moment in moments]
     return always + max(at_moments, default=0.0)

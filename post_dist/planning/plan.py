@@ -40,11 +40,14 @@ def plan_run(
         hours. `conflicts`: what cannot work. `hours` and `gpu_hours`, what is `not_counted` in
         them, and `assumptions`.
     """
+    # The same inputs serve all stages, so that they are planned for one machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
     stages = [stage_numbers(plan(inputs), machine) for plan in _STAGES]
+    # The name of the stage comes first, because a plan prints all conflicts in one list.
     conflicts = []
     for stage in stages:
-        conflicts += [f"{stage['stage']}: {conflict}" for conflict in stage["conflicts"]]
+        for conflict in stage["conflicts"]:
+            conflicts.append(f"{stage['stage']}: {conflict}")
     not_counted = ["the evaluation", "the models' passes over the public text before the transfer"]
     if "full prompt tuning" in config.evaluate.baselines:
         not_counted.append("full prompt tuning")
@@ -96,7 +99,9 @@ class _Change:
 
     def settings(self, machine: Machine) -> dict[str, str]:
         """Return the change as options of the command line, for a plan on `machine`."""
-        found = {f"{self.section}.{key}": str(new).lower() for key, new in self.fields.items()}
+        found = {}
+        for key, value in self.fields.items():
+            found[f"{self.section}.{key}"] = str(value).lower()
         if self.machine != machine:
             found["--nodes"] = str(self.machine.nodes)
         return found
@@ -118,6 +123,7 @@ def nearest_that_fits(
     Returns:
         What to set, or None when none of the changes suffices.
     """
+    # Conflicts that the run has already are not held against a change.
     known = set(plan_run(config, teacher, machine, precision)["conflicts"])
     for change in _changes(config, machine):
         found = plan_run(change.apply(config), teacher, change.machine, precision)
@@ -129,10 +135,12 @@ def nearest_that_fits(
 
 def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     """Yield the changes to try, from the cheapest to the most expensive."""
+    # A smaller micro-batch costs nothing but smaller matrix products.
     for size in _SMALLER_MICRO_BATCHES:
         if size < config.distill.micro_batch_size_per_gpu:
             yield _Change("distill", {"micro_batch_size_per_gpu": size}, machine)
 
+    # Recomputation costs a forward pass, gathering costs bandwidth, offload costs the host's link.
     recompute: dict[str, Any] = {"activation_checkpointing": True}
     yield _Change("engine", recompute, machine)
     in_node: dict[str, Any] = {"shard_group": "node"}
@@ -142,6 +150,7 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
         yield _Change("engine", layout, machine)
         yield _Change("engine", layout | recompute, machine)
 
+    # More nodes are the last resort.
     for nodes in _MORE_NODES:
         if nodes > machine.nodes:
             yield _Change("engine", over_all | recompute, replace(machine, nodes=nodes))

@@ -61,6 +61,7 @@ def planned(
     Raises:
         InputError: a number is more than one node, but not a number of whole nodes.
     """
+    # A number of GPUs is a part of one node, or several whole nodes.
     in_node = machine.gpus_per_node
     uneven = [count for count in gpus if count > in_node and count % in_node]
     if uneven:
@@ -74,6 +75,7 @@ def planned(
         for count in sorted(gpus):
             nodes = -(-count // in_node)
             place = replace(machine, nodes=nodes, gpus_per_node=min(count, in_node))
+            # Weak scaling grows the batch with the number of GPUs.
             times = 1.0 if scaling == "strong" else place.ranks / min(gpus)
             plan = plan_run(grown(config, times), teacher, place, precision)
             by_name = {stage["stage"]: stage for stage in plan["stages"]}
@@ -94,6 +96,7 @@ def measured(files: Sequence[Path]) -> list[_Row]:
     Raises:
         InputError: a file is not one of these.
     """
+    # Anything may be wrong with a file that a user names, and all of it means the same.
     try:
         found = [json.loads(file.read_text()) for file in files]
         found.sort(key=lambda each: int(each["ranks"]))
@@ -136,6 +139,7 @@ def _rows(
     conflicts: Callable[[str, _Numbers], list[str]],
 ) -> list[_Row]:
     """Make a row for each number of GPUs; the efficiency is relative to the first."""
+    # The point with the fewest GPUs comes first, and all others are compared with it.
     first = points[0]
     rows = []
     for point in points:
@@ -190,7 +194,7 @@ def draw(rows: Sequence[_Row], title: str, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes a second, and most plans draw nothing
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -200,6 +204,7 @@ def draw(rows: Sequence[_Row], title: str, path: Path) -> None:
         for stage in _RATES:
             values = [row[f"{stage}_efficiency"] for row in chosen]
             axes.plot(gpus, values, style, marker="o", label=f"{stage}, {scaling}")
+    # Numbers of GPUs double from point to point.
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("GPUs")

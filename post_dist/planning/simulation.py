@@ -81,6 +81,7 @@ def simulate(run: Run, seed: int) -> Outcome:
     failures = 0
     lost = 0
     next_failure = source.exponential(mean_between) if np.isfinite(mean_between) else np.inf
+    # Each round ends with the last step of the run, or with a failure.
     while done < run.steps:
         # Draw as many steps as may end before the failure, in whole intervals.
         until = min(run.steps - done, (next_failure - clock) / run.step + 1)

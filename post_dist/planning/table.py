@@ -43,6 +43,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         title=f"{plan['gpus']} x {plan['gpu']}, {plan['precision']}: a model, not a measurement"
     )
     table.add_column("", no_wrap=True)
+    # One column for each stage, so that a part stands in one row for all of them.
     for stage in stages:
         table.add_column(stage["stage"], justify="right", no_wrap=True)
     for title, cells in _plan_rows(stages).items():
@@ -67,7 +68,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 
 def _listed(numbers: Mapping[str, float], digits: int) -> str:
     """Write names and numbers in one line."""
-    parts = [f"{name.replace('_', ' ')} {value:.{digits}g}" for name, value in numbers.items()]
+    parts = []
+    for name, value in numbers.items():
+        parts.append(f"{name.replace('_', ' ')} {value:.{digits}g}")
     return ", ".join(parts)
 
 
@@ -84,6 +87,7 @@ def _plan_rows(stages: list[_Stage]) -> dict[str, list[str]]:
     def add(title: str, number: Callable[[_Stage], Any]) -> None:
         rows[title] = [_cell(number(stage)) for stage in stages]
 
+    # From memory over traffic to time: what does not fit need not be fast.
     for part in _parts(stages, "memory_gib"):
         add(f"{part.replace('_', ' ')}, GiB", lambda stage, at=f"memory_gib.{part}": _at(stage, at))
     for title, place in _LAYOUT.items():
@@ -96,6 +100,7 @@ def _plan_rows(stages: list[_Stage]) -> dict[str, list[str]]:
     for title, place in _TOTALS.items():
         add(title, lambda stage, at=place: _at(stage, at))
     add("epsilon", _epsilons)
+    # A row that no stage has, such as offload, is left out.
     return {title: cells for title, cells in rows.items() if any(cells)}
 
 

@@ -73,7 +73,8 @@ def plan_transfer(inputs: PlanInputs) -> StageEstimate:
     """Estimate the transfer. Its numbers are those of the most expensive step."""
     section = inputs.config.transfer
     by_classes = _prompts(inputs.config)
-    steps = []
+    # Prompts that do not fit side by side are trained in rounds, one after the other.
+    steps: list[_Step] = []
     for start in range(0, len(by_classes), section.prompts_at_once):
         together = by_classes[start : start + section.prompts_at_once]
         steps.append(_step(inputs, _work(inputs, together)))
@@ -98,6 +99,7 @@ def _prompts(config: RunConfig) -> list[bool]:
     """Return, for each prompt that is transferred, whether class scores are compared."""
     own = config.transfer.scores == "classes"
     sources = config.inputs.source_prompt
+    # The prompts of several owners have no baselines: their private data is not here.
     if isinstance(sources, tuple):
         return [own] * len(sources)
     of_each_source = [own]
@@ -129,6 +131,7 @@ def _conflicts(inputs: PlanInputs) -> list[Conflict]:
 def _work(inputs: PlanInputs, by_classes: Sequence[bool]) -> _Work:
     """Compute what one rank runs in a step."""
     size = inputs.config.transfer.batch_size
+    # The transfer accumulates nothing: a rank's part of the batch is one pass.
     own = rank_batches(range(size), size, 0, inputs.machine.ranks)
     text, response = inputs.text_lengths()
     return _Work(
@@ -150,6 +153,7 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
     # The target is read once forward, and backward without its embeddings.
     fetched = fetched_bytes(inputs, [target, target.without_one_table])
 
+    # Seconds of each part by itself, then of the step.
     compute = sum(flops.values()) / inputs.flops_per_second
     gather = machine.collective_seconds(received["gather"], inputs.group, 2 * len(target.layers))
     fetch = fetched / hardware.host_bytes_per_second()
@@ -158,6 +162,8 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
         target, work.examples, work.length, prompt, responses=work.response
     )
     memory = _passed_bytes(inputs, work, tokens) / hardware.memory_bytes_per_second()
+    # Weights arrive while the layers before them compute. The prompt's gradient is complete only at
+    # the end, so nothing hides its reduction.
     if hardware.overlap:
         compute_and_gather = max(compute, fetch + gather)
     else:
@@ -217,6 +223,8 @@ def _memory(inputs: PlanInputs, work: _Work, tokens: float) -> dict[str, float]:
     in_a_layer = cost.activation_elements(target, trained=False)
     # With checkpointing, only the input of each layer is kept, and one layer is recomputed.
     kept = target.width if engine.activation_checkpointing else in_a_layer
+    # Where the vocabulary is compared, logits of the unprompted target and of the student are alive
+    # as well.
     copies = 0
     for classes in work.by_classes:
         copies += _LOGIT_COPIES_OF_CLASSES if classes else _LOGIT_COPIES_OF_VOCABULARY

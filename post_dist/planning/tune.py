@@ -35,6 +35,7 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     prompts, epsilons = _prompts(config)
     flops = [_step_flops(inputs, prompt.batch_size) for prompt in prompts]
     step_seconds = [count / inputs.flops_per_second for count in flops]
+    # Prompts are tuned one after the other, and a search repeats each of them.
     all_steps = 0.0
     for seconds, prompt in zip(step_seconds, prompts, strict=True):
         all_steps += seconds * prompt.steps
@@ -63,6 +64,7 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
 
 def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
     """List the prompts that are tuned on the student, and the epsilon of each private one."""
+    # The run's own prompt comes first, then one for each of `evaluate.private_rows`.
     prompts = []
     if not config.privacy.enabled:
         prompts.append(_Prompt(config.tune.batch_size, config.tune.steps))
@@ -88,6 +90,7 @@ def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
 
 def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:
     """Compute the memory of the GPU by part, in GiB."""
+    # Weights are frozen, so there are no gradients and no optimizer of any size.
     each = inputs.bytes_each
     section = inputs.config.tune
     text, response = inputs.text_lengths()

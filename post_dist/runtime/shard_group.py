@@ -46,6 +46,7 @@ def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
 
 def _group_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     """Check that the ranks divide into shard groups, and that these have something to offload."""
+    # The schema refuses `shard_group: 1` with offload, but `node` and `all` may come to 1 as well.
     size = shard_group_size(engine, layout)
     if layout.ranks % size:
         return [

@@ -67,6 +67,7 @@ class _Check:
 
     def run(self) -> None:
         """Find the stages that the run file can run, and check each of them."""
+        # A file without any stage is a mistake; one without some stages has another party run them.
         self.stages = self._runnable_stages()
         if not self.stages:
             nothing = Conflict(
@@ -76,6 +77,7 @@ class _Check:
             self.findings.add("run file", [nothing])
         self._teacher = self._read_teacher()
         self._student = self._read_student()
+        # Without a cluster section nobody knows on how many ranks a stage will run.
         if "cluster" not in self.config.model_fields_set:
             self.findings.not_checked.append(
                 "engine settings on several ranks: the run file has no section cluster"
@@ -107,16 +109,19 @@ class _Check:
         section = self.config.teacher
         if section is None or not self.stages:
             return None
+        # A hub model is fetched without its weights.
         folder = self.findings.attempt(self.stages[0], lambda: tokenizer_folder(section))
         return None if folder is None else read_model(folder, self.stages[0], self.findings)
 
     def _read_student(self) -> CheckedModel | None:
         """Read the student that is given, or derive the one that will be cut from the teacher."""
         given = self.config.inputs.student
+        # Its manifest is not checked here: that hashes the weights.
         if given is not None and self.stages:
             return read_model(given, self.stages[0], self.findings)
         if "distill" not in self.stages or self._teacher is None:
             return None
+        # The student has the teacher's width, context and tokenizer, and fewer layers.
         facts = self._teacher.facts
         section = self.config.student
         if facts is not None and section is not None:
@@ -142,6 +147,7 @@ class _Check:
         if self._teacher is not None and self._teacher.facts is not None:
             found = distill_conflicts(config, self._teacher.facts, self._layout("distill"))
             self.findings.add("distill", found)
+        # Whether the text is long enough is known only when it is tokenized.
         corpus = config.corpus
         if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
             return
@@ -152,6 +158,7 @@ class _Check:
 
     def _check_tune(self) -> None:
         config = self.config
+        # The baseline of full prompt tuning tunes on the target.
         target = None if self._teacher is None else self._teacher.facts
         if self._student is None:
             self.findings.not_checked.append("tune: the student is not in inputs.student yet")
@@ -162,6 +169,7 @@ class _Check:
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
             self._check_reading("tune", own, list(task.labels))
+            # A private search scores its trials on the validation split.
             splits = ["train"]
             if config.tune.search is not None:
                 splits.append("validation")
@@ -175,11 +183,13 @@ class _Check:
         if public_task.visibility != "public" or self._is_readable("public_task", public_task):
             # A private task is refused before its file is opened.
             self.findings.attempt("transfer", lambda: load_public_texts(public_task, "public_task"))
+        # Both models read the public text, in the template of the public task or of the prompt.
         prompts = self._source_prompts()
         for prompt in prompts:
             template = public_task.template or prompt.task.template
             labels = [str(number) for number in range(len(prompt.task.label_words))]
             self._check_reading("transfer", replace(prompt.task, template=template), labels)
+        # The rules of the transfer need both models.
         student = self._student
         target = self._teacher
         if student is None or target is None:
@@ -195,6 +205,7 @@ class _Check:
         if config.teacher is not None:
             found = engine_conflicts(config.engine, self._layout("evaluate"))
             self.findings.add("evaluate", found)
+        # A prompt for the target replaces the transfer, so its file is all there is to check.
         given = config.inputs.target_prompt
         if given is not None:
             self.findings.attempt("evaluate", lambda: read_prompt(given))
@@ -218,6 +229,7 @@ class _Check:
                 return []
             own = PromptTask.of_section(task, self.config.tune.init_text)
             return [SourcePrompt(self.config.tune.num_virtual_tokens, own)]
+        # One prompt, or those of several owners.
         found = []
         for folder in given if isinstance(given, tuple) else (given,):
             prompt = self._read_prompt(folder)
@@ -231,6 +243,7 @@ class _Check:
         student = self._student
         if prompt is None or student is None:
             return prompt
+        # Only width, kind and tokenizer are compared, which a model without weights has too.
         model = student.model
         tokenizer = student.tokenizer
         if model is not None and tokenizer is not None:
@@ -250,6 +263,7 @@ class _Check:
             task: template and label words.
             labels: names of its classes.
         """
+        # A task that generates text has no label words.
         words = dict(zip(labels, task.label_words, strict=True))
         for name, model in self._readers():
             tokenizer = model.tokenizer
@@ -294,6 +308,7 @@ class _Check:
             wanted = tuple(tuple(of_class) for of_class in classes)
             return Verbalizer(wanted, tokenizer, allow_multi_token=many)
 
+        # Each word by itself, so that all long ones are named.
         found: LabelTokens = {label: {} for label in words}
         for label, of_class in words.items():
             for word in of_class:
@@ -325,6 +340,7 @@ class _Check:
         if source.path is None:
             self.findings.not_checked.append(f"{where}: {source.hub} is not fetched from the hub")
             return False
+        # A missing file is the reader's to name.
         large = at_most is not None and source.path.is_file()
         if large and source.path.stat().st_size > (at_most or 0):
             self.findings.not_checked.append(f"{where}: {source.path} is too large to be read now")
@@ -338,6 +354,7 @@ class _Check:
             return
         from post_dist.privacy.accounting import account, private_plan  # takes a second
 
+        # Each plan by itself: a target that no noise reaches does not hide the other plans.
         for section in sections:
             run = self.config.model_copy(update={"privacy": section})
             plan = self.findings.attempt("tune", partial(private_plan, run))

@@ -34,11 +34,13 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
         stage: the first stage that needs it.
         findings: collects what is wrong with it.
     """
+    # Three steps, each with its own error: build the model, find its parts, load its tokenizer.
     model = findings.attempt(stage, lambda: meta_model(folder))
     facts = None
     if model is not None:
         facts = findings.attempt(stage, lambda: facts_of(model))
     tokenizer = findings.attempt(stage, lambda: load_tokenizer(folder))
+    # Weights may still be on their way, so their absence is no conflict.
     if not any(folder.glob("*.safetensors")):
         findings.not_checked.append(f"weights: there are no safetensors in {folder}")
     return CheckedModel(model, facts, tokenizer)

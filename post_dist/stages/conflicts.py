@@ -42,6 +42,7 @@ def tune_conflicts(
     """
     if config.private_task is None:
         return []
+    # The baseline of full prompt tuning reads the same texts with the target.
     found = conflicts_of_tuning(config, student, layout)
     if target is not None and "full prompt tuning" in config.evaluate.baselines:
         found += conflicts_of_tuning(config, target, layout)
@@ -59,6 +60,7 @@ def transfer_conflicts(
         prompts: the prompts to transfer.
         layout: the ranks of the stage.
     """
+    # The owners' prompts differ in length and task, so each is compared with the models.
     found = []
     for prompt in prompts:
         arguments = (models, prompt.num_virtual_tokens, prompt.task, layout)

@@ -224,7 +224,8 @@ def test_each_private_plan_has_its_epsilon(run: Path, main: Callable) -> None:
     assert 7.9 < second["epsilon"] <= 8
     code, report = checked(main, run, *options, "--set=evaluate.private_rows=[1000000]")
     assert code == 2
-    assert "tune: privacy.target_epsilon: 1e+06 is met with a noise multiplier below 0.2" in messages(report)[0]
+    message = "tune: privacy.target_epsilon: 1e+06 is met with a noise multiplier below 0.2"
+    assert message in messages(report)[0]
     assert len(report["epsilon"]) == 1, "the other plan is accounted all the same"
 
 
