@@ -93,8 +93,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: the folder is not a model's.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder", "give a model folder in Hugging Face format")
+    _check_is_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no safetensors weights",
@@ -109,10 +108,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: there is no usable config.json.
     """
+    _check_is_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder", "give a model folder in Hugging Face format")
 
 
 def is_masked(config: PretrainedConfig) -> bool:

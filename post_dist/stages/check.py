@@ -376,7 +376,8 @@ def _read_split(task: Task, split: str) -> None:
     try:
         load_examples(task, split, "private_task")
     except InputError as error:
-        hint = "compare the file with text, label_column and labels of private_task"
+        other = "compare the file with text, label_column and labels of private_task"
+        hint = other if error.hint else ""
         raise InputError(error.args[0], hint) from None
 
 

@@ -36,6 +36,8 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
     """
     # Three steps, each with its own error: build the model, find its parts, load its tokenizer.
     model = findings.attempt(stage, lambda: meta_model(folder))
+    if not folder.is_dir():
+        return CheckedModel(None, None, None)
     facts = None
     if model is not None:
         facts = findings.attempt(stage, lambda: facts_of(model))

@@ -235,6 +235,19 @@ def test_a_group_that_suits_distillation_leaves_tuning_alone(run: Path, main: Ca
     assert code == 0, report
 
 
+def test_files_that_are_missing_are_named(run: Path, main: Callable) -> None:
+    missing = ("teacher.path", "corpus.path", "private_task.path", "public_task.path")
+    code, report = checked(main, run, *(f"--set={field}=./nowhere.csv" for field in missing))
+    assert code == 2
+    path = run.with_name("nowhere.csv")
+    assert messages(report) == [
+        f"distill: {path} is no folder",
+        f"distill: corpus.path: {path}: No such file or directory",
+        f"tune: private_task.path: {path}: No such file or directory",
+        f"transfer: public_task.path: {path}: No such file or directory",
+    ]
+
+
 def test_a_private_public_task_is_refused_unread(run: Path, main: Callable) -> None:
     options = ("--set=public_task.visibility=private", "--set=public_task.path=nowhere.csv")
     code, report = checked(main, run, *options)

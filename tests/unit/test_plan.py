@@ -149,7 +149,8 @@ def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Cal
         )[1]
         for cache in ("none", "hidden")
     )
-    before, after = asking["stages"][0], reading["stages"][0]
+    before = asking["stages"][0]
+    after = reading["stages"][0]
     asked = (262_144_000 / 2048 - 64) / (1000 * 512)
     for place, part in (
         ("flops_per_gpu", "teacher"),
@@ -335,7 +336,8 @@ def test_every_prompt_that_is_tuned_and_transferred_is_counted(run: Path, main: 
         '--set=evaluate.baselines=["published transfer", "full prompt tuning"]',
     ]
     plan = planned(main, run, "--nodes=8", *more)[1]
-    (_, tune, transfer), (_, tune_one, one) = plan["stages"], plain["stages"]
+    _, tune, transfer = plan["stages"]
+    _, tune_one, one = plain["stages"]
     assert plan["not_counted"][-1] == "full prompt tuning"
     assert (tune["prompts"], transfer["prompts"], transfer["prompts_at_once"]) == (2, 4, 4)
     assert tune["hours"] == pytest.approx(2 * tune_one["hours"])
@@ -433,8 +435,10 @@ def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callabl
         "--set=student.freeze_embeddings=false",
     )
     assert code == 0, after["conflicts"]
-    before, after = before["stages"][0], after["stages"][0]
-    table, tokens = 8192 * 128256, 512 * 2048 / 64
+    before = before["stages"][0]
+    after = after["stages"][0]
+    table = 8192 * 128256
+    tokens = 512 * 2048 / 64
     more = 2 * table + 8192
     for part, size in (
         ("student_gradients", 2 * more),
