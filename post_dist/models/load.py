@@ -113,10 +113,8 @@ def tokenizer_folder(teacher: Teacher) -> Path:
     Raises:
         EnvironmentFault: the hub cannot be reached.
     """
-    if Path(teacher.path).is_absolute():
-        return Path(teacher.path)
     tokenizer = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
-    return _fetched(teacher, ["config.json", *tokenizer])
+    return _local_folder(teacher, ["config.json", *tokenizer])
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -30,6 +30,7 @@ from post_dist.stages.check_models import CheckedModel, read_model, same_tokeniz
 from post_dist.stages.check_report import CheckReport, Findings, LabelTokens, PlanEpsilon
 from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
+from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.transfer.conflicts import TransferModels
 
 _LARGEST_CORPUS_BYTES = 1 << 28
@@ -243,16 +244,10 @@ class _Check:
         student = self._student
         if prompt is None or student is None:
             return prompt
-        # Only width, kind and tokenizer are compared, which a model without weights has too.
-        model = student.model
+        facts = student.facts
         tokenizer = student.tokenizer
-        if model is not None and tokenizer is not None:
-            from post_dist.stages.transfer.stage import check_belongs  # scikit-learn takes seconds
-
-            target = None if self._teacher is None else self._teacher.model
-            self.findings.attempt(
-                "transfer", lambda: check_belongs(prompt, model, target, tokenizer)
-            )
+        if facts is not None and tokenizer is not None:
+            self.findings.attempt("transfer", lambda: check_belongs(prompt, facts, tokenizer))
         return prompt
 
     def _check_reading(self, stage: Stage, task: PromptTask, labels: Sequence[str]) -> None:
