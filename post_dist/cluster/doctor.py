@@ -39,7 +39,7 @@ class Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """Look at this machine and at the folder that is to hold the runs."""
-    findings = []
+    findings: list[Finding] = []
     checks: list[Callable[[Path], Iterator[Finding]]] = [_python, _torch, _deepspeed, _slurm, _disk]
     for check in checks:
         findings += check(folder)
