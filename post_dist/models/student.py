@@ -23,7 +23,8 @@ from transformers import (
 
 from post_dist.config.schema import Student
 from post_dist.errors import InputError
-from post_dist.models.language_model import LanguageModel, layer_list_name
+from post_dist.models.families import layer_list_name
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
 from post_dist.runtime.distributed import World

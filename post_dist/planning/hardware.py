@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from post_dist.config.precision import Precision
-from post_dist.config.sources import PositiveFloat, PositiveInt, Section
+from post_dist.config.sections import PositiveFloat, PositiveInt, Section
+from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import InputError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -120,11 +120,12 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     Raises:
         InputError: there is none of this name, or the file is not of this form.
     """
-    entries = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
+    shipped = Path(__file__).parent / "hardware.yaml"
+    entries = read_yaml(shipped.read_text(), str(shipped))
     if file is not None:
         try:
-            entries |= yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+            entries |= read_yaml(file.read_text(), str(file))
+        except (OSError, UnicodeDecodeError, TypeError, InputError):
             raise InputError(
                 f"cannot read the hardware file {file}",
                 "post_dist/planning/hardware.yaml shows its form",

@@ -1,11 +1,11 @@
-"""How many ranks share one copy of a frozen model: the rule behind `engine.shard_group`."""
+"""Rules of the run file's `engine` section that depend on the ranks and their device."""
 
 from post_dist.config.schema import Engine
 from post_dist.conflicts import Conflict, Layout
 
 
 def shard_group_size(engine: Engine, layout: Layout) -> int:
-    """Number of ranks that share one copy of a frozen model."""
+    """Return the number of ranks that share one copy of a frozen model."""
     if engine.shard_group == "all":
         return layout.ranks
     if engine.shard_group == "node":
@@ -24,6 +24,7 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
                 "choose a divisor of the number of ranks, or engine.shard_group: all",
             )
         )
+    # A single process may offload all it has: it is a group of one by `shard_group: all`.
     elif size == 1 < layout.ranks and engine.offload != "none":
         found.append(
             Conflict(
@@ -32,22 +33,8 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
                 "set engine.shard_group: all, or engine.offload: none",
             )
         )
-    if layout.device == "cpu":
-        found += _cpu_conflicts(engine)
-    return found
-
-
-def _cpu_conflicts(engine: Engine) -> list[Conflict]:
-    """Find the settings that need a GPU."""
-    found = []
-    if engine.precision == "fp16":
-        found.append(
-            Conflict(
-                "engine.precision: fp16 does not run on a CPU",
-                "set engine.precision to auto, bf16 or fp32",
-            )
-        )
-    if engine.quantized_gathers:
+    found += precision_conflicts(engine, layout.device)
+    if layout.device == "cpu" and engine.quantized_gathers:
         found.append(
             Conflict(
                 "engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU",
@@ -55,3 +42,20 @@ def _cpu_conflicts(engine: Engine) -> list[Conflict]:
             )
         )
     return found
+
+
+def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
+    """Find a precision that the device does not run.
+
+    Args:
+        engine: the settings.
+        device: torch's name for the kind of device, such as `cpu`.
+    """
+    if engine.precision != "fp16" or device != "cpu":
+        return []
+    return [
+        Conflict(
+            "engine.precision: fp16 does not run on a CPU",
+            "set engine.precision to auto, bf16 or fp32",
+        )
+    ]

@@ -15,7 +15,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
 from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metric_log import MetricLog
+from post_dist.runtime.metric_log import MetricRecord
 from post_dist.runtime.nonfinite import NonFiniteGuard
 from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.training import EverySeconds, run_training
@@ -39,7 +39,7 @@ class PromptRun:
         optimizer: the optimizer over the parameters.
         section: number of steps, and schedule of the learning rate.
         folder: folder for checkpoints and metrics.
-        metrics_name: name of the file for the losses.
+        open_metrics: opens the record of the losses; public or private, as the data are.
         show_loss: whether the loss may appear in progress bars; False if it comes from private
             data.
     """
@@ -48,7 +48,7 @@ class PromptRun:
     optimizer: torch.optim.Optimizer
     section: PromptTraining
     folder: RunFolder
-    metrics_name: str
+    open_metrics: Callable[[RunFolder, World], MetricRecord]
     show_loss: bool
 
     def take_up(self, resume: str, world: World) -> int:
@@ -166,9 +166,7 @@ class _TrainedPrompt:
         schedule = Schedule(run.section.schedule, run.section.warmup_share, run.section.steps)
         self._rates = ScheduledRates(run.optimizer, schedule)
         self._guard = NonFiniteGuard(run.folder.path.name)
-        # Rank 0 alone writes the metrics.
-        metrics_path = run.folder.path / run.metrics_name if world.is_main else None
-        self._metrics = MetricLog(metrics_path)
+        self._metrics = run.open_metrics(run.folder, world)
 
     def begin_step(self, step: int) -> None:
         """Set the learning rates of a step, and forget the last gradients."""

@@ -81,7 +81,7 @@ def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
     expected = whole.head(torch.linspace(-1, 1, whole.width)[None])[:, [7, 3, 7]]
     for rank in range(2):
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert "a granite does more to its logits" in facts["refused"]
+        assert "a granite changes its logits" in facts["refused"]
         torch.testing.assert_close(torch.tensor(facts["logits"]), expected)
 
 

@@ -248,7 +248,7 @@ def test_a_stopped_stage_resumes_and_ends_as_if_it_had_not_been_stopped(
     assert not list(folder.glob("runs/tiny/*/artifact")), "the stage ended before it was killed"
     again = post_dist(stage, folder / "run.yaml", *options, "--json")
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stderr
+    assert "resuming from step" in again.stderr
     expected = Path(json.loads(straight.stdout)["artifact"])
     made = Path(json.loads(again.stdout)["artifact"])
     weights = "model.safetensors" if stage == "distill" else "adapter_model.safetensors"
@@ -287,14 +287,14 @@ def test_an_interrupted_run_resumes_or_starts_anew_as_asked(finished: Path, tmp_
     code, err = interrupt(command, lambda: max(steps(), default=0) >= 8)
     assert code == 6, err
     assert "stopped by SIGINT" in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert "Traceback" not in err
     reached = max(steps())
     _, err = interrupt(command, lambda: max(steps()) > reached)
-    assert f"going on from step {reached} of" in err
+    assert f"resuming from step {reached} of" in err
     anew = [*command, "--resume", "never"]
     _, err = interrupt(anew, lambda: 0 < max(steps(), default=0) < reached)
-    assert "going on from step" not in err
+    assert "resuming from step" not in err
 
 
 def test_a_fault_after_the_last_step_costs_no_step(
@@ -314,7 +314,7 @@ def test_a_fault_after_the_last_step_costs_no_step(
     assert (code, list(tmp_path.glob("runs/tiny/*/artifact"))) == (3, []), err
     code, _, err = main(*command)
     assert code == 0, err
-    assert "going on from step 5" in err
+    assert "resuming from step 5" in err
     assert told[-3:] == ["writing the student", "hashing the student", "reading the student back"]
     expected = next(tmp_path.glob("straight/tiny/*/artifact/model.safetensors"))
     made = next(tmp_path.glob("runs/tiny/*/artifact/model.safetensors"))

@@ -201,7 +201,7 @@ CASES = [
     Case(
         "key twice",
         2,
-        "the key 'name' stands twice",
+        "the key 'name' appears twice",
         write("run.yaml", "name: a\nname: b\n"),
         keep_yaml=True,
     ),
@@ -270,7 +270,7 @@ CASES = [
     ),
     Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
     # models
-    Case("teacher missing", 2, "is no folder", put("teacher.path", "./nowhere")),
+    Case("teacher missing", 2, "is not a folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
     Case("teacher without weights", 2, "no safetensors weights", drop("teacher/model.safetensors")),
     Case(
@@ -325,13 +325,13 @@ CASES = [
     Case(
         "data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")
     ),
-    Case("data is a folder", 2, "no known ending", put("private_task.path", "teacher")),
+    Case("data is a folder", 2, "no known file type", put("private_task.path", "teacher")),
     Case("data empty", 2, "is empty", write("private.csv", "")),
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
     Case(
         "data of an unknown kind",
         2,
-        "no known ending",
+        "no known file type",
         both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx")),
     ),
     Case(
@@ -450,7 +450,7 @@ CASES = [
     Case(
         "student missing",
         2,
-        "is no folder",
+        "is not a folder",
         command=("tune", "{run}", "--set", "inputs.student=./none"),
     ),
     Case(
@@ -591,7 +591,7 @@ CASES = [
     Case(
         "rows cut to a count",
         2,
-        "one row more would push another one out",
+        "one more example would push another one out",
         both(private(), put("private_task.max_rows", 50)),
         TUNE,
     ),

@@ -221,7 +221,7 @@ def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr + logs(tmp_path)
     said = logs(tmp_path)
     assert "stopped by SIGUSR2" in said
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert "PENDING" in done.stderr.partition("RUNNING")[2], "it was queued again"
     alone = [
         sys.executable,
@@ -264,7 +264,7 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
         said = waiting.communicate(timeout=150)[1]
     assert waiting.returncode == 0, said + logs(folder)
     assert said.count("COMPLETED") == 1
-    assert "going on from step" in logs(folder)
+    assert "resuming from step" in logs(folder)
     assert slurm.accounted_states(job)[0] == "NODE_FAIL"
 
 

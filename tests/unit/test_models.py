@@ -17,15 +17,16 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from post_dist.artifacts.prompt import write_prompt_files
+from post_dist.artifacts.prompt import PromptContents, write_prompt_files
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Student
 from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
-from post_dist.models.language_model import LanguageModel, check_documents_apart
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
+from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import (
     freeze,
@@ -66,7 +67,7 @@ def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     prompt = torch.randn(5, model.width)
     task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
-    write_prompt_files(tmp_path, prompt, task, "m", None)
+    write_prompt_files(tmp_path, PromptContents(prompt, task, None), "m")
     input_ids, mask, answer = batch_of(
         folder, ["the film is dull", "the long story of the cast is great"]
     )
@@ -366,9 +367,10 @@ def test_attention_is_fused_on_a_gpu_where_the_family_has_it(
 ) -> None:
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    family, _, settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
+    settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
     with torch.device("meta"):
-        assert family.from_config(config, **settings).config._attn_implementation == kind
+        model = settings.auto_class.from_config(config, **settings.arguments)
+    assert model.config._attn_implementation == kind
 
 
 def test_tokenizers_are_told_apart(tmp_path: Path) -> None:

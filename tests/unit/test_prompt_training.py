@@ -11,6 +11,7 @@ from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.schedule import Schedule
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, PromptTrainer, train_prompts
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -26,7 +27,7 @@ def make_run(folder: Path, steps: int, *, show_loss: bool = True) -> PromptRun:
         optimizer=torch.optim.SGD([prompt], lr=section.learning_rate),
         section=section,
         folder=RunFolder(folder, "transfer", RunConfig(name="a")),
-        metrics_name="metrics.jsonl",
+        open_metrics=open_public_metrics,
         show_loss=show_loss,
     )
 

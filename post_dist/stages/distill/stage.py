@@ -31,19 +31,20 @@ from post_dist.losses.distillation import (
 )
 from post_dist.losses.divergence import softened_kl, unexplained_share
 from post_dist.models.facts import read_facts
-from post_dist.models.language_model import LanguageModel, check_documents_apart
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, least_harmful_layers, listed_layers, write_student
 from post_dist.runtime.checkpoint import load_engine, save_engine, start_step
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metric_log import MetricLog
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, gathered, layout_of, shard_share, train_sharded
 from post_dist.stages.distill.conflicts import conflicts
@@ -332,7 +333,7 @@ def _train(
     world: World,
     first_step: int,
 ) -> None:
-    metrics = MetricLog(folder.path / "metrics.jsonl" if world.is_main else None)
+    metrics = open_public_metrics(folder, world)
     schedule = Schedule("linear", section.warmup_share, section.steps)
     with progress("distill", section.steps, first_step, show=world.is_main) as advance:
         for step in range(first_step, section.steps):

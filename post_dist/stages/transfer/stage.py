@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt, write_prompt
+from post_dist.artifacts.prompt import (
+    PromptContents,
+    Provenance,
+    SoftPromptArtifact,
+    read_prompt,
+    write_prompt,
+)
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Teacher, Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
@@ -28,6 +34,7 @@ from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.zero import layout_of
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
@@ -202,7 +209,7 @@ def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
     section = folder.config.transfer
     optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
     return PromptRun(
-        [start_nd], optimizer, section, folder, metrics_name="metrics.jsonl", show_loss=True
+        [start_nd], optimizer, section, folder, open_metrics=open_public_metrics, show_loss=True
     )
 
 
@@ -282,18 +289,17 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
             tag="prompt-tuning",
         )
 
-    write_prompt(
-        job.run.folder.artifact,
-        job.run.parameters[0],
-        task,
-        model_name,
-        source.privacy,
-        card=write_own_card,
+    # The new prompt is computed from the source prompt and public text, so that the epsilon of the
+    # source prompt holds for it too.
+    contents = PromptContents(job.run.parameters[0], task, source.privacy)
+    provenance = Provenance(
+        model_name=model_name,
+        tokenizer=tokenizer,
         parents={"source prompt": source.manifest.digest, **source.manifest.parents},
         config={
             "transfer": settings,
             "task": asdict(task),
             "public_text": dict(job.objective.statistics),
         },
-        tokenizer=tokenizer,
     )
+    write_prompt(job.run.folder.artifact, contents, provenance, write_own_card)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.conflicts import Layout, raise_conflicts
@@ -28,6 +28,7 @@ from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.tuning_task import TuningTask
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.private_metrics import open_private_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.tune.conflicts import conflicts
 
@@ -148,15 +149,14 @@ def _tune_alone(
             notes=notes,
         )
 
-    made = (parameters[0], task, model_name, statement)
-    write_prompt(
-        folder.artifact,
-        *made,
-        card=card,
+    contents = PromptContents(parameters[0], task, statement)
+    provenance = Provenance(
+        model_name=model_name,
+        tokenizer=tokenizer_fingerprint(tokenizer),
         parents=parents,
         config=settings,
-        tokenizer=tokenizer_fingerprint(tokenizer),
     )
+    write_prompt(folder.artifact, contents, provenance, card)
 
 
 def _tune_openly(
@@ -189,7 +189,7 @@ def _tune_openly(
         optimizer,
         section,
         folder,
-        metrics_name="private_metrics.jsonl",
+        open_metrics=open_private_metrics,
         show_loss=False,
     )
     train_prompts([run], losses_at, run.take_up(resume, world), world)
