@@ -23,7 +23,11 @@ from post_dist.bench.timing import device_name, measure, slug
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
-from post_dist.losses.distillation import TeacherSignal, distillation_loss, logit_pieces
+from post_dist.losses.distillation import LossSettings, distillation_loss
+from post_dist.losses.heads import Heads
+from post_dist.losses.pieces import logit_pieces
+from post_dist.losses.signals import HiddenSignal
+from post_dist.losses.terms import weights_of
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
@@ -38,17 +42,13 @@ def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
     student, teacher = (torch.randn(positions, width) for _ in range(2))
     labels, section = torch.randint(vocabulary, (positions,)), Distill()
-    weights = (section.alpha_ce, section.alpha_lm, section.alpha_cos)
+    pieces = logit_pieces(positions, vocabulary)
+    settings = LossSettings(weights_of(section), section.temperature, pieces)
 
     def ours() -> None:
         hidden = student.clone().requires_grad_(True)
-        signal = TeacherSignal(hidden=teacher)
-        how = {
-            "weights": weights,
-            "temperature": section.temperature,
-            "pieces": logit_pieces(positions, vocabulary),
-        }
-        loss, _ = distillation_loss(hidden, signal, labels, head, head, **how)
+        signal = HiddenSignal(hidden=teacher)
+        loss, _ = distillation_loss(hidden, signal, labels, Heads(head, head), settings)
         loss.backward()
 
     def published() -> None:

@@ -14,8 +14,8 @@ from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
-from post_dist.losses.distillation import Head
 from post_dist.losses.divergence import softened_kl
+from post_dist.losses.heads import Head
 from post_dist.losses.transfer import published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 

@@ -35,8 +35,10 @@ from post_dist.models.student import stand_in_layers, write_student
 from post_dist.planning.scaling import grown
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.distill.signals import ask_teacher
-from post_dist.stages.distill.stage import Batches, distill_step, masking_for, student_engine
+from post_dist.stages.distill.batches import DistillationText, masking_for
+from post_dist.stages.distill.model import student_engine
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.trainer import StudentStep
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.objective import ModelPair
 from post_dist.stages.transfer.step_losses import transfer_losses
@@ -182,16 +184,12 @@ class _Works:
         section, rule, world = config.distill, cast(Student, config.student), self._world
         student = load_whole(self._student_folder, self._precision, world.device)
         engine = student_engine(student, config, rule, self._precision, world)
-        batches = Batches(
-            self._corpus,
-            self._masking,
-            ask_teacher(self._teacher, section.layers_in_teacher(rule)),
-            section,
-            world,
-        )
+        text = DistillationText(self._corpus, self._masking, world.device)
+        source = OnlineTeacher(self._teacher, section.layers_in_teacher(rule))
+        student_step = StudentStep(engine, text, source, section, world)
 
         def inputs(step: int) -> None:
-            for share in self._corpus.step_shares(
+            for share in self._corpus.step_batches(
                 step, section.batch_size, section.micro_batch_size_per_gpu, world
             ):
                 self._corpus.training(share).to(world.device)
@@ -202,7 +200,7 @@ class _Works:
             section.batch_size,
             "tokens",
             amount,
-            lambda step: distill_step(engine, batches, step),
+            student_step.take,
             inputs,
             engine.destroy,
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
-from post_dist.losses.distillation import LOGITS_AT_ONCE
+from post_dist.losses.pieces import LOGITS_AT_ONCE
 from post_dist.models.size import ModelSize
 from post_dist.planning import cost
 

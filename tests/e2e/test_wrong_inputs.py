@@ -679,7 +679,7 @@ CASES = [
     Case(
         "bench scale twice on one node",
         2,
-        "--submit 1,1: a number stands twice",
+        "--submit 1,1: a number is given twice",
         command=("bench", "scale", "{run}", "--submit", "1,1"),
     ),
     Case(

@@ -19,8 +19,8 @@ from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
 from post_dist.planning.stages import models_of
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill.signals import ask_teacher
-from post_dist.stages.distill.stage import DistillationModel
+from post_dist.stages.distill.model import DistillationModel
+from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.objective import ModelPair
 from post_dist.stages.transfer.step_losses import transfer_losses
@@ -95,14 +95,13 @@ def test_a_step_of_distillation(
     take_out_lower_block(student, frozen)
     model, asked = (
         DistillationModel(student, Distill(), head_is_frozen=freeze_head),
-        ask_teacher(teacher, frozen),
+        OnlineTeacher(teacher, frozen),
     )
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
-        model(input_ids, torch.roll(input_ids, -1, 1), None, asked([], input_ids, None))[
-            0
-        ].backward()
+        signal = asked.signals_of([], input_ids, None)
+        model(input_ids, torch.roll(input_ids, -1, 1), None, signal)[0].backward()
 
     upper = size_of(folder).cut(layers).above(frozen)
     assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
