@@ -22,18 +22,13 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.sampling import poisson_rows
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
-from post_dist.stages.evaluate.cached_answers import (
-    CachedAnswers,
-    EvaluatedModel,
-    EvaluationSplit,
-)
+from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
 
@@ -129,7 +124,7 @@ class Laboratory:
             for step in range(plan.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate * schedule.factor(step)
                 chosen = sorted(
-                    poisson_rows(plan, source, len(rows), step),
+                    plan.sampler.draw(source, len(rows), step),
                     key=lambda row: len(rows[row].token_ids),
                 )
                 for first in range(0, len(chosen), _MICRO_BATCH):

@@ -17,7 +17,7 @@ from post_dist.conflicts import raise_conflicts
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
-from post_dist.models.classifier import class_losses
+from post_dist.models.classifier import PromptInput, class_losses
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.privacy.gradients import ExampleGradients
@@ -85,9 +85,8 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         def step() -> torch.Tensor:
             optimizer.zero_grad()
             if share:
-                losses_B = class_losses(
-                    model, verbalizer, batch, classes_B, prefix=model.prefix_of(prompt_nd)
-                )
+                prompt = PromptInput(prefix=model.prefix_of(prompt_nd))
+                losses_B = class_losses(model, verbalizer, batch, classes_B, prompt)
             else:
                 losses_B = plain_losses(model, verbalizer, batch, classes_B, prompt_nd)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]

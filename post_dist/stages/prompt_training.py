@@ -39,7 +39,7 @@ class PromptRun:
         optimizer: the optimizer over the parameters.
         section: number of steps, and schedule of the learning rate.
         folder: folder for checkpoints and metrics.
-        open_metrics: opens the record of the losses; public or private, as the data are.
+        open_metrics: opens the record of the losses: public or private, as the data are.
         show_loss: whether the loss may appear in progress bars; False if it comes from private
             data.
     """

@@ -649,7 +649,7 @@ CASES = [
     Case(
         "budget of no ledger",
         4,
-        "row 1 is no ledger row",
+        "row 1 is not a ledger row",
         command=("budget", "{folder}/private.csv"),
     ),
     Case(

@@ -18,8 +18,8 @@ from post_dist.errors import EnvironmentFault
 from post_dist.files import write_folder
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import write_student
 from post_dist.runtime.checkpoint import load_engine, start_step

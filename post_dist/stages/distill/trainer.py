@@ -16,9 +16,9 @@ from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.checkpoint import save_engine
 from post_dist.runtime.distributed import World
-from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.nonfinite import NonFiniteGuard
 from post_dist.runtime.schedule import Schedule, ScheduledRates
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.watchdog import phase
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.signals import SignalSource

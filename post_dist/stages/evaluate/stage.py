@@ -22,11 +22,7 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.evaluate.cached_answers import (
-    CachedAnswers,
-    EvaluatedModel,
-    EvaluationSplit,
-)
+from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
 from post_dist.stages.evaluate.rows import (
     DirectTransfer,

@@ -209,7 +209,12 @@ def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
     section = folder.config.transfer
     optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
     return PromptRun(
-        [start_nd], optimizer, section, folder, open_metrics=open_public_metrics, show_loss=True
+        [start_nd],
+        optimizer,
+        section,
+        folder,
+        open_metrics=open_public_metrics,
+        show_loss=True,
     )
 
 
