@@ -250,7 +250,7 @@ def compared(times: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str
 
 ## Time
 
-Two ranks. A step's time is the plan's own formula (`post_dist/planning/stages.py`), with four figures of the machine fitted to
+Two ranks. A step's time is the plan's own formula (`post_dist/planning/`), with four figures of the machine fitted to
 {len(fitted)} measurements of {len(FIT)} settings: {reached}.
 
 ### Held out

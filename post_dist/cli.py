@@ -7,6 +7,7 @@ import typer
 from post_dist import __version__
 from post_dist.commands.artifacts import init, report, verify
 from post_dist.commands.benchmarks import bench
+from post_dist.commands.check import check
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
 from post_dist.commands.privacy import audit, budget, privacy
@@ -34,6 +35,7 @@ _COMMANDS = (
     privacy,
     budget,
     audit,
+    check,
     plan,
     verify,
     report,

@@ -17,7 +17,7 @@ from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.size import size_of
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
-from post_dist.planning.stages import models_of
+from post_dist.planning.inputs import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.model import DistillationModel
 from post_dist.stages.distill.online_teacher import OnlineTeacher
@@ -44,7 +44,10 @@ def test_sizes_are_the_model_s(folder: Path) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up torch's own formulas of all operations. (Its FlopCounterMode follows modules, and fails where a forward differentiates.)"""
+    """Adds up torch's own formulas of all operations.
+
+    Its FlopCounterMode follows modules, and fails where a forward pass differentiates.
+    """
 
     total = 0.0
 
@@ -166,6 +169,7 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
     size = size_of(folder)
     assert size.shares_prompt == model.shares_prompt
     ours = transfer_flops(size, size, 6, length, 10, by_classes=kind == "classes", responses=most)
-    # RoBERTa's head has a product of its own width before the vocabulary's, both ways: of the prompted, or of both with the constants.
+    # RoBERTa's head has a product of its own width before the vocabulary's, forward and backward:
+    # of the prompted answers, or of both kinds with the constants.
     own_head = model.masked * 2 * 64 * 64 * 6 * (2 if kind == "classes" else 6)
     assert sum(ours.values()) + own_head == pytest.approx(counted(step), rel=1e-6)

@@ -1,9 +1,6 @@
 """Make the signals that a cache keeps.
 
-With a frozen head and fp32, the product of the teacher's distribution with the head is kept in
-place of hidden states. In bf16 the student's product and the teacher's would each be rounded before
-their difference is taken. That difference is the whole gradient of a good student, so hidden states
-are kept there.
+`signal_format.py` decides what is kept.
 
 Shapes: B sequences, T tokens, N = B T positions, d width, V vocabulary.
 """
@@ -22,10 +19,11 @@ from post_dist.losses.signals import (
     sample_teacher,
     signal_of_tensors,
 )
+from post_dist.models.facts import facts_of
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.zero import gathered
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.signals import SAMPLES, kept_names
+from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
 
 _SEED_FACTOR = 1_000_003
 """A prime, so that different seeds and sequences do not give the same generator."""
@@ -49,8 +47,8 @@ class SignalMaker:
         self._seed = seed
         self._lower_layers = section.layers_in_teacher(student)
         self._online = OnlineTeacher(teacher, self._lower_layers)
-        exact_product = teacher.has_linear_head and self._dtype == torch.float32
-        self.names = kept_names(section, student, exact_product=exact_product)
+        exact = exact_product(facts_of(teacher), fp32=self._dtype == torch.float32)
+        self.names = kept_names(section, student, exact_product=exact)
         self._head = _WholeHead(teacher) if "entropy" in self.names else None
 
     @property

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -20,15 +20,7 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.schema import RunConfig
 from post_dist.losses.transfer import proxy_logits
 from post_dist.stages.evaluate.cached_answers import CachedAnswers
-
-_PUBLISHED_TRANSFER: Mapping[str, Any] = {
-    "objective": "published",
-    "scores": "vocabulary",
-    "temperature": 2.0,
-    "match_class_shares": False,
-    "trained_share": 0.0,
-}
-"""The paper's loss, temperature and start, whatever the run file chooses for its own transfer."""
+from post_dist.stages.transfer.published import with_published_transfer
 
 
 @dataclass(frozen=True)
@@ -191,9 +183,7 @@ class PublishedTransfer(TargetPromptRow):
     def target_prompt(self, variant: PromptVariant) -> TargetPrompt:
         """Ask for a transfer with the paper's loss."""
         # Steps, batch size and learning rate stay those of the run file, for a fair comparison.
-        section = variant.config.transfer.model_copy(update=_PUBLISHED_TRANSFER)
-        config = variant.config.model_copy(update={"transfer": section})
-        return TargetPrompt("transfer", config)
+        return TargetPrompt("transfer", with_published_transfer(variant.config))
 
 
 class TransferredPrompt(TargetPromptRow):

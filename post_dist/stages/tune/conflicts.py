@@ -21,9 +21,11 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
+    # Tuning runs in one process and shards nothing, so only the precision counts.
     found = precision_conflicts(config.engine, layout.device)
-    # Private tuning pads every example of a masked model; see privacy/micro_batches.py.
-    padding = int(model.masked and config.privacy.enabled)
+    # Private tuning pads an example of a masked model by one token: all of them have padding.
+    private = any(section.enabled for section in config.all_privacy)
+    padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
     found += room_conflicts("the model", model.context_length, prompt, longest)
