@@ -287,7 +287,7 @@ def test_an_interrupted_run_resumes_or_starts_anew_as_asked(finished: Path, tmp_
     code, err = interrupt(command, lambda: max(steps(), default=0) >= 8)
     assert code == 6, err
     assert "stopped by SIGINT" in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert "Traceback" not in err
     reached = max(steps())
     _, err = interrupt(command, lambda: max(steps()) > reached)

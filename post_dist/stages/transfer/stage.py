@@ -294,6 +294,8 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
             tag="prompt-tuning",
         )
 
+    # The new prompt is computed from the source prompt and public text, so that the epsilon of the
+    # source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
     provenance = Provenance(
         model_name=model_name,
