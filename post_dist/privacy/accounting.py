@@ -29,18 +29,23 @@ absl_logging.set_verbosity(absl_logging.ERROR)
 
 # Discretization interval of the privacy loss for every epsilon that is published.
 _FINE = 1e-4
+
 # Discretization interval during the search for sigma. Its epsilon is at most 6e-4 above that of
 # `_FINE`.
 _COARSE = 1e-3
+
 # A calibrated sigma is rounded up to a multiple of this.
 _SIGMA_GRID = 1e-4
 _LEAST_SIGMA = 0.2
 _MOST_SIGMA = 200.0
+
 # In log sigma. Walking from sigma 1 keeps away from small sigmas, whose privacy loss takes
 # longest to compute.
 _BRACKET_STEP = 0.5
+
 # PLD may exceed the upper end of PRV by twice PRV's own error in epsilon.
 _PRV_ABOVE = 0.02
+
 # PLD may fall short of the upper end of PRV by five times PRV's error; 0.013 was seen.
 _PRV_BELOW = 0.05
 FALSE_POSITIVE_RATE = 0.01

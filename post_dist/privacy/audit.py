@@ -31,12 +31,15 @@ from post_dist.privacy.randomness import RandomSource
 
 # Probability that the lower bound exceeds the true epsilon, shared by the two error rates.
 _ERROR = 0.05
+
 # In one run. The prompt of the run has as many values, one coordinate for each canary.
 _CANARIES = 2048
 _LEAST_RUNS = 16
+
 # The canaries suffice to show this much more than the claim, to detect a broken mechanism.
 _SPARE = 1.0
 _MOST_CLAIM = 11.0
+
 # With no error among N canaries, the 97.5% upper end of the error rate is 3.7 / N.
 _POISSON_BOUND = 3.7
 

@@ -29,6 +29,7 @@ from post_dist.privacy.plan import PrivacyPlan
 
 # Stands in the first row in place of the hash of a row before it.
 _START = hashlib.sha256(b"post_dist ledger").hexdigest()
+
 # The delta of the budget of an empty ledger.
 _DEFAULT_DELTA = 1e-6
 

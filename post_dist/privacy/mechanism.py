@@ -22,6 +22,7 @@ from post_dist.privacy.randomness import RandomSource
 
 GRID = 2.0**30
 """Steps of the integer grid in one C. An int64 then has room for the sum of 2^33 examples."""
+
 # Keeps a clipped norm at C or below, whatever fp64 rounds up.
 _SHRINK = 1 - 2.0**-40
 

@@ -27,9 +27,11 @@ from post_dist.errors import ArtifactRefused
 from post_dist.files import write_file
 
 _KEY_BYTES = 32
+
 # Bits of a uniform value. Values lie half a step inside (0, 1), so their inverse normal is
 # finite.
 _UNIFORM_BITS = 52
+
 # A sum of four draws defeats attacks on the lowest bits of one draw (arXiv 2107.10138).
 _SUMMED = 4
 

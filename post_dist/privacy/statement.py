@@ -19,6 +19,7 @@ _NOT_COVERED = [
     "the time that the run took, for anyone who can watch the machine",
 ]
 _SEEDED = "everything: the noise came from a seed and can be subtracted"
+
 # Two machines compute epsilon to better than this.
 _TOLERANCE = 1e-3
 
