@@ -17,20 +17,19 @@ from post_dist.config.schema import RunConfig
 from post_dist.data.tasks import load_examples
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.models.batch_inference import answers
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.sampling import poisson_rows
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
-from post_dist.stages.evaluate.cached_answers import Questions, Scorer
-from post_dist.stages.evaluate.metrics import measure_classes
+from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
+from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
 
 _STAGES = frozenset({"distill", "tune", "transfer", "evaluate"})
@@ -71,23 +70,20 @@ class Laboratory:
             load_examples(task, config.evaluate.split, "private_task"),
             read_manifest(student, "student").digest,
         )
-        questions = Questions(task, examples, config.evaluate.split)
-        ask = Scorer(
-            model,
-            student,
-            digest,
-            questions,
+        answers = CachedAnswers(
+            EvaluatedModel(model, student, digest),
+            EvaluationSplit(task, examples, config.evaluate.split),
             self._output / "answers",
             config.evaluate.batch_size,
             self._world,
         )
-        scores_NC = ask(prompt, f"student + prompt, epsilon {epsilon:g}") + torch.tensor(
-            prompt.task.class_biases or [0.0]
-        )
+        scores_NC = answers.answers(
+            prompt, f"student + prompt, epsilon {epsilon:g}"
+        ) + torch.tensor(prompt.task.class_biases or [0.0])
         return [
             {
                 "name": "student + prompt",
-                **measure_classes(scores_NC.numpy(), np.array(examples.classes)),
+                **classification_metrics(scores_NC.numpy(), np.array(examples.classes)),
             }
         ]
 
@@ -128,7 +124,7 @@ class Laboratory:
             for step in range(plan.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate * schedule.factor(step)
                 chosen = sorted(
-                    poisson_rows(plan, source, len(rows), step),
+                    plan.sampler.draw(source, len(rows), step),
                     key=lambda row: len(rows[row].token_ids),
                 )
                 for first in range(0, len(chosen), _MICRO_BATCH):
@@ -140,15 +136,11 @@ class Laboratory:
 
         def measured(split: str) -> dict[str, Any]:
             examples = load_examples(task, split, "private_task")
-            how: dict[str, Any] = {
-                "batch_size": config.evaluate.batch_size,
-                "world": self._world,
-                "label": f"DP-LoRA, {split}",
-            }
-            scores_NC = answers(
-                model, template.encode(examples.texts), template, None, verbalizer.scores, **how
+            run = InferenceRun(config.evaluate.batch_size, self._world, f"DP-LoRA, {split}")
+            scores_NC = outputs_at_answers(
+                model, template.encode(examples.texts), template, None, verbalizer.scores, run
             )
-            return measure_classes(scores_NC.numpy(), np.array(examples.classes))
+            return classification_metrics(scores_NC.numpy(), np.array(examples.classes))
 
         return measured
 

@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from post_dist.bench import scale
 from post_dist.bench.scale import STEPS, bench_scale
 from post_dist.bench.timing import device_name, slug
-from post_dist.bench.transfer import MOST_ROWS
+from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import rank_batches, rows_of_like_length
@@ -154,7 +154,7 @@ def hardware(compute: float, link: float, latency: float, memory: float) -> Hard
 def text_lengths(config: RunConfig, model: Path) -> list[int]:
     """Tokens of the public rows that `bench scale` takes."""
     task = config.private_task
-    texts = load_public_texts(config.public_task, "public_task")[0][:MOST_ROWS]
+    texts = load_public_texts(config.public_task, "public_task")[0][:MAX_EXAMPLES]
     rows = Template(task.template, load_tokenizer(model), task.max_length, masked=False).encode(
         texts
     )
@@ -250,7 +250,7 @@ def compared(times: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str
 
 ## Time
 
-Two ranks. A step's time is the plan's own formula (`post_dist/planning/stages.py`), with four figures of the machine fitted to
+Two ranks. A step's time is the plan's own formula (`post_dist/planning/`), with four figures of the machine fitted to
 {len(fitted)} measurements of {len(FIT)} settings: {reached}.
 
 ### Held out

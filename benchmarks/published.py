@@ -6,6 +6,7 @@ python benchmarks/published.py            # writes published.md
 from dataclasses import dataclass
 from pathlib import Path
 
+from post_dist.models.facts import ModelFacts
 from post_dist.models.size import LayerSize, ModelSize
 from post_dist.planning.cost import (
     backward_pass_bytes,
@@ -69,14 +70,28 @@ def size(row: Trained) -> ModelSize:
     """The sizes that operations depend on."""
     attention, mlp = 4 * row.width**2, 8 * row.width**2
     layers = (LayerSize((attention, mlp), attention, mlp),) * row.layers
-    others = {"others": (50368 * row.width,), "head": 0, "tied": True, "shares_prompt": True}
-    widths = {
-        "width": row.width,
-        "attention_width": row.width,
-        "kv_width": row.width,
-        "mlp_width": 4 * row.width,
-    }
-    return ModelSize(layers=layers, vocabulary=50368, context=2048, **others, **widths)
+    facts = ModelFacts(
+        family="GPT",
+        layers=row.layers,
+        width=row.width,
+        vocabulary=50368,
+        context_length=2048,
+        masked=False,
+        tied=True,
+        matrix_head=True,
+        linear_head=True,
+        scales_attention_by_layer=False,
+    )
+    return ModelSize(
+        facts=facts,
+        layers=layers,
+        others=(50368 * row.width,),
+        head=0,
+        attention_width=row.width,
+        kv_width=row.width,
+        mlp_width=4 * row.width,
+        shares_prompt=True,
+    )
 
 
 def main() -> None:

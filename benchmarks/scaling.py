@@ -17,14 +17,20 @@ import numpy as np
 import shapes
 import torch
 
+from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers import published_distillation_loss, published_transfer_step
 from post_dist.bench.timing import device_name, measure, slug
 from post_dist.config.schema import Distill, Transfer
-from post_dist.data.template import Encoded, Template
-from post_dist.data.verbalizer import Verbalizer
-from post_dist.losses.distillation import TeacherSignal, distillation_loss, logit_pieces
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Encoded
+from post_dist.losses.distillation import LossSettings, distillation_loss
+from post_dist.losses.heads import Heads
+from post_dist.losses.pieces import logit_pieces
+from post_dist.losses.signals import HiddenSignal
+from post_dist.losses.terms import weights_of
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses
+from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 CPU = torch.device("cpu")
 Steps = dict[str, Callable[[], object]]
@@ -36,17 +42,13 @@ def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
     student, teacher = (torch.randn(positions, width) for _ in range(2))
     labels, section = torch.randint(vocabulary, (positions,)), Distill()
-    weights = (section.alpha_ce, section.alpha_lm, section.alpha_cos)
+    pieces = logit_pieces(positions, vocabulary)
+    settings = LossSettings(weights_of(section), section.temperature, pieces)
 
     def ours() -> None:
         hidden = student.clone().requires_grad_(True)
-        signal = TeacherSignal(hidden=teacher)
-        how = {
-            "weights": weights,
-            "temperature": section.temperature,
-            "pieces": logit_pieces(positions, vocabulary),
-        }
-        loss, _ = distillation_loss(hidden, signal, labels, head, head, **how)
+        signal = HiddenSignal(hidden=teacher)
+        loss, _ = distillation_loss(hidden, signal, labels, Heads(head, head), settings)
         loss.backward()
 
     def published() -> None:
@@ -59,25 +61,23 @@ def loss_steps(vocabulary: int, positions: int, width: int = 256) -> Steps:
 
 
 def transfer_steps(
-    models: Models, template: Template, *, prompt: int, length: int, batch: int
+    models: ModelPair, reader: TaskReader, *, prompt: int, length: int, batch: int
 ) -> Steps:
     """A transfer step without its constants; the published one computes them in each."""
     torch.manual_seed(0)
     rows = [Encoded(torch.randint(3, 3000, (length,)).tolist(), length - 1) for _ in range(batch)]
     hidden = torch.randn(batch, models.target.width)
     section = Transfer(steps=1, batch_size=batch, learning_rate=0.1)
-    verbalizer = Verbalizer((), template._tokenizer, allow_multi_token=False)
-    lesson = Lesson(
-        section, template, verbalizer, (), rows, hidden, hidden, hidden, torch.zeros(1), {}
-    )
+    outputs = FixedOutputs(hidden, hidden, hidden)
+    objective = TransferObjective(section, reader, rows, outputs, torch.zeros(1), {})
     prompt_nd, source_nd = (
         torch.randn(prompt, models.target.width).requires_grad_(True),
         torch.randn(prompt, models.target.width),
     )
-    collated = template.collate(rows)
+    collated = reader.collate(rows)
 
     def ours() -> None:
-        lesson_losses(models, [lesson], [prompt_nd], [list(range(batch))], CPU)[0].backward()
+        transfer_losses(models, [objective], [prompt_nd], [list(range(batch))])[0].backward()
 
     def published() -> None:
         published_transfer_step(
@@ -196,8 +196,9 @@ def main() -> None:
         run = shapes.write_run(Path(scratch), width=256, layers=8, vocabulary=8000)
         if "transfer" in parts:
             model = load_whole(run.parent / "model", "fp32", CPU)
-            template = Template("{text}", load_tokenizer(run.parent / "model"), 512, masked=False)
-            models = Models(model, model)
+            task = PromptTask("{text}", (), 512, False, "text")
+            reader = TaskReader(task, load_tokenizer(run.parent / "model"), masked=False)
+            models = ModelPair(model, model)
             at = {"prompt": 100, "length": 64, "batch": 8}
             for name, values in {
                 "prompt": [50, 100, 200, 400],
@@ -205,7 +206,7 @@ def main() -> None:
                 "batch": [4, 8, 16, 32],
             }.items():
                 steps_at = lambda value, name=name: transfer_steps(
-                    models, template, **(at | {name: value})
+                    models, reader, **(at | {name: value})
                 )
                 found[f"transfer: {name}"] = swept(name, values, steps_at)
         if "ranks" in parts:

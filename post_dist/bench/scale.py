@@ -20,7 +20,7 @@ import torch.distributed as dist
 from post_dist.artifacts.task import PromptTask
 from post_dist.bench.collectives import KINDS, CollectiveTimer
 from post_dist.bench.timing import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
-from post_dist.bench.transfer import MOST_ROWS
+from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
 from post_dist.data.corpus import Corpus, build_corpus
@@ -35,9 +35,13 @@ from post_dist.models.student import stand_in_layers, write_student
 from post_dist.planning.scaling import grown
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.distill.signals import ask_teacher
-from post_dist.stages.distill.stage import Batches, distill_step, masking_for, student_engine
-from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
+from post_dist.stages.distill.batches import DistillationText, masking_for
+from post_dist.stages.distill.model import student_engine
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.trainer import StudentStep
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 _WARM_UP = 2
 STEPS = 5
@@ -180,16 +184,12 @@ class _Works:
         section, rule, world = config.distill, cast(Student, config.student), self._world
         student = load_whole(self._student_folder, self._precision, world.device)
         engine = student_engine(student, config, rule, self._precision, world)
-        batches = Batches(
-            self._corpus,
-            self._masking,
-            ask_teacher(self._teacher, section.layers_in_teacher(rule)),
-            section,
-            world,
-        )
+        text = DistillationText(self._corpus, self._masking, world.device)
+        source = OnlineTeacher(self._teacher, section.layers_in_teacher(rule))
+        student_step = StudentStep(engine, text, source, section, world)
 
         def inputs(step: int) -> None:
-            for share in self._corpus.step_shares(
+            for share in self._corpus.step_batches(
                 step, section.batch_size, section.micro_batch_size_per_gpu, world
             ):
                 self._corpus.training(share).to(world.device)
@@ -200,7 +200,7 @@ class _Works:
             section.batch_size,
             "tokens",
             amount,
-            lambda step: distill_step(engine, batches, step),
+            student_step.take,
             inputs,
             engine.destroy,
         )
@@ -222,35 +222,34 @@ class _Works:
         task = PromptTask(
             text, words, private.max_length, private.allow_multi_token, config.tune.init_text
         )
-        texts = load_public_texts(public, "public_task")[0][:MOST_ROWS]
-        models = Models(
+        texts = load_public_texts(public, "public_task")[0][:MAX_EXAMPLES]
+        models = ModelPair(
             load_whole(self._student_folder, self._precision, world.device), self._teacher
         )
         start_nd = prompt_from_text(
             self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens
         ).float()
-        tokenizers = (self._tokenizer, self._tokenizer)
-        lesson = prepare_lesson(
-            task, start_nd, public, (texts, []), models, section, tokenizers, world, {}
-        )
+        tokenizers = Tokenizers(self._tokenizer, self._tokenizer)
+        examples = PublicExamples(texts, [], public.template)
+        builder = ObjectiveBuilder(models, tokenizers, examples, world)
+        objective = builder.build(task, start_nd, section)
         prompt_nd = start_nd.to(world.device).requires_grad_(True)
 
         def own(step: int) -> RankBatch:
             return rank_batches(
-                lesson.rows_at(step, config.seed), section.batch_size, world.rank, world.size
+                objective.batch_at(step, config.seed), section.batch_size, world.rank, world.size
             )[0]
 
         def step_of(step: int) -> None:
             share = own(step)
-            (
-                share.weight
-                * lesson_losses(models, [lesson], [prompt_nd], [share.rows], world.device)[0]
-            ).backward()
+            (loss,) = transfer_losses(models, [objective], [prompt_nd], [share.rows])
+            (share.weight * loss).backward()
             world.mean(prompt_nd.grad)  # type: ignore[arg-type]
             prompt_nd.grad = None
 
         def inputs(step: int) -> None:
-            lesson.template.collate([lesson.rows[row] for row in own(step).rows]).to(world.device)
+            examples = [objective.examples[index] for index in own(step).rows]
+            objective.reader.collate(examples).to(world.device)
 
         return Work("transfer", section.batch_size, "samples", section.batch_size, step_of, inputs)
 

@@ -13,18 +13,20 @@ import torch
 from post_dist.bench.peers import OpacusHooks, plain_losses
 from post_dist.bench.timing import measure
 from post_dist.config.schema import RunConfig
+from post_dist.conflicts import raise_conflicts
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
-from post_dist.models.classifier import class_losses
+from post_dist.models.classifier import PromptInput, class_losses
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.models.prompt_init import check_room, prompt_from_text
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.privacy.gradients import ExampleGradients
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.stages.room import room_conflicts
 
 _PLAN = PrivacyPlan(
     noise_multiplier=1.0,
@@ -60,7 +62,7 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         config.private_task.max_length,
         config.tune.num_virtual_tokens,
     )
-    check_room(model, tokens, length)
+    raise_conflicts("bench tune", room_conflicts("the model", model.context_length, tokens, length))
     if model.masked:
         raise InputError(
             "bench tune compares ways to share a prefix, which a masked model has none of",
@@ -83,9 +85,8 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         def step() -> torch.Tensor:
             optimizer.zero_grad()
             if share:
-                losses_B = class_losses(
-                    model, verbalizer, batch, classes_B, prefix=model.prefix_of(prompt_nd)
-                )
+                prompt = PromptInput(prefix=model.prefix_of(prompt_nd))
+                losses_B = class_losses(model, verbalizer, batch, classes_B, prompt)
             else:
                 losses_B = plain_losses(model, verbalizer, batch, classes_B, prompt_nd)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]

@@ -5,13 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from post_dist.config.sections import (
-    FilePath,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    beside_run_file,
-)
+from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
 
 
 class Teacher(Section):

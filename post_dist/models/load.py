@@ -107,14 +107,23 @@ def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
     return Path(folder)
 
 
+def tokenizer_folder(teacher: Teacher) -> Path:
+    """Return the folder of a model's config.json and tokenizer, fetching only these from the hub.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached.
+    """
+    tokenizer = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
+    return _local_folder(teacher, ["config.json", *tokenizer])
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """Load the configuration of a model whose weights are in a folder.
 
     Raises:
         InputError: the folder does not hold a model.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
+    _check_is_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no safetensors weights",
@@ -129,10 +138,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: there is no usable config.json.
     """
+    _check_is_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
 
 
 def is_masked(config: PretrainedConfig) -> bool:

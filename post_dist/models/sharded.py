@@ -31,12 +31,7 @@ from post_dist.models.model_checks import check_no_scale
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import (
-    ShardGroup,
-    freeze_sharded,
-    gathered_from_reader,
-    shard_group,
-)
+from post_dist.runtime.zero import ShardGroup, freeze_sharded, gathered_from_reader, shard_group
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,18 @@ class NonFiniteGuard:
     Args:
         label: name of the run, for the message.
         hint: what the user can change.
+        unit: what is counted: steps, or micro-batches where a step may lose one of several.
 
     Attributes:
         skipped: number of skipped steps so far.
     """
 
-    def __init__(self, label: str, hint: str = "lower the learning rate") -> None:
+    def __init__(
+        self, label: str, hint: str = "lower the learning rate", unit: str = "steps"
+    ) -> None:
         self._label = label
         self._hint = hint
+        self._unit = unit
         self._in_a_row = 0
         self.skipped = 0
 
@@ -44,8 +48,8 @@ class NonFiniteGuard:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= LIMIT_IN_A_ROW:
-            raise InputError(
-                f"{self._label}: {self._in_a_row} steps in a row were not finite, "
-                f"up to step {step}{where}",
-                self._hint,
+            message = (
+                f"{self._label}: {self._in_a_row} {self._unit} in a row were not finite, "
+                f"up to step {step}{where}"
             )
+            raise InputError(message, self._hint)

@@ -10,6 +10,9 @@ import atexit
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,7 +21,7 @@ from post_dist.errors import Interrupted
 if TYPE_CHECKING:  # the import loads torch, and a signal may come before that is done
     from post_dist.runtime.distributed import World
 
-_REQUESTS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 _requested: list[str] = []
 """Names of the signals so far."""
@@ -27,8 +30,30 @@ _requested: list[str] = []
 def listen() -> None:
     """Treat the three signals as requests to stop. A second Ctrl-C stops at once."""
     _requested.clear()
-    for number in _REQUESTS:
+    for number in _SIGNALS:
         signal.signal(number, _request)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Take the three signals as requests to stop while the body runs, and no longer.
+
+    A command listens from its start to its end; then this changes nothing. Python allows signal
+    handlers in the main thread only, so a call from another thread cannot be stopped this way.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is _request:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        _requested.clear()
+        for number, handler in before.items():
+            if handler is not None:  # None: it was set by C code, and cannot be set again
+                signal.signal(number, handler)
 
 
 def leave_quietly() -> None:

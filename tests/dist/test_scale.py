@@ -12,7 +12,7 @@ import tiny
 
 from post_dist.config.load import load_run
 from post_dist.data.order import rank_batches
-from post_dist.planning.cost import distill_bytes, transfer_bytes
+from post_dist.planning.cost import Sharding, distill_bytes, transfer_bytes
 from post_dist.models.size import size_of
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ def test_bytes_are_as_reckoned(tmp_path: Path, ranks: int, group: int, options: 
     assert done.returncode == 0, done.stderr[-3000:]
     teacher = size_of(tmp_path / "teacher")
     whole = teacher.cut((0, 3))
-    common = {"group": group, "ranks": ranks, "bytes_each": 4}
+    sharding = Sharding(ranks=ranks, group=group, bytes_each=4)
     measured = json.loads(done.stdout.splitlines()[-1])
     for row in measured.pop("slow rank")["rows"]:
         assert row["straggler"].startswith(f"rank {ranks - 1} on ")
@@ -41,13 +41,13 @@ def test_bytes_are_as_reckoned(tmp_path: Path, ranks: int, group: int, options: 
             received = row["received_bytes"]
             assert received["control"] < 4096
             if row["stage"] == "transfer":
-                expected = transfer_bytes(teacher, 5, **common)
+                expected = transfer_bytes(teacher, 5, sharding)
             else:
                 micro = 1 if name == "two passes" else config.distill.micro_batch_size_per_gpu
                 passes = len(rank_batches(range(row["batch_size"]), micro, 0, ranks))
                 student = whole.above(int(name.endswith("frozen block")))
                 trained = sum(sum(layer.weights) for layer in student.layers)
-                expected = distill_bytes(teacher, trained, student, zero_stage=found["zero_stage"], passes=passes, **common)
+                expected = distill_bytes(teacher, student, sharding, trained=trained, zero_stage=found["zero_stage"], passes=passes)
             assert {kind: received[kind] for kind in expected} == expected, (name, row["scaling"], row["stage"])
 
 

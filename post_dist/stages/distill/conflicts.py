@@ -1,66 +1,47 @@
 """What distillation cannot do with a run file, a teacher and a layout of ranks."""
 
 from post_dist.config.schema import RunConfig, Student
+from post_dist.config.sources import Corpus
 from post_dist.conflicts import Conflict, Layout
 from post_dist.errors import InputError
+from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
-from post_dist.models.student import stand_in_layers
+from post_dist.models.student import layer_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
+
+
+def required_sections(config: RunConfig) -> tuple[Corpus, Student]:
+    """Return the sections of the run file without a default that distillation reads.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    if config.corpus is None or config.student is None:
+        raise InputError("the run file lacks one of the sections corpus and student", "add it")
+    return config.corpus, config.student
 
 
 def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Conflict]:
     """Find what keeps the distill stage from running.
 
     Args:
-        config: the run file; its sections `corpus` and `student` must be there.
+        config: the run file.
         teacher: facts of the model to distill.
         layout: the ranks of the stage.
 
     Returns:
         All conflicts, the engine's first.
     """
-    corpus, student = config.corpus, config.student
-    if corpus is None or student is None:
-        return [Conflict("the run file lacks one of the sections corpus and student", "add it")]
-    found = engine_conflicts(config.engine, layout)
-    found += _layer_conflicts(student, teacher)
-    found += _training_conflicts(config, student, teacher)
-    found += _cache_conflicts(config, teacher)
-    if corpus.sequence_length > teacher.context_length:
-        found.append(
-            Conflict(
-                f"corpus.sequence_length {corpus.sequence_length} exceeds the teacher's context "
-                f"of {teacher.context_length}",
-                "lower corpus.sequence_length",
-            )
-        )
-    if corpus.max_tokens is not None:
-        sequences = corpus.max_tokens // corpus.sequence_length
-        if sequences <= corpus.held_out_sequences:
-            found.append(
-                Conflict(
-                    f"corpus.max_tokens makes {sequences} sequences, "
-                    f"and {corpus.held_out_sequences} are to be held out",
-                    "raise corpus.max_tokens, or lower corpus.held_out_sequences",
-                )
-            )
-    return found
-
-
-def _layer_conflicts(student: Student, teacher: ModelFacts) -> list[Conflict]:
-    """Check that the teacher has the student's layers."""
-    if student.layers == "auto" and (student.num_layers or 0) > teacher.layers:
-        return [
-            Conflict(
-                f"student.num_layers is {student.num_layers}; the teacher has {teacher.layers} layers",
-                "lower student.num_layers",
-            )
-        ]
     try:
-        stand_in_layers(student, teacher.layers)
+        corpus, student = required_sections(config)
     except InputError as error:
         return [Conflict(error.args[0], error.hint)]
-    return []
+    found = engine_conflicts(config.engine, layout)
+    found += layer_conflicts(student, teacher.layers)
+    found += _training_conflicts(config, student, teacher)
+    found += _cache_conflicts(config, teacher)
+    found += _corpus_conflicts(corpus, teacher)
+    return found
 
 
 def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts) -> list[Conflict]:
@@ -103,19 +84,45 @@ def _cache_conflicts(config: RunConfig, teacher: ModelFacts) -> list[Conflict]:
                 "leave distill.cache out",
             )
         ]
+    if cache == "hidden":
+        return []
     found = []
-    if cache == "sampled" and config.distill.alpha_cos:
+    for term in hidden_terms_in_use(config.distill):
         found.append(
             Conflict(
-                "distill.cache: sampled keeps no hidden states, which the cosine term compares",
-                "set distill.alpha_cos: 0",
+                f"distill.cache: sampled keeps no hidden states, which the {term.label} compares",
+                f"set distill.{term.weight_field}: 0",
             )
         )
-    if cache == "sampled" and not teacher.matrix_head:
+    if not teacher.matrix_head:
         found.append(
             Conflict(
                 "distill.cache: sampled needs a head that is one matrix",
                 "set distill.cache: hidden",
             )
         )
+    return found
+
+
+def _corpus_conflicts(corpus: Corpus, teacher: ModelFacts) -> list[Conflict]:
+    """Check the length and number of the sequences."""
+    found = []
+    if corpus.sequence_length > teacher.context_length:
+        found.append(
+            Conflict(
+                f"corpus.sequence_length {corpus.sequence_length} exceeds the teacher's context "
+                f"of {teacher.context_length}",
+                "lower corpus.sequence_length",
+            )
+        )
+    if corpus.max_tokens is not None:
+        sequences = corpus.max_tokens // corpus.sequence_length
+        if sequences <= corpus.held_out_sequences:
+            found.append(
+                Conflict(
+                    f"corpus.max_tokens makes {sequences} sequences, "
+                    f"and {corpus.held_out_sequences} are to be held out",
+                    "raise corpus.max_tokens, or lower corpus.held_out_sequences",
+                )
+            )
     return found

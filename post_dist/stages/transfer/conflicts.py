@@ -50,6 +50,7 @@ def conflicts(
         return [Conflict("the run file lacks the section public_task", "add it")]
     found = engine_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
+    # Both models read the public text behind a prompt of the same length.
     longest = task.max_length + task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):
         found += room_conflicts(whose, facts.context_length, num_virtual_tokens, longest)
@@ -60,7 +61,8 @@ def conflicts(
 
 def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict]:
     """Check that what the settings compare can be compared between the two models."""
-    student, target = models.student, models.target
+    student = models.student
+    target = models.target
     found = []
     if student.masked != target.masked:
         found.append(
@@ -69,6 +71,7 @@ def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict
                 "choose a student of the target's kind",
             )
         )
+    # A prompt that starts from text needs nothing of the student's embeddings.
     if student.width != target.width and section.trained_share:
         found.append(
             Conflict(
@@ -77,6 +80,7 @@ def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict
                 "set transfer.trained_share: 0, so that the prompt starts from text",
             )
         )
+    # Class scores can be compared across tokenizers: each model has its own label words.
     if section.scores == "vocabulary" and not models.same_tokenizer:
         found.append(
             Conflict(
@@ -98,6 +102,7 @@ def _generation_conflicts(section: Transfer, public_task: Task) -> list[Conflict
                 "set public_task.response_column; the loss is taken at each of its tokens",
             )
         )
+    # Without classes there are no class scores, and no agreement of predicted classes.
     wrong = []
     if section.scores == "classes":
         wrong.append("scores: classes")

@@ -3,7 +3,7 @@
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
-from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.runtime.shard_group import precision_conflicts
 from post_dist.stages.room import room_conflicts
 
 
@@ -13,7 +13,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     Args:
         config: the run file; its section `private_task` must be there.
         model: facts of the student, or of the target for the baseline of full prompt tuning.
-        layout: the ranks; tuning itself runs in one process.
+        layout: the ranks; tuning itself runs in one process and shards nothing.
 
     Returns:
         All conflicts.
@@ -21,10 +21,11 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-    single = Layout(ranks=1, ranks_per_node=1, device=layout.device)
-    found = engine_conflicts(config.engine, single)
-    # Private tuning pads an example of a masked model by one token, so that none is without padding.
-    padding = int(model.masked and config.privacy.enabled)
+    # Tuning runs in one process and shards nothing, so only the precision counts.
+    found = precision_conflicts(config.engine, layout.device)
+    # Private tuning pads an example of a masked model by one token: all of them have padding.
+    private = any(section.enabled for section in config.all_privacy)
+    padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
     found += room_conflicts("the model", model.context_length, prompt, longest)
