@@ -25,7 +25,7 @@ from transformers import (
 
 from post_dist.config.schema import Student
 from post_dist.conflicts import Conflict, raise_conflicts
-from post_dist.models.families import layer_list_name
+from post_dist.models.families import layer_kinds, layer_list_name
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
@@ -266,7 +266,7 @@ def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> Pretrained
     cut.num_hidden_layers = len(layers)
     cut.post_dist_layers = list(layers)
     # Families that mix kinds of attention name the kind of each layer.
-    kinds = getattr(config, "layer_types", None)
+    kinds = layer_kinds(config)
     if kinds:
         cut.layer_types = [kinds[layer] for layer in layers]
     return cut

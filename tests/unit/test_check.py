@@ -11,7 +11,7 @@ import tiny
 import torch
 import yaml
 
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
@@ -47,17 +47,14 @@ def without(run: Path, *sections: str) -> Path:
 
 def write_source_prompt(folder: Path, teacher: Path, width: int, length: int = 48) -> Path:
     task = PromptTask("Review: {text} It was", (("bad",), ("good",)), length, False, "good")
-    write_prompt(
-        folder,
-        torch.randn(5, width),
-        task,
-        "the student",
-        None,
-        card=lambda path: None,
+    contents = PromptContents(torch.randn(5, width), task, None)
+    provenance = Provenance(
+        model_name="the student",
+        tokenizer=tokenizer_fingerprint(load_tokenizer(teacher)),
         parents={},
         config={},
-        tokenizer=tokenizer_fingerprint(load_tokenizer(teacher)),
     )
+    write_prompt(folder, contents, provenance, lambda path: None)
     return folder
 
 
