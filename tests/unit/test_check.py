@@ -193,7 +193,7 @@ def test_a_provider_checks_prompts_that_came_from_owners(
     found = " ".join(messages(report))
     assert "the prompt has vectors of width 16, the student of width 32" in found
     assert "texts of 1000 tokens do not fit into the context of the target (128)" in found
-    assert "prompt3 is no post_dist artifact" in found
+    assert "prompt3 is not a post_dist artifact" in found
 
 
 def test_settings_of_a_baseline_are_checked_before_the_run(
@@ -238,7 +238,7 @@ def test_files_that_are_missing_are_named(run: Path, main: Callable) -> None:
     assert code == 2
     path = run.with_name("nowhere.csv")
     assert messages(report) == [
-        f"distill: {path} is no folder",
+        f"distill: {path} is not a folder",
         f"distill: corpus.path: {path}: No such file or directory",
         f"tune: private_task.path: {path}: No such file or directory",
         f"transfer: public_task.path: {path}: No such file or directory",
