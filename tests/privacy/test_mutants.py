@@ -474,8 +474,8 @@ MUTANTS = [
     Mutant(
         "noise multipliers out of range",
         "privacy.accounting",
-        "    if excess(most) > 0:\n",
-        "    if False:\n",
+        "_LEAST_SIGMA = 0.2\n",
+        "_LEAST_SIGMA = 0.05\n",
         "calibration_refuses_targets_out_of_range",
     ),
 ]
