@@ -47,14 +47,9 @@ def without(run: Path, *sections: str) -> Path:
 
 def write_source_prompt(folder: Path, teacher: Path, width: int, length: int = 48) -> Path:
     task = PromptTask("Review: {text} It was", (("bad",), ("good",)), length, False, "good")
+    origin = Provenance("the student", tokenizer_fingerprint(load_tokenizer(teacher)), {}, {})
     contents = PromptContents(torch.randn(5, width), task, None)
-    provenance = Provenance(
-        model_name="the student",
-        tokenizer=tokenizer_fingerprint(load_tokenizer(teacher)),
-        parents={},
-        config={},
-    )
-    write_prompt(folder, contents, provenance, lambda path: None)
+    write_prompt(folder, contents, origin, lambda path: None)
     return folder
 
 
