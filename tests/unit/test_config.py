@@ -6,7 +6,7 @@ import pytest
 
 from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.assets import asset
-from post_dist.config.deepspeed import preset, training_settings
+from post_dist.config.deepspeed import frozen_settings, training_settings
 from post_dist.config.load import load_run
 from post_dist.config.schema import Engine, RunConfig, Stage
 from post_dist.config.sources import named_tasks
@@ -40,11 +40,26 @@ def test_shipped_run_files_load(path: Path) -> None:
     assert load_run(path).name
 
 
-@pytest.mark.parametrize(
-    "path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem
-)
-def test_shipped_presets_name_their_stage(path: Path) -> None:
-    assert f"zero{preset(path.stem)['zero_optimization']['stage']}" in path.stem
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_training_preset_takes_stage_and_offload(stage: int) -> None:
+    engine = Engine(zero_stage=stage, offload_optimizer=stage > 0)
+    settings = training_settings(
+        engine, "bf16", trained=10, micro_batch_size=2, accumulation_steps=3, max_grad_norm=5.0
+    )
+    assert settings["zero_optimization"]["stage"] == stage
+    assert ("offload_optimizer" in settings["zero_optimization"]) == (stage > 0)
+    assert settings["zero_allow_untested_optimizer"]
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
+def test_the_frozen_preset_takes_the_offload(offload: str) -> None:
+    folder = "/scratch" if offload == "nvme" else None
+    settings = frozen_settings(Engine(offload=offload, nvme_folder=folder), "bf16", 100_000)
+    zero = settings["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero.get("offload_param", {"device": "none"})["device"] == offload
+    if offload == "nvme":
+        assert zero["offload_param"]["buffer_size"] >= 100_000
 
 
 @pytest.mark.parametrize(
