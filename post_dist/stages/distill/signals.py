@@ -45,6 +45,7 @@ def kept_names(section: Distill, student: Student, *, exact_product: bool) -> li
         exact_product: whether a product with the head can stand for the distribution (see
             `signal_maker`).
     """
+    # Samples and products stand for the distribution; hidden states serve in all other cases.
     if section.cache == "sampled":
         names = {"samples", "entropy"}
     elif student.freeze_head and exact_product:
@@ -53,6 +54,7 @@ def kept_names(section: Distill, student: Student, *, exact_product: bool) -> li
             names.add("hidden")
     else:
         names = {"hidden"}
+    # The student starts from the lower block's output, so it is needed in any kind of cache.
     if section.layers_in_teacher(student):
         names.add("below")
     return sorted(names)
@@ -66,5 +68,6 @@ def kept_bytes(names: Sequence[str], width: int, bytes_each: int) -> int:
         width: width of the teacher's hidden states.
         bytes_each: bytes of one number in a hidden state.
     """
+    # All other tensors are as wide as a hidden state.
     special = {"samples": 4 * SAMPLES, "entropy": 4}
     return sum(special.get(name, width * bytes_each) for name in names)
