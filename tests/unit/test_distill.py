@@ -15,7 +15,7 @@ from post_dist.losses.distillation import TermValues
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.conflicts import conflicts
-from post_dist.stages.distill.signals import kept_bytes, kept_names
+from post_dist.stages.distill.signal_format import kept_bytes, kept_names
 from post_dist.stages.distill.trainer import _StandIn
 
 LLAMA = ModelFacts(
