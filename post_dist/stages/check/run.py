@@ -22,9 +22,9 @@ from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
 from post_dist.runtime.shard_group import engine_conflicts
-from post_dist.stages.check_models import CheckedModel, read_model, same_tokenizer
-from post_dist.stages.check_report import CheckReport, Findings, LabelTokens, PlanEpsilon
-from post_dist.stages.check_task import bind_template, label_tokens
+from post_dist.stages.check.models import CheckedModel, read_model, same_tokenizer
+from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
+from post_dist.stages.check.task import bind_template, label_tokens
 from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
 from post_dist.stages.evaluate.conflicts import PromptedModel

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
-from post_dist.stages.check_report import Findings
+from post_dist.stages.check.report import Findings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.artifacts.task import PromptTask
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.stages.check_report import Findings, LabelTokens
+from post_dist.stages.check.report import Findings, LabelTokens
 
 
 def bind_template(
