@@ -289,7 +289,9 @@ def stopped_for_30_seconds(base: Path, output: Path, expected: Expected) -> Outc
     code = os.waitstatus_to_exitcode(os.waitpid(run.ranks[0], 0)[1])
     detected = time.monotonic() - stopped
     said = run.log()
-    assert re.search(r"rank 0 has made no progress for 15 s in: (distill|writing)\b", said), said[-3000:]
+    assert re.search(r"rank 0 has made no progress for 15 s in: (distill|writing)\b", said), said[
+        -3000:
+    ]
     assert "most recent call first" in said, "the stacks are printed"
     time.sleep(max(0.0, 30 - detected))
     os.kill(run.ranks[1], signal.SIGCONT)
