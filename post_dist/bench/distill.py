@@ -16,7 +16,7 @@ from post_dist.bench.peers import (
     published_distillation_loss,
     trl_distillation_loss,
 )
-from post_dist.bench.timing import measure
+from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
 from post_dist.data.corpus import Corpus, build_corpus
@@ -32,7 +32,7 @@ from post_dist.stages.distill.signals import Signals, ask_teacher, cache_teacher
 from post_dist.stages.distill.stage import Batches, distill_step, student_engine
 
 _STEPS = 10
-"""Steps whose batches are cached; `measure` takes fewer."""
+"""Steps whose batches are cached; `time_steps` takes fewer."""
 
 Step = Callable[[], float]
 
@@ -41,7 +41,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
     """Time and memory of a whole step, AdamW's part included, at rate 0: every way sees the same batches and the same student.
 
     Returns:
-        See `measure`; and `max_difference`, the largest relative difference of a loss from the published distiller's, in fp32.
+        See `time_steps`; and `max_difference`, the largest relative difference of a loss from the published distiller's, in fp32.
     """
     if config.corpus is None or config.student is None:
         raise InputError("bench distill needs the sections `corpus` and `student`")
@@ -76,7 +76,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
             "teacher_parameters": _size(ways[0].teacher),
             "student_parameters": _size(ways[0].student()),
         }
-        measured = measure(
+        measured = time_steps(
             steps, config.distill.batch_size * config.corpus.sequence_length, "tokens", world.device
         )
     published = next(iter(first.values()))

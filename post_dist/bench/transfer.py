@@ -12,7 +12,7 @@ import torch
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers import cached_transfer_step, published_transfer_step
-from post_dist.bench.timing import measure
+from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine, RunConfig
 from post_dist.data.public_text import load_public_texts
@@ -34,7 +34,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     Every way sees the same batches of `transfer.batch_size` public rows, in the same order. The published loop pads to `max_length`.
 
     Returns:
-        See `measure`; `max_difference`, the largest relative difference of loss and gradient from the published loop's, at equal
+        See `time_steps`; `max_difference`, the largest relative difference of loss and gradient from the published loop's, at equal
         precision fp32; and `once`, what is computed before the first step.
     """
     if config.public_task is None:
@@ -107,7 +107,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         "max_length": task.max_length,
         "mean_tokens": sum(len(row.token_ids) for row in lesson.rows) / len(lesson.rows),
     }
-    measured = measure(steps, section.batch_size, "samples", world.device)
+    measured = time_steps(steps, section.batch_size, "samples", world.device)
     facts = {
         "rows": len(texts),
         **{f"seconds_{precision}": seconds for precision, seconds in once.items()},
