@@ -117,7 +117,7 @@ def transfer_steps(models: Models, reader: TaskReader, shape: TransferShape) -> 
     torch.manual_seed(0)
     examples = []
     for _ in range(shape.batch):
-        token_ids = torch.randint(3, 3000, (shape.length,)).tolist()
+        token_ids = torch.randint(3, len(reader.tokenizer), (shape.length,)).tolist()
         examples.append(Encoded(token_ids, shape.length - 1))
     hidden = torch.randn(shape.batch, models.target.width)
     section = Transfer(steps=1, batch_size=shape.batch, learning_rate=0.1)
