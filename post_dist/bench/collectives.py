@@ -60,9 +60,11 @@ class CollectiveTimer(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and record it if it is a collective."""
         kwargs = kwargs or {}
+        # torch.distributed registers every collective as an operator of this namespace.
         if func.namespace != "c10d":
             return func(*args, **kwargs)
 
+        # Computation that was queued before the collective is not part of its time.
         wait_for(self._device)
         start = time.perf_counter()
         result = func(*args, **kwargs)
@@ -91,14 +93,20 @@ def _kind_and_received_bytes(name: str, args: tuple[Any, ...]) -> tuple[Collecti
     clusters of workstations", 2009.
     """
     if name.startswith("_allgather_base_"):
-        gathered, own = args[0], args[1]
+        # A rank receives the parts of all other ranks.
+        gathered = args[0]
+        own = args[1]
         return "gather", gathered.nbytes - own.nbytes
     if name.startswith("_reduce_scatter_base_"):
-        own, summed = args[0], args[1]
-        return "reduce", summed.nbytes - own.nbytes
+        # A rank receives a partial sum of each part but the one that it keeps.
+        kept = args[0]
+        summed = args[1]
+        return "reduce", summed.nbytes - kept.nbytes
 
+    # The other operators get lists of tensors.
     size = _bytes_of_listed_tensors(args)
     if name.startswith("allreduce_"):
+        # A ring runs a reduce-scatter, then an all-gather.
         ranks = dist.ProcessGroup.unbox(args[1]).size()
         kind: CollectiveKind = "control" if size <= _CONTROL_BYTES else "reduce"
         return kind, 2 * (ranks - 1) / ranks * size

@@ -67,9 +67,11 @@ def measure_fabric(world: World) -> dict[str, Any]:
         reached, so all its shares are 1. `collectives`, for each link the received bytes and the
         seconds of each timed collective.
     """
+    # Every rank computes at the same time, as in training: the ranks of a node share its power.
     ranks_per_node = world.ranks_of_a_node()
     teraflops = _reached_teraflops(world.device)
 
+    # A group that spans nodes is as fast as the network. On one node, the network is never used.
     node = _measure_link(world, ranks_per_node)
     has_network = world.size > ranks_per_node
     network = _measure_link(world, world.size) if has_network else node
@@ -126,6 +128,7 @@ def _reached_teraflops(device: torch.device) -> dict[str, float]:
 
 def _matrix_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the operations per second of a product of two square matrices."""
+    # A product takes n multiplications and n additions for each of its n * n entries.
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / _median_seconds(lambda: left @ right, device)
 
@@ -138,6 +141,7 @@ def _device_copy_rate(device: torch.device) -> float:
 
 def _host_copy_rate(device: torch.device) -> float:
     """Return the bytes per second of a copy from the host's memory to the device."""
+    # Offloading copies from pinned memory, which is faster than pageable memory.
     block = torch.empty(1 << 24, pin_memory=device.type == "cuda")
     return block.nbytes / _median_seconds(lambda: block.to(device, copy=True), device)
 
@@ -157,11 +161,13 @@ def _measure_link(world: World, ranks: int) -> _Link:
     """
     if ranks == 1:
         return _FREE_LINK
+    # All ranks must take part in making every group, also in those that they are not members of.
     groups = []
     for first in range(0, world.size, ranks):
         groups.append(dist.new_group(list(range(first, first + ranks))))
     group = groups[world.rank // ranks]
 
+    # Small sizes show the latency, large ones the bandwidth.
     measurements = []
     for received_bytes in _RECEIVED_BYTES:
         measurements.append(_time_all_gather(received_bytes, ranks, group, world.device))
@@ -177,6 +183,7 @@ def _time_all_gather(
     received_bytes: int, ranks: int, group: dist.ProcessGroup, device: torch.device
 ) -> _TimedCollective:
     """Time an all-gather in which each rank receives about the given number of bytes."""
+    # A rank receives the part of every other rank.
     count = max(1, received_bytes // _FP32_BYTES // (ranks - 1))
     own = torch.zeros(count, device=device)
     gathered = torch.zeros(count * ranks, device=device)
@@ -216,6 +223,7 @@ def fit_link(received: Sequence[float], seconds: Sequence[float]) -> tuple[float
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]
     solution = np.linalg.lstsq(design, np.ones_like(times), rcond=None)[0]
     latency_seconds, seconds_per_byte = solution.tolist()
+    # Noise can make either of them negative.
     return max(0.0, latency_seconds), 1 / max(seconds_per_byte, 1e-15)
 
 

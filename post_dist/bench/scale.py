@@ -74,6 +74,7 @@ def bench_scale(
     """
     sections = RequiredSections.of_run(config)
     precision = choose_precision(config.engine, world.device)
+    # Hosts name a straggler, so that its node can be taken out.
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
     # On one rank, strong and weak scaling are the same.
@@ -81,6 +82,7 @@ def bench_scale(
 
     rows = []
     with untrained_student(config, sections, teacher_folder, world) as (student_folder, corpus):
+        # The teacher stays loaded for all workloads, so its memory is measured once.
         held_mib = watch_memory(world.device)
         inputs = WorkloadInputs(
             sections=sections,
@@ -142,6 +144,7 @@ def _measure(
     world: World,
 ) -> dict[str, Any]:
     """Return a workload's row of the table that `bench_scale` describes."""
+    # DeepSpeed traces the order of parameters in the first step and prefetches by it afterwards.
     for step in range(_WARM_UP_STEPS):
         workload.take_step(step)
 
@@ -160,6 +163,7 @@ def _measure(
     parts_WP = torch.stack([split.seconds_WP for split in splits]).median(dim=0).values
     input_and_memory_W2 = _from_all_ranks([input_seconds, peak_mib / 1024], world)
 
+    # Every rank has all values now, so each builds the same rows and rank 0 prints them.
     per_rank = []
     for rank, host in enumerate(hosts):
         rank_input_seconds, rank_peak_gib = input_and_memory_W2[rank].tolist()
@@ -200,12 +204,14 @@ def _split_step(workload: Workload, step: int, input_seconds: float, world: Worl
     with CollectiveTimer(world.device) as timer:
         seconds = _seconds(workload.take_step, step, world)
 
+    # All ranks call the same collectives in the same order, so the K-th ones belong together.
     own_seconds_K = [collective.seconds for collective in timer.collectives]
     in_collectives_WK = _from_all_ranks(own_seconds_K, world)
     shortest_K = in_collectives_WK.amin(dim=0)
     outside_W = _from_all_ranks([seconds - input_seconds], world)[:, 0]
     compute_W = outside_W - in_collectives_WK.sum(dim=1)
 
+    # A collective's shortest time counts for its kind, on all ranks alike.
     part_seconds = {
         # Timing noise makes a computation of almost no time negative.
         "compute": compute_W.clamp(min=0),
@@ -228,6 +234,7 @@ def _from_all_ranks(values: list[float], world: World) -> torch.Tensor:
 
 def _seconds(take: Callable[[int], object], step: int, world: World) -> float:
     """Return the time that this rank takes for a step which all ranks begin together."""
+    # Without the barrier, a rank would wait in the first collective for those that start late.
     wait_for(world.device)
     world.barrier()
     return seconds_of(lambda: take(step), world.device)

@@ -19,6 +19,7 @@ import torch
 from post_dist.errors import EnvironmentFault
 from post_dist.runtime.allocator import memory_given_back_at_once
 
+# Odd, so that the median is one of the measured times.
 _REPEATS = 7
 _MIB = 2**20
 
@@ -77,18 +78,23 @@ def time_steps(
         range of the times. `ratios` and `memory_ratios`, each variant's time and memory over the
         baseline's.
     """
+    # The first call of a step compiles kernels and fills caches.
     for step in steps.values():
         step()
 
+    # Memory and time come from separate runs: reading the peak of a CPU forces the allocator to
+    # return memory at once, which slows it down.
     measurements: dict[str, _Measurement] = {}
     with memory_given_back_at_once():
         for name, step in steps.items():
             measurements[name] = _Measurement(_step_memory_mib(step, device))
 
+    # The variants take turns, so that a slow minute of the machine slows all of them.
     for _ in range(_REPEATS):
         for name, step in steps.items():
             measurements[name].seconds.append(seconds_of(step, device))
 
+    # Ratios are over the first variant.
     baseline = next(iter(measurements.values()))
     rows = []
     time_ratios = {}
@@ -128,6 +134,7 @@ def slug(device: str) -> str:
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Return how long a piece of work takes, the GPU's part included."""
+    # Kernels that an earlier call queued must not count.
     wait_for(device)
     start = time.perf_counter()
     work()
@@ -157,6 +164,7 @@ def watch_memory(device: torch.device) -> float:
     Raises:
         EnvironmentFault: the device is a CPU, and the system has no /proc.
     """
+    # Reference cycles keep the tensors of earlier steps alive.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -168,6 +176,7 @@ def watch_memory(device: torch.device) -> float:
             "peak memory on a CPU is read from /proc/self, which this system lacks",
             "run the benchmark on Linux",
         )
+    # glibc keeps freed memory, which would count as held.
     ctypes.CDLL(None).malloc_trim(0)
     clear_refs.write_text("5")  # resets VmHWM, see proc(5)
     return _status_mib("VmRSS")

@@ -78,12 +78,14 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
             "bench tune compares ways to share a prefix, and a masked model has no prefix to share",
             "bench a causal student",
         )
+    # The task's words are needed for the loss, not its data.
     init_text = config.tune.init_text
     reader = TaskReader(PromptTask.of_section(task, init_text), tokenizer, masked=False)
     check_room(model, config.tune.num_virtual_tokens, task.max_length)
 
     batch, classes_B = _random_batch(config.tune.batch_size, reader, config.seed)
     start_nd = prompt_from_text(model, tokenizer, init_text, config.tune.num_virtual_tokens)
+    # The gradients are compared before the timing, on fresh prompts that are all equal.
     variants = _StepVariants(
         model, reader, batch.to(world.device), classes_B.to(world.device), start_nd
     )
@@ -101,6 +103,7 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
 
 def _random_batch(batch_size: int, reader: TaskReader, seed: int) -> tuple[Batch, torch.Tensor]:
     """Draw random tokens, each example of the task's full length, and their classes [B]."""
+    # Every text fills the maximum length, so no step pads.
     length = reader.task.max_length
     generator = torch.Generator().manual_seed(seed)
     input_ids_BT = torch.randint(len(reader.tokenizer), (batch_size, length), generator=generator)
@@ -138,6 +141,7 @@ class _StepVariants:
 
     def steps(self) -> dict[str, _Step]:
         """Return the steps by name. The first is the baseline of the ratios."""
+        # The hooks are registered once: they keep their copy of the prompt.
         hooks = OpacusHooks(self._model, self._verbalizer, self._start_nd)
         return {
             "ordinary non-private": self._ordinary(self._plain_losses),
@@ -154,6 +158,7 @@ class _StepVariants:
         batch_size = len(self._classes_B)
 
         def step() -> torch.Tensor:
+            # Training divides by the batch size; the caller compares sums, so it is undone below.
             optimizer.zero_grad()
             losses_at(prompt_nd).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -171,6 +176,7 @@ class _StepVariants:
         )
 
         def step() -> torch.Tensor:
+            # Clipping, noise and Adam's update are part of a private step.
             gradients_Bnd = gradients_at(prompt_nd)
             optimizer.accumulate([gradients_Bnd])
             # The batch is not private, so no ledger takes the commitment.
@@ -201,9 +207,11 @@ class _StepVariants:
 def _max_difference(steps: dict[str, _Step]) -> float:
     """Return the largest relative difference between gradients that should be equal."""
     expected_Bnd = steps["dp"]()
+    # Ways to compute each example's gradient must agree example by example.
     differences = []
     for name in ("opacus hooks", "dp shared prefix"):
         differences.append(_relative_difference(steps[name](), expected_Bnd))
+    # A non-private step has the sum alone; it is compared as a batch of one.
     expected_sum_Bnd = expected_Bnd.sum(dim=0)[None]
     for name in ("ordinary non-private", "non-private shared prefix"):
         differences.append(_relative_difference(steps[name]()[None], expected_sum_Bnd))

@@ -88,6 +88,7 @@ def untrained_student(
     teacher_layers = load_config(teacher_folder).get_text_config().num_hidden_layers
     layers = stand_in_layers(sections.student, teacher_layers)
 
+    # The folder is made beside the runs, because all nodes see that file system.
     scratch = Path(world.on_main(lambda: _make_scratch(config.output)))
     try:
         student_folder = scratch / "student"
@@ -191,6 +192,7 @@ class DistillWorkload(Workload):
         self._corpus = inputs.corpus
         self._world = inputs.world
 
+        # These calls are those of the stage, without its cache, checkpoints and schedule.
         rule = inputs.sections.student
         self._engine = student_engine(
             inputs.load_student(), config, rule, inputs.precision, inputs.world
@@ -248,10 +250,12 @@ class TransferWorkload(Workload):
             max_response_length=0,
         )
         texts = load_public_texts(sections.public_task, "public_task")[0][:MOST_ROWS]
+        # The prompt's values do not change the cost of a step, so any source prompt will do.
         start_nd = prompt_from_text(
             inputs.teacher, inputs.tokenizer, task.init_text, config.tune.num_virtual_tokens
         ).float()
 
+        # The student is cut from the target, so one tokenizer serves both.
         self._models = Models(inputs.load_student(), inputs.teacher)
         self._lesson = prepare_lesson(
             task,
@@ -272,18 +276,20 @@ class TransferWorkload(Workload):
         loss = lesson_losses(
             self._models, [self._lesson], [self._prompt_nd], [batch.rows], self._world.device
         )[0]
+        # The weight makes the average over ranks a mean over examples.
         (batch.weight * loss).backward()
         self._world.mean(self._prompt_nd.grad)  # type: ignore[arg-type]
         self._prompt_nd.grad = None
 
     def load_inputs(self, step: int) -> None:
         """Read and pad this rank's part of the batch."""
-        rows = [self._lesson.rows[row] for row in self._rank_batch(step).rows]
-        self._lesson.template.collate(rows).to(self._world.device)
+        encoded = [self._lesson.rows[index] for index in self._rank_batch(step).rows]
+        self._lesson.template.collate(encoded).to(self._world.device)
 
     def close(self) -> None:
         """Do nothing: the prompt's step holds no engine."""
 
     def _rank_batch(self, step: int) -> RankBatch:
+        # A rank runs its whole part of the batch at once.
         chosen = self._lesson.rows_at(step, self._seed)
         return rank_batches(chosen, self.batch_size, self._world.rank, self._world.size)[0]
