@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything that they need in .venv; nothing else is installed by hand.
+# `make demo` and `make test` install everything that they need into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,11 +14,11 @@ demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
-# A file's tests stay in one process; most wait for processes of their own.
+# Tests of one file stay in one worker process. Most of them wait for processes that they started.
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# As root on Debian 12: a cluster of four nodes on this machine. `test` runs these tests too, and passes over them elsewhere.
+# Needs root on Debian 12: starts a Slurm cluster of four nodes on this machine. `test` also runs these tests, and skips them elsewhere.
 test-slurm: .venv/ready
 	$(BIN)/python tests/slurm/cluster.py install
 	$(BIN)/pytest tests/slurm
@@ -30,7 +30,7 @@ faults: .venv/ready
 	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
 
-# Compares with the committed ratios of this processor; `--write` renews them. benchmarks/scaling.py measures how costs grow.
+# Compares with the committed ratios of this processor; `--write` updates them. benchmarks/scaling.py measures how costs grow.
 bench: .venv/ready
 	$(BIN)/python benchmarks/regression.py
 

@@ -15,18 +15,17 @@ from post_dist.bench.peers import OpacusLora
 from post_dist.config.schema import RunConfig
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
-from post_dist.models.batch_inference import answers
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.privacy.accounting import private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.sampling import poisson_rows
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.schedule import Schedule
-from post_dist.stages.evaluate.metrics import measure_classes
+from post_dist.stages.evaluate.metrics import classification_metrics
 
 _LORA_RANK = 8
 _MICRO_BATCH_SIZE = 16
@@ -95,7 +94,7 @@ class DPLora:
         with progress(label, plan.steps, show=True) as advance:
             for step in range(plan.steps):
                 optimizer.param_groups[0]["lr"] = self.learning_rate * schedule.factor(step)
-                chosen = poisson_rows(plan, source, len(encoded), step)
+                chosen = plan.sampler.draw(source, len(encoded), step)
                 # Micro-batches of examples of about equal length need little padding.
                 chosen.sort(key=lambda index: len(encoded[index].token_ids))
                 for first in range(0, len(chosen), _MICRO_BATCH_SIZE):
@@ -113,14 +112,13 @@ class DPLora:
             split: train, validation or test.
         """
         examples = load_examples(self._config.private_task, split, "private_task")
-        scores_NC = answers(
+        run = InferenceRun(self._config.evaluate.batch_size, self._world, f"DP-LoRA, {split}")
+        scores_NC = outputs_at_answers(
             self._model,
             self._reader.encode(examples.texts),
             self._reader.template,
             None,
             self._reader.scores,
-            batch_size=self._config.evaluate.batch_size,
-            world=self._world,
-            label=f"DP-LoRA, {split}",
+            run,
         )
-        return measure_classes(scores_NC.numpy(), np.array(examples.classes))
+        return classification_metrics(scores_NC.numpy(), np.array(examples.classes))

@@ -19,8 +19,8 @@ from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.evaluate.cached_answers import Questions, Scorer
-from post_dist.stages.evaluate.metrics import measure_classes
+from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
+from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
 
 _STAGES = frozenset({"distill", "tune", "transfer", "evaluate"})
@@ -72,18 +72,17 @@ class Harness:
         split = config.evaluate.split
         examples = load_examples(config.private_task, split, "private_task")
         precision = choose_precision(config.engine, self._world.device)
-        scorer = Scorer(
-            load_whole(student, precision, self._world.device),
-            student,
-            read_manifest(student, "student").digest,
-            Questions(config.private_task, examples, split),
+        model = load_whole(student, precision, self._world.device)
+        answers = CachedAnswers(
+            EvaluatedModel(model, student, read_manifest(student, "student").digest),
+            EvaluationSplit(config.private_task, examples, split),
             self._output / "answers",
             config.evaluate.batch_size,
             self._world,
         )
-        scores_NC = scorer(prompt, f"student + prompt, epsilon {epsilon:g}")
+        scores_NC = answers.answers(prompt, f"student + prompt, epsilon {epsilon:g}")
         scores_NC = scores_NC + torch.tensor(prompt.task.class_biases or [0.0])
-        metrics = measure_classes(scores_NC.numpy(), np.array(examples.classes))
+        metrics = classification_metrics(scores_NC.numpy(), np.array(examples.classes))
         return {"name": "student + prompt", **metrics}
 
     def lora_row(self, settings: list[str], epsilon: float) -> Row:

@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.bench.scale import MEASURED_STEPS
-from post_dist.bench.transfer import MOST_ROWS
+from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import rank_batches, rows_of_like_length
 from post_dist.data.public_text import load_public_texts
@@ -176,7 +176,7 @@ def text_lengths(config: RunConfig, model_folder: Path) -> list[int]:
     """
     task = PromptTask.of_section(config.private_task, config.tune.init_text)
     reader = TaskReader(task, load_tokenizer(model_folder), masked=False)
-    texts = load_public_texts(config.public_task, "public_task")[0][:MOST_ROWS]
+    texts = load_public_texts(config.public_task, "public_task")[0][:MAX_EXAMPLES]
     return [len(encoded.token_ids) for encoded in reader.encode(texts)]
 
 
@@ -234,7 +234,7 @@ def report(times: list[Measured], memories: list[Measured]) -> str:
 
 ## Time
 
-Two ranks. The plan's own formula (`post_dist/planning/stages.py`) gives the seconds of a step. \
+Two ranks. The plan's own formula (`post_dist/planning/`) gives the seconds of a step. \
 Four rates of the machine are fitted to {len(fitted)}
 measurements of {len(FIT)} settings: {_rates_text(costs)}.
 

@@ -11,6 +11,7 @@ from typing import Literal
 from markdown_table import markdown_table
 from processor import BENCHMARKS
 
+from post_dist.models.facts import ModelFacts
 from post_dist.models.size import LayerSize, ModelSize
 from post_dist.planning.cost import (
     backward_pass_bytes,
@@ -110,15 +111,25 @@ def model_size(model: TrainedModel) -> ModelSize:
     attention = 4 * model.width**2
     mlp = 8 * model.width**2
     layer = LayerSize((attention, mlp), attention, mlp)
-    return ModelSize(
-        layers=(layer,) * model.layers,
+    facts = ModelFacts(
+        family="GPT",
+        layers=model.layers,
+        width=model.width,
         vocabulary=VOCABULARY,
-        context=SEQUENCE_LENGTH,
+        context_length=SEQUENCE_LENGTH,
+        masked=False,
+        tied=True,
+        matrix_head=True,
+        linear_head=True,
+        scales_attention_by_layer=False,
+    )
+    # The head is the embedding matrix, so it has no weights of its own.
+    return ModelSize(
+        facts=facts,
+        layers=(layer,) * model.layers,
         others=(VOCABULARY * model.width,),
         head=0,
-        tied=True,
         shares_prompt=True,
-        width=model.width,
         attention_width=model.width,
         kv_width=model.width,
         mlp_width=4 * model.width,

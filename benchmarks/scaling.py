@@ -34,9 +34,14 @@ from post_dist.bench.timing import device_name, time_steps
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
-from post_dist.losses.distillation import TeacherSignal, distillation_loss, logit_pieces
+from post_dist.losses.distillation import LossSettings, distillation_loss
+from post_dist.losses.heads import Heads
+from post_dist.losses.pieces import logit_pieces
+from post_dist.losses.signals import HiddenSignal
+from post_dist.losses.terms import weights_of
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses
+from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 PARTS = ("loss", "transfer", "ranks")
 RANKS = (1, 2)
@@ -78,19 +83,13 @@ def loss_steps(vocabulary: int, positions: int) -> Steps:
     teacher = torch.randn(positions, _LOSS_WIDTH)
     labels = torch.randint(vocabulary, (positions,))
     section = Distill()
+    pieces = logit_pieces(positions, vocabulary)
+    settings = LossSettings(weights_of(section), section.temperature, pieces)
 
     def ours() -> None:
         hidden = student.clone().requires_grad_(True)
-        loss, _ = distillation_loss(
-            hidden,
-            TeacherSignal(hidden=teacher),
-            labels,
-            head,
-            head,
-            weights=(section.alpha_ce, section.alpha_lm, section.alpha_cos),
-            temperature=section.temperature,
-            pieces=logit_pieces(positions, vocabulary),
-        )
+        signal = HiddenSignal(hidden=teacher)
+        loss, _ = distillation_loss(hidden, signal, labels, Heads(head, head), settings)
         loss.backward()
 
     def published() -> None:
@@ -103,11 +102,11 @@ def loss_steps(vocabulary: int, positions: int) -> Steps:
     return {"published": published, "ours": ours}
 
 
-def transfer_steps(models: Models, reader: TaskReader, shape: TransferShape) -> Steps:
+def transfer_steps(models: ModelPair, reader: TaskReader, shape: TransferShape) -> Steps:
     """Return a step of transfer, as published and as ours.
 
-    Our step does not include the answers that do not depend on the prompt: they are computed once.
-    The published step computes them each time.
+    Our step does not include the outputs that do not depend on the prompt: they are computed once.
+    The published step computes them each time. Ours are random hidden states here.
 
     Args:
         models: student and target.
@@ -121,14 +120,17 @@ def transfer_steps(models: Models, reader: TaskReader, shape: TransferShape) -> 
         examples.append(Encoded(token_ids, shape.length - 1))
     hidden = torch.randn(shape.batch, models.target.width)
     section = Transfer(steps=1, batch_size=shape.batch, learning_rate=0.1)
-    lesson = _lesson(section, reader, examples, hidden)
+    outputs = FixedOutputs(source=hidden, source_prompted=hidden, target=hidden)
+    offsets = torch.zeros(1)
+    objective = TransferObjective(section, reader, examples, outputs, offsets, statistics={})
     prompt_nd = torch.randn(shape.prompt, models.target.width).requires_grad_(True)
     source_nd = torch.randn(shape.prompt, models.target.width)
     collated = reader.collate(examples)
 
     def ours() -> None:
         chosen = list(range(shape.batch))
-        lesson_losses(models, [lesson], [prompt_nd], [chosen], CPU)[0].backward()
+        (loss,) = transfer_losses(models, [objective], [prompt_nd], [chosen])
+        loss.backward()
 
     def published() -> None:
         loss = published_transfer_step(
@@ -137,24 +139,6 @@ def transfer_steps(models: Models, reader: TaskReader, shape: TransferShape) -> 
         loss.backward()
 
     return {"published": published, "ours": ours}
-
-
-def _lesson(
-    section: Transfer, reader: TaskReader, examples: list[Encoded], hidden: torch.Tensor
-) -> Lesson:
-    """Return an objective whose answers without the prompt are random hidden states."""
-    return Lesson(
-        section,
-        reader.template,
-        reader.verbalizer,
-        (),
-        examples,
-        source=hidden,
-        source_prompted=hidden,
-        target=hidden,
-        offsets=torch.zeros(1),
-        signals={},
-    )
 
 
 def sweep(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> Sweep:
@@ -233,7 +217,7 @@ def transfer_sweeps(model_folder: Path) -> dict[str, Sweep]:
         model_folder: folder of the model.
     """
     model = load_whole(model_folder, "fp32", CPU)
-    models = Models(model, model)
+    models = ModelPair(model, model)
     task = PromptTask("{text}", (), max_length=512, allow_multi_token=False, init_text="")
     reader = TaskReader(task, load_tokenizer(model_folder), masked=False)
 

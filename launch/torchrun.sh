@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# One machine: launch/torchrun.sh PROCESSES COMMAND RUN.yaml [OPTIONS]. Several: set the variables of torchrun yourself, as
+# One machine: launch/torchrun.sh PROCESSES COMMAND RUN.yaml [OPTIONS]
+# Several machines: on each of them, with its own NODE_RANK,
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/torchrun.sh 8 distill run.yaml
 set -euo pipefail
 processes=$1
 shift
-exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" \
-  --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$processes" -m post_dist "$@"
+exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+  --nproc-per-node "$processes" -m post_dist "$@"

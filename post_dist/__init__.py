@@ -1,3 +1,56 @@
-"""Private soft-prompt transfer in three stages: distill, tune, transfer (POST, arXiv 2506.16196)."""
+"""Private soft-prompt transfer in three stages: distill, tune, transfer (POST, arXiv 2506.16196).
+
+The names of the Python API (`post_dist.api`) are here too, as in `post_dist.tune(config)`. They are
+imported at their first use, so that `import post_dist` loads neither torch nor pydantic.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from post_dist.api import (
+        EvaluationResult,
+        PrivacyCost,
+        PromptResult,
+        StudentResult,
+        TransferResult,
+        account,
+        distill,
+        evaluate,
+        load_prompt,
+        load_run,
+        pipeline,
+        transfer,
+        tune,
+    )
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "EvaluationResult",
+    "PrivacyCost",
+    "PromptResult",
+    "StudentResult",
+    "TransferResult",
+    "account",
+    "distill",
+    "evaluate",
+    "load_prompt",
+    "load_run",
+    "pipeline",
+    "transfer",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of the API at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from post_dist import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """List the names of the API too, for completion in a notebook."""
+    return sorted({*globals(), *__all__})

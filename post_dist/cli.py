@@ -1,7 +1,5 @@
-"""The command line: which commands there are, and how each of them ends. Loads no torch before a stage is called."""
+"""The command line: its commands, and how each ends. Loads no torch before a stage runs."""
 
-import sys
-import traceback
 from typing import Annotated
 
 import typer
@@ -9,20 +7,23 @@ import typer
 from post_dist import __version__
 from post_dist.commands.artifacts import init, report, verify
 from post_dist.commands.benchmarks import bench
+from post_dist.commands.check import check
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
 from post_dist.commands.privacy import audit, budget, privacy
 from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tune
-from post_dist.errors import PostDistError
-from post_dist.runtime.stop import end_process, leave_quietly
-from post_dist.runtime.watchdog import rest
+from post_dist.runtime.process import exit_code_of
+from post_dist.runtime.stop import end_process
 
+# Exceptions are left to `exit_code_of`: typer's own page would print local variables, private data
+# among them.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Private soft-prompt transfer: distill, tune, transfer.",
 )
-for command in (
+# In the order of `post-dist --help`.
+_COMMANDS = (
     pipeline,
     distill,
     tune,
@@ -34,10 +35,12 @@ for command in (
     privacy,
     budget,
     audit,
+    check,
     plan,
     verify,
     report,
-):
+)
+for command in _COMMANDS:
     app.command()(command)
 app.add_typer(bench, name="bench")
 
@@ -58,29 +61,12 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Take the option that the deepspeed launcher puts before the sub-command; LOCAL_RANK says the same."""
+    """Take the option that the deepspeed launcher inserts; LOCAL_RANK says the same."""
 
 
 def run_command() -> int:
-    """Run the command line that `sys.argv` holds, and give its exit code; a PostDistError becomes one message."""
-    try:
-        app()
-    except SystemExit as end:  # typer ends every command this way
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except PostDistError as error:
-        leave_quietly()
-        print(f"post-dist: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        # The message of an unforeseen error may quote private data, so only its kind and place are shown.
-        print(
-            f"post-dist: internal error: {type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}",
-            file=sys.stderr,
-        )
-        return 1
-    finally:
-        rest()
-    return 0
+    """Run the command line that `sys.argv` holds, and return its exit code."""
+    return exit_code_of(app)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Conflicts: what a run cannot do, stated once. A stage raises them, `plan` lists them, `check` prints them.
+"""Conflicts: what a run cannot do, stated once.
 
-Each stage has a pure function `conflicts` in `stages/<stage>/conflicts.py`. It takes the run file, the facts of the
-models and the layout of the ranks, and returns what does not go together.
+A stage raises them, `plan` lists them, `check` prints them. Each stage has a pure function
+`conflicts` in `stages/<stage>/conflicts.py`. It takes the run file, the facts of the models and the
+layout of the ranks, and returns what does not go together.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ class Conflict:
     message: str
     hint: str = ""
 
+    @property
+    def line(self) -> str:
+        """The conflict in one line, its hint in parentheses."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -41,13 +47,18 @@ class Layout:
 def raise_conflicts(stage: str, found: Sequence[Conflict]) -> None:
     """Refuse to run a stage that has conflicts.
 
+    Args:
+        stage: name of the stage, for the message.
+        found: its conflicts.
+
     Raises:
         InputError: `found` is not empty; the message holds all of them.
     """
     if not found:
         return
     if len(found) == 1:
-        raise InputError(f"{stage}: {found[0].message}", found[0].hint)
+        raise InputError(found[0].message, found[0].hint)
+    # Several conflicts make one error, so that all of them can be mended before the next start.
     lines = []
     for conflict in found:
         hint = f"\n    {conflict.hint}" if conflict.hint else ""

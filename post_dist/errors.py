@@ -1,8 +1,8 @@
-"""The errors that a user can meet: each says what happened, what to do, and carries its exit code."""
+"""The errors that a user can meet. Each one has a message, a hint and an exit code."""
 
 
 class PostDistError(Exception):
-    """What a user did, met or was refused.
+    """Base of all errors that a user can do something about.
 
     Args:
         message: what happened and where.
@@ -16,8 +16,11 @@ class PostDistError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
+        """Return the message, with the hint indented on a line of its own."""
         message = super().__str__()
-        return f"{message}\n  {self.hint}" if self.hint else message
+        if not self.hint:
+            return message
+        return f"{message}\n  {self.hint}"
 
 
 class InputError(PostDistError):
@@ -39,12 +42,12 @@ class ArtifactRefused(PostDistError):
 
 
 class PrivacyRefused(PostDistError):
-    """The step would let private data cross the wall."""
+    """The step would let private data leave the owner's side without noise."""
 
     exit_code = 5
 
 
 class Interrupted(PostDistError):
-    """The run was stopped from outside; the same command goes on from the last checkpoint."""
+    """The run was stopped from outside. The same command resumes from the last checkpoint."""
 
     exit_code = 6

@@ -1,4 +1,4 @@
-"""Whole files or none, and their hashes: what every writer of this package goes through."""
+"""Hashes of files, and atomic writes: a reader finds a whole file or folder, or none."""
 
 import errno
 import hashlib
@@ -15,44 +15,56 @@ from safetensors import SafetensorError
 
 from post_dist.errors import EnvironmentFault, InputError
 
-_SMALL_FILE_BYTES = 1 << 22
+_MIB = 1 << 20
+_SMALL_FILE_BYTES = 4 * _MIB
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's contents."""
+    """Return the sha256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """A digest of a file or model folder that is fast for weights of any size.
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file in a folder, by the file's path relative to the folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digests[str(path.relative_to(folder))] = file_digest(path)
+    return digests
 
-    Files up to 4 MiB are hashed whole; of a larger one its size and its first and last MiB.
+
+def fingerprint(path: Path) -> str:
+    """Return a digest of a file or model folder that is fast for weights of any size.
+
+    A single file is hashed whole. In a folder, a file of up to 4 MiB is hashed whole; of a
+    larger one, its size and its first and last MiB are hashed.
     """
     if path.is_file():
         return file_digest(path)
-    parts = {}
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        size = file.stat().st_size
-        if size <= _SMALL_FILE_BYTES:
-            parts[str(file.relative_to(path))] = file_digest(file)
-        else:
-            with file.open("rb") as stream:
-                head = stream.read(1 << 20)
-                stream.seek(-(1 << 20), os.SEEK_END)
-                parts[str(file.relative_to(path))] = (
-                    f"{size} {hashlib.sha256(head + stream.read()).hexdigest()}"
-                )
-    return digest_of(parts)
+    # A model folder may hold hundreds of GB, so large files are not read whole.
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return digest_of({str(file.relative_to(path)): _quick_digest(file) for file in files})
+
+
+def _quick_digest(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= _SMALL_FILE_BYTES:
+        return file_digest(file)
+    with file.open("rb") as stream:
+        head = stream.read(_MIB)
+        stream.seek(-_MIB, os.SEEK_END)
+        tail = stream.read()
+    return f"{size} {hashlib.sha256(head + tail).hexdigest()}"
 
 
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder whole or not at all: fill a temporary one beside it, flush it to disk, rename it.
+    """Write a folder atomically: fill a temporary folder beside it, flush it, rename it.
 
     Raises:
         InputError: the place cannot be written to.
@@ -61,6 +73,7 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         with writing(destination):
+            # An earlier process may have been killed and left its half-written folder.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             fill(partial)
@@ -70,12 +83,15 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
-    """The same for a file. Several processes may make one at once: the last one's is kept.
+    """Write a file atomically: fill a temporary file beside it, flush it, rename it.
+
+    Several processes may write the same file at once; the last rename wins.
 
     Raises:
         InputError: the place cannot be written to.
         EnvironmentFault: the disk is full.
     """
+    # A name of its own for each process, since several may write at once.
     partial = destination.with_name(f".{uuid4().hex[:8]}.{destination.name}")
     with writing(destination):
         try:
@@ -90,37 +106,39 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Turn what a disk answers into an error that says what to do."""
+    """Turn the errors of a disk into errors that tell the user what to do.
+
+    Raises:
+        InputError: the place cannot be written to.
+        EnvironmentFault: the disk is full.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk in its message alone, without an errno.
         reason = getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in reason:
+        disk_is_full = os.strerror(errno.ENOSPC) in reason
+        if disk_is_full or getattr(error, "errno", None) == errno.ENOSPC:
             raise EnvironmentFault(
                 f"cannot write {destination}: the disk is full",
-                "make room; the same command goes on",
+                "free some space, then run the same command again to resume",
             ) from None
-        raise InputError(f"cannot write {destination}: {reason}", "give another --output") from None
+        raise InputError(
+            f"cannot write {destination}: {reason}", "choose another --output"
+        ) from None
 
 
 def put_in_place(partial: Path, destination: Path) -> None:
-    """Flush a folder that is whole to disk, and only then give it its name."""
+    """Flush a finished folder to disk, then give it its final name."""
+    # If the name came first, a power failure could leave a named folder with empty files.
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     partial.rename(destination)
     _flush(destination.parent)
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a folder by its path in there."""
-    return {
-        str(path.relative_to(folder)): file_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def _flush(path: Path) -> None:
+    """Wait until the contents of a file or folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Check an artifact that came from someone else: hashes, lineage, shapes, finite values, and the epsilon that it claims."""
+"""Checks an artifact of someone else: hashes, lineage, shapes, finite values, its epsilon."""
 
 import re
 from pathlib import Path
@@ -10,23 +10,31 @@ from post_dist.errors import ArtifactRefused, PostDistError
 from post_dist.privacy.statement import statement_problems
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PARENTS = {"student": {"teacher"}, "soft prompt": {"model"}, "evaluation": {"teacher", "student"}}
+_PARENTS = {
+    "student": {"teacher"},
+    "soft prompt": {"model"},
+    "evaluation": {"teacher", "student"},
+}
+"""What the lineage of each kind must name."""
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """What is wrong with an artifact: `{"ok", "kind", "problems"}`. Nothing in the folder is executed or trusted."""
+    """Look for everything that is wrong with an artifact.
+
+    Nothing in the folder is executed or trusted.
+
+    Returns:
+        `{"ok", "kind", "problems"}`; the kind is None for a folder that is no artifact.
+    """
     try:
         manifest = read_any_manifest(folder)
     except ArtifactRefused as error:
         return {"ok": False, "kind": None, "problems": [str(error)]}
+    # A problem with the contents does not hide one with the lineage: all of them are listed.
     problems = _lineage_problems(manifest)
     try:
         if manifest.kind == "soft prompt":
-            prompt = read_prompt(folder)
-            if prompt.privacy is not None:
-                problems += [
-                    f"{PRIVACY}: {problem}" for problem in statement_problems(prompt.privacy)
-                ]
+            problems += _prompt_problems(folder)
         elif manifest.kind == "student":
             problems += _weight_problems(folder)
     except PostDistError as error:
@@ -35,29 +43,49 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _lineage_problems(manifest: Manifest) -> list[str]:
-    missing = sorted(_PARENTS[manifest.kind] - set(manifest.parents))
-    odd = sorted(
-        name for name, digest in manifest.parents.items() if not _SHA256.fullmatch(str(digest))
-    )
-    return [f"its lineage does not name the {name} that it came from" for name in missing] + [
-        f"its lineage gives no sha256 for the {name}" for name in odd
-    ]
+    problems = []
+    for name in sorted(_PARENTS[manifest.kind] - set(manifest.parents)):
+        problems.append(f"its lineage does not name the {name} that it came from")
+    for name, digest in sorted(manifest.parents.items()):
+        if not _SHA256.fullmatch(str(digest)):
+            problems.append(f"its lineage gives no sha256 for the {name}")
+    return problems
+
+
+def _prompt_problems(folder: Path) -> list[str]:
+    """Read a prompt with its checks, and compute its epsilon again from its own statement."""
+    prompt = read_prompt(folder)
+    if prompt.privacy is None:
+        return []
+    return [f"{PRIVACY}: {problem}" for problem in statement_problems(prompt.privacy)]
 
 
 def _weight_problems(folder: Path) -> list[str]:
-    """Weights of a student that are no numbers, or do not fit its configuration."""
+    """Look for weights of a student that are not finite or do not fit its configuration."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     from post_dist.models.load import load_whole
 
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if not torch.isfinite(file.get_tensor(name)).all():
-                        return [f"{path.name}: {name} holds values that are not finite"]
-    except SafetensorError:
-        return [f"{path.name} is no safetensors file"]
+    # Tensor by tensor, so that this scan needs little memory.
+    for path in sorted(folder.glob("*.safetensors")):
+        problem = _file_problem(path)
+        if problem is not None:
+            return [problem]
+    # Loading finds weights that are missing, unknown, or of another shape than config.json says.
     load_whole(folder, "fp32", torch.device("cpu"))
     return []
+
+
+def _file_problem(path: Path) -> str | None:
+    """Return what is wrong with one file of weights, or None."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    return f"{path.name}: {name} holds values that are not finite"
+    except SafetensorError:
+        return f"{path.name} is not a safetensors file"
+    return None

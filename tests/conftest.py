@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "dist")]
 
+import leave_nothing  # noqa: E402, F401 - starts the guardian of this run
+
 Run = Callable[..., subprocess.CompletedProcess]
 
 

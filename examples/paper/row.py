@@ -1,7 +1,10 @@
-"""One row of the paper's tables (arXiv 2506.16196): run its stages, and print ours beside the published figures.
+"""Run one row of the paper's tables (arXiv 2506.16196), and print ours beside the paper's numbers.
 
-python examples/paper/row.py MODEL PRIVATE PUBLIC [--start COMMAND] [OPTIONS of `post-dist pipeline`]
-python examples/paper/row.py gpt2_xl sst2 imdb --start "torchrun --nproc-per-node 8 -m post_dist" --set distill.cache=hidden
+python examples/paper/row.py MODEL PRIVATE PUBLIC [--start COMMAND] [OPTIONS]
+
+OPTIONS are those of `post-dist pipeline`. On one machine with eight GPUs:
+
+python examples/paper/row.py gpt2_xl sst2 imdb --start "torchrun --nproc-per-node 8 -m post_dist"
 """
 
 import argparse
@@ -24,7 +27,15 @@ EPSILON = ", epsilon 8"
 def settings(
     model: str, private: str, public: str, row: dict[str, Any], task: dict[str, Any]
 ) -> list[str]:
-    """What a row changes in the model's run file, as `--set` takes it."""
+    """Return what a row changes in the model's run file, as `--set` takes it.
+
+    Args:
+        model: the run file's name.
+        private: the private data set.
+        public: the public data set.
+        row: the paper's row.
+        task: the paper's settings for the private data set.
+    """
     changes: dict[str, Any] = {
         "private_task.name": private,
         "public_task.name": public,
@@ -33,24 +44,51 @@ def settings(
         "privacy.sampling_probability": 1 / task["batches"],
         "privacy.target_delta": task["delta"],
     }
-    if "alpha" in row:  # it is not given for all; the run file's default then counts
+    # The paper does not give alpha for all rows; the run file's default then counts.
+    if "alpha" in row:
         changes["transfer.alpha"] = row["alpha"]
     if model in MASKED:
-        for role, name in (("private", private), ("public", public)):
-            changes[f"{role}_task.template"] = f"{named_tasks()[name]['template']} {{mask}}."
+        for section, name in (("private_task", private), ("public_task", public)):
+            changes[f"{section}.template"] = f"{named_tasks()[name]['template']} {{mask}}."
     return [f"--set={place}={json.dumps(value)}" for place, value in changes.items()]
 
 
-def published_figures(row: dict[str, Any], public: str) -> dict[str, float]:
-    """The paper's accuracies in percent, by the names of our rows."""
-    pairs = {
-        name: row[name] for name in ("student + prompt", "direct transfer", "full prompt tuning")
-    }
-    pairs["published transfer"] = row["public"][public]
-    figures = {"zero-shot": row["zero-shot"]}
-    for name, (plain, private) in pairs.items():
-        figures |= {name: plain, name + EPSILON: private}
-    return figures
+def published_numbers(row: dict[str, Any], public: str) -> dict[str, float]:
+    """Return the paper's accuracies in percent, by the names of our rows."""
+    numbers = {"zero-shot": row["zero-shot"]}
+    pairs = {"published transfer": row["public"][public]}
+    for name in ("student + prompt", "direct transfer", "full prompt tuning"):
+        pairs[name] = row[name]
+    for name, (without_privacy, with_privacy) in pairs.items():
+        numbers[name] = without_privacy
+        numbers[name + EPSILON] = with_privacy
+    return numbers
+
+
+def comparison_line(name: str, ours: float, paper: float | None) -> str:
+    """Return one line of the comparison; the paper lacks some of our rows."""
+    line = f"{name:40}{ours:8.2f}"
+    if paper is not None:
+        line += f"{paper:8.2f}{ours - paper:+8.2f}"
+    return line
+
+
+def check_row(rows: dict[str, Any], model: str, private: str, public: str) -> None:
+    """End with a list of the paper's rows where it lacks the chosen one.
+
+    Args:
+        rows: the paper's rows of the model.
+        model: the chosen model.
+        private: the chosen private data set.
+        public: the chosen public data set.
+    """
+    if private in rows and public in rows[private]["public"]:
+        return
+    lines = [f"the paper has no row of {model} for {private} with {public}; it has"]
+    for known_private, row in rows.items():
+        for known_public in row["public"]:
+            lines.append(f"  {known_private} {known_public}")
+    sys.exit("\n".join(lines))
 
 
 def main() -> None:
@@ -67,43 +105,24 @@ def main() -> None:
     )
     chosen, options = parser.parse_known_args()
     rows = published["rows"][chosen.model]
-    if chosen.private not in rows or chosen.public not in rows[chosen.private]["public"]:
-        known = (
-            f"  {private} {public}" for private, row in rows.items() for public in row["public"]
-        )
-        sys.exit(
-            "\n".join(
-                [
-                    f"the paper has no row of {chosen.model} for {chosen.private} with {chosen.public}; it has",
-                    *known,
-                ]
-            )
-        )
+    check_row(rows, chosen.model, chosen.private, chosen.public)
     row = rows[chosen.private]
-    changes = settings(
-        chosen.model, chosen.private, chosen.public, row, published["tasks"][chosen.private]
-    )
-    command = [
-        *shlex.split(chosen.start),
-        "pipeline",
-        str(HERE / f"{chosen.model}.yaml"),
-        *changes,
-        *options,
-        "--json",
-    ]
+    task = published["tasks"][chosen.private]
+
+    run_file = str(HERE / f"{chosen.model}.yaml")
+    changes = settings(chosen.model, chosen.private, chosen.public, row, task)
+    start = shlex.split(chosen.start)
+    command = [*start, "pipeline", run_file, *changes, *options, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
-    figures = published_figures(row, chosen.public)
-    print(
-        f"{chosen.model}, {chosen.private} with public {chosen.public}: accuracy in percent\n\n{'':40}{'ours':>8}{'paper':>8}"
-    )
+
+    numbers = published_numbers(row, chosen.public)
+    experiment = f"{chosen.model}, {chosen.private} with public {chosen.public}"
+    print(f"{experiment}: accuracy in percent\n\n{'':40}{'ours':>8}{'paper':>8}")
     for ours in json.loads(done.stdout)["rows"]:
-        accuracy, theirs = 100 * ours["accuracy_micro"], figures.get(ours["name"])
-        print(
-            f"{ours['name']:40}{accuracy:8.2f}"
-            + (f"{theirs:8.2f}{accuracy - theirs:+8.2f}" if theirs is not None else "")
-        )
+        name = ours["name"]
+        print(comparison_line(name, 100 * ours["accuracy_micro"], numbers.get(name)))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the stages leave behind: run folders, manifests, soft prompts and their cards."""
+"""What the stages leave behind: run folders, manifests, soft prompts and their model cards."""

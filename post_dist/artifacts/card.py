@@ -1,56 +1,77 @@
-"""The model card of an artifact: a README.md that says what it is, for a person."""
+"""The model card of an artifact: a README.md that says what it is, for a person and for the hub."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_TEMPLATE = """---
-library_name: {library}
-tags: [post_dist{tag}]
----
-# {title}
-
-{summary}
-
-| setting | value |
-|---|---|
-{rows}
-{notes}
-Made by [post_dist](https://arxiv.org/abs/2506.16196); hashes and lineage are in `post_dist.json`.
-"""
+_SOURCE = (
+    "Made by [post_dist](https://arxiv.org/abs/2506.16196); hashes and lineage are in "
+    "`post_dist.json`."
+)
 
 
 def write_card(
     folder: Path,
     title: str,
     summary: str,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     *,
     library: str,
     tag: str = "",
-    notes: Mapping[str, list[str]] = {},
+    notes: Mapping[str, Sequence[str]] = {},
 ) -> None:
-    """Write `README.md` into an artifact folder; each of the notes is a heading with a list under it."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _flat(settings).items())
-    lists = "".join(
-        f"\n## {heading}\n\n" + "".join(f"- {entry}\n" for entry in entries)
-        for heading, entries in notes.items()
-    )
-    tagged = f", {tag}" if tag else ""
-    (folder / "README.md").write_text(
-        _TEMPLATE.format(
-            library=library, tag=tagged, title=title, summary=summary, rows=rows, notes=lists
-        )
-    )
+    """Write `README.md` into an artifact folder: metadata that the hub reads, and the text.
+
+    Args:
+        folder: the artifact's folder.
+        title: the heading.
+        summary: one or two sentences on what the artifact is.
+        settings: rows of the table; an inner mapping gives a row for each of its entries.
+        library: the hub's name of the library that loads the artifact, such as `peft`.
+        tag: one more tag for the hub.
+        notes: headings, each with its list.
+    """
+    from huggingface_hub import ModelCard, ModelCardData  # half a second
+
+    # The library writes the metadata, so that no name can break its YAML.
+    tags = ["post_dist"]
+    if tag:
+        tags.append(tag)
+    metadata = ModelCardData(library_name=library, tags=tags)
+    text = _text(title, summary, settings, notes)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}").save(folder / "README.md")
+
+
+def _text(
+    title: str, summary: str, settings: Mapping[str, Any], notes: Mapping[str, Sequence[str]]
+) -> str:
+    table = ["| setting | value |", "|---|---|"]
+    for name, value in _flat(settings).items():
+        table.append(f"| {_cell(name)} | {_cell(value)} |")
+    parts = [f"# {_one_line(title)}", summary, "\n".join(table)]
+    for heading, entries in notes.items():
+        parts.append(f"## {heading}")
+        parts.append("\n".join(f"- {entry}" for entry in entries))
+    parts.append(_SOURCE)
+    return "\n\n".join(parts) + "\n"
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without inner mappings: `a: {b: 1}` becomes `a, b: 1`."""
+    """Return settings without inner mappings: `a: {b: 1}` becomes `a, b: 1`."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= (
-            {f"{name}, {inner}": entry for inner, entry in value.items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
+        if not isinstance(value, Mapping):
+            flat[name] = value
+            continue
+        for inner, entry in value.items():
+            flat[f"{name}, {inner}"] = entry
     return flat
+
+
+def _cell(value: object) -> str:
+    """Return a value as one cell of a Markdown table: on one line, with its bars escaped."""
+    return _one_line(str(value)).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())

@@ -1,6 +1,7 @@
-"""`post_dist.json`: what an artifact is, from which it descends, and the hash of each of its files.
+"""`post_dist.json`: what an artifact is, what it was made from, and the hash of each of its files.
 
-An artifact is written beside its place, flushed, hashed, and renamed, so that a folder with a manifest is whole.
+An artifact is written beside its place, flushed, hashed and renamed. A folder with a manifest is
+therefore complete.
 """
 
 import json
@@ -13,26 +14,31 @@ from typing import Any, Literal, get_args
 from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of, file_digest, file_digests, write_folder
 
-Kind = Literal["student", "soft prompt", "evaluation"]
+ArtifactKind = Literal["student", "soft prompt", "evaluation"]
+
 FILE_NAME = "post_dist.json"
 _SCHEMA_VERSION = 1
-_MANIFEST_LIMIT_BYTES = 1 << 20
+_SIZE_LIMIT_BYTES = 1 << 20
+"""A manifest lists some ten files. A larger one is refused before it is parsed."""
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "peft")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `post_dist.json` says.
+    """The contents of `post_dist.json`.
 
     Attributes:
         kind: what the folder holds.
-        parents: for each input its role and sha256 (`fingerprint` of a model, `Manifest.digest` of an artifact).
-        config: the settings that made it; never anything computed from private data.
+        parents: sha256 of each input by its role. It is the `fingerprint` of a model or the
+            `Manifest.digest` of an artifact.
+        config: the settings that made the artifact; never anything computed from private data.
         files: sha256 of each file by its path in the folder.
-        tokenizer: `tokenizer_fingerprint` of the vocabulary that it belongs to.
+        tokenizer: `tokenizer_fingerprint` of the tokenizer that the artifact was made with.
+        versions: version of each package that can change the artifact.
+        schema_version: version of this file's format.
     """
 
-    kind: Kind
+    kind: ArtifactKind
     parents: dict[str, str]
     config: dict[str, Any]
     files: dict[str, str]
@@ -42,13 +48,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The artifact's own sha256: over its kind, its files and its parents."""
+        """The artifact's own sha256, over its kind, its files and its parents."""
         return digest_of({"kind": self.kind, "files": self.files, "parents": self.parents})
 
 
 def write_artifact(
     destination: Path,
-    kind: Kind,
+    kind: ArtifactKind,
     fill: Callable[[Path], None],
     *,
     parents: Mapping[str, str],
@@ -58,16 +64,35 @@ def write_artifact(
 ) -> Manifest:
     """Write an artifact folder with its manifest, atomically.
 
-    `fill` writes the other files; `check` reads all of them back before the folder gets its name, and raises if it must not.
+    Args:
+        destination: the folder to create.
+        kind: what it holds.
+        fill: writes the files other than the manifest into a folder.
+        parents: sha256 of each input by its role.
+        config: the settings that made the artifact.
+        tokenizer: fingerprint of its tokenizer, if it has one.
+        check: reads the finished folder back before it gets its name, and raises to refuse it.
+
+    Raises:
+        InputError: the place cannot be written to.
+        EnvironmentFault: the disk is full.
     """
+    versions = {package: version(package) for package in _PACKAGES}
+    # A list, because the inner function has no other way to hand the manifest out.
     written: list[Manifest] = []
 
     def fill_and_sign(folder: Path) -> None:
         fill(folder)
-        files = file_digests(folder)
-        versions = {package: version(package) for package in _PACKAGES}
-        manifest = Manifest(kind, dict(parents), dict(config), files, tokenizer, versions)
+        manifest = Manifest(
+            kind=kind,
+            parents=dict(parents),
+            config=dict(config),
+            files=file_digests(folder),
+            tokenizer=tokenizer,
+            versions=versions,
+        )
         (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")
+        # The check sees the folder exactly as its receiver will.
         check(folder)
         written.append(manifest)
 
@@ -75,8 +100,12 @@ def write_artifact(
     return written[0]
 
 
-def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """Read a manifest of a kind and check every file of its folder against it.
+def read_manifest(folder: Path, kind: ArtifactKind) -> Manifest:
+    """Read a manifest and check every file of its folder against it.
+
+    Args:
+        folder: the artifact; it may come from anyone.
+        kind: what it must hold.
 
     Raises:
         ArtifactRefused: no artifact, another kind, or a file that is missing, added or changed.
@@ -88,35 +117,56 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
 
 
 def read_any_manifest(folder: Path) -> Manifest:
-    """The same for an artifact of any kind."""
+    """Read the manifest of an artifact of any kind and check every file against it.
+
+    Raises:
+        ArtifactRefused: no artifact, or a file that is missing, added or changed.
+    """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise ArtifactRefused(f"{folder} is no post_dist artifact: it has no {FILE_NAME}")
-    if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise ArtifactRefused(f"{path} is larger than {_MANIFEST_LIMIT_BYTES} bytes")
-    try:
-        fields = json.loads(path.read_text())
-        manifest = Manifest(**fields)
-        listed = {str(name): str(digest) for name, digest in manifest.files.items()}
-        known = manifest.kind in get_args(Kind) and isinstance(manifest.parents, dict)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        known = False
-    if not known:
-        raise ArtifactRefused(f"{path} cannot be read as a manifest")
+        raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
+    # The folder may come from anyone, so the size is checked before the file is read.
+    if path.stat().st_size > _SIZE_LIMIT_BYTES:
+        raise ArtifactRefused(f"{path} is larger than {_SIZE_LIMIT_BYTES} bytes")
+    manifest = _parse(path)
     if manifest.schema_version != _SCHEMA_VERSION:
         raise ArtifactRefused(
-            f"{path} has schema version {manifest.schema_version}, this post_dist reads {_SCHEMA_VERSION}"
+            f"{path} has schema version {manifest.schema_version}, "
+            f"this post_dist reads {_SCHEMA_VERSION}"
         )
-    present = {
-        str(entry.relative_to(folder)) for entry in folder.rglob("*") if not entry.is_dir()
-    } - {FILE_NAME}
-    for name in sorted(present ^ set(listed)):
-        raise ArtifactRefused(
-            f"{folder}: {name} is {'not in the manifest' if name in present else 'missing'}"
-        )
-    for name, digest in listed.items():
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    refused = ArtifactRefused(f"{path} cannot be read as a manifest")
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+        # The types are checked by hand, because a dataclass does not check them.
+        has_known_kind = manifest.kind in get_args(ArtifactKind)
+        all_strings = all(isinstance(digest, str) for digest in manifest.files.values())
+        is_sound = has_known_kind and all_strings and isinstance(manifest.parents, dict)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise refused from None
+    if not is_sound:
+        raise refused
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare the files of a folder with the list in its manifest."""
+    entries = [entry for entry in folder.rglob("*") if not entry.is_dir()]
+    present = {str(entry.relative_to(folder)) for entry in entries}
+    present.discard(FILE_NAME)
+
+    # First the names: a file that the manifest does not list could hold anything.
+    for name in sorted(present ^ set(manifest.files)):
+        problem = "not in the manifest" if name in present else "missing"
+        raise ArtifactRefused(f"{folder}: {name} is {problem}")
+
+    # Then the contents. A link could lead to any file of this machine.
+    for name, digest in manifest.files.items():
         if (folder / name).is_symlink() or file_digest(folder / name) != digest:
             raise ArtifactRefused(
                 f"{folder}: {name} is not the file that was written", "get the artifact again"
             )
-    return manifest

@@ -11,101 +11,112 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import yaml
+from typing import IO, Any
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
+from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import EnvironmentFault
 from post_dist.files import digest_of, writing
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
+
 _WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
+"""Fields that do not change what a stage makes. The inputs hold the digest of what a path names."""
+
 _LAYOUT = {
     "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
     "transfer": {"prompts_at_once"},
     "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
 }
-"""How the work is shared out: a run may go on with another layout. Not so private tuning, where a repeated step must be bit-equal."""
+"""Fields that say how the work is divided. A run may resume with another layout. Private tuning is
+not listed: a step that it repeats must be bit-equal."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one signature of a stage leaves its work. A finished one has its artifact, whole."""
+    """The folder in which one signature of a stage leaves its work.
+
+    Attributes:
+        path: the folder.
+        stage: the stage.
+        config: the stage's view of the run file.
+    """
 
     path: Path
     stage: Stage
     config: RunConfig
-    """The stage's view of the run file."""
 
     @property
     def artifact(self) -> Path:
-        """The folder that the stage hands on."""
+        """The folder of the stage's result."""
         return self.path / "artifact"
 
     @property
     def checkpoints(self) -> Path:
-        """Where an unfinished run goes on from; removed when it is finished."""
+        """The folder from which an unfinished run resumes; removed when the run is finished."""
         return self.path / "checkpoints"
 
     @property
     def finished(self) -> bool:
-        """Whether the artifact is there; it is renamed into place only when it is whole."""
+        """Whether the artifact is there; it gets its name only when it is complete."""
         return (self.artifact / FILE_NAME).is_file()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, write down the settings and the environment, and keep other processes out meanwhile.
+        """Create the folder, describe the run in it, and keep other processes out.
 
-        Two in one folder would take each other's checkpoints away. A process that is killed lets go; a file system without locks keeps
-        nobody out.
+        Two processes in one folder would delete each other's checkpoints. The lock ends with its
+        process, also when that is killed. A file system without locks keeps nobody out.
 
         Raises:
             InputError: the place cannot be written to.
-            EnvironmentFault: another process works in it.
+            EnvironmentFault: another process works in the folder.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
+        # The lock is held until the body has run.
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EnvironmentFault(
-                    f"another process works in {self.path}",
-                    "wait until it has ended, or give another --output",
-                ) from None
-            except OSError as error:
-                log.warning(
-                    "%s cannot be locked: %s; no other process may work in it",
-                    self.path,
-                    error.strerror,
-                )
+            self._take(lock)
             with writing(self.path):
                 self._describe()
             yield
 
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentFault(
+                f"another process works in {self.path}",
+                "wait until it has ended, or give another --output",
+            ) from None
+        except OSError as error:
+            message = "%s cannot be locked: %s; make sure that no other process works in it"
+            log.warning(message, self.path, error.strerror)
+
     def _describe(self) -> None:
+        """Write the settings and the environment of the run."""
+        # Losses and batch sizes of the private stages must not be readable by other users.
+        if self.config.private_task is not None:
+            self.path.chmod(0o700)
         environment = {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
             "packages": {package: version(package) for package in _PACKAGES},
         }
-        if self.config.private_task is not None:
-            self.path.chmod(0o700)
-        (self.path / "resolved.yaml").write_text(
-            yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        )
+        settings = self.config.model_dump(mode="json")
+        (self.path / "resolved.yaml").write_text(write_yaml(settings))
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def run_folder(
     config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = ""
 ) -> RunFolder:
-    """The folder for `stage` with these settings and inputs.
+    """Return the folder for a stage with these settings and inputs.
 
     Args:
         config: the whole run file.
@@ -113,23 +124,26 @@ def run_folder(
         inputs: digest of each thing that the stage reads.
         label: set for a baseline's run of the stage, to tell its folder from the stage's own.
     """
+    # The signature covers the sections that the stage reads, without the layout of the work.
     view = config.view(stage)
-    settings = view.model_dump(
-        mode="json", include={"seed", *STAGE_SECTIONS[stage]}, exclude=_LAYOUT
-    )  # type: ignore[arg-type]
+    read: Any = {"seed", *STAGE_SECTIONS[stage]}
+    layout: Any = _LAYOUT
+    settings = view.model_dump(mode="json", include=read, exclude=layout)
     signature = digest_of(
         {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
     )
+    # The name holds nothing of the private data, only the start of the signature.
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
 
 
 def _influential(value: object) -> object:
-    """Drop settings that do not change what a stage makes; the digest of what a path holds stands in the inputs."""
-    if isinstance(value, dict):
-        return {
-            key: _influential(inner)
-            for key, inner in value.items()
-            if key not in _WITHOUT_INFLUENCE
-        }
-    return value
+    """Drop the settings that do not change what a stage makes, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    # Sections are mappings inside mappings.
+    kept = {}
+    for key, inner in value.items():
+        if key not in _WITHOUT_INFLUENCE:
+            kept[key] = _influential(inner)
+    return kept

@@ -1,4 +1,4 @@
-"""`task.json`: the task of a soft prompt. It is all that the provider learns of the private task."""
+"""`task.json`: the task of a soft prompt, all that the provider learns of the private task."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,13 @@ class PromptTask:
 
     Attributes:
         template: what the model reads, with {text} and perhaps {mask}.
-        label_words: for each class its words, in the order of the class scores; none for a task that generates text.
+        label_words: words of each class, in the order of the class scores; empty for a task that
+            generates text.
         max_length: most tokens of one templated text.
-        allow_multi_token: whether a word of several tokens is represented by its first.
-        init_text: the words that the prompt started from.
-        class_biases: what is added to the class scores, or nothing.
-        max_response_length: most tokens of one response, for a task that generates text; else 0.
+        allow_multi_token: whether a word of several tokens is scored by its first token.
+        init_text: the text that the prompt was initialized from.
+        class_biases: what is added to the class scores; empty if nothing is added.
+        max_response_length: most tokens of one response; 0 for a task with classes.
     """
 
     template: str
@@ -29,12 +30,14 @@ class PromptTask:
 
     @classmethod
     def of_section(cls, section: Task, init_text: str) -> "PromptTask":
-        """The task that a run file describes.
+        """Make the task that a run file describes.
 
         Args:
-            section: `private_task`, with a template; or a public one, whose missing template reads the bare text.
-            init_text: the words that the prompt starts from.
+            section: `private_task`, with a template. A public task without one reads the bare
+                text.
+            init_text: the text that the prompt is initialized from.
         """
+        # The labels themselves stay with the owner; only their words are needed.
         return cls(
             template=section.template or "{text}",
             label_words=tuple(section.labels.values()),

@@ -1,13 +1,14 @@
-"""`post-dist bench distill`: a step of distillation beside the published distiller, on the run file's corpus.
+"""`post-dist bench distill`: a distillation step beside its peers, on the run file's corpus.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, d width, K terms of the loss.
 """
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,182 +19,226 @@ from post_dist.bench.peers import (
 )
 from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
-from post_dist.config.schema import RunConfig, Student
+from post_dist.config.schema import RunConfig
+from post_dist.conflicts import raise_conflicts
 from post_dist.data.corpus import Corpus, build_corpus
-from post_dist.errors import InputError
+from post_dist.data.masking import next_token_labels
+from post_dist.data.order import RankBatch
 from post_dist.files import fingerprint
-from post_dist.losses.distillation import Head
+from post_dist.losses.heads import Head
+from post_dist.losses.terms import TERMS, hidden_terms_in_use, weights_of
+from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import is_masked, load_config, load_tokenizer, load_whole
+from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill.signals import Signals, ask_teacher, cache_teacher
-from post_dist.stages.distill.stage import Batches, distill_step, student_engine
+from post_dist.runtime.zero import layout_of
+from post_dist.stages.distill.batches import DistillationText
+from post_dist.stages.distill.cached_teacher import cache_teacher
+from post_dist.stages.distill.conflicts import conflicts, required_sections
+from post_dist.stages.distill.model import student_engine
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.signal_maker import SignalMaker
+from post_dist.stages.distill.signals import SignalSource
+from post_dist.stages.distill.trainer import StudentStep
 
 _STEPS = 10
-"""Steps whose batches are cached; `time_steps` takes fewer."""
+"""Steps whose batches are cached, and repeated; `time_steps` takes fewer."""
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+_CACHES: tuple[Literal["none", "hidden", "sampled"], ...] = ("none", "hidden", "sampled")
 
 Step = Callable[[], float]
+"""Takes a step and returns the loss before it."""
+PeerLoss = Callable[..., torch.Tensor]
+"""A loss of `bench/peers.py`."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all ways to take a step share.
+
+    Attributes:
+        folder: a temporary folder, with the untrained student in `student`.
+        teacher_folder: the teacher in Hugging Face format.
+        corpus: the sequences.
+        world: the ranks.
+    """
+
+    folder: Path
+    teacher_folder: Path
+    corpus: Corpus
+    world: World
 
 
 def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict[str, Any]:
-    """Time and memory of a whole step, AdamW's part included, at rate 0: every way sees the same batches and the same student.
+    """Measure time and memory of a whole step, AdamW's part included.
+
+    The learning rate is 0, so that every way sees the same batches and the same student.
+
+    Args:
+        config: the run file.
+        teacher_folder: the teacher in Hugging Face format.
+        world: the ranks.
 
     Returns:
-        See `time_steps`; and `max_difference`, the largest relative difference of a loss from the published distiller's, in fp32.
+        The result of `time_steps`, with `settings`, the sizes of the models, and `max_difference`,
+        the largest relative difference of an fp32 loss from the published distiller's.
+
+    Raises:
+        InputError: a section is missing, or the teacher's signals cannot be cached.
     """
-    if config.corpus is None or config.student is None:
-        raise InputError("bench distill needs the sections `corpus` and `student`")
-    if is_masked(load_config(teacher_folder)):
-        raise InputError(
-            "bench distill compares ways to keep what the teacher says, which a masked one has none of",
-            "bench a causal teacher",
-        )
+    facts = read_facts(teacher_folder)
+    for cache in _CACHES:
+        found = conflicts(_with_cache(config, cache), facts, layout_of(config.engine, world))
+        raise_conflicts("bench distill", found)
+    corpus_section, student_section = required_sections(config)
+
     tokenizer = load_tokenizer(teacher_folder)
-    num_layers = load_config(teacher_folder).get_text_config().num_hidden_layers
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        (place / "student").mkdir()
-        write_student(
-            place / "student",
-            teacher_folder,
-            stand_in_layers(config.student, num_layers),
-            tokenizer,
-        )
-        corpus = build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world)
-        ways = [
-            _Ways(config, config.student, precision, teacher_folder, place, corpus, world)
-            for precision in ("fp32", "bf16")
-        ]
-        steps = {
-            name: step
-            for pair in zip(*(way.steps().items() for way in ways), strict=True)
-            for name, step in pair
-        }
-        first = {name: step() for name, step in steps.items()}
+        folder = Path(scratch)
+        student_folder = folder / "student"
+        student_folder.mkdir()
+        layers = stand_in_layers(student_section, facts.layers)
+        write_student(student_folder, teacher_folder, layers, tokenizer)
+        corpus = build_corpus(corpus_section, tokenizer, folder / "corpus.npy", config.seed, world)
+        inputs = _Inputs(folder, teacher_folder, corpus, world)
+        ways = [_Ways(config, precision, inputs) for precision in _PRECISIONS]
+
+        steps = _interleaved([way.steps() for way in ways])
+        first_losses = {name: step() for name, step in steps.items()}
         sizes = {
             "teacher_parameters": _size(ways[0].teacher),
             "student_parameters": _size(ways[0].student()),
         }
-        measured = time_steps(
-            steps, config.distill.batch_size * config.corpus.sequence_length, "tokens", world.device
-        )
-    published = next(iter(first.values()))
-    apart = [
-        abs(loss / published - 1)
-        for name, loss in first.items()
-        if name.endswith("fp32") and "sampled" not in name
-    ]
+        tokens = config.distill.batch_size * corpus_section.sequence_length
+        measured = time_steps(steps, tokens, "tokens", world.device)
+
     return measured | {
-        "max_difference": max(apart),
-        "settings": sizes | {"vocabulary": ways[0].teacher.vocabulary_size},
+        "max_difference": _max_difference(first_losses),
+        "settings": sizes | {"vocabulary": facts.vocabulary},
     }
 
 
-class _Ways:
-    """The ways to take a step at one precision. Each trains a student of its own, at rate 0, and gives the loss before the step."""
+def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) -> RunConfig:
+    """Return the run file with a kind of cache, and the number of steps that the cache covers."""
+    changes: dict[str, Any] = {"cache": cache, "steps": _STEPS, "learning_rate": 0.0}
+    if cache == "sampled":
+        # Samples keep no hidden states, so the terms that compare them are left out.
+        for term in hidden_terms_in_use(config.distill):
+            changes[term.weight_field] = 0.0
+    return config.model_copy(update={"distill": config.distill.model_copy(update=changes)})
 
-    def __init__(
-        self,
-        config: RunConfig,
-        rule: Student,
-        precision: Precision,
-        teacher_folder: Path,
-        place: Path,
-        corpus: Corpus,
-        world: World,
-    ) -> None:
-        self._config = config.model_copy(
-            update={
-                "distill": config.distill.model_copy(update={"learning_rate": 0.0, "steps": _STEPS})
-            }
-        )
-        self._rule, self._precision, self._place, self._corpus, self._world = (
-            rule,
-            precision,
-            place,
-            corpus,
-            world,
-        )
-        self._digest = fingerprint(teacher_folder)
-        self.teacher = load_sharded(teacher_folder, config.engine, precision, world)
-        self._whole_teacher = load_whole(teacher_folder, precision, world.device)
+
+def _interleaved(steps_of_ways: list[dict[str, Step]]) -> dict[str, Step]:
+    """Merge dictionaries entry by entry: the first of each, then the second of each."""
+    merged: dict[str, Step] = {}
+    for pairs in zip(*(steps.items() for steps in steps_of_ways), strict=True):
+        merged.update(pairs)
+    return merged
+
+
+def _max_difference(first_losses: dict[str, float]) -> float:
+    """Compare the fp32 losses with the first, which is the published distiller's."""
+    published = next(iter(first_losses.values()))
+    differences = []
+    for name, loss in first_losses.items():
+        # Samples equal the other ways only on average.
+        if name.endswith("fp32") and "sampled" not in name:
+            differences.append(abs(loss / published - 1))
+    return max(differences)
+
+
+class _Ways:
+    """The ways to take a step at one precision.
+
+    Each trains a student of its own, at a learning rate of 0.
+
+    Args:
+        config: the run file.
+        precision: of all models.
+        inputs: what all ways share.
+    """
+
+    def __init__(self, config: RunConfig, precision: Precision, inputs: _Inputs) -> None:
+        self._config = _with_cache(config, "none")
+        self._precision = precision
+        self._inputs = inputs
+        _, self._student_section = required_sections(config)
+        self._digest = fingerprint(inputs.teacher_folder)
+        self.teacher = load_sharded(inputs.teacher_folder, config.engine, precision, inputs.world)
+        self._whole_teacher = load_whole(inputs.teacher_folder, precision, inputs.world.device)
 
     def student(self) -> LanguageModel:
-        """A fresh student."""
-        return load_whole(self._place / "student", self._precision, self._world.device)
+        """Load an untrained student."""
+        return load_whole(
+            self._inputs.folder / "student", self._precision, self._inputs.world.device
+        )
 
     def steps(self) -> dict[str, Step]:
-        """By name; those of the peers first."""
-        ways = {"published loop": self._peer(published_distillation_loss), "ours": self._ours()}
+        """Return the steps by name, the published distiller's first."""
+        ways = {
+            "published loop": self._peer(published_distillation_loss),
+            "ours": self._ours("none"),
+        }
         if find_spec("trl"):
             ways["TRL's GKD loss"] = self._peer(trl_distillation_loss)
         if find_spec("liger_kernel") and self.teacher.has_linear_head:
             ways["Liger's chunked loss"] = self._peer(liger_distillation_loss)
-        ways |= {
-            "ours, cached": self._ours(cache="hidden"),
-            "ours, sampled cache": self._ours(cache="sampled", alpha_cos=0.0),
-        }
+        ways["ours, cached"] = self._ours("hidden")
+        ways["ours, sampled cache"] = self._ours("sampled")
         return {f"{name} {self._precision}": step for name, step in ways.items()}
 
-    def _ours(self, **changes: Any) -> Step:
-        section = self._config.distill.model_copy(update=changes)
-        config = self._config.model_copy(update={"distill": section})
-        signals: Signals = ask_teacher(self.teacher, section.layers_in_teacher(self._rule))
-        if section.cache != "none":
-            how: dict[str, Any] = {"seed": config.seed, "world": self._world}
-            signals = cache_teacher(
-                self._place, self.teacher, self._digest, self._corpus, section, self._rule, **how
-            )
-        engine = student_engine(self.student(), config, self._rule, self._precision, self._world)
-        batches = Batches(self._corpus, None, signals, section, self._world)
+    def _ours(self, cache: Literal["none", "hidden", "sampled"]) -> Step:
+        """Return the step of the distill stage."""
+        world = self._inputs.world
+        corpus = self._inputs.corpus
+        config = _with_cache(self._config, cache)
+        section = config.distill
+        lower_layers = section.layers_in_teacher(self._student_section)
+        source: SignalSource = OnlineTeacher(self.teacher, lower_layers)
+        if cache != "none":
+            maker = SignalMaker(self.teacher, section, self._student_section, config.seed)
+            source = cache_teacher(self._inputs.folder, self._digest, maker, corpus, world)
+        engine = student_engine(
+            self.student(), config, self._student_section, self._precision, world
+        )
+        text = DistillationText(corpus, None, world.device)
+        student_step = StudentStep(engine, text, source, section, world)
+        weights = weights_of(section)
+        weights_K = torch.tensor([weights[term.metric] for term in TERMS], device=world.device)
         taken = 0
 
         def step() -> float:
             nonlocal taken
-            terms = distill_step(engine, batches, taken % _STEPS)
+            means_K = student_step.take(taken % _STEPS)
             taken += 1
-            return float(
-                terms
-                @ torch.tensor(
-                    [section.alpha_ce, section.alpha_lm, section.alpha_cos], device=terms.device
-                )
-            )
+            return float(means_K @ weights_K)
 
         return step
 
-    def _peer(self, loss_of: Callable[..., torch.Tensor]) -> Step:
-        section, student = self._config.distill, self.student()
-        freeze(student, self._rule)
+    def _peer(self, loss_of: PeerLoss) -> Step:
+        """Return the step of a plain loop with a peer's loss."""
+        section = self._config.distill
+        student = self.student()
+        freeze(student, self._student_section)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         taken = 0
 
         def step() -> float:
             nonlocal taken
-            parts = self._corpus.step_shares(
-                taken % _STEPS, section.batch_size, section.micro_batch_size_per_gpu, self._world
+            micro_batches = self._inputs.corpus.step_batches(
+                taken % _STEPS,
+                section.batch_size,
+                section.micro_batch_size_per_gpu,
+                self._inputs.world,
             )
             taken += 1
             total = 0.0
-            for share in parts:
-                input_ids = self._corpus.training(share).to(self._world.device)
-                labels = torch.cat(
-                    [input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1
-                )
-                positions = self._corpus.positions(input_ids)
-                with torch.no_grad():
-                    teacher_BTd = self._whole_teacher(input_ids, position_ids=positions)
-                student_BTd = student(input_ids, position_ids=positions)
-                loss = loss_of(
-                    student_BTd,
-                    teacher_BTd,
-                    *(_head(model) for model in (student, self._whole_teacher)),
-                    labels,
-                    section,
-                )
-                loss = share.weight * loss / len(parts)
+            for micro_batch in micro_batches:
+                loss = self._peer_loss(loss_of, student, micro_batch)
+                loss = micro_batch.weight * loss / len(micro_batches)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
@@ -203,12 +248,37 @@ class _Ways:
 
         return step
 
+    def _peer_loss(
+        self, loss_of: PeerLoss, student: LanguageModel, micro_batch: RankBatch
+    ) -> torch.Tensor:
+        """Compute a peer's loss of a micro-batch."""
+        corpus = self._inputs.corpus
+        input_ids_BT = corpus.training(micro_batch).to(self._inputs.world.device)
+        positions_BT = corpus.positions(input_ids_BT)
+        with torch.no_grad():
+            teacher_BTd = self._whole_teacher(input_ids_BT, position_ids=positions_BT)
+        student_BTd = student(input_ids_BT, position_ids=positions_BT)
+        return loss_of(
+            student_BTd,
+            teacher_BTd,
+            _head(student),
+            _head(self._whole_teacher),
+            next_token_labels(input_ids_BT),
+            self._config.distill,
+        )
+
 
 def _head(model: LanguageModel) -> Head:
-    return model.head_module if model.has_linear_head else model.head
+    """Return the head; as a module where it is a plain matrix, whose weight Liger reads."""
+    if model.has_linear_head:
+        return model.head_module
+    return model.head
 
 
 def _size(model: LanguageModel) -> int:
-    return sum(
-        int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
-    )
+    """Return the number of parameters of a model that may be sharded."""
+    sizes = []
+    for parameter in model.parameters():
+        # DeepSpeed leaves an empty tensor in place of a sharded one, with its size beside it.
+        sizes.append(int(getattr(parameter, "ds_numel", parameter.numel())))
+    return sum(sizes)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 from post_dist.bench.timing import device_name, seconds_of
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
+from post_dist.config.yaml_files import write_yaml
 from post_dist.files import writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import DTYPES, choose_precision
@@ -111,7 +111,7 @@ def write_hardware(path: Path, measured: dict[str, Any]) -> None:
     """Write the result of `measure_fabric` as a hardware file with one entry, `measured`."""
     origin = f"# {measured['device']}, {measured['ranks']} ranks: by `post-dist bench fabric`\n"
     with writing(path):
-        path.write_text(origin + yaml.safe_dump({"measured": measured["hardware"]}))
+        path.write_text(origin + write_yaml({"measured": measured["hardware"]}))
 
 
 def _reached_teraflops(device: torch.device) -> dict[str, float]:

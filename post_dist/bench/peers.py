@@ -1,10 +1,9 @@
-"""What the stages are compared with, written from what each describes.
+"""Baselines that the stages are measured against, written from what each project describes.
 
-Shapes: B rows, T tokens, n prompt tokens, d width, V vocabulary.
+Shapes: B examples, T tokens, P unmasked positions, n prompt tokens, d width, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from opacus import GradSampleModule
@@ -15,10 +14,12 @@ from post_dist.config.schema import Distill, Transfer
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
-from post_dist.losses.distillation import Head
 from post_dist.losses.divergence import softened_kl
+from post_dist.losses.heads import Head
 from post_dist.losses.transfer import published_transfer_loss
 from post_dist.models.language_model import LanguageModel
+
+# Prompt tuning
 
 
 def plain_losses(
@@ -28,13 +29,39 @@ def plain_losses(
     classes_B: torch.Tensor,
     prompt: torch.Tensor,
 ) -> torch.Tensor:
-    """Losses [B] the ordinary way: the prompt before every row, the whole trunk, and the head at the answer."""
+    """Compute the losses of prompt tuning as PEFT does, with the prompt in front of every example.
+
+    Args:
+        model: the frozen model.
+        verbalizer: maps logits to class scores.
+        batch: the examples.
+        classes_B: the right classes.
+        prompt: [n, d], or [B, n, d].
+
+    Returns:
+        Losses [B].
+    """
     hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt)
-    places_B = batch.answer + prompt.shape[-2]
-    logits_BV = model.head(
-        hidden_BTd[torch.arange(len(places_B), device=places_B.device), places_B]
-    )
+    logits_BV = model.head(_at_answers(hidden_BTd, batch, prompt.shape[-2]))
     return functional.cross_entropy(verbalizer.scores(logits_BV), classes_B, reduction="none")
+
+
+# Transfer
+
+
+@dataclass(frozen=True)
+class CachedLogits:
+    """Logits at the answers that do not depend on the prompt that is trained, [B, V] each.
+
+    Attributes:
+        source: logits of the student without a prompt.
+        source_prompted: logits of the student with the source prompt.
+        target: logits of the target without a prompt.
+    """
+
+    source: torch.Tensor
+    source_prompted: torch.Tensor
+    target: torch.Tensor
 
 
 def published_transfer_step(
@@ -45,44 +72,81 @@ def published_transfer_step(
     prompt_nd: torch.Tensor,
     section: Transfer,
 ) -> torch.Tensor:
-    """The loss of POST's utils/transfer.py: four forwards, and in each the logits [B, n+T, V] of all positions, of which one is used.
+    """Compute the loss of POST's utils/transfer.py.
 
-    More generous than that code, which also goes back through the prompted student, and runs the others with autograd on.
+    It runs four forwards. Each computes the logits [B, n+T, V] of all positions, of which one per
+    example is used. This version is more generous than that code, which also back-propagates
+    through the prompted student, and runs the other forwards with autograd on.
+
+    Args:
+        student: the student.
+        target: the target.
+        batch: the examples.
+        source_nd: the source prompt.
+        prompt_nd: the prompt that is trained.
+        section: settings of the loss, with a number for `alpha`.
+
+    Returns:
+        The loss, a scalar.
     """
-    device = batch.answer.device
-
-    def at_answers(model: LanguageModel, prompt: torch.Tensor | None) -> torch.Tensor:
-        places_B = batch.answer + (0 if prompt is None else len(prompt))
-        return model.head(model(batch.input_ids, batch.attention_mask, prompt))[
-            torch.arange(len(places_B), device=device), places_B
-        ]
-
     with torch.no_grad():
-        source_BV, source_prompted_BV, target_BV = (
-            at_answers(student, None),
-            at_answers(student, source_nd),
-            at_answers(target, None),
+        constants = CachedLogits(
+            source=_logits_at_answers(student, batch, None),
+            source_prompted=_logits_at_answers(student, batch, source_nd),
+            target=_logits_at_answers(target, batch, None),
         )
-    weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
-    return published_transfer_loss(
-        source_BV, source_prompted_BV, target_BV, at_answers(target, prompt_nd), **weights
-    )
+    return cached_transfer_step(target, batch, constants, prompt_nd, section)
 
 
 def cached_transfer_step(
     target: LanguageModel,
     batch: Batch,
-    constants: Sequence[torch.Tensor],
+    constants: CachedLogits,
     prompt_nd: torch.Tensor,
     section: Transfer,
 ) -> torch.Tensor:
-    """The same loss as one would write it with PEFT and care: constants [B, V] kept, padding to the longest row, the head everywhere."""
-    input_ids, places_B = batch.input_ids, batch.answer + len(prompt_nd)
-    rows_B = torch.arange(len(places_B), device=places_B.device)
-    logits = target.head(target(input_ids, batch.attention_mask, prompt_nd))[rows_B, places_B]
-    weights: dict[str, Any] = {"alpha": section.alpha, "temperature": section.temperature}
-    source_BV, source_prompted_BV, target_BV = constants
-    return published_transfer_loss(source_BV, source_prompted_BV, target_BV, logits, **weights)
+    """Compute the same loss as one would write it with PEFT and care.
+
+    The constant logits are cached, and examples are padded to the longest of a batch. The head
+    still runs at all positions.
+
+    Args:
+        target: the target.
+        batch: the examples.
+        constants: cached logits of these examples.
+        prompt_nd: the prompt that is trained.
+        section: settings of the loss, with a number for `alpha`.
+
+    Returns:
+        The loss, a scalar.
+    """
+    return published_transfer_loss(
+        constants.source,
+        constants.source_prompted,
+        constants.target,
+        _logits_at_answers(target, batch, prompt_nd),
+        alpha=float(section.alpha),
+        temperature=section.temperature,
+    )
+
+
+def _logits_at_answers(
+    model: LanguageModel, batch: Batch, prompt_nd: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute the logits of all positions, and pick those at the answers: [B, V]."""
+    logits = model.head(model(batch.input_ids, batch.attention_mask, prompt_nd))
+    prompt_length = 0 if prompt_nd is None else len(prompt_nd)
+    return _at_answers(logits, batch, prompt_length)
+
+
+def _at_answers(states: torch.Tensor, batch: Batch, prompt_length: int) -> torch.Tensor:
+    """Pick the states [B, ...] at the answers of states [B, n+T, ...]."""
+    positions_B = batch.answer + prompt_length
+    examples_B = torch.arange(len(positions_B), device=positions_B.device)
+    return states[examples_B, positions_B]
+
+
+# Distillation
 
 
 def published_distillation_loss(
@@ -93,28 +157,35 @@ def published_distillation_loss(
     labels_BT: torch.Tensor,
     section: Distill,
 ) -> torch.Tensor:
-    """The loss of POST's distill/distiller.py, which is DistilGPT2's: logits [B, T, V] of both, and copies of those that are no padding."""
+    """Compute the loss of POST's distill/distiller.py, which is that of DistilGPT2.
+
+    It computes the logits [B, T, V] of both models, and copies those that are no padding.
+
+    Args:
+        student_BTd: last hidden states of the student.
+        teacher_BTd: last hidden states of the teacher.
+        student_head: maps hidden states to logits.
+        teacher_head: maps hidden states to logits.
+        labels_BT: the next tokens; -100 where there is none.
+        section: weights and temperature.
+
+    Returns:
+        The loss, a scalar.
+    """
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_BTd)
-    logits = student_head(student_BTd)
+    student_logits = student_head(student_BTd)
+
     mask = torch.ones_like(labels_BT, dtype=torch.bool)[..., None]
-    chosen, wanted = (
-        each.masked_select(mask.expand_as(each)).view(-1, each.shape[-1])
-        for each in (logits, teacher_logits)
-    )
-    softened, target = (
-        (chosen / section.temperature).log_softmax(dim=-1),
-        (wanted / section.temperature).softmax(dim=-1),
-    )
-    ce = functional.kl_div(softened, target, reduction="batchmean") * section.temperature**2
-    return _with_other_terms(
-        ce,
-        logits,
-        labels_BT,
-        student_BTd.masked_select(mask.expand_as(student_BTd)),
-        teacher_BTd,
-        section,
-    )
+    student_chosen = _masked_copy(student_logits, mask)
+    teacher_chosen = _masked_copy(teacher_logits, mask)
+    softened = (student_chosen / section.temperature).log_softmax(dim=-1)
+    target = (teacher_chosen / section.temperature).softmax(dim=-1)
+    divergence = functional.kl_div(softened, target, reduction="batchmean")
+    ce = divergence * section.temperature**2
+
+    student_hidden = student_BTd.masked_select(mask.expand_as(student_BTd))
+    return _with_other_terms(ce, student_logits, labels_BT, student_hidden, teacher_BTd, section)
 
 
 def trl_distillation_loss(
@@ -125,7 +196,18 @@ def trl_distillation_loss(
     labels_BT: torch.Tensor,
     section: Distill,
 ) -> torch.Tensor:
-    """The same with the divergence of TRL's GKD trainer.
+    """Compute the published loss with the divergence of TRL's GKD trainer.
+
+    Args:
+        student_BTd: last hidden states of the student.
+        teacher_BTd: last hidden states of the teacher.
+        student_head: maps hidden states to logits.
+        teacher_head: maps hidden states to logits.
+        labels_BT: the next tokens; -100 where there is none.
+        section: weights and temperature.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
         ImportError: TRL is not installed.
@@ -134,18 +216,12 @@ def trl_distillation_loss(
 
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_BTd)
-    logits = student_head(student_BTd)
+    student_logits = student_head(student_BTd)
     divergence = GKDTrainer.generalized_jsd_loss(
-        logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum"
+        student_logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum"
     )
-    return _with_other_terms(
-        divergence * section.temperature**2 / labels_BT.numel(),
-        logits,
-        labels_BT,
-        student_BTd,
-        teacher_BTd,
-        section,
-    )
+    ce = divergence * section.temperature**2 / labels_BT.numel()
+    return _with_other_terms(ce, student_logits, labels_BT, student_BTd, teacher_BTd, section)
 
 
 def liger_distillation_loss(
@@ -156,90 +232,139 @@ def liger_distillation_loss(
     labels_BT: torch.Tensor,
     section: Distill,
 ) -> torch.Tensor:
-    """The same with Liger's projection and divergence in one, a chunk of positions at a time, as it comes: compiled, 1,024 at a time.
+    """Compute the published loss with Liger's fused projection and divergence.
 
-    It leaves out the divergence where no label is asked for, so the last position of each sequence is added here.
+    Liger is used as it comes: compiled, and 1,024 positions at a time. It leaves out the divergence
+        at positions without a label. The last position of each sequence is such a one, so its
+        divergence is added here.
+
+    Args:
+        student_BTd: last hidden states of the student.
+        teacher_BTd: last hidden states of the teacher.
+        student_head: maps hidden states to logits; one matrix.
+        teacher_head: maps hidden states to logits; one matrix.
+        labels_BT: the next tokens; -100 where there is none.
+        section: weights and temperature.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
         ImportError: Liger is not installed.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
-    share = int((labels_BT != -100).sum()) / labels_BT.numel()
+    labelled = int((labels_BT != -100).sum()) / labels_BT.numel()
     scale = section.alpha_ce * section.temperature**2
     liger = LigerFusedLinearJSDLoss(
-        section.alpha_lm, scale * share, beta=0.0, temperature=section.temperature
+        section.alpha_lm, scale * labelled, beta=0.0, temperature=section.temperature
     )
-    weights = (head.weight for head in (student_head, teacher_head))  # type: ignore[attr-defined]
-    pairs = zip((student_BTd.flatten(0, 1), teacher_BTd.flatten(0, 1)), weights, strict=True)
-    loss = liger(*(part for pair in pairs for part in pair), labels_BT.flatten())
-    last_BV, wanted_BV = (
-        head(hidden[:, -1])
-        for head, hidden in ((student_head, student_BTd), (teacher_head, teacher_BTd))
+    student_weight = student_head.weight  # type: ignore[attr-defined]
+    teacher_weight = teacher_head.weight  # type: ignore[attr-defined]
+    loss = liger(
+        student_BTd.flatten(0, 1),
+        student_weight,
+        teacher_BTd.flatten(0, 1),
+        teacher_weight,
+        labels_BT.flatten(),
     )
-    last = (1 - share) * softened_kl(wanted_BV, last_BV, section.temperature)
-    cos = 1 - functional.cosine_similarity(student_BTd.float(), teacher_BTd.float(), dim=-1).mean()
+
+    last_BV = student_head(student_BTd[:, -1])
+    wanted_BV = teacher_head(teacher_BTd[:, -1])
+    last = (1 - labelled) * softened_kl(wanted_BV, last_BV, section.temperature)
+
+    similarity = functional.cosine_similarity(student_BTd.float(), teacher_BTd.float(), dim=-1)
+    cos = 1 - similarity.mean()
     return loss + section.alpha_ce * last + section.alpha_cos * cos
+
+
+def _masked_copy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Copy the logits [P, V] at the unmasked positions; `mask` is [B, T, 1]."""
+    chosen = logits.masked_select(mask.expand_as(logits))
+    return chosen.view(-1, logits.shape[-1])
 
 
 def _with_other_terms(
     ce: torch.Tensor,
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    labels_BT: torch.Tensor,
     hidden: torch.Tensor,
     teacher_BTd: torch.Tensor,
     section: Distill,
 ) -> torch.Tensor:
-    lm = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    student_Nd, teacher_Nd = hidden.view(-1, teacher_BTd.shape[-1]), teacher_BTd.flatten(0, 1)
-    cos = functional.cosine_embedding_loss(
-        student_Nd, teacher_Nd, torch.ones(len(teacher_Nd), device=teacher_Nd.device)
-    )
+    """Add the language-modeling loss and the cosine loss to the divergence, with their weights."""
+    lm = functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten())
+    student_Nd = hidden.view(-1, teacher_BTd.shape[-1])
+    teacher_Nd = teacher_BTd.flatten(0, 1)
+    similar = torch.ones(len(teacher_Nd), device=teacher_Nd.device)
+    cos = functional.cosine_embedding_loss(student_Nd, teacher_Nd, similar)
+    # The published code logs each term in every step, which waits for the GPU.
     for term in (ce, lm, cos):
-        term.item()  # that code logs each of them in every step
+        term.item()
     return section.alpha_ce * ce + section.alpha_lm * lm + section.alpha_cos * cos
 
 
-class HookedPrompt(nn.Module):
-    """A prompt that Opacus' hooks see once per example: an embedding that every row of the batch looks up for itself.
+# Private tuning with Opacus' hooks
 
-    (PEFT looks it up once for the whole batch; the hooks then record one gradient. See tests/privacy/test_gradients.py.)
+
+class HookedPrompt(nn.Module):
+    """A prompt that Opacus' hooks see once per example: each example looks up the embedding itself.
+
+    PEFT looks it up once for the whole batch, and the hooks then record one gradient. See
+    tests/privacy/test_gradients.py.
+
+    Args:
+        prompt_nd: initial values of the prompt.
     """
 
     def __init__(self, prompt_nd: torch.Tensor) -> None:
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(prompt_nd.clone(), freeze=False)
 
-    def forward(self, places_Bn: torch.Tensor) -> torch.Tensor:
-        """The prompt [B, n, d], a copy for each row."""
-        copies: torch.Tensor = self.embedding(places_Bn)
+    def forward(self, indices_Bn: torch.Tensor) -> torch.Tensor:
+        """Return the prompt [B, n, d], a copy for each example."""
+        copies: torch.Tensor = self.embedding(indices_Bn)
         return copies
 
 
 class OpacusHooks:
-    """Per-example gradients [B, n, d] by Opacus' hooks."""
+    """Computes per-example gradients of a prompt with Opacus' hooks.
+
+    Args:
+        model: the frozen model.
+        verbalizer: maps logits to class scores.
+        prompt_nd: the prompt at which gradients are computed.
+    """
 
     def __init__(
         self, model: LanguageModel, verbalizer: Verbalizer, prompt_nd: torch.Tensor
     ) -> None:
-        self._model, self._verbalizer = model, verbalizer
+        self._model = model
+        self._verbalizer = verbalizer
         self._prompt = GradSampleModule(HookedPrompt(prompt_nd), loss_reduction="sum")
-        self._places_n = torch.arange(len(prompt_nd), device=prompt_nd.device)
+        self._indices_n = torch.arange(len(prompt_nd), device=prompt_nd.device)
 
     def __call__(self, batch: Batch, classes_B: torch.Tensor) -> torch.Tensor:
-        """The gradients at the prompt that was given first."""
-        copies_Bnd = self._prompt(self._places_n.expand(len(classes_B), -1))
-        plain_losses(self._model, self._verbalizer, batch, classes_B, copies_Bnd).sum().backward()  # type: ignore[no-untyped-call]
+        """Return the gradient [B, n, d] of each example."""
+        copies_Bnd = self._prompt(self._indices_n.expand(len(classes_B), -1))
+        losses_B = plain_losses(self._model, self._verbalizer, batch, classes_B, copies_Bnd)
+        losses_B.sum().backward()  # type: ignore[no-untyped-call]
         weight = self._prompt._module.embedding.weight
         gradients: torch.Tensor = weight.grad_sample
-        weight.grad_sample = weight.grad = None
+        weight.grad_sample = None
+        weight.grad = None
         return gradients
 
 
 class LowRank(nn.Module):
-    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021): plain layers, which Opacus' hooks know.
+    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021).
 
-    What is trained is fp32, whatever the frozen layer is.
+    It consists of linear layers, which Opacus' hooks know. The trained ones are fp32, whatever the
+    frozen one is.
+
+    Args:
+        frozen: the frozen layer.
+        rank: rank of the trained change.
     """
 
     def __init__(self, frozen: nn.Linear, rank: int) -> None:
@@ -249,50 +374,55 @@ class LowRank(nn.Module):
         self.up = nn.Linear(rank, frozen.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        """What the frozen layer makes, and the change."""
-        made: torch.Tensor = self.frozen(given) + self.up(
-            self.down(given.to(self.down.weight.dtype))
-        ).to(given.dtype)
-        return made
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the output of the frozen layer plus the change."""
+        change = self.up(self.down(inputs.to(self.down.weight.dtype)))
+        outputs: torch.Tensor = self.frozen(inputs) + change.to(inputs.dtype)
+        return outputs
 
 
 class OpacusLora:
-    """LoRA on the query and value projections of a model that the owner holds, with per-example gradients by Opacus' hooks.
+    """LoRA on the query and value projections of the student, with Opacus' per-example gradients.
 
     Args:
-        model: its projections are replaced; LoRA starts from no change.
-        verbalizer: from logits to class scores.
-        rank: of the change.
+        model: the student. Its projections are replaced; at the start LoRA changes nothing.
+        verbalizer: maps logits to class scores.
+        rank: rank of the change.
+
+    Attributes:
+        parameters: the trained parameters.
 
     Raises:
-        InputError: the model has no projections of the names that Llama's family uses.
+        InputError: the model's projections are not named as in Llama's family.
     """
 
     def __init__(self, model: LanguageModel, verbalizer: Verbalizer, rank: int) -> None:
-        places = [
-            (parent, name)
-            for parent in model.layers.modules()
-            for name in ("q_proj", "v_proj")
-            if hasattr(parent, name)
-        ]
-        if not places:
+        projections = []
+        for parent in model.layers.modules():
+            for name in ("q_proj", "v_proj"):
+                if hasattr(parent, name):
+                    projections.append((parent, name))
+        if not projections:
             raise InputError(
-                "LoRA as a peer is written for models with layers q_proj and v_proj",
-                "take one of Llama's family",
+                "the LoRA baseline needs a model with layers q_proj and v_proj",
+                "use a model of Llama's family",
             )
-        for parent, name in places:
-            setattr(parent, name, LowRank(getattr(parent, name), rank).to(model.model.device))
+        for parent, name in projections:
+            low_rank = LowRank(getattr(parent, name), rank)
+            setattr(parent, name, low_rank.to(model.model.device))
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._model = GradSampleModule(model, loss_reduction="sum")
         self._verbalizer = verbalizer
 
     def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
-        """Each example's gradients, for each parameter [B, ...], at its present value."""
+        """Return each example's gradient of each parameter, [B, ...], at its present value."""
         logits_BV = self._model(batch.input_ids, batch.attention_mask, None, batch.answer)
         scores_BC = self._verbalizer.scores(logits_BV)
-        functional.cross_entropy(scores_BC, classes_B, reduction="sum").backward()  # type: ignore[no-untyped-call]
-        gradients: list[torch.Tensor] = [parameter.grad_sample for parameter in self.parameters]  # type: ignore[attr-defined]
+        loss = functional.cross_entropy(scores_BC, classes_B, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients: list[torch.Tensor] = []
         for parameter in self.parameters:
-            parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
+            gradients.append(parameter.grad_sample)  # type: ignore[attr-defined]
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
         return gradients

@@ -1,177 +1,283 @@
-"""`post-dist bench transfer`: a step of the transfer beside the published loop, on the run file's public rows.
+"""`post-dist bench transfer`: a step of the transfer beside the published loop.
 
-Shapes: B rows, n prompt tokens, d width, V vocabulary.
+All variants see the same batches of the run file's public text.
+
+Shapes: B examples, n prompt tokens, d width, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import cached_transfer_step, published_transfer_step
+from post_dist.bench.peers import CachedLogits, cached_transfer_step, published_transfer_step
 from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine, RunConfig
+from post_dist.config.sources import Task
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Batch
 from post_dist.errors import InputError
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
-from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses, prepare_lesson
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair, TransferObjective
+from post_dist.stages.transfer.step_losses import transfer_losses
 
-MOST_ROWS = 256
-"""Public rows that the benchmark draws its batches from."""
+MAX_EXAMPLES = 256
+"""Public examples that the benchmark draws its batches from."""
+
+_NOISE = 0.1
+"""Noise on the source prompt, over its own standard deviation, so that it is not plain text."""
+
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+_VARIANTS = ("published loop", "ours", "cached, plain torch")
+
+Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Takes a step; returns its loss and the gradient [n, d] of the prompt."""
+
+LossOf = Callable[[list[int], torch.Tensor], torch.Tensor]
+"""Maps the indices of B examples and a prompt [n, d] to a loss."""
 
 
 def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World) -> dict[str, Any]:
-    """Time and memory of a whole step with Adam, under the published loss on the whole vocabulary.
+    """Measure time and memory of a whole step with Adam, for the published loss on the vocabulary.
 
-    Every way sees the same batches of `transfer.batch_size` public rows, in the same order. The published loop pads to `max_length`.
+    The published loop pads every text to `max_length`, as its code does.
+
+    Args:
+        config: the run file.
+        teacher: folder of the target.
+        student: folder of the student.
+        world: the ranks.
 
     Returns:
-        See `time_steps`; `max_difference`, the largest relative difference of loss and gradient from the published loop's, at equal
-        precision fp32; and `once`, what is computed before the first step.
+        The result of `time_steps` and three more entries. `max_difference` is the largest relative
+        difference of loss and gradient from the published loop, among the variants in fp32. `once`
+        describes what is computed before the first step. `settings` holds the shapes.
+
+    Raises:
+        InputError: the run file has no public task.
     """
-    if config.public_task is None:
+    public_task = config.public_task
+    if public_task is None:
         raise InputError("bench transfer needs the section `public_task`")
-    alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
-    settings = {
-        "objective": "published",
-        "scores": "vocabulary",
-        "match_class_shares": False,
-        "alpha": alpha,
+    bench = _TransferBench(config, public_task, teacher, student, world)
+
+    # Every precision needs models of its own. All stay loaded, since the variants take turns.
+    steps: dict[str, Step] = {}
+    seconds_before: dict[str, float] = {}
+    for precision in _PRECISIONS:
+        setting = bench.prepare(precision)
+        seconds_before[f"seconds_{precision}"] = setting.seconds
+        for name, loss_of in setting.variants().items():
+            steps[f"{name} {precision}"] = bench.step_of(setting, loss_of)
+        objective = setting.objective
+
+    # The table compares precisions of one variant first, and ratios are over its first row.
+    ordered = {}
+    for variant in _VARIANTS:
+        for precision in _PRECISIONS:
+            name = f"{variant} {precision}"
+            ordered[name] = steps[name]
+
+    difference = _max_difference(ordered)
+    lengths = [len(example.token_ids) for example in objective.examples]
+    batch_size = config.transfer.batch_size
+    measured = time_steps(ordered, batch_size, "samples", world.device)
+    return measured | {
+        "max_difference": difference,
+        "once": {"rows": len(lengths), **seconds_before},
+        "settings": {
+            "rows": batch_size,
+            "num_virtual_tokens": config.tune.num_virtual_tokens,
+            "max_length": public_task.max_length,
+            "mean_tokens": sum(lengths) / len(lengths),
+        },
     }
-    section = config.transfer.model_copy(update=settings)
-    texts = load_public_texts(config.public_task, "public_task")[0][:MOST_ROWS]
-    tokenizer = load_tokenizer(teacher)
-    task = PromptTask(
-        config.public_task.template or "{text}",
-        (),
-        config.public_task.max_length,
-        False,
-        config.tune.init_text,
-    )
-    steps: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {}
-    once: dict[str, float] = {}
-    for precision in ("fp32", "bf16"):
-        models = Models(
-            load_whole(student, precision, world.device),
-            load_sharded(teacher, Engine(), precision, world),
-        )
-        source_nd = prompt_from_text(
-            models.target, tokenizer, task.init_text, config.tune.num_virtual_tokens
-        )
-        noise_nd = torch.randn(
-            source_nd.shape, generator=torch.Generator().manual_seed(config.seed)
-        ).to(source_nd.device)
-        source_nd = source_nd + 0.1 * source_nd.std() * noise_nd
-        start = time.perf_counter()
-        lesson = prepare_lesson(
-            task,
-            source_nd,
-            config.public_task,
-            (texts, []),
-            models,
-            section,
-            (tokenizer, tokenizer),
-            world,
-            {},
-        )
-        once[precision] = time.perf_counter() - start
-        whole = Models(models.student, load_whole(teacher, precision, world.device))
-        steps |= _ways(lesson, models, whole, source_nd, precision, config, world)
-    order = (
-        "published loop fp32",
-        "published loop bf16",
-        "ours fp32",
-        "ours bf16",
-        "cached, plain torch fp32",
-        "cached, plain torch bf16",
-    )
-    steps = {name: steps[name] for name in order}
-    first = {name: step() for name, step in steps.items()}
-    differences = [
-        float((mine - published).norm() / published.norm())
-        for name in order
-        if name.endswith("fp32")
-        for mine, published in zip(first[name], first[order[0]], strict=True)
-    ]
-    shape = {
-        "rows": section.batch_size,
-        "num_virtual_tokens": config.tune.num_virtual_tokens,
-        "max_length": task.max_length,
-        "mean_tokens": sum(len(row.token_ids) for row in lesson.rows) / len(lesson.rows),
-    }
-    measured = time_steps(steps, section.batch_size, "samples", world.device)
-    facts = {
-        "rows": len(texts),
-        **{f"seconds_{precision}": seconds for precision, seconds in once.items()},
-    }
-    return measured | {"max_difference": max(differences), "once": facts, "settings": shape}
 
 
-def _ways(
-    lesson: Lesson,
-    models: Models,
-    whole: Models,
-    source_nd: torch.Tensor,
-    precision: Precision,
-    config: RunConfig,
-    world: World,
-) -> dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
-    """Steps by name; each gives the loss and the gradient, and leaves the prompt where it was: Adam runs at rate 0."""
+@dataclass(frozen=True)
+class _Setting:
+    """What the variants of one precision share.
 
-    def collated(rows: list[int], length: int = 0) -> Batch:
-        return lesson.template.collate([lesson.rows[row] for row in rows], length).to(world.device)
+    Attributes:
+        objective: loss and examples.
+        models: the student, and the target as the stage loads it.
+        whole_target: the target without ZeRO.
+        source_nd: the source prompt.
+        seconds: time of the forwards before the first step.
+        device: device of the models.
+    """
 
-    def published(rows: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
-        padded = collated(rows, lesson.template.max_length)
+    objective: TransferObjective
+    models: ModelPair
+    whole_target: LanguageModel
+    source_nd: torch.Tensor
+    seconds: float
+    device: torch.device
+
+    def variants(self) -> dict[str, LossOf]:
+        """Return how each variant computes its loss, by name."""
+        return {
+            "published loop": self._published_loss,
+            "ours": self._our_loss,
+            "cached, plain torch": self._cached_loss(),
+        }
+
+    def _published_loss(self, chosen: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
+        batch = self._batch(chosen, self.objective.reader.template.max_length)
         return published_transfer_step(
-            whole.student, whole.target, padded, source_nd, prompt_nd, lesson.section
-        )
-
-    def cached(rows: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
-        return cached_transfer_step(
-            whole.target,
-            collated(rows),
-            [kept[rows] for kept in constants],
+            self.models.student,
+            self.whole_target,
+            batch,
+            self.source_nd,
             prompt_nd,
-            lesson.section,
+            self.objective.section,
         )
 
-    def ours(rows: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
-        return lesson_losses(models, [lesson], [prompt_nd], [rows], world.device)[0]
+    def _our_loss(self, chosen: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
+        (loss,) = transfer_losses(self.models, [self.objective], [prompt_nd], [chosen])
+        return loss
 
-    with torch.no_grad():
-        heads = (whole.student, whole.student, whole.target)
-        kept = (lesson.source, lesson.source_prompted, lesson.target)
-        constants = [
-            model.head(hidden.to(world.device)) for model, hidden in zip(heads, kept, strict=True)
-        ]
+    def _cached_loss(self) -> LossOf:
+        """Compute the logits that do not depend on the prompt once, for use in each step."""
+        # Logits of all examples over the vocabulary, which the stage itself does not store: they
+        # take too much memory for a real number of examples.
+        outputs = self.objective.outputs
+        with torch.no_grad():
+            student, target = self.models.student, self.whole_target
+            source = student.head(outputs.source.to(self.device))
+            source_prompted = student.head(outputs.source_prompted.to(self.device))
+            target_unprompted = target.head(outputs.target.to(self.device))
 
-    def step_of(
-        loss_of: Callable[[list[int], torch.Tensor], torch.Tensor],
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        prompt_nd = source_nd.clone().requires_grad_(True)
+        def loss_of(chosen: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
+            logits = CachedLogits(
+                source[chosen], source_prompted[chosen], target_unprompted[chosen]
+            )
+            batch = self._batch(chosen)
+            return cached_transfer_step(target, batch, logits, prompt_nd, self.objective.section)
+
+        return loss_of
+
+    def _batch(self, chosen: list[int], length: int = 0) -> Batch:
+        examples = [self.objective.examples[index] for index in chosen]
+        return self.objective.reader.collate(examples, length).to(self.device)
+
+
+class _TransferBench:
+    """Prepares and steps the variants of one run file."""
+
+    def __init__(
+        self, config: RunConfig, public_task: Task, teacher: Path, student: Path, world: World
+    ) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._student = student
+        self._world = world
+        self._tokenizer = load_tokenizer(teacher)
+        texts, _ = load_public_texts(public_task, "public_task")
+        self._public = PublicExamples(texts[:MAX_EXAMPLES], [], public_task.template)
+        # The benchmark compares logits over the vocabulary, so the task needs no label words.
+        self._task = PromptTask(
+            template=public_task.template or "{text}",
+            label_words=(),
+            max_length=public_task.max_length,
+            allow_multi_token=False,
+            init_text=config.tune.init_text,
+        )
+        alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
+        self._section = config.transfer.model_copy(
+            update={
+                "objective": "published",
+                "scores": "vocabulary",
+                "match_class_shares": False,
+                "alpha": alpha,
+            }
+        )
+
+    def prepare(self, precision: Precision) -> _Setting:
+        """Load the models and run the forwards that need no training."""
+        # The target is loaded as the stage loads it, and whole for the variants without ZeRO.
+        device = self._world.device
+        models = ModelPair(
+            load_whole(self._student, precision, device),
+            load_sharded(self._teacher, Engine(), precision, self._world),
+        )
+        source_nd = self._source_prompt(models)
+        tokenizers = Tokenizers(self._tokenizer, self._tokenizer)
+        builder = ObjectiveBuilder(models, tokenizers, self._public, self._world)
+        start = time.perf_counter()
+        objective = builder.build(self._task, source_nd, self._section)
+        seconds = time.perf_counter() - start
+        return _Setting(
+            objective=objective,
+            models=models,
+            whole_target=load_whole(self._teacher, precision, device),
+            source_nd=source_nd,
+            seconds=seconds,
+            device=device,
+        )
+
+    def step_of(self, setting: _Setting, loss_of: LossOf) -> Step:
+        """Make a step that leaves the prompt where it is: Adam runs at a learning rate of 0.
+
+        Args:
+            setting: the precision's setting.
+            loss_of: computes the loss of a variant.
+
+        Returns:
+            The step. Each call takes the next batch.
+        """
+        prompt_nd = setting.source_nd.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([prompt_nd], lr=0.0)
         taken = 0
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal taken
-            rows = lesson.rows_at(taken, config.seed)
+            chosen = setting.objective.batch_at(taken, self._config.seed)
             taken += 1
             optimizer.zero_grad()
-            loss = loss_of(rows, prompt_nd)
+            loss = loss_of(chosen, prompt_nd)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return loss.detach(), prompt_nd.grad.detach().clone()  # type: ignore[union-attr]
 
         return step
 
-    ways = {"published loop": published, "ours": ours, "cached, plain torch": cached}
-    return {f"{name} {precision}": step_of(loss_of) for name, loss_of in ways.items()}
+    def _source_prompt(self, models: ModelPair) -> torch.Tensor:
+        """Make a source prompt [n, d]: the embeddings of the initial text with a little noise."""
+        text_nd = prompt_from_text(
+            models.target,
+            self._tokenizer,
+            self._task.init_text,
+            self._config.tune.num_virtual_tokens,
+        )
+        generator = torch.Generator().manual_seed(self._config.seed)
+        noise_nd = torch.randn(text_nd.shape, generator=generator).to(text_nd.device)
+        return text_nd + _NOISE * text_nd.std() * noise_nd
+
+
+def _max_difference(steps: Mapping[str, Step]) -> float:
+    """Compare the first step of every variant in fp32 with that of the published loop.
+
+    Returns:
+        The largest relative difference of loss or gradient.
+    """
+    # Every variant takes its first step, so that all go on from the same batch.
+    first = {name: step() for name, step in steps.items()}
+    baseline = first[f"{_VARIANTS[0]} fp32"]
+    differences = []
+    for name, results in first.items():
+        if not name.endswith("fp32"):
+            continue
+        for own, published in zip(results, baseline, strict=True):
+            differences.append(float((own - published).norm() / published.norm()))
+    return max(differences)

@@ -16,19 +16,21 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers import OpacusHooks, plain_losses
 from post_dist.bench.timing import time_steps
 from post_dist.config.schema import RunConfig
+from post_dist.conflicts import raise_conflicts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch
 from post_dist.errors import InputError
-from post_dist.models.classifier import class_losses
+from post_dist.models.classifier import PromptInput, class_losses
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.models.prompt_init import check_room, prompt_from_text
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.privacy.gradients import ExampleGradients
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.stages.room import room_conflicts
 
 _PLAN = PrivacyPlan(
     noise_multiplier=1.0,
@@ -81,7 +83,10 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
     # The task's words are needed for the loss, not its data.
     init_text = config.tune.init_text
     reader = TaskReader(PromptTask.of_section(task, init_text), tokenizer, masked=False)
-    check_room(model, config.tune.num_virtual_tokens, task.max_length)
+    found = room_conflicts(
+        "the model", model.context_length, config.tune.num_virtual_tokens, task.max_length
+    )
+    raise_conflicts("bench tune", found)
 
     batch, classes_B = _random_batch(config.tune.batch_size, reader, config.seed)
     start_nd = prompt_from_text(model, tokenizer, init_text, config.tune.num_virtual_tokens)
@@ -189,10 +194,8 @@ class _StepVariants:
         return plain_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt_nd)
 
     def _losses_with_shared_prefix(self, prompt_nd: torch.Tensor) -> torch.Tensor:
-        prefix = self._model.prefix_of(prompt_nd)
-        return class_losses(
-            self._model, self._verbalizer, self._batch, self._classes_B, prefix=prefix
-        )
+        prompt = PromptInput(prefix=self._model.prefix_of(prompt_nd))
+        return class_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt)
 
     def _exact_gradients(self, *, share_prefix: bool) -> _GradientsAt:
         def gradients_at(prompt_nd: torch.Tensor) -> torch.Tensor:

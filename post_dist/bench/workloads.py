@@ -15,7 +15,7 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.transfer import MOST_ROWS
+from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
 from post_dist.config.sources import Corpus as CorpusSection
@@ -30,9 +30,13 @@ from post_dist.models.load import load_config, load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill.signals import ask_teacher
-from post_dist.stages.distill.stage import Batches, distill_step, masking_for, student_engine
-from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
+from post_dist.stages.distill.batches import DistillationText, masking_for
+from post_dist.stages.distill.model import student_engine
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.trainer import StudentStep
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 
 @dataclass(frozen=True)
@@ -193,25 +197,22 @@ class DistillWorkload(Workload):
         self._world = inputs.world
 
         # These calls are those of the stage, without its cache, checkpoints and schedule.
-        rule = inputs.sections.student
+        student_section = inputs.sections.student
         self._engine = student_engine(
-            inputs.load_student(), config, rule, inputs.precision, inputs.world
+            inputs.load_student(), config, student_section, inputs.precision, inputs.world
         )
-        self._batches = Batches(
-            inputs.corpus,
-            masking_for(inputs.teacher, inputs.tokenizer, config),
-            ask_teacher(inputs.teacher, config.distill.layers_in_teacher(rule)),
-            config.distill,
-            inputs.world,
-        )
+        masking = masking_for(inputs.teacher, inputs.tokenizer, config)
+        text = DistillationText(inputs.corpus, masking, inputs.world.device)
+        source = OnlineTeacher(inputs.teacher, config.distill.layers_in_teacher(student_section))
+        self._student_step = StudentStep(self._engine, text, source, config.distill, inputs.world)
 
     def take_step(self, step: int) -> None:
         """Ask the teacher, back-propagate, and update the student."""
-        distill_step(self._engine, self._batches, step)
+        self._student_step.take(step)
 
     def load_inputs(self, step: int) -> None:
         """Read this rank's micro-batches of a step."""
-        micro_batches = self._corpus.step_shares(
+        micro_batches = self._corpus.step_batches(
             step, self.batch_size, self._section.micro_batch_size_per_gpu, self._world
         )
         for micro_batch in micro_batches:
@@ -249,33 +250,24 @@ class TransferWorkload(Workload):
             PromptTask.of_section(sections.private_task, config.tune.init_text),
             max_response_length=0,
         )
-        texts = load_public_texts(sections.public_task, "public_task")[0][:MOST_ROWS]
+        texts = load_public_texts(sections.public_task, "public_task")[0][:MAX_EXAMPLES]
+        public = PublicExamples(texts, [], sections.public_task.template)
         # The prompt's values do not change the cost of a step, so any source prompt will do.
         start_nd = prompt_from_text(
             inputs.teacher, inputs.tokenizer, task.init_text, config.tune.num_virtual_tokens
         ).float()
 
         # The student is cut from the target, so one tokenizer serves both.
-        self._models = Models(inputs.load_student(), inputs.teacher)
-        self._lesson = prepare_lesson(
-            task,
-            start_nd,
-            sections.public_task,
-            (texts, []),
-            self._models,
-            config.transfer,
-            (inputs.tokenizer, inputs.tokenizer),
-            inputs.world,
-            {},
-        )
+        self._models = ModelPair(inputs.load_student(), inputs.teacher)
+        tokenizers = Tokenizers(inputs.tokenizer, inputs.tokenizer)
+        builder = ObjectiveBuilder(self._models, tokenizers, public, inputs.world)
+        self._objective = builder.build(task, start_nd, config.transfer)
         self._prompt_nd = start_nd.to(inputs.world.device).requires_grad_(True)
 
     def take_step(self, step: int) -> None:
         """Back-propagate this rank's part of the batch, and average the gradient over ranks."""
         batch = self._rank_batch(step)
-        loss = lesson_losses(
-            self._models, [self._lesson], [self._prompt_nd], [batch.rows], self._world.device
-        )[0]
+        (loss,) = transfer_losses(self._models, [self._objective], [self._prompt_nd], [batch.rows])
         # The weight makes the average over ranks a mean over examples.
         (batch.weight * loss).backward()
         self._world.mean(self._prompt_nd.grad)  # type: ignore[arg-type]
@@ -283,13 +275,13 @@ class TransferWorkload(Workload):
 
     def load_inputs(self, step: int) -> None:
         """Read and pad this rank's part of the batch."""
-        encoded = [self._lesson.rows[index] for index in self._rank_batch(step).rows]
-        self._lesson.template.collate(encoded).to(self._world.device)
+        encoded = [self._objective.examples[index] for index in self._rank_batch(step).rows]
+        self._objective.reader.collate(encoded).to(self._world.device)
 
     def close(self) -> None:
         """Do nothing: the prompt's step holds no engine."""
 
     def _rank_batch(self, step: int) -> RankBatch:
         # A rank runs its whole part of the batch at once.
-        chosen = self._lesson.rows_at(step, self._seed)
+        chosen = self._objective.batch_at(step, self._seed)
         return rank_batches(chosen, self.batch_size, self._world.rank, self._world.size)[0]

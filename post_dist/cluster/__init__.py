@@ -1,1 +1,1 @@
-"""Slurm: what is submitted, how it is followed, and what a machine lacks."""
+"""Slurm: what is submitted, how jobs are followed, and what a machine lacks."""

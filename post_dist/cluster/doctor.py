@@ -1,4 +1,4 @@
-"""What a machine lacks for post_dist: one line for each thing, with its cure."""
+"""Looks for what a machine lacks for post_dist: one line for each thing, with its cure."""
 
 import os
 import platform
@@ -16,6 +16,8 @@ _FREE_GIB = 20
 _CLOCK_SECONDS = 5.0
 _LOCK_SECONDS = 600.0
 """A compiler that DeepSpeed has started has ended by then."""
+_SLURM_SECONDS = 30
+"""How long a command of Slurm may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Finding:
         name: what.
         ok: whether it will do.
         found: what is there.
-        cure: what to do about it; empty when it is well.
+        cure: what to do about it; empty when nothing is to be done.
     """
 
     name: str
@@ -37,141 +39,140 @@ class Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """Look at this machine and at the folder that is to hold the runs."""
+    findings: list[Finding] = []
     checks: list[Callable[[Path], Iterator[Finding]]] = [_python, _torch, _deepspeed, _slurm, _disk]
-    return [finding for check in checks for finding in check(folder)]
+    for check in checks:
+        findings += check(folder)
+    return findings
 
 
 def build_ops() -> list[str]:
-    """Compile what DeepSpeed would compile in the middle of a job, as far as this machine allows; the names of what was built."""
+    """Compile what DeepSpeed would compile in the middle of a job, as far as this machine allows.
+
+    Returns:
+        The names of what was built.
+    """
     _use_own_cache()
     import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
 
-    wanted = [AsyncIOBuilder()] + ([QuantizerBuilder()] if torch.cuda.is_available() else [])
-    possible = [builder for builder in wanted if builder.is_compatible(verbose=False)]
-    for builder in possible:
-        builder.load()
-    return [builder.NAME for builder in possible]
+    # Offload to NVMe needs the first, quantized gathers the second, which needs CUDA.
+    builders = [AsyncIOBuilder()]
+    if torch.cuda.is_available():
+        builders.append(QuantizerBuilder())
+    built = []
+    for builder in builders:
+        if builder.is_compatible(verbose=False):
+            builder.load()
+            built.append(builder.NAME)
+    return built
 
 
 def op_cache() -> Path:
-    """Where DeepSpeed keeps what it compiles: beside the environment that uses it."""
+    """Return where DeepSpeed keeps what it compiles: beside the environment that uses it."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
 def _use_own_cache() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(op_cache())
-    os.environ["PATH"] = (
-        f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # ninja lies there
-    )
+    os.environ["PATH"] = _path_with_ninja()
+
+
+def _path_with_ninja() -> str:
+    """Return the search path with the environment's own folder, which holds ninja, first."""
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 
 
 def _python(folder: Path) -> Iterator[Finding]:
-    wanted = sys.version_info >= (3, 11)
-    yield Finding(
-        "python", wanted, platform.python_version(), "" if wanted else "take Python 3.11 or newer"
-    )
+    new_enough = sys.version_info >= (3, 11)
+    cure = "" if new_enough else "install Python 3.11 or newer"
+    yield Finding("python", new_enough, platform.python_version(), cure)
 
 
 def _torch(folder: Path) -> Iterator[Finding]:
     import torch
 
+    # A driver without CUDA in torch is a wrong installation; neither of them is a CPU machine.
     yield Finding("torch", True, torch.__version__)
     if torch.cuda.is_available():
-        names = sorted(
-            {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        )
+        count = torch.cuda.device_count()
+        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+        yield Finding("CUDA", True, f"{torch.version.cuda}, {count} GPUs: {', '.join(names)}")
+        yield Finding("NCCL", True, ".".join(map(str, torch.cuda.nccl.version())))
+    elif shutil.which("nvidia-smi") is not None:
         yield Finding(
             "CUDA",
-            True,
-            f"{torch.version.cuda}, {torch.cuda.device_count()} GPUs: {', '.join(names)}",
+            False,
+            "none, but a driver is here",
+            "this torch is a CPU build, or too new for the driver: "
+            "install the build for its CUDA version",
         )
-        yield Finding("NCCL", True, ".".join(map(str, torch.cuda.nccl.version())))
-        return
-    drivers = shutil.which("nvidia-smi") is not None
-    cure = (
-        "this torch is a CPU build, or too new for the driver: install the build for its CUDA version"
-        if drivers
-        else ""
-    )
-    yield Finding(
-        "CUDA",
-        not drivers,
-        "none, but a driver is here" if drivers else "none: stages run on the CPU over gloo",
-        cure,
-    )
+    else:
+        yield Finding("CUDA", True, "none: stages run on the CPU over gloo")
 
 
 def _deepspeed(folder: Path) -> Iterator[Finding]:
     yield Finding("deepspeed", True, version("deepspeed"))
+    yield _ops()
+    # Without a compiler everything but two options works, so this is no fault.
+    missing = []
+    for tool in ("g++", "ninja"):
+        if shutil.which(tool, path=_path_with_ninja()) is None:
+            missing.append(tool)
+    if missing:
+        tools = " and no ".join(missing)
+        yield Finding(
+            "compiler", True, f"no {tools}: offload: nvme and quantized_gathers will not work"
+        )
+
+
+def _ops() -> Finding:
+    """Look for the lock of a killed compiler, and for what is compiled already."""
+    # torch's lock has no owner: a compiler that was killed leaves it for good.
     cache = op_cache()
-    locks = [
-        lock for lock in cache.glob("**/lock") if time.time() - lock.stat().st_mtime > _LOCK_SECONDS
-    ]
-    if locks:
-        yield Finding(
-            "ops",
-            False,
-            f"a killed compiler left {locks[0]}",
-            "remove the file: every start that needs this op waits for it forever",
-        )
-    else:
-        built = sorted(path.parent.name for path in cache.glob("**/*.so"))
-        yield Finding(
-            "ops",
-            True,
-            f"in {cache}: {', '.join(built) or 'none; only offload: nvme and quantized_gathers need some'}",
-        )
-    lacking = [
-        tool
-        for tool in ("g++", "ninja")
-        if shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-        is None
-    ]
-    if lacking:
-        yield Finding(
-            "compiler",
-            True,
-            f"no {' and no '.join(lacking)}: offload: nvme and quantized_gathers will not do",
-        )
+    for lock in cache.glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
+            return Finding(
+                "ops",
+                False,
+                f"a killed compiler left {lock}",
+                "remove the file: every start that needs this op waits for it forever",
+            )
+    built = sorted(path.parent.name for path in cache.glob("**/*.so"))
+    names = ", ".join(built)
+    if not built:
+        names = "none; only offload: nvme and quantized_gathers need some"
+    return Finding("ops", True, f"in {cache}: {names}")
 
 
 def _slurm(folder: Path) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("Slurm", True, "none: use torchrun, deepspeed, or submit --local")
         return
-    answer = _run("sinfo", "--version")
-    up = _run("scontrol", "ping")
-    alive = up.returncode == 0 and " is UP" in up.stdout
-    yield Finding(
-        "Slurm",
-        alive,
-        answer.stdout.strip(),
-        "" if alive else "slurmctld does not answer: ask whoever runs the cluster",
-    )
+    # The commands may be there while the controller is not.
+    ping = _run("scontrol", "ping")
+    answers = ping.returncode == 0 and " is UP" in ping.stdout
+    cure = "" if answers else "slurmctld does not answer: ask whoever runs the cluster"
+    yield Finding("Slurm", answers, _run("sinfo", "--version").stdout.strip(), cure)
+
+    # Accounting tells the end of a job that has left the queue.
     accounting = _run("sacct", "--noheader", "--starttime=now")
-    cure = (
-        ""
-        if accounting.returncode == 0
-        else "without it the end of a job is known for some minutes only (MinJobAge): follow it with --wait"
-    )
+    if accounting.returncode == 0:
+        yield Finding("accounting", True, "answers")
+        return
+    lines = accounting.stderr.strip().splitlines()
     yield Finding(
         "accounting",
-        accounting.returncode == 0,
-        "answers" if not cure else accounting.stderr.strip().splitlines()[-1],
-        cure,
+        False,
+        lines[-1] if lines else "does not answer",
+        "without it the end of a job is known for some minutes only (MinJobAge): "
+        "follow it with --wait",
     )
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".post_dist-doctor-") as file:
-            now = time.time()
-            file.write(b"x")
-            file.flush()
-            os.fsync(file.fileno())
-            off = os.stat(file.name).st_mtime - now
+        seconds_off = _clock_difference(folder)
     except OSError as error:
         yield Finding(
             "folder",
@@ -180,32 +181,43 @@ def _disk(folder: Path) -> Iterator[Finding]:
             "give a folder that every node may write to",
         )
         return
+    # On a cluster, a folder in memory or in a container is this node's own.
     kind = _run("stat", "--file-system", "--format=%T", str(folder)).stdout.strip()
-    alone = shutil.which("sbatch") is not None and kind in ("tmpfs", "overlayfs")
-    yield Finding(
-        "folder",
-        not alone,
-        f"{folder.resolve()} ({kind})",
-        "other nodes do not see it: give a shared folder" if alone else "",
-    )
-    free = shutil.disk_usage(folder).free / 2**30
-    cure = (
-        ""
-        if free >= _FREE_GIB
-        else f"less than {_FREE_GIB} GiB: a student's checkpoints take 12 bytes a parameter, twice"
-    )
-    yield Finding("space", not cure, f"{free:.0f} GiB free", cure)
-    right = abs(off) < _CLOCK_SECONDS
-    yield Finding(
-        "clock",
-        right,
-        f"{off:+.1f} s between the folder's server and this machine",
-        "" if right else "start NTP on both",
-    )
+    local = shutil.which("sbatch") is not None and kind in ("tmpfs", "overlayfs")
+    cure = "other nodes do not see it: give a shared folder" if local else ""
+    yield Finding("folder", not local, f"{folder.resolve()} ({kind})", cure)
+
+    # One student's checkpoints fill a small disk in the middle of a run.
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    cure = ""
+    if free_gib < _FREE_GIB:
+        cure = (
+            f"less than {_FREE_GIB} GiB: a student's checkpoints take 12 bytes a parameter, twice"
+        )
+    yield Finding("space", not cure, f"{free_gib:.0f} GiB free", cure)
+
+    # The newest table and abandoned locks are told by file times, which the server gives.
+    right = abs(seconds_off) < _CLOCK_SECONDS
+    found = f"{seconds_off:+.1f} s between the folder's server and this machine"
+    yield Finding("clock", right, found, "" if right else "start NTP on both")
+
+
+def _clock_difference(folder: Path) -> float:
+    """Write a file, and return how many seconds the clock of the folder's server is ahead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".post_dist-doctor-") as file:
+        # The server stamps the file when it is flushed, so the time is taken just before.
+        now = time.time()
+        file.write(b"x")
+        file.flush()
+        os.fsync(file.fileno())
+        return os.stat(file.name).st_mtime - now
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))

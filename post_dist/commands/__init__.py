@@ -1,1 +1,1 @@
-"""What the command line can do: each command loads the run file, calls what does the work, and prints. No torch before that."""
+"""The commands: each parses its options, calls the API, and prints."""

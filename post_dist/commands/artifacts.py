@@ -1,4 +1,4 @@
-"""What goes into a run and what comes out of it: the demo's files, checked artifacts, and reports."""
+"""The commands for the demo's files, for checking artifacts, and for reports."""
 
 import json
 import shutil
@@ -12,6 +12,8 @@ from post_dist.commands.printing import print_numbers
 from post_dist.config.assets import asset
 from post_dist.errors import ArtifactRefused, InputError
 
+_DEMO_FILES = ("demo.yaml", "fetch_demo.py")
+
 
 def init(
     folder: Annotated[
@@ -20,11 +22,12 @@ def init(
 ) -> None:
     """Write the demo's run file and its fetching script, to start your own from."""
     try:
+        # All or nothing: no file is written if one of them would be overwritten.
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("demo.yaml", "fetch_demo.py"):
+        for name in _DEMO_FILES:
             if (folder / name).exists():
                 raise InputError(f"{folder / name} exists already", "give another folder")
-        for name in ("demo.yaml", "fetch_demo.py"):
+        for name in _DEMO_FILES:
             shutil.copyfile(asset(f"examples/{name}"), folder / name)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -36,7 +39,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")],
     json_: AsJson = False,
 ) -> None:
-    """Check an artifact: hashes, lineage, shapes, finite values, and epsilon computed again from its own figures."""
+    """Check an artifact: hashes, lineage, shapes, finite values, and its epsilon computed again."""
     from post_dist.verify import verify as check
 
     result = check(folder)
@@ -54,25 +57,44 @@ def report(
     ],
     json_: AsJson = False,
 ) -> None:
-    """Write the pages of finished runs again; merge measurements on several numbers of ranks into a table and a figure."""
-    from post_dist.planning.scaling import draw, lines, measured
+    """Write the pages of finished runs again; merge `bench scale` files into a table and a plot."""
     from post_dist.report import finished_evaluation, write_report
 
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise InputError(f"{missing[0]} is not there")
-    pages = [str(write_report(finished_evaluation(path))) for path in paths if path.is_dir()]
+    # A wrong path is found before the first page is written.
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} is not there")
+    folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
+    # Folders are runs, and files are measurements; both may be given at once.
+    pages = [str(write_report(finished_evaluation(folder))) for folder in folders]
     result: dict[str, Any] = {"reports": pages}
     if files:
-        rows = measured(files)
-        result |= {"scaling": rows, "figure": str(files[0].with_name("scaling.png"))}
+        result |= _merge_measurements(files)
     if json_:
         print(json.dumps(result))
     else:
-        print(*pages, sep="\n", end="\n" if pages else "")
-        print(*lines(result.get("scaling", [])), sep="\n", end="\n" if files else "")
+        _print_report(result)
+    # The plot comes last: a table that is printed is not lost where the plot cannot be written.
     if files:
+        from post_dist.planning.scaling import draw
+
         draw(result["scaling"], "measured", Path(result["figure"]))
         if not json_:
             print(f"figure: {result['figure']}")
+
+
+def _merge_measurements(files: list[Path]) -> dict[str, Any]:
+    """Merge what `bench scale` has measured on several numbers of ranks."""
+    from post_dist.planning.scaling import measured
+
+    return {"scaling": measured(files), "figure": str(files[0].with_name("scaling.png"))}
+
+
+def _print_report(result: dict[str, Any]) -> None:
+    from post_dist.planning.scaling import lines
+
+    for page in result["reports"]:
+        print(page)
+    for line in lines(result.get("scaling", [])):
+        print(line)

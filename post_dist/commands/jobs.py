@@ -1,10 +1,11 @@
-"""Jobs under Slurm, and what this machine lacks for them."""
+"""The commands for jobs under Slurm, and for what this machine lacks."""
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +13,21 @@ from post_dist.commands.options import AsJson, Output, Overrides, RunFile, Submi
 from post_dist.config.load import load_run
 from post_dist.errors import EnvironmentFault
 
+if TYPE_CHECKING:
+    from post_dist.cluster.doctor import Finding
+    from post_dist.cluster.job import Command
 
-def submit(
+# typer needs an enumeration; jobs hold plain words, which their pickle can name.
+_COMMANDS: "dict[Submittable, Command]" = {
+    Submittable.distill: "distill",
+    Submittable.tune: "tune",
+    Submittable.transfer: "transfer",
+    Submittable.evaluate: "evaluate",
+    Submittable.pipeline: "pipeline",
+}
+
+
+def submit(  # noqa: PLR0913 - typer reads the options from parameters
     run: RunFile,
     command: Annotated[
         Submittable,
@@ -22,7 +36,7 @@ def submit(
     set_: Overrides = None,
     output: Output = None,
     print_: Annotated[
-        bool, typer.Option("--print", help="Show the batch files, and submit nothing.")
+        bool, typer.Option("--print", help="Print the batch files, and submit nothing.")
     ] = False,
     test_only: Annotated[
         bool,
@@ -38,35 +52,36 @@ def submit(
 ) -> None:
     """Start stages under Slurm, with what `cluster` in the run file asks for."""
     from post_dist.cluster.follow import follow
+    from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
 
     config = load_run(run, set_, output)
-    options = tuple(f"--set={setting}" for setting in set_ or ()) + (
-        (f"--output={output.resolve()}",) if output else ()
-    )
-    jobs = planned_jobs(config, run, command, options)
+    # What cannot succeed is refused here, before it waits in a queue.
+    jobs = planned_jobs(config, RunSource.of_command(run, set_, output), _COMMANDS[command])
     stages = [planned.stage for planned in jobs]
+    # Three ways that submit nothing, or nothing to Slurm.
     if print_:
-        texts = zip(stages, job_texts(config, jobs), strict=True)
-        _tell(
-            [{"stage": stage, "batch_file": text} for stage, text in texts], "{batch_file}", json_
-        )
+        _print_answers(stages, "batch_file", job_texts(config, jobs), json_)
         return
     if local:
         submitted = run_here(config, jobs)
     else:
-        answers = zip(stages, try_jobs(config, jobs), strict=True)
+        answers = try_jobs(config, jobs)
         if test_only:
-            _tell(
-                [{"stage": stage, "answer": answer} for stage, answer in answers],
-                "{stage}: {answer}",
-                json_,
-            )
+            _print_answers(stages, "answer", answers, json_)
             return
         submitted = submit_jobs(config, jobs)
-    told = [{"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted]
-    _tell(told, "{stage}: job {job_id}, log {log}", json_)
+    # Job numbers are printed at once, also where the jobs are then followed for hours.
+    if json_:
+        told = [
+            {"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted
+        ]
+        print(json.dumps({"jobs": told}))
+    else:
+        for job in submitted:
+            print(f"{job.stage}: job {job.job_id}, log {job.log}")
     if wait and not local:
+        sys.stdout.flush()
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
 
 
@@ -83,24 +98,45 @@ def doctor(
     """Look at this machine, and say what it lacks and what to do about it."""
     from post_dist.cluster.doctor import build_ops, examine
 
+    # Built first, so that the findings tell of what has been built.
     built = build_ops() if build else []
     findings = examine(folder)
-    well = all(finding.ok for finding in findings)
+    all_well = all(finding.ok for finding in findings)
     if json_:
-        print(
-            json.dumps(
-                {"ok": well, "checks": [asdict(finding) for finding in findings], "built": built}
-            )
-        )
+        checks = [asdict(finding) for finding in findings]
+        print(json.dumps({"ok": all_well, "checks": checks, "built": built}))
     else:
         for finding in findings:
-            print(
-                f"{'ok  ' if finding.ok else 'BAD '} {finding.name}: {finding.found}{f'; {finding.cure}' if finding.cure else ''}"
-            )
-    if not well:
+            print(_line(finding))
+    if not all_well:
         raise typer.Exit(EnvironmentFault.exit_code)
 
 
-def _tell(jobs: list[dict[str, str]], words: str, as_json: bool) -> None:
-    """One JSON object, or each job in words."""
-    print(json.dumps({"jobs": jobs}) if as_json else "\n".join(words.format(**job) for job in jobs))
+def _print_answers(stages: Sequence[str], name: str, answers: Sequence[str], as_json: bool) -> None:
+    """Print one text for each stage, in words or as one JSON object.
+
+    Args:
+        stages: of the jobs.
+        name: what the texts are called in JSON; batch files are printed without their stage.
+        answers: the texts.
+        as_json: whether to print JSON.
+    """
+    jobs = []
+    for stage, answer in zip(stages, answers, strict=True):
+        jobs.append({"stage": stage, name: answer})
+    if as_json:
+        print(json.dumps({"jobs": jobs}))
+        return
+    for job in jobs:
+        if name == "batch_file":
+            print(job[name])
+        else:
+            print(f"{job['stage']}: {job[name]}")
+
+
+def _line(finding: "Finding") -> str:
+    mark = "ok  " if finding.ok else "BAD "
+    line = f"{mark} {finding.name}: {finding.found}"
+    if finding.cure:
+        line += f"; {finding.cure}"
+    return line

@@ -1,8 +1,8 @@
-"""The kinds of options and arguments that commands share."""
+"""The options and arguments that commands share."""
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,11 @@ class Resume(StrEnum):
 
     auto = "auto"
     never = "never"
+
+    @property
+    def mode(self) -> Literal["auto", "never"]:
+        """The word that the API takes."""
+        return "auto" if self is Resume.auto else "never"
 
 
 class Submittable(StrEnum):
@@ -38,7 +43,8 @@ Output = Annotated[
     typer.Option("--output", help="Folder for the runs, instead of the run file's own."),
 ]
 ResumeOption = Annotated[
-    Resume, typer.Option("--resume", help="Go on from a checkpoint, or start the stage anew.")
+    Resume,
+    typer.Option("--resume", help="Resume from a checkpoint (auto), or start the stage anew."),
 ]
 AsJson = Annotated[
     bool,
@@ -49,15 +55,20 @@ AsJson = Annotated[
 
 
 def counts(option: str, text: str) -> list[int]:
-    """Whole numbers above zero, parted by commas.
+    """Read whole numbers above zero, separated by commas.
+
+    Args:
+        option: the option's name, for the message.
+        text: its value.
 
     Raises:
-        InputError: they are not.
+        InputError: the text is something else.
     """
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = [0]
+    # A text without numbers was read as a zero above.
     if min(numbers) < 1:
         raise InputError(f"{option} {text}: not numbers above zero", "write them as 8,64,512")
     return numbers

@@ -1,22 +1,29 @@
-"""What a run takes on a cluster, before it is queued."""
+"""The command that plans a run on a cluster before it is queued."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
-from post_dist.commands.printing import print_wide
 from post_dist.config.load import load_run
+from post_dist.config.precision import Precision
+from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
+from post_dist.report.tables import print_wide
+
+if TYPE_CHECKING:
+    from post_dist.models.size import ModelSize
+    from post_dist.planning.hardware import Hardware, Machine
 
 
-def plan(
+def plan(  # noqa: PLR0913 - typer reads the options from parameters
     run: RunFile,
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each; else as the hardware file says.")
+        int | None, typer.Option(min=1, help="GPUs of each; default as the hardware file says.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the hardware file.")] = "h100",
     hardware: Annotated[
@@ -24,48 +31,71 @@ def plan(
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Also reckon these numbers of GPUs, and draw them."),
+        typer.Option(metavar="N,N,...", help="Also plan these numbers of GPUs, and plot them."),
     ] = None,
     set_: Overrides = None,
     output: Output = None,
     json_: AsJson = False,
 ) -> None:
-    """What the run takes on a cluster: memory, bytes, time, scaling and conflicts; needs no GPU and no weights."""
+    """Plan the run on a cluster: memory, bytes, time, conflicts. Needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.models.load import config_folder
     from post_dist.models.size import size_of
     from post_dist.planning.hardware import Machine, read_hardware
-    from post_dist.planning.plan import nearest_that_fits, plan_run
-    from post_dist.planning.scaling import draw, planned
-    from post_dist.planning.simulation import goodput
-    from post_dist.planning.table import plan_lines, plan_table
+    from post_dist.planning.scaling import draw
 
+    # The hardware file is read before the model: a misspelt GPU costs no download.
     if config.teacher is None:
         raise InputError("plan needs the section `teacher`")
-    of_gpu = read_hardware(gpu, hardware)
-    machine = Machine(nodes, gpus_per_node or of_gpu.node.gpus, of_gpu)
-    wanted = config.engine.precision
-    precision = (
-        wanted if wanted != "auto" else ("bf16" if "bf16" in machine.hardware.teraflops else "fp32")
-    )
+    described = read_hardware(gpu, hardware)
+    machine = Machine(nodes, gpus_per_node or described.node.gpus, described)
+    gpus = counts("--sweep", sweep) if sweep else []
     teacher = size_of(config_folder(config.teacher))
-    result = plan_run(config, teacher, machine, precision) | {"gpu": gpu}
-    result["long_run"] = goodput(result["stages"][0])
-    if sweep:
-        result["sweep"] = planned(config, teacher, machine, precision, counts("--sweep", sweep))
-        result["figure"] = str(config.output / config.name / "plan.png")
-    if not all(stage["fits"] for stage in result["stages"]):
-        result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
+    result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}
     if json_:
         print(json.dumps(result))
     else:
-        print_wide(plan_table(result))
-        print(*plan_lines(result), sep="\n")
+        _print_plan(result)
+    # The plot comes after the table, which is not lost where the plot cannot be written.
     if sweep:
-        draw(
-            result["sweep"],
-            f"{config.name} on {gpu} (a model, not a measurement)",
-            Path(result["figure"]),
-        )
+        title = f"{config.name} on {gpu} (a model, not a measurement)"
+        draw(result["sweep"], title, Path(result["figure"]))
+    # A script can tell from the exit code that the run cannot work as planned.
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)
+
+
+def _plan(
+    config: RunConfig, teacher: "ModelSize", machine: "Machine", sweep: Sequence[int]
+) -> dict[str, Any]:
+    """Plan the run on a machine, and on each number of GPUs of the sweep."""
+    from post_dist.planning.plan import nearest_that_fits, plan_run
+    from post_dist.planning.scaling import planned
+    from post_dist.planning.simulation import goodput
+
+    precision = _precision(config, machine.hardware)
+    result = plan_run(config, teacher, machine, precision)
+    result["long_run"] = goodput(result["stages"][0])
+    # Both are computed only where they are asked for or needed: each plans the run many times.
+    if sweep:
+        result["sweep"] = planned(config, teacher, machine, precision, sweep)
+        result["figure"] = str(config.output / config.name / "plan.png")
+    if not all(stage["fits"] for stage in result["stages"]):
+        result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
+    return result
+
+
+def _precision(config: RunConfig, hardware: "Hardware") -> Precision:
+    """Return the precision that the run would choose on this GPU."""
+    wanted = config.engine.precision
+    if wanted != "auto":
+        return wanted
+    return "bf16" if "bf16" in hardware.teraflops else "fp32"
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    from post_dist.planning.table import plan_lines, plan_table
+
+    print_wide(plan_table(result))
+    for line in plan_lines(result):
+        print(line)

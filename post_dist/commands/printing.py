@@ -1,35 +1,29 @@
-"""How a command that answers with figures or a table prints them."""
+"""How a command that answers with numbers prints them."""
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_TABLE_WIDTH = 130
+from collections.abc import Mapping
+from typing import Any
 
 
-def print_numbers(figures: dict[str, Any], as_json: bool) -> None:
-    """One JSON object, or a line for each figure."""
+def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
+    """Print one JSON object, or a line for each number. JSON has no infinity, so that becomes null.
+
+    Args:
+        numbers: by their names.
+        as_json: whether to print JSON.
+    """
     if as_json:
-        print(
-            json.dumps(
-                {name: None if value == math.inf else value for name, value in figures.items()}
-            )
-        )
+        finite = {}
+        for name, value in numbers.items():
+            finite[name] = None if value == math.inf else value
+        print(json.dumps(finite))
         return
-    for name, value in figures.items():
+    # A list, such as the problems of an artifact, has a line for each entry.
+    for name, value in numbers.items():
         if isinstance(value, list):
             print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
+        elif isinstance(value, float):
+            print(f"{name}: {value:.6g}")
         else:
-            print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-
-
-def print_wide(table: "Table") -> None:
-    """Show a table whole, however narrow the terminal is."""
-    from rich.console import Console
-
-    console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
-    console.print(table)
+            print(f"{name}: {value}")

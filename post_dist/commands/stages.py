@@ -1,19 +1,14 @@
-"""The three stages, the evaluation, and all of them in a row."""
+"""The commands for the three stages, the evaluation, and all of them in a row."""
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from post_dist import api
+from post_dist.api import EvaluationResult, PromptResult, StudentResult, TransferResult
 from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
-from post_dist.commands.printing import print_wide
-from post_dist.commands.ranks import start_ranks
-from post_dist.config.load import load_run
-from post_dist.config.schema import Stage
-from post_dist.errors import EnvironmentFault, Interrupted
+from post_dist.report.tables import print_wide, terminal_table
+from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
-
-if TYPE_CHECKING:
-    from post_dist.artifacts.run_folder import RunFolder
 
 
 def pipeline(
@@ -23,16 +18,10 @@ def pipeline(
     resume: ResumeOption = Resume.auto,
     json_: AsJson = False,
 ) -> None:
-    """Run the three stages and the evaluation; what is finished is not run again."""
-    _run(
-        "evaluate",
-        frozenset(("distill", "tune", "transfer", "evaluate")),
-        run,
-        set_,
-        output,
-        resume,
-        json_,
-    )
+    """Run the three stages and the evaluation. Finished stages are not run again."""
+    listen()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.pipeline(config, resume=resume.mode), json_)
 
 
 def distill(
@@ -42,8 +31,10 @@ def distill(
     resume: ResumeOption = Resume.auto,
     json_: AsJson = False,
 ) -> None:
-    """Provider: distil the large LLM into a student."""
-    _run("distill", frozenset(("distill",)), run, set_, output, resume, json_)
+    """Provider: distill the large LLM into a student."""
+    listen()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.distill(config, resume=resume.mode), json_)
 
 
 def tune(
@@ -54,7 +45,9 @@ def tune(
     json_: AsJson = False,
 ) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
-    _run("tune", frozenset(("tune",)), run, set_, output, resume, json_)
+    listen()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.tune(config, resume=resume.mode), json_)
 
 
 def transfer(
@@ -64,8 +57,10 @@ def transfer(
     resume: ResumeOption = Resume.auto,
     json_: AsJson = False,
 ) -> None:
-    """Provider: carry the soft prompt to the large LLM with public text alone."""
-    _run("transfer", frozenset(("transfer",)), run, set_, output, resume, json_)
+    """Provider: transfer the soft prompt to the large LLM with public text alone."""
+    listen()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.transfer(config, resume=resume.mode), json_)
 
 
 def evaluate(
@@ -76,64 +71,41 @@ def evaluate(
     json_: AsJson = False,
 ) -> None:
     """Compare zero-shot, the prompts and the baselines on one split."""
-    _run("evaluate", frozenset(("evaluate",)), run, set_, output, resume, json_)
-
-
-def _run(
-    command: Stage,
-    may_run: frozenset[Stage],
-    run: Path,
-    overrides: list[str] | None,
-    output: Path | None,
-    resume: Resume,
-    as_json: bool,
-) -> None:
-    """Load the run file, then torch, then run; rank 0 prints what came of it."""
     listen()
-    config = load_run(run, overrides, output)
-    world = start_ranks(config)
-    from post_dist.stages.pipeline import (
-        Pipeline,  # imports DeepSpeed, for which `start` has prepared the environment
-    )
-
-    stages = Pipeline(config, world, may_run, resume)
-    whole = len(may_run) > 1
-    try:
-        made = stages.everything() if whole else getattr(stages, command)()
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted", "the same command goes on from the last checkpoint"
-        ) from None
-    except Interrupted:  # all ranks have agreed on it
-        world.leave()
-        raise
-    except RuntimeError as error:
-        if not world.lost_a_rank(error):
-            raise
-        hint = "look at what that rank said; the same command goes on from the last checkpoint"
-        raise EnvironmentFault("another rank has left, or cannot be reached", hint) from None
-    if world.is_main:
-        _print_result(made if isinstance(made, list) else [made], whole, as_json)
-    world.leave()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.evaluate(config, resume=resume.mode), json_)
 
 
-def _print_result(folders: "list[RunFolder]", whole: bool, as_json: bool) -> None:
-    from post_dist.report import read_table, shown_table, write_report
+def _end_with(
+    result: StudentResult | PromptResult | TransferResult | EvaluationResult, as_json: bool
+) -> None:
+    """Print the result on rank 0, and leave the other ranks."""
+    if this_rank() == 0:
+        if as_json:
+            print(json.dumps(_json_object(result)))
+        elif isinstance(result, EvaluationResult):
+            print_wide(terminal_table(result.table))
+            print(result.place)
+        else:
+            print(result)
+    leave_ranks()
 
-    folder = folders[0]
-    result: dict[str, Any] = {"stage": folder.stage, "artifact": str(folder.artifact)}
-    if len(folders) > 1:
-        result = {"stage": folder.stage, "artifacts": [str(folder.artifact) for folder in folders]}
-    if folder.stage == "evaluate":
-        result = read_table(folder.path)
-        if whole:
-            result["report"] = str(write_report(folder.path))
-    if as_json:
-        print(json.dumps(result))
-    elif folder.stage == "evaluate":
-        print_wide(shown_table(result))
-        print(
-            f"report: {result['report']}" if whole else f"table: {folder.artifact / 'table.json'}"
-        )
-    else:
-        print(*(folder.artifact for folder in folders), sep="\n")
+
+def _json_object(
+    result: StudentResult | PromptResult | TransferResult | EvaluationResult,
+) -> dict[str, Any]:
+    # The names of the keys are those that scripts rely on.
+    if isinstance(result, EvaluationResult):
+        table = dict(result.table)
+        if result.report is not None:
+            table["report"] = str(result.report)
+        return table
+    if isinstance(result, StudentResult):
+        return {"stage": "distill", "artifact": str(result.artifact)}
+    if isinstance(result, PromptResult):
+        return {"stage": "tune", "artifact": str(result.artifact)}
+    # Prompts of several owners come in the order of `inputs.source_prompt`.
+    artifacts = [str(prompt.artifact) for prompt in result.prompts]
+    if len(artifacts) == 1:
+        return {"stage": "transfer", "artifact": artifacts[0]}
+    return {"stage": "transfer", "artifacts": artifacts}

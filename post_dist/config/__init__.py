@@ -1,1 +1,1 @@
-"""The run file: its schema, its loading, and the DeepSpeed settings that follow from it."""
+"""The run file: its schema, its loader, and the DeepSpeed settings that follow from it."""

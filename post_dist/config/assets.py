@@ -1,21 +1,23 @@
-"""Where the files beside the package are: `launch/`, `ds_configs/`, `slurm/` and `examples/`."""
+"""Find the files that are shipped beside the package: launch/, ds_configs/, slurm/, examples/."""
 
 from pathlib import Path
 
 from post_dist.errors import EnvironmentFault
 
+# The folder of the package `post_dist` itself.
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def asset(name: str) -> Path:
-    """The path of a shipped file or folder, such as `ds_configs/train_zero1.json`.
+    """Return the path of a shipped file or folder, such as `ds_configs/train_zero1.json`.
 
-    A wheel carries them in `post_dist/_assets`; in a checkout they lie beside the package.
+    A wheel has them in `post_dist/_assets`. In a checkout they are beside the package.
 
     Raises:
         EnvironmentFault: the installation lacks it.
     """
     for root in (_PACKAGE / "_assets", _PACKAGE.parent):
-        if (root / name).exists():
-            return root / name
+        path = root / name
+        if path.exists():
+            return path
     raise EnvironmentFault(f"the installation lacks {name}", "install post_dist again")

@@ -1,26 +1,28 @@
-"""The run file's section for Slurm: what each stage asks of the cluster."""
+"""The run file's section for Slurm: which resources each stage requests."""
 
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from post_dist.config.sources import PositiveInt, Section
+from post_dist.config.sections import PositiveInt, Section
 
 ClusterStage = Literal["distill", "tune", "transfer", "evaluate"]
 
 
 class Resources(Section):
-    """What a job asks for. Where a stage says nothing, the words of the `cluster` section count for it."""
+    """What one job requests. A stage inherits the fields that it leaves out from `cluster`."""
 
+    # Size of the job.
     nodes: PositiveInt = 1
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """One task is started for each; 0 for a cluster without GPUs."""
+    """GPUs on each node, with one task per GPU; 0 for a cluster without GPUs."""
     tasks_per_node: PositiveInt | None = None
-    """Default gpus_per_node, or 1."""
+    """Tasks on each node; default gpus_per_node, or 1."""
     cpus_per_task: PositiveInt = 1
     memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = None
-    """Of a node, such as 64G; default the partition's."""
+    """Memory of each node, such as 64G; default the partition's."""
     time_minutes: PositiveInt = 60
+    # Where Slurm runs the job; each one is an option of sbatch with the same name.
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -28,25 +30,29 @@ class Resources(Section):
 
     @model_validator(mode="after")
     def _one_task_a_gpu(self) -> "Resources":
+        # Each task drives one GPU, and a GPU without a task would be paid for in vain.
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ValueError(
-                f"tasks_per_node ({self.tasks_per_node}) must be gpus_per_node ({self.gpus_per_node}): one task a GPU"
+                f"tasks_per_node ({self.tasks_per_node}) must be gpus_per_node "
+                f"({self.gpus_per_node}): one task a GPU"
             )
         return self
 
     @property
     def tasks(self) -> int:
-        """Tasks on a node."""
+        """Number of tasks on a node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
 class Cluster(Resources):
-    """For all stages, and for each one what differs."""
+    """The resources of every stage, and for each stage what differs."""
 
     setup: tuple[str, ...] = ()
-    """Shell lines that come first in a job, such as `module load cuda`."""
+    """Shell lines that a job runs first, such as `module load cuda`."""
     signal_seconds: PositiveInt = 120
-    """How long before the time limit a job is told to save; it is then queued again, and goes on."""
+    """How long before the time limit a job is told to save. Slurm then queues it again, and it
+    resumes."""
+    # What differs for each stage.
     distill: Resources = Resources()
     tune: Resources = Resources()
     transfer: Resources = Resources()
@@ -56,34 +62,42 @@ class Cluster(Resources):
     def _stages_add_up(self) -> "Cluster":
         for stage in get_args(ClusterStage):
             try:
-                asked = self.for_stage(stage)
+                requested = self.for_stage(stage)
             except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{stage}: {reason}") from None
+            if self.signal_seconds >= 60 * requested.time_minutes:
                 raise ValueError(
-                    f"{stage}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
-                ) from None
-            if self.signal_seconds >= 60 * asked.time_minutes:
-                raise ValueError(
-                    f"{stage}: signal_seconds ({self.signal_seconds}) leaves nothing of time_minutes ({asked.time_minutes}): "
+                    f"{stage}: signal_seconds ({self.signal_seconds}) leaves nothing of "
+                    f"time_minutes ({requested.time_minutes}): "
                     "the job would be told to save as it starts"
                 )
         return self
 
     def for_stage(self, stage: ClusterStage) -> Resources:
-        """What a stage asks for; tuning has one task, whose process alone sees the private data."""
+        """Return what a stage requests.
+
+        Tuning always gets one task on one node, so that only one process sees the private data.
+
+        Raises:
+            ValueError: the section requests more than that for tuning.
+        """
         own: Resources = getattr(self, stage)
-        fields = self.model_dump(include=set(Resources.model_fields)) | own.model_dump(
-            exclude_unset=True
-        )
+        # Only the fields that the stage sets itself take the place of the common ones.
+        fields = self.model_dump(include=set(Resources.model_fields))
+        fields |= own.model_dump(exclude_unset=True)
         if stage == "tune":
-            one = {
+            single_task = {
                 "nodes": 1,
                 "tasks_per_node": 1,
                 "gpus_per_node": min(1, fields["gpus_per_node"]),
             }
-            asked = {name for name in one if (getattr(own, name) or 0) > 1}
-            if asked:
+            too_many = [name for name in single_task if (getattr(own, name) or 0) > 1]
+            if too_many:
                 raise ValueError(
-                    f"tune.{min(asked)}: tuning runs in one process, so that private data stay there"
+                    f"tune.{min(too_many)}: tuning runs in one process, "
+                    "so that private data stay there"
                 )
-            fields |= one
+            # The other stages may use many nodes, so the common fields are overridden silently.
+            fields |= single_task
         return Resources.model_validate(fields)

@@ -1,6 +1,7 @@
-"""The DeepSpeed settings of a run: a preset of `ds_configs/` with batch, precision, clipping and folders filled in."""
+"""The DeepSpeed settings of a run: a preset of `ds_configs/`, completed from the run file."""
 
 import json
+import math
 from typing import Any
 
 from post_dist.config.assets import asset
@@ -8,39 +9,40 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
 
 _SWAP_BLOCK = 1 << 16
-"""Elements; DeepSpeed fills each shard up to whole pages of the disk."""
-_MOST_REDUCED_AT_ONCE = 500_000_000
-"""Elements; DeepSpeed's own default, for which it makes room however few are trained: a GiB in bf16."""
+"""Elements. DeepSpeed pads each shard on disk to whole pages; this is a multiple of them."""
+
+_LARGEST_BUCKET = 500_000_000
+"""Elements: DeepSpeed's default. It allocates the whole bucket, 1 GiB in bf16, for any model."""
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The contents of `ds_configs/NAME.json`."""
+    """Return the contents of `ds_configs/NAME.json`."""
     settings: dict[str, Any] = json.loads(asset(f"ds_configs/{name}.json").read_text())
     return settings
 
 
 def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) -> dict[str, Any]:
-    """ZeRO-3 without an optimizer, for the teacher and the transfer target.
+    """Return the settings for a frozen large model: ZeRO-3 without an optimizer.
 
     Args:
         engine: the layout.
-        precision: of the weights.
-        largest_shard: elements of the largest weight's shard, for which the buffers between disk and memory must have room.
+        precision: precision of the weights.
+        largest_shard: elements in the largest shard of a weight. The buffers between disk and
+            memory must have room for it.
     """
-    settings = preset(
-        "frozen_zero3" if engine.offload == "none" else f"frozen_zero3_{engine.offload}"
-    )
+    name = "frozen_zero3"
+    if engine.offload != "none":
+        name += f"_{engine.offload}"
+    settings = preset(name)
     zero = settings["zero_optimization"]
     zero["zero_quantized_weights"] = engine.quantized_gathers
     if engine.nvme_folder is not None:
-        blocks = -(-largest_shard // _SWAP_BLOCK)
-        zero["offload_param"] |= {
-            "nvme_path": str(engine.nvme_folder),
-            "buffer_size": blocks * _SWAP_BLOCK,
-        }
-    return (
-        settings | {"train_micro_batch_size_per_gpu": 1} | _precision(precision)
-    )  # DeepSpeed wants a batch, and no engine reads it
+        blocks = math.ceil(largest_shard / _SWAP_BLOCK)
+        zero["offload_param"]["nvme_path"] = str(engine.nvme_folder)
+        zero["offload_param"]["buffer_size"] = blocks * _SWAP_BLOCK
+    # DeepSpeed demands a batch size, though an engine without an optimizer never reads it.
+    settings["train_micro_batch_size_per_gpu"] = 1
+    return settings | _precision(precision)
 
 
 def training_settings(
@@ -52,24 +54,35 @@ def training_settings(
     accumulation_steps: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """The student's engine: a ZeRO stage with batch and gradient clipping, and a bucket for so many trained elements."""
-    settings = preset(f"train_zero{engine.zero_stage}{'_cpu' if engine.offload_optimizer else ''}")
+    """Return the settings for the student's engine.
+
+    Args:
+        engine: the layout; its ZeRO stage and optimizer offload choose the preset.
+        precision: precision of the forward and backward passes.
+        trained: number of trained elements, which sets the size of the reduction bucket.
+        micro_batch_size: sequences in one forward on one GPU.
+        accumulation_steps: micro-batches in one step on one GPU.
+        max_grad_norm: norm to which the gradient of a step is clipped.
+    """
+    # There is one preset for each ZeRO stage, and one more where the optimizer is offloaded.
+    name = f"train_zero{engine.zero_stage}"
+    if engine.offload_optimizer:
+        name += "_cpu"
+    settings = preset(name)
     settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(trained)
-    return (
-        settings
-        | {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation_steps,
-            "gradient_clipping": max_grad_norm,
-        }
-        | _precision(precision)
-    )
+    settings["train_micro_batch_size_per_gpu"] = micro_batch_size
+    settings["gradient_accumulation_steps"] = accumulation_steps
+    settings["gradient_clipping"] = max_grad_norm
+    return settings | _precision(precision)
 
 
 def bucket_elements(trained: int) -> int:
-    """How many elements' gradients ZeRO gathers in a buffer of its own and reduces at once."""
-    return min(trained, _MOST_REDUCED_AT_ONCE)
+    """Return how many elements' gradients ZeRO collects in one buffer and reduces at once."""
+    return min(trained, _LARGEST_BUCKET)
 
 
 def _precision(precision: Precision) -> dict[str, Any]:
-    return {} if precision == "fp32" else {precision: {"enabled": True}}
+    # DeepSpeed trains in fp32 unless another precision is enabled.
+    if precision == "fp32":
+        return {}
+    return {precision: {"enabled": True}}

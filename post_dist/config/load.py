@@ -1,15 +1,17 @@
-"""From a YAML file and `--set` overrides to a checked run file; all that is wrong is said at once."""
+"""Load a run file: parse it, apply `--set` overrides, check it, and report every error at once."""
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from post_dist.config.schema import RunConfig
+from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import InputError
+
+_INTERNAL_PLACES = ("function-", "literal[", "tuple[", "constrained-")
+"""How pydantic names the alternatives of a union in the place of an error."""
 
 
 def load_run(
@@ -23,20 +25,10 @@ def load_run(
         output: folder for the run folders, instead of the file's own.
 
     Raises:
-        InputError: the file is missing, is not YAML, or breaks the schema; names each place.
+        InputError: the file is missing, is not YAML, or breaks the schema. It names each place.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the run file {path}: {error}", "`post-dist init DIR` writes one"
-        ) from None
-    fields = _parse(text, str(path))
-    if not isinstance(fields, dict):
-        raise InputError(
-            f"{path} holds no sections",
-            "a run file is a YAML mapping; `post-dist init DIR` writes one",
-        )
+    # Overrides and --output change the raw fields, so they are checked like the file.
+    fields = _read_sections(path)
     for override in overrides or []:
         _override(fields, override)
     if output is not None:
@@ -44,63 +36,23 @@ def load_run(
     try:
         return RunConfig.model_validate(fields, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        problems: dict[tuple[str, bool], list[Any]] = {}
-        for problem in error.errors(include_url=False):
-            problems.setdefault((_place(problem), problem["type"] == "extra_forbidden"), []).append(
-                problem
-            )
-        lines = [_describe(alternatives) for alternatives in problems.values()]
-        count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-        raise InputError(
-            f"{path}: {count} in the run file\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
+        raise InputError(_message(path, error)) from None
 
 
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as its users mean it: no duplicate keys, `no` is a word, and 1e-3 is a number."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """See that no key stands twice. Later `<<` brings in those of another mapping, which the mapping's own may override."""
-        node = super().compose_mapping_node(anchor)
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = (
-                key_node.value
-                if key_node.tag == _MERGE
-                else self.construct_object(key_node, deep=True)
-            )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return node
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str, where: str) -> Any:
+def _read_sections(path: Path) -> dict[str, Any]:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"{where} is not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the run file {path}: {error}", "`post-dist init DIR` writes one"
+        ) from None
+    fields = read_yaml(text, str(path))
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{path} holds no sections",
+            "a run file is a YAML mapping; `post-dist init DIR` writes one",
+        )
+    return fields
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
@@ -109,56 +61,75 @@ def _override(fields: dict[str, Any], override: str) -> None:
     keys = place.split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: not of the form section.field=value")
-    target = fields
+    # Walk down to the section, creating what is not there.
+    section = fields
     for key in keys[:-1]:
-        inner = target.get(key, {})
+        inner = section.get(key, {})
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: '{key}' is not a section")
-        target[key] = dict(inner)  # an alias may name the same mapping elsewhere
-        target = target[key]
-    target[keys[-1]] = _parse(value, f"--set {override}")
+        # Copy it: a YAML alias may use the same mapping elsewhere.
+        section[key] = dict(inner)
+        section = section[key]
+    section[keys[-1]] = read_yaml(value, f"--set {override}")
+
+
+def _message(path: Path, error: ValidationError) -> str:
+    """Return one line for each place that is wrong, under a line that counts them."""
+    # For a field of several types pydantic reports one error a type. They make one line.
+    by_place: dict[tuple[str, bool], list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        is_unknown_key = problem["type"] == "extra_forbidden"
+        by_place.setdefault((_place(problem), is_unknown_key), []).append(problem)
+    lines = [f"  - {_describe(problems)}" for problems in by_place.values()]
+    count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+    return "\n".join([f"{path}: {count} in the run file", *lines])
 
 
 def _place(problem: Any) -> str:
-    """Where in the file, without the names of the kinds that pydantic tried there."""
-    return ".".join(
-        str(part)
-        for part in problem["loc"]
-        if not str(part).startswith(("function-", "literal[", "tuple[", "constrained-"))
-    )
+    """Return where in the file a problem is, without pydantic's names for union alternatives."""
+    parts = map(str, problem["loc"])
+    return ".".join(part for part in parts if not part.startswith(_INTERNAL_PLACES))
 
 
-def _describe(alternatives: list[Any]) -> str:
-    """One line for a place: what is wrong, and what would be right; several errors where it may be of several kinds."""
-    problem, place = alternatives[0], _place(alternatives[0])
-    message = problem["msg"].removeprefix("Value error, ")
-    message += "".join(
-        f" or {other['msg'].removeprefix('Input should be ')}" for other in alternatives[1:]
-    )
+def _describe(problems: list[Any]) -> str:
+    """Describe what is wrong at one place and what would be right."""
+    problem = problems[0]
+    place = _place(problem)
     if problem["type"] == "extra_forbidden":
-        allowed = sorted(_fields_at(problem["loc"][:-1]))
-        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
-        guess = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{place}: unknown key{guess} (allowed: {', '.join(allowed)})"
+        return _describe_unknown_key(place, problem["loc"])
     if problem["type"] == "missing":
         return f"{place}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    for alternative in problems[1:]:
+        message += f" or {alternative['msg'].removeprefix('Input should be ')}"
+    message = f"{message[:1].lower()}{message[1:]}"
+
+    # A rule of ours quotes what it needs. For pydantic's own rules the value found is added.
     given = problem.get("input")
-    shown = (
-        f" (found {given!r:.60})"
-        if isinstance(given, str | int | float | bool | None) and problem["type"] != "value_error"
-        else ""
-    )
-    return f"{place or 'run file'}: {message[:1].lower()}{message[1:]}{shown}"
+    is_scalar = isinstance(given, str | int | float | bool | None)
+    if is_scalar and problem["type"] != "value_error":
+        message += f" (found {given!r:.60})"
+    return f"{place or 'run file'}: {message}"
 
 
-def _fields_at(place: tuple[int | str, ...]) -> set[str]:
-    """The field names of the section at `place`."""
-    model: type[BaseModel] = RunConfig
-    for part in place:
-        annotation = model.model_fields[str(part)].annotation
-        model = next(
-            kind
-            for kind in (annotation, *get_args(annotation))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        )
-    return set(model.model_fields)
+def _describe_unknown_key(place: str, location: tuple[int | str, ...]) -> str:
+    # Most unknown keys are misspelled.
+    allowed = sorted(_fields_at(location[:-1]))
+    message = f"{place}: unknown key"
+    near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+    if near:
+        message += f"; did you mean '{near[0]}'?"
+    return f"{message} (allowed: {', '.join(allowed)})"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> set[str]:
+    """Return the field names of the section at a location."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        # The annotation is a section, or a union of a section and None.
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+                break
+    return set(section.model_fields)

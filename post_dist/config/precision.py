@@ -1,4 +1,4 @@
-"""Numeric precision of a run, without torch: its names and the size of a number."""
+"""Names of the numeric precisions and the size of one number, without importing torch."""
 
 from typing import Literal
 

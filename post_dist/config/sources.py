@@ -1,57 +1,43 @@
-"""The run file's sections that name data: files or hub data sets, and the tasks made of them."""
+"""The run file's sections that name data: files, hub data sets, and the tasks made of them."""
 
 from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section
+from post_dist.config.yaml_files import read_yaml
+
+_NAMED_TASKS = Path(__file__).parent / "named_tasks.yaml"
+_SOURCE_FIELDS = (
+    "hub",
+    "hub_config",
+    "revision",
+    "hub_split",
+    "test_hub_split",
+    "text",
+    "label_column",
 )
-
-
-def beside_run_file(path: Path, info: ValidationInfo) -> Path:
-    """Read a relative path from the folder of the run file, wherever the command was started."""
-    folder = (info.context or {}).get("folder", Path())
-    try:
-        return (folder / path.expanduser()).resolve()
-    except RuntimeError as error:  # no such user, or a loop of links
-        raise ValueError(f"{path}: {error}") from None
-
-
-FilePath = Annotated[Path, AfterValidator(beside_run_file)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
+"""Fields of a named task that describe its hub data set. A local file replaces all of them."""
 
 
 class DataSource(Section):
-    """A local CSV, JSONL, Parquet or text file, or a data set on the hub."""
+    """A local CSV, TSV, JSONL, Parquet or text file, or a data set on the Hugging Face hub."""
 
+    # Where the examples are.
     path: FilePath | None = None
     hub: str | None = None
     hub_config: str | None = None
     revision: str | None = None
-    """The commit of a hub data set; required with `hub`."""
+    """Commit of a hub data set; required with `hub`."""
     hub_split: str = "train"
+    # What is read of them.
     text: str = "{text}"
-    """How a row's columns make the text, such as '{title} {content}'."""
+    """How the columns of an example make its text, such as '{title} {content}'."""
     max_rows: PositiveInt | None = None
+    """Use at most this number of examples."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
@@ -75,31 +61,37 @@ class Corpus(DataSource):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     max_tokens: PositiveInt | None = None
     held_out_sequences: PositiveInt = 64
-    """Sequences kept out of training, for the figures that the student is judged by."""
+    """Sequences kept out of training. The student is judged on them."""
     separate_documents: bool = True
-    """A causal model sees nothing of the documents that stand before a token's own in its sequence."""
+    """Keep packed documents apart: in a causal model, a token attends to its own document only."""
 
 
 class Task(DataSource):
-    """A classification task; `name` fills in what it does not say from the named tasks."""
+    """A labelled task. A known `name` fills in the missing fields from the named tasks."""
 
     name: str
     visibility: Literal["private", "public"]
+    # What the model reads and answers.
     template: str | None = None
-    """What the model reads: holds {text}, and {mask} for a masked model. A public task without one takes the prompt's."""
+    """What the model reads: holds {text}, and {mask} for a masked model. A public task without a
+    template takes the prompt's."""
     label_column: str = "label"
-    labels: dict[str, tuple[str, ...]] = {}
-    """For each value of the label column, the words that stand for it."""
+    labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """For each value of the label column, its label words."""
     allow_multi_token: bool = False
-    """Let a label word that is several tokens be judged by its first."""
+    """Score a label word of several tokens by its first token."""
     response_column: str | None = None
-    """The column that holds what is to be written. The task then generates text, and has no classes."""
+    """Column with the text to generate. The task then has no classes."""
     max_response_length: PositiveInt = 32
-    """Tokens of one response, its end among them; a longer one loses its end."""
+    """Most tokens of one response, the end-of-text token included. A longer one is cut at its
+    end."""
+    # How long a text may be.
     max_length: Annotated[int, Field(ge=8)] = 128
-    """Tokens of one templated text; a longer text loses its beginning, never the template."""
+    """Most tokens of one templated text. A longer text is cut at its beginning; the template stays
+    whole."""
+    # How the examples are split.
     test_hub_split: str | None = None
-    """The hub split that is the sealed test; without it the test rows are drawn by hash."""
+    """Hub split to use as the test split. Without it, the test examples are drawn by hash."""
     validation_share: Fraction = 0.1
     test_share: Fraction = 0.1
     split_salt: str = "post_dist"
@@ -112,23 +104,18 @@ class Task(DataSource):
     @model_validator(mode="before")
     @classmethod
     def _named_task(cls, fields: Any) -> Any:
+        # pydantic reports a section of another type itself.
         if not isinstance(fields, dict):
             return fields
         known = dict(named_tasks().get(str(fields.get("name")), {}))
         if fields.get("path") is not None:
-            for key in (
-                "hub",
-                "hub_config",
-                "revision",
-                "hub_split",
-                "test_hub_split",
-                "text",
-                "label_column",
-            ):
+            for key in _SOURCE_FIELDS:
                 known.pop(key, None)
         merged = known | fields
-        if isinstance(merged.get("labels"), dict):
-            merged["labels"] = {str(label): words for label, words in merged["labels"].items()}
+        labels = merged.get("labels")
+        if isinstance(labels, dict):
+            # YAML reads the label 0 as a number.
+            merged["labels"] = {str(label): words for label, words in labels.items()}
         return merged
 
     @field_validator("template")
@@ -136,6 +123,7 @@ class Task(DataSource):
     def _template_places(cls, template: str | None) -> str | None:
         if template is None:
             return None
+        # A second {text} would make it unclear which one is cut when the text is too long.
         found = placeholders(template)
         if found.count("text") != 1 or set(found) - {"text", "mask"} or found.count("mask") > 1:
             raise ValueError("must hold {text} once, and besides it at most one {mask}")
@@ -154,7 +142,7 @@ class Task(DataSource):
 
 
 def placeholders(template: str) -> list[str]:
-    """The names in braces of a template, in order.
+    """Return the names in braces of a template, in order.
 
     Raises:
         ValueError: the braces do not pair up.
@@ -169,5 +157,6 @@ def placeholders(template: str) -> list[str]:
 
 @cache
 def named_tasks() -> dict[str, dict[str, Any]]:
-    """The tasks that the paper names, with their sources, templates and label words."""
-    return yaml.safe_load((Path(__file__).parent / "named_tasks.yaml").read_text())
+    """Return the tasks that the paper names, with their sources, templates and label words."""
+    tasks: dict[str, dict[str, Any]] = read_yaml(_NAMED_TASKS.read_text(), str(_NAMED_TASKS))
+    return tasks

@@ -1,11 +1,12 @@
-"""Public text for distillation: tokenised once, packed into equal sequences, in an order that a seed fixes.
+"""Public text for distillation: tokenized once, packed into sequences of equal length.
+
+The order in which training reads the sequences is a function of the seed, so no state is saved.
 
 Shapes: B sequences, T tokens.
 """
 
 import logging
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,98 +25,121 @@ from post_dist.runtime.watchdog import phase, unwatched
 log = logging.getLogger(__name__)
 
 _DOCUMENTS_AT_ONCE = 1000
+"""Documents in one call of the tokenizer."""
 
 
 class Corpus:
-    """Packed sequences [N, T] on disk, read by memory map; the last `held_out` of them are never trained on."""
+    """Packed sequences on disk, read through a memory map. The last of them are held out.
+
+    Args:
+        path: a .npy file of tokens, one sequence in each row.
+        held_out: number of sequences at the end that training never reads.
+        seed: seed of the reading order.
+        separator: token at the end of each document; None if a token may see the documents
+            before its own.
+    """
 
     def __init__(self, path: Path, held_out: int, seed: int, separator: int | None) -> None:
         self.path = path
-        self._separator = separator
-        self._sequences = np.load(path, mmap_mode="r")
         self._held_out = held_out
         self._seed = seed
+        self._separator = separator
+        self._sequences = np.load(path, mmap_mode="r")
 
     @property
     def keeps_apart(self) -> bool:
-        """Whether a token sees its own document alone."""
+        """Whether a token sees only its own document."""
         return self._separator is not None
 
     @property
     def num_training_sequences(self) -> int:
-        """How many sequences are trained on."""
+        """Number of sequences that training reads."""
         return len(self._sequences) - self._held_out
 
-    def step_shares(
-        self, step: int, batch_size: int, at_most: int, world: World
+    def step_batches(
+        self, step: int, batch_size: int, micro_batch_size: int, world: World
     ) -> list[RankBatch]:
-        """This rank's part of the batch of a step, as places in an endless reading of the training sequences.
+        """Return this rank's micro-batches of a step.
 
-        A function of the seed and the step alone: nothing to save, and the batch does not depend on the ranks.
+        Their rows are places in an endless reading of the training sequences, which is shuffled
+        anew in each epoch. They follow from the step alone, and the batch as a whole does not
+        depend on the number of ranks.
+
+        Args:
+            step: number of the step, from 0.
+            batch_size: sequences in a step, over all ranks.
+            micro_batch_size: most sequences in one forward pass of a rank.
+            world: the ranks.
         """
-        return rank_batches(
-            range(step * batch_size, (step + 1) * batch_size), at_most, world.rank, world.size
-        )
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return rank_batches(places, micro_batch_size, world.rank, world.size)
 
-    def numbers(self, share: RankBatch) -> list[int]:
-        """The numbers of the sequences at the places of a share."""
-        return [
-            number
-            for place in share.rows
-            for number in shuffled_rows(place, 1, self.num_training_sequences, self._seed)
-        ]
+    def numbers(self, batch: RankBatch) -> list[int]:
+        """Return the numbers of the sequences at the places of a micro-batch."""
+        numbers: list[int] = []
+        for place in batch.rows:
+            numbers += shuffled_rows(place, 1, self.num_training_sequences, self._seed)
+        return numbers
 
     def numbers_of_first(self, places: int) -> list[int]:
-        """The numbers of the sequences that the first places of the reading name, in rising order."""
-        return sorted(
-            shuffled_rows(
-                0, min(places, self.num_training_sequences), self.num_training_sequences, self._seed
-            )
-        )
+        """Return the numbers of the sequences that the first `places` places name, ascending."""
+        # After one epoch every sequence has been named.
+        count = min(places, self.num_training_sequences)
+        return sorted(shuffled_rows(0, count, self.num_training_sequences, self._seed))
 
-    def training(self, share: RankBatch) -> torch.Tensor:
-        """The sequences [B, T] at the places of a share."""
-        return self.sequences(self.numbers(share))
+    def training(self, batch: RankBatch) -> torch.Tensor:
+        """Return the training sequences [B, T] of a micro-batch."""
+        return self.sequences(self.numbers(batch))
 
-    def held_out_shares(self, at_most: int, world: World) -> list[RankBatch]:
-        """This rank's part of the held-out sequences, by their numbers."""
-        return rank_batches(range(self._held_out), at_most, world.rank, world.size)
+    def held_out_batches(self, micro_batch_size: int, world: World) -> list[RankBatch]:
+        """Return this rank's micro-batches of the held-out split. Rows count from 0 within it."""
+        return rank_batches(range(self._held_out), micro_batch_size, world.rank, world.size)
 
-    def held_out(self, share: RankBatch) -> torch.Tensor:
-        """The held-out sequences [B, T] of a share."""
-        return self.sequences([self.num_training_sequences + number for number in share.rows])
+    def held_out(self, batch: RankBatch) -> torch.Tensor:
+        """Return the held-out sequences [B, T] of a micro-batch."""
+        return self.sequences([self.num_training_sequences + number for number in batch.rows])
 
     def sequences(self, numbers: list[int]) -> torch.Tensor:
-        """Sequences [B, T] by their numbers."""
+        """Return sequences [B, T] by their numbers."""
         return torch.from_numpy(self._sequences[numbers].astype(np.int64))
 
     def positions(self, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
-        """Each token's place [B, T] in its own document, as far as the sequence shows it; None when documents are not kept apart."""
+        """Return the position [B, T] of each token in its own document, or None.
+
+        A document that begins in an earlier sequence counts from the start of this one. None means
+        that documents are not kept apart.
+        """
         if self._separator is None:
             return None
         places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+        # A document begins right behind a separator. The running maximum carries its place on.
+        after_separator_BT = input_ids_BT[:, :-1] == self._separator
         begins_BT = torch.zeros_like(input_ids_BT)
-        begins_BT[:, 1:] = torch.where(input_ids_BT[:, :-1] == self._separator, places_T[1:], 0)
+        begins_BT[:, 1:] = torch.where(after_separator_BT, places_T[1:], 0)
         return places_T - begins_BT.cummax(dim=1).values
 
 
 def build_corpus(
     section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World
 ) -> Corpus:
-    """Tokenise and pack the text once into `path`; other ranks, and later starts, read what is there.
+    """Tokenize and pack the text into `path`, unless that file exists. All ranks call it.
 
-    Documents follow each other with an end-of-text token between them, and are cut into sequences of `sequence_length`.
+    Documents follow each other with an end-of-text token between them. The stream of tokens is cut
+    into sequences of `sequence_length`.
+
+    Args:
+        section: the section `corpus` of the run file.
+        tokenizer: the teacher's tokenizer.
+        path: the .npy file to write, which all ranks can read.
+        seed: seed of the reading order.
+        world: the ranks; rank 0 writes.
 
     Raises:
         InputError: the text is too short.
     """
     world.on_main(partial(_write_packed, section, tokenizer, path))
-    corpus = Corpus(
-        path,
-        section.held_out_sequences,
-        seed,
-        _separator(tokenizer) if section.separate_documents else None,
-    )
+    separator = _separator(tokenizer) if section.separate_documents else None
+    corpus = Corpus(path, section.held_out_sequences, seed, separator)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -131,39 +155,51 @@ def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pa
     sequences = _pack(section, tokenizer)
     if len(sequences) <= section.held_out_sequences:
         raise InputError(
-            f"corpus: {len(sequences)} sequences in all, and {section.held_out_sequences} to be held out",
+            f"corpus: the text makes {len(sequences)} sequences, "
+            f"and {section.held_out_sequences} are to be held out",
             "give more text, a shorter sequence_length or fewer held_out_sequences",
         )
     write_file(path, lambda file: np.save(file, sequences))
 
 
 def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the packed sequences of the text, one in each row, int32."""
     with unwatched("reading the corpus"):
         table = read_columns(section, placeholders(section.text), section.hub_split, "corpus")
     texts = texts_of(table, section.text)[: section.max_rows]
+
+    # Arrays take four bytes a token, a ninth of what lists of Python integers take.
     separator = _separator(tokenizer)
-    parts: list[np.ndarray] = []  # four bytes a token, a ninth of a list of integers
-    wanted, made = section.max_tokens or float("inf"), 0
+    parts: list[np.ndarray] = []
+    wanted = section.max_tokens or float("inf")
+    made = 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        phase(f"tokenising the corpus, {start} of {len(texts)} documents done")
-        documents = tokenizer(
-            texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False
-        ).input_ids
-        parts.append(
-            np.fromiter(
-                chain.from_iterable((*tokens, separator) for tokens in documents), dtype=np.int32
-            )
-        )
+        phase(f"tokenizing the corpus, {start} of {len(texts)} documents done")
+        documents = texts[start : start + _DOCUMENTS_AT_ONCE]
+        parts.append(_tokens_of(documents, tokenizer, separator))
         made += len(parts[-1])
         if made >= wanted:
             break
+
+    # The tokens that do not fill a sequence are dropped.
     stream = np.concatenate(parts)[: section.max_tokens]
     count = len(stream) // section.sequence_length
     return stream[: count * section.sequence_length].reshape(count, section.sequence_length)
 
 
+def _tokens_of(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, separator: int
+) -> np.ndarray:
+    """Return the tokens of documents in one array, each document with a separator at its end."""
+    token_lists = tokenizer(documents, add_special_tokens=False).input_ids
+    arrays = []
+    for tokens in token_lists:
+        arrays.append(np.asarray([*tokens, separator], dtype=np.int32))
+    return np.concatenate(arrays)
+
+
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands between two documents."""
-    return int(
-        tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    )
+    """Return the token that ends a document; masked models have no end-of-text token."""
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    return int(tokenizer.sep_token_id)

@@ -1,4 +1,7 @@
-"""The texts of a public task, for transfer, and the responses to them where text is generated: all that the provider's stage reads."""
+"""The public text for transfer: the texts of a public task, and their responses if it has any.
+
+Nothing else of the task is read. The provider's stage sees no labels.
+"""
 
 from post_dist.config.sources import Task, placeholders
 from post_dist.data.sources import read_columns, texts_of
@@ -6,7 +9,15 @@ from post_dist.errors import InputError, PrivacyRefused
 
 
 def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
-    """The texts of a public task, each once, and the responses to them if it names their column. Its label column is not read.
+    """Load the texts of a public task, each once, and the responses to them.
+
+    Args:
+        task: the task; its label column is not read.
+        where: the run file's section, for messages.
+
+    Returns:
+        The texts, and one response for each. There are no responses if the task names no column of
+        them.
 
     Raises:
         PrivacyRefused: the task is private.
@@ -17,17 +28,27 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
             f"{where} is private; the provider's stages read public text alone",
             "give a task with `visibility: public`",
         )
-    columns = [*placeholders(task.text), *([task.response_column] if task.response_column else [])]
-    table = read_columns(task, [*dict.fromkeys(columns)], task.hub_split, where)
+    # A text may be composed of several columns, and one of them may be the responses.
+    columns = placeholders(task.text)
+    if task.response_column:
+        columns.append(task.response_column)
+    without_repeats = list(dict.fromkeys(columns))
+    table = read_columns(task, without_repeats, task.hub_split, where)
+
+    # The first response to a text counts.
     texts = texts_of(table, task.text)
-    responses = (
-        table[task.response_column].map(str).tolist() if task.response_column else [""] * len(texts)
-    )
-    unique: dict[str, str] = {}
+    responses = [""] * len(texts)
+    if task.response_column:
+        responses = table[task.response_column].map(str).tolist()
+    response_of: dict[str, str] = {}
     for text, response in zip(texts, responses, strict=True):
         if text:
-            unique.setdefault(text, response.strip())
-    if not unique:
+            response_of.setdefault(text, response.strip())
+    if not response_of:
         raise InputError(f"{where}: no row has any text")
-    kept = list(unique.items())[: task.max_rows]
-    return [text for text, _ in kept], [response for _, response in kept if task.response_column]
+
+    # Public files need no drawing by hash: their order is public too.
+    kept = list(response_of)[: task.max_rows]
+    if not task.response_column:
+        return kept, []
+    return kept, [response_of[text] for text in kept]

@@ -1,11 +1,11 @@
-"""Rows of a local file or a hub data set, as columns; local files leave no copy in any cache.
+"""Tables from a local file or a hub data set. Local files leave no copy in any cache.
 
-Every value is taken as it is written. A type that is chosen for a column depends on all of its rows, and then one row more may change
-how every other reads: beside a row without a number, 30 is 30.0.
+Every value is taken as it is written. A data type for a column would depend on all of its values,
+so one more example could change how every other one reads: next to a missing number, 30 becomes
+30.0. To add a file type, write a function and add a line to `_READERS`.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,37 +17,65 @@ from post_dist.config.sources import DataSource, placeholders
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return _read_delimited(path, ",")
+
+
+def _read_tsv(path: Path) -> pd.DataFrame:
+    return _read_delimited(path, "\t")
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    with path.open(encoding="utf-8") as lines:
+        # A blank line, such as a last one, is not an example.
+        objects = [json.loads(line) for line in lines if line.strip()]
+    if not objects or not all(isinstance(found, dict) for found in objects):
+        raise ValueError("not a JSON object on each line")
+    return _as_written(objects)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    return _as_written(parquet.read_table(path).to_pydict())
+
+
+def _read_lines(path: Path) -> pd.DataFrame:
+    return pd.DataFrame({"text": path.read_text(encoding="utf-8").splitlines()})
+
+
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: _delimited(path, ","),
-    ".tsv": lambda path: _delimited(path, "\t"),
-    ".jsonl": lambda path: _as_written(_objects(path)),
-    ".parquet": lambda path: _as_written(parquet.read_table(path).to_pydict()),
-    ".txt": lambda path: pd.DataFrame({"text": path.read_text(encoding="utf-8").splitlines()}),
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": _read_lines,
 }
+"""The reader of each file type. It raises ValueError for a file that is not of its type."""
 
 
 def read_columns(
     source: DataSource, columns: list[str], hub_split: str, where: str
 ) -> pd.DataFrame:
-    """The named columns of a source, all rows, nothing missing.
+    """Read the named columns of a source, and drop rows with a missing value in one of them.
 
     Args:
         source: the file or hub data set.
         columns: names of the columns that are needed; no other is kept.
-        hub_split: which split of a hub data set; a file is always read whole.
+        hub_split: split of a hub data set; a file is always read whole.
         where: the run file's section, for messages.
 
     Raises:
-        InputError: the file or a column is missing, or there is no row. Cell contents are never quoted.
+        InputError: the file or a column is missing, or there is no row. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
-    table = _read_file(source.path, where) if source.path else _read_hub(source, hub_split, where)
+    table = _read_table(source, hub_split, where)
     for column in columns:
         if column not in table.columns:
             raise InputError(
                 f"{where}: there is no column '{column}'",
                 f"columns: {', '.join(map(str, table.columns))}",
             )
+    # An example without a text or a label cannot be used.
     table = table[columns].dropna()
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
@@ -55,31 +83,36 @@ def read_columns(
 
 
 def texts_of(table: pd.DataFrame, text: str) -> list[str]:
-    """Each row's text, made from its columns as `text` says."""
+    """Return the text of each row, composed from its columns.
+
+    Args:
+        table: the columns that `text` names.
+        text: how the columns make the text, such as '{title} {content}'.
+    """
+    # The values are made strings first, so that 30 and "30" give the same text.
     names = placeholders(text)
-    return [
-        text.format(**dict(zip(names, row, strict=True))).strip()
-        for row in table[names].map(str).itertuples(index=False)
-    ]
+    texts = []
+    for values in table[names].map(str).itertuples(index=False):
+        texts.append(text.format(**dict(zip(names, values, strict=True))).strip())
+    return texts
+
+
+def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
+    if source.path:
+        return _read_file(source.path, where)
+    return _read_hub(source, hub_split, where)
 
 
 def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:
+    """Make a table whose columns have no data type."""
     return pd.DataFrame(rows, dtype=object)
 
 
-def _objects(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not a JSON object on each line")
-    return rows
-
-
-def _delimited(path: Path, separator: str) -> pd.DataFrame:
+def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
     table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    if not isinstance(
-        table.index, pd.RangeIndex
-    ):  # made of the first column, and all names moved on by one
+    # With one field more than the header, pandas makes the first column an index and shifts the
+    # names of all others by one.
+    if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("the first row has more fields than the header")
     return table
 
@@ -88,24 +121,20 @@ def _read_file(path: Path, where: str) -> pd.DataFrame:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(
-            f"{where}.path: {path.name} has no known ending", f"one of {', '.join(_READERS)}"
+            f"{where}.path: {path.name} has no known file type", f"one of {', '.join(_READERS)}"
         )
     try:
         return reader(path)
-    except (OSError, UnicodeError) as error:
-        problem = (
-            (error.strerror or "cannot be read")
-            if isinstance(error, OSError)
-            else "is not UTF-8 text"
-        )
+    except OSError as error:
+        problem = error.strerror or "cannot be read"
         raise InputError(f"{where}.path: {path}: {problem}") from None
+    except UnicodeError:
+        raise InputError(f"{where}.path: {path}: is not UTF-8 text") from None
     except (ValueError, RecursionError, pd.errors.ParserError):
-        # The parser's own message may quote a row.
-        problem = (
-            "is empty"
-            if os.path.getsize(path) == 0
-            else f"cannot be read as {path.suffix[1:].upper()}"
-        )
+        # The parser's own message is dropped, because it may quote an example.
+        problem = f"cannot be read as {path.suffix[1:].upper()}"
+        if path.stat().st_size == 0:
+            problem = "is empty"
         raise InputError(f"{where}.path: {path} {problem}") from None
 
 
@@ -113,7 +142,8 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
     from datasets import load_dataset  # slow to import, and not needed for files
 
     try:
-        with unwatched(f"fetching {source.hub}"):  # the hub's client has time limits of its own
+        # The hub's client has time limits of its own.
+        with unwatched(f"fetching {source.hub}"):
             rows: Any = load_dataset(
                 source.hub, source.hub_config, revision=source.revision, split=split
             )

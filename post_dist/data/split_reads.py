@@ -1,4 +1,4 @@
-"""How often a test split has been read: each table that is made of it is a line in a file beside the data."""
+"""Count how often a test split has been read: one line for each evaluation, beside the data."""
 
 import json
 from datetime import UTC, datetime
@@ -11,31 +11,28 @@ _NAME = "test_readings.jsonl"
 
 
 def count_split_read(task: Task, runs: Path, evaluation: str) -> int:
-    """Note that an evaluation reads the test split.
+    """Record that an evaluation reads the test split.
 
     Args:
-        task: whose split it is.
-        runs: where the file is kept for data that are no local file.
-        evaluation: its name; when it is begun again it does not count again.
+        task: the task whose split it is.
+        runs: folder for the record of data that are not a local file.
+        evaluation: name of the evaluation. If it starts again, it does not count again.
 
     Returns:
         How many evaluations have read the split, this one included.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the record cannot be written.
     """
-    path = task.path.with_name(f"{task.path.name}.{_NAME}") if task.path else runs / _NAME
+    # Beside a local file, all runs on it share the count.
+    path = runs / _NAME
+    if task.path:
+        path = task.path.with_name(f"{task.path.name}.{_NAME}")
     with writing(path), path.open("a+") as file:
+        # The mode is for appending, so reading starts at the end unless moved.
         file.seek(0)
         known = {json.loads(line)["evaluation"] for line in file}
         if evaluation not in known:
-            file.write(
-                json.dumps(
-                    {
-                        "evaluation": evaluation,
-                        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                    }
-                )
-                + "\n"
-            )
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(json.dumps({"evaluation": evaluation, "at": now}) + "\n")
     return len(known | {evaluation})

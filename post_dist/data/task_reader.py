@@ -1,6 +1,6 @@
 """A task bound to a tokenizer: it turns texts into tokens, and logits into class scores.
 
-Shapes: B rows, C classes, K tokens of all label words, N rows, R tokens of a response, V vocabulary.
+Shapes: B examples, C classes, N examples, R tokens of a response, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class TaskReader:
 
     Args:
         task: template, label words and lengths.
-        tokenizer: of the model that reads; a fast one.
+        tokenizer: the tokenizer of the model that reads; a fast one.
         masked: whether that model fills in masks.
 
     Attributes:
@@ -26,7 +26,8 @@ class TaskReader:
         verbalizer: the label words bound to the tokenizer; without classes where text is generated.
 
     Raises:
-        InputError: the template does not suit the model, or a label word is several tokens or stands for two classes.
+        InputError: the template does not suit the model, or a label word is several tokens or
+            belongs to two classes.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TaskReader:
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        # Both are bound here once; they check the task against the tokenizer.
         self.template = Template(
             task.template,
             tokenizer,
@@ -57,21 +59,26 @@ class TaskReader:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row, its response included."""
+        """Most tokens of an example, its response included."""
         return self.template.longest
 
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
-        """Tokenize texts in the template. A task that generates text appends the responses, if any."""
+        """Tokenize texts in the template.
+
+        Args:
+            texts: the texts.
+            responses: one for each text, to be appended. A task with classes ignores them.
+        """
         return self.template.encode(texts, responses if self.generates else ())
 
     def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
-        """Pad rows on the right to the longest of them, or to `length` if that is more."""
+        """Pad examples on the right to the longest of them, or to `length` if that is more."""
         return self.template.collate(rows, length)
 
     def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """The tokens of each row's response [N, R], filled up with NO_TOKEN."""
+        """Return the tokens of each example's response [N, R], padded with NO_TOKEN."""
         return self.template.responses(rows)
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Class scores [B, C] of logits over the vocabulary."""
+        """Return the class scores [B, C] of logits over the vocabulary."""
         return self.verbalizer.scores(logits_BV)

@@ -1,4 +1,7 @@
-"""Labelled rows of a task and their splits by a fixed hash. The provider's stages do not import this file."""
+"""Labelled examples of a task, and their splits by a fixed hash.
+
+The provider's stages do not import this file.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +13,13 @@ from post_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with the index of their class among the task's `labels`, or with the response to each."""
+    """Labelled examples.
+
+    Attributes:
+        texts: the texts.
+        classes: for a task with classes, the index of each text's class among the task's labels.
+        responses: for a task that generates text, the response to each text.
+    """
 
     texts: list[str]
     classes: list[int]
@@ -18,10 +27,12 @@ class Examples:
 
 
 def load_examples(task: Task, split: str, where: str) -> Examples:
-    """The labelled rows of one split, each text once; a text that stands under two labels (or has two responses) is left out.
+    """Load the labelled examples of one split, each text once.
 
-    So one row more or less in the file changes one example at most, which is what private tuning counts on. (To keep the first
-    of two labels would let one row replace an example, and to replace is twice as much as to add.)
+    A text with two labels, or two responses, is left out. Then one row more or less in the file
+    changes one example at most, which is what private tuning counts on. If the first of two labels
+    were kept, one row could replace an example, and a replacement is twice the change of an
+    addition.
 
     Args:
         task: the task.
@@ -29,58 +40,84 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
         where: the run file's section, for messages.
 
     Raises:
-        InputError: a label is not in the verbalizer (the row is named, never its contents), or the split is empty.
+        InputError: a label is not in the verbalizer, or the split is empty. The message names the
+            number of the row and never its contents.
     """
-    own_test_set = task.test_hub_split is not None
-    hub_split = task.test_hub_split if own_test_set and split == "test" else task.hub_split
-    generates = task.response_column is not None
     answer_column = task.response_column or task.label_column
-    columns = [*dict.fromkeys([*placeholders(task.text), answer_column])]
-    table = read_columns(task, columns, str(hub_split), where)
-    classes = {label: index for index, label in enumerate(task.labels)}
-    rows: dict[str, int | str] = {}
+    # The text may use the answer's column too; each column is read once.
+    columns = list(dict.fromkeys([*placeholders(task.text), answer_column]))
+    table = read_columns(task, columns, _hub_split(task, split), where)
+    texts = texts_of(table, task.text)
+    written_answers = table[answer_column].map(str).tolist()
+
+    # Every row is checked, also those of other splits: a wrong label is found in every run alike.
+    answer_of: dict[str, int | str] = {}
     disputed = set()
-    for number, (text, label) in enumerate(
-        zip(texts_of(table, task.text), table[answer_column].map(str), strict=True), 1
-    ):
-        if not generates and label not in classes:
-            raise InputError(
-                f"{where}: row {number} has a label in column '{task.label_column}' that is not in the verbalizer",
-                f"{where}.labels has {', '.join(classes)}",
-            )
-        belongs = (own_test_set and split == "test") or split_of(text, task) == split
-        answer = label.strip() if generates else classes[label]
-        if text and belongs and rows.setdefault(text, answer) != answer:
+    for row, (text, written) in enumerate(zip(texts, written_answers, strict=True), start=1):
+        answer = _answer(task, written, row, where)
+        if not text or not _belongs(task, text, split):
+            continue
+        if answer_of.setdefault(text, answer) != answer:
             disputed.add(text)
-    rows = {text: index for text, index in rows.items() if text not in disputed}
-    if not rows:
+    # Only now, because a third row may dispute a text again.
+    for text in disputed:
+        del answer_of[text]
+    if not answer_of:
         raise InputError(f"{where}: no row falls into the {split} split")
-    kept = list(rows.items())
-    if task.max_rows is not None:  # drawn by hash, for files are often sorted by class
-        kept = sorted(kept, key=lambda row: _place(row[0], task))[: task.max_rows]
-    answers = [answer for _, answer in kept]
-    texts = [text for text, _ in kept]
-    return (
-        Examples(texts, [], [str(answer) for answer in answers])
-        if generates
-        else Examples(texts, [int(answer) for answer in answers], [])
-    )
+
+    kept = list(answer_of)
+    if task.max_rows is not None:
+        # Chosen by hash, because files are often sorted by class.
+        kept = sorted(kept, key=lambda text: _place(text, task))[: task.max_rows]
+    # One of the two lists of answers stays empty.
+    if task.response_column is not None:
+        return Examples(kept, [], [str(answer_of[text]) for text in kept])
+    return Examples(kept, [int(answer_of[text]) for text in kept], [])
 
 
 def split_of(text: str, task: Task) -> str:
-    """Which split a text belongs to: decided by sha256 of the salt and the text alone, so it never changes.
+    """Return the split of a text, decided by the sha256 of salt and text, so it never changes.
 
     A task with a test set of its own draws only train and validation.
     """
+    # The place is the same for all shares, so a larger share only adds to a split.
     place = _place(text, task)
     test_share = 0.0 if task.test_hub_split is not None else task.test_share
     if place < test_share:
         return "test"
-    return "validation" if place < test_share + task.validation_share else "train"
+    if place < test_share + task.validation_share:
+        return "validation"
+    return "train"
+
+
+def _hub_split(task: Task, split: str) -> str:
+    if split == "test" and task.test_hub_split is not None:
+        return task.test_hub_split
+    return task.hub_split
+
+
+def _belongs(task: Task, text: str, split: str) -> bool:
+    """Whether a text belongs to a split. A test set of its own belongs to it as a whole."""
+    has_own_test_set = task.test_hub_split is not None
+    return (has_own_test_set and split == "test") or split_of(text, task) == split
+
+
+def _answer(task: Task, written: str, row: int, where: str) -> int | str:
+    """Return the class of an example, or its response for a task that generates text."""
+    if task.response_column is not None:
+        return written.strip()
+    labels = list(task.labels)
+    if written not in labels:
+        raise InputError(
+            f"{where}: row {row} has a label in column '{task.label_column}' "
+            "that is not in the verbalizer",
+            f"{where}.labels has {', '.join(labels)}",
+        )
+    return labels.index(written)
 
 
 def _place(text: str, task: Task) -> float:
-    """Where a text falls between 0 and 1."""
-    return (
-        int.from_bytes(hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()[:8]) / 2**64
-    )
+    """Return the place of a text between 0 and 1."""
+    # The first 64 bits of the digest, as a fraction of their range.
+    digest = hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64

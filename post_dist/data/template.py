@@ -1,6 +1,6 @@
-"""From a text to the tokens that a model reads, and from label words to the tokens that it answers with.
+"""Templates: from a text to the tokens that a model reads.
 
-Shapes: B rows, T tokens, C classes, V vocabulary.
+Shapes: B examples, N examples, R tokens of a response, T tokens.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.errors import InputError
 
 NO_TOKEN = -100
-"""Stands where a row has no token; cross-entropy passes over it."""
+"""Marks a position without a token; cross-entropy ignores it."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One templated text.
+    """One tokenized example.
 
     Attributes:
-        token_ids: the template's, and those of the response if there is one.
-        answer: where the model's answer stands, or the first token of its response is predicted.
-        response: the tokens that are to follow, the end of the text last.
+        token_ids: tokens of the templated text, followed by those of the response if there is one.
+        answer: position at which the model answers. Of a response, the first token is predicted
+            there.
+        response: tokens of the response, with the end-of-text token last.
     """
 
     token_ids: list[int]
@@ -32,14 +33,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right: `input_ids` and `attention_mask` [B, T], `answer` [B]."""
+    """Examples padded on the right.
+
+    Attributes:
+        input_ids: [B, T].
+        attention_mask: [B, T]; 0 at padding.
+        answer: [B], the position at which the model answers.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     answer: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same rows on a device."""
+        """Return the batch on a device."""
         return Batch(
             self.input_ids.to(device), self.attention_mask.to(device), self.answer.to(device)
         )
@@ -49,10 +56,11 @@ class Template:
     """A template bound to a tokenizer.
 
     Args:
-        text: holds {text}; for a masked model also {mask}, where the answer stands. Otherwise the answer follows the end.
+        text: holds {text}, and {mask} for a masked model. A masked model answers at the mask, a
+            causal one after the last token.
         tokenizer: a fast tokenizer.
-        max_length: most tokens of a templated text; a longer one loses its beginning.
-        max_response_length: most tokens of a response behind it; a longer one loses its end.
+        max_length: most tokens of a templated text; a longer text is cut at its beginning.
+        max_response_length: most tokens of a response; a longer one is cut at its end.
         masked: whether the model fills in a mask.
 
     Raises:
@@ -68,30 +76,18 @@ class Template:
         masked: bool,
         max_response_length: int = 0,
     ) -> None:
-        if masked != ("{mask}" in text):
-            raise InputError(
-                f"template '{text}': {'a masked model needs {mask}' if masked else '{mask} is for masked models'}"
-            )
-        if not masked and text != text.rstrip():
-            raise InputError(
-                f"template '{text}' ends in white space",
-                "the label words carry the space before them",
-            )
-        if not tokenizer.is_fast:
-            raise InputError(
-                "the tokenizer is not a fast one, so long texts cannot be cut",
-                "use a model with a tokenizer.json",
-            )
+        _check_template(text, tokenizer, masked=masked)
         self._tokenizer = tokenizer
         self._masked = masked
-        before, _, after = text.replace("{mask}", tokenizer.mask_token if masked else "").partition(
-            "{text}"
-        )
-        self._before, self._after = (
-            before.replace("{{", "{").replace("}}", "}"),
-            after.replace("{{", "{").replace("}}", "}"),
-        )
-        self.max_length, self.max_response_length = max_length, max_response_length
+        self.max_length = max_length
+        self.max_response_length = max_response_length
+
+        # The template is split at the text once, so that a text with braces is taken as it is.
+        mask_token = tokenizer.mask_token if masked else ""
+        before, _, after = text.replace("{mask}", mask_token).partition("{text}")
+        self._before = _without_double_braces(before)
+        self._after = _without_double_braces(after)
+        # Special tokens of the tokenizer count too.
         if len(self._tokens("")) >= max_length:
             raise InputError(
                 f"template '{text}' alone fills max_length ({max_length} tokens)",
@@ -100,72 +96,118 @@ class Template:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row, its response among them."""
+        """Most tokens of an example, its response included."""
         return self.max_length + self.max_response_length
 
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
-        """Tokens of each text in the template, and of the response behind each, if there are responses."""
-        rows = [self._encode(text) for text in texts]
-        return (
-            [self._with_response(row, text) for row, text in zip(rows, responses, strict=True)]
-            if responses
-            else rows
-        )
+        """Tokenize texts in the template.
+
+        Args:
+            texts: the texts.
+            responses: none, or one for each text, to be appended.
+        """
+        encoded = [self._encode(text) for text in texts]
+        if not responses:
+            return encoded
+        pairs = zip(encoded, responses, strict=True)
+        return [self._with_response(example, response) for example, response in pairs]
 
     def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """The tokens of each row's response, [B, R] with R the most that one may have; NO_TOKEN after its end."""
-        return torch.tensor(
-            [
-                [*row.response, *[NO_TOKEN] * (self.max_response_length - len(row.response))]
-                for row in rows
-            ]
-        )
+        """Return the tokens of each example's response [N, R], padded with NO_TOKEN.
 
-    def _with_response(self, row: Encoded, text: str) -> Encoded:
-        tokens = self._tokenizer(
-            f" {text.strip()}", add_special_tokens=False, verbose=False
-        ).input_ids
-        response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
-        return Encoded([*row.token_ids, *response], row.answer, response)
-
-    def _encode(self, text: str) -> Encoded:
-        if self._masked:
-            # The text may name the mask token itself; only the template's own mask asks for an answer.
-            text = text.replace(self._tokenizer.mask_token, " ")
-        tokens = self._tokens(text)
-        while len(tokens) > self.max_length:
-            text = self._without_first_tokens(text, len(tokens) - self.max_length)
-            tokens = self._tokens(text)
-        answer = tokens.index(self._tokenizer.mask_token_id) if self._masked else len(tokens) - 1
-        return Encoded(tokens, answer)
-
-    def _tokens(self, text: str) -> list[int]:
-        # Not verbose: a warning of a text too long for the model would say how long a private one is.
-        tokens: list[int] = self._tokenizer(
-            self._before + text + self._after, verbose=False
-        ).input_ids
-        return tokens
-
-    def _without_first_tokens(self, text: str, count: int) -> str:
-        """The text without its first tokens; cut in the characters, so that the template's tokens stay as they are."""
-        offsets = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        ).offset_mapping
-        # One character may be several tokens, so the cut moves on to where a later character begins.
-        cut = next((start for start, _ in offsets[count:] if start > 0), len(text))
-        return text[cut:].lstrip()
+        R is the most that a response may have.
+        """
+        padded = []
+        for row in rows:
+            missing = self.max_response_length - len(row.response)
+            padded.append([*row.response, *[NO_TOKEN] * missing])
+        return torch.tensor(padded)
 
     def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
-        """Pad rows on the right, where a causal model's real tokens never look: to the longest, or to `length` if that is more."""
+        """Pad examples on the right, where a causal model's real tokens never look.
+
+        Args:
+            rows: the examples.
+            length: pad to this length if it exceeds that of the longest example.
+        """
         longest = max(length, *(len(row.token_ids) for row in rows))
-        padding = (
-            self._tokenizer.pad_token_id
-            if self._tokenizer.pad_token_id is not None
-            else self._tokenizer.eos_token_id
-        )
-        input_ids = torch.full((len(rows), longest), padding or 0)
+        # Padding tokens are masked out, except for a causal model, which never sees them.
+        input_ids = torch.full((len(rows), longest), self._padding_token())
         attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for index, row in enumerate(rows):
             input_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
             attention_mask[index, : len(row.token_ids)] = 1
         return Batch(input_ids, attention_mask, torch.tensor([row.answer for row in rows]))
+
+    def _padding_token(self) -> int:
+        """Return any valid token: what is padded is never looked at."""
+        tokenizer = self._tokenizer
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def _with_response(self, row: Encoded, text: str) -> Encoded:
+        # A response follows other words, so it starts with a space.
+        tokens = self._tokenizer(
+            f" {text.strip()}", add_special_tokens=False, verbose=False
+        ).input_ids
+        # The end-of-text token always fits: without it a model would not learn to end.
+        response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
+        return Encoded([*row.token_ids, *response], row.answer, response)
+
+    def _encode(self, text: str) -> Encoded:
+        if self._masked:
+            # The text itself may contain the mask token. Only the template's mask is answered.
+            text = text.replace(self._tokenizer.mask_token, " ")
+        tokens = self._tokens(text)
+        # After a cut, the tokens around it may join differently and be one too many.
+        while len(tokens) > self.max_length:
+            text = self._without_first_tokens(text, len(tokens) - self.max_length)
+            tokens = self._tokens(text)
+        # A causal model predicts the answer from the last token.
+        answer = len(tokens) - 1
+        if self._masked:
+            answer = tokens.index(self._tokenizer.mask_token_id)
+        return Encoded(tokens, answer)
+
+    def _tokens(self, text: str) -> list[int]:
+        # Not verbose: the warning for a text that is too long would give the length of a private
+        # one.
+        templated = self._before + text + self._after
+        tokens: list[int] = self._tokenizer(templated, verbose=False).input_ids
+        return tokens
+
+    def _without_first_tokens(self, text: str, count: int) -> str:
+        """Cut the first tokens off a text.
+
+        Characters are cut and not tokens, so that the tokens of the template stay the same.
+        """
+        offsets = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
+        # One character may be several tokens, so the cut is where a later character begins.
+        later_starts = (start for start, _ in offsets[count:] if start > 0)
+        cut = next(later_starts, len(text))
+        return text[cut:].lstrip()
+
+
+def _check_template(text: str, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> None:
+    if masked != ("{mask}" in text):
+        problem = "a masked model needs {mask}" if masked else "{mask} is for masked models"
+        raise InputError(f"template '{text}': {problem}")
+    if not masked and text != text.rstrip():
+        raise InputError(
+            f"template '{text}' ends in white space",
+            "the label words carry the space before them",
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            "the tokenizer is not a fast one, so long texts cannot be cut",
+            "use a model with a tokenizer.json",
+        )
+
+
+def _without_double_braces(text: str) -> str:
+    """Return what `str.format` would make of a text without fields."""
+    return text.replace("{{", "{").replace("}}", "}")

@@ -1,6 +1,6 @@
-"""Label words bound to a tokenizer.
+"""Label words bound to a tokenizer: they turn logits into class scores.
 
-Shapes: B rows, C classes, K tokens of all label words, V vocabulary.
+Shapes: B examples, C classes, K tokens of all label words, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,20 @@ from post_dist.errors import InputError
 
 
 class Verbalizer:
-    """Class scores: the mean logit of each class's label words (POST's code; its paper says mean probability).
+    """Scores a class by the mean logit of its label words.
+
+    That is what POST's code does; its paper names the mean probability.
 
     Args:
-        label_words: for each class its words.
-        tokenizer: the model's.
-        allow_multi_token: judge a word of several tokens by its first.
+        label_words: words of each class.
+        tokenizer: the model's tokenizer.
+        allow_multi_token: score a word of several tokens by its first token.
+
+    Attributes:
+        token_ids: tokens of the label words of each class.
 
     Raises:
-        InputError: a word is several tokens, or stands for two classes.
+        InputError: a word is several tokens, or belongs to two classes.
     """
 
     def __init__(
@@ -30,44 +35,61 @@ class Verbalizer:
         *,
         allow_multi_token: bool,
     ) -> None:
-        self.token_ids = [
-            [_word_token(word, tokenizer, allow_multi_token) for word in words]
-            for words in label_words
-        ]
-        owner: dict[int, int] = {}
+        # One list of tokens for each class.
+        self.token_ids: list[list[int]] = []
+        for words in label_words:
+            tokens = [_word_token(word, tokenizer, allow_multi_token) for word in words]
+            self.token_ids.append(tokens)
+
+        # A shared token would raise the scores of both classes.
+        class_of: dict[int, int] = {}
         for index, ids in enumerate(self.token_ids):
             for token_id in set(ids):
-                if owner.setdefault(token_id, index) != index:
+                if class_of.setdefault(token_id, index) != index:
                     token = tokenizer.convert_ids_to_tokens(token_id)
                     raise InputError(
-                        f"the label words of classes {owner[token_id]} and {index} share the token '{token}'"
+                        f"the label words of classes {class_of[token_id]} and {index} "
+                        f"share the token '{token}'"
                     )
 
     def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:
-        """Logits [B, V] with each class's label words raised by the class's bias, and so its score; none given, none raised."""
-        lifted = logits_BV.clone() if biases else logits_BV
-        for ids, bias in zip(self.token_ids, biases, strict=bool(biases)):
+        """Add a bias to the score of each class, by raising the logits of its label words.
+
+        Args:
+            logits_BV: logits over the vocabulary.
+            biases: one for each class, or none to return the logits unchanged.
+        """
+        if not biases:
+            return logits_BV
+        lifted = logits_BV.clone()
+        for ids, bias in zip(self.token_ids, biases, strict=True):
+            # Two words of a class may have the same token, which must be raised once.
             lifted[:, sorted(set(ids))] += bias
         return lifted
 
     @property
     def tokens(self) -> list[int]:
-        """Those of all label words, class by class."""
+        """Tokens of all label words, class by class."""
         return [token for ids in self.token_ids for token in ids]
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B, C] in fp32, or in fp64 where the logits are."""
+        """Return the class scores [B, C], in fp32 or in the wider type of the logits."""
         return self.scores_of_tokens(logits_BV[:, self.tokens])
 
     def scores_of_tokens(self, logits_BK: torch.Tensor) -> torch.Tensor:
-        """The same from the logits of `tokens` alone."""
+        """Return the class scores [B, C] from the logits of `tokens` alone."""
+        # In half precision, the mean of logits loses the small differences between classes.
         wide = torch.promote_types(logits_BK.dtype, torch.float32)
         parts = logits_BK.to(wide).split([len(ids) for ids in self.token_ids], dim=1)
         return torch.stack([part.mean(dim=1) for part in parts], dim=1)
 
 
 def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:
-    """The token that a word begins with when it follows another word."""
+    """Return the token that a word begins with when it follows another word.
+
+    Byte-level and sentencepiece tokenizers have other tokens for a word at the start of a text.
+    """
+    # The word is tokenized behind "a", whose tokens are then cut off.
     carrier = tokenizer("a", add_special_tokens=False).input_ids
     tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
     if len(tokens) != 1 and not allow_multi_token:

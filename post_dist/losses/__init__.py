@@ -1,1 +1,1 @@
-"""The losses of distillation and transfer: pure functions of tensors."""
+"""Loss functions of distillation and transfer: pure functions of tensors."""

@@ -1,4 +1,7 @@
-"""Divergences between a teacher and a student, shared by distillation and transfer."""
+"""Divergences between a teacher and a student, shared by distillation and transfer.
+
+Shapes: B rows, K scores (the vocabulary, or the classes of a task), N positions, d width.
+"""
 
 import torch
 from torch.nn import functional
@@ -10,23 +13,33 @@ def softened_kl(
     temperature: float,
     shares_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """T^2 KL(softmax(teacher/T) || softmax(student/T)) in fp32 (paper eq. 1 and 3): the mean over rows, or their sum by shares."""
-    teacher = (teacher_BK.float() / temperature).log_softmax(dim=-1)
-    student = (student_BK.float() / temperature).log_softmax(dim=-1)
+    """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)) in fp32 (paper eq. 1 and 3).
+
+    Args:
+        teacher_BK: logits of the distribution to match.
+        student_BK: logits that are compared with it.
+        temperature: T.
+        shares_B: weight of each row; without weights, the mean over rows is taken.
+
+    Returns:
+        A scalar.
+    """
+    log_p_BK = (teacher_BK.float() / temperature).log_softmax(dim=-1)
+    log_q_BK = (student_BK.float() / temperature).log_softmax(dim=-1)
     if shares_B is None:
-        return temperature**2 * functional.kl_div(
-            student, teacher, reduction="batchmean", log_target=True
-        )
-    return (
-        temperature**2
-        * shares_B
-        @ functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    )
+        mean = functional.kl_div(log_q_BK, log_p_BK, reduction="batchmean", log_target=True)
+        return temperature**2 * mean
+    kl_B = functional.kl_div(log_q_BK, log_p_BK, reduction="none", log_target=True).sum(dim=-1)
+    return temperature**2 * shares_B @ kl_B
 
 
 def unexplained_share(student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> float:
-    """The share of the teacher's centred variance that the student leaves unexplained: 0 is a copy, 1 tells nothing."""
-    student, teacher = student_Nd.double(), teacher_Nd.double()
-    return float(
-        (student - teacher).square().sum() / (teacher - teacher.mean(dim=0)).square().sum()
-    )
+    """Compute the fraction of the teacher's variance that the student leaves unexplained.
+
+    It is 0 for a copy of the teacher, and 1 for a student that is always at the teacher's mean.
+    """
+    student = student_Nd.double()
+    teacher = teacher_Nd.double()
+    error = (student - teacher).square().sum()
+    variance = (teacher - teacher.mean(dim=0)).square().sum()
+    return float(error / variance)

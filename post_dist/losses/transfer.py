@@ -1,6 +1,6 @@
 """The losses of transfer.
 
-Shapes: B rows, K scores (vocabulary or classes), C classes, N rows.
+Shapes: B rows, K scores (the vocabulary, or the classes of a task), C classes, N public examples.
 """
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from post_dist.losses.divergence import softened_kl
 
 _SCALING_ROUNDS = 10_000
+"""Bounds the loop for scores so extreme that rounding keeps it above the tolerance."""
 _SCALING_TOLERANCE = 1e-9
 
 
@@ -21,17 +22,24 @@ def published_transfer_loss(
     temperature: float,
     shares_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(1-alpha) L1 + alpha L2 (paper eq. 3 to 5).
+    """Compute (1 - alpha) L1 + alpha L2 (paper eq. 3 to 5).
 
-    L1 has the prompted target mimic the prompted source; L2 has it change as the source does under its prompt, the
-    changes in logits going through the softmax themselves.
+    L1 makes the prompted target match the prompted source. L2 makes the target change under its
+    prompt as the source changes under its own: the changes in logits go through the softmax.
+
+    Args:
+        source_BK: logits of the student without a prompt.
+        source_prompted_BK: logits of the student behind the tuned prompt.
+        target_BK: logits of the large model without a prompt.
+        target_prompted_BK: logits of the large model behind the prompt that is trained.
+        alpha: weight of L2, from 0 to 1.
+        temperature: T of both divergences.
+        shares_B: weight of each row; without weights, the mean over rows is taken.
     """
     mimic = softened_kl(source_prompted_BK, target_prompted_BK, temperature, shares_B)
-    changes = (
-        source_prompted_BK.float() - source_BK.float(),
-        target_prompted_BK.float() - target_BK.float(),
-    )
-    shift = softened_kl(*changes, temperature, shares_B)
+    source_change_BK = source_prompted_BK.float() - source_BK.float()
+    target_change_BK = target_prompted_BK.float() - target_BK.float()
+    shift = softened_kl(source_change_BK, target_change_BK, temperature, shares_B)
     return (1 - alpha) * mimic + alpha * shift
 
 
@@ -41,16 +49,26 @@ def proxy_logits(
     target_BK: torch.Tensor,
     strength: float,
 ) -> torch.Tensor:
-    """z_t(x) + lambda (z_s(p_s+x) - z_s(x)) in fp32: proxy-tuning (Liu et al. 2024), which needs no training."""
+    """Compute proxy-tuned logits z_t(x) + lambda (z_s(p_s + x) - z_s(x)) in fp32.
+
+    Proxy-tuning (Liu et al. 2024) needs no training.
+
+    Args:
+        source_BK: logits of the student without a prompt.
+        source_prompted_BK: logits of the student behind the tuned prompt.
+        target_BK: logits of the large model without a prompt.
+        strength: lambda.
+    """
     return target_BK.float() + strength * (source_prompted_BK.float() - source_BK.float())
 
 
 def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) -> torch.Tensor:
-    """Offsets [C] that give class scores the reference's mean class probabilities over the same rows.
+    """Find offsets [C] that give class scores the mean class probabilities of a reference.
 
-    Adding two models' logit changes also adds their class biases. The prompted student has learned the task's threshold, so
-    on public text its mean probabilities say where the proxy's threshold belongs; no label is needed. The fixed point is
-    the minimum of a convex function, and iterative scaling finds it.
+    Adding two models' logit changes also adds their class biases. The prompted student has learned
+    the task's decision threshold. Its mean probabilities on public text therefore tell where the
+    threshold of the proxy belongs, without any label. The fixed point is the minimum of a convex
+    function, which iterative scaling finds.
     """
     scores = scores_NC.double()
     wanted = reference_NC.double().softmax(dim=1).mean(dim=0).log()
@@ -60,4 +78,5 @@ def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) 
         offsets += step
         if step.abs().max() < _SCALING_TOLERANCE:
             break
+    # A common offset of all classes changes no probability.
     return (offsets - offsets.mean()).float()

@@ -1,1 +1,1 @@
-"""Language models with a soft prompt in front, their loading, and the student that is cut from a teacher."""
+"""Language models with a soft prompt, their loading, and the student cut from a teacher."""

@@ -1,9 +1,10 @@
-"""What a model says of many rows, without gradients, shared among the ranks.
+"""Forward passes over many examples without gradients, divided among the ranks.
 
-Shapes: N rows, B rows of a batch, V vocabulary, n prompt tokens, d width.
+Shapes: N examples, B examples of a batch, V vocabulary, n prompt tokens, d width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,60 +15,106 @@ from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
 
 
-@torch.no_grad()
-def map_in_batches(
-    rows: list[Encoded],
-    made_of: Callable[[list[Encoded]], torch.Tensor],
-    *,
-    batch_size: int,
-    world: World,
-    label: str,
-) -> torch.Tensor:
-    """For each row what `made_of` makes of its batch, [B, ...], in the order of the rows, on the CPU of every rank.
+@dataclass(frozen=True)
+class InferenceRun:
+    """How one pass over many examples runs.
 
-    Every rank runs equally many batches, as a sharded model needs; rows that fill up the last are dropped again.
-    Rows are sorted by length, so that a batch pads little.
+    Attributes:
+        batch_size: number of examples that each rank runs at once.
+        world: the ranks that share the examples.
+        label: name of the pass in progress bars and messages.
     """
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].token_ids))
-    share = batch_size * world.size
-    padded = by_length + by_length[-1:] * (-len(rows) % share)
+
+    batch_size: int
+    world: World
+    label: str
+
+
+@torch.no_grad()
+def map_batches(
+    examples: list[Encoded],
+    compute: Callable[[list[Encoded]], torch.Tensor],
+    run: InferenceRun,
+) -> torch.Tensor:
+    """Compute a tensor for each example, batch by batch.
+
+    All ranks call this function together. Each one runs the same number of batches, as a sharded
+    model requires.
+
+    Args:
+        examples: the examples, in any order.
+        compute: maps the examples of a batch to a tensor [B, ...].
+        run: batch size, ranks and label.
+
+    Returns:
+        The results [N, ...] in the order of `examples`, on the CPU of every rank.
+
+    Raises:
+        Interrupted: a rank was asked to stop; nothing is saved.
+    """
+    # Batches of similar length need little padding.
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].token_ids))
+
+    # The last round is filled up with copies of the longest example. Their results are dropped
+    # below.
+    examples_per_round = run.batch_size * run.world.size
+    missing = -len(examples) % examples_per_round
+    padded = by_length + by_length[-1:] * missing
+
     results: list[torch.Tensor] = []
-    with progress(label, len(padded) // share, show=world.is_main) as advance:
-        for start in range(world.rank * batch_size, len(padded), share):
-            made = made_of([rows[index] for index in padded[start : start + batch_size]])
-            results.append(world.concatenate(made).cpu())
+    first = run.world.rank * run.batch_size
+    rounds = len(padded) // examples_per_round
+    with progress(run.label, rounds, show=run.world.is_main) as advance:
+        for start in range(first, len(padded), examples_per_round):
+            batch = [examples[index] for index in padded[start : start + run.batch_size]]
+            results.append(run.world.concatenate(compute(batch)).cpu())
             advance("")
-            if stop_requested(world):
-                raise stopped(f"{label} is begun again next time")
-    stacked = torch.cat(results)[: len(rows)]
-    in_order = torch.empty_like(stacked)
-    in_order[torch.tensor(by_length)] = stacked
+            if stop_requested(run.world):
+                raise stopped(f"{run.label} is not saved: the next run repeats it")
+
+    sorted_results = torch.cat(results)[: len(examples)]
+    in_order = torch.empty_like(sorted_results)
+    in_order[torch.tensor(by_length)] = sorted_results
     return in_order
 
 
-def answers(
-    language_model: LanguageModel,
-    rows: list[Encoded],
+def outputs_at_answers(
+    model: LanguageModel,
+    examples: list[Encoded],
     template: Template,
     prompt_nd: torch.Tensor | None,
     reduce: Callable[[torch.Tensor], torch.Tensor],
+    run: InferenceRun,
     *,
-    batch_size: int,
-    world: World,
-    label: str,
     with_head: bool = True,
 ) -> torch.Tensor:
-    """For each row what `reduce` makes of the logits [B, V] at its answer; see `map_in_batches`.
+    """Run a model on examples and reduce its outputs at the answer positions.
 
-    Without the head, `reduce` is given the hidden states [B, d] that it would be run on.
+    Args:
+        model: the frozen model.
+        examples: the examples, encoded by `template`.
+        template: pads the examples of a batch.
+        prompt_nd: soft prompt [n, d] in front of each example; None for none.
+        reduce: maps the logits [B, V] at the answer positions to what is returned. Without the head
+            it gets the hidden states [B, d].
+        run: batch size, ranks and label.
+        with_head: whether the head runs.
+
+    Returns:
+        The reduced outputs [N, ...], on the CPU of every rank.
     """
-    share_prompt = prompt_nd is not None and language_model.shares_prompt
+    share_prompt = prompt_nd is not None and model.shares_prompt
 
-    def said(chosen: list[Encoded]) -> torch.Tensor:
-        batch = template.collate(chosen).to(world.device)
-        how = {"share_prompt": share_prompt, "with_head": with_head}
-        return reduce(
-            language_model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer, **how)
+    def compute(chosen: list[Encoded]) -> torch.Tensor:
+        batch = template.collate(chosen).to(run.world.device)
+        outputs = model(
+            batch.input_ids,
+            batch.attention_mask,
+            prompt_nd,
+            batch.answer,
+            share_prompt=share_prompt,
+            with_head=with_head,
         )
+        return reduce(outputs)
 
-    return map_in_batches(rows, said, batch_size=batch_size, world=world, label=label)
+    return map_batches(examples, compute, run)

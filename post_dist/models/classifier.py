@@ -1,9 +1,10 @@
-"""A frozen language model as a classifier that is tuned through its soft prompt, and perhaps one bias per class.
+"""A frozen language model as a classifier, tuned through a soft prompt and one bias per class.
 
-Shapes: B rows, n prompt tokens, d width, C classes.
+Shapes: B examples, n prompt tokens, d width, C classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -13,9 +14,24 @@ from post_dist.data.verbalizer import Verbalizer
 from post_dist.models.language_model import LanguageModel
 
 BIAS_SCALE = 0.3
-"""A class bias is this times its parameter, so that its part of the clipped gradient leaves room for the prompt's."""
+"""A class bias is this times its parameter, which leaves the prompt most of the clipped norm."""
 BIAS_RATE = 5.0
-"""Learning rate of the bias parameters over that of the prompt."""
+"""Learning rate of the bias parameters, as a multiple of the prompt's."""
+
+
+@dataclass(frozen=True)
+class PromptInput:
+    """A soft prompt as a model takes it: embeddings, or keys and values computed from them.
+
+    Attributes:
+        prompt: embeddings [n, d], or [B, n, d] with one prompt for each example.
+        prefix: in their place, keys and values from `LanguageModel.prefix_of`.
+        shared: run a prompt [n, d] once for the whole batch; for models that allow it.
+    """
+
+    prompt: torch.Tensor | None = None
+    prefix: Sequence[torch.Tensor] | None = None
+    shared: bool = False
 
 
 def class_losses(
@@ -23,28 +39,31 @@ def class_losses(
     verbalizer: Verbalizer,
     batch: Batch,
     classes_B: torch.Tensor,
-    *,
-    prompt: torch.Tensor | None = None,
-    prefix: Sequence[torch.Tensor] | None = None,
+    prompt: PromptInput,
     bias: torch.Tensor | None = None,
-    share_prompt: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy [B] over the class scores.
+    """Compute the cross-entropy [B] of each example over the class scores.
 
     Args:
         model: frozen.
-        verbalizer: from logits to class scores.
-        batch: rows on the model's device.
-        classes_B: the right classes.
-        prompt: [n, d] or [B, n, d].
-        prefix: in its place, the keys and values of a prompt.
+        verbalizer: maps logits to class scores.
+        batch: examples on the model's device.
+        classes_B: the class of each example.
+        prompt: the soft prompt before each example.
         bias: bias parameters [C] or [B, C].
-        share_prompt: run a prompt [n, d] once for all rows.
     """
-    how = {"share_prompt": share_prompt, "tokens": verbalizer.tokens}
-    scores_BC = verbalizer.scores_of_tokens(
-        model(batch.input_ids, batch.attention_mask, prompt, batch.answer, prefix, **how)
+    # Only the logits of the label words are computed.
+    logits_BK = model(
+        batch.input_ids,
+        batch.attention_mask,
+        prompt.prompt,
+        batch.answer,
+        prompt.prefix,
+        share_prompt=prompt.shared,
+        tokens=verbalizer.tokens,
     )
+    scores_BC = verbalizer.scores_of_tokens(logits_BK)
+    # Biases are tuned in a smaller unit; see BIAS_SCALE.
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias
     return functional.cross_entropy(scores_BC, classes_B, reduction="none")

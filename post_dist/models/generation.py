@@ -1,6 +1,7 @@
-"""A frozen causal model that writes a response behind each row, and how well it knows a response that is given.
+"""Responses of a frozen causal model: greedy generation, and the loss of given responses.
 
-Shapes: B rows, R tokens of a response, n prompt tokens, d width, V vocabulary.
+Shapes: B examples of a batch, N examples, R tokens of a response, n prompt tokens, d width, V
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,8 @@ import torch
 from torch.nn import functional
 
 from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
-from post_dist.models.batch_inference import map_in_batches
+from post_dist.models.batch_inference import InferenceRun, map_batches
 from post_dist.models.language_model import LanguageModel
-from post_dist.runtime.distributed import World
 
 
 def response_hidden(
@@ -23,20 +23,28 @@ def response_hidden(
     prompt: torch.Tensor | None = None,
     prefix: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The last hidden states [B, R, d] that the first `length` tokens of each row's response are predicted from.
+    """Compute the hidden states from which the tokens of each response are predicted.
 
     Args:
-        model: causal.
-        batch: rows with their responses behind them.
-        length: R; what stands past the end of a row is of no use.
-        prompt: [n, d] or [B, n, d].
-        prefix: in its place, the keys and values of a prompt.
+        model: a causal model.
+        batch: examples with their responses appended.
+        length: R, the number of positions for each example. A shorter response leaves states that
+            nothing should read.
+        prompt: soft prompt [n, d] or [B, n, d]; None for none.
+        prefix: keys and values of a soft prompt, in place of `prompt`.
+
+    Returns:
+        Last hidden states [B, R, d].
     """
     hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt, None, prefix)
-    first_B = batch.answer + (0 if prompt is None else prompt.shape[-2])
-    places_BR = first_B[:, None] + torch.arange(length, device=first_B.device)
-    rows_B1 = torch.arange(len(first_B), device=first_B.device)[:, None]
-    return hidden_BTd[rows_B1, places_BR.clamp(max=hidden_BTd.shape[1] - 1)]
+    # A prompt shifts all positions; a prefix does not, since its states are not among the outputs.
+    prompt_length = 0 if prompt is None else prompt.shape[-2]
+    first_B = batch.answer + prompt_length
+    positions_BR = first_B[:, None] + torch.arange(length, device=first_B.device)
+    # Positions past the end of a short example repeat its last one, so that the index is valid.
+    positions_BR = positions_BR.clamp(max=hidden_BTd.shape[1] - 1)
+    examples_B1 = torch.arange(len(first_B), device=first_B.device)[:, None]
+    return hidden_BTd[examples_B1, positions_BR]
 
 
 def response_losses(
@@ -47,41 +55,66 @@ def response_losses(
     prompt: torch.Tensor | None = None,
     prefix: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy [B], for each row the mean over the tokens of its response.
+    """Compute the cross-entropy of each response, averaged over its tokens.
 
-    The head runs on R places of every row, however long its response is: shapes, and so what is rounded, are the same whatever the
-    other rows are, on which private tuning rests.
+    The head runs on R positions of every example, however long its response is. Shapes, and with
+    them rounding, then do not depend on the other examples of the batch. Private tuning relies on
+    that.
+
+    Args:
+        model: a causal model.
+        batch: examples with their responses appended.
+        responses_BR: tokens of the responses, padded with NO_TOKEN.
+        prompt: soft prompt [n, d] or [B, n, d]; None for none.
+        prefix: keys and values of a soft prompt, in place of `prompt`.
+
+    Returns:
+        Losses [B], in fp32 or wider.
     """
     hidden_BRd = response_hidden(model, batch, responses_BR.shape[1], prompt=prompt, prefix=prefix)
     logits = model.head(hidden_BRd.flatten(0, 1))
+    # Cross-entropy in bf16 would lose the differences that training needs.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses_BR = functional.cross_entropy(
+    losses = functional.cross_entropy(
         wide, responses_BR.flatten(), ignore_index=NO_TOKEN, reduction="none"
-    ).view_as(responses_BR)
-    return losses_BR.sum(dim=1) / (responses_BR != NO_TOKEN).sum(dim=1)
+    )
+    losses_BR = losses.view_as(responses_BR)
+    num_tokens_B = (responses_BR != NO_TOKEN).sum(dim=1)
+    return losses_BR.sum(dim=1) / num_tokens_B
 
 
-def write_responses(
+def generate_responses(
     model: LanguageModel,
-    rows: list[Encoded],
+    examples: list[Encoded],
     template: Template,
     prompt_nd: torch.Tensor | None,
-    end: int,
-    *,
-    batch_size: int,
-    world: World,
-    label: str,
+    end_token: int,
+    run: InferenceRun,
 ) -> torch.Tensor:
-    """The tokens [N, R] that the model finds likeliest one by one behind each row, up to its end; NO_TOKEN from there on.
+    """Generate a response to each example by greedy decoding.
 
-    Every token takes a forward of the whole row, so that all ranks of a sharded model run equally many.
+    Every token takes a forward of the whole text. There is no cache, because all ranks of a sharded
+    model must run the same number of forwards.
+
+    Args:
+        model: a causal model.
+        examples: examples without responses.
+        template: pads the examples of a batch, and limits the length of a response.
+        prompt_nd: soft prompt [n, d] in front of each example; None for none.
+        end_token: token that ends a response.
+        run: batch size, ranks and label.
+
+    Returns:
+        Tokens [N, R] without the end token, padded with NO_TOKEN, on the CPU of every rank.
     """
     share_prompt = prompt_nd is not None and model.shares_prompt
+    world = run.world
 
-    def written(chosen: list[Encoded]) -> torch.Tensor:
-        so_far, responses = list(chosen), [[] for _ in chosen]  # type: ignore[var-annotated]
+    def generate(chosen: list[Encoded]) -> torch.Tensor:
+        # Each draft grows by one token in each round, until it has ended.
+        drafts = [_Draft(example, end_token) for example in chosen]
         for _ in range(template.max_response_length):
-            batch = template.collate(so_far).to(world.device)
+            batch = template.collate([draft.example for draft in drafts]).to(world.device)
             logits_BV = model(
                 batch.input_ids,
                 batch.attention_mask,
@@ -89,18 +122,47 @@ def write_responses(
                 batch.answer,
                 share_prompt=share_prompt,
             )
-            for index, token in enumerate(logits_BV.argmax(dim=1).tolist()):
-                if not responses[index] or responses[index][-1] != end:
-                    responses[index].append(token)
-                    so_far[index] = replace(
-                        so_far[index],
-                        token_ids=[*so_far[index].token_ids, token],
-                        answer=so_far[index].answer + 1,
-                    )
-            if not world.any(any(response[-1] != end for response in responses)):
+            likeliest = logits_BV.argmax(dim=1).tolist()
+            for draft, token in zip(drafts, likeliest, strict=True):
+                draft.append(token)
+            # A rank whose responses have all ended keeps running until those of the others have.
+            if not world.any(any(not draft.ended for draft in drafts)):
                 break
-        texts = [[token for token in response if token != end] for response in responses]
-        padded = [text + [NO_TOKEN] * (template.max_response_length - len(text)) for text in texts]
+        padded = [draft.padded(template.max_response_length) for draft in drafts]
         return torch.tensor(padded, device=world.device)
 
-    return map_in_batches(rows, written, batch_size=batch_size, world=world, label=label)
+    return map_batches(examples, generate, run)
+
+
+class _Draft:
+    """A response while it is generated.
+
+    Attributes:
+        example: the text with the tokens generated so far; its answer position is the last of them.
+    """
+
+    def __init__(self, example: Encoded, end_token: int) -> None:
+        self.example = example
+        self._end_token = end_token
+        self._tokens: list[int] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end token was generated."""
+        return bool(self._tokens) and self._tokens[-1] == self._end_token
+
+    def append(self, token: int) -> None:
+        """Add a token, unless the response has ended."""
+        if self.ended:
+            return
+        self._tokens.append(token)
+        self.example = replace(
+            self.example,
+            token_ids=[*self.example.token_ids, token],
+            answer=self.example.answer + 1,
+        )
+
+    def padded(self, length: int) -> list[int]:
+        """Return the tokens without the end token, padded to `length` with NO_TOKEN."""
+        text = [token for token in self._tokens if token != self._end_token]
+        return text + [NO_TOKEN] * (length - len(text))

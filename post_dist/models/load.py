@@ -1,9 +1,13 @@
-"""Models and tokenizers from a folder or the hub: safetensors alone, no code from outside, nothing left random."""
+"""Load models and tokenizers from a folder or the hub.
+
+Only safetensors are read, no code from outside is run, and no weight is left random.
+"""
 
 import hashlib
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +26,104 @@ from transformers.utils import logging as transformers_logging
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Teacher
 from post_dist.errors import EnvironmentFault, InputError
-from post_dist.models.language_model import LanguageModel, check_split
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.model_checks import check_split
+from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
-transformers_logging.set_verbosity_error()  # here, for its import sets its own
+
+# Set here and not where logging is set up, because the import of transformers sets its own level.
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Otherwise the tokenizers library warns when a process forks.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+"""Files of a hub model that are fetched: weights, configuration and tokenizer, but no pickles."""
+
 _PROBES = (
     "Review: a film, it was great",
     "L'été 1998, naïve 東京",
     "  two  spaces\nand\ttabs",
     "0123456789 @#$%",
 )
+"""Texts that tokenizers with one vocabulary may still split differently."""
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""What transformers raises for broken weights or a configuration that does not fit them."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a model is created.
+
+    Attributes:
+        auto_class: transformers' class for causal or for masked models.
+        masked: whether the model fills in masks.
+        arguments: keyword arguments for `from_pretrained` or `from_config`.
+    """
+
+    auto_class: Any
+    masked: bool
+    arguments: dict[str, Any]
 
 
 def model_folder(teacher: Teacher) -> Path:
-    """The folder of a model; a hub model is fetched once, without pickles.
+    """Return the folder of a model. A hub model is fetched once, without pickles.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
     """
+    return _local_folder(teacher, _MODEL_FILES)
+
+
+def config_folder(teacher: Teacher) -> Path:
+    """Return the folder of a model's config.json. Nothing else of a hub model is fetched.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached.
+    """
+    return _local_folder(teacher, ["config.json"])
+
+
+def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
+    """Return the folder of a model, after fetching these files if it is a hub model."""
+    # The run file's loader makes the path of a folder absolute; anything else is a hub name.
     if Path(teacher.path).is_absolute():
         return Path(teacher.path)
-    return _fetched(teacher, ["*.safetensors", "*.json", "*.txt", "*.model"])
 
-
-def _fetched(teacher: Teacher, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(teacher.path, revision=teacher.revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            teacher.path, revision=teacher.revision, allow_patterns=hub_files
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentFault(
             f"teacher.path: cannot fetch {teacher.path}: {error}", "give a folder instead"
         ) from None
+    return Path(folder)
 
 
-def config_folder(teacher: Teacher) -> Path:
-    """The folder of a model's config.json; of a hub model nothing else is fetched.
+def tokenizer_folder(teacher: Teacher) -> Path:
+    """Return the folder of a model's config.json and tokenizer, fetching only these from the hub.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
     """
-    return (
-        Path(teacher.path)
-        if Path(teacher.path).is_absolute()
-        else _fetched(teacher, ["config.json"])
-    )
+    tokenizer = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
+    return _local_folder(teacher, ["config.json", *tokenizer])
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration.
+    """Load the configuration of a model whose weights are in a folder.
 
     Raises:
-        InputError: the folder is not a model's.
+        InputError: the folder does not hold a model.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder", "give a model folder in Hugging Face format")
+    _check_is_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no safetensors weights",
@@ -92,15 +133,21 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The same where no weights need be.
+    """Read the config.json of a folder, which need not hold weights.
 
     Raises:
         InputError: there is no usable config.json.
     """
+    _check_is_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
 
 
 def is_masked(config: PretrainedConfig) -> bool:
@@ -109,7 +156,7 @@ def is_masked(config: PretrainedConfig) -> bool:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the tokenizer of a model.
 
     Raises:
         InputError: there is none.
@@ -121,7 +168,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of the vocabulary, the special tokens and how a few texts are cut: equal only for equal tokenizers."""
+    """Return a digest that is equal only for equal tokenizers.
+
+    It covers the vocabulary, the special tokens, and how a few texts are split.
+    """
+    # Sorted, because the order of a vocabulary differs from load to load.
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
@@ -130,53 +181,79 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def model_settings(
-    folder: Path, precision: Precision, device: torch.device
-) -> tuple[Any, bool, dict[str, Any]]:
-    """How a model is made: the class of its family, whether it is masked, and the dtype and attention for a device."""
+def model_settings(folder: Path, precision: Precision, device: torch.device) -> ModelSettings:
+    """Choose how the model in a folder is created.
+
+    Args:
+        folder: in Hugging Face format.
+        precision: precision of the weights.
+        device: the device that it will run on.
+
+    Raises:
+        InputError: the folder does not hold a model.
+    """
     masked = is_masked(load_config(folder))
-    # On a CPU the backward of fused attention in bf16 is six times slower than plain products (measured, batch 16 x 40). Elsewhere
-    # transformers chooses: fused where the family has it, which Gemma 2 and BLOOM have not.
+    # On a CPU the backward pass of fused attention in bf16 is six times slower than plain matrix
+    # products (measured, batch 16 x 40). Elsewhere transformers chooses: fused attention where the
+    # family has it, which Gemma 2 and BLOOM do not.
     attention = "eager" if device.type == "cpu" else None
-    family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    return (
-        family,
-        masked,
-        {"dtype": _DTYPES[precision], "attn_implementation": attention, "trust_remote_code": False},
+    return ModelSettings(
+        auto_class=AutoModelForMaskedLM if masked else AutoModelForCausalLM,
+        masked=masked,
+        arguments={
+            "dtype": DTYPES[precision],
+            "attn_implementation": attention,
+            "trust_remote_code": False,
+        },
     )
 
 
 def load_whole(folder: Path, precision: Precision, device: torch.device) -> LanguageModel:
-    """A frozen model in evaluation mode, whole, on one device.
+    """Load a frozen model in evaluation mode, whole, on one device.
+
+    Args:
+        folder: in Hugging Face format.
+        precision: precision of the weights.
+        device: the device that it will run on.
 
     Raises:
         InputError: it cannot be loaded, or weights are missing.
     """
-    family, masked, settings = model_settings(folder, precision, device)
+    settings = model_settings(folder, precision, device)
+    # The report lists the weights that no file has.
     try:
-        model, report = family.from_pretrained(
+        model, report = settings.auto_class.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **settings,
+            **settings.arguments,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
-    if report["missing_keys"]:
-        raise InputError(
-            f"{folder} lacks weights, such as {min(report['missing_keys'])}",
-            "they would be left random",
-        )
-    language_model = LanguageModel(model, masked=masked).eval().to(device).requires_grad_(False)
+    check_none_missing(folder, report["missing_keys"])
+    language_model = LanguageModel(model, masked=settings.masked)
+    language_model = language_model.eval().to(device).requires_grad_(False)
     check_split(language_model)
     return language_model
 
 
+def check_none_missing(folder: Path, missing: set[str]) -> None:
+    """Check that no weight of a model is missing in its folder.
+
+    Raises:
+        InputError: some are. They would be left random.
+    """
+    if missing:
+        raise InputError(
+            f"{folder} lacks weights, such as {min(missing)}",
+            "get the whole model; the missing weights would be left random",
+        )
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # the tokenizers library warns when a process forks
+    """Return the part of a library's message that fits on one line."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0][:200]

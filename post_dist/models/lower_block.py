@@ -1,4 +1,6 @@
-"""A student's frozen lower block is the teacher's own: it runs once, in the teacher, and the student goes on from what it made.
+"""The frozen lower block of a student: the teacher runs it once, and the student starts behind it.
+
+The block is the teacher's own first layers, so both models would compute the same hidden states.
 
 Shapes: B sequences, T tokens, d width.
 """
@@ -12,9 +14,10 @@ from post_dist.models.language_model import LanguageModel
 
 
 def take_out_lower_block(student: LanguageModel, layers: int) -> None:
-    """From now on the student takes what its lowest layers would make as `below`; they and the embeddings are no longer its own.
+    """Replace the lowest layers and the embeddings, so that the student starts from `below`.
 
-    The places of the layers stay, for some families choose a mask by a layer's number. Without layers to take out, nothing changes.
+    The slots of the layers remain, because some families choose a layer's attention mask by its
+    number. Nothing changes for 0 layers.
     """
     if not layers:
         return
@@ -27,14 +30,25 @@ def take_out_lower_block(student: LanguageModel, layers: int) -> None:
 def forward_above(
     student: LanguageModel, below_BTd: torch.Tensor, positions_BT: torch.Tensor | None
 ) -> torch.Tensor:
-    """The last hidden states [B, T, d] of a student without its lower block, from what that made [B, T, d]."""
-    (*_, last) = (layer for layer in student.layers if isinstance(layer, Passage))
-    last.given = below_BTd  # past whatever the family does to embeddings
+    """Run a student without its lower block.
+
+    Args:
+        student: a student after `take_out_lower_block`.
+        below_BTd: output of the block, computed by the teacher.
+        positions_BT: positions of the tokens where documents are kept apart, else None.
+
+    Returns:
+        The last hidden states [B, T, d].
+    """
+    passages = [layer for layer in student.layers if isinstance(layer, Passage)]
+    last = passages[-1]
+    # Handed in at the last slot: before it, some families scale or normalize their embeddings.
+    last.given = below_BTd
     try:
-        hidden: torch.Tensor = student(below_BTd, position_ids=positions_BT)
+        hidden_BTd: torch.Tensor = student(below_BTd, position_ids=positions_BT)
     finally:
         last.given = None
-    return hidden
+    return hidden_BTd
 
 
 def forward_with_below(
@@ -43,26 +57,43 @@ def forward_with_below(
     input_ids_BT: torch.Tensor,
     positions_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The teacher's last hidden states [B, T, d], and what its lowest layers made, [B, T, d], or None for no layers."""
+    """Run the trunk of a teacher, without its head.
+
+    Args:
+        teacher: the whole model.
+        layers: number of layers in the lower block.
+        input_ids_BT: the tokens.
+        positions_BT: positions of the tokens where documents are kept apart, else None.
+
+    Returns:
+        The last hidden states [B, T, d], and the output of the lower block [B, T, d], or None for
+        a block of 0 layers.
+    """
     if not layers:
         return teacher(input_ids_BT, position_ids=positions_BT), None
-    noted: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
-    def note(module: nn.Module, given: Any, made: Any) -> None:
-        noted.append(made[0] if isinstance(made, tuple) else made)
+    def keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        outputs.append(hidden)
 
-    hook = teacher.layers[layers - 1].register_forward_hook(note)
+    hook = teacher.layers[layers - 1].register_forward_hook(keep_output)
     try:
-        hidden: torch.Tensor = teacher(input_ids_BT, position_ids=positions_BT)
+        hidden_BTd: torch.Tensor = teacher(input_ids_BT, position_ids=positions_BT)
     finally:
         hook.remove()
-    return hidden, noted[-1]
+    return hidden_BTd, outputs[-1]
 
 
 class Passage(nn.Module):
-    """Stands in a layer's place: hands on what it is given from outside, or else what comes in."""
+    """Takes the slot of a layer and returns its input, or the tensor that was handed in.
+
+    Args:
+        in_tuple: whether the family's layers return a tuple.
+    """
 
     given: torch.Tensor | None = None
+    """Hidden states to return in place of the input."""
 
     def __init__(self, *, in_tuple: bool) -> None:
         super().__init__()
@@ -71,18 +102,25 @@ class Passage(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **kwargs: object
     ) -> torch.Tensor | tuple[torch.Tensor]:
-        """States [B, T, d], as the layer would give them."""
-        handed_on = hidden_states if self.given is None else self.given
-        return (handed_on,) if self._in_tuple else handed_on
+        """Return hidden states [B, T, d] in the form in which the layer returns them."""
+        output = hidden_states if self.given is None else self.given
+        if self._in_tuple:
+            return (output,)
+        return output
 
 
 @torch.no_grad()
 def layers_give_tuples(model: LanguageModel) -> bool:
-    """Whether what a layer gives is the first of a tuple, found by running one. All ranks of a sharded model come here together."""
+    """Run the model once to find whether its layers return tuples.
+
+    All ranks of a sharded model call it together.
+    """
     found: list[bool] = []
-    hook = model.layers[0].register_forward_hook(
-        lambda module, given, made: found.append(isinstance(made, tuple))
-    )
+
+    def keep_kind(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(isinstance(output, tuple))
+
+    hook = model.layers[0].register_forward_hook(keep_kind)
     try:
         model(torch.full((1, 2), 1, device=model.model.device))
     finally:

@@ -1,4 +1,4 @@
-"""Where a soft prompt starts.
+"""Initial values of a soft prompt.
 
 Shapes: n prompt tokens, d width.
 """
@@ -6,7 +6,6 @@ Shapes: n prompt tokens, d width.
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.zero import gathered
 
@@ -17,27 +16,25 @@ def prompt_from_text(
     text: str,
     num_virtual_tokens: int,
 ) -> torch.Tensor:
-    """The embeddings [n, d] in fp32 of a text, repeated or cut to n tokens (as PEFT's TEXT initialisation)."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    repeated = (tokens * -(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
-    table = language_model.model.get_input_embeddings()
-    with torch.no_grad(), gathered(table):
-        return (
-            language_model.embed(torch.tensor(repeated, device=language_model.model.device))
-            .float()
-            .clone()
-        )
+    """Return the embeddings of a text, repeated or cut to n tokens (PEFT's `TEXT` initialization).
 
+    All ranks of a sharded model call this function together.
 
-def check_room(language_model: LanguageModel, num_virtual_tokens: int, max_length: int) -> None:
-    """Check that prompt and text fit into the model's context together.
+    Args:
+        language_model: the model whose input embeddings are read.
+        tokenizer: the model's tokenizer.
+        text: the text; at least one token long.
+        num_virtual_tokens: number n of prompt tokens.
 
-    Raises:
-        InputError: they do not.
+    Returns:
+        The prompt [n, d] in fp32, on the model's device.
     """
-    context = language_model.context_length
-    if num_virtual_tokens + max_length > context:
-        raise InputError(
-            f"a prompt of {num_virtual_tokens} tokens and texts of {max_length} do not fit into the model's context of {context}",
-            "lower tune.num_virtual_tokens or max_length",
-        )
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    repetitions = -(-num_virtual_tokens // len(tokens))
+    prompt_tokens = (tokens * repetitions)[:num_virtual_tokens]
+    device = language_model.model.device
+    embedding_table = language_model.model.get_input_embeddings()
+    with torch.no_grad(), gathered(embedding_table):
+        embeddings_nd = language_model.embed(torch.tensor(prompt_tokens, device=device))
+        # The clone outlives the gathered table.
+        return embeddings_nd.float().clone()

@@ -1,10 +1,15 @@
-"""A soft prompt in front of many rows, run once: the rows lie behind it in one sequence, and none sees another.
+"""Run a soft prompt once for all examples of a batch: they are packed behind it in one sequence.
 
-In a causal model nothing of a prompt depends on what follows it, so B rows need n + B T positions in place of B (n + T), in one
-forward and one backward, which is what a model in ZeRO-3 shards must gather its weights for. All layers but attention treat
-positions alone; attention is cut back into rows here, so no mask [n + B T, n + B T] is ever made.
+In a causal model the states of a prompt do not depend on what follows it. B examples then need n +
+B T positions instead of B (n + T), in one forward and one backward pass. That also means one
+gathering of the weights of a ZeRO-3 model.
 
-Shapes: G prompts, B rows of each, T tokens of a row, S = n + B T, n prompt tokens, H heads, h width of a head.
+All parts of a layer but attention treat each position alone, so packing does not change them.
+Attention is computed example by example here: each one attends to the prompt and to itself. No mask
+[n + B T, n + B T] is ever built.
+
+Shapes: G prompts, B examples of each prompt, T tokens of an example, n prompt tokens, H heads,
+h width of a head, S = n + B T positions of a packed sequence.
 """
 
 import sys
@@ -20,17 +25,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""Attention of transformers: (module, query, key, value, mask, **options) to (output, weights)."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences [G, S] are made up.
+    """Layout of packed sequences [G, S]: the prompt first, then its examples one after another.
 
     Attributes:
-        num_virtual_tokens: n.
-        rows: B.
-        length: T.
-        answers_GB: the one place of each row that is wanted of the last layer.
+        num_virtual_tokens: number n of prompt tokens.
+        rows: number B of examples behind each prompt.
+        length: number T of tokens of each example, padding included.
+        answers_GB: answer position of each example, counted within the example. The last layer
+            computes attention at these positions only.
     """
 
     num_virtual_tokens: int
@@ -40,31 +47,24 @@ class Packing:
 
     @property
     def places_GB(self) -> torch.Tensor:
-        """Where the answers stand in the sequences."""
-        starts_B = self.num_virtual_tokens + self.length * torch.arange(
-            self.rows, device=self.answers_GB.device
-        )
+        """Answer positions, counted within the packed sequence."""
+        example_B = torch.arange(self.rows, device=self.answers_GB.device)
+        starts_B = self.num_virtual_tokens + self.length * example_B
         return starts_B + self.answers_GB
 
     @property
     def groups_GB(self) -> torch.Tensor:
-        """Which sequence each answer stands in."""
-        return torch.arange(len(self.answers_GB), device=self.answers_GB.device)[:, None].expand_as(
-            self.answers_GB
-        )
+        """Index of the packed sequence that holds each answer."""
+        groups = torch.arange(len(self.answers_GB), device=self.answers_GB.device)
+        return groups[:, None].expand_as(self.answers_GB)
 
     @property
     def position_ids_S(self) -> torch.Tensor:
-        """Each row's positions go on from the prompt's."""
-        positions = torch.arange(
-            self.num_virtual_tokens + self.length, device=self.answers_GB.device
-        )
-        return torch.cat(
-            [
-                positions[: self.num_virtual_tokens],
-                positions[self.num_virtual_tokens :].repeat(self.rows),
-            ]
-        )
+        """Position ids for the model: each example continues from the end of the prompt."""
+        n = self.num_virtual_tokens
+        positions = torch.arange(n + self.length, device=self.answers_GB.device)
+        example_positions = positions[n:].repeat(self.rows)
+        return torch.cat([positions[:n], example_positions])
 
     def attend(
         self,
@@ -75,72 +75,109 @@ class Packing:
         value: torch.Tensor,
         **options: Any,
     ) -> torch.Tensor:
-        """Attention [G, S, H, h] of queries [G, H, S, h] to keys and values, each row's to the prompt's and its own."""
-        n, window = self.num_virtual_tokens, options.get("sliding_window")
-        groups, heads, _, width = query.shape
-        rows_key, rows_value = self._behind_prompt(key), self._behind_prompt(value)
-        rows_query = self._rows(query[:, :, n:])
-        mask = _causal(self.length, n, window, query.dtype, query.device)
-        if (
-            module.layer_idx == module.config.num_hidden_layers - 1
-        ):  # no later layer reads any other place
-            rows = torch.arange(len(rows_query), device=query.device)
-            answers = self.answers_GB.flatten()
-            asked = rows_query[rows, :, answers][:, :, None]
-            made, _ = attention(
-                module, asked, rows_key, rows_value, mask[0, 0, answers][:, None, None], **options
-            )
-            placed = made.new_zeros(groups, n + self.rows * self.length, heads, width)
-            return placed.index_put(
-                (self.groups_GB, self.places_GB), made.view(groups, self.rows, heads, width)
-            )
-        of_rows, _ = attention(module, rows_query, rows_key, rows_value, mask, **options)
-        of_prompt_mask = _causal(n, 0, window, query.dtype, query.device)
-        of_prompt, _ = attention(
-            module, query[:, :, :n], key[:, :, :n], value[:, :, :n], of_prompt_mask, **options
-        )
-        return torch.cat(
-            [of_prompt, of_rows.reshape(groups, self.rows * self.length, heads, width)], dim=1
-        )
+        """Compute attention in a packed sequence, each example over the prompt and itself.
 
-    def _rows(self, states_GHRh: torch.Tensor) -> torch.Tensor:
-        """[G, H, B T, h] as [G B, H, T, h]."""
-        groups, heads, _, width = states_GHRh.shape
-        return (
-            states_GHRh.view(groups, heads, self.rows, self.length, width)
-            .transpose(1, 2)
-            .flatten(0, 1)
+        Args:
+            attention: computes the attention of one batch of ordinary sequences.
+            module: the attention layer.
+            query: [G, H, S, h].
+            key: [G, H, S, h], with fewer heads in a model with grouped queries.
+            value: same shape as `key`.
+            options: what transformers hands to `attention`; `sliding_window` limits the mask.
+
+        Returns:
+            The outputs [G, S, H, h].
+        """
+        # Split the packed states. Each example gets the prompt's keys and values in front of its
+        # own.
+        n = self.num_virtual_tokens
+        window = options.get("sliding_window")
+        example_query = self._as_examples(query[:, :, n:])
+        example_key = self._behind_prompt(key)
+        example_value = self._behind_prompt(value)
+        mask = _causal_mask(self.length, n, window, query.dtype, query.device)
+
+        # No later layer reads the last layer's other positions, so it computes attention at the
+        # answers alone.
+        if module.layer_idx == module.config.num_hidden_layers - 1:
+            answers = self.answers_GB.flatten()
+            examples = torch.arange(len(example_query), device=query.device)
+            answer_query = example_query[examples, :, answers][:, :, None]
+            answer_mask = mask[0, 0, answers][:, None, None]
+            outputs, _ = attention(
+                module, answer_query, example_key, example_value, answer_mask, **options
+            )
+            return self._at_answers(outputs)
+
+        # In all other layers the examples and the prompt itself are two calls of ordinary
+        # attention.
+        example_outputs, _ = attention(
+            module, example_query, example_key, example_value, mask, **options
         )
+        prompt_mask = _causal_mask(n, 0, window, query.dtype, query.device)
+        prompt_outputs, _ = attention(
+            module, query[:, :, :n], key[:, :, :n], value[:, :, :n], prompt_mask, **options
+        )
+        # Put the outputs back in the order of the packed sequence.
+        groups, heads, _, width = query.shape
+        packed_outputs = example_outputs.reshape(groups, self.rows * self.length, heads, width)
+        return torch.cat([prompt_outputs, packed_outputs], dim=1)
+
+    def _at_answers(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Place outputs [G B, 1, H, h] at the answers of packed sequences [G, S, H, h] of zeros."""
+        heads, width = outputs.shape[-2:]
+        groups = len(self.answers_GB)
+        positions = self.num_virtual_tokens + self.rows * self.length
+        zeros = outputs.new_zeros(groups, positions, heads, width)
+        values = outputs.view(groups, self.rows, heads, width)
+        return zeros.index_put((self.groups_GB, self.places_GB), values)
+
+    def _as_examples(self, states_GHRh: torch.Tensor) -> torch.Tensor:
+        """Reshape the examples of packed sequences, [G, H, B T, h], to a batch [G B, H, T, h]."""
+        groups, heads, _, width = states_GHRh.shape
+        apart = states_GHRh.view(groups, heads, self.rows, self.length, width)
+        return apart.transpose(1, 2).flatten(0, 1)
 
     def _behind_prompt(self, states_GHSh: torch.Tensor) -> torch.Tensor:
-        """[G, H, S, h] as [G B, H, n + T, h], with the prompt's states in front of each row's."""
+        """Copy the prompt's states in front of each example: [G, H, S, h] to [G B, H, n + T, h]."""
         n = self.num_virtual_tokens
-        of_prompt = states_GHSh[:, None, :, :n].expand(-1, self.rows, -1, -1, -1).flatten(0, 1)
-        return torch.cat([of_prompt, self._rows(states_GHSh[:, :, n:])], dim=2)
+        prompt_states = states_GHSh[:, None, :, :n].expand(-1, self.rows, -1, -1, -1)
+        example_states = self._as_examples(states_GHSh[:, :, n:])
+        return torch.cat([prompt_states.flatten(0, 1), example_states], dim=2)
 
 
-@lru_cache(maxsize=8)  # all layers of a step have the same one or two
-def _causal(
+@lru_cache(maxsize=8)  # all layers of a step use the same one or two masks
+def _causal_mask(
     queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """What is added to the logits of attention of the last `queries` places to all, [1, 1, queries, before + queries]."""
-    own = before + torch.arange(queries, device=device)[:, None]
-    other = torch.arange(before + queries, device=device)
-    allowed = (other <= own) if window is None else (other <= own) & (own - other < window)
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )[None, None]
+    """Build the additive causal mask of the last `queries` positions of a sequence.
+
+    Returns:
+        [1, 1, queries, before + queries], with 0 where a query may attend.
+    """
+    query_position = before + torch.arange(queries, device=device)[:, None]
+    key_position = torch.arange(before + queries, device=device)
+    allowed = key_position <= query_position
+    if window is not None:
+        allowed = allowed & (query_position - key_position < window)
+    # The smallest number instead of minus infinity: a query without any allowed key stays finite.
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+    return mask[None, None]
 
 
-def _eager(
+def _eager_attention(
     module: nn.Module, *states: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The plain products of the model's own family."""
-    own: Attention = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    return own(module, *states, **options)
+    """Call the eager attention that the modeling file of the model's family defines."""
+    modeling_file = sys.modules[type(module).__module__]
+    family_attention: Attention = vars(modeling_file)["eager_attention_forward"]
+    return family_attention(module, *states, **options)
 
 
-def _registered(attention: Attention) -> Attention:
+def _with_packing(attention: Attention) -> Attention:
+    """Wrap an attention function so that it also takes an option `packing`."""
+
     def attend(
         module: nn.Module,
         query: torch.Tensor,
@@ -158,8 +195,10 @@ def _registered(attention: Attention) -> Attention:
 
 
 PACKABLE = {"eager": "post_dist_eager", "sdpa": "post_dist_sdpa"}
-"""By transformers' name of a kind of attention, that of the same kind which also takes a `packing`."""
-AttentionInterface.register(PACKABLE["eager"], _registered(_eager))
-AttentionInterface.register(PACKABLE["sdpa"], _registered(sdpa_attention_forward))
+"""For each attention of transformers, the name of its version with the option `packing`."""
+
+# transformers builds the mask of a kind of attention by its name, so each new name registers both.
+AttentionInterface.register(PACKABLE["eager"], _with_packing(_eager_attention))
+AttentionInterface.register(PACKABLE["sdpa"], _with_packing(sdpa_attention_forward))
 AttentionMaskInterface.register(PACKABLE["eager"], eager_mask)
 AttentionMaskInterface.register(PACKABLE["sdpa"], sdpa_mask)

@@ -1,28 +1,28 @@
-"""How large a model is, from its config.json alone: it is made on the meta device, where nothing has a memory.
+"""How large a model is. Its config.json alone gives it: the model is built on the meta device.
 
-Shapes: L layers, d width, V vocabulary.
+Shapes: d width, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
+from post_dist.models.facts import ModelFacts, facts_of, meta_model
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import is_masked, read_config
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One layer.
+    """Size of one transformer layer.
 
     Attributes:
-        weights: elements of each of its parameters.
-        attention: elements that one token is multiplied with in the projections to queries, keys and values and back.
-        mlp: elements in its other matrix products.
+        weights: number of elements of each of its parameters.
+        attention: elements of the projections to queries, keys and values and back, by which each
+            token is multiplied.
+        mlp: elements of its other matrix products.
     """
 
     weights: tuple[int, ...]
@@ -32,135 +32,149 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What costs depend on.
+    """Everything that the cost of a model depends on.
 
     Attributes:
-        layers: from the first to the last.
-        others: elements of the parameters outside the layers: embeddings, norms, the head if it is not tied.
-        head: how many of these are the head's alone.
-        width: d.
-        vocabulary: V.
-        attention_width: heads times their width.
-        kv_width: the same for keys.
-        mlp_width: the widest product inside a layer.
-        context: most positions, or None where the configuration names none.
-        tied: whether the head is the embedding.
-        shares_prompt: whether rows may stand behind one run of a prompt; a few families of those that may do not (see `LanguageModel`).
+        facts: what the rules of a run know of the model.
+        layers: sizes of its layers, from the first to the last.
+        others: elements of each parameter outside the layers: embeddings, norms, an untied head.
+        head: how many of these elements belong to the head alone.
+        attention_width: number of query heads times their width.
+        kv_width: number of key heads times their width.
+        mlp_width: width of the widest matrix product in a layer.
+        shares_prompt: whether examples can share one run of a prompt. This is read from the kind
+            of attention; a few families cannot all the same (see `LanguageModel.shares_prompt`).
     """
 
+    facts: ModelFacts
     layers: tuple[LayerSize, ...]
     others: tuple[int, ...]
     head: int
-    width: int
-    vocabulary: int
     attention_width: int
     kv_width: int
     mlp_width: int
-    context: int | None
-    tied: bool
     shares_prompt: bool
 
     @property
+    def width(self) -> int:
+        """Width d of embeddings and hidden states."""
+        return self.facts.width
+
+    @property
+    def vocabulary(self) -> int:
+        """Number V of tokens that have an embedding."""
+        return self.facts.vocabulary
+
+    @property
     def parameters(self) -> int:
-        """All of them, a tied head once."""
+        """Number of all parameters' elements; a tied head counts once."""
         return sum(self.weights)
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Elements of each parameter."""
-        return tuple(numel for layer in self.layers for numel in layer.weights) + self.others
+        """Number of elements of each parameter."""
+        of_layers: list[int] = []
+        for layer in self.layers:
+            of_layers += layer.weights
+        return (*of_layers, *self.others)
 
     @property
     def largest_layer(self) -> int:
-        """Elements of the layer, or of the parameter outside the layers, that is largest."""
+        """Elements of the largest layer, or of the largest parameter outside the layers."""
         return max(*(sum(layer.weights) for layer in self.layers), *self.others)
 
     def cut(self, numbers: tuple[int, ...]) -> "ModelSize":
-        """A student of some of the layers."""
-        return replace(self, layers=tuple(self.layers[number] for number in numbers))
+        """Return the size of a student that keeps the layers with these numbers."""
+        layers = tuple(self.layers[number] for number in numbers)
+        return replace(self, layers=layers, facts=replace(self.facts, layers=len(layers)))
 
     def above(self, lower_layers: int) -> "ModelSize":
-        """What is left of a student whose lowest layers the teacher runs: no embedding but a tied head's either."""
-        return (
-            replace(self.without_one_table, layers=self.layers[lower_layers:])
-            if lower_layers
-            else self
-        )
+        """Return what a student keeps of its own when the teacher runs its lowest layers.
+
+        The input embeddings go as well, unless the head uses them.
+        """
+        if not lower_layers:
+            return self
+        return replace(self.without_one_table, layers=self.layers[lower_layers:])
 
     @property
     def without_one_table(self) -> "ModelSize":
-        """Where the embedding or the head is not needed; a tied one is the other as well."""
+        """The model without its input embeddings, or without its head. A tied table stays."""
+        if self.facts.tied:
+            return self
+        # Embeddings and head have equal sizes, so it does not matter which of them goes.
         others = list(self.others)
-        if not self.tied:
-            others.remove(self.width * self.vocabulary)
+        others.remove(self.width * self.vocabulary)
         return replace(self, others=tuple(others))
 
 
 def size_of(folder: Path) -> ModelSize:
-    """The size of the model whose config.json is in a folder; no weights are needed.
+    """Measure the model whose config.json lies in `folder`. No weights are needed.
 
     Raises:
-        InputError: there is no usable configuration.
+        InputError: there is no usable config.json, or the family is not supported.
     """
-    config = read_config(folder)
-    masked = is_masked(config)
-    with torch.device("meta"):
-        model = LanguageModel(
-            (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config),
-            masked=masked,
-        )
-    text = config.get_text_config()
+    model = meta_model(folder)
+    text = model.model.config.get_text_config()
+    # Gemma's heads are wider than width / heads. Only grouped queries have a number of key heads.
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    own = list(model.layers.children())
-    layers = tuple(map(_layer, own))
-    inside = {id(parameter) for parameter in model.layers.parameters()}
-    embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
-    others = tuple(
-        parameter.numel() for parameter in model.parameters() if id(parameter) not in inside
-    )
     return ModelSize(
-        layers=layers,
-        others=others,
-        head=sum(
-            parameter.numel()
-            for parameter in model.head_module.parameters()
-            if id(parameter) not in embeddings
-        ),
-        width=model.width,
-        vocabulary=model.vocabulary_size,
+        facts=facts_of(model),
+        layers=tuple(_layer_size(layer) for layer in model.layers),
+        others=_sizes_outside_layers(model),
+        head=_head_size(model),
         attention_width=heads * head_width,
         kv_width=kv_heads * head_width,
-        mlp_width=max(
-            _product(module)[1]
-            for layer in own
-            for module in layer.modules()
-            if _is_product(module)
-        ),
-        context=getattr(text, "max_position_embeddings", None),
-        tied=model.model.get_input_embeddings().weight
-        is getattr(model.model.get_output_embeddings(), "weight", None),
+        mlp_width=max(_output_width(module) for module in _matrix_products(model.layers)),
         shares_prompt=model.takes_packing,
     )
 
 
-def _is_product(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+def _sizes_outside_layers(model: LanguageModel) -> tuple[int, ...]:
+    """Elements of each parameter that belongs to no layer."""
+    inside = {id(parameter) for parameter in model.layers.parameters()}
+    return tuple(
+        parameter.numel() for parameter in model.parameters() if id(parameter) not in inside
+    )
 
 
-def _product(module: nn.Module) -> tuple[int, int]:
-    """Width in and out of a matrix product; GPT-2's stores its weight the other way round."""
-    rows, columns = tuple(module.weight.shape)  # type: ignore[arg-type]
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+def _head_size(model: LanguageModel) -> int:
+    """Elements of the head that are not those of the input embeddings."""
+    # A tied head is counted with the embeddings.
+    embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
+    own = [
+        parameter.numel()
+        for parameter in model.head_module.parameters()
+        if id(parameter) not in embeddings
+    ]
+    return sum(own)
 
 
-def _layer(layer: nn.Module) -> LayerSize:
-    attention = mlp = 0
+def _matrix_products(module: nn.Module) -> Iterator[nn.Linear | Conv1D]:
+    """Yield every matrix product inside of a module."""
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear | Conv1D):
+            yield inner
+
+
+def _output_width(product: nn.Linear | Conv1D) -> int:
+    """Width of a matrix product's result. GPT-2's Conv1D stores its weight transposed."""
+    rows, columns = product.weight.shape
+    return int(columns if isinstance(product, Conv1D) else rows)
+
+
+def _layer_size(layer: nn.Module) -> LayerSize:
+    # All families name the module of attention so; every other product counts as MLP.
+    attention = 0
+    mlp = 0
     for name, module in layer.named_modules():
-        if _is_product(module):
-            if "attn" in name or "attention" in name:
-                attention += module.weight.numel()
-            else:
-                mlp += module.weight.numel()
-    return LayerSize(tuple(parameter.numel() for parameter in layer.parameters()), attention, mlp)
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if "attn" in name or "attention" in name:
+            attention += module.weight.numel()
+        else:
+            mlp += module.weight.numel()
+    weights = tuple(parameter.numel() for parameter in layer.parameters())
+    return LayerSize(weights, attention, mlp)

@@ -1,12 +1,14 @@
-"""The student: chosen layers of the teacher with its embeddings and head, copied from the weight files.
+"""The student: some layers of the teacher with its embeddings and head, copied from weight files.
 
-The teacher is never loaded for it. Shapes: B rows, T tokens, V vocabulary.
+The teacher need not be in memory for that.
+
+Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from transformers import (
 )
 
 from post_dist.config.schema import Student
-from post_dist.errors import InputError
-from post_dist.models.language_model import LanguageModel, layer_list_name
+from post_dist.conflicts import Conflict, raise_conflicts
+from post_dist.models.families import layer_list_name
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
 from post_dist.runtime.distributed import World
@@ -32,49 +35,86 @@ from post_dist.runtime.watchdog import phase
 log = logging.getLogger(__name__)
 
 
+def layer_conflicts(section: Student, num_teacher_layers: int) -> list[Conflict]:
+    """Check that the teacher has the layers that `section` asks for.
+
+    Args:
+        section: the section `student` of the run file.
+        num_teacher_layers: number of the teacher's layers.
+    """
+    wanted = _num_layers(section)
+    highest = wanted - 1
+    if isinstance(section.layers, tuple):
+        highest = section.layers[-1]
+    if max(wanted, highest + 1) > num_teacher_layers:
+        return [
+            Conflict(
+                f"student.layers asks for {wanted} layers, up to layer {highest}; "
+                f"the teacher has 0 to {num_teacher_layers - 1}",
+                "lower student.num_layers, or list other layers in student.layers",
+            )
+        ]
+    if section.layers == "auto":
+        # The choice among measured layers always keeps the frozen block.
+        return []
+    layers = _named_layers(section, num_teacher_layers)
+    if layers[: section.frozen_lower_layers] != tuple(range(section.frozen_lower_layers)):
+        return [
+            Conflict(
+                f"student.frozen_lower_layers is {section.frozen_lower_layers}, "
+                f"but the student's layers are {list(layers)}",
+                "only the teacher's own first layers (0, 1, 2, ...) can be frozen: "
+                "freeze fewer, or list them in student.layers",
+            )
+        ]
+    return []
+
+
 def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    """The teacher's layers that a rule or a list names; not for `auto`.
+    """Return the teacher's layers that a rule or a list names; `layers: auto` names none.
 
     Raises:
         InputError: the teacher has too few layers, or the frozen ones are not its own first.
     """
-    layers = _listed_layers(section, num_teacher_layers)
-    if layers[: section.frozen_lower_layers] != tuple(range(section.frozen_lower_layers)):
-        raise InputError(
-            f"student.frozen_lower_layers is {section.frozen_lower_layers}, and the student's layers are {list(layers)}",
-            "frozen are the teacher's own first layers (0, 1, 2, ...); freeze fewer, or name them in student.layers",
-        )
-    return layers
-
-
-def _listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    wanted = (
-        len(section.layers) if isinstance(section.layers, tuple) else int(section.num_layers or 0)
-    )
-    highest = section.layers[-1] if isinstance(section.layers, tuple) else wanted - 1
-    if max(wanted, highest + 1) > num_teacher_layers:
-        raise InputError(
-            f"student.layers asks for {wanted} layers up to number {highest}; the teacher has 0 to {num_teacher_layers - 1}"
-        )
-    if isinstance(section.layers, tuple):
-        return section.layers
-    if section.layers == "first_last":
-        first = (wanted + 1) // 2
-        return (*range(first), *range(num_teacher_layers - (wanted - first), num_teacher_layers))
-    block = max(section.frozen_lower_layers, 1)
-    apart = (num_teacher_layers - block) / max(wanted - block, 1)
-    return (
-        *range(block),
-        *(block - 1 + round(index * apart) for index in range(1, wanted - block + 1)),
-    )
+    raise_conflicts("student", layer_conflicts(section, num_teacher_layers))
+    return _named_layers(section, num_teacher_layers)
 
 
 def stand_in_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    """The layers that a rule or a list names, or for `auto` as many others: a student that costs the same."""
-    return listed_layers(
-        section if section.layers != "auto" else section.model_copy(update={"layers": "even"}),
-        num_teacher_layers,
-    )
+    """Return the layers of `listed_layers`, or for `auto` as many others.
+
+    A student of these layers costs as much as the student of `auto`.
+
+    Raises:
+        InputError: the teacher has too few layers, or the frozen ones are not its own first.
+    """
+    if section.layers == "auto":
+        section = section.model_copy(update={"layers": "even"})
+    return listed_layers(section, num_teacher_layers)
+
+
+def _num_layers(section: Student) -> int:
+    if isinstance(section.layers, tuple):
+        return len(section.layers)
+    return int(section.num_layers or 0)
+
+
+def _named_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
+    """Apply the rule of `student.layers` without checks."""
+    if isinstance(section.layers, tuple):
+        return section.layers
+    wanted = _num_layers(section)
+    if section.layers == "first_last":
+        first = (wanted + 1) // 2
+        first_of_last = num_teacher_layers - (wanted - first)
+        return (*range(first), *range(first_of_last, num_teacher_layers))
+    # `even`: the frozen block, then layers at equal distances up to the teacher's last one.
+    block = max(section.frozen_lower_layers, 1)
+    distance = (num_teacher_layers - block) / max(wanted - block, 1)
+    layers = list(range(block))
+    for index in range(1, wanted - block + 1):
+        layers.append(block - 1 + round(index * distance))
+    return tuple(layers)
 
 
 def least_harmful_layers(
@@ -84,109 +124,137 @@ def least_harmful_layers(
     frozen_lower_layers: int,
     world: World,
 ) -> tuple[int, ...]:
-    """The layers that are left when those are dropped whose removal, one at a time, hurts the last position least.
+    """Choose layers by removing each one in turn, and dropping those whose removal costs least.
 
-    Hurt is KL(teacher || teacher without the layer) of the next token, or of the last token's own place in a masked model.
+    The cost is KL(teacher || teacher without the layer) at the last position. That is the next
+    token of a causal model, or the last token itself in a masked model.
 
     Args:
-        teacher: may be sharded; all ranks call this with equally many batches.
-        batches: this rank's rows of public text, each [B, T], with the weight of their mean.
-        num_layers: how many layers to leave.
-        frozen_lower_layers: how many of the first layers are left whatever it costs.
+        teacher: the teacher, perhaps sharded. All ranks call this with equally many batches.
+        batches: this rank's sequences of public text, each [B, T], with their weight in the mean.
+        num_layers: number of layers to keep.
+        frozen_lower_layers: number of first layers to keep in any case.
         world: the ranks, which agree on the mean.
+
+    Returns:
+        The layers to keep, ascending.
     """
-    whole = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
+    whole = [_last_log_probabilities(teacher, input_ids_BT) for input_ids_BT, _ in batches]
     in_tuple = layers_give_tuples(teacher)
-    hurt: dict[int, float] = {}
-    for index in range(frozen_lower_layers, len(teacher.layers)):
-        with _without_layer(teacher, index, in_tuple=in_tuple):
-            without = [_last_log_probabilities(teacher, rows) for rows, _ in batches]
-        divergences = [
-            weight * nn.functional.kl_div(bare, full, reduction="batchmean", log_target=True)
-            for bare, full, (_, weight) in zip(without, whole, batches, strict=True)
-        ]
-        hurt[index] = float(world.mean(torch.stack(divergences).mean()))
-        log.info("without layer %d the last position is off by %.3f nats", index, hurt[index])
-    dropped = sorted(hurt, key=hurt.__getitem__)[: len(teacher.layers) - num_layers]
-    return tuple(index for index in range(len(teacher.layers)) if index not in dropped)
+    costs: dict[int, float] = {}
+    for layer in range(frozen_lower_layers, len(teacher.layers)):
+        weighted = []
+        with _without_layer(teacher, layer, in_tuple=in_tuple):
+            for (input_ids_BT, weight), whole_BV in zip(batches, whole, strict=True):
+                cut_BV = _last_log_probabilities(teacher, input_ids_BT)
+                kl = nn.functional.kl_div(cut_BV, whole_BV, reduction="batchmean", log_target=True)
+                weighted.append(weight * kl)
+        costs[layer] = float(world.mean(torch.stack(weighted).mean()))
+        log.info("layer %d: removing it costs %.3f nats at the last position", layer, costs[layer])
+    num_dropped = len(teacher.layers) - num_layers
+    cheapest_first = sorted(costs, key=lambda layer: costs[layer])
+    dropped = set(cheapest_first[:num_dropped])
+    return tuple(layer for layer in range(len(teacher.layers)) if layer not in dropped)
 
 
 def write_student(
     folder: Path, teacher_folder: Path, layers: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write the untrained student into `folder`, in Hugging Face format; its config names the layers that were kept.
+    """Write the untrained student in Hugging Face format.
+
+    Args:
+        folder: where to write it.
+        teacher_folder: the teacher's config and weights.
+        layers: the teacher's layers to keep; the student's config names them.
+        tokenizer: the teacher's tokenizer.
 
     Raises:
-        InputError: the teacher's family cannot be cut by layers.
+        InputError: the layers of the teacher's family cannot be told apart.
     """
     config = load_config(teacher_folder)
-    prefix = _layer_prefix(config)
-    layer_key = re.compile(rf"^(.*?){re.escape(prefix)}\.(\d+)\.(.*)$")
-    place = {layer: index for index, layer in enumerate(layers)}
+    rename = _LayerRenamer(_layer_prefix(config), layers)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(teacher_folder.glob("*.safetensors")):
         phase(f"reading the student's weights from {file.name}")
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():
-                match = layer_key.match(name)
-                if match is None:
-                    tensors[name] = weights.get_tensor(name)
-                elif int(match[2]) in place:
-                    tensors[f"{match[1]}{prefix}.{place[int(match[2])]}.{match[3]}"] = (
-                        weights.get_tensor(name)
-                    )
+                new_name = rename(name)
+                if new_name is not None:
+                    tensors[new_name] = weights.get_tensor(name)
     phase("writing the untrained student")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _cut_config(config, layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def freeze(student: LanguageModel, section: Student) -> None:
-    """Mark what of the student is trained: the layers above the frozen block, and what the run file adds.
+class _LayerRenamer:
+    """Renames weights from the teacher's layer numbers to the student's."""
 
-    Raises:
-        InputError: embeddings and head are one tensor in this model, and only one of them is to be frozen.
+    def __init__(self, prefix: str, layers: tuple[int, ...]) -> None:
+        self._prefix = prefix
+        self._layer_name = re.compile(rf"^(.*?){re.escape(prefix)}\.(\d+)\.(.*)$")
+        self._new_numbers = {layer: index for index, layer in enumerate(layers)}
+
+    def __call__(self, name: str) -> str | None:
+        """Return the student's name of a weight, or None for a layer that is left out."""
+        match = self._layer_name.match(name)
+        if match is None:
+            return name
+        before, number, rest = match.groups()
+        new_number = self._new_numbers.get(int(number))
+        if new_number is None:
+            return None
+        return f"{before}{self._prefix}.{new_number}.{rest}"
+
+
+def freeze(student: LanguageModel, section: Student) -> None:
+    """Mark which parameters are trained: those above the frozen block, and what `section` adds.
+
+    A parameter outside the layers counts as the head's if only the head uses it, else as one of
+    the embeddings. `stages/distill/conflicts.py` refuses to freeze one of two that are tied.
     """
     student.requires_grad_(True)
     for layer in student.layers[: section.frozen_lower_layers]:
         layer.requires_grad_(False)
-    inside = {id(parameter) for parameter in student.layers.parameters()}
-    head = {id(parameter) for parameter in student.head_module.parameters()}
-    input_embeddings = {
-        id(parameter) for parameter in student.model.get_input_embeddings().parameters()
-    }
-    if head & input_embeddings and section.freeze_embeddings != section.freeze_head:
-        raise InputError(
-            "this model's embeddings and head are one tensor",
-            "set freeze_embeddings and freeze_head alike",
-        )
+    # By identity, because tied parameters have two names.
+    of_layers = _identities(student.layers.parameters())
+    of_head = _identities(student.head_module.parameters())
+    of_embeddings = _identities(student.model.get_input_embeddings().parameters())
+    only_of_head = of_head - of_embeddings
     for parameter in student.parameters():
-        is_head = id(parameter) in head and id(parameter) not in input_embeddings
-        if id(parameter) not in inside and (
-            section.freeze_head if is_head else section.freeze_embeddings
-        ):
+        if id(parameter) in of_layers:
+            continue
+        is_head = id(parameter) in only_of_head
+        frozen = section.freeze_head if is_head else section.freeze_embeddings
+        if frozen:
             parameter.requires_grad_(False)
 
 
+def _identities(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {id(parameter) for parameter in parameters}
+
+
 @contextmanager
-def _without_layer(language_model: LanguageModel, index: int, *, in_tuple: bool) -> Iterator[None]:
-    layers = language_model.layers
-    layer = layers[index]
-    layers[index] = Passage(in_tuple=in_tuple)
+def _without_layer(model: LanguageModel, layer: int, *, in_tuple: bool) -> Iterator[None]:
+    """Skip a layer of the model while the context is entered."""
+    removed = model.layers[layer]
+    model.layers[layer] = Passage(in_tuple=in_tuple)
     try:
         yield
     finally:
-        layers[index] = layer
+        model.layers[layer] = removed
 
 
 @torch.no_grad()
-def _last_log_probabilities(language_model: LanguageModel, input_ids: torch.Tensor) -> torch.Tensor:
-    last = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
-    return language_model(input_ids, answer=last).float().log_softmax(dim=-1)
+def _last_log_probabilities(model: LanguageModel, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities [B, V] at the last position."""
+    sequences, length = input_ids_BT.shape
+    last_B = torch.full((sequences,), length - 1, device=input_ids_BT.device)
+    return model(input_ids_BT, answer=last_B).float().log_softmax(dim=-1)
 
 
 def _layer_prefix(config: PretrainedConfig) -> str:
-    """How the layers' weights are named, without the trunk's own prefix: some checkpoints leave that out."""
+    """Return the name of the list of layers, without the trunk's prefix: some files omit that."""
     auto_class = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config)
@@ -194,13 +262,10 @@ def _layer_prefix(config: PretrainedConfig) -> str:
 
 
 def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise InputError(
-            "this model scales attention by the layer's number, which changes when layers are left out"
-        )
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = len(layers)
     cut.post_dist_layers = list(layers)
+    # Families that mix kinds of attention name the kind of each layer.
     kinds = getattr(config, "layer_types", None)
     if kinds:
         cut.layer_types = [kinds[layer] for layer in layers]

@@ -1,6 +1,7 @@
 """What a prompt is tuned with, whether privately or not.
 
-Shapes: n prompt tokens, d width, C classes.
+Shapes: B examples of a batch, N examples, n prompt tokens, d width, C classes, R tokens of a
+    response.
 """
 
 from dataclasses import dataclass
@@ -8,50 +9,72 @@ from dataclasses import dataclass
 import torch
 
 from post_dist.config.schema import Tune
-from post_dist.data.template import Encoded, Template
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Batch, Encoded
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.models.classifier import BIAS_RATE
+from post_dist.models.classifier import BIAS_RATE, PromptInput, class_losses
+from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
 class TuningTask:
-    """What a prompt is tuned with.
+    """A frozen model, a task, and the encoded examples that a prompt is tuned on.
 
     Attributes:
-        model: frozen.
-        template: of the task.
-        verbalizer: of its classes, if it has any.
-        rows: the texts, with the responses behind them if there are any.
-        wanted: the classes [N], or the tokens of the responses [N, R].
-        start_nd: where the prompt starts.
+        model: frozen, in evaluation mode.
+        reader: the task bound to the model's tokenizer.
+        examples: the encoded texts, with their responses where the task generates text.
+        targets: the classes [N], or the tokens of the responses [N, R].
+        start_nd: the prompt before the first step.
     """
 
     model: LanguageModel
-    template: Template
-    verbalizer: Verbalizer
-    rows: list[Encoded]
-    wanted: torch.Tensor
+    reader: TaskReader
+    examples: list[Encoded]
+    targets: torch.Tensor
     start_nd: torch.Tensor
 
     def parameters(self, section: Tune) -> list[torch.Tensor]:
-        """The prompt [n, d] at its start, and bias parameters [C] of zero if they are tuned; fp32."""
+        """Return new parameters in fp32: the prompt [n, d], and zero class biases [C] if tuned."""
+        # A copy for each caller: every trial of a search starts from the same prompt.
         start = self.start_nd.to(torch.float32).clone()
-        return (
-            [start, start.new_zeros(len(self.verbalizer.token_ids))]
-            if section.class_bias
-            else [start]
-        )
+        if not section.class_bias:
+            return [start]
+        return [start, start.new_zeros(self.reader.num_classes)]
 
     @staticmethod
     def optimizer(
         section: Tune, parameters: list[torch.Tensor], learning_rate: float
     ) -> torch.optim.Optimizer:
-        """Adam or SGD over the parameters, with its own rate for the class biases."""
-        rates = (learning_rate, learning_rate * BIAS_RATE)
-        groups = [
-            {"params": [parameter], "lr": rate}
-            for parameter, rate in zip(parameters, rates, strict=False)
-        ]
+        """Make the run file's optimizer. The class biases have a learning rate of their own."""
+        # One group for each parameter, because each has its own learning rate.
+        groups = [{"params": [parameters[0]], "lr": learning_rate}]
+        if len(parameters) > 1:
+            groups.append({"params": [parameters[1]], "lr": learning_rate * BIAS_RATE})
         return make_optimizer(section.optimizer, groups)
+
+
+def example_losses(
+    model: LanguageModel,
+    verbalizer: Verbalizer,
+    batch: Batch,
+    targets: torch.Tensor,
+    prompt: PromptInput,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the loss [B] of each example: over its class, or over the tokens of its response.
+
+    Args:
+        model: frozen.
+        verbalizer: maps logits to class scores; not used for responses.
+        batch: examples on the model's device.
+        targets: classes [B], or tokens of the responses [B, R].
+        prompt: the soft prompt before each example; responses do not use `PromptInput.shared`.
+        bias: bias parameters [C] or [B, C]; not used for responses.
+    """
+    # Responses have one more dimension than classes.
+    if targets.dim() == 2:
+        return response_losses(model, batch, targets, prompt=prompt.prompt, prefix=prompt.prefix)
+    return class_losses(model, verbalizer, batch, targets, prompt, bias)

@@ -1,1 +1,1 @@
-"""What a run takes, reckoned before it is queued: sizes, costs, hardware, scaling, and long runs with failures."""
+"""Plan a run before it is queued: costs, hardware, scaling, and long runs with failures."""

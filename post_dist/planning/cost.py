@@ -1,41 +1,69 @@
-"""What a step costs: operations, bytes on the wires, and memory, as functions of sizes alone.
+"""Cost of a step: operations, bytes that ranks receive, and passes over memory.
 
-Each formula is checked by a test: operations against torch's counter, bytes against every collective that two ranks call.
+Every function here depends on sizes alone. Tests compare operations with torch's own counter, and
+bytes with every collective that two and four ranks call.
 
-Shapes: B rows or sequences, T tokens of one, n prompt tokens, d width, V vocabulary, G ranks of a shard group, W ranks.
+Shapes: B sequences or examples, T tokens of one, n prompt tokens, d width, V vocabulary.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from post_dist.models.size import LayerSize, ModelSize
 
 ADAM_BYTES = 12
-"""Of a trained weight: a copy and two moments in fp32 (ZeRO, arXiv 1910.02054, section 3)."""
+"""Bytes of a trained weight in the optimizer: a copy and two moments, each in fp32 (ZeRO,
+arXiv 1910.02054, section 3). A checkpoint holds exactly these."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- operations
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a step are spread over the ranks.
+
+    Attributes:
+        ranks: number of all ranks.
+        group: number of ranks that share one copy of a frozen model.
+        bytes_each: bytes of one weight.
+    """
+
+    ranks: int
+    group: int
+    bytes_each: float
+
+
+# ----------------------------------------------------------------------------------- operations
 
 
 def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
-    """Two products of every query with every key, all heads: 2 x 2 x queries x keys x width of all heads."""
+    """Count the operations of attention: two products of each query with each key, in all heads.
+
+    Each product is a multiplication and an addition, so they are 2 x 2 x queries x keys x width.
+    """
+    # The softmax is left out, as it is by torch's own counter.
     return 4 * queries * keys * size.attention_width
 
 
 def layer_flops(size: ModelSize, layer: LayerSize, tokens: float, keys: float) -> float:
-    """A layer's forward for tokens that each look at `keys` places: two operations for each weight, and attention.
+    """Count the operations of a layer's forward pass: two for each weight and token, and attention.
 
-    Masked places are counted: the kernels compute them.
+    Masked positions count as well, because the kernels compute them.
+
+    Args:
+        size: the model.
+        layer: one of its layers.
+        tokens: tokens that pass through the layer.
+        keys: positions that each token attends to.
     """
     return 2 * (layer.attention + layer.mlp) * tokens + attention_flops(size, tokens, keys)
 
 
 def forward_flops(size: ModelSize, sequences: float, length: float) -> float:
-    """The trunk's forward over whole sequences, without the head."""
+    """Count the operations of a forward pass over whole sequences, without the head."""
     return sum(layer_flops(size, layer, sequences * length, length) for layer in size.layers)
 
 
 def head_flops(size: ModelSize, positions: float) -> float:
-    """From hidden states to the logits of the whole vocabulary."""
+    """Count the operations from hidden states to the logits of the whole vocabulary."""
     return 2 * size.width * size.vocabulary * positions
 
 
@@ -47,194 +75,255 @@ def distill_flops(
     *,
     freeze_head: bool = True,
 ) -> dict[str, float]:
-    """One rank's step of distillation on so many sequences.
+    """Count the operations of one rank's step of distillation.
 
-    The backward pass of a trained layer is twice its forward: by what went in, and by its weights. (Of the lowest one too, for its norm is
-    trained.) The head takes one more product by what went in, for the loss knows the gradient, and one by its weights if they are trained.
+    The backward pass of a trained layer costs two forward passes: the gradients of its input and of
+    its weights. This holds for the lowest layer too, because its norm is trained. The loss has the
+    gradient of the logits in closed form, so the head takes one more product for its input, and
+    another one for its weights if they are trained.
 
     Args:
-        teacher: its forward, and its head's.
-        student: above its frozen layers, which run in the teacher.
-        sequences: of this rank.
-        length: tokens of each.
-        freeze_head: whether the student's is not trained.
+        teacher: runs forward, with its head.
+        student: the student above its frozen layers, which run in the teacher.
+        sequences: sequences of this rank.
+        length: tokens of each sequence.
+        freeze_head: whether the student's head is frozen.
+
+    Returns:
+        Operations of `teacher`, `student_forward` and `student_backward`.
     """
     tokens = sequences * length
-    forward, head = forward_flops(student, sequences, length), head_flops(student, tokens)
+    # The teacher's logits are computed from its hidden states, so its head counts as well.
+    teacher_forward = forward_flops(teacher, sequences, length) + head_flops(teacher, tokens)
+    forward = forward_flops(student, sequences, length)
+    head = head_flops(student, tokens)
+    head_products = 1 if freeze_head else 2
     return {
-        "teacher": forward_flops(teacher, sequences, length) + head_flops(teacher, tokens),
+        "teacher": teacher_forward,
         "student_forward": forward + head,
-        "student_backward": 2 * forward + (1 if freeze_head else 2) * head,
+        "student_backward": 2 * forward + head_products * head,
     }
 
 
 def transfer_tokens(
-    target: ModelSize, rows: float, length: float, prompt: float, *, responses: int
+    target: ModelSize, examples: float, length: float, prompt: float, *, responses: int
 ) -> float:
-    """What the target's layers see in a step of the transfer for one prompt: it stands in front of all rows, or of each."""
-    return (
-        rows * (prompt + length)
-        if _stands_in_each_row(target, responses)
-        else prompt + rows * length
-    )
+    """Count the tokens that the target's layers see in one step of the transfer of one prompt.
+
+    Args:
+        target: the large model.
+        examples: examples B of this rank.
+        length: tokens T of each example.
+        prompt: tokens n of the prompt.
+        responses: tokens of one response; 0 for a task with classes.
+
+    Returns:
+        n + B T where all examples share one run of the prompt, or B (n + T).
+    """
+    if _repeats_prompt(target, responses):
+        return examples * (prompt + length)
+    return prompt + examples * length
 
 
-def _stands_in_each_row(target: ModelSize, responses: int) -> bool:
+def _repeats_prompt(target: ModelSize, responses: int) -> bool:
+    """Whether every example has the prompt in front of it, instead of sharing one run of it."""
     return bool(responses) or not target.shares_prompt
 
 
 def transfer_flops(
     target: ModelSize,
     student: ModelSize,
-    rows: float,
+    examples: float,
     length: float,
     prompt: float,
     *,
     by_classes: bool,
     responses: int = 0,
 ) -> dict[str, float]:
-    """One rank's step of the transfer for one prompt, its rows behind it in one sequence where that can be.
+    """Count the operations of one rank's step of the transfer of one prompt.
 
-    All layers then see n + B T tokens, the last one's MLP and queries only the answers; rows look at the prompt and themselves. Else all
-    see B (n + T). Backward runs through the layers once, by what went in: no weight is trained.
+    Where examples share the prompt, the layers see n + B T tokens, and the last layer's queries and
+    MLP see the B answers alone. Otherwise all layers see B (n + T) tokens. The backward pass runs
+    through the layers once, for gradients of the input only: no weight is trained.
 
     Args:
         target: the large model.
-        student: its head makes the two constants of the whole vocabulary of what is kept.
-        rows: B of this rank.
-        length: T.
-        prompt: n.
-        by_classes: whether class scores are compared; else the unprompted target's logits are made too, in one product with the prompted.
-        responses: tokens of one, each of which has logits; 0 for classes, where a row has one answer.
+        student: its head turns two cached hidden states into logits of the whole vocabulary.
+        examples: examples B of this rank.
+        length: tokens T of each example.
+        prompt: tokens n of the prompt.
+        by_classes: whether class scores are compared. Otherwise the logits of the unprompted target
+            are computed as well, in one product with those of the prompted one.
+        responses: tokens of one response, each of which has logits. 0 for a task with classes,
+            where an example has one answer.
+
+    Returns:
+        Operations of `forward` and `backward`.
     """
-    tokens = transfer_tokens(target, rows, length, prompt, responses=responses)
-    answers = rows * (responses or 1)
+    tokens = transfer_tokens(target, examples, length, prompt, responses=responses)
+    # Each example has one answer, or one at each token of its response.
+    answers = examples * (responses or 1)
     head = head_flops(target, answers if by_classes else 2 * answers)
+    # Class scores of the student are computed once, before the steps.
     constants = 0.0 if by_classes else head_flops(student, 2 * answers)
-    if _stands_in_each_row(target, responses):
+    # Attention is kept apart from the other products, because its backward pass costs twice as
+    # much: each of its products has two inputs with a gradient.
+    if _repeats_prompt(target, responses):
         attention = len(target.layers) * attention_flops(target, tokens, prompt + length)
-        products = forward_flops(target, rows, prompt + length) - attention
+        products = forward_flops(target, examples, prompt + length) - attention
     else:
+        # All tokens pass through the lower layers and need keys and values in the last one.
         *lower, last = target.layers
+        lower_weights = sum(layer.attention + layer.mlp for layer in lower)
         products = (
-            2 * sum(layer.attention + layer.mlp for layer in lower) * tokens
-            + 2 * last.attention * tokens
-            + 2 * last.mlp * rows
+            2 * lower_weights * tokens + 2 * last.attention * tokens + 2 * last.mlp * examples
         )
-        of_lower = attention_flops(target, rows * length, prompt + length) + attention_flops(
-            target, prompt, prompt
-        )
-        attention = len(lower) * of_lower + attention_flops(target, rows, prompt + length)
+        # An example attends to the prompt and to itself, the prompt to itself alone.
+        of_examples = attention_flops(target, examples * length, prompt + length)
+        of_prompt = attention_flops(target, prompt, prompt)
+        of_answers = attention_flops(target, examples, prompt + length)
+        attention = len(lower) * (of_examples + of_prompt) + of_answers
     return {
         "forward": products + attention + head + constants,
         "backward": products + 2 * attention + head,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- bytes on the wires
+# ------------------------------------------------------------------------ bytes that ranks receive
 
 
 def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> float:
-    """What a rank takes in to have sharded weights whole: of each, all shards but its own; a shard is rounded up."""
-    return sum(-(-numel // group) for numel in weights) * (group - 1) * bytes_each
+    """Compute what a rank receives to make sharded weights whole: all shards but its own.
+
+    Args:
+        weights: number of elements of each weight. Its shards are rounded up to equal sizes.
+        group: number of ranks that hold the shards.
+        bytes_each: bytes of one element.
+    """
+    # ZeRO-3 pads each weight, so that all ranks hold shards of equal size.
+    shards = sum(-(-numel // group) for numel in weights)
+    return shards * (group - 1) * bytes_each
 
 
 def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
-    """What a rank takes in by an all-reduce: a ring sends the size twice, less its own part (Patarasuk and Yuan 2009)."""
+    """Compute what a rank receives in an all-reduce.
+
+    A ring sends the tensor twice, without the rank's own part (Patarasuk and Yuan 2009).
+    """
     return 2 * (ranks - 1) / ranks * numel * bytes_each
 
 
 def distill_bytes(
     teacher: ModelSize,
-    trained: int,
     student: ModelSize,
+    sharding: Sharding,
     *,
+    trained: int,
     zero_stage: int,
-    group: int,
-    ranks: int,
     passes: int,
-    bytes_each: float,
 ) -> dict[str, float]:
-    """What a rank takes in during a step of distillation.
+    """Compute what a rank receives in a step of distillation.
 
     Args:
-        teacher: its trunk is gathered once a pass; its head never, for the student's is the same.
-        trained: elements that are trained.
-        student: above its frozen layers. Gathered under ZeRO-3, once a pass: what is left of its own forward serves its backward up to
-            1e9 weights.
-        zero_stage: of the student.
-        group: ranks that share the teacher.
-        ranks: all.
-        passes: micro-batches.
-        bytes_each: of a weight.
+        teacher: gathered once a pass, without its head: the student's head is the same.
+        student: the student above its frozen layers. ZeRO-3 gathers it once a pass: what the
+            forward pass leaves serves the backward pass, up to 1e9 weights.
+        sharding: how weights are spread over the ranks.
+        trained: number of elements that are trained.
+        zero_stage: ZeRO stage of the student.
+        passes: number of micro-batches.
+
+    Returns:
+        Bytes to `gather` weights and to `reduce` gradients.
     """
-    trunk = gathered_bytes(teacher.without_one_table.weights, group, bytes_each)
-    found = {"gather": passes * trunk, "reduce": reduced_bytes(trained, ranks, bytes_each)}
+    each = sharding.bytes_each
+    ranks = sharding.ranks
+    trunk = gathered_bytes(teacher.without_one_table.weights, sharding.group, each)
+    gather = passes * trunk
+    reduce = reduced_bytes(trained, ranks, each)
+    # ZeRO-1 and 2: each rank steps its part of the weights, and then all of them are exchanged.
     if zero_stage in (1, 2):
-        found["gather"] += gathered_bytes([trained], ranks, bytes_each)
+        gather += gathered_bytes([trained], ranks, each)
+    # ZeRO-3: weights are gathered for each pass, and gradients are reduced to their owner alone.
     if zero_stage == 3:
-        found["gather"] += passes * gathered_bytes(student.weights, ranks, bytes_each)
-        found["reduce"] = passes * (ranks - 1) / ranks * trained * bytes_each
-    return found
+        gather += passes * gathered_bytes(student.weights, ranks, each)
+        reduce = passes * (ranks - 1) / ranks * trained * each
+    return {"gather": gather, "reduce": reduce}
 
 
-def transfer_bytes(
-    target: ModelSize, prompt: int, *, group: int, ranks: int, bytes_each: float
-) -> dict[str, float]:
-    """What a rank takes in during a step of the transfer.
+def transfer_bytes(target: ModelSize, prompt: int, sharding: Sharding) -> dict[str, float]:
+    """Compute what a rank receives in a step of the transfer.
 
-    The target once for the forward and, without its embedding, once for the backward; and the prompt's gradient, in fp32.
+    The target is gathered once for the forward pass and, without its embeddings, once for the
+    backward pass. The gradient of the prompt is reduced in fp32.
+
+    Args:
+        target: the large model.
+        prompt: tokens of all prompts together.
+        sharding: how weights are spread over the ranks.
+
+    Returns:
+        Bytes to `gather` weights and to `reduce` gradients.
     """
-    gather = gathered_bytes(target.weights, group, bytes_each) + gathered_bytes(
-        target.without_one_table.weights, group, bytes_each
-    )
-    return {"gather": gather, "reduce": reduced_bytes(prompt * target.width, ranks, 4)}
+    group = sharding.group
+    forward = gathered_bytes(target.weights, group, sharding.bytes_each)
+    backward = gathered_bytes(target.without_one_table.weights, group, sharding.bytes_each)
+    reduce = reduced_bytes(prompt * target.width, sharding.ranks, 4)
+    return {"gather": forward + backward, "reduce": reduce}
 
 
-# ---------------------------------------------------------------------------------------------------------------- passes over memory
+# ------------------------------------------------------------------------------ passes over memory
 
 
 _FORWARD_PASSES = 2
-"""Over what a layer keeps: written, and read by what comes next."""
+"""Passes over a layer's activations: they are written, and read by the next operation."""
 _BACKWARD_PASSES = 3
-"""Read again, and its gradient written and read."""
+"""The activations are read again, and their gradient is written and read."""
 _LOGIT_PASSES = 8
-"""Over the fp32 logits: written, read for the maximum, the sum and the divergence, and their gradient, in part for both models."""
+"""Passes over the fp32 logits: they are written and read for the maximum, the sum and the
+divergence, and so is their gradient, in part for both models."""
 
 
 def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
-    """What a layer keeps of one token for its backward pass: what goes into norms, projections and products, and the gate's two factors.
+    """Count the elements that a layer keeps of one token for its backward pass.
 
-    After arXiv 2205.05198, section 4.1, for fused attention, which keeps no [T, T]. What goes into the products of a layer that is not
-    `trained` is not kept: only the gradient of their weights would need it.
+    These are the inputs of norms, projections and products, and the two factors of the gate, after
+    arXiv 2205.05198, section 4.1. Attention is fused and keeps no [T, T]. A layer that is not
+    `trained` does not keep the inputs of its products: only gradients of weights need them.
     """
     kept = 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
-    return kept if trained else kept - 2 * size.width - size.mlp_width
+    if trained:
+        return kept
+    # The inputs of two projections and of the last product of the MLP.
+    return kept - 2 * size.width - size.mlp_width
 
 
 def forward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
-    """What norms, rotations, gates and sums move through a GPU's memory in a forward pass."""
+    """Compute what norms, rotations, gates and sums move through memory in a forward pass."""
     return _FORWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
 def backward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
-    """The same for the backward pass."""
+    """Compute what norms, rotations, gates and sums move through memory in a backward pass."""
     return _BACKWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
 def logit_bytes(size: ModelSize, positions: float) -> float:
-    """What the loss moves for the logits of so many positions."""
+    """Compute what the loss moves through memory for the logits of some positions."""
     return _LOGIT_PASSES * 4 * size.vocabulary * positions
 
 
 def optimizer_bytes(numel: float, bytes_each: float) -> float:
-    """What Adam moves for so many weights: three fp32 values both ways, the gradient in and the weight out."""
+    """Compute what Adam moves through memory to step some weights.
+
+    It reads and writes three fp32 values of each, reads the gradient and writes the weight.
+    """
     return (2 * ADAM_BYTES + 2 * bytes_each) * numel
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def shard_bytes(size: ModelSize, group: int, bytes_each: float) -> float:
-    """A rank's part of a sharded model."""
+    """Compute the bytes of one rank's shard of a model."""
     return sum(-(-numel // group) for numel in size.weights) * bytes_each

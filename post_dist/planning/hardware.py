@@ -1,48 +1,52 @@
-"""What a plan reckons with: GPUs, their links and their hosts, from a data file that anyone may extend."""
+"""The hardware of a plan: GPUs, links and hosts, from a YAML file that users may extend."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from post_dist.config.precision import Precision
-from post_dist.config.sources import PositiveFloat, PositiveInt, Section
+from post_dist.config.sections import PositiveFloat, PositiveInt, Section
+from post_dist.config.yaml_files import read_yaml
+from post_dist.conflicts import Layout
 from post_dist.errors import InputError
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
+ReachedShare = Annotated[float, Field(gt=0, le=1)]
+LinkName = Literal["node", "network"]
 
 
 class Link(Section):
-    """Between GPUs: bytes one takes in while it sends as many, and what each collective takes beside."""
+    """A link between GPUs."""
 
     gb_per_second: PositiveFloat
+    """Into one GPU, while it sends as much."""
     latency_us: Annotated[float, Field(ge=0)] = 0.0
+    """Time that each collective takes beside its bytes."""
     gpus: PositiveInt = 1
-    """How many one node has."""
+    """Number of GPUs that the link connects: those of one node."""
 
 
 class Host(Section):
-    """The machine that a node's GPUs are in."""
+    """The machine that holds a node's GPUs."""
 
     memory_gib: PositiveFloat
     gb_per_second: PositiveFloat
-    """To one GPU."""
+    """From host memory to one GPU."""
 
 
 class Reached(Section):
-    """The share of each peak figure that a program reaches."""
+    """The share of each peak rate that a program reaches."""
 
-    compute: Fraction
-    memory: Fraction
-    node: Fraction
-    network: Fraction
-    host: Fraction
+    compute: ReachedShare
+    memory: ReachedShare
+    node: ReachedShare
+    network: ReachedShare
+    host: ReachedShare
 
 
 class Hardware(Section):
-    """One kind of GPU with what is around it."""
+    """One kind of GPU with its links and its host."""
 
     memory_gib: PositiveFloat
     teraflops: dict[Precision, PositiveFloat]
@@ -52,44 +56,50 @@ class Hardware(Section):
     host: Host
     share: Reached
     overlap: bool
-    """Whether collectives run beside computation."""
+    """Whether collectives run at the same time as computation."""
 
     def flops_per_second(self, precision: Precision) -> float:
-        """What matrix products reach.
+        """Return the operations per second that matrix products reach.
 
         Raises:
-            InputError: nothing is known of this precision.
+            InputError: the hardware file does not give this precision.
         """
         if precision not in self.teraflops:
             raise InputError(
-                f"the hardware file says nothing of {precision}",
-                f"it knows {', '.join(self.teraflops)}",
+                f"the hardware file has no teraflops for {precision}",
+                f"it has {', '.join(self.teraflops)}",
             )
         return self.teraflops[precision] * 1e12 * self.share.compute
 
-    def bytes_per_second(self, link: Literal["node", "network"]) -> float:
-        """What a collective reaches, into one GPU."""
+    def bytes_per_second(self, link: LinkName) -> float:
+        """Return the rate that a collective reaches, into one GPU."""
         found: Link = getattr(self, link)
         share: float = getattr(self.share, link)
         return found.gb_per_second * 1e9 * share
 
     def host_bytes_per_second(self) -> float:
-        """What copies from the host's memory to one GPU reach."""
+        """Return the rate that copies from host memory to one GPU reach."""
         return self.host.gb_per_second * 1e9 * self.share.host
 
     def memory_bytes_per_second(self) -> float:
-        """What passes over a GPU's memory reach."""
+        """Return the rate that passes over a GPU's memory reach."""
         return self.memory_gb_per_second * 1e9 * self.share.memory
 
-    def latency_seconds(self, link: Literal["node", "network"]) -> float:
-        """What each collective takes beside its bytes."""
+    def latency_seconds(self, link: LinkName) -> float:
+        """Return the time that each collective takes beside its bytes."""
         found: Link = getattr(self, link)
         return found.latency_us * 1e-6
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Nodes of equal GPUs."""
+    """Nodes of equal GPUs.
+
+    Attributes:
+        nodes: number of nodes.
+        gpus_per_node: number of GPUs of each node.
+        hardware: kind of the GPUs.
+    """
 
     nodes: int
     gpus_per_node: int
@@ -97,34 +107,52 @@ class Machine:
 
     @property
     def ranks(self) -> int:
-        """One a GPU."""
+        """Number of ranks: one for each GPU."""
         return self.nodes * self.gpus_per_node
 
-    def link(self, ranks: int) -> Literal["node", "network"]:
-        """What the slowest of so many neighbours are connected by."""
+    @property
+    def layout(self) -> Layout:
+        """The ranks as the rules of the stages see them."""
+        return Layout(self.ranks, self.gpus_per_node, device="cuda")
+
+    def link(self, ranks: int) -> LinkName:
+        """Return the slowest link that connects a number of neighboring ranks."""
+        # Shard groups are made of neighboring ranks, which fill a node before the next one.
         return "node" if ranks <= self.gpus_per_node else "network"
 
-    def wire_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
-        """Of collectives among so many neighbours."""
+    def collective_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
+        """Compute the time of collectives.
+
+        Args:
+            received_bytes: bytes that one rank receives in all of them.
+            ranks: number of neighboring ranks that take part; one rank needs no collective.
+            calls: number of collectives.
+        """
         if ranks == 1:
             return 0.0
+        # The slowest link of the group limits the whole ring.
         link = self.link(ranks)
-        return received_bytes / self.hardware.bytes_per_second(
-            link
-        ) + calls * self.hardware.latency_seconds(link)
+        transport = received_bytes / self.hardware.bytes_per_second(link)
+        return transport + calls * self.hardware.latency_seconds(link)
 
 
 def read_hardware(name: str, file: Path | None) -> Hardware:
-    """An entry of the user's file, or of ours.
+    """Read the entry of a GPU from the user's hardware file, or from the one that is shipped.
+
+    Args:
+        name: name of the GPU.
+        file: the user's file; its entries replace shipped ones of the same name.
 
     Raises:
-        InputError: there is none of this name, or the file is not of this form.
+        InputError: there is no entry of this name, or the file does not have the form of ours.
     """
-    entries = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
+    # The user's entries come on top of the shipped ones.
+    shipped = Path(__file__).parent / "hardware.yaml"
+    entries = read_yaml(shipped.read_text(), str(shipped))
     if file is not None:
         try:
-            entries |= yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+            entries |= read_yaml(file.read_text(), str(file))
+        except (OSError, UnicodeDecodeError, TypeError, InputError):
             raise InputError(
                 f"cannot read the hardware file {file}",
                 "post_dist/planning/hardware.yaml shows its form",
@@ -132,12 +160,12 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     if name not in entries:
         raise InputError(
             f"no GPU is called {name}",
-            f"known: {', '.join(entries)}; --hardware FILE brings others",
+            f"known GPUs: {', '.join(entries)}; --hardware FILE adds others",
         )
     try:
         return Hardware.model_validate(entries[name])
     except ValidationError as error:
+        # One wrong field is enough to name: the file is short.
         first = error.errors()[0]
-        raise InputError(
-            f"{file or name}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}"
-        ) from None
+        place = ".".join(str(part) for part in (name, *first["loc"]))
+        raise InputError(f"{file or name}: {place}: {first['msg']}") from None

@@ -1,74 +1,111 @@
-"""What a GPU holds, in GiB by part, and when: some parts are there only at one moment of a step, and the fullest moment counts."""
+"""Memory of a GPU by part, in GiB.
+
+Some parts exist only during a part of a step. The fullest moment of a step decides what fits.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
-from post_dist.losses.distillation import LOGITS_AT_ONCE
+from post_dist.losses.pieces import LOGITS_AT_ONCE
 from post_dist.models.size import ModelSize
 from post_dist.planning import cost
 
 GIB = 2**30
 GATHERED = ("gathered_weights", "weights_on_their_way")
-"""The parts that `frozen_memory` holds during a forward pass alone."""
+"""The parts of `frozen_memory` that exist during a forward pass alone."""
 
 
 def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) -> dict[str, float]:
-    """A frozen model's shard, unless it is offloaded; and the weights that DeepSpeed brings and keeps whole, and copies of those coming."""
+    """Compute the memory of a frozen model on one rank.
+
+    Args:
+        size: the model.
+        engine: says whether shards are offloaded.
+        group: number of ranks that share one copy of the model.
+        bytes_each: bytes of one weight.
+
+    Returns:
+        GiB of the shard. A sharded model adds the weights that DeepSpeed gathers and keeps whole,
+        and copies of the weights that it prefetches.
+    """
+    # An offloaded shard is in host memory or on disk between two passes.
     offloaded = engine.offload != "none"
-    held = {"frozen_weights": 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each) / GIB}
+    shard = 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each)
+    held = {"frozen_weights": shard / GIB}
+    # A whole copy on each rank needs no DeepSpeed, which is what gathers and prefetches.
     if group == 1 and not offloaded:
         return held
+    # DeepSpeed keeps up to `max_live` gathered weights beside the layer that runs.
     settings = preset("frozen_zero3")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
-    coming = min(size.parameters, settings["stage3_prefetch_bucket_size"])
-    return held | dict(
-        zip(GATHERED, (whole * bytes_each / GIB, coming * bytes_each / GIB), strict=True)
-    )
+    prefetched = min(size.parameters, settings["stage3_prefetch_bucket_size"])
+    gathered = (whole * bytes_each / GIB, prefetched * bytes_each / GIB)
+    return held | dict(zip(GATHERED, gathered, strict=True))
 
 
 def student_memory(
     engine: Engine, student: ModelSize, trained: int, *, ranks: int, tokens: float, bytes_each: int
 ) -> dict[str, float]:
-    """Of the model that is trained: weights, gradients and optimizer by the ZeRO stage, activations of trained layers, logits of one piece.
+    """Compute the memory of the student that is trained.
 
     Args:
-        engine: its ZeRO stage, checkpointing and offload.
-        student: above its frozen layers.
-        trained: elements.
-        ranks: all.
-        tokens: of one micro-batch on one rank.
-        bytes_each: of a weight.
+        engine: ZeRO stage, activation checkpointing and offload of the optimizer.
+        student: the student above its frozen layers.
+        trained: number of elements that are trained.
+        ranks: number of all ranks.
+        tokens: tokens of one micro-batch on one rank.
+        bytes_each: bytes of one weight.
+
+    Returns:
+        GiB of weights, gradients, optimizer, activations, and of the logits of one piece.
     """
+    # ZeRO-1 shards the optimizer, ZeRO-2 also the gradients, ZeRO-3 also the weights.
     stage = engine.zero_stage
-    over = {
-        "weights": ranks if stage == 3 else 1,
-        "gradients": ranks if stage >= 2 else 1,
-        "optimizer": ranks if stage >= 1 else 1,
-    }
-    kept = student.width if engine.activation_checkpointing else cost.activation_elements(student)
-    # DeepSpeed keeps no copy of fp32 weights where it shards nothing.
+    optimizer_shards = gradient_shards = weight_shards = 1
+    if stage >= 1:
+        optimizer_shards = ranks
+    if stage >= 2:
+        gradient_shards = ranks
+    if stage == 3:
+        weight_shards = ranks
+
+    # With checkpointing, only the input of each layer is kept, and one layer is recomputed.
+    in_a_layer = cost.activation_elements(student)
+    kept = student.width if engine.activation_checkpointing else in_a_layer
+    activations = (len(student.layers) * kept + in_a_layer) * tokens * bytes_each
+
+    # DeepSpeed keeps no second copy of fp32 weights where it shards nothing.
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
+    optimizer = 0.0 if engine.offload_optimizer else of_adam * trained / optimizer_shards
+
+    # ZeRO-3 gathers the whole student for a pass (see `cost.distill_bytes`).
+    whole = student.parameters * bytes_each
     held = {
-        "student_weights": student.parameters * bytes_each / over["weights"],
-        "student_gathered": student.parameters * bytes_each * (stage == 3 and ranks > 1),
-        "student_gradients": trained * bytes_each / over["gradients"],
+        "student_weights": whole / weight_shards,
+        "student_gathered": whole * (stage == 3 and ranks > 1),
+        "student_gradients": trained * bytes_each / gradient_shards,
         "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
-        "student_optimizer": 0.0
-        if engine.offload_optimizer
-        else of_adam * trained / over["optimizer"],
-        "activations": (len(student.layers) * kept + cost.activation_elements(student))
-        * tokens
-        * bytes_each,
+        "student_optimizer": optimizer,
+        "activations": activations,
         "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,
     }
     return {part: size / GIB for part, size in held.items()}
 
 
 def fullest(memory: Mapping[str, float], moments: Sequence[Sequence[str]]) -> float:
-    """What is held at the fullest of some moments, each given by the parts that are not always there."""
+    """Compute the memory at the fullest moment of a step.
+
+    Args:
+        memory: GiB of each part.
+        moments: for each moment, the parts that exist then. A part that no moment names always
+            exists.
+    """
+    # Parts that no moment names are held all the time.
     passing = {part for moment in moments for part in moment}
-    always = sum(gib for part, gib in memory.items() if part not in passing)
-    return always + max(
-        (sum(memory.get(part, 0.0) for part in moment) for moment in moments), default=0.0
-    )
+    always = 0.0
+    for part, gib in memory.items():
+        if part not in passing:
+            always += gib
+    at_moments = [sum(memory.get(part, 0.0) for part in moment) for moment in moments]
+    return always + max(at_moments, default=0.0)

@@ -1,85 +1,156 @@
-"""`post-dist plan`: what each stage of a run file takes on a cluster, from configurations alone, before a job is queued.
+"""`post-dist plan`: what each stage of a run file needs on a cluster, before a job is queued.
 
-Every figure is a formula's (`cost.py`) with the hardware's (`hardware.yaml`): a model, not a measurement.
+Every number comes from a formula (`cost.py`) and the hardware (`hardware.yaml`). It is a model, not
+a measurement. Configurations alone suffice: no weights, no GPU.
 """
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
-from post_dist.planning.hardware import Machine
+from post_dist.planning.distill import plan_distill
+from post_dist.planning.estimate import stage_numbers
+from post_dist.planning.hardware import Hardware, Machine
+from post_dist.planning.inputs import PlanInputs, models_of
 from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
-from post_dist.planning.stages import distill, models_of, transfer, tune
+from post_dist.planning.transfer import plan_transfer
+from post_dist.planning.tune import plan_tune
+
+_STAGES = (plan_distill, plan_tune, plan_transfer)
+_MORE_NODES = (2, 4, 8, 16, 32, 64)
+_SMALLER_MICRO_BATCHES = (4, 2, 1)
 
 
 def plan_run(
     config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision
 ) -> dict[str, Any]:
-    """What the run takes.
+    """Plan the stages of a run.
+
+    Args:
+        config: the run file.
+        teacher: size of the large model.
+        machine: the nodes and GPUs.
+        precision: precision of weights and activations.
 
     Returns:
-        `stages`, each with memory of the fullest GPU, operations, bytes, seconds of a step and hours; `conflicts`, what cannot work;
-        `hours` and `gpu_hours`, and what is `not_counted` in them; `assumptions`.
+        `stages`, each with the memory of the fullest GPU, operations, bytes, seconds of a step and
+        hours. `conflicts`: what cannot work. `hours` and `gpu_hours`, what is `not_counted` in
+        them, and `assumptions`.
     """
-    models = models_of(config, teacher)
-    stages = [stage(config, models, machine, precision) for stage in (distill, tune, transfer)]
-    conflicts = [
-        f"{stage['stage']}: {problem}" for stage in stages for problem in stage["conflicts"]
-    ]
+    # The same inputs serve all stages, so that they are planned for one machine and precision.
+    inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
+    stages = [stage_numbers(plan(inputs), machine) for plan in _STAGES]
+    # The name of the stage comes first, because a plan prints all conflicts in one list.
+    conflicts = []
+    for stage in stages:
+        for conflict in stage["conflicts"]:
+            conflicts.append(f"{stage['stage']}: {conflict}")
+    not_counted = ["the evaluation", "the models' passes over the public text before the transfer"]
+    if "full prompt tuning" in config.evaluate.baselines:
+        not_counted.append("full prompt tuning")
     return {
         "gpus": machine.ranks,
         "precision": precision,
-        "teacher_parameters": models.teacher.parameters,
-        "student_parameters": models.student.parameters,
+        "teacher_parameters": inputs.models.teacher.parameters,
+        "student_parameters": inputs.models.student.parameters,
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
-        "not_counted": [
-            "the evaluation",
-            "what the models say of the public text before the transfer",
-            *(name for name in config.evaluate.baselines if name == "full prompt tuning"),
-        ],
+        "not_counted": not_counted,
         "conflicts": conflicts,
-        "assumptions": {
-            "teraflops_reached": machine.hardware.flops_per_second(precision) / 1e12,
-            "gb_per_second_in_a_node": machine.hardware.bytes_per_second("node") / 1e9,
-            "gb_per_second_between_nodes": machine.hardware.bytes_per_second("network") / 1e9,
-            "gb_per_second_from_the_host": machine.hardware.host_bytes_per_second() / 1e9,
-            "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
-            "checkpoint_gb_per_second": STORAGE_GB_PER_SECOND,
-            "collectives_beside_computation": machine.hardware.overlap,
-        },
+        "assumptions": _assumptions(machine.hardware, precision),
     }
+
+
+def _assumptions(hardware: Hardware, precision: Precision) -> dict[str, float]:
+    """Return the rates that the plan rests on."""
+    return {
+        "teraflops_reached": hardware.flops_per_second(precision) / 1e12,
+        "gb_per_second_in_a_node": hardware.bytes_per_second("node") / 1e9,
+        "gb_per_second_between_nodes": hardware.bytes_per_second("network") / 1e9,
+        "gb_per_second_from_the_host": hardware.host_bytes_per_second() / 1e9,
+        "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
+        "checkpoint_gb_per_second": STORAGE_GB_PER_SECOND,
+        "collectives_beside_computation": hardware.overlap,
+    }
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change that lowers memory.
+
+    Attributes:
+        section: section of the run file.
+        fields: fields of the section and their new values.
+        machine: the nodes to run on.
+    """
+
+    section: Literal["distill", "engine"]
+    fields: dict[str, Any]
+    machine: Machine
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """Return the run file with the change."""
+        section = getattr(config, self.section).model_copy(update=self.fields)
+        return config.model_copy(update={self.section: section})
+
+    def settings(self, machine: Machine) -> dict[str, str]:
+        """Return the change as options of the command line, for a plan on `machine`."""
+        found = {}
+        for key, value in self.fields.items():
+            found[f"{self.section}.{key}"] = str(value).lower()
+        if self.machine != machine:
+            found["--nodes"] = str(self.machine.nodes)
+        return found
 
 
 def nearest_that_fits(
     config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision
 ) -> dict[str, str] | None:
-    """The first of a few changes, from the cheapest to the dearest, with which memory suffices; what to set, or None.
+    """Find the first of a few changes, cheapest first, with which the run fits into memory.
 
-    None of them brings another conflict along.
+    A change that causes another conflict is skipped.
+
+    Args:
+        config: the run file.
+        teacher: size of the large model.
+        machine: the nodes and GPUs.
+        precision: precision of weights and activations.
+
+    Returns:
+        What to set, or None when none of the changes suffices.
     """
-    checkpointing: dict[str, Any] = {"activation_checkpointing": True}
-    in_groups: list[dict[str, Any]] = [{"shard_group": group} for group in ("node", "all")]
-    layouts = [checkpointing]
-    for changes in (*in_groups, *(changes | {"offload": "cpu"} for changes in in_groups)):
-        layouts += [changes, changes | checkpointing]
-    smaller = (rows for rows in (4, 2, 1) if rows < config.distill.micro_batch_size_per_gpu)
-    candidates = [("distill", {"micro_batch_size_per_gpu": rows}, machine) for rows in smaller]
-    candidates += [("engine", changes, machine) for changes in layouts]
-    more_nodes = (
-        replace(machine, nodes=nodes) for nodes in (2, 4, 8, 16, 32, 64) if nodes > machine.nodes
-    )
-    candidates += [
-        ("engine", {"shard_group": "all"} | checkpointing, place) for place in more_nodes
-    ]
+    # Conflicts that the run has already are not held against a change.
     known = set(plan_run(config, teacher, machine, precision)["conflicts"])
-    for name, changes, place in candidates:
-        section = getattr(config, name).model_copy(update=changes)
-        found = plan_run(config.model_copy(update={name: section}), teacher, place, precision)
-        if all(stage["fits"] for stage in found["stages"]) and known.issuperset(found["conflicts"]):
-            settings = {f"{name}.{key}": str(value).lower() for key, value in changes.items()}
-            return settings | ({"--nodes": str(place.nodes)} if place != machine else {})
+    for change in _changes(config, machine):
+        found = plan_run(change.apply(config), teacher, change.machine, precision)
+        fits = all(stage["fits"] for stage in found["stages"])
+        if fits and known.issuperset(found["conflicts"]):
+            return change.settings(machine)
     return None
+
+
+def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
+    """Yield the changes to try, from the cheapest to the most expensive."""
+    # A smaller micro-batch costs nothing but smaller matrix products.
+    for size in _SMALLER_MICRO_BATCHES:
+        if size < config.distill.micro_batch_size_per_gpu:
+            yield _Change("distill", {"micro_batch_size_per_gpu": size}, machine)
+
+    # Recomputation costs a forward pass, gathering costs bandwidth, offload costs the host's link.
+    recompute: dict[str, Any] = {"activation_checkpointing": True}
+    yield _Change("engine", recompute, machine)
+    in_node: dict[str, Any] = {"shard_group": "node"}
+    over_all: dict[str, Any] = {"shard_group": "all"}
+    offload: dict[str, Any] = {"offload": "cpu"}
+    for layout in (in_node, over_all, in_node | offload, over_all | offload):
+        yield _Change("engine", layout, machine)
+        yield _Change("engine", layout | recompute, machine)
+
+    # More nodes are the last resort.
+    for nodes in _MORE_NODES:
+        if nodes > machine.nodes:
+            yield _Change("engine", over_all | recompute, replace(machine, nodes=nodes))

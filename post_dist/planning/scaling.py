@@ -1,14 +1,15 @@
-"""How a step scales with the number of GPUs, planned or measured. Strong scaling keeps the batch, weak scaling each GPU's part of it.
+"""How a step scales with the number of GPUs, planned or measured.
 
-A row has `scaling`, `gpus`, for distill and for transfer the seconds of a step and the efficiency (the rate per GPU over that on the
-fewest), and `conflicts`.
+Strong scaling keeps the batch, weak scaling keeps each GPU's part of it. A row has `scaling`,
+`gpus` and `conflicts`, and for distill and transfer the seconds of a step and the efficiency: the
+rate per GPU over the rate per GPU on the fewest GPUs.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
@@ -19,8 +20,23 @@ from post_dist.planning.hardware import Machine
 from post_dist.planning.plan import plan_run
 
 _RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}
-_Stages = dict[str, dict[str, Any]]
-"""By name, what is planned or measured of a step."""
+_Scaling = Literal["strong", "weak"]
+_SCALINGS: tuple[_Scaling, ...] = ("strong", "weak")
+_Numbers = dict[str, Any]
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The stages on one number of GPUs.
+
+    Attributes:
+        gpus: number of GPUs.
+        stages: by name, the numbers of a step, planned or measured.
+    """
+
+    gpus: int
+    stages: dict[str, _Numbers]
 
 
 def planned(
@@ -29,60 +45,65 @@ def planned(
     machine: Machine,
     precision: Precision,
     gpus: Sequence[int],
-) -> list[dict[str, Any]]:
-    """The rows of a plan, on each number of GPUs.
+) -> list[_Row]:
+    """Plan a run on several numbers of GPUs.
+
+    Args:
+        config: the run file.
+        teacher: size of the large model.
+        machine: kind of GPU, and how many a node has.
+        precision: precision of weights and activations.
+        gpus: the numbers of GPUs.
+
+    Returns:
+        The rows of strong scaling, then those of weak scaling.
 
     Raises:
-        InputError: a number is more than a node, and no whole nodes.
+        InputError: a number is more than one node, but not a number of whole nodes.
     """
+    # A number of GPUs is a part of one node, or several whole nodes.
     in_node = machine.gpus_per_node
     uneven = [count for count in gpus if count > in_node and count % in_node]
     if uneven:
         raise InputError(
             f"--sweep: {uneven[0]} GPUs are not whole nodes of {in_node}",
-            "take multiples of them, or less than one",
+            f"choose multiples of {in_node}, or less than {in_node}",
         )
-    rows: list[dict[str, Any]] = []
-    for kind in ("strong", "weak"):
-        points: list[tuple[int, _Stages]] = []
+    rows: list[_Row] = []
+    for scaling in _SCALINGS:
+        points = []
         for count in sorted(gpus):
-            place = replace(machine, nodes=-(-count // in_node), gpus_per_node=min(count, in_node))
-            changed = config if kind == "strong" else grown(config, place.ranks / min(gpus))
-            stages = plan_run(changed, teacher, place, precision)["stages"]
-            points.append((place.ranks, {stage["stage"]: stage for stage in stages}))
-        rows += _rows(kind, points, lambda stage, found: found["conflicts"])
+            nodes = -(-count // in_node)
+            place = replace(machine, nodes=nodes, gpus_per_node=min(count, in_node))
+            # Weak scaling grows the batch with the number of GPUs.
+            times = 1.0 if scaling == "strong" else place.ranks / min(gpus)
+            plan = plan_run(grown(config, times), teacher, place, precision)
+            by_name = {stage["stage"]: stage for stage in plan["stages"]}
+            points.append(_Point(place.ranks, by_name))
+        rows += _rows(scaling, points, _planned_conflicts)
     return rows
 
 
-def measured(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of measurements that `bench scale --write` has kept, of one run file on several numbers of GPUs.
+def measured(files: Sequence[Path]) -> list[_Row]:
+    """Merge measurements of one run file on several numbers of GPUs.
+
+    Args:
+        files: files that `bench scale --write` wrote.
+
+    Returns:
+        The rows of strong scaling, then those of weak scaling.
 
     Raises:
         InputError: a file is not one of these.
     """
-
-    def stragglers(stage: str, found: dict[str, Any]) -> list[str]:
-        return [f"{stage}: straggler {found['straggler']}"] if found["straggler"] else []
-
+    # Anything may be wrong with a file that a user names, and all of it means the same.
     try:
-        files_found = sorted(
-            (json.loads(file.read_text()) for file in files), key=lambda each: int(each["ranks"])
-        )
-        rows: list[dict[str, Any]] = []
-        for kind in ("strong", "weak"):
-            # On one rank, the two are the same and measured once.
-            points: list[tuple[int, _Stages]] = [
-                (
-                    each["ranks"],
-                    {
-                        row["stage"]: row
-                        for row in each["rows"]
-                        if row["scaling"] == kind or each["ranks"] == 1
-                    },
-                )
-                for each in files_found
-            ]
-            rows += _rows(kind, points, stragglers)
+        found = [json.loads(file.read_text()) for file in files]
+        found.sort(key=lambda each: int(each["ranks"]))
+        rows: list[_Row] = []
+        for scaling in _SCALINGS:
+            points = [_measured_point(each, scaling) for each in found]
+            rows += _rows(scaling, points, _stragglers)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
         raise InputError(
             "not all of these files are measurements",
@@ -91,73 +112,99 @@ def measured(files: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
+def _measured_point(measurement: dict[str, Any], scaling: _Scaling) -> _Point:
+    """Pick the rows of one kind of scaling from a file."""
+    ranks = measurement["ranks"]
+    stages = {}
+    for row in measurement["rows"]:
+        # On one rank, weak and strong scaling are equal and measured once.
+        if row["scaling"] == scaling or ranks == 1:
+            stages[row["stage"]] = row
+    return _Point(ranks, stages)
+
+
+def _planned_conflicts(stage: str, numbers: _Numbers) -> list[str]:
+    """Return the conflicts of a planned stage."""
+    return list(numbers["conflicts"])
+
+
+def _stragglers(stage: str, numbers: _Numbers) -> list[str]:
+    """Name the straggler of a measured stage, if there was one."""
+    return [f"{stage}: straggler {numbers['straggler']}"] if numbers["straggler"] else []
+
+
 def _rows(
-    kind: str,
-    points: Sequence[tuple[int, _Stages]],
-    conflicts: Callable[[str, dict[str, Any]], list[str]],
-) -> Iterator[dict[str, Any]]:
-    """A row for each number of GPUs; the efficiency is over the first."""
-    fewest, first = points[0]
-    for gpus, stages in points:
-        row: dict[str, Any] = {"scaling": kind, "gpus": gpus}
+    scaling: _Scaling,
+    points: Sequence[_Point],
+    conflicts: Callable[[str, _Numbers], list[str]],
+) -> list[_Row]:
+    """Make a row for each number of GPUs; the efficiency is relative to the first."""
+    # The point with the fewest GPUs comes first, and all others are compared with it.
+    first = points[0]
+    rows = []
+    for point in points:
+        row: _Row = {"scaling": scaling, "gpus": point.gpus, "conflicts": []}
         for stage, rate in _RATES.items():
-            efficiency = stages[stage][rate] / first[stage][rate] * fewest / gpus
-            row |= {
-                f"{stage}_step_seconds": stages[stage]["step_seconds"],
-                f"{stage}_efficiency": efficiency,
-            }
-        yield row | {
-            "conflicts": [
-                problem for stage in _RATES for problem in conflicts(stage, stages[stage])
-            ]
-        }
+            numbers = point.stages[stage]
+            speedup = numbers[rate] / first.stages[stage][rate]
+            row[f"{stage}_step_seconds"] = numbers["step_seconds"]
+            row[f"{stage}_efficiency"] = speedup * first.gpus / point.gpus
+            row["conflicts"] += conflicts(stage, numbers)
+        rows.append(row)
+    return rows
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as text."""
+def lines(rows: Sequence[_Row]) -> list[str]:
+    """Write each row as a line of text."""
     told = []
     for row in rows:
-        steps = (
-            (stage, row[f"{stage}_step_seconds"], row[f"{stage}_efficiency"]) for stage in _RATES
-        )
-        rates = ", ".join(
-            f"{stage} {seconds:.4g} s a step ({efficiency:.0%})"
-            for stage, seconds, efficiency in steps
-        )
-        told.append(
-            "; ".join([f"{row['scaling']} scaling, {row['gpus']} GPUs: {rates}", *row["conflicts"]])
-        )
+        steps = []
+        for stage in _RATES:
+            seconds = row[f"{stage}_step_seconds"]
+            efficiency = row[f"{stage}_efficiency"]
+            steps.append(f"{stage} {seconds:.4g} s a step ({efficiency:.0%})")
+        head = f"{row['scaling']} scaling, {row['gpus']} GPUs: {', '.join(steps)}"
+        told.append("; ".join([head, *row["conflicts"]]))
     return told
 
 
 def grown(config: RunConfig, times: float) -> RunConfig:
-    """The run with so many times the rows in each step of distill and of transfer."""
-    sections = {
-        name: getattr(config, name).model_copy(
-            update={"batch_size": round(getattr(config, name).batch_size * times)}
-        )
-        for name in _RATES
-    }
+    """Return the run with larger batches in distill and transfer.
+
+    Args:
+        config: the run file.
+        times: factor of the batch sizes.
+    """
+    sections = {}
+    for name in _RATES:
+        section = getattr(config, name)
+        batch_size = round(section.batch_size * times)
+        sections[name] = section.model_copy(update={"batch_size": batch_size})
     return config.model_copy(update=sections)
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Efficiency against the number of GPUs, as PNG.
+def draw(rows: Sequence[_Row], title: str, path: Path) -> None:
+    """Plot the efficiency against the number of GPUs, as PNG.
+
+    Args:
+        rows: as `planned` or `measured` returns them.
+        title: title of the plot.
+        path: file to write.
 
     Raises:
-        InputError: it cannot be written there.
+        InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes a second, and most plans draw nothing
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, style in (("strong", "--"), ("weak", "-")):
-        chosen = [row for row in rows if row["scaling"] == kind]
+    for scaling, style in (("strong", "--"), ("weak", "-")):
+        chosen = [row for row in rows if row["scaling"] == scaling]
+        gpus = [row["gpus"] for row in chosen]
         for stage in _RATES:
             values = [row[f"{stage}_efficiency"] for row in chosen]
-            axes.plot(
-                [row["gpus"] for row in chosen], values, style, marker="o", label=f"{stage}, {kind}"
-            )
+            axes.plot(gpus, values, style, marker="o", label=f"{stage}, {scaling}")
+    # Numbers of GPUs double from point to point.
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("GPUs")

@@ -1,96 +1,131 @@
-"""A plan on a terminal."""
+"""Print a plan on a terminal."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
 
 from post_dist.planning.scaling import lines
 
+_Stage = dict[str, Any]
+
+_LAYOUT = {
+    "total on the fullest GPU, GiB": "memory_total_gib",
+    "memory of a node, GiB": "node_memory_gib",
+    "shard group": "shard_group.size",
+    "advised": "shard_group.advised",
+}
+_TRAFFIC = {
+    "GiB that a GPU receives to gather": "received_gib_per_gpu.gather",
+    "GiB that a GPU receives to fetch": "received_gib_per_gpu.fetch",
+    "GiB that a GPU receives to reduce": "received_gib_per_gpu.reduce",
+}
+_TOTALS = {
+    "step, s": "step_seconds",
+    "share of the peak": "model_flops_utilisation",
+    "prompts": "prompts",
+    "prompts at once": "prompts_at_once",
+    "trials of each": "trials_of_each",
+    "steps": "steps",
+    "hours": "hours",
+    "GPU-hours": "gpu_hours",
+    "a checkpoint, GiB": "checkpoint_gib",
+    "cached teacher signals, GiB": "teacher_signals_gib",
+    "save every, s": "checkpoint_interval_seconds",
+}
+"""Titles of table rows, and where a stage has the number."""
+
 
 def plan_table(plan: dict[str, Any]) -> Table:
-    """The stages beside each other."""
+    """Lay out the stages of a plan side by side."""
     stages = plan["stages"]
-    shown = Table(
+    table = Table(
         title=f"{plan['gpus']} x {plan['gpu']}, {plan['precision']}: a model, not a measurement"
     )
-    shown.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    # One column for each stage, so that a part stands in one row for all of them.
     for stage in stages:
-        shown.add_column(stage["stage"], justify="right", no_wrap=True)
-    for name, value in _plan_rows(stages).items():
-        shown.add_row(name, *value)
-    return shown
+        table.add_column(stage["stage"], justify="right", no_wrap=True)
+    for title, cells in _plan_rows(stages).items():
+        table.add_row(title, *cells)
+    return table
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """What the table rests on, what follows from it, and what cannot work."""
+    """Write the totals, assumptions and conflicts of a plan as lines below its table."""
+    without = ", ".join(plan["not_counted"])
     told = [
-        f"in all: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours, without {', '.join(plan['not_counted'])}",
-        "rests on: "
-        + ", ".join(
-            f"{name.replace('_', ' ')} {value:.6g}" for name, value in plan["assumptions"].items()
-        ),
-        "distill as a long run: "
-        + ", ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan["long_run"].items()
-        ),
+        f"total: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours, without {without}",
+        f"assumptions: {_listed(plan['assumptions'], digits=6)}",
+        f"distill as a long run: {_listed(plan['long_run'], digits=4)}",
         *lines(plan.get("sweep", [])),
-        *(f"CONFLICT {conflict}" for conflict in plan["conflicts"]),
     ]
+    told += [f"CONFLICT {conflict}" for conflict in plan["conflicts"]]
     if "nearest_that_fits" in plan:
-        changes = plan["nearest_that_fits"]
-        told.append(
-            "nothing near fits"
-            if changes is None
-            else "fits with " + ", ".join(f"{name} {value}" for name, value in changes.items())
-        )
+        told.append(_fits_with(plan["nearest_that_fits"]))
     return told
 
 
-def _plan_rows(stages: list[dict[str, Any]]) -> dict[str, list[str]]:
-    def values(place: Any) -> list[str]:
-        return [
-            ""
-            if (found := place(stage)) is None
-            else f"{found:.4g}"
-            if isinstance(found, float)
-            else str(found)
-            for stage in stages
-        ]
+def _listed(numbers: Mapping[str, float], digits: int) -> str:
+    """Write names and numbers in one line."""
+    parts = []
+    for name, value in numbers.items():
+        parts.append(f"{name.replace('_', ' ')} {value:.{digits}g}")
+    return ", ".join(parts)
 
-    memory = dict.fromkeys(part for stage in stages for part in stage["memory_gib"])
-    rows = {
-        f"{part.replace('_', ' ')}, GiB": values(
-            lambda stage, part=part: stage["memory_gib"].get(part)
-        )
-        for part in memory
-    }
-    rows["in all on the fullest GPU, GiB"] = values(lambda stage: stage["memory_total_gib"])
-    rows["in a node's own memory, GiB"] = values(lambda stage: stage["node_memory_gib"])
-    rows["shard group"] = values(lambda stage: stage.get("shard_group", {}).get("size"))
-    rows["advised"] = values(lambda stage: stage.get("shard_group", {}).get("advised"))
-    rows["teraflop a GPU and step"] = values(
-        lambda stage: sum(stage["flops_per_gpu"].values()) / 1e12
-    )
-    for kind in ("gather", "fetch", "reduce"):
-        rows[f"GiB a GPU takes in to {kind}"] = values(
-            lambda stage, kind=kind: stage.get("received_gib_per_gpu", {}).get(kind)
-        )
-    parts = dict.fromkeys(part for stage in stages for part in stage.get("seconds", {}))
-    rows |= {
-        f"{part}, s": values(lambda stage, part=part: stage.get("seconds", {}).get(part))
-        for part in parts
-    }
-    rows["step, s"] = values(lambda stage: stage["step_seconds"])
-    rows["of the peak"] = values(lambda stage: stage.get("model_flops_utilisation"))
-    for count in ("prompts", "prompts_at_once", "trials_of_each"):
-        rows[count.replace("_", " ")] = values(lambda stage, count=count: stage.get(count))
-    rows["steps"] = values(lambda stage: stage["steps"])
-    rows["hours"] = values(lambda stage: stage["hours"])
-    rows["GPU-hours"] = values(lambda stage: stage["gpu_hours"])
-    rows["a checkpoint, GiB"] = values(lambda stage: stage.get("checkpoint_gib"))
-    rows["kept of the teacher, GiB"] = values(lambda stage: stage.get("teacher_signals_gib"))
-    rows["save every, s"] = values(lambda stage: stage.get("checkpoint_interval_seconds"))
-    rows["epsilon"] = [
-        ", ".join(f"{epsilon:.2f}" for epsilon in stage.get("epsilon", [])) for stage in stages
-    ]
-    return {name: row for name, row in rows.items() if any(row)}
+
+def _fits_with(changes: Mapping[str, str] | None) -> str:
+    if changes is None:
+        return "none of the changes that plan tries fits"
+    return "fits with " + ", ".join(f"{name} {value}" for name, value in changes.items())
+
+
+def _plan_rows(stages: list[_Stage]) -> dict[str, list[str]]:
+    """Return the table's rows by title: one cell for each stage, without rows that are empty."""
+    rows: dict[str, list[str]] = {}
+
+    def add(title: str, number: Callable[[_Stage], Any]) -> None:
+        rows[title] = [_cell(number(stage)) for stage in stages]
+
+    # From memory over traffic to time: what does not fit need not be fast.
+    for part in _parts(stages, "memory_gib"):
+        add(f"{part.replace('_', ' ')}, GiB", lambda stage, at=f"memory_gib.{part}": _at(stage, at))
+    for title, place in _LAYOUT.items():
+        add(title, lambda stage, at=place: _at(stage, at))
+    add("teraflop of a GPU in a step", lambda stage: sum(stage["flops_per_gpu"].values()) / 1e12)
+    for title, place in _TRAFFIC.items():
+        add(title, lambda stage, at=place: _at(stage, at))
+    for part in _parts(stages, "seconds"):
+        add(f"{part}, s", lambda stage, at=f"seconds.{part}": _at(stage, at))
+    for title, place in _TOTALS.items():
+        add(title, lambda stage, at=place: _at(stage, at))
+    add("epsilon", _epsilons)
+    # A row that no stage has, such as offload, is left out.
+    return {title: cells for title, cells in rows.items() if any(cells)}
+
+
+def _parts(stages: list[_Stage], name: str) -> list[str]:
+    """List the keys of a mapping that stages have, each once, in their order."""
+    found: dict[str, None] = {}
+    for stage in stages:
+        found |= dict.fromkeys(stage.get(name, {}))
+    return list(found)
+
+
+def _at(stage: _Stage, place: str) -> Any:
+    """Look up a number at `name` or at `mapping.name`; None where the stage does not have it."""
+    first, _, second = place.partition(".")
+    value = stage.get(first)
+    if not second:
+        return value
+    return (value or {}).get(second)
+
+
+def _epsilons(stage: _Stage) -> str:
+    return ", ".join(f"{epsilon:.2f}" for epsilon in stage.get("epsilon", []))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

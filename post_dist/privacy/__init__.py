@@ -1,1 +1,1 @@
-"""Differential privacy of the prompt: the plan, and the sampler, clip, noise, accounting and ledger that follow from it."""
+"""Differential privacy: the plan, and all that follows from it, down to the training loop."""

@@ -1,11 +1,14 @@
-"""An empirical check of the claim: canaries go through the real sampler, clip, sum, noise and step, and are looked for after it.
+"""An empirical check of a plan's epsilon: canaries go through the real training step.
 
-The adversary chooses everything but the canaries' membership and sees every noisy gradient: the white-box setting in which
-DP-SGD's analysis is tight (Nasr et al., arXiv 2302.07956). Each canary's gradient lies along a coordinate of its own and has the
-clipping norm, and by a coin it is among the data or not. The other data are empty, which is the adversary's choice too, so
-auditing reads no private row and spends nothing. From how well the best test tells members from the others follows a lower
-bound on epsilon at 95% confidence (Clopper and Pearson; Jagielski et al. 2020). It takes canaries of one run for independent,
-which they are when the noise of two coordinates is; a test of the noise holds that.
+The adversary chooses everything but the canaries' membership and sees every noisy gradient. In this
+white-box setting the analysis of DP-SGD is tight (Nasr et al., arXiv 2302.07956). Each canary's
+gradient lies along a coordinate of its own and has the clipping norm. A coin decides whether the
+canary is among the data. The other data are empty, which is the adversary's choice too, so an audit
+reads no private example and spends nothing.
+
+How well the best test tells members from non-members gives a lower bound on epsilon at 95%
+confidence (Clopper and Pearson; Jagielski et al. 2020). The bound takes the canaries of one run as
+independent. They are if the noise of two coordinates is, which a test of the noise checks.
 
 Shapes: M canaries, B of them in a step.
 """
@@ -25,47 +28,55 @@ from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.sampling import poisson_rows
 
+# Probability that the lower bound exceeds the true epsilon, shared by the two error rates.
 _ERROR = 0.05
+
+# In one run. The prompt of the run has as many values, one coordinate for each canary.
 _CANARIES = 2048
-"""In one run; as many coordinates as they need, each in a prompt of that many values."""
 _LEAST_RUNS = 16
+
+# The canaries suffice to show this much more than the claim, to detect a broken mechanism.
 _SPARE = 1.0
-"""The canaries suffice to show this much more than the claim, so that a broken mechanism is seen to be one."""
 _MOST_CLAIM = 11.0
+
+# With no error among N canaries, the 97.5% upper end of the error rate is 3.7 / N.
+_POISSON_BOUND = 3.7
 
 
 class _NoNoise(RandomSource):
-    """The source of the control: its noise is switched off."""
+    """The randomness of the control: its noise is switched off."""
 
     def normal(self, count: int, *purpose: object) -> np.ndarray:
         return np.zeros(count)
 
 
 def audit(config: RunConfig) -> dict[str, Any]:
-    """Audit the plan of a run file, and again with the noise off: the control must exceed the claim, or the audit is blind.
+    """Audit the plan of a run file, with its noise and without.
+
+    The bound without noise is the control. If it does not exceed the claim, the audit cannot detect
+    a broken mechanism.
 
     Raises:
-        InputError: the claim is above what so many canaries can show.
+        InputError: the claim is above what a reasonable number of canaries can show.
     """
+    # An audit tries one training run. Selection by a search is not part of it.
     plan = private_plan(config)
     claim = account(replace(plan, mean_trials=None, score_noise_multiplier=None)).epsilon
     if claim > _MOST_CLAIM:
         raise InputError(
             f"an audit needs too many canaries to tell epsilon {claim:.1f} from no privacy",
-            f"it can up to {_MOST_CLAIM:g}",
+            f"audit a plan with an epsilon up to {_MOST_CLAIM:g}",
         )
-    runs = max(_LEAST_RUNS, math.ceil(2 * 2 * 3.7 * math.exp(claim + _SPARE) / _CANARIES) + 1)
+    # Half of the canaries are members, and half of the scores choose the threshold.
+    needed = 2 * 2 * _POISSON_BOUND * math.exp(claim + _SPARE)
+    runs = max(_LEAST_RUNS, math.ceil(needed / _CANARIES) + 1)
     sources = [RandomSource(f"audit {number}", secrets.token_bytes(32)) for number in range(runs)]
-    bound = lower_bound(*_scores(plan, sources), plan.delta)
-    control = lower_bound(
-        *_scores(plan, [_NoNoise(source.run, source.key) for source in sources]), plan.delta
-    )
+    quiet_sources: list[RandomSource] = [_NoNoise(source.run, source.key) for source in sources]
     return {
         "epsilon_claimed": claim,
-        "epsilon_lower_bound": bound,
-        "epsilon_lower_bound_without_noise": control,
+        "epsilon_lower_bound": _bound_of_runs(plan, sources),
+        "epsilon_lower_bound_without_noise": _bound_of_runs(plan, quiet_sources),
         "delta": plan.delta,
         "confidence": 1 - _ERROR,
         "canaries": runs * _CANARIES,
@@ -74,69 +85,115 @@ def audit(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _scores(plan: PrivacyPlan, sources: list[RandomSource]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the members and of the others, over all runs."""
-    pairs = [canary_scores(plan, source) for source in sources]
-    members, others = zip(*pairs, strict=True)
-    return np.concatenate(members), np.concatenate(others)
-
-
 def canary_scores(
     plan: PrivacyPlan, source: RandomSource, canaries: int = _CANARIES
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One run of the training step for all of the plan's steps, with canaries alone.
+    """Run the private training step for all steps of a plan, with canaries as the only data.
 
     Returns:
-        For each member, and for each canary left out, the logarithm of the likelihood ratio of the noisy gradients seen.
+        The scores of the members, and of the canaries left out: the logarithm of the likelihood
+        ratio of the noisy gradients.
     """
+    # A coin for each canary decides whether it is among the data.
     member_M = source.words(canaries, "coins") % 2 == 0
-    inside = np.flatnonzero(member_M)
+    members = np.flatnonzero(member_M)
+    # One coordinate for each canary, so that a canary's noisy gradient can be read alone.
     parameter = torch.zeros(canaries, requires_grad=True)
     optimizer = PrivateOptimizer(torch.optim.SGD([parameter], lr=1.0), plan, source)
     score_M = np.zeros(canaries)
-    variance, q = plan.noise_multiplier**2, plan.sampling_probability
     for step in range(plan.steps):
-        rows = inside[poisson_rows(plan, source, len(inside), 0, step)]
-        gradients = torch.zeros(len(rows), canaries)
-        gradients[torch.arange(len(rows)), torch.from_numpy(rows)] = plan.max_grad_norm
+        drawn = members[plan.sampler.draw(source, len(members), 0, step)]
+        # Each canary in the step has all of the clipping norm in its coordinate.
+        gradients = torch.zeros(len(drawn), canaries)
+        gradients[torch.arange(len(drawn)), torch.from_numpy(drawn)] = plan.max_grad_norm
         before = parameter.detach().clone()
         optimizer.accumulate([gradients])
         optimizer.finish(step, lambda commitment: None)
-        seen_M = (before - parameter.detach()) * (plan.expected_batch_size / plan.max_grad_norm)
-        ratio_M = (2 * seen_M.double().numpy() - 1) / (2 * variance)
-        score_M += np.logaddexp(np.log1p(-q), np.log(q) + ratio_M) if q < 1 else ratio_M
+        # SGD at rate 1 moves the parameter by the noisy mean, from which the sum follows.
+        moved_M = before - parameter.detach()
+        sum_M = moved_M * (plan.expected_batch_size / plan.max_grad_norm)
+        score_M += _log_likelihood_ratios(plan, sum_M.double().numpy())
     return score_M[member_M], score_M[~member_M]
 
 
 def lower_bound(members: np.ndarray, others: np.ndarray, delta: float) -> float:
-    """The largest epsilon that the scores rule out everything below, at 95% confidence.
+    """Return the largest lower bound on epsilon that the scores give, at 95% confidence.
 
-    The threshold is chosen on half of the scores, and judged on the other half.
+    One half of the scores chooses the threshold, the other half gives the bound.
+
+    Args:
+        members: scores of the canaries among the data.
+        others: scores of the canaries left out.
+        delta: delta of the claim.
     """
-    best = max(_thresholds(members[::2], others[::2], delta), key=lambda pair: pair[0])[1]
+    # A threshold chosen on the scores that it is judged by would flatter the bound.
+    tried = _thresholds(members[::2], others[::2])
+    bounds = [_bound(members[::2], others[::2], threshold, delta) for threshold in tried]
+    best = tried[int(np.argmax(bounds))]
     return max(0.0, _bound(members[1::2], others[1::2], best, delta))
 
 
-def _thresholds(members: np.ndarray, others: np.ndarray, delta: float) -> list[tuple[float, float]]:
-    """For each of many thresholds the bound that it would give, and the threshold."""
+def _bound_of_runs(plan: PrivacyPlan, sources: list[RandomSource]) -> float:
+    """Return the lower bound on epsilon from the canaries of all runs together."""
+    members = []
+    others = []
+    for source in sources:
+        inside, outside = canary_scores(plan, source)
+        members.append(inside)
+        others.append(outside)
+    return lower_bound(np.concatenate(members), np.concatenate(others), plan.delta)
+
+
+def _log_likelihood_ratios(plan: PrivacyPlan, sum_M: np.ndarray) -> np.ndarray:
+    """Return log(p(sum | member) / p(sum | not a member)) for the coordinate of each canary.
+
+    Args:
+        plan: gives sigma and the sampler.
+        sum_M: one noisy sum, in units of C.
+    """
+    ratio_M: np.ndarray = (2 * sum_M - 1) / (2 * plan.noise_multiplier**2)
+    q = plan.sampler.inclusion_probability
+    if q == 1:
+        return ratio_M
+    # A member is in the step with probability q: a mixture of the densities with and without it.
+    mixture_M: np.ndarray = np.logaddexp(np.log1p(-q), np.log(q) + ratio_M)
+    return mixture_M
+
+
+def _thresholds(members: np.ndarray, others: np.ndarray) -> list[float]:
+    """Return the thresholds to try: between 400 quantiles of the scores and between extremes."""
+    # The extremes matter most: the bound comes from thresholds with few errors.
     everything = np.sort(np.concatenate([members, others]))
-    ends = np.unique(
-        np.concatenate(
-            [everything[:: max(1, len(everything) // 400)], everything[:50], everything[-50:]]
-        )
-    )
-    middles = np.append((ends[1:] + ends[:-1]) / 2, [ends[0] - 1, ends[-1] + 1])
-    return [(_bound(members, others, threshold, delta), float(threshold)) for threshold in middles]
+    quantiles = everything[:: max(1, len(everything) // 400)]
+    ends = np.unique(np.concatenate([quantiles, everything[:50], everything[-50:]]))
+    middles = (ends[1:] + ends[:-1]) / 2
+    outside = [ends[0] - 1, ends[-1] + 1]
+    return [float(threshold) for threshold in np.append(middles, outside)]
 
 
 def _bound(members: np.ndarray, others: np.ndarray, threshold: float, delta: float) -> float:
-    """Epsilon from upper ends of the false positive and false negative rates, the larger of both directions."""
-    positives = _upper_end(int((others > threshold).sum()), len(others))
-    negatives = _upper_end(int((members <= threshold).sum()), len(members))
-    sides = [(1 - delta - negatives, positives), (1 - delta - positives, negatives)]
-    return max(math.log(right / wrong) if right > 0 else 0.0 for right, wrong in sides)
+    """Bound epsilon by the error rates of a threshold, as the larger bound of both directions."""
+    # Counts become upper ends of rates, so that the bound holds with confidence.
+    false_positives = int((others > threshold).sum())
+    false_negatives = int((members <= threshold).sum())
+    positive_rate = _upper_end(false_positives, len(others))
+    negative_rate = _upper_end(false_negatives, len(members))
+    # Differential privacy bounds both error rates by each other, in both directions.
+    by_positives = _log_ratio(1 - delta - negative_rate, positive_rate)
+    by_negatives = _log_ratio(1 - delta - positive_rate, negative_rate)
+    return max(by_positives, by_negatives)
+
+
+def _log_ratio(right: float, wrong: float) -> float:
+    """Return log(right / wrong), or 0 where it says nothing."""
+    if right <= 0:
+        return 0.0
+    return math.log(right / wrong)
 
 
 def _upper_end(count: int, total: int) -> float:
-    """Clopper and Pearson's upper end, at half of the error for each of the two rates."""
-    return 1.0 if count == total else float(beta.ppf(1 - _ERROR / 2, count + 1, total - count))
+    """Return the upper end of a rate's Clopper-Pearson interval, at half of `_ERROR`."""
+    if count == total:
+        return 1.0
+    # binomtest(...).proportion_ci gives the same, but also computes a p-value: 27 times as slow.
+    return float(beta.ppf(1 - _ERROR / 2, count + 1, total - count))

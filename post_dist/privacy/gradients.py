@@ -1,35 +1,37 @@
 """Exact gradients of each example's own loss, in one backward pass and without hooks.
 
-No operation of a language model mixes rows, so with a copy of the prompt for each row, a leaf [B, n, d], the gradient of the
-sum of losses with respect to the leaf is the gradient of each row's loss. In a causal model the prompt's keys and values are the
-same for all rows: they are computed once a step, each row's gradient is taken with respect to its own expanded copy of them, and
-one batched vector-Jacobian product carries all rows' gradients back to the prompt.
+No operation of a language model mixes examples. Give each example a copy of the prompt, a leaf [B,
+n, d]. Then the gradient of the sum of losses with respect to the leaf holds the gradient of each
+example's own loss.
 
-Shapes: B rows, n prompt tokens, d width, C classes.
+In a causal model the prompt's keys and values do not depend on the example, so they are computed
+once a step. Each example's gradient is taken with respect to its own expanded copy of them. One
+batched vector-Jacobian product then carries the gradients of all examples back to the prompt.
+
+Shapes: B examples, n prompt tokens, d width, C classes, R tokens of a response.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.errors import InputError
-from post_dist.models.classifier import class_losses
-from post_dist.models.generation import response_losses
+from post_dist.models.classifier import PromptInput
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.tuning_task import TuningTask, example_losses
+from post_dist.privacy.micro_batches import micro_batches
 
+# Shorter prompts are slower as a shared prefix (measured on a CPU, texts of 40 tokens).
 _SHARE_FROM_TOKENS = 20
-"""Shorter prompts cost more as a shared prefix than as part of each row (measured on a CPU, texts of 40 tokens)."""
-_ALONE = 1e-4
 
 
 class ExampleGradients:
-    """Gradients with respect to each example's own copy of the tuned parameters, at their present values.
+    """Computes gradients with respect to each example's own copy of the tuned parameters.
 
     Args:
         model: frozen, in evaluation mode.
-        verbalizer: from logits to class scores; of no use where responses are wanted.
+        verbalizer: maps logits to class scores; not used for responses.
         parameters: the prompt [n, d], and the bias parameters [C] if they are tuned.
         share_prefix: compute the prompt's keys and values once; for causal models.
     """
@@ -48,85 +50,94 @@ class ExampleGradients:
         self._prompt_nd = parameters[0].detach().clone().requires_grad_(True)
         self._prefix = model.prefix_of(self._prompt_nd) if share_prefix else None
 
-    def __call__(self, batch: Batch, wanted: torch.Tensor) -> list[torch.Tensor]:
-        """For each parameter [B, ...], in the parameter's own type whatever the model's is.
+    def __call__(self, batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradients [B, ...] of each parameter, in the parameter's dtype.
 
         Args:
-            batch: the rows.
-            wanted: their classes [B], or the tokens of their responses [B, R].
+            batch: the examples.
+            targets: their classes [B], or the tokens of their responses [B, R].
         """
-        rows = len(wanted)
-        biases = (
-            [] if self._bias is None else [self._bias.expand(rows, -1).clone().requires_grad_(True)]
-        )
-        sources = [self._prompt_nd.detach()[None]] if self._prefix is None else self._prefix
-        copies = [
-            source.detach().expand(rows, *source.shape[1:]).requires_grad_(True)
-            for source in sources
-        ]
-        place = {"prompt": copies[0]} if self._prefix is None else {"prefix": copies}
-        if wanted.dim() == 2:
-            losses_B = response_losses(self._model, batch, wanted, **place)  # type: ignore[arg-type]
+        # Each example gets leaves of its own, with which its gradient is taken.
+        copies = self._prompt_copies(len(targets))
+        leaves = list(copies)
+        bias_BC = None
+        if self._bias is not None:
+            bias_BC = self._bias.expand(len(targets), -1).clone().requires_grad_(True)
+            leaves.append(bias_BC)
+        # The prompt goes in as embeddings, or as the keys and values that were computed once.
+        if self._prefix is None:
+            prompt = PromptInput(prompt=copies[0])
         else:
-            losses_B = class_losses(
-                self._model,
-                self._verbalizer,
-                batch,
-                wanted,
-                bias=biases[0] if biases else None,
-                **place,
-            )  # type: ignore[arg-type]
-        gradients = torch.autograd.grad(losses_B.sum(), [*copies, *biases])
-        of_copies, of_biases = gradients[: len(copies)], gradients[len(copies) :]
+            prompt = PromptInput(prefix=copies)
+        losses_B = example_losses(self._model, self._verbalizer, batch, targets, prompt, bias_BC)
+        # The SUM of losses: a mean would scale each gradient by the batch size before the clip.
+        gradients = torch.autograd.grad(losses_B.sum(), leaves)
+        of_copies = gradients[: len(copies)]
+        of_biases = gradients[len(copies) :]
+        # The chain rule carries gradients of the keys and values back to the prompt.
         if self._prefix is not None:
-            cotangents = [part.unsqueeze(1) for part in of_copies]
-            of_copies = torch.autograd.grad(
-                self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
-            )
+            of_copies = self._back_to_prompt(of_copies)
         return [*of_copies, *of_biases]
+
+    def _prompt_copies(self, count: int) -> list[torch.Tensor]:
+        """Return leaves with one copy for each example: of the prompt, or of its prefix."""
+        sources = [self._prompt_nd[None]] if self._prefix is None else self._prefix
+        copies = []
+        for source in sources:
+            copy = source.detach().expand(count, *source.shape[1:])
+            copies.append(copy.requires_grad_(True))
+        return copies
+
+    def _back_to_prompt(self, of_prefix: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Carry gradients with respect to the prefix back to the prompt: one tensor [B, n, d]."""
+        # One product for all examples; the graph of the prefix stays for the next micro-batch.
+        cotangents = [part.unsqueeze(1) for part in of_prefix]
+        return torch.autograd.grad(
+            self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
+        )
+
+
+def task_gradients(task: TuningTask, parameters: Sequence[torch.Tensor]) -> ExampleGradients:
+    """Return the per-example gradients of a tuning task, by the faster of the two ways."""
+    share = sharing_is_faster(task.model, len(parameters[0]))
+    return ExampleGradients(task.model, task.reader.verbalizer, parameters, share_prefix=share)
+
+
+def micro_gradients(
+    task: TuningTask,
+    parameters: Sequence[torch.Tensor],
+    examples: Sequence[int],
+    longest_size: int,
+    device: torch.device,
+) -> Iterator[list[torch.Tensor]]:
+    """Yield the gradients of a step's examples, one micro-batch of a fixed shape at a time.
+
+    Args:
+        task: holds the model and the examples.
+        parameters: present values of the prompt, and of the biases if they are tuned.
+        examples: numbers of the examples of the step; may be empty.
+        longest_size: number of examples in a micro-batch of the longest examples.
+        device: the model's.
+
+    Yields:
+        For each parameter the gradients [B, ...] of the micro-batch's examples, without the copies
+        that fill it up.
+    """
+    # A step without examples needs no prefix.
+    if not examples:
+        return
+    # The prefix is computed once for the whole step.
+    gradients = task_gradients(task, parameters)
+    for micro_batch in micro_batches(task, examples, longest_size, device):
+        found = gradients(micro_batch.batch, micro_batch.targets)
+        yield [part[: micro_batch.counted] for part in found]
 
 
 def sharing_is_faster(model: LanguageModel, num_virtual_tokens: int) -> bool:
-    """Whether `share_prefix` makes a step faster: on a CPU, for prompts that are not short.
+    """Return whether `share_prefix` makes a step faster: on a CPU, for prompts that are not short.
 
-    On an H200 a step of 128 rows behind 100 tokens took 2.9 times as long with it in bf16, and 1.08 times in fp32.
+    On an H200 a step of 128 examples behind 100 prompt tokens took 2.9 times as long with it in
+    bf16, and 1.08 times in fp32.
     """
-    return (
-        not model.masked
-        and model.model.device.type == "cpu"
-        and num_virtual_tokens >= _SHARE_FROM_TOKENS
-    )
-
-
-def check_rows_are_alone(
-    gradients: ExampleGradients, model: LanguageModel, wanted: torch.Tensor, length: int
-) -> None:
-    """Check on random tokens that a row's gradient does not depend on the other rows, which all of the privacy rests on.
-
-    Args:
-        gradients: to be checked.
-        model: whose they are.
-        wanted: classes [B] or responses [B, R] for the rows, two or more.
-        length: tokens of a row.
-
-    Raises:
-        InputError: it does, as in a mixture of experts whose tokens share a capacity.
-    """
-    device = model.model.device
-    generator = torch.Generator(device).manual_seed(0)
-    first, second = torch.randint(
-        model.vocabulary_size, (2, len(wanted), length), generator=generator, device=device
-    )
-    second[0] = first[0]
-    answer_B = torch.full(
-        (len(wanted),), length - (1 if wanted.dim() == 1 else wanted.shape[1]), device=device
-    )
-    one, other = (
-        gradients(Batch(ids, torch.ones_like(ids), answer_B), wanted.to(device))[0][0]
-        for ids in (first, second)
-    )
-    if (one - other).norm() > _ALONE * one.norm():
-        raise InputError(
-            f"{type(model.model).__name__} lets rows of a batch change each other's gradients, so no clip can bound what one row does",
-            "use a dense model",
-        )
+    on_cpu = model.model.device.type == "cpu"
+    return not model.masked and on_cpu and num_virtual_tokens >= _SHARE_FROM_TOKENS

@@ -1,9 +1,12 @@
-"""Clip, sum, add noise: Opacus' DPOptimizer, with its three steps done exactly.
+"""The private mechanism: clip each example's gradient, sum, add Gaussian noise.
 
-Clipped gradients are cut to multiples of C * 2^-30 and summed as integers, so the sum does not depend on the order or the
-split of the examples, and its lowest bits tell nothing (Mironov 2012; arXiv 2207.13793). Cutting goes toward zero, so no
-norm grows. The noise is drawn in fp64, rounded to the same grid and added as an integer: together with the integer sum this is
-a rounding of the Gaussian mechanism's output, and so post-processing.
+Opacus' DPOptimizer with exact steps.
+
+Clipped gradients are truncated to multiples of C * 2^-30 and summed as integers. So the sum does
+not depend on the order or the split of the examples, and its lowest bits reveal nothing (Mironov
+2012; arXiv 2207.13793). Truncation goes toward zero, so no norm grows. The noise is drawn in fp64,
+rounded to the same grid and added as an integer. Together with the integer sum this is a rounding
+of the Gaussian mechanism's output, and so post-processing.
 
 Shapes: B examples, ... a parameter's own shape.
 """
@@ -18,22 +21,26 @@ from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 
 GRID = 2.0**30
-"""Steps of the integer grid in one C: room for 2^33 examples in an int64."""
+"""Steps of the integer grid in one C. An int64 then has room for the sum of 2^33 examples."""
+
+# Keeps a clipped norm at C or below, whatever fp64 rounds up.
 _SHRINK = 1 - 2.0**-40
-"""Keeps a clipped norm at C or below whatever fp64 rounds up."""
 
 Intend = Callable[[str], None]
-"""Called with a commitment to the sum before its noise is drawn; returns when the intent is safe on disk."""
+"""Called with a commitment to the sum before its noise is drawn.
+
+Returns when the intent is safe on disk.
+"""
 
 
 class PrivateOptimizer(DPOptimizer):
     """Takes per-example gradients, and steps with their clipped, noisy mean.
 
     Args:
-        optimizer: what takes the step, over fp32 parameters.
-        plan: gives C, sigma and the divisor.
-        source: of the run's noise.
-        trial: which trial of a search this is.
+        optimizer: takes the step, over fp32 parameters.
+        plan: gives the clipping norm C, the noise multiplier sigma and the divisor.
+        source: randomness of the run.
+        trial: number of the trial in a search; 0 without a search.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class PrivateOptimizer(DPOptimizer):
         self._intend: Intend = lambda commitment: None
 
     def accumulate(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Clip the gradients of some examples of the step, and add them to its sum.
+        """Clip the gradients of some examples of the step and add them to its sum.
 
         Args:
             gradients: for each parameter [B, ...]; B may be 0.
@@ -59,58 +66,78 @@ class PrivateOptimizer(DPOptimizer):
         self._feed(gradients, last=False)
 
     def finish(self, step: int, intend: Intend) -> None:
-        """Add noise to the sum, once, and take the step; also when no example was in it."""
-        self._step_number, self._intend = step, intend
-        self._feed(
-            [parameter.new_zeros(0, *parameter.shape) for parameter in self.params], last=True
-        )
+        """Add noise to the sum, once, and take the step.
+
+        A step without examples is taken in the same way.
+
+        Args:
+            step: number of the step.
+            intend: puts the step's intent on disk before the noise is drawn.
+        """
+        self._step_number = step
+        self._intend = intend
+        # Opacus adds noise in the last of its steps, so an empty one comes last.
+        no_examples = [parameter.new_zeros(0, *parameter.shape) for parameter in self.params]
+        self._feed(no_examples, last=True)
 
     def clip_and_accumulate(self) -> None:
-        """Add each example's clipped gradient to the integer sum. One that is not finite counts as zero."""
-        gradients = [gradient.double() for gradient in self.grad_samples]
-        flat = [gradient.flatten(1) for gradient in gradients]
-        finite_B = torch.stack([part.isfinite().all(dim=1) for part in flat]).all(dim=0)
-        squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)
-        factor_B = (
-            (self.max_grad_norm / squares_B.sqrt()).clamp(max=1.0)
-            * _SHRINK
-            * (GRID / self.max_grad_norm)
-        )
-        factor_B = torch.where(finite_B, factor_B, 0.0)
-        for parameter, part in zip(self.params, flat, strict=True):
-            kept = torch.where(finite_B[:, None], part, 0.0) * factor_B[:, None]
+        """Add each example's clipped gradient to the integer sum.
+
+        A gradient that is not finite counts as zero.
+        """
+        # fp64 holds the norm of any fp32 gradient without overflow.
+        flat = [gradient.double().flatten(1) for gradient in self.grad_samples]
+        finite_B = _finite_examples(flat)
+        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)
+        for parameter, gradient in zip(self.params, flat, strict=True):
+            # NaN times zero is NaN, so values that are not finite are replaced first.
+            finite = torch.where(finite_B[:, None], gradient, 0.0)
+            kept = finite * factor_B[:, None]
+            # Toward zero, so that no norm grows; integers, so that the order does not matter.
             total = kept.trunc().long().sum(dim=0).view(parameter.shape)
-            parameter.summed_grad = (
-                total if parameter.summed_grad is None else parameter.summed_grad + total
-            )
+            if parameter.summed_grad is not None:
+                total = parameter.summed_grad + total
+            parameter.summed_grad = total
 
     def add_noise(self) -> None:
         """Announce the sum, draw its noise, and leave the noisy sum in `grad`."""
         sums = [parameter.summed_grad.cpu() for parameter in self.params]
-        commitment = self._source.commitment(
-            b"".join(total.numpy().tobytes() for total in sums),
-            "sum",
-            self._trial,
-            self._step_number,
-        )
+        # The commitment is a keyed digest of the exact integer sum.
+        place = (self._trial, self._step_number)
+        data = b"".join(total.numpy().tobytes() for total in sums)
+        commitment = self._source.commitment(data, "sum", *place)
+        sizes = [total.numel() for total in sums]
+        # The ledger charges the step before its noise exists, so a kill can hide no spending.
         self._intend(commitment)
-        noise = self._source.normal(
-            sum(total.numel() for total in sums),
-            "noise",
-            self._trial,
-            self._step_number,
-            commitment,
-        )
+        # The commitment is part of the noise's name, so another sum gets independent noise.
+        noise = self._source.normal(sum(sizes), "noise", *place, commitment)
+        # The noise in steps of the grid: sigma * C is sigma * 2^30 of them.
         steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()
-        for parameter, total, drawn in zip(
-            self.params, sums, steps.split([total.numel() for total in sums]), strict=True
-        ):
+        for parameter, total, drawn in zip(self.params, sums, steps.split(sizes), strict=True):
             noisy = (total + drawn.view(total.shape)).double() * (self.max_grad_norm / GRID)
+            # Opacus divides by the expected batch size after this.
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
 
+    def _grid_factors(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the factors [B] that clip each example's gradient to norm C, in steps of the grid.
+
+        Args:
+            flat: for each parameter [B, values] in fp64.
+        """
+        # One norm over all parameters: the prompt and the class biases share the clipping norm.
+        squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)
+        clip_B = (self.max_grad_norm / squares_B.sqrt()).clamp(max=1.0)
+        return clip_B * _SHRINK * (GRID / self.max_grad_norm)
+
     def _feed(self, gradients: Sequence[torch.Tensor], *, last: bool) -> None:
+        """Hand gradients to Opacus' step, which adds noise and steps only for the last ones."""
         for parameter, gradient in zip(self.params, gradients, strict=True):
             parameter.grad_sample = gradient
         self.signal_skip_step(not last)
         self.step()
         self.zero_grad()
+
+
+def _finite_examples(flat: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return for each example [B] whether its gradient is finite in all parameters."""
+    return torch.stack([part.isfinite().all(dim=1) for part in flat]).all(dim=0)

@@ -1,23 +1,86 @@
-"""Poisson sampling: which rows a step reads. The only sampler that the accounting holds for."""
+"""Samplers: which examples a step reads, and what that means for the accountants.
 
-from post_dist.privacy.plan import PrivacyPlan
+A sampler is one object, so that the examples that a step draws and the event that is accounted
+cannot drift apart. To add a sampler, write a class with the interface of `Sampler` here, add its
+field to the section `privacy` of `config/schema.py`, and choose it in `PrivacyPlan.sampler`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dp_accounting import DpEvent, dp_event
+
 from post_dist.privacy.randomness import RandomSource
 
 _WORDS = 2**64
 
 
-def poisson_rows(plan: PrivacyPlan, source: RandomSource, total: int, *step: object) -> list[int]:
-    """The rows of a step: each of `total` rows by itself with the plan's sampling probability.
+class Sampler(Protocol):
+    """Chooses the examples of every step of a training run."""
 
-    Args:
-        plan: gives q.
-        source: of the run.
-        total: how many rows there are; private, and not part of any figure.
-        step: names the step; the same name draws the same rows.
+    @property
+    def name(self) -> str:
+        """Its name in `privacy.json`."""
 
-    Returns:
-        Row numbers in rising order; there may be none.
+    @property
+    def inclusion_probability(self) -> float:
+        """Probability that a step reads a given example."""
+
+    def draw(self, source: RandomSource, total: int, *step: object) -> list[int]:
+        """Draw the examples of a step.
+
+        Args:
+            source: all randomness of the run.
+            total: number of private examples. It is private itself, and no published number depends
+                on it.
+            *step: names the step; the same name draws the same examples.
+
+        Returns:
+            Numbers of the examples in rising order; the list may be empty.
+        """
+
+    def event(self, noise_multiplier: float, steps: int) -> DpEvent:
+        """Describe `steps` steps with Gaussian noise for the accountants of dp-accounting."""
+
+    def opacus_history(self, noise_multiplier: float, steps: int) -> list[tuple[float, float, int]]:
+        """Describe the same steps for the accountants of Opacus, as (sigma, q, steps)."""
+
+
+@dataclass(frozen=True)
+class PoissonSampler:
+    """Poisson sampling: each example is in a step with probability q, independently of all others.
+
+    Attributes:
+        sampling_probability: q, above 0 and at most 1.
     """
-    words_N = source.words(total, "rows", *step)
-    threshold = int(plan.sampling_probability * _WORDS)
-    return [row for row, word in enumerate(words_N.tolist()) if word < threshold]
+
+    sampling_probability: float
+
+    @property
+    def name(self) -> str:
+        """Its name in `privacy.json`."""
+        return "Poisson"
+
+    @property
+    def inclusion_probability(self) -> float:
+        """Probability that a step reads a given example."""
+        return self.sampling_probability
+
+    def draw(self, source: RandomSource, total: int, *step: object) -> list[int]:
+        """Draw the examples of a step; see `Sampler.draw`."""
+        # The purpose "rows" is part of the random stream: another name would draw other examples.
+        words_N = source.words(total, "rows", *step)
+        # A uniform word is below the threshold with probability q, to a multiple of 2^-64.
+        threshold = int(self.sampling_probability * _WORDS)
+        return [example for example, word in enumerate(words_N.tolist()) if word < threshold]
+
+    def event(self, noise_multiplier: float, steps: int) -> DpEvent:
+        """Describe `steps` steps with Gaussian noise for the accountants of dp-accounting."""
+        # dp-accounting composes the subsampled Gaussian mechanism with itself.
+        noise = dp_event.GaussianDpEvent(noise_multiplier)
+        step = dp_event.PoissonSampledDpEvent(self.sampling_probability, noise)
+        return dp_event.SelfComposedDpEvent(step, steps)
+
+    def opacus_history(self, noise_multiplier: float, steps: int) -> list[tuple[float, float, int]]:
+        """Describe the same steps for the accountants of Opacus, as (sigma, q, steps)."""
+        return [(noise_multiplier, self.sampling_probability, steps)]

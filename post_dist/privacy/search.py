@@ -1,101 +1,79 @@
-"""A search over settings whose price is known: a random number of trials, and the best one by a noisy score.
+"""A private search over settings: a random number of trials, and the best by a noisy score.
 
-How many trials are run is drawn from a logarithmic distribution that does not look at the data; each trial is a whole private
-run whose score, the number of validation rows that it gets right, has Gaussian noise on it. Only the best trial leaves. The
-price is that of the repeat-and-select event (Papernot and Steinke, arXiv 2110.03620), not the sum over the trials.
+The number of trials is drawn from a logarithmic distribution that does not look at the data. Each
+trial is a whole private training run. Its score is the number of validation examples that it
+classifies correctly, plus Gaussian noise. Only the best trial leaves. The cost is that of the
+repeat-and-select event (Papernot and Steinke, arXiv 2110.03620), not the sum over trials.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from scipy.optimize import brentq
 
-from post_dist.config.schema import Tune
+from post_dist.config.schema import Search
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.training import PrivateRun
+from post_dist.privacy.trainer import PrivateTrainer, TrialSettings
 from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One candidate: what a trial trains with. None of it changes what the trial costs."""
-
-    learning_rate: float
-    max_grad_norm: float
-
-    def applied_to(self, run: PrivateRun) -> PrivateRun:
-        """The run with the candidate's clipping norm."""
-        return replace(run, plan=replace(run.plan, max_grad_norm=self.max_grad_norm))
-
-
-Train = Callable[[Setting, int, Path], list[torch.Tensor]]
-"""From a setting, the number of the trial and the folder of its checkpoints to the tuned parameters."""
-
-
-def run_search(
-    section: Tune,
-    learning_rate: float,
-    plan: PrivacyPlan,
-    source: RandomSource,
-    checkpoints: Path,
-    train: Train,
-    right: Callable[[list[torch.Tensor]], int],
-) -> list[torch.Tensor]:
-    """Run the trials and give the parameters of the best.
+def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.Tensor]:
+    """Run the trials and return the parameters of the best one. Which one it was is not told.
 
     Args:
-        section: its `search` names the candidates.
-        learning_rate: of every trial, where the search names none.
-        plan: gives the mean number of trials and the noise on a score.
-        source: decides how many trials, which settings, and the noise.
-        checkpoints: where trials are kept until the search is done.
-        train: runs one trial.
-        right: counts the validation rows that parameters get right.
-
-    Returns:
-        The best trial's parameters; which one it was is not said.
+        trainer: trains and scores a trial.
+        settings: what a trial uses where the search lists no candidates.
 
     Raises:
         ArtifactRefused: the key has been destroyed, and no trial is kept.
     """
-    kept = checkpoints / "search"
+    run = trainer.run
+    kept = run.checkpoints / "search"
     finished = newest_step(kept)
-    best = (
-        load_tensors(kept, finished)
-        if finished
-        else {"score": torch.tensor(-math.inf, dtype=torch.float64)}
-    )
-    # Without its key a search that kept a trial is over: it was killed between the key's end and its artifact.
-    for trial in range(
-        finished, finished if finished and not source.key else number_of_trials(plan, source)
-    ):
-        parameters = train(
-            setting_of(section, learning_rate, plan, source, trial),
-            trial,
-            checkpoints / f"trial-{trial}",
-        )
-        count = right(parameters)
-        score = count + float(source.normal(1, "score", trial, count)[0]) * float(
-            plan.score_noise_multiplier or 0.0
-        )
+    # Trials that were finished before a kill are kept, as their best one and their number.
+    best = {"score": torch.tensor(-math.inf, dtype=torch.float64)}
+    if finished:
+        best = load_tensors(kept, finished)
+    for trial in range(finished, _trials_in_all(run.plan, run.source, finished)):
+        # Settings, training and score noise are functions of the key and the trial's number.
+        chosen = trial_settings(trainer.config.tune.search, settings, run.source, trial)
+        parameters = trainer.train(chosen, trial, run.checkpoints / f"trial-{trial}")
+        score = noisy_score(trainer.count_right(parameters), run.plan, run.source, trial)
+        # The noisy score alone decides. Only the best trial's parameters are kept.
         if score > best["score"]:
-            best = {
-                "score": torch.tensor(score, dtype=torch.float64),
-                **{str(index): value for index, value in enumerate(parameters)},
-            }
+            best = {"score": torch.tensor(score, dtype=torch.float64)}
+            for index, value in enumerate(parameters):
+                best[str(index)] = value
         save_tensors(kept, trial + 1, best)
     return [best[str(index)] for index in range(len(best) - 1)]
 
 
+def noisy_score(count: int, plan: PrivacyPlan, source: RandomSource, trial: int) -> float:
+    """Add the plan's noise to a trial's number of correct validation examples.
+
+    Args:
+        count: the private number. It is part of the noise's name, so another count gets independent
+            noise.
+        plan: gives the standard deviation.
+        source: randomness of the run.
+        trial: number of the trial.
+    """
+    noise = float(source.normal(1, "score", trial, count)[0])
+    return count + noise * float(plan.score_noise_multiplier or 0.0)
+
+
 def number_of_trials(plan: PrivacyPlan, source: RandomSource) -> int:
-    """A draw from the logarithmic distribution with the plan's mean: P(k) = p^k / (-k log(1 - p)), k = 1, 2, ..."""
+    """Draw the number of trials from the logarithmic distribution with the plan's mean.
+
+    P(k) = p^k / (-k log(1 - p)) for k = 1, 2, ... scipy.stats.logser.ppf gives the same numbers but
+    raises RuntimeError for some words: 5 of 10,000 at mean 10, 65 at mean 100.
+    """
     p = logarithmic_parameter(float(plan.mean_trials or 0.0))
+    # Inversion: subtract P(1), P(2), ... from a uniform value until nothing is left.
     left = (int(source.words(1, "trials")[0]) + 0.5) / 2**64
-    trials, weight = 0, 1.0
+    trials = 0
+    weight = 1.0
     while left > 0:
         trials += 1
         weight *= p
@@ -104,16 +82,42 @@ def number_of_trials(plan: PrivacyPlan, source: RandomSource) -> int:
 
 
 def logarithmic_parameter(mean: float) -> float:
-    """The p of the logarithmic distribution whose mean, -p / ((1 - p) log(1 - p)), is given (above 1)."""
-    return float(brentq(lambda p: -p / ((1 - p) * math.log1p(-p)) - mean, 1e-12, 1 - 1e-12))
+    """Return the p whose logarithmic distribution has a mean, -p / ((1 - p) log(1 - p))."""
+
+    def excess(p: float) -> float:
+        return -p / ((1 - p) * math.log1p(-p)) - mean
+
+    # The mean rises with p from 1 to infinity, so there is one root.
+    return float(brentq(excess, 1e-12, 1 - 1e-12))
 
 
-def setting_of(
-    section: Tune, learning_rate: float, plan: PrivacyPlan, source: RandomSource, trial: int
-) -> Setting:
-    """The candidate that a trial tries, drawn evenly from the lists; what they leave open stays as given."""
-    search = section.search
-    rates = (search.learning_rate if search else ()) or (learning_rate,)
-    norms = (search.max_grad_norm if search else ()) or (plan.max_grad_norm,)
+def trial_settings(
+    search: Search | None, settings: TrialSettings, source: RandomSource, trial: int
+) -> TrialSettings:
+    """Draw the settings of a trial evenly from the lists of a search.
+
+    Args:
+        search: the lists of the run file.
+        settings: used where a list is empty.
+        source: randomness of the run.
+        trial: number of the trial.
+    """
+    if search is None:
+        return settings
+    rates = search.learning_rate or (settings.learning_rate,)
+    norms = search.max_grad_norm or (settings.max_grad_norm,)
+    # One word chooses a pair, so that all combinations are equally likely.
     word = int(source.words(1, "setting", trial)[0]) % (len(rates) * len(norms))
-    return Setting(rates[word % len(rates)], norms[word // len(rates)])
+    return TrialSettings(rates[word % len(rates)], norms[word // len(rates)])
+
+
+def _trials_in_all(plan: PrivacyPlan, source: RandomSource, finished: int) -> int:
+    """Return the number of trials of the whole search.
+
+    A search that kept a trial and has no key is complete: it was killed after its key was destroyed
+    and before its artifact was written.
+    """
+    # The number of trials is drawn from the key, so it cannot be drawn again without one.
+    if finished and not source.key:
+        return finished
+    return number_of_trials(plan, source)

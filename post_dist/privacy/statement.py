@@ -1,4 +1,4 @@
-"""`privacy.json`: what a prompt claims, in figures from which the claim can be computed again, and what it does not cover."""
+"""`privacy.json`: what a prompt claims, the numbers behind it, and what it does not cover."""
 
 import math
 from collections.abc import Mapping
@@ -11,97 +11,153 @@ from post_dist.privacy.ledger import Spending
 from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
 
 _NOT_COVERED = [
-    "the choice of template, label words, prompt length and other settings, where the private data were looked at for it",
+    "the choice of template, label words, prompt length and other settings, where it was made by "
+    "looking at the private data",
     "the scores of `post-dist evaluate` on the private data",
     "other prompts from the same data: `post-dist budget` adds them up",
-    "several rows of one person: the unit is one row, after repeated texts were dropped",
-    "the time that the run took, for whoever can watch the machine",
+    "several examples of one person: the unit is one example, after repeated texts were dropped",
+    "the time that the run took, for anyone who can watch the machine",
 ]
-_SEEDED = "everything: the noise came from a seed and can be taken off again"
+_SEEDED = "everything: the noise came from a seed and can be subtracted"
+
+# Two machines compute epsilon to better than this.
 _TOLERANCE = 1e-3
-_LEAST_NOISE, _MOST_NOISE = 0.2, 1e4
-_MOST_STEPS, _MOST_TIMES, _MOST_TRIALS, _MOST_EPSILON = 10**6, 100, 10**4, 200.0
-"""Claims beyond these say nothing, or take hours to compute."""
+
+# Claims beyond these bounds promise nothing, or take hours to compute.
+_LEAST_NOISE = 0.2
+_MOST_NOISE = 1e4
+_MOST_STEPS = 10**6
+_MOST_TIMES = 100
+_LEAST_TRIALS = 1.001
+_MOST_TRIALS = 10**4
+_MOST_EPSILON = 200.0
+_LEAST_PROBABILITY = 1e-300
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
-    """What may be said of a run that is done; steps that were begun again count for more."""
-    plan, cost = spending.plan, account(spending.plan)
-    epsilon = (
-        composed_epsilon(spending.plans(), plan.delta) if spending.repeated_steps else cost.epsilon
-    )
-    return {
+    """Return the contents of `privacy.json` for a finished run.
+
+    Steps that were repeated raise epsilon.
+    """
+    plan = spending.plan
+    cost = account(plan)
+    # Repeated steps cost more than the plan, so epsilon is computed from what was spent.
+    epsilon = cost.epsilon
+    if spending.repeated_steps:
+        epsilon = composed_epsilon(spending.plans(), plan.delta)
+    statement = {
         "private": plan.private,
-        "epsilon": epsilon if plan.private else None,
+        "epsilon": epsilon,
         **asdict(plan),
         "steps_repeated": {str(times): count for times, count in spending.repeated_steps.items()},
         "unit": UNIT,
         "neighbouring_relation": RELATION,
-        "sampling": "Poisson",
+        "sampling": plan.sampler.name,
         "accountant": cost.accountant,
         "cross_checks": cost.cross_checks,
-        "epsilon_at_delta": cost.epsilon_at if plan.private else {},
-        "true_positive_rate_at_1_percent_false": cost.true_positive_rate if plan.private else 1.0,
-        "not_covered": _NOT_COVERED if plan.private else [_SEEDED],
+        "epsilon_at_delta": cost.epsilon_at,
+        "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
+        "not_covered": _NOT_COVERED,
     }
+    # Noise from a seed protects nothing, whatever the accountants say.
+    if not plan.private:
+        statement["epsilon"] = None
+        statement["epsilon_at_delta"] = {}
+        statement["true_positive_rate_at_1_percent_false"] = 1.0
+        statement["not_covered"] = [_SEEDED]
+    return statement
 
 
 def statement_problems(statement: dict[str, Any]) -> list[str]:
-    """Compute a statement's epsilon again from its own figures; what does not hold, in words.
+    """Compute a statement's epsilon again from its own numbers, and describe what does not hold.
 
     Args:
         statement: untrusted.
 
     Raises:
-        ArtifactRefused: figures are missing or are none.
+        ArtifactRefused: numbers are missing, or are not numbers that an accountant can take.
     """
-    try:
-        plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
-        repeated = {int(times): count for times, count in statement["steps_repeated"].items()}
-        claim = statement["epsilon"]
-        if not _can_be_computed(plan, repeated) or not (claim is None or _lies(claim, 0, math.inf)):
-            raise ValueError
-        plans = plan.spent({1: plan.steps - sum(repeated.values())} | repeated)
-        beyond = rdp_epsilon(plans, plan.delta) > _MOST_EPSILON
-        true = math.inf if beyond else composed_epsilon(plans, plan.delta)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ArtifactRefused(
-            "privacy.json lacks figures that its epsilon could be computed from"
-        ) from None
+    claim, plan, repeated = _parse(statement)
+    # A prompt with seeded noise may not claim anything.
     if not plan.private:
-        return [] if claim is None else ["its noise came from a seed, yet it claims an epsilon"]
+        if claim is None:
+            return []
+        return ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
-    if beyond:
-        return [f"its own figures give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
-    return (
-        [f"it claims epsilon {claim:.4f}, but its own figures give {true:.4f}"]
-        if true > claim + _TOLERANCE
-        else []
-    )
+    # Numbers that pass the bounds may still overflow in an accountant.
+    try:
+        true = _epsilon_of(plan, repeated)
+    except (TypeError, ValueError, OverflowError):
+        raise _not_computable() from None
+    if true > _MOST_EPSILON:
+        return [f"its own numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
+    # A claim above the computed epsilon is allowed: it promises less.
+    if true > claim + _TOLERANCE:
+        return [f"it claims epsilon {claim:.4f}, but its own numbers give {true:.4f}"]
+    return []
+
+
+def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[int, int]]:
+    """Read the claimed epsilon, the plan and the repeated steps of an untrusted statement.
+
+    Raises:
+        ArtifactRefused: numbers are missing or out of bounds.
+    """
+    # The file comes from the other party: any field may be missing or of any type.
+    try:
+        claim = statement["epsilon"]
+        plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
+        repeated = {int(times): count for times, count in statement["steps_repeated"].items()}
+        usable = _can_be_computed(plan, repeated)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise _not_computable() from None
+    if not usable or not (claim is None or _lies(claim, 0, math.inf)):
+        raise _not_computable()
+    return claim, plan, repeated
+
+
+def _not_computable() -> ArtifactRefused:
+    return ArtifactRefused("privacy.json lacks the numbers that its epsilon is computed from")
+
+
+def _epsilon_of(plan: PrivacyPlan, repeated: Mapping[int, int]) -> float:
+    """Compute epsilon of a plan with repeated steps; infinity where it is beyond use."""
+    begun = {1: plan.steps - sum(repeated.values()), **repeated}
+    plans = plan.spent(begun)
+    # RDP is quick for any numbers, so it goes first: claims that promise nothing stop here.
+    if rdp_epsilon(plans, plan.delta) > _MOST_EPSILON:
+        return math.inf
+    return composed_epsilon(plans, plan.delta)
 
 
 def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
-    """Whether untrusted figures are numbers that an accountant can take, in a time that is worth it."""
-    search = plan.mean_trials, plan.score_noise_multiplier
-    return (
-        all(
-            type(count) is int and 1 <= count <= _MOST_STEPS
-            for count in (plan.steps, *repeated.values())
-        )
-        and all(1 < times <= _MOST_TIMES for times in repeated)
-        and all(_lies(chance, 1e-300, 1) for chance in (plan.sampling_probability, plan.delta))
-        and _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE)
-        and (
-            search == (None, None)
-            or (
-                _lies(search[0], 1.001, _MOST_TRIALS)
-                and _lies(search[1], _LEAST_NOISE, _MOST_NOISE)
-            )
-        )
-        and (plan.mean_trials is not None or sum(repeated.values()) <= plan.steps)
+    """Return whether an accountant can take untrusted numbers in reasonable time."""
+    counts = (plan.steps, *repeated.values())
+    if not all(type(count) is int and 1 <= count <= _MOST_STEPS for count in counts):
+        return False
+    if not all(1 < times <= _MOST_TIMES for times in repeated):
+        return False
+    # A single run cannot have repeated more steps than it has; a search has more than the plan's.
+    if plan.mean_trials is None and sum(repeated.values()) > plan.steps:
+        return False
+    # Zero is left out: its logarithm is taken.
+    probabilities = (plan.sampling_probability, plan.delta)
+    if not all(_lies(value, _LEAST_PROBABILITY, 1) for value in probabilities):
+        return False
+    if not _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE):
+        return False
+    # Both numbers of a search, or neither.
+    if plan.mean_trials is None and plan.score_noise_multiplier is None:
+        return True
+    return _lies(plan.mean_trials, _LEAST_TRIALS, _MOST_TRIALS) and _lies(
+        plan.score_noise_multiplier, _LEAST_NOISE, _MOST_NOISE
     )
 
 
 def _lies(number: object, least: float, most: float) -> bool:
+    """Return whether an untrusted value is a number between two bounds.
+
+    True and False are not numbers here.
+    """
     return type(number) in (int, float) and least <= number <= most  # type: ignore[operator]

@@ -1,240 +1,194 @@
-"""Private tuning of a prompt, once or as a search over settings. Nothing that is computed from a row is shown or kept without noise.
+"""Private training: a state machine that may be killed anywhere.
 
-Shapes: B rows of a micro-batch, C classes.
+    draw examples -> clipped sum -> intent on disk -> noise and step -> state on disk -> next step
+
+After a kill, the step whose state is not on disk is taken again. It draws the same examples. For
+the same sum the ledger already has the intent, and the same noise is drawn, so the outcome is the
+same and costs nothing. For another sum (another machine, other kernels) the noise is independent,
+and the ledger charges the step again.
 """
 
-import logging
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import Tune
-from post_dist.data.tasks import load_examples
-from post_dist.data.template import Batch
-from post_dist.models.classifier import BIAS_SCALE
-from post_dist.models.prompt_init import check_room
+from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
 from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.accounting import account, private_plan
-from post_dist.privacy.gradients import ExampleGradients, check_rows_are_alone, sharing_is_faster
-from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
-from post_dist.privacy.randomness import destroy_key, open_source
-from post_dist.privacy.search import Setting, run_search
-from post_dist.privacy.statement import privacy_statement
-from post_dist.privacy.training import PrivateRun, train_privately
+from post_dist.privacy.gradients import micro_gradients
+from post_dist.privacy.ledger import LedgerRun
+from post_dist.privacy.mechanism import PrivateOptimizer
+from post_dist.privacy.plan import PrivacyPlan
+from post_dist.privacy.randomness import RandomSource
+from post_dist.privacy.scoring import count_right, validation_task
+from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
-from post_dist.runtime.schedule import Schedule
-from post_dist.runtime.stop import stop_requested, stopped
-from post_dist.runtime.watchdog import phase
-
-log = logging.getLogger(__name__)
-
-_LENGTH_STEP = 16
+from post_dist.runtime.schedule import Schedule, ScheduledRates
+from post_dist.runtime.training import EverySteps, run_training
 
 
-def tune_privately(
-    folder: RunFolder, material: TuningTask, world: World, resume: str
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Tune with the plan of the run file.
+@dataclass(frozen=True)
+class TrialSettings:
+    """The settings that a search varies. None of them changes what a trial costs in privacy."""
+
+    learning_rate: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class PrivateRun:
+    """What all trials of one private run share.
+
+    Attributes:
+        plan: the privacy plan, from which sampler, clipping, noise and divisor come.
+        source: all randomness of the run.
+        ledger: where each step's intent is written.
+        checkpoints: folder for the state after every step.
+        label: name of the run in progress bars and messages.
+        world: this process, alone.
+    """
+
+    plan: PrivacyPlan
+    source: RandomSource
+    ledger: LedgerRun
+    checkpoints: Path
+    label: str
+    world: World
+
+
+class PrivateTrainer:
+    """Trains and scores the prompt of a tuning task under a privacy plan.
 
     Args:
-        folder: of the run; keeps the run's key and its state after every step.
-        material: model, rows and start.
-        world: this process.
-        resume: auto or never.
-
-    Returns:
-        The tuned parameters, and what `privacy.json` says of them.
-
-    Raises:
-        PrivacyRefused: the accountants disagree, or the data set's budget does not allow the run.
+        task: model, training examples and start.
+        config: the run file.
+        run: plan, randomness, ledger and checkpoints.
     """
-    config = folder.config
-    plan = private_plan(config)
-    cost = account(plan)
-    log.info(
-        "tune: epsilon %.3f at delta %.2e, noise multiplier %.4f, %d steps",
-        cost.epsilon,
-        plan.delta,
-        plan.noise_multiplier,
-        plan.steps,
-    )
-    if not plan.private:
-        log.warning("tune: the noise comes from a seed: what this run makes is NOT private")
-    check_model(config.tune, material)
-    learning_rate = config.privacy.learning_rate or config.tune.learning_rate
-    key_file, ledger_file = folder.path / "randomness.json", ledger_path(config)
-    with lock_ledger(ledger_file) as descriptor:
-        if resume == "never":
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
-            key_file.unlink(missing_ok=True)
-        source = open_source(key_file, plan.noise_source, config.seed)
-        ledger = LedgerRun(
-            ledger_file, descriptor, source.run, plan, config.privacy.max_total_epsilon
-        )
-        run = PrivateRun(plan, source, ledger, len(material.rows), world)
 
-        schedule = Schedule(config.tune.schedule, config.tune.warmup_share, plan.steps)
+    def __init__(self, task: TuningTask, config: RunConfig, run: PrivateRun) -> None:
+        self.task = task
+        self.config = config
+        self.run = run
 
-        def train(setting: Setting, trial: int, checkpoints: Path) -> list[torch.Tensor]:
-            parameters = material.parameters(config.tune)
-            train_privately(
-                parameters,
-                lambda rows: micro_gradients(config.tune, material, parameters, rows, world.device),
-                material.optimizer(config.tune, parameters, setting.learning_rate),
-                schedule.factor,
-                setting.applied_to(run),
-                checkpoints,
-                trial=trial,
-                label=folder.path.name,
-                show=config.tune.search is None,
-            )
-            return parameters
+    def train(self, settings: TrialSettings, trial: int, checkpoints: Path) -> list[torch.Tensor]:
+        """Train from the start, or from the last checkpoint, for all steps of the plan.
 
-        if config.tune.search is None:
-            parameters = train(Setting(learning_rate, plan.max_grad_norm), 0, folder.checkpoints)
-        else:
-            parameters = run_search(
-                config.tune,
-                learning_rate,
-                plan,
-                source,
-                folder.checkpoints,
-                train,
-                lambda tuned: _right(folder, material, tuned, world),
-            )
-        destroy_key(key_file, source)
-        ledger.finish()
-        return parameters, privacy_statement(ledger.spending)
+        Args:
+            settings: learning rate and clipping norm.
+            trial: number of the trial in a search; 0 without a search.
+            checkpoints: folder for the trial's state.
+
+        Returns:
+            The tuned parameters: the prompt [n, d], and the bias parameters [C] if they are tuned.
+
+        Raises:
+            PrivacyRefused: the ledger does not allow a step.
+            Interrupted: the run was asked to stop; the state is saved.
+        """
+        job = PrivateTrial(self, settings, trial, checkpoints)
+        # Steps before the checkpoint are charged before the first new step is taken.
+        first_step = job.resume()
+        # A search does not show its progress, because the number of its trials is private.
+        show = self.config.tune.search is None
+        # Every step is saved: a repeated step is free only while its sum can be computed again.
+        run_training(job, first_step, self.run.world, EverySteps(1), show=show)
+        return job.parameters
+
+    def count_right(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Count the validation examples that tuned parameters classify correctly.
+
+        The count is private.
+
+        Raises:
+            InputError: the data have no validation examples.
+            Interrupted: the run was asked to stop.
+        """
+        section = self.config.private_task
+        if section is None:
+            raise InputError("the run file lacks the section private_task", "add it")
+        # Read anew for each trial, so that they are in memory only while a trial is scored.
+        validation = validation_task(self.task, section)
+        size = self.config.tune.micro_batch_size_per_gpu
+        return count_right(validation, parameters, size, self.run.world)
+
+    def micro_gradients(
+        self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the per-example gradients of a step's examples, one micro-batch at a time."""
+        size = self.config.tune.micro_batch_size_per_gpu
+        return micro_gradients(self.task, parameters, examples, size, self.run.world.device)
 
 
-def check_model(section: Tune, material: TuningTask) -> None:
-    """Refuse a model whose rows change each other's gradients, or whose context is too short.
+class PrivateTrial:
+    """One training run under the plan, as a job of the training loop.
 
-    Raises:
-        InputError: it is one.
+    A run without a search is trial 0.
+
+    Args:
+        trainer: task, settings of the run file, and the private run.
+        settings: learning rate and clipping norm of this trial.
+        trial: number of the trial.
+        checkpoints: folder for its state.
+
+    Attributes:
+        label: name of the run in progress bars and messages.
+        steps: number of steps of the plan.
+        parameters: the prompt, and the bias parameters if they are tuned; trained in place.
     """
-    check_room(material.model, section.num_virtual_tokens, _padded_length(material))
-    parameters = material.parameters(section)
-    gradients = _example_gradients(material, parameters)
-    rows = max(
-        2, section.micro_batch_size_per_gpu
-    )  # also where 1 is given, short rows share a micro-batch
-    if material.wanted.dim() == 1:
-        wanted, length = (
-            torch.arange(rows) % len(material.verbalizer.token_ids),
-            min(_LENGTH_STEP, material.template.longest),
-        )
-    else:
-        wanted, length = (
-            torch.ones(rows, material.wanted.shape[1], dtype=torch.long),
-            material.template.longest,
-        )
-    check_rows_are_alone(gradients, material.model, wanted, length)
 
+    def __init__(
+        self, trainer: PrivateTrainer, settings: TrialSettings, trial: int, checkpoints: Path
+    ) -> None:
+        # A trial may clip at a norm of its own: the noise scales with it, so the cost is the same.
+        section = trainer.config.tune
+        plan = replace(trainer.run.plan, max_grad_norm=settings.max_grad_norm)
+        self._trainer = trainer
+        self._run = trainer.run
+        self._trial = trial
+        self._checkpoints = checkpoints
+        self._sampler = plan.sampler
+        self.label = trainer.run.label
+        self.steps = plan.steps
+        # Parameters start anew for each trial; `resume` replaces their values after a kill.
+        self.parameters = trainer.task.parameters(section)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self._optimizer = trainer.task.optimizer(section, self.parameters, settings.learning_rate)
+        # The inner optimizer holds the state to save; the private one clips and adds noise.
+        self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)
+        # The schedule is a function of the step alone, so no learning rate depends on the data.
+        schedule = Schedule(section.schedule, section.warmup_share, plan.steps)
+        self._rates = ScheduledRates(self._private, schedule)
 
-def _example_gradients(
-    material: TuningTask, parameters: Sequence[torch.Tensor]
-) -> ExampleGradients:
-    share = sharing_is_faster(material.model, len(parameters[0]))
-    return ExampleGradients(material.model, material.verbalizer, parameters, share_prefix=share)
+    def resume(self) -> int:
+        """Load the last checkpoint, if there is one, and charge the steps before it.
 
+        Returns:
+            The step to start from.
+        """
+        world = self._run.world
+        done = take_up(self.parameters, self._optimizer, self._checkpoints, "auto", world)
+        # The ledger may be an older copy than the checkpoint, and then lacks these steps.
+        self._run.ledger.charge_done(self._trial, done)
+        return done
 
-def micro_gradients(
-    section: Tune,
-    material: TuningTask,
-    parameters: Sequence[torch.Tensor],
-    rows: list[int],
-    device: torch.device,
-) -> Iterator[list[torch.Tensor]]:
-    """Each example's gradients of one step's rows, in micro-batches of fixed shapes.
+    def take_step(self, step: int) -> str:
+        """Take one private step. The loop gets no text to show, because the loss is private."""
+        self._rates.apply(step)
+        # The name (trial, step) draws the same examples again after a kill.
+        total = len(self._trainer.task.examples)
+        examples = self._sampler.draw(self._run.source, total, self._trial, step)
+        # Summing is exact, so the split into micro-batches does not change the sum.
+        for gradients in self._trainer.micro_gradients(self.parameters, examples):
+            self._private.accumulate(gradients)
+        # A step without examples takes its noise like any other.
+        self._private.finish(step, partial(self._run.ledger.intend, self._trial, step))
+        return ""
 
-    What kernels round depends on the shapes that they are given. With a micro-batch's length and number of rows fixed by each
-    row's own length, an example's gradient is a function of the example alone, bit for bit, whoever else is in the step; else one
-    example more would move the others' gradients too, beyond the clipping norm.
-    """
-    if not rows:
-        return
-    gradients = _example_gradients(material, parameters)
-    for counted, filled, batch in _micro_batches(rows, material, section.micro_batch_size_per_gpu):
-        yield [
-            part[:counted]
-            for part in gradients(batch.to(device), material.wanted[filled].to(device))
-        ]
-
-
-def _padded_length(material: TuningTask) -> int:
-    """Tokens of the longest micro-batch.
-
-    A row of a masked model is never without padding: where all rows of a call are, transformers drops the mask, other kernels run, and
-    what they round would depend on how long the rows beside are.
-    """
-    return material.template.longest + material.model.masked
-
-
-def _micro_batches(
-    rows: list[int], material: TuningTask, longest_rows: int
-) -> Iterator[tuple[int, list[int], Batch]]:
-    """The rows in micro-batches: how many rows of each count, those rows filled up with copies of the last, and the batch itself.
-
-    Rows whose lengths round up to the same multiple of 16 come together, padded to it, and so many that all micro-batches have
-    about as many tokens as `longest_rows` rows of the greatest length.
-    """
-    most = _padded_length(material)
-    groups: dict[int, list[int]] = {}
-    for row in rows:
-        rounded = (
-            -(-(len(material.rows[row].token_ids) + material.model.masked) // _LENGTH_STEP)
-            * _LENGTH_STEP
-        )
-        groups.setdefault(min(rounded, most), []).append(row)
-    for length, group in sorted(groups.items()):
-        size = longest_rows * most // length
-        for start in range(0, len(group), size):
-            chosen = group[start : start + size]
-            filled = chosen + chosen[-1:] * (size - len(chosen))
-            yield (
-                len(chosen),
-                filled,
-                material.template.collate([material.rows[row] for row in filled], length),
-            )
-
-
-def _right(
-    folder: RunFolder, material: TuningTask, parameters: Sequence[torch.Tensor], world: World
-) -> int:
-    """How many validation rows the tuned parameters get right: private, for the search to add noise to."""
-    examples = load_examples(folder.config.private_task, "validation", "private_task")  # type: ignore[arg-type]
-    rows, wanted = material.template.encode(examples.texts), torch.tensor(examples.classes)
-    return count_right(
-        folder.config.tune, replace(material, rows=rows, wanted=wanted), parameters, world
-    )
-
-
-@torch.no_grad()
-def count_right(
-    section: Tune, material: TuningTask, parameters: Sequence[torch.Tensor], world: World
-) -> int:
-    """How many of the rows the parameters get right, in micro-batches of fixed shapes: one row more moves the count by one at most.
-
-    Nothing is shown of it, for how many rows and trials there are is private.
-    """
-    right = 0
-    for counted, filled, batch in _micro_batches(
-        list(range(len(material.rows))), material, section.micro_batch_size_per_gpu
-    ):
-        phase("scoring a trial")
-        rows = batch.to(world.device)
-        scores_BC = material.verbalizer.scores(
-            material.model(rows.input_ids, rows.attention_mask, parameters[0], rows.answer)
-        )
-        if len(parameters) > 1:
-            scores_BC = scores_BC + BIAS_SCALE * parameters[1]
-        right += int((scores_BC.argmax(dim=1).cpu() == material.wanted[filled])[:counted].sum())
-        if stop_requested(world):
-            raise stopped("a trial's score is begun again next time")
-    return right
+    def save(self, step: int) -> None:
+        """Save the state from which step number `step` is the next one."""
+        state = optimizer_state(self.parameters, self._optimizer)
+        save_tensors(self._checkpoints, step, state)

@@ -1,4 +1,4 @@
-"""How glibc holds memory: blocks that it maps by themselves go back when they are freed; others leave holes in the heap."""
+"""How glibc keeps memory: blocks with a mapping of their own return to the system when freed."""
 
 import ctypes
 import os
@@ -6,19 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_MMAP_THRESHOLD = -3
-_SMALL, _LARGE = 1 << 16, 1 << 25
+"""glibc's number for the option, from malloc.h."""
+_FROM_64_KIB = 1 << 16
+_FROM_32_MIB = 1 << 25
+"""The threshold that glibc's own rule reaches with time."""
 
 
 @contextmanager
 def memory_given_back_at_once() -> Iterator[None]:
-    """While entered, blocks from 64 KiB on are mapped by themselves.
+    """Map every block of 64 KiB or more separately while the body runs.
 
-    Afterwards only those of 32 MiB and more are, where glibc itself ends up with time, or what the user's MALLOC_MMAP_THRESHOLD_ says: a
-    step that maps each of its tensors anew takes twice as long (64 private rows: 6.1 s in place of 3.0).
+    Smaller blocks are cut from the heap, where freed ones leave holes. Afterwards only blocks of
+    32 MiB or more are mapped, or what the user's MALLOC_MMAP_THRESHOLD_ demands. A training step
+    that maps each of its tensors takes twice as long (64 private examples: 6.1 s instead of 3.0).
     """
+    # Only glibc has mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
-    mallopt(_M_MMAP_THRESHOLD, _SMALL)
+    mallopt(_M_MMAP_THRESHOLD, _FROM_64_KIB)
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _LARGE)))
+        threshold = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _FROM_32_MIB))
+        mallopt(_M_MMAP_THRESHOLD, threshold)

@@ -1,7 +1,7 @@
-"""Where an unfinished stage goes on: the prompt's state, or the student's in one file a rank.
+"""Checkpoints: the state of a prompt, or that of a student in one file per rank.
 
-Every checkpoint is written beside its place with the sha256 of each of its files, flushed, and renamed. The newest one whose
-files are all as they were written counts, and the two newest are kept.
+Each checkpoint is written beside its place with the sha256 of each of its files, flushed and
+renamed. A run resumes from the newest one whose files are all unchanged. The two newest are kept.
 """
 
 import json
@@ -22,12 +22,16 @@ from post_dist.runtime.watchdog import phase
 log = logging.getLogger(__name__)
 
 _KEEP = 2
+"""The newest checkpoint may turn out damaged; then the run resumes from the one before."""
 _TENSORS = "state.safetensors"
 _SEAL = "checkpoint.json"
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint that is as it was written, 0 when there is none; a damaged one is named and passed over."""
+    """Return the step of the newest undamaged checkpoint, or 0 if there is none.
+
+    A damaged checkpoint is named in the log and deleted.
+    """
     for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
         if _is_whole(path):
             return _step_of(path)
@@ -37,13 +41,21 @@ def newest_step(folder: Path) -> int:
 
 
 def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Keep a few small tensors, such as a prompt and its optimizer's moments."""
+    """Save a few small tensors, such as a prompt and the moments of its optimizer.
+
+    Args:
+        folder: the folder of all checkpoints.
+        step: the next step of the run.
+        tensors: what to save, by name.
+
+    Raises:
+        InputError: the place cannot be written to.
+        EnvironmentFault: the disk is full.
+    """
 
     def fill(partial: Path) -> None:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            partial / _TENSORS,
-        )
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, partial / _TENSORS)
         _seal(partial)
 
     write_folder(folder / f"step-{step}", fill)
@@ -51,22 +63,22 @@ def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> N
 
 
 def load_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint at `step`."""
+    """Load the tensors of the checkpoint at `step`."""
     return load_file(folder / f"step-{step}" / _TENSORS)
 
 
 def optimizer_state(
     parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The values of a few parameters and what the optimizer keeps for them."""
+    """Collect the values of a few parameters and the optimizer's tensors for each of them."""
     state = {}
+    # Names are numbers, because the parameters of a prompt have none.
     for index, parameter in enumerate(parameters):
         state[f"{index}"] = parameter
-        state |= {
-            f"{index}.{name}": value
-            for name, value in optimizer.state[parameter].items()
-            if value is not None
-        }
+        for name, value in optimizer.state[parameter].items():
+            # SGD without momentum keeps None.
+            if value is not None:
+                state[f"{index}.{name}"] = value
     return state
 
 
@@ -75,19 +87,24 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, torch.Tensor],
 ) -> None:
-    """Put parameters and optimizer back to what `optimizer_state` gave."""
+    """Set parameters and optimizer to what `optimizer_state` returned.
+
+    Args:
+        parameters: the same parameters, in the same order.
+        optimizer: of the same kind.
+        saved: the saved state.
+    """
     for index, parameter in enumerate(parameters):
         with torch.no_grad():
             parameter.copy_(saved[f"{index}"])
-        moments = {
-            name.partition(".")[2]: value
-            for name, value in saved.items()
-            if name.startswith(f"{index}.")
-        }
-        optimizer.state[parameter] = {
-            name: value if name == "step" else value.to(parameter)
-            for name, value in moments.items()
-        }
+        state = {}
+        for key, value in saved.items():
+            owner, _, name = key.partition(".")
+            if owner != f"{index}" or not name:
+                continue
+            # torch keeps Adam's step count on the CPU, wherever the parameter is.
+            state[name] = value if name == "step" else value.to(parameter)
+        optimizer.state[parameter] = state
 
 
 def take_up(
@@ -97,7 +114,18 @@ def take_up(
     resume: str,
     world: World,
 ) -> int:
-    """Put parameters and optimizer to where an earlier run left them, if one did; the step to go on from."""
+    """Set parameters and optimizer to the newest checkpoint, if there is one.
+
+    Args:
+        parameters: what is trained.
+        optimizer: its optimizer.
+        folder: the folder of all checkpoints.
+        resume: `auto`, or `never` to delete earlier checkpoints.
+        world: the ranks, which all call this function.
+
+    Returns:
+        The step to start from; 0 without a checkpoint.
+    """
     step = start_step(folder, resume, world)
     if step:
         restore_optimizer(parameters, optimizer, load_tensors(folder, step))
@@ -105,12 +133,20 @@ def take_up(
 
 
 def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
-    """Keep an engine's trained weights and optimizer; all ranks call it.
+    """Save the trained weights and the optimizer of an engine. All ranks call it together.
+
+    Args:
+        folder: the folder of all checkpoints.
+        step: the next step of the run.
+        engine: a training engine.
+        world: the ranks.
 
     Raises:
-        EnvironmentFault: a rank cannot write; the checkpoints before are as they were.
+        InputError: a rank cannot write; earlier checkpoints are unchanged.
+        EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
     """
-    place, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    place = folder / f"step-{step}"
+    partial = folder / f".step-{step}.partial"
     phase(f"writing the checkpoint of step {step}")
 
     def make_room() -> None:
@@ -132,38 +168,48 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
 
     try:
         world.on_main(make_room)
+        # Returns once every rank has written, so that rank 0 seals complete files.
         world.together(write)
         world.on_main(finish)
     finally:
+        # After a failure the partial folder is worthless.
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Put an engine back to the checkpoint at `step`; all ranks call it, and they may be more or fewer than those that saved it."""
+    """Set an engine to the checkpoint at `step`. All ranks call it.
+
+    The number of ranks may differ from that of the run that saved it.
+    """
     restore_engine(engine, sorted((folder / f"step-{step}").glob("*.safetensors")))
 
 
 def start_step(folder: Path, resume: str, world: World) -> int:
-    """The step to start from; `resume` of `never` throws earlier checkpoints away."""
+    """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted."""
+    # Rank 0 alone touches the folder; the others would see it half deleted.
     if world.is_main and resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
     step = world.from_main(newest_step(folder) if world.is_main else 0)
     if step:
-        # A private search keeps each trial's in a folder below; which trial it goes on with is not said.
+        # A private search keeps the checkpoints of each trial in a subfolder. The number of trials
+        # is private, so the message names the run and no trial.
         run = folder.parent if folder.name == "checkpoints" else folder.parent.parent
-        log.info("going on from step %d of %s", step, run.name)
+        log.info("resuming from step %d of %s", step, run.name)
     return step
 
 
 def _seal(folder: Path) -> None:
+    """Write the sha256 of each file."""
     (folder / _SEAL).write_text(json.dumps(file_digests(folder)))
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether the files are those that were sealed."""
     try:
         sealed = json.loads((folder / _SEAL).read_text())
         found = file_digests(folder)
+        # The seal does not hold its own hash.
         found.pop(_SEAL)
         return bool(sealed == found)
     except (OSError, ValueError):

@@ -1,10 +1,12 @@
-"""The processes of a run: which launcher started them, who they are, and the few collectives that stages need."""
+"""The ranks of a run: who this process is, the few collectives that stages need, and the start.
+
+Shapes: W ranks.
+"""
 
 import logging
 import os
-import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,19 +16,29 @@ import torch
 import torch.distributed as dist
 
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
+from post_dist.runtime.launcher import environment_of_one_process, find_launcher
 from post_dist.runtime.watchdog import unwatched
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(days=2)
-"""How long a collective waits: rank 0 may tune alone for many hours. The watchdog ends a hang long before."""
+"""Time limit of a collective. Rank 0 may tune alone for many hours while the others wait. The
+watchdog ends a hang long before."""
+
 Shared = TypeVar("Shared")
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, its place on its machine, and the device that it computes on."""
+    """This process among all ranks.
+
+    Attributes:
+        rank: number of this process among all, from 0.
+        size: number of ranks W.
+        local_rank: number of this process on its machine, from 0.
+        launcher: what started the processes.
+        device: the device that this process computes on.
+    """
 
     rank: int
     size: int
@@ -36,7 +48,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is rank 0, which writes the files and the log."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -45,91 +57,115 @@ class World:
             dist.barrier()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks, in place."""
+        """Average a tensor over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows in rank order; each rank may give its own number of them."""
+        """Concatenate the rows of all ranks in rank order. Each rank may have its own number."""
         if self.size == 1:
             return rows
         counts = [torch.empty(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
-        padded = rows.new_zeros(int(torch.cat(counts).max()), *rows.shape[1:])
+
+        # all_gather needs tensors of one shape, so every rank pads its rows to the most.
+        most = int(torch.cat(counts).max())
+        padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
     def ranks_of_a_node(self) -> int:
-        """How many ranks a node has; all ranks call it.
+        """Return the number of ranks on a node. All ranks call it together.
 
         Raises:
-            InputError: the nodes differ in it, or the ranks are not numbered node by node.
+            InputError: nodes differ in it, or the ranks are not numbered node by node.
         """
-        local_ranks = self.concatenate(torch.tensor([self.local_rank], device=self.device)).tolist()
+        own = torch.tensor([self.local_rank], device=self.device)
+        local_ranks = self.concatenate(own).tolist()
         count: int = max(local_ranks) + 1
+        # The sharing of models goes by neighboring numbers.
         if local_ranks != [rank % count for rank in range(self.size)]:
             raise InputError(
-                "the nodes have different numbers of ranks, or these are not numbered node by node",
+                "the nodes have different numbers of ranks, "
+                "or the ranks are not numbered node by node",
                 "engine.shard_group: node and bench fabric need equal nodes",
             )
         return count
 
     def lost_a_rank(self, error: RuntimeError) -> bool:
-        """Whether an error is a collective's that lost its connection: NCCL has a class for it, gloo names its source file."""
+        """Whether an error comes from a collective that lost its connection.
+
+        NCCL raises a class of its own; gloo names its source file in the message.
+        """
         return self.size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
     def leave(self) -> None:
-        """Take the process group down with all ranks there: gloo's threads, met by the end of a process, abort it now and then."""
+        """Wait for all ranks, then destroy the process group.
+
+        If a process exits while gloo's threads still run, they abort it now and then.
+        """
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; the same answer on all."""
-        return bool(self._most(int(flag)))
+        """Whether the flag is set on any rank; the same answer on all. All ranks call it."""
+        return bool(self._largest(int(flag)))
 
     def from_main(self, own: Shared) -> Shared:
-        """What rank 0 gives, on every rank."""
+        """Return rank 0's value on every rank. All ranks call it."""
         if self.size == 1:
             return own
+        # torch fills the list in place.
         shared = [own]
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
 
     def together(self, work: Callable[[], Shared]) -> Shared:
-        """What each rank's own work gives; when it fails on one, all raise, and nobody waits for a rank that has left.
+        """Do each rank's own work. If it fails on one rank, all ranks raise.
+
+        Otherwise the others would wait in a later collective for a rank that has left.
 
         Raises:
-            PostDistError: another rank failed; with its exit code, for that is what a launcher reports.
+            PostDistError: another rank failed. The error has that rank's exit code, which is what
+                a launcher reports.
         """
-        given: list[Shared] = []
+        # A list, because a result may be None.
+        results: list[Shared] = []
         failure = None
         try:
-            given.append(work())
+            results.append(work())
         except PostDistError as error:
             failure = error
-        code = self._most(failure.exit_code if failure else 0)
+        # Every rank reaches this point, so that none waits in vain.
+        code = self._largest(failure.exit_code if failure else 0)
         if code:
-            raise failure or _of_another_rank(code)
-        return given[0]
+            raise failure or _error_of_another_rank(code)
+        return results[0]
 
     def on_main(self, work: Callable[[], Shared]) -> Shared:
-        """What rank 0's work gives, on every rank; the others wait for it, or fail with it.
+        """Do work on rank 0 and return its result on every rank. All ranks call it.
 
-        It may take hours, and rank 0 has a watchdog of its own: when that ends it, the launcher ends those that wait.
-        Whatever may not exist yet is looked for here: a file that a rank has missed, its node goes on missing for half a minute on NFS.
+        The work may take hours. Rank 0 has its own watchdog; if that ends it, the launcher ends the
+        ranks that wait. NFS caches a failed lookup for about 30 s, so only rank 0 should look for
+        files that may not exist yet.
+
+        Raises:
+            PostDistError: the work failed on rank 0.
         """
         if self.is_main:
             return self.from_main(self.together(work))
         with unwatched("waiting for rank 0"):
             self.together(lambda: None)
+        # The others' value is never used.
         return self.from_main(cast(Shared, None))
 
-    def _most(self, number: int) -> int:
+    def _largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
         if self.size == 1:
             return number
         shared = torch.tensor([number], device=self.device)
@@ -137,99 +173,61 @@ class World:
         return int(shared)
 
 
-def _of_another_rank(exit_code: int) -> PostDistError:
+def _error_of_another_rank(exit_code: int) -> PostDistError:
     if exit_code == Interrupted.exit_code:
         return Interrupted(
-            "another rank was stopped", "the same command goes on from what that rank has saved"
+            "another rank was stopped", "the same command resumes from what that rank has saved"
         )
-    error = PostDistError("another rank could not go on", "what it says itself tells why")
+    # The class is not known here, but launchers look at the exit code.
+    error = PostDistError("another rank failed", "its own error message says why")
     error.exit_code = exit_code
     return error
 
 
-def find_launcher(environment: Mapping[str, str]) -> str:
-    """Name what started this process.
-
-    Raises:
-        EnvironmentFault: the launcher's variables are incomplete or contradict each other.
-    """
-    given = [name for name in _TORCHRUN if environment.get(name)]
-    slurm_tasks = int(environment.get("SLURM_NTASKS") or 1)
-    in_slurm_step = bool(environment.get("SLURM_PROCID"))
-    if not given or given == ["MASTER_ADDR"]:
-        if in_slurm_step and slurm_tasks > 1:
-            raise EnvironmentFault(
-                f"Slurm started {slurm_tasks} tasks, but RANK and WORLD_SIZE are not set: each would think it is alone",
-                "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR MASTER_PORT in each task",
-            )
-        return "none"
-    missing = sorted(set(_TORCHRUN) - set(given))
-    if missing:
-        raise EnvironmentFault(
-            f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
-        )
-    try:
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        int(environment["LOCAL_RANK"])
-    except ValueError:
-        raise EnvironmentFault("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
-    if not 0 <= rank < size:
-        raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
-    if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
-        raise EnvironmentFault(
-            f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank"
-        )
-    if environment.get("TORCHELASTIC_RUN_ID"):
-        return "torchrun"
-    return "srun" if in_slurm_step else "deepspeed or plain environment"
-
-
 def start(seed: int) -> World:
-    """Join the process group (a group of one when there is no launcher) and seed this process.
+    """Join the process group and seed this process. Without a launcher the group has one rank.
 
     Raises:
         EnvironmentFault: see `find_launcher`; or more local ranks than GPUs.
     """
     launcher = find_launcher(os.environ)
     if launcher == "none":
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
-        }
-    # What DeepSpeed compiles belongs to one environment: in the home folder another one's build would be taken for it.
+        os.environ |= environment_of_one_process()
+    # What DeepSpeed compiles belongs to one Python environment. In its default place, the home
+    # folder, it would be taken for the build of another one.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise EnvironmentFault(
-                f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # reads the environment
-
-        # Only DeepSpeed's inference all-reduce uses this op. Without it a CPU run compiles nothing, and no
-        # killed compiler can leave a lock that hangs every later start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = _use_device(local_rank)
     if not dist.is_initialized():
-        import deepspeed
+        import deepspeed  # only now, because it reads the environment when it is imported
 
-        deepspeed.init_distributed(
-            "nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, verbose=False
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
+    # The process group decides, whatever the environment says.
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
     torch.manual_seed(seed)
     log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)
     return world
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def _use_device(local_rank: int) -> torch.device:
+    """Choose the device of this process and prepare DeepSpeed for it."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise EnvironmentFault(
+                f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs",
+                "start one process per GPU",
+            )
+        # Each process drives one GPU.
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # reads the environment
+
+    # Only DeepSpeed's inference all-reduce uses this op. Without it a CPU run compiles nothing, and
+    # no killed compiler can leave a lock that hangs every later start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return torch.device("cpu")

@@ -1,7 +1,8 @@
-"""What a training engine would lose in a crash, as plain tensors that any number of ranks can take up again.
+"""The state of a training engine as plain tensors that any number of ranks can restore.
 
-DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors that are cut differently for each ZeRO stage and number of ranks.
-Here each rank names the pieces of parameters that lie in its own flat tensors; a piece is a stretch of a flattened parameter.
+DeepSpeed keeps fp32 weights and Adam's moments in flat tensors, and cuts them differently for each
+ZeRO stage and number of ranks. Here each rank names the pieces of parameters that its own flat
+tensors hold. A piece is a range of a flattened parameter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,21 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from safetensors import safe_open
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+"""torch's names for the first and second moment of Adam."""
 _ADAM_STEP = "adam_step"
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a parameter on this rank: elements `start` on of the parameter, `offset` on of a flat fp32 tensor."""
+    """A range of a parameter that this rank holds.
+
+    Attributes:
+        name: name of the parameter.
+        start: first element of the range in the flattened parameter.
+        flat: DeepSpeed's flat fp32 tensor.
+        offset: first element of the range in the flat tensor.
+        length: number of elements.
+    """
 
     name: str
     start: int
@@ -33,50 +43,77 @@ class _Piece:
     length: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The stretch in the flat tensor or in one of its moments; writing to it writes there."""
+        """Return a view of the range in the flat tensor, or in a moment of the same layout."""
         return tensor.view(-1).narrow(0, self.offset, self.length)
 
 
 def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """This rank's pieces of the trained weights and moments, fp32, on the CPU; whole parameters from rank 0 alone at ZeRO-0."""
-    pieces, optimizer = _pieces(engine), _inner(engine)
+    """Return this rank's pieces of the trained weights and moments, in fp32 on the CPU.
+
+    At ZeRO-0 every rank holds whole parameters, so rank 0 alone returns them.
+    """
+    if not engine.zero_optimization_stage() and dist.get_rank() != 0:
+        return {}
+    optimizer = _torch_optimizer(engine)
+    # Adam keeps its moments in tensors of the same layout as the flat weights.
     tensors = {}
-    for piece in pieces:
+    for piece in _pieces(engine):
         state = optimizer.state.get(piece.flat, {})
-        for kind, tensor in {
-            "weight": piece.flat,
-            **{kind: state[kind] for kind in _MOMENTS if kind in state},
-        }.items():
-            tensors[f"{piece.name}/{kind}/{piece.start}"] = piece.of(tensor.detach()).to(
-                "cpu", copy=True
-            )
+        flat_tensors = {"weight": piece.flat}
+        for kind in _MOMENTS:
+            if kind in state:
+                flat_tensors[kind] = state[kind]
+        for kind, flat in flat_tensors.items():
+            key = f"{piece.name}/{kind}/{piece.start}"
+            tensors[key] = piece.of(flat.detach()).to("cpu", copy=True)
         if "step" in state:
             tensors[_ADAM_STEP] = torch.as_tensor(state["step"]).cpu()
-    return tensors if engine.zero_optimization_stage() or dist.get_rank() == 0 else {}
+    return tensors
 
 
 @torch.no_grad()
 def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> None:
-    """Put an engine to what `engine_state` gave of all ranks of an earlier run, whatever its stage and number of ranks."""
-    pieces, optimizer = _pieces(engine), _inner(engine)
+    """Set an engine to what `engine_state` returned on all ranks of an earlier run.
+
+    Args:
+        engine: its ZeRO stage and number of ranks may differ from those of the earlier run.
+        files: one safetensors file for each rank of the earlier run.
+    """
+    pieces = _pieces(engine)
+    optimizer = _torch_optimizer(engine)
     with ExitStack() as stack:
-        saved = _Saved([stack.enter_context(safe_open(file, framework="pt")) for file in files])
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        saved = _SavedPieces(handles)
+
+        # Before the first step there are no moments, neither saved nor here.
+        kinds: tuple[str, ...] = ("weight",)
         if saved.adam_step is not None:
-            for piece in pieces:
-                optimizer.state[piece.flat] |= {"step": saved.adam_step.clone()}
-                for kind in _MOMENTS:
-                    optimizer.state[piece.flat].setdefault(kind, torch.zeros_like(piece.flat))
+            kinds += _MOMENTS
+            _make_moments(pieces, optimizer, saved.adam_step)
+
+        # Several saved pieces may overlap with one of ours, as the ranks were more or fewer.
         for piece in pieces:
-            for kind in ("weight", *_MOMENTS[: len(_MOMENTS) * (saved.adam_step is not None)]):
-                place = piece.of(
-                    piece.flat.data if kind == "weight" else optimizer.state[piece.flat][kind]
-                )
-                for first, values in saved.stretch(piece.name, kind, piece.start, piece.length):
+            for kind in kinds:
+                is_weight = kind == "weight"
+                flat = piece.flat.data if is_weight else optimizer.state[piece.flat][kind]
+                place = piece.of(flat)
+                for first, values in saved.overlaps(piece, kind):
                     place[first : first + len(values)] = values.to(place.device)
-    _to_working_precision(engine)
+    _update_working_weights(engine)
 
 
-class _Saved:
+def _make_moments(
+    pieces: Sequence[_Piece], optimizer: torch.optim.Optimizer, step: torch.Tensor
+) -> None:
+    """Give the optimizer zero moments for each flat tensor, with the saved step count."""
+    for piece in pieces:
+        state = optimizer.state[piece.flat]
+        state["step"] = step.clone()
+        for kind in _MOMENTS:
+            state.setdefault(kind, torch.zeros_like(piece.flat))
+
+
+class _SavedPieces:
     """The pieces in the files of a checkpoint."""
 
     def __init__(self, handles: Sequence[Any]) -> None:
@@ -87,93 +124,96 @@ class _Saved:
                 if key == _ADAM_STEP:
                     self.adam_step = handle.get_tensor(key)
                     continue
+                # Names of parameters hold dots, and no slashes.
                 name, kind, start = key.rsplit("/", 2)
-                self._pieces.setdefault((name, kind), []).append(
-                    (int(start), handle.get_slice(key))
-                )
+                saved = (int(start), handle.get_slice(key))
+                self._pieces.setdefault((name, kind), []).append(saved)
 
-    def stretch(
-        self, name: str, kind: str, start: int, length: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """What there is of elements `start` to `start + length` of a parameter: each with its place in the stretch."""
-        for saved_start, values in self._pieces[name, kind]:
-            first, last = (
-                max(start, saved_start),
-                min(start + length, saved_start + values.get_shape()[0]),
-            )
-            if first < last:
-                yield first - start, values[first - saved_start : last - saved_start]
+    def overlaps(self, piece: _Piece, kind: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the saved values that belong to a piece, each with its first element in it."""
+        piece_end = piece.start + piece.length
+        for saved_start, values in self._pieces[piece.name, kind]:
+            saved_end = saved_start + values.get_shape()[0]
+            first = max(piece.start, saved_start)
+            end = min(piece_end, saved_end)
+            if first < end:
+                yield first - piece.start, values[first - saved_start : end - saved_start]
 
 
-def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The torch optimizer inside of DeepSpeed's."""
+def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside DeepSpeed's; ZeRO-0 in fp32 has no wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _pieces(engine: deepspeed.DeepSpeedEngine) -> list[_Piece]:
-    """Which stretches of the trained parameters this rank steps."""
+    """List the ranges of the trained parameters that this rank's optimizer steps."""
     optimizer = engine.optimizer
-    trained = [
-        (name, parameter)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    ]
+    trained = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter
+
+    pieces = []
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return [
-            piece
-            for name, parameter in trained
-            for piece in _stage_3_pieces(optimizer, name, parameter)
-        ]
+        for name, parameter in trained.items():
+            pieces += _stage_3_pieces(optimizer, name, parameter)
+        return pieces
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return [
-            piece
-            for name, parameter in trained
-            for piece in _stage_1_and_2_pieces(optimizer, name, parameter)
-        ]
-    masters = {parameter: parameter for _, parameter in trained}
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = {
-            low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)
-        }
-    return [
-        _Piece(name, 0, masters[parameter], 0, parameter.numel()) for name, parameter in trained
-    ]
+        for name, parameter in trained.items():
+            pieces += _stage_1_and_2_pieces(optimizer, name, parameter)
+        return pieces
+
+    # ZeRO-0: every rank steps every parameter, or in half precision its fp32 copy.
+    fp32_copies = dict(_fp32_copies(optimizer))
+    for name, parameter in trained.items():
+        flat = fp32_copies.get(parameter, parameter)
+        pieces.append(_Piece(name, 0, flat, 0, parameter.numel()))
+    return pieces
+
+
+def _fp32_copies(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each half-precision parameter of a ZeRO-0 optimizer with its fp32 copy."""
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return
+    for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(low_group, high_group, strict=True)
 
 
 def _stage_3_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
-    group, offset, held = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = held * dist.get_rank(parameter.ds_process_group)
-    length = min(held, parameter.ds_numel - start)  # the last rank's share is filled up
-    return (
-        [_Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, length)]
-        if length > 0
-        else []
-    )
+    group, offset, shard_length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = shard_length * dist.get_rank(parameter.ds_process_group)
+    # All shards have one length, so the last rank's may be padded, or hold only padding.
+    length = min(shard_length, parameter.ds_numel - start)
+    if length <= 0:
+        return []
+    return [_Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, length)]
 
 
 def _stage_1_and_2_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
+    # DeepSpeed's mapping from a parameter to its place among the fp32 weights. It is None where
+    # other ranks hold them all.
     mapping = parameter._hp_mapping
-    if mapping is None:  # it lies on other ranks
+    if mapping is None:
         return []
     flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     place = mapping.hp_fragment_address
     return [_Piece(name, mapping.lp_fragment_address.start, flat, place.start, place.numel)]
 
 
-def _to_working_precision(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make the weights that the model computes with from the fp32 ones."""
+def _update_working_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Copy the fp32 weights into those that the model computes with."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        # Small parameters stay gathered between steps. They are cut up, updated and gathered again.
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent:
+            persistent[0].all_gather(persistent)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low, high in zip(lows, highs, strict=True):
-                low.data.copy_(high.data)
+    else:
+        for low, high in _fp32_copies(optimizer):
+            low.data.copy_(high.data)

@@ -1,4 +1,4 @@
-"""Logging: rank 0 speaks on standard error, every rank keeps a file in its run folder."""
+"""Logging: rank 0 writes to standard error, and every rank to a file in its run folder."""
 
 import logging
 import sys
@@ -11,17 +11,18 @@ _NOISY = ("datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "
 
 
 def speak(rank: int) -> None:
-    """Send this package's log to standard error on rank 0, and hush the libraries."""
+    """Send this package's log to standard error on rank 0, and silence the libraries."""
     logger = logging.getLogger("post_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # A second command in one process must not print every line twice.
     if rank == 0 and not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed; nothing that a user could act on.
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed. A user cannot act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.")
 
 
@@ -30,7 +31,8 @@ def log_file(folder: Path, rank: int) -> Iterator[None]:
     """Also write this rank's log to `logs/rank<N>.log` of a run folder while the body runs."""
     logger = logging.getLogger("post_dist")
     place = folder / "logs" / f"rank{rank}.log"
-    # Every rank makes the folder: that asks the server, where opening the file would believe this node that there was none before.
+    # Every rank creates the folder, because that asks the server. An NFS client that only opened
+    # the file could still hold a failed lookup of the folder in its cache.
     place.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(place)
     handler.setFormatter(

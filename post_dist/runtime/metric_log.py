@@ -1,13 +1,26 @@
-"""`metrics.jsonl`: one line a step, the record from which reports are drawn."""
+"""Metrics of a run as JSON lines: one line a step, from which reports are drawn."""
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+MetricValue = float | int | bool
+
+
+class MetricRecord(Protocol):
+    """What a training loop writes its metrics to."""
+
+    def write(self, step: int, **values: MetricValue) -> None:
+        """Add the metrics of one step."""
 
 
 class MetricLog:
-    """Appends to a JSONL file. `path` None keeps nothing: other ranks than the first."""
+    """Appends to a JSONL file.
+
+    Args:
+        path: the file, or None to keep nothing, as on all ranks but the first.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -15,15 +28,24 @@ class MetricLog:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **values: Any) -> None:
-        """Add one line: the values, and the seconds since this process opened the file."""
-        if self._path is not None:
-            line = json.dumps({"seconds": round(time.monotonic() - self._start, 3), **values})
-            with self._path.open("a") as file:
-                file.write(line + "\n")
+    def write(self, step: int, **values: MetricValue) -> None:
+        """Add one line: the step, its metrics, and the seconds since this object was made."""
+        if self._path is None:
+            return
+        seconds = round(time.monotonic() - self._start, 3)
+        line = json.dumps({"seconds": seconds, "step": step, **values})
+        # Opened for each line, so that a killed run has lost none.
+        with self._path.open("a") as file:
+            file.write(line + "\n")
 
 
 def read_metric_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, the last one of each step: a run that went on from a checkpoint wrote some twice."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({line["step"]: line for line in lines}.values())
+    """Read a metrics file, and keep the last line of each step.
+
+    A run that resumed from a checkpoint has written some steps twice.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        by_step[line["step"]] = line
+    return list(by_step.values())

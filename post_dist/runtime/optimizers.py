@@ -1,4 +1,4 @@
-"""The optimizers that a run file can name. To add one, add a line here and its name to `OptimizerName`."""
+"""The optimizers that a run file can name. To add one, add a line here and to `OptimizerName`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,17 +8,23 @@ from torch.optim import Optimizer
 
 from post_dist.config.schema import OptimizerName
 
-_DISTILLATION_ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}
-"""Settings of POST's distill/train.py."""
+Groups = Iterable[dict[str, Any]]
+"""Parameter groups as torch takes them, each with `params` and `lr`."""
 
-_FACTORIES: dict[OptimizerName, Callable[[Iterable[Any]], Optimizer]] = {
+
+def _distillation_adamw(groups: Groups) -> Optimizer:
+    """Make AdamW with the settings of POST's distill/train.py."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+
+
+_FACTORIES: dict[OptimizerName, Callable[[Groups], Optimizer]] = {
     "adam": torch.optim.Adam,
-    "adamw": lambda groups: torch.optim.AdamW(groups, **_DISTILLATION_ADAMW),
+    "adamw": _distillation_adamw,
     "sgd": torch.optim.SGD,
 }
 
 
-def make_optimizer(name: OptimizerName, groups: Iterable[dict[str, Any]]) -> Optimizer:
+def make_optimizer(name: OptimizerName, groups: Groups) -> Optimizer:
     """Make an optimizer by the name that a run file gives it.
 
     Args:

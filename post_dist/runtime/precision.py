@@ -6,7 +6,8 @@ import torch
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import InputError
+from post_dist.conflicts import raise_conflicts
+from post_dist.runtime.shard_group import precision_conflicts
 
 log = logging.getLogger(__name__)
 
@@ -18,16 +19,12 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def choose_precision(engine: Engine, device: torch.device) -> Precision:
-    """Resolve `engine.precision` for a device; `auto` means bf16 where the device has instructions for it.
+    """Resolve `engine.precision` for a device; `auto` is bf16 on devices with bf16 instructions.
 
     Raises:
         InputError: fp16 on a CPU.
     """
-    if engine.precision == "fp16" and device.type == "cpu":
-        raise InputError(
-            "engine.precision: fp16 does not run on a CPU",
-            "set engine.precision to auto, bf16 or fp32",
-        )
+    raise_conflicts("engine", precision_conflicts(engine, device.type))
     if engine.precision != "auto":
         return engine.precision
     has_bf16 = _has_bf16_instructions(device)
@@ -40,5 +37,6 @@ def choose_precision(engine: Engine, device: torch.device) -> Precision:
 def _has_bf16_instructions(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    # Without these a CPU emulates bf16, and is slower than with fp32.
     instructions = torch.cpu.get_capabilities()
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar with the time left on a terminal, plain log lines elsewhere."""
+"""The progress of a stage: a bar with the time left on a terminal, plain log lines elsewhere."""
 
 import logging
 import sys
@@ -22,12 +22,15 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 15.0
 
+Advance = Callable[[str], None]
+"""Counts one more of the total as done, and shows a short text."""
+
 
 @contextmanager
-def progress(
-    label: str, total: int, done: int = 0, *, show: bool = True
-) -> Iterator[Callable[[str], None]]:
-    """Yield a function that marks one more of `total` as done, with a short text beside it.
+def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Iterator[Advance]:
+    """Yield a function that counts one more of `total` as done and shows a short text beside it.
+
+    It also tells the watchdog that the process makes progress.
 
     Args:
         label: what is being done.
@@ -36,52 +39,60 @@ def progress(
         show: False on all ranks but the first.
     """
     phase(f"{label}, {done} of {total} done")
-    with _shown(label, total, done, show=show) as mark:
+    with _display(label, total, done, show=show) as display:
 
         def advance(text: str) -> None:
             nonlocal done
             done += 1
             phase(f"{label}, {done} of {total} done")
-            mark(text)
+            display(text)
 
         yield advance
 
 
 @contextmanager
-def _shown(label: str, total: int, done: int, *, show: bool) -> Iterator[Callable[[str], None]]:
-    """What a person sees of it."""
+def _display(label: str, total: int, done: int, *, show: bool) -> Iterator[Advance]:
+    """Yield a function that updates what the user sees."""
+    # A log file would be spoiled by a bar, so it gets lines.
     if not show:
         yield lambda text: None
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(
-            *columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)
-        ) as bar:
+        with _bar() as bar:
             task = bar.add_task(label, total=total, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
     else:
         yield _lines(label, total, done)
 
 
-def _lines(label: str, total: int, done: int) -> Callable[[str], None]:
-    start = last = time.monotonic()
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(stderr=True),
+    )
+
+
+def _lines(label: str, total: int, done: int) -> Advance:
+    """Return a function that logs a line now and then, with the time left."""
     first = done
+    start = time.monotonic()
+    last_line = start
 
     def advance(text: str) -> None:
-        nonlocal done, last
+        nonlocal done, last_line
         done += 1
         now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
-            last = now
-            left = (now - start) / (done - first) * (total - done)
-            log.info(
-                "%s %d/%d %s(%.0f s left)", label, done, total, f"{text} " if text else "", left
-            )
+        if now - last_line < _SECONDS_BETWEEN_LINES and done != total:
+            return
+        last_line = now
+        # Those that were done before this process started say nothing of its speed.
+        seconds_each = (now - start) / (done - first)
+        seconds_left = seconds_each * (total - done)
+        shown_text = f"{text} " if text else ""
+        log.info("%s %d/%d %s(%.0f s left)", label, done, total, shown_text, seconds_left)
 
     return advance

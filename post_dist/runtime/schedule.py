@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Each is a function of the step alone, so that resuming needs no saved state."""
+"""Learning-rate schedules: a rate is a function of the step alone, so checkpoints hold no state."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Schedule:
     """A linear warm-up to the full learning rate, followed by a decay.
 
     Attributes:
-        shape: `constant` keeps the rate; `cosine` and `linear` let it fall to zero after the last step.
+        shape: `constant` keeps the rate; `cosine` and `linear` decay to zero after the last step.
         warmup_fraction: fraction of all steps over which the rate rises, 0 to 1.
         steps: number of steps of the run.
     """
@@ -24,7 +24,7 @@ class Schedule:
     steps: int
 
     def factor(self, step: int) -> float:
-        """Fraction of the full learning rate at a step, counted from 0."""
+        """Return the fraction of the full learning rate at a step, counted from 0."""
         warmup = round(self.warmup_fraction * self.steps)
         if self.shape == "linear":
             # The first step already runs at the full rate when there is no warm-up.
@@ -35,6 +35,7 @@ class Schedule:
             return (step + 1) / warmup
         if self.shape == "constant":
             return 1.0
+        # Half a period of the cosine, from 1 to 0.
         progress = (step - warmup) / max(1, self.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
 

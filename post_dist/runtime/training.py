@@ -1,4 +1,4 @@
-"""The training loop of every stage: take a step, save when a checkpoint is due, stop when asked to."""
+"""The training loop of every stage: take a step, save when a checkpoint is due, stop when asked."""
 
 import time
 from typing import Protocol
@@ -20,7 +20,10 @@ class TrainingJob(Protocol):
     steps: int
 
     def take_step(self, step: int) -> str:
-        """Take one optimizer step; returns a short text for the progress bar. All ranks call it."""
+        """Take one optimizer step and return a short text for the progress bar.
+
+        All ranks call it.
+        """
 
     def save(self, step: int) -> None:
         """Save a checkpoint from which step number `step` is the next one. All ranks call it."""
@@ -30,7 +33,10 @@ class CheckpointPolicy(Protocol):
     """When the loop saves a checkpoint."""
 
     def is_due(self, done: int, steps: int, world: World) -> bool:
-        """Whether to save after `done` of `steps` steps; the same answer on all ranks, which call it together."""
+        """Whether to save after `done` of `steps` steps.
+
+        All ranks call it together and get the same answer.
+        """
 
 
 class EverySteps:
@@ -47,7 +53,8 @@ class EverySteps:
 class EverySeconds:
     """Save when a number of seconds has passed since the last time, but not after the last step.
 
-    The state of a soft prompt is small and a shared disk is slow. The artifact is written right after the last step.
+    The state of a soft prompt is small and a shared disk is slow. The artifact is written right
+    after the last step.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -73,7 +80,7 @@ def run_training(
         first_step: where to start; above 0 after a resume.
         world: the ranks, which all call this function.
         policy: when to save a checkpoint.
-        show: whether rank 0 shows progress. A private search does not show how many trials it runs.
+        show: whether rank 0 shows progress. A private search must not show how many trials it runs.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
@@ -81,6 +88,7 @@ def run_training(
     with progress(job.label, job.steps, first_step, show=show and world.is_main) as advance:
         for step in range(first_step, job.steps):
             text = job.take_step(step)
+            # Asked on every step, because all ranks must ask together.
             stop = stop_requested(world)
             if stop or policy.is_due(step + 1, job.steps, world):
                 job.save(step + 1)

@@ -1,7 +1,8 @@
-"""Ends a process that has stood still for too long, and says where it stood.
+"""End a process that has made no progress for too long, and report where it was.
 
-When one rank dies or hangs, the others wait in a collective for ever, and a cluster is paid for nothing. Every phase of the work
-reports here; when none has for the limit, the process names its rank and phase, shows the stacks of its threads, and exits.
+When one rank dies or hangs, the others wait in a collective for ever, and a cluster is paid for
+nothing. Every phase of the work reports here. If none has done so within the limit, the process
+names its rank and phase, prints the stacks of its threads, and exits.
 """
 
 import faulthandler
@@ -17,7 +18,8 @@ from post_dist.errors import EnvironmentFault
 
 log = logging.getLogger(__name__)
 
-_LOOKS_A_LIMIT = 10
+_LOOKS_PER_LIMIT = 10
+"""A hang is found at most a tenth of the limit too late."""
 
 
 class _Watch:
@@ -30,9 +32,15 @@ class _Watch:
 
 
 def watch(rank: int, limit_seconds: float) -> None:
-    """Watch this process from now on; one thread does it, however often this is called."""
+    """Watch this process from now on. One thread does it, however often this is called.
+
+    Args:
+        rank: for the message.
+        limit_seconds: how long the process may go without a new phase.
+    """
     phase("starting")
     _Watch.paused = False
+    # A second command in the same process is watched by the same thread.
     if _Watch.thread is None:
         _Watch.thread = threading.Thread(
             target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog"
@@ -46,33 +54,40 @@ def rest() -> None:
 
 
 def phase(name: str) -> None:
-    """Say what this process does now, and that it moves."""
-    _Watch.phase, _Watch.moved = name, time.monotonic()
+    """Report what this process does now, and that it makes progress."""
+    _Watch.phase = name
+    _Watch.moved = time.monotonic()
 
 
 @contextmanager
 def unwatched(name: str) -> Iterator[None]:
-    """For a wait that may be as long as another rank's work, or as a network is slow."""
+    """Pause the watch for a wait of unknown length, such as a download or another rank's work."""
     phase(name)
-    before, _Watch.paused = _Watch.paused, True
+    # Waits may be nested; only the outermost one resumes the watch.
+    paused_before = _Watch.paused
+    _Watch.paused = True
     try:
         yield
     finally:
-        _Watch.paused = before
+        _Watch.paused = paused_before
         phase(name)
 
 
 def _look(rank: int, limit_seconds: float) -> None:
     while True:
-        time.sleep(limit_seconds / _LOOKS_A_LIMIT)
-        if _Watch.paused or time.monotonic() - _Watch.moved < limit_seconds:
-            continue
-        fault = EnvironmentFault(
-            f"rank {rank} has stood still for {limit_seconds:g} s in: {_Watch.phase}",
-            "look for a rank that has died or hangs; the same command goes on from the last checkpoint",
-        )
-        log.error("%s", fault)  # into the rank's own file too
-        print(f"post-dist: {fault}", file=sys.stderr)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        sys.stderr.flush()
-        os._exit(EnvironmentFault.exit_code)
+        time.sleep(limit_seconds / _LOOKS_PER_LIMIT)
+        if not _Watch.paused and time.monotonic() - _Watch.moved >= limit_seconds:
+            _end(rank, limit_seconds)
+
+
+def _end(rank: int, limit_seconds: float) -> None:
+    """Report and exit. The main thread hangs, so nothing can be raised in it."""
+    fault = EnvironmentFault(
+        f"rank {rank} has made no progress for {limit_seconds:g} s in: {_Watch.phase}",
+        "look for a rank that has died or hangs; the same command resumes from the last checkpoint",
+    )
+    log.error("%s", fault)  # for the rank's own log file
+    print(f"post-dist: {fault}", file=sys.stderr)
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    sys.stderr.flush()
+    os._exit(EnvironmentFault.exit_code)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from post_dist.config.schema import Engine
-from post_dist.errors import InputError
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.runtime.distributed import World
+from post_dist.runtime.shard_group import engine_conflicts, shard_group_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,9 +23,9 @@ class ShardGroup:
     """The ranks that share one copy of a frozen model.
 
     Attributes:
-        size: how many they are; 1 when each rank has its own copy.
+        size: number of ranks; 1 when each rank has its own copy.
         reads: whether this rank reads the weights for the others.
-        process_group: None for all ranks.
+        process_group: torch's process group; None for all ranks.
     """
 
     size: int
@@ -32,41 +33,52 @@ class ShardGroup:
     process_group: Any
 
 
-@lru_cache
-def shard_group(engine: Engine, world: World) -> ShardGroup:
-    """This rank's group, by `engine.shard_group`. All ranks call it.
+def layout_of(engine: Engine, world: World) -> Layout:
+    """Describe the ranks of this run. All ranks call it together.
 
     Raises:
-        InputError: the ranks do not part into such groups, or a rank by itself would have to offload what it keeps whole.
+        InputError: `engine.shard_group: node` on nodes of different sizes.
     """
-    size = world.size if engine.shard_group == "all" else engine.shard_group
-    if size == "node":
-        size = world.ranks_of_a_node()
-    if world.size % size:
-        raise InputError(
-            f"engine.shard_group: {world.size} ranks do not part into groups of {size}"
-        )
-    if size == 1 and world.size > 1 and engine.offload != "none":
-        raise InputError(
-            "engine.shard_group: node is one rank here, which keeps frozen models whole on it: nothing to offload",
-            "take engine.shard_group: all, or engine.offload: none",
-        )
-    if size == world.size:
-        return ShardGroup(size, world.is_main, None)
-    groups = (
-        [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
-        if size > 1
-        else []
-    )
-    return ShardGroup(size, world.rank % size == 0, groups[world.rank // size] if groups else None)
+    # Only a group per node asks for nodes of equal size.
+    of_a_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
+    return Layout(world.size, of_a_node, world.device.type)
+
+
+@lru_cache
+def shard_group(engine: Engine, world: World) -> ShardGroup:
+    """Return this rank's group, by `engine.shard_group`. All ranks call it together.
+
+    It is cached, because torch would make new process groups on every call.
+
+    Raises:
+        InputError: the ranks do not divide into such groups, or a rank by itself would have to
+            offload what it keeps whole.
+    """
+    layout = layout_of(engine, world)
+    raise_conflicts("engine", engine_conflicts(engine, layout))
+    size = shard_group_size(engine, layout)
+    reads = world.rank % size == 0
+    if size in (1, world.size):
+        return ShardGroup(size, reads, None)
+    # Every rank takes part in the making of every group, also of those it is not in.
+    groups = []
+    for first in range(0, world.size, size):
+        groups.append(dist.new_group(list(range(first, first + size))))
+    return ShardGroup(size, reads, groups[world.rank // size])
 
 
 def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
-    """A model that was made in ZeRO-3 shards, to be run and never trained.
+    """Freeze a model that was created in ZeRO-3 shards, and return it ready to run.
 
-    Call the module that is returned, not a DeepSpeed engine: then `loss.backward()` reaches tensors that went in, such as
-    a soft prompt, and the caller reduces their gradients. Every rank must call it equally often.
+    It is the module itself and not a DeepSpeed engine, so that `loss.backward()` reaches tensors
+    that went in, such as a soft prompt. The caller reduces their gradients. Every rank must call
+    the module equally often.
+
+    Args:
+        model: a model that was created under `deepspeed.zero.Init`.
+        settings: the DeepSpeed settings of a frozen model.
     """
+    # The engine stays alive through the hooks that it has put on the module.
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
     return engine.module
 
@@ -74,13 +86,22 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
 def train_sharded(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
-    """The engine that trains `model`; its frozen parameters take part in the forward alone."""
+    """Return the engine that trains a model. Its frozen parameters take part in the forward only.
+
+    Args:
+        model: a whole model.
+        optimizer: over its trained parameters.
+        settings: the DeepSpeed settings for training.
+    """
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[None]:
-    """While entered, the module's parameters are whole on this rank, for reading. All ranks enter it."""
+    """Gather the parameters of a module on every rank while the body reads them.
+
+    All ranks enter it together.
+    """
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
         list(module.parameters())
     )
@@ -88,7 +109,10 @@ def gathered(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """While entered, a sharded weight is whole, and what the group's first rank makes of it is shared out when it is left."""
+    """Gather a sharded weight, and afterwards send every rank the value of the group's first one.
+
+    A weight that is not sharded is left alone.
+    """
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
@@ -98,24 +122,29 @@ def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """The whole state of a model, gathered from its shards if it has any: on rank 0, in host memory. All ranks call it."""
+    """Return the whole state of a model on rank 0 in host memory, gathered from its shards if any.
+
+    All ranks call it together; the others get an empty dictionary.
+    """
+    weights: dict[str, torch.Tensor] = {}
     with gathered(model):
-        return (
-            {
-                name: tensor.detach().to("cpu", copy=True)
-                for name, tensor in model.state_dict().items()
-            }
-            if world.is_main
-            else {}
-        )
+        if world.is_main:
+            # A copy, because the gathered weights are freed when this context ends.
+            for name, tensor in model.state_dict().items():
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
 
 
 def shard_share(model: nn.Module) -> float:
-    """The share of a model's parameters that this rank holds: 1 when it is not sharded."""
-    held = whole = 0
+    """Return the fraction of a model's parameters that this rank holds: 1 if it is not sharded."""
+    held = 0
+    whole = 0
     for parameter in model.parameters():
-        whole += getattr(parameter, "ds_numel", parameter.numel())
-        held += (
-            parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
-        )
+        # A sharded parameter itself is empty; DeepSpeed keeps its shard and its size beside it.
+        if hasattr(parameter, "ds_tensor"):
+            held += parameter.ds_tensor.numel()
+            whole += parameter.ds_numel
+        else:
+            held += parameter.numel()
+            whole += parameter.numel()
     return held / whole

@@ -1,21 +1,22 @@
-"""The stages in their order: what each is handed, and what is finished already."""
+"""The stages in their order: what each one reads, and which are finished already."""
 
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest
 from post_dist.artifacts.run_folder import RunFolder, run_folder
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import DataSource
 from post_dist.data.public_text import load_public_texts
+from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
-from post_dist.data.template import Template
-from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.files import fingerprint
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
@@ -23,30 +24,45 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill.stage import distill
-from post_dist.stages.evaluate.stage import ON_TARGET, Prompts, evaluate
-from post_dist.stages.transfer.stage import Client, transfer
+from post_dist.stages.evaluate.rows import (
+    PromptVariant,
+    TargetPrompt,
+    TransferredPrompt,
+    target_prompts,
+)
+from post_dist.stages.evaluate.stage import ModelFolders, PromptFolders, evaluate
+from post_dist.stages.transfer.stage import TransferRequest, transfer
 from post_dist.stages.tune.stage import tune
 
 log = logging.getLogger(__name__)
 
-_PUBLISHED = {
-    "objective": "published",
-    "scores": "vocabulary",
-    "temperature": 2.0,
-    "match_class_shares": False,
-    "trained_share": 0.0,
-}
-"""The paper's loss and start, whatever the run file chooses for its own transfer."""
+
+@dataclass(frozen=True)
+class _NeededPrompt:
+    """A prompt on the target that a row of the table needs.
+
+    Attributes:
+        variant: the prompt on the student that it belongs to.
+        row: name of the row.
+        plan: how it is made.
+    """
+
+    variant: PromptVariant
+    row: str
+    plan: TargetPrompt
 
 
 class Pipeline:
-    """Finds or runs the stages of one run file. A finished one is known by its signature and never run again.
+    """Finds or runs the stages of one run file.
+
+    A finished stage is known by its signature and never run again.
 
     Args:
         config: the run file.
         world: the ranks.
-        may_run: the stages that this command may start; the others must be finished, or their artifacts given in `inputs`.
-        resume: auto goes on from a checkpoint; never starts an unfinished stage from its beginning.
+        may_run: the stages that this command may start. The others must be finished, or their
+            artifacts given in `inputs`.
+        resume: `auto` resumes an unfinished stage from its checkpoint; `never` starts it anew.
     """
 
     def __init__(
@@ -58,192 +74,230 @@ class Pipeline:
         self._resume = resume
 
     def distill(self) -> RunFolder:
-        """The student."""
+        """Find or make the student.
+
+        Returns:
+            The finished folder of the stage.
+        """
         self._config.need("distill")
-        folder = run_folder(
-            self._config,
-            "distill",
-            {"teacher": self._teacher_digest, "corpus": self._data("corpus")},
-        )
-        self._run(
-            [folder],
-            lambda _: distill(
-                folder, self.teacher, self._teacher_digest, self._world, self._resume
-            ),
-        )
+        inputs = {"teacher": self._teacher_digest, "corpus": self._data_digest("corpus")}
+        folder = run_folder(self._config, "distill", inputs)
+
+        def run(unfinished: Sequence[RunFolder]) -> None:
+            distill(folder, self.teacher, self._teacher_digest, self._world, self._resume)
+
+        self._run([folder], run)
         return folder
 
     def tune(self) -> RunFolder:
-        """The prompt on the student."""
-        return self._tune(self._config, self.student, "the student")
+        """Find or make the prompt on the student.
+
+        Returns:
+            The finished folder of the stage.
+        """
+        return self._tune_on_student(self._config)
 
     def transfer(self) -> list[RunFolder]:
-        """The prompt on the target, or those of several owners."""
+        """Find or make the prompts on the target: one, or those of several owners.
+
+        Returns:
+            The finished folder of each, in the order of `inputs.source_prompt`.
+        """
         return self._transfer([(self._config, prompt) for prompt in self._source_prompts])
 
     def evaluate(self) -> RunFolder:
-        """The comparison of all rows, with the baselines and the epsilons that the run file asks for.
+        """Find or make the comparison table, and what its rows need.
 
-        A data owner has no teacher: without that section the table has the student's rows.
+        A data owner has no teacher. Without that section the table has the rows of the student.
+
+        Returns:
+            The finished folder of the stage.
+
+        Raises:
+            InputError: several source prompts are given.
         """
         config = self._config
         config.need("evaluate")
-        if len(self._source_prompts) > 1:
-            raise InputError(
-                f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table is of one",
-                "evaluate each by itself",
-            )
-        (source_prompt,) = self._source_prompts
-        plans = {"": config}
-        for epsilon in config.evaluate.private_rows:
-            plans[f", epsilon {epsilon:g}"] = config.model_copy(
-                update={"privacy": config.privacy.for_target(epsilon)}
-            )
-        private = {
-            label: self._tune(plan, self.student, "the student").artifact
-            for label, plan in plans.items()
-            if label
+        variants = self._prompt_variants()
+        inputs = {
+            "student": self._student_digest,
+            "private_task": self._data_digest("private_task"),
         }
-        sources = {"": source_prompt} | private
-        inputs = {"student": self._student_digest, "private_task": self._data("private_task")}
-        teacher, tuned = None, [Prompts(label, source, {}) for label, source in sources.items()]
-        if config.teacher is not None:
-            teacher, tuned = self.teacher, self._on_target(plans, sources)
+        if config.teacher is None:
+            models = ModelFolders(self.student, None)
+            prompts = [PromptFolders(variant.label, variant.source, {}) for variant in variants]
+        else:
+            models = ModelFolders(self.student, self.teacher)
+            prompts = self._with_target_prompts(variants)
             inputs = {"teacher": self._teacher_digest, **inputs}
-        prompts = {
-            name + each.label: path
-            for each in tuned
-            for name, path in {"source": each.source, **each.on_target}.items()
-        }
-        digests = {
-            name: read_manifest(path, "soft prompt").digest for name, path in prompts.items()
-        }
-        folder = run_folder(config, "evaluate", inputs | digests)
-        self._run(
-            [folder], lambda _: evaluate(folder, teacher, self.student, tuned, inputs, self._world)
-        )
+
+        # The signature holds the digest of every prompt, so that another prompt is another table.
+        folder = run_folder(config, "evaluate", inputs | _prompt_digests(prompts))
+
+        def run(unfinished: Sequence[RunFolder]) -> None:
+            evaluate(folder, models, prompts, inputs, self._world)
+
+        self._run([folder], run)
         return folder
 
-    def _on_target(
-        self, plans: Mapping[str, RunConfig], sources: Mapping[str, Path]
-    ) -> list[Prompts]:
-        """For each plan of a table, what the run file wants to compare on the target; all transfers are trained beside each other."""
-        baselines, given = self._config.evaluate.baselines, self._config.inputs.target_prompt
-        wanted: dict[tuple[str, str], tuple[RunConfig, Path]] = {}
-        made: dict[tuple[str, str], Path] = {}
-        for label, config in plans.items():
-            if given and not label:
-                made[label, "transferred"] = given
-            else:
-                wanted[label, "transferred"] = config, sources[label]
-            if "published transfer" in baselines:
-                section = config.transfer.model_copy(update=_PUBLISHED)
-                wanted[label, "published transfer"] = (
-                    config.model_copy(update={"transfer": section}),
-                    sources[label],
-                )
-        carried = self._transfer(list(wanted.values()))
-        made |= {place: folder.artifact for place, folder in zip(wanted, carried, strict=True)}
-        if "full prompt tuning" in baselines:
-            made |= {
-                (label, "full prompt tuning"): self._tune(
-                    config, self.teacher, "the target"
-                ).artifact
-                for label, config in plans.items()
-            }
-        return [
-            Prompts(
-                label,
-                source,
-                {name: made[label, name] for name in ON_TARGET if (label, name) in made},
-            )
-            for label, source in sources.items()
-        ]
-
     def everything(self) -> RunFolder:
-        """All stages, after a look at all inputs: a wrong label word is found before hours of distillation."""
+        """Find or run all stages. All inputs are checked first.
+
+        Returns:
+            The finished folder of the evaluation.
+        """
         self._config.need(*self._config.stages_until("evaluate"))
-        self._world.on_main(partial(self._look_at_inputs, self.teacher))
+        # A wrong label word is found before hours of distillation.
+        self._world.on_main(partial(_check_inputs, self._config, self.teacher))
         return self.evaluate()
 
-    def _look_at_inputs(self, teacher: Path) -> None:
-        """Price the plans and read the data, which also fetches those of the hub for all ranks."""
-        from post_dist.privacy.accounting import account, private_plans  # takes a second
+    # The prompts of a table. `evaluate.private_rows` adds a variant for each epsilon.
 
-        for plan in private_plans(self._config):
-            account(plan)
-        tokenizer = load_tokenizer(teacher)
-        task = self._config.private_task
-        if task is not None and task.template is not None:
-            load_examples(task, self._config.evaluate.split, "private_task")
-            Template(
-                task.template, tokenizer, task.max_length, masked=is_masked(load_config(teacher))
-            )
-            Verbalizer(
-                tuple(task.labels.values()), tokenizer, allow_multi_token=task.allow_multi_token
-            )
-        if self._config.inputs.target_prompt is None and self._config.public_task is not None:
-            load_public_texts(self._config.public_task, "public_task")
+    def _prompt_variants(self) -> list[PromptVariant]:
+        """Find or tune the prompts on the student that the table compares.
 
-    def _tune(self, config: RunConfig, model: Path, model_name: str) -> RunFolder:
-        self._config.need("tune")
-        on_student = model_name == "the student"
-        digest = self._student_digest if on_student else self._teacher_digest
-        inputs = {"model": digest, "private_task": self._data("private_task")}
-        folder = run_folder(config, "tune", inputs, label="" if on_student else "target")
-        self._run(
-            [folder],
-            lambda _: tune(folder, model, {"model": digest}, model_name, self._world, self._resume),
+        Returns:
+            The run file's own prompt, and one for each epsilon of `evaluate.private_rows`.
+        """
+        config = self._config
+        if len(self._source_prompts) > 1:
+            raise InputError(
+                f"inputs.source_prompt names {len(self._source_prompts)} prompts, and a table "
+                "compares one",
+                "evaluate each prompt by itself",
+            )
+        (own_prompt,) = self._source_prompts
+        variants = [PromptVariant("", config, own_prompt, config.inputs.target_prompt)]
+        for epsilon in config.evaluate.private_rows:
+            privacy = config.privacy.for_target(epsilon)
+            with_epsilon = config.model_copy(update={"privacy": privacy})
+            prompt = self._tune_on_student(with_epsilon).artifact
+            variants.append(PromptVariant(f", epsilon {epsilon:g}", with_epsilon, prompt))
+        return variants
+
+    def _with_target_prompts(self, variants: Sequence[PromptVariant]) -> list[PromptFolders]:
+        """Find or make the prompts on the target that the rows of the table need."""
+        needed = []
+        for variant in variants:
+            plans = target_prompts(variant)
+            # The run file's own transfer is trained first, and the baselines after it.
+            for row in sorted(plans, key=lambda name: name != TransferredPrompt.name):
+                needed.append(_NeededPrompt(variant, row, plans[row]))
+
+        # All transfers are trained beside each other, whichever variant they belong to.
+        transfers = [prompt for prompt in needed if prompt.plan.made_by == "transfer"]
+        folders = self._transfer(
+            [(prompt.plan.config, prompt.variant.source) for prompt in transfers]
         )
+        transferred = {
+            (prompt.variant.label, prompt.row): folder.artifact
+            for prompt, folder in zip(transfers, folders, strict=True)
+        }
+
+        # Collect the prompts of each variant.
+        found: dict[str, dict[str, Path]] = {variant.label: {} for variant in variants}
+        for prompt in needed:
+            place = (prompt.variant.label, prompt.row)
+            if place in transferred:
+                artifact = transferred[place]
+            elif prompt.plan.folder is not None:
+                artifact = prompt.plan.folder
+            else:
+                artifact = self._tune_on_target(prompt.plan.config).artifact
+            found[prompt.variant.label][prompt.row] = artifact
+        return [
+            PromptFolders(variant.label, variant.source, found[variant.label])
+            for variant in variants
+        ]
+
+    # Stages with the settings of one row.
+
+    def _tune_on_student(self, config: RunConfig) -> RunFolder:
+        """Find or tune a prompt on the student."""
+        return self._tune(config, self.student, self._student_digest, "the student", label="")
+
+    def _tune_on_target(self, config: RunConfig) -> RunFolder:
+        """Find or tune a prompt on the target, for the baseline of full prompt tuning."""
+        return self._tune(config, self.teacher, self._teacher_digest, "the target", label="target")
+
+    def _tune(
+        self, config: RunConfig, model: Path, model_digest: str, model_name: str, *, label: str
+    ) -> RunFolder:
+        """Find or tune a prompt on a model.
+
+        Args:
+            config: the run file, with the privacy plan of this prompt.
+            model: folder of the model.
+            model_digest: its hash.
+            model_name: what the prompt's adapter configuration and its card call the model.
+            label: part of the name of the run's folder.
+        """
+        config.need("tune")
+        inputs = {"model": model_digest, "private_task": self._data_digest("private_task")}
+        folder = run_folder(config, "tune", inputs, label=label)
+
+        def run(unfinished: Sequence[RunFolder]) -> None:
+            parents = {"model": model_digest}
+            tune(folder, model, parents, model_name, self._world, self._resume)
+
+        self._run([folder], run)
         return folder
 
     def _transfer(self, wanted: Sequence[tuple[RunConfig, Path]]) -> list[RunFolder]:
-        """Carry prompts over, each by its own settings; those that are not finished, beside each other."""
+        """Find or make transferred prompts.
+
+        Those that are not finished are trained beside each other.
+
+        Args:
+            wanted: the settings and the source prompt of each.
+
+        Returns:
+            The finished folder of each, in the same order.
+        """
         if not wanted:
             return []
         self._config.need("transfer")
         inputs = {
             "teacher": self._teacher_digest,
             "student": self._student_digest,
-            "public_task": self._data("public_task"),
+            "public_task": self._data_digest("public_task"),
         }
-        clients = [
-            Client(
-                run_folder(
-                    config,
-                    "transfer",
-                    inputs | {"source prompt": read_manifest(prompt, "soft prompt").digest},
-                ),
-                prompt,
-            )
-            for config, prompt in wanted
-        ]
+        requests = []
+        for config, prompt in wanted:
+            source_digest = read_manifest(prompt, "soft prompt").digest
+            folder = run_folder(config, "transfer", inputs | {"source prompt": source_digest})
+            requests.append(TransferRequest(folder, prompt))
 
-        apart = {
-            client.folder.path: client for client in clients
-        }  # two rows of a table may ask for the same
+        # Two rows of a table may need the same prompt. It is trained once.
+        by_folder = {request.folder.path: request for request in requests}
 
-        def carry_over(unfinished: list[RunFolder]) -> None:
+        def run(unfinished: Sequence[RunFolder]) -> None:
             transfer(
-                [apart[folder.path] for folder in unfinished],
+                [by_folder[folder.path] for folder in unfinished],
                 self.teacher,
                 self.student,
                 self._world,
                 self._resume,
             )
 
-        self._run([client.folder for client in apart.values()], carry_over)
-        return [client.folder for client in clients]
+        self._run([request.folder for request in by_folder.values()], run)
+        return [request.folder for request in requests]
+
+    # Inputs of the stages, each with a digest for the signatures.
 
     @cached_property
     def teacher(self) -> Path:
-        """The folder of the large LLM."""
+        """The folder of the large LLM.
+
+        Raises:
+            InputError: the run file has no teacher, or the model cannot be used.
+        """
         if self._config.teacher is None:
             raise InputError("the run file lacks the section teacher")
         fetch = partial(model_folder, self._config.teacher)
         with unwatched("fetching the teacher"):  # the hub's client has time limits of its own
             self._world.on_main(fetch)
-            folder = self._world.together(fetch)  # a node may have a cache of its own
+            folder = self._world.together(fetch)  # each node may have a cache of its own
         load_config(folder)
         return folder
 
@@ -253,46 +307,42 @@ class Pipeline:
 
     @cached_property
     def student(self) -> Path:
-        """The student's folder: made here, or given in `inputs`."""
+        """The student's folder: given in `inputs`, or made by the stage."""
         return self._config.inputs.student or self.distill().artifact
 
     @cached_property
     def _student_digest(self) -> str:
-        folder = self.student
-
-        def digest() -> str:
-            if (
-                self._config.inputs.student and not (folder / FILE_NAME).exists()
-            ):  # a model that was not cut from the teacher
-                load_config(folder)
-                return fingerprint(folder)
-            return read_manifest(folder, "student").digest
-
-        return self._world.on_main(digest)
+        given = self._config.inputs.student is not None
+        return self._world.on_main(partial(_digest_of_student, self.student, given=given))
 
     @cached_property
     def _source_prompts(self) -> tuple[Path, ...]:
+        """Folders of the prompts on the student: given in `inputs`, or made by the stage."""
         given = self._config.inputs.source_prompt
-        return given if isinstance(given, tuple) else (given or self.tune().artifact,)
+        if isinstance(given, tuple):
+            return given
+        return (given or self.tune().artifact,)
 
-    def _data(self, section: str) -> str:
-        """What names the contents of a data section: the file's digest, or the hub's name and commit."""
+    def _data_digest(self, section: str) -> str:
+        """Identify the contents of a data section by the file's hash, or by hub name and commit."""
         source: DataSource = getattr(self._config, section)
-        path = source.path
-        if path is None:
+        if source.path is None:
             return f"{source.hub}@{source.revision}"
+        return self._world.on_main(partial(_digest_of_file, source.path, section))
 
-        def digest() -> str:
-            if not path.is_file():
-                raise InputError(
-                    f"{section}.path: {path} is {'no file' if path.exists() else 'missing'}"
-                )
-            return fingerprint(path)
+    def _run(
+        self, folders: Sequence[RunFolder], stage: Callable[[Sequence[RunFolder]], None]
+    ) -> None:
+        """Run a stage for those of its folders that are not finished.
 
-        return self._world.on_main(digest)
+        Args:
+            folders: one folder for each signature.
+            stage: runs the stage for the folders that it is given.
 
-    def _run(self, folders: list[RunFolder], stage: Callable[[list[RunFolder]], None]) -> None:
-        """Run a stage for those of its folders that are not finished."""
+        Raises:
+            InputError: a folder is not finished, and this command may not run its stage.
+        """
+        # Rank 0 decides for all, since other nodes may see a finished folder later.
         unfinished = self._world.on_main(
             lambda: [folder for folder in folders if not folder.finished]
         )
@@ -306,14 +356,73 @@ class Pipeline:
                 )
         if not unfinished:
             return
+
         start = time.monotonic()
-        with ExitStack() as running:
+        with ExitStack() as held:
             for folder in unfinished:
-                self._world.on_main(partial(running.enter_context, folder.held()))
-                running.enter_context(log_file(folder.path, self._world.rank))
+                self._world.on_main(partial(held.enter_context, folder.held()))
+                held.enter_context(log_file(folder.path, self._world.rank))
                 log.info("%s starts in %s", folder.stage, folder.path)
             stage(unfinished)
             log.info("%s is done in %.0f s", unfinished[0].stage, time.monotonic() - start)
+            # A finished stage is never resumed.
             if self._world.is_main:
                 for folder in unfinished:
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def _prompt_digests(prompts: Sequence[PromptFolders]) -> dict[str, str]:
+    """Read the digest of every prompt of a table, by the name of its row."""
+    paths: dict[str, Path] = {}
+    for folders in prompts:
+        paths["source" + folders.label] = folders.source
+        for row, path in folders.on_target.items():
+            paths[row + folders.label] = path
+    return {name: read_manifest(path, "soft prompt").digest for name, path in paths.items()}
+
+
+def _digest_of_student(folder: Path, *, given: bool) -> str:
+    """Identify a student: by its manifest, or by its weights if it was not made by the stage."""
+    # A run file may name any model as its student, such as a smaller one of the teacher's family.
+    if given and not (folder / FILE_NAME).exists():
+        load_config(folder)
+        return fingerprint(folder)
+    return read_manifest(folder, "student").digest
+
+
+def _digest_of_file(path: Path, section: str) -> str:
+    """Hash a data file.
+
+    Raises:
+        InputError: it is missing, or no file.
+    """
+    if not path.is_file():
+        problem = "no file" if path.exists() else "missing"
+        raise InputError(f"{section}.path: {path} is {problem}")
+    return fingerprint(path)
+
+
+def _check_inputs(config: RunConfig, teacher: Path) -> None:
+    """Check privacy plans, data files, templates and label words before anything is run.
+
+    This also downloads data sets of the hub for all ranks.
+
+    Args:
+        config: the run file.
+        teacher: folder of the large LLM, whose tokenizer the student shares.
+
+    Raises:
+        PostDistError: an input cannot be used.
+    """
+    from post_dist.privacy.accounting import account, private_plans  # takes a second to import
+
+    for plan in private_plans(config):
+        account(plan)
+
+    task = config.private_task
+    if task is not None and task.template is not None:
+        load_examples(task, config.evaluate.split, "private_task")
+        prompt_task = PromptTask.of_section(task, config.tune.init_text)
+        TaskReader(prompt_task, load_tokenizer(teacher), masked=is_masked(load_config(teacher)))
+    if config.inputs.target_prompt is None and config.public_task is not None:
+        load_public_texts(config.public_task, "public_task")

@@ -1,10 +1,10 @@
-"""The loop that trains soft prompts without privacy, for tuning and for transfer. It knows losses, and no data.
+"""The training of soft prompts without privacy, for `tune` and `transfer`.
+
+It knows losses and no data.
 
 Shapes: n prompt tokens, d width.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,118 +13,182 @@ import torch
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
-from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
-from post_dist.runtime.metric_log import MetricLog
-from post_dist.runtime.progress import progress
-from post_dist.runtime.schedule import Schedule
-from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.metric_log import MetricRecord
+from post_dist.runtime.nonfinite import NonFiniteGuard
+from post_dist.runtime.schedule import Schedule, ScheduledRates
+from post_dist.runtime.training import EverySeconds, run_training
 
-_MOST_SKIPPED_IN_A_ROW = 5
-_SECONDS_BETWEEN_SAVES = 5.0
-"""The state is small, but a shared disk is slow: it is kept each step, or each so many seconds if steps are faster."""
+_SECONDS_BETWEEN_CHECKPOINTS = 5.0
+"""The state of a prompt is small, but a shared disk is slow: faster steps do not save each time."""
 
-Losses = Callable[[int], Sequence[torch.Tensor]]
-"""From the step's number to this rank's part of each prompt's loss, at the present values; the mean over ranks is the loss."""
+StepLosses = Callable[[int], Sequence[torch.Tensor]]
+"""Maps the number of a step to one loss for each prompt, at the present values of the prompts.
+
+Each rank computes its own part of a step. The mean of a loss over ranks is the loss of the step.
+"""
 
 
 @dataclass(frozen=True)
 class PromptRun:
-    """One prompt that is trained, in its own folder.
+    """One prompt that is trained, with a folder of its own.
 
     Attributes:
-        parameters: the prompt [n, d] in fp32, and what is tuned along with it; trained in place.
-        optimizer: over the parameters.
-        section: steps and schedule.
-        folder: for checkpoints and metrics.
-        metrics_name: the file for the losses.
-        show_loss: whether the loss may be shown; not when it comes from private data.
+        parameters: the prompt [n, d] and what is tuned along with it, in fp32; trained in place.
+        optimizer: the optimizer over the parameters.
+        section: number of steps, and schedule of the learning rate.
+        folder: folder for checkpoints and metrics.
+        open_metrics: opens the record of the losses: public or private, as the data are.
+        show_loss: whether the loss may appear in progress bars; False if it comes from private
+            data.
     """
 
     parameters: Sequence[torch.Tensor]
     optimizer: torch.optim.Optimizer
     section: PromptTraining
     folder: RunFolder
-    metrics_name: str
+    open_metrics: Callable[[RunFolder, World], MetricRecord]
     show_loss: bool
 
     def take_up(self, resume: str, world: World) -> int:
-        """Go back to where an earlier run left the prompt, if one did; the step to go on from."""
+        """Restore the newest checkpoint, if there is one.
+
+        Args:
+            resume: `auto`, or `never` to delete earlier checkpoints.
+            world: the ranks, which all call this method.
+
+        Returns:
+            The step from which training resumes; 0 without a checkpoint.
+        """
+        # The optimizer was made over plain tensors. From here on they collect gradients.
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         return take_up(self.parameters, self.optimizer, self.folder.checkpoints, resume, world)
 
     def save(self, step: int) -> None:
-        """Keep what `take_up` goes back to."""
-        save_tensors(
-            self.folder.checkpoints, step, optimizer_state(self.parameters, self.optimizer)
-        )
+        """Save a checkpoint from which step number `step` is the next one."""
+        state = optimizer_state(self.parameters, self.optimizer)
+        save_tensors(self.folder.checkpoints, step, state)
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        """Of the parameters, after a backward pass."""
+        """Gradients of the parameters, after a backward pass."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
 def train_prompts(
-    runs: Sequence[PromptRun], losses_at: Losses, first_step: int, world: World
+    runs: Sequence[PromptRun], losses_at: StepLosses, first_step: int, world: World
 ) -> None:
-    """Train prompts beside each other for a fixed number of steps; the last step's values are the result.
+    """Train prompts beside each other for a fixed number of steps.
 
-    They are kept in fp32 on every rank, outside ZeRO's shards; their gradients are averaged over the ranks by hand. A prompt's step
-    whose mean gradient is not finite is passed over on every rank.
+    The values after the last step are the result.
 
     Args:
-        runs: with equally many steps, taken up at the same one.
-        losses_at: each prompt's own loss; each rank sees its part of the step's rows.
-        first_step: where to go on.
+        runs: the prompts; all have the same number of steps and resume at the same one.
+        losses_at: computes this rank's part of each prompt's loss.
+        first_step: step from which training resumes.
         world: the ranks that take part.
 
     Raises:
-        InputError: five steps of a prompt in a row were passed over.
+        InputError: five steps of a prompt in a row were not finite.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    section = runs[0].section
-    steps = section.steps
-    schedule = Schedule(section.schedule, section.warmup_share, steps)
-    rates = [[group["lr"] for group in run.optimizer.param_groups] for run in runs]
-    in_a_row = [0] * len(runs)
-    saved_at = -math.inf
-    metrics = [
-        MetricLog(run.folder.path / run.metrics_name if world.is_main else None) for run in runs
-    ]
-    name = runs[0].folder.path.name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
-    with progress(name, steps, first_step, show=world.is_main) as advance:
-        for step in range(first_step, steps):
-            for run, own in zip(runs, rates, strict=True):
-                for group, rate in zip(run.optimizer.param_groups, own, strict=True):
-                    group["lr"] = rate * schedule.factor(step)
-                run.optimizer.zero_grad()
-            losses = torch.stack(list(losses_at(step)))
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            means = world.mean(losses.detach().clone()).tolist()
-            for index, run in enumerate(runs):
-                for gradient in run.gradients:
-                    world.mean(gradient)
-                # The mean is the same on every rank, and so is what they make of it.
-                finite = all(bool(gradient.isfinite().all()) for gradient in run.gradients)
-                in_a_row[index] = 0 if finite else in_a_row[index] + 1
-                if finite:
-                    run.optimizer.step()
-                elif in_a_row[index] >= _MOST_SKIPPED_IN_A_ROW:
-                    what = f"{in_a_row[index]} steps in a row had gradients that are not finite, up to step {step} of {run.folder.path.name}"
-                    raise InputError(what, "lower the learning rate")
-                metrics[index].write(step=step, loss=means[index], skipped=not finite)
-            advance(
-                f"loss {sum(means) / len(means):.4f}" if all(run.show_loss for run in runs) else ""
-            )
-            stop = stop_requested(world)
-            if stop or world.any(
-                step + 1 < steps and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
-            ):
-                for run in runs:
-                    world.on_main(partial(run.save, step + 1))
-                saved_at = time.monotonic()
-            if stop:
-                raise stopped(f"{name} is saved at step {step + 1} of {steps}")
+    # The loop shows progress, saves checkpoints and stops when asked to; the trainer takes steps.
+    trainer = PromptTrainer(runs, losses_at, world)
+    run_training(trainer, first_step, world, EverySeconds(_SECONDS_BETWEEN_CHECKPOINTS))
+
+
+class PromptTrainer:
+    """Takes the steps of one or several prompts beside each other; a `TrainingJob`.
+
+    Every rank holds the prompts whole, in fp32, outside ZeRO's shards. Their gradients are averaged
+    over the ranks here.
+
+    Args:
+        runs: the prompts.
+        losses_at: computes this rank's part of each prompt's loss.
+        world: the ranks.
+
+    Attributes:
+        label: name of the run in progress bars and messages.
+        steps: number of steps in all.
+    """
+
+    def __init__(self, runs: Sequence[PromptRun], losses_at: StepLosses, world: World) -> None:
+        self.label = runs[0].folder.path.name
+        if len(runs) > 1:
+            self.label += f" and {len(runs) - 1} more"
+        self.steps = runs[0].section.steps
+        self._prompts = [_TrainedPrompt(run, world) for run in runs]
+        self._losses_at = losses_at
+        self._world = world
+        self._show_loss = all(run.show_loss for run in runs)
+
+    def take_step(self, step: int) -> str:
+        """Take one optimizer step of each prompt.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            The mean loss, for the progress bar; empty if it must not be shown.
+        """
+        for prompt in self._prompts:
+            prompt.begin_step(step)
+
+        # The losses have no parameter in common, so that one backward pass serves all prompts.
+        losses = torch.stack(list(self._losses_at(step)))
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        # A copy is averaged, for the metrics: the averaging is in place.
+        mean_losses = self._world.mean(losses.detach().clone()).tolist()
+
+        # One prompt may skip its step while the others take theirs.
+        for prompt, loss in zip(self._prompts, mean_losses, strict=True):
+            prompt.finish_step(step, loss)
+        if not self._show_loss:
+            return ""
+        return f"loss {sum(mean_losses) / len(mean_losses):.4f}"
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint of each prompt from which step number `step` is the next one."""
+        # Rank 0 saves for all, since every rank holds the same values.
+        for prompt in self._prompts:
+            self._world.on_main(partial(prompt.run.save, step))
+
+
+class _TrainedPrompt:
+    """One prompt of a `PromptTrainer`, with its learning rates, metrics and skipped steps."""
+
+    def __init__(self, run: PromptRun, world: World) -> None:
+        self.run = run
+        self._world = world
+        schedule = Schedule(run.section.schedule, run.section.warmup_share, run.section.steps)
+        self._rates = ScheduledRates(run.optimizer, schedule)
+        self._guard = NonFiniteGuard(run.folder.path.name)
+        self._metrics = run.open_metrics(run.folder, world)
+
+    def begin_step(self, step: int) -> None:
+        """Set the learning rates of a step, and forget the last gradients."""
+        self._rates.apply(step)
+        self.run.optimizer.zero_grad()
+
+    def finish_step(self, step: int, loss: float) -> None:
+        """Average the gradients over ranks, and step if they are finite.
+
+        Args:
+            step: number of the step.
+            loss: its loss, averaged over ranks.
+
+        Raises:
+            InputError: five steps in a row were not finite.
+        """
+        gradients = self.run.gradients
+        for gradient in gradients:
+            self._world.mean(gradient)
+        # All ranks hold the same mean, so that they decide alike.
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if finite:
+            self.run.optimizer.step()
+        self._guard.record(step, finite=finite)
+        self._metrics.write(step=step, loss=loss, skipped=not finite)

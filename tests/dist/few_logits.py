@@ -1,7 +1,10 @@
-"""The command line with few logits alive at once, so that small models cut their positions into pieces as large ones do."""
+"""Run the command line with few logits in memory at once.
 
-from post_dist.losses import distillation as losses
+Small models then cut their positions into pieces, as large models do.
+"""
+
 from post_dist.cli import main
+from post_dist.losses import pieces
 
-losses.LOGITS_AT_ONCE = 100 * 600
+pieces.LOGITS_AT_ONCE = 100 * 600
 main()

@@ -1,4 +1,4 @@
-"""Run by torchrun: how much memory each rank's own pages take at most while a model is loaded into shards."""
+"""Run by torchrun: measure each rank's peak memory while a model is loaded into shards."""
 
 import json
 import sys
@@ -19,13 +19,18 @@ from post_dist.runtime.zero import shard_share  # noqa: E402
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs: pages of the weights' files can be dropped at any time."""
+    """Return the memory of this process that no file backs.
+
+    The system can drop pages of the weight files at any time.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 folder, output = map(Path, sys.argv[1:])
-baseline, peak, done = anonymous_mib(), 0.0, threading.Event()
+baseline = anonymous_mib()
+peak = 0.0
+done = threading.Event()
 
 
 def watch() -> None:
@@ -44,7 +49,12 @@ parameters = sum(parameter.ds_numel for parameter in model.parameters())
 layer = sum(parameter.ds_numel for parameter in model.layers[0].parameters())
 with torch.no_grad():
     logits = model(torch.arange(4, 12)[None], answer=torch.tensor([7]))
-facts = {"peak_mib": peak - baseline, "model_mib": parameters / 2**18, "layer_mib": layer / 2**18, "share": shard_share(model)}
+facts = {
+    "peak_mib": peak - baseline,
+    "model_mib": parameters / 2**18,
+    "layer_mib": layer / 2**18,
+    "share": shard_share(model),
+}
 (output / f"{world.rank}.json").write_text(json.dumps(facts | {"logits": logits[0, :5].tolist()}))
 world.leave()
 end_process(0)

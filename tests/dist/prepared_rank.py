@@ -1,4 +1,4 @@
-"""The command line of one rank, to which something is done before: `prepared_rank.py PREPARATION ARGUMENT...`"""
+"""Prepare one rank, then run its command line: `prepared_rank.py PREPARATION ARGUMENT...`."""
 
 import errno
 import hashlib
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from post_dist.cli import main
 from post_dist.runtime.schedule import Schedule
-from post_dist.stages.distill import stage as distill
+from post_dist.stages.distill import stage as distill_stage
 
 
 def stopped_at_its_third_step() -> None:
@@ -27,39 +27,50 @@ def stopped_at_its_third_step() -> None:
     Schedule.factor = factor
 
 
-def on_a_node_that_remembers_what_it_missed() -> None:
-    """As an NFS client does: a name that was not there is not there for half a minute, whoever makes it; only making it asks the server."""
-    real_lstat, missed = os.lstat, set()
+class NfsClient:
+    """Fakes the cache of an NFS client, which remembers failed lookups for half a minute.
 
-    def is_missed(path: Path) -> bool:
-        return not missed.isdisjoint([path, *path.parents])
+    A name that was not there stays absent for this process, whoever creates it meanwhile. Only
+    creating it from this process asks the server again.
+    """
 
-    def look(real: Callable, path: object, **named: object) -> os.stat_result:
+    def __init__(self) -> None:
+        self._missed: set[Path] = set()
+        self._real_lstat = os.lstat
+
+    def start(self) -> None:
+        os.stat = partial(self._look, os.stat)
+        os.lstat = partial(self._look, os.lstat)
+        sys.addaudithook(self._on_event)
+
+    def _raise_if_missed(self, place: Path, name: object) -> None:
+        if not self._missed.isdisjoint([place, *place.parents]):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name))
+
+    def _look(self, real: Callable, path: object, **named: object) -> os.stat_result:
         place = Path(os.path.abspath(path)) if isinstance(path, str | Path) else Path()
-        if is_missed(place):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        self._raise_if_missed(place, path)
         try:
             return real(path, **named)
         except FileNotFoundError:
-            for part in [*reversed(place.parents), place]:
-                try:
-                    real_lstat(part)
-                except FileNotFoundError:
-                    missed.add(part)
-                    break
+            self._remember_first_absent(place)
             raise
 
-    def hear(event: str, given: tuple) -> None:
+    def _remember_first_absent(self, place: Path) -> None:
+        for part in [*reversed(place.parents), place]:
+            try:
+                self._real_lstat(part)
+            except FileNotFoundError:
+                self._missed.add(part)
+                return
+
+    def _on_event(self, event: str, given: tuple) -> None:
         if event not in ("open", "os.mkdir") or not isinstance(given[0], str | Path):
             return
         place = Path(os.path.abspath(given[0]))
         if event == "os.mkdir" or given[2] & os.O_CREAT:
-            missed.discard(place)
-        if is_missed(place):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place))
-
-    os.stat, os.lstat = partial(look, os.stat), partial(look, os.lstat)
-    sys.addaudithook(hear)
+            self._missed.discard(place)
+        self._raise_if_missed(place, place)
 
 
 def allowed_to_hash_prompts_alone() -> None:
@@ -73,20 +84,20 @@ def allowed_to_hash_prompts_alone() -> None:
 
 
 def given_no_whole_model() -> None:
-    real = distill.full_weights
+    real = distill_stage.full_weights
 
     def full_weights(*given: object) -> dict:
         weights = real(*given)
         assert weights == {}, f"{len(weights)} tensors"
         return weights
 
-    distill.full_weights = full_weights
+    distill_stage.full_weights = full_weights
 
 
 PREPARATIONS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "stopped at its third step": stopped_at_its_third_step,
-    "on a node that remembers what it missed": on_a_node_that_remembers_what_it_missed,
+    "on a node that remembers what it missed": lambda: NfsClient().start(),
     "allowed to hash prompts alone": allowed_to_hash_prompts_alone,
     "given no whole model": given_no_whole_model,
 }

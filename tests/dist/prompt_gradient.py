@@ -24,7 +24,8 @@ own = slice(world.rank, None, world.size)
 batch = [tensors["input_ids"][own], tensors["attention_mask"][own], prompt, tensors["answer"][own]]
 results = {"share": torch.tensor(shard_share(model))}
 for name, share_prompt in {"apart": False, "shared": model.shares_prompt}.items():
-    for _ in range(3):  # the sharded forward is traced in the first round and replayed in the others
+    # The sharded forward is traced in the first round and replayed in the others.
+    for _ in range(3):
         prompt.grad = None
         model(*batch, share_prompt=share_prompt).float().log_softmax(-1)[:, 7].mean().backward()
         world.mean(prompt.grad)

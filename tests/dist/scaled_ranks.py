@@ -1,4 +1,6 @@
-"""Under a launcher: `bench scale` of several settings in one process, as JSON. `scaled_ranks.py FOLDER [KEY=VALUE]...`
+"""Run by a launcher: `bench scale` with several settings in one process, as JSON.
+
+    scaled_ranks.py FOLDER [KEY=VALUE]...
 
 With the setting `slow rank`, the last rank sleeps in every matrix product.
 """
@@ -28,15 +30,19 @@ SETTINGS = {
 
 
 def main() -> None:
-    folder, options = Path(sys.argv[1]), sys.argv[2:]
+    folder = Path(sys.argv[1])
+    options = sys.argv[2:]
     world = start(0)
     found = {}
     for name, settings in SETTINGS.items():
         if world.size == 4 and name in ("ZeRO-0", "ZeRO-2", "ZeRO-2, frozen block"):
-            continue  # two cores
+            # Four ranks on two cores are slow.
+            continue
         config = load_run(folder / "run.yaml", [*settings, *options], folder)
         if name == "slow rank" and world.rank == world.size - 1:
-            torch.nn.modules.module.register_module_forward_hook(lambda module, *_: time.sleep(0.01 * isinstance(module, torch.nn.Linear)))
+            torch.nn.modules.module.register_module_forward_hook(
+                lambda module, *_: time.sleep(0.01 * isinstance(module, torch.nn.Linear))
+            )
         found[name] = bench_scale(config, folder / "teacher", world)
     if world.is_main:
         print(json.dumps(found))

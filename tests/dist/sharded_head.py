@@ -1,4 +1,7 @@
-"""Run by torchrun: the head of a target in ZeRO-3 shards, and a model whose head is not all that makes its logits. Each rank saves."""
+"""Run by torchrun: the head of a target in ZeRO-3 shards. Each rank saves its logits.
+
+It also tries to load a model that scales its logits behind its head, which must be refused.
+"""
 
 import json
 import sys
@@ -24,7 +27,8 @@ except InputError as error:
 model = load_sharded(folder, Engine(), "fp32", world)
 hidden = torch.linspace(-1, 1, model.width)[None]
 head = model.head_of([7, 3, 7])
-for _ in range(world.rank):  # ranks that gathered it each time would wait for each other for ever
+# If each use gathered the head, ranks that use it unequally often would wait for ever.
+for _ in range(world.rank):
     head(hidden)
 logits = head(hidden).tolist()
 (output / f"{world.rank}.json").write_text(json.dumps({"refused": refused, "logits": logits}))

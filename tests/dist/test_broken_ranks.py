@@ -1,4 +1,4 @@
-"""Every row of benchmarks/faults-cpu.md, once."""
+"""Run every row of benchmarks/faults-cpu.md once."""
 
 import json
 import os
@@ -15,15 +15,25 @@ ROWS = [name for name, _, _ in killed_ranks.rows(1)]
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict:
     tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(tests), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "dist" / "killed_ranks.py"), str(tmp_path_factory.mktemp("broken"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": str(tests),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        str(tests / "dist" / "killed_ranks.py"),
+        str(tmp_path_factory.mktemp("broken")),
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=560, check=False
+    )
     print(done.stdout)
     assert done.stdout, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(600)  # the first row waits for all
+@pytest.mark.timeout(600)  # the first test waits for all rows
 @pytest.mark.parametrize("row", ROWS)
-def test_a_broken_run_goes_on_and_ends_as_if_nothing_had_happened(broken: dict, row: str) -> None:
+def test_a_broken_run_resumes_and_ends_as_if_nothing_had_happened(broken: dict, row: str) -> None:
     assert row in broken["right"], broken["wrong"].get(row)

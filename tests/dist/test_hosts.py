@@ -1,4 +1,4 @@
-"""Several hosts without ssh: the deepspeed launcher is started once on each, here twice on one machine."""
+"""Several hosts without ssh: the deepspeed launcher runs on each, here twice on one machine."""
 
 import json
 import os
@@ -19,11 +19,29 @@ def test_two_hosts_without_ssh_give_one_process_s_losses(tmp_path: Path) -> None
     run = tiny.write_run(tmp_path)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    common = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", "29695"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    common = [
+        "deepspeed",
+        "--hostfile",
+        str(hostfile),
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "29695",
+    ]
     work = ["--module", "post_dist", "distill", str(run), f"--output={tmp_path / 'two'}"]
     hosts = [
-        subprocess.Popen([*common, "--node_rank", str(rank), *work], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*common, "--node_rank", str(rank), *work],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     said = [host.communicate(timeout=200)[0] for host in hosts]
@@ -35,12 +53,32 @@ def test_two_hosts_without_ssh_give_one_process_s_losses(tmp_path: Path) -> None
 
 def test_a_host_of_one_rank_cannot_offload_what_it_keeps_whole(tmp_path: Path) -> None:
     run = tiny.write_run(tmp_path)
-    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29696", "OMP_NUM_THREADS": "1"}
-    work = [sys.executable, "-m", "post_dist", "distill", str(run), "--set=engine.shard_group=node", "--set=engine.offload=cpu"]
+    place = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29696",
+        "OMP_NUM_THREADS": "1",
+    }
+    work = [
+        sys.executable,
+        "-m",
+        "post_dist",
+        "distill",
+        str(run),
+        "--set=engine.shard_group=node",
+        "--set=engine.offload=cpu",
+    ]
     hosts = [
-        subprocess.Popen(work, env=os.environ | place | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            work,
+            env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     said = [host.communicate(timeout=200)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [2, 2], said[0][-3000:]
-    assert "node is one rank here, which keeps frozen models whole on it: nothing to offload" in said[0]
+    assert "engine.shard_group is one rank here, which keeps frozen models whole" in said[0]

@@ -1,4 +1,4 @@
-"""What ranks tell each other: that rank 0 was stopped or refused, what it finds on the disk, and that it works."""
+"""What ranks tell each other: a stop or refusal of rank 0, its view of the disk, its progress."""
 
 import os
 import socket
@@ -10,29 +10,45 @@ import pytest
 import tiny
 
 
-def two_ranks(*arguments: object, prepare: tuple[str, str] = ("nothing", "nothing")) -> tuple[list[int], list[str]]:
-    """The command line on two ranks; their exit codes, and what they said."""
+def two_ranks(
+    *arguments: object, prepare: tuple[str, str] = ("nothing", "nothing")
+) -> tuple[list[int], list[str]]:
+    """Run the command line on two ranks; return their exit codes and standard errors."""
     program = str(Path(__file__).with_name("prepared_rank.py"))
     return two_processes(*([program, preparation, *map(str, arguments)] for preparation in prepare))
 
 
 def two_processes(*programs: list[str]) -> tuple[list[int], list[str]]:
-    """The same for two programs, without a launcher that would end one after the other."""
+    """Run two programs as ranks, without a launcher that would end one after the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     running = []
     for rank, program in enumerate(programs):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        ranks = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        environment = os.environ | ranks | {"OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, *program],
+                env=environment,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
     said = [process.communicate(timeout=200)[1] for process in running]
     return [process.returncode for process in running], said
 
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file whose student is given."""
+    """Write a run file whose student exists already."""
     folder = tmp_path_factory.mktemp("distilled")
     run = tiny.write_run(folder)
     tiny.write_model(folder / "student", "llama", layers=2)
@@ -40,34 +56,63 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_ranks_stop_with_rank_0_while_it_tunes(distilled: Path, tmp_path: Path) -> None:
-    command = ("tune", distilled, f"--set=inputs.student={distilled.parent / 'student'}", f"--output={tmp_path}")
+    command = (
+        "tune",
+        distilled,
+        f"--set=inputs.student={distilled.parent / 'student'}",
+        f"--output={tmp_path}",
+    )
     codes, said = two_ranks(*command, prepare=("stopped at its third step", "nothing"))
     assert codes == [6, 6], said
     assert "is saved at step 3 of 6" in said[0]
     assert "another rank was stopped" in said[1]
     codes, said = two_ranks(*command)
     assert codes == [0, 0], said
-    assert "going on from step 3" in said[0]
+    assert "resuming from step 3" in said[0]
 
 
 def test_all_ranks_are_refused_with_rank_0(distilled: Path, tmp_path: Path) -> None:
-    settings = ["privacy.enabled=true", "privacy.declared_examples=160", "privacy.noise_multiplier=1", "privacy.max_total_epsilon=0.01"]
-    settings += [f"privacy.ledger={tmp_path / 'ledger'}", f"inputs.student={distilled.parent / 'student'}"]
-    codes, said = two_ranks("tune", distilled, *(f"--set={setting}" for setting in settings), f"--output={tmp_path}")
+    settings = [
+        "privacy.enabled=true",
+        "privacy.declared_examples=160",
+        "privacy.noise_multiplier=1",
+        "privacy.max_total_epsilon=0.01",
+    ]
+    settings += [
+        f"privacy.ledger={tmp_path / 'ledger'}",
+        f"inputs.student={distilled.parent / 'student'}",
+    ]
+    codes, said = two_ranks(
+        "tune", distilled, *(f"--set={setting}" for setting in settings), f"--output={tmp_path}"
+    )
     assert codes == [5, 5], said
     assert "past its cap" in said[0]
-    assert "another rank could not go on" in said[1]
+    assert "another rank failed" in said[1]
     assert not list(tmp_path.glob("tiny/*/artifact"))
 
 
 def test_another_node_looks_for_nothing_before_it_is_there(distilled: Path, tmp_path: Path) -> None:
-    command = ("pipeline", distilled, f"--output={tmp_path / 'new'}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
-    codes, said = two_ranks(*command, prepare=("nothing", "on a node that remembers what it missed"))
+    command = (
+        "pipeline",
+        distilled,
+        f"--output={tmp_path / 'new'}",
+        "--set=distill.cache=hidden",
+        "--set=distill.alpha_cos=0",
+    )
+    codes, said = two_ranks(
+        *command, prepare=("nothing", "on a node that remembers what it missed")
+    )
     assert codes == [0, 0], said
 
 
 def test_models_and_data_are_hashed_once(distilled: Path, tmp_path: Path) -> None:
-    command = ("pipeline", distilled, f"--output={tmp_path}", "--set=distill.cache=hidden", "--set=distill.alpha_cos=0")
+    command = (
+        "pipeline",
+        distilled,
+        f"--output={tmp_path}",
+        "--set=distill.cache=hidden",
+        "--set=distill.alpha_cos=0",
+    )
     codes, said = two_ranks(*command, prepare=("nothing", "allowed to hash prompts alone"))
     assert codes == [0, 0], said
 
@@ -105,6 +150,8 @@ def test_who_waits_for_rank_0_is_not_ended_while_that_works() -> None:
 def test_a_rank_0_that_hangs_is_ended_by_its_own_watchdog_and_the_others_follow() -> None:
     codes, said = two_processes(*2 * [["-c", WATCHED, "hangs"]])
     assert codes[0] == 3, said
-    assert "rank 0 has stood still for 4 s in: part 0" in said[0]
-    assert codes[1] not in (0, 3), "it has lost its connection, and no watchdog of its own has ended it"
+    assert "rank 0 has made no progress for 4 s in: part 0" in said[0]
+    assert codes[1] not in (0, 3), (
+        "it has lost its connection, and no watchdog of its own has ended it"
+    )
     assert "/gloo/" in said[1]

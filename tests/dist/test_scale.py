@@ -14,7 +14,7 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import rank_batches
 from post_dist.models.size import ModelSize, size_of
-from post_dist.planning.cost import distill_bytes, transfer_bytes
+from post_dist.planning.cost import Sharding, distill_bytes, transfer_bytes
 
 HERE = Path(__file__).parent
 PARTS = ("compute", "input", "wait", "gather", "reduce", "control")
@@ -51,6 +51,7 @@ def test_measured_bytes_are_the_planned_ones(
 ) -> None:
     config = load_run(tiny.write_run(tmp_path), options, None)
     measured = run_scaled_ranks(tmp_path, ranks, options)
+    sharding = Sharding(ranks=ranks, group=group, bytes_each=FP32_BYTES)
 
     for row in measured.pop("slow rank")["rows"]:
         assert row["straggler"].startswith(f"rank {ranks - 1} on ")
@@ -65,17 +66,15 @@ def test_measured_bytes_are_the_planned_ones(
             received = row["received_bytes"]
             assert received["control"] < 4096
             if row["stage"] == "transfer":
-                planned = transfer_bytes(
-                    teacher, PROMPT_TOKENS, group=group, ranks=ranks, bytes_each=FP32_BYTES
-                )
+                planned = transfer_bytes(teacher, PROMPT_TOKENS, sharding)
             else:
-                planned = planned_distill_bytes(name, config, teacher, result, row, group)
+                planned = planned_distill_bytes(name, config, teacher, result, row, sharding)
             found = {kind: received[kind] for kind in planned}
             assert found == planned, (name, row["scaling"], row["stage"])
 
 
 def planned_distill_bytes(
-    name: str, config: RunConfig, teacher: ModelSize, result: dict, row: dict, group: int
+    name: str, config: RunConfig, teacher: ModelSize, result: dict, row: dict, sharding: Sharding
 ) -> dict:
     at_most = 1 if name == "two passes" else config.distill.micro_batch_size_per_gpu
     ranks = result["ranks"]
@@ -85,13 +84,11 @@ def planned_distill_bytes(
     trained = sum(sum(layer.weights) for layer in student.layers)
     return distill_bytes(
         teacher,
-        trained,
         student,
+        sharding,
+        trained=trained,
         zero_stage=result["zero_stage"],
         passes=passes,
-        group=group,
-        ranks=ranks,
-        bytes_each=FP32_BYTES,
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo's own run file on its real model and reviews, with few steps: `make demo` is the same with many."""
+"""The demo's own run file on its real model and reviews, with few steps."""
 
 import json
 import subprocess

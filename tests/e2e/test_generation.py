@@ -1,4 +1,7 @@
-"""A task that generates text, through all stages: the loss at every token of the responses, exact matches and ROUGE."""
+"""A task that generates text, through all stages.
+
+The loss is taken at every token of the responses. The table holds exact matches and ROUGE.
+"""
 
 import json
 import math
@@ -13,20 +16,24 @@ import yaml
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.schema import Transfer
-from post_dist.config.sources import Task
 from post_dist.losses.transfer import published_transfer_loss
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
-from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 CPU = torch.device("cpu")
 ANSWERS = {0: "a dull and weak film", 1: "a lovely and moving film"}
 
 
-def write_rows(path: Path, seed: int, count: int) -> None:
-    rows = (f"{text},{label},{ANSWERS[label]}\n" for text, label in tiny.sentences(count, seed))
-    path.write_text("text,label,answer\n" + "".join(rows))
+def write_examples(path: Path, seed: int, count: int) -> None:
+    lines = ["text,label,answer\n"]
+    for text, label in tiny.sentences(count, seed):
+        lines.append(f"{text},{label},{ANSWERS[label]}\n")
+    path.write_text("".join(lines))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generation")
     path = tiny.write_run(folder)
     tiny.train_writer(folder / "teacher", ANSWERS)
-    write_rows(folder / "private.csv", 1, 200)
-    write_rows(folder / "public.csv", 2, 60)
+    write_examples(folder / "private.csv", 1, 200)
+    write_examples(folder / "public.csv", 2, 60)
     fields = yaml.safe_load(path.read_text())
     del fields["private_task"]["labels"]
     for task in ("private_task", "public_task"):
@@ -53,11 +60,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def artifact(run: Path, pattern: str) -> Path:
+    """The one artifact of a stage in the run's folder."""
+    return next(run.parent.glob(f"runs/tiny/{pattern}/artifact"))
+
+
 @pytest.fixture(scope="module")
 def table(run: Path, post_dist: Callable) -> dict:
     done = post_dist("pipeline", run, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def student(run: Path, table: dict) -> Path:
+    return artifact(run, "distill-*")
+
+
+@pytest.fixture(scope="module")
+def prompt(run: Path, table: dict) -> Path:
+    return artifact(run, "tune-????????")
 
 
 def test_the_table_has_exact_matches_and_rouge(run: Path, table: dict) -> None:
@@ -72,80 +94,65 @@ def test_the_table_has_exact_matches_and_rouge(run: Path, table: dict) -> None:
     ]
     print({name: (row["exact_match"], row["rouge_l"]) for name, row in rows.items()})
     assert rows["full prompt tuning"]["rouge_l"] > rows["zero-shot"]["rouge_l"] + 0.2
-    assert all(
-        0 <= row["exact_match"] <= row["rouge_l"] <= row["rouge_1"] + 1e-9 <= 1 + 1e-9
-        for row in rows.values()
-    )
+    for row in rows.values():
+        assert 0 <= row["exact_match"] <= row["rouge_l"]
+        assert row["rouge_l"] <= row["rouge_1"] + 1e-9 <= 1 + 1e-9
     report = (run.parent / "runs/tiny/report.md").read_text()
     assert "| row | exact match % | 95% interval | ROUGE-1 % | ROUGE-L % | n | epsilon |" in report
 
 
 def test_the_first_loss_of_the_transfer_is_the_paper_s_at_every_token(
-    run: Path, table: dict
+    run: Path, student: Path, prompt: Path
 ) -> None:
-    """By hand: each row alone, its three constants and the prompted target, the mean over its tokens, the mean over the rows."""
+    """Compute it by hand: each example alone, the mean over its tokens, the mean over examples."""
     teacher = run.parent / "teacher"
-    student = next(run.parent.glob("runs/tiny/distill-*/artifact"))
-    tokenizer, models = (
-        load_tokenizer(teacher),
-        Models(load_whole(student, "fp32", CPU), load_whole(teacher, "fp32", CPU)),
-    )
-    source = read_prompt(next(run.parent.glob("runs/tiny/tune-????????/artifact")))
+    tokenizer = load_tokenizer(teacher)
+    models = ModelPair(load_whole(student, "fp32", CPU), load_whole(teacher, "fp32", CPU))
+    source = read_prompt(prompt)
     section = Transfer(steps=1, batch_size=4, alpha=0.3)
-    public = Task(
-        name="toy", visibility="public", path=run.parent / "public.csv", response_column="answer"
-    )
     texts = [text for text, _ in tiny.sentences(4, 7)]
     responses = ["a dull film", "lovely", "weak and moving", "a film"]
     world = World(0, 1, 0, "none", CPU)
-    lesson = prepare_lesson(
-        source.task,
-        source.embeddings,
-        public,
-        (texts, responses),
-        models,
-        section,
-        (tokenizer, tokenizer),
-        world,
-        {},
-    )
+    public = PublicExamples(texts, responses)
+    builder = ObjectiveBuilder(models, Tokenizers(tokenizer, tokenizer), public, world)
+    objective = builder.build(source.task, source.embeddings, section)
     prompt_nd = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    (loss,) = lesson_losses(models, [lesson], [prompt_nd], [[0, 1, 2, 3]], CPU)
+    (loss,) = transfer_losses(models, [objective], [prompt_nd], [[0, 1, 2, 3]])
+
+    def logits(
+        model: LanguageModel, before: list[int], after: list[int], own_nd: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits at the tokens of the response."""
+        hidden = model(torch.tensor([before + after]), None, own_nd)
+        prompt_length = 0 if own_nd is None else len(own_nd)
+        return model.head(hidden)[0, len(before) - 1 + prompt_length : -1]
+
     by_hand = []
     for text, response in zip(texts, responses, strict=True):
         before = tokenizer(f"Review: {text} It was").input_ids
-        tokens = torch.tensor(
-            [before + tokenizer(f" {response}").input_ids + [tokenizer.eos_token_id]]
-        )
-
-        def logits(
-            model: torch.nn.Module, prompt: torch.Tensor | None, tokens=tokens, before=before
-        ) -> torch.Tensor:
-            return model.head(model(tokens, None, prompt))[
-                0, len(before) - 1 + (0 if prompt is None else len(prompt)) : -1
-            ]
-
+        after = [*tokenizer(f" {response}").input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            constants = (
-                logits(models.student, None),
-                logits(models.student, source.embeddings),
-                logits(models.target, None),
+            own_loss = published_transfer_loss(
+                logits(models.student, before, after, None),
+                logits(models.student, before, after, source.embeddings),
+                logits(models.target, before, after, None),
+                logits(models.target, before, after, prompt_nd),
+                alpha=0.3,
+                temperature=2.0,
             )
-            by_hand.append(
-                published_transfer_loss(
-                    *constants, logits(models.target, prompt_nd), alpha=0.3, temperature=2.0
-                )
-            )
+        by_hand.append(own_loss)
     assert float(loss) == pytest.approx(float(torch.stack(by_hand).mean()), rel=1e-4)
 
 
+def losses_of(metrics: Path) -> list[float]:
+    return [line["loss"] for line in read_metric_log(metrics)]
+
+
 def test_two_prompts_beside_each_other_and_two_ranks_learn_the_same(
-    run: Path, table: dict, main: Callable, post_dist: Callable
+    run: Path, student: Path, prompt: Path, main: Callable, post_dist: Callable
 ) -> None:
-    student = next(run.parent.glob("runs/tiny/distill-*/artifact"))
-    prompt = next(run.parent.glob("runs/tiny/tune-????????/artifact"))
-    given = ("transfer", run, f"--set=inputs.student={student}", "--json")
-    launcher = (
+    command = ("transfer", run, f"--set=inputs.student={student}", "--json")
+    two_ranks = (
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -154,47 +161,37 @@ def test_two_prompts_beside_each_other_and_two_ranks_learn_the_same(
         "-m",
     )
     done = post_dist(
-        *given,
+        *command,
         f"--set=inputs.source_prompt={prompt}",
         f"--output={run.parent / 'two'}",
-        launcher=launcher,
+        launcher=two_ranks,
     )
     assert done.returncode == 0, done.stderr
     code, _, err = main(
-        *given,
+        *command,
         f"--set=inputs.source_prompt=[{prompt}, {prompt}]",
         f"--output={run.parent / 'beside'}",
     )
     assert code == 0, err
-    files = [
-        next(run.parent.glob(f"{runs}/tiny/transfer-*/metrics.jsonl")) for runs in ("two", "beside")
-    ]
-    (alone,) = (
-        losses
-        for path in run.parent.glob("runs/tiny/transfer-*/metrics.jsonl")
-        if (losses := [line["loss"] for line in read_metric_log(path)])
-        and path.parent.name == files[0].parent.name
-    )
+    on_two_ranks = next(run.parent.glob("two/tiny/transfer-*/metrics.jsonl"))
+    beside = next(run.parent.glob("beside/tiny/transfer-*/metrics.jsonl"))
+    # The pipeline has made the same transfer alone, in a folder of the same name.
+    alone = losses_of(run.parent / "runs/tiny" / on_two_ranks.parent.name / "metrics.jsonl")
     assert len(alone) == 6
-    for path in files:
-        assert [line["loss"] for line in read_metric_log(path)] == pytest.approx(alone, rel=1e-3)
+    assert losses_of(on_two_ranks) == pytest.approx(alone, rel=1e-3)
+    assert losses_of(beside) == pytest.approx(alone, rel=1e-3)
 
 
-def test_privately_too(run: Path, table: dict, main: Callable) -> None:
-    student = next(run.parent.glob("runs/tiny/distill-*/artifact"))
-    private = [
+def test_a_private_prompt_that_generates_text(run: Path, student: Path, main: Callable) -> None:
+    settings = [
+        f"inputs.student={student}",
         "privacy.enabled=true",
         "privacy.declared_examples=160",
         "privacy.noise_multiplier=1",
         "tune.steps=3",
     ]
-    code, out, err = main(
-        "tune",
-        run,
-        f"--set=inputs.student={student}",
-        *(f"--set={field}" for field in private),
-        "--json",
-    )
+    options = [f"--set={setting}" for setting in settings]
+    code, out, err = main("tune", run, *options, "--json")
     assert code == 0, err
     made = read_prompt(Path(json.loads(out)["artifact"]))
     assert made.task.max_response_length == 24
@@ -203,7 +200,7 @@ def test_privately_too(run: Path, table: dict, main: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("transfer.scores=classes", "transfer.scores: classes is for tasks with classes"),
         ("transfer.alpha=auto", "transfer.alpha: auto is for tasks with classes"),
@@ -215,16 +212,12 @@ def test_privately_too(run: Path, table: dict, main: Callable) -> None:
         ),
     ],
 )
-def test_what_needs_classes_is_refused(
-    run: Path, table: dict, main: Callable, setting: str, said: str
+def test_settings_that_need_classes_are_refused(
+    run: Path, student: Path, prompt: Path, main: Callable, setting: str, message: str
 ) -> None:
-    student = next(run.parent.glob("runs/tiny/distill-*/artifact"))
-    prompt = next(run.parent.glob("runs/tiny/tune-????????/artifact"))
-    given = [
-        f"--set={field}"
-        for field in (f"inputs.student={student}", f"inputs.source_prompt={prompt}", setting)
-    ]
-    code, _, err = main("transfer", run, *given, f"--output={run.parent / 'refused'}")
+    settings = (f"inputs.student={student}", f"inputs.source_prompt={prompt}", setting)
+    options = [f"--set={each}" for each in settings]
+    code, _, err = main("transfer", run, *options, f"--output={run.parent / 'refused'}")
     assert code == 2
-    assert said in err
+    assert message in err
     assert not list(run.parent.glob("refused/tiny/transfer-*/artifact"))

@@ -1,4 +1,4 @@
-"""Prompts of several owners, carried to one resident target beside each other."""
+"""Prompts of several owners, transferred to one target beside each other."""
 
 import json
 import math
@@ -33,23 +33,32 @@ def owners(
     return run, prompts
 
 
-def carried(
+def transfer(
     main: Callable, run: Path, prompts: list[Path], output: Path, *options: str
 ) -> list[Path]:
+    """Transfer prompts in one command; their artifacts."""
     student = next(run.parent.glob("runs/tiny/distill-*/artifact"))
-    given = json.dumps([str(prompt) for prompt in prompts]) if len(prompts) > 1 else prompts[0]
-    code, said, errors = main(
+    sources = str(prompts[0])
+    if len(prompts) > 1:
+        sources = json.dumps([str(prompt) for prompt in prompts])
+    code, out, err = main(
         "transfer",
         run,
         f"--set=inputs.student={student}",
-        f"--set=inputs.source_prompt={given}",
+        f"--set=inputs.source_prompt={sources}",
         f"--output={output}",
         "--json",
         *options,
     )
-    assert code == 0, errors
-    result = json.loads(said)
-    return [Path(path) for path in result.get("artifacts", [result.get("artifact")])]
+    assert code == 0, err
+    result = json.loads(out)
+    if len(prompts) > 1:
+        return [Path(path) for path in result["artifacts"]]
+    return [Path(result["artifact"])]
+
+
+def losses_of(artifact: Path) -> list[float]:
+    return [line["loss"] for line in read_metric_log(artifact.parent / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -57,51 +66,44 @@ def test_each_prompt_is_as_if_it_had_been_alone(
     owners: tuple[Path, list[Path]], main: Callable, tmp_path: Path, variant: str
 ) -> None:
     run, prompts = owners
-    together = carried(main, run, prompts, tmp_path / "together", *VARIANTS[variant])
-    alone = [
-        carried(main, run, [prompt], tmp_path / "alone", *VARIANTS[variant])[0]
-        for prompt in prompts
-    ]
-    assert [path.parent.name for path in together] == [path.parent.name for path in alone], (
-        "the same runs by their signatures"
-    )
+    options = VARIANTS[variant]
+    together = transfer(main, run, prompts, tmp_path / "together", *options)
+    alone = []
+    for prompt in prompts:
+        alone += transfer(main, run, [prompt], tmp_path / "alone", *options)
+    names = [path.parent.name for path in together]
+    assert names == [path.parent.name for path in alone], "the same signatures"
     for beside, by_itself in zip(together, alone, strict=True):
-        made, expected = read_prompt(beside), read_prompt(by_itself)
+        made = read_prompt(beside)
+        expected = read_prompt(by_itself)
         torch.testing.assert_close(made.embeddings, expected.embeddings, rtol=0, atol=1e-4)
         assert made.manifest.parents == expected.manifest.parents
-        told = made.manifest.config["public_text"]
-        assert told == expected.manifest.config["public_text"]
-        assert set(told) == {"class_information_nats"} | (
-            {"alpha"} if variant == "vocabulary" else set()
-        )
-        assert 0 < told["class_information_nats"] < math.log(2)
-        losses = [
-            [line["loss"] for line in read_metric_log(path.parent / "metrics.jsonl")]
-            for path in (beside, by_itself)
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
+        statistics = made.manifest.config["public_text"]
+        assert statistics == expected.manifest.config["public_text"]
+        wanted = {"class_information_nats"}
+        if variant == "vocabulary":
+            wanted.add("alpha")
+        assert set(statistics) == wanted
+        assert 0 < statistics["class_information_nats"] < math.log(2)
+        assert losses_of(beside) == pytest.approx(losses_of(by_itself), rel=1e-4, abs=1e-6)
     assert not torch.equal(read_prompt(together[0]).embeddings, read_prompt(together[1]).embeddings)
 
 
-def test_one_after_another_where_memory_is_short(
+def test_prompts_one_after_another_where_memory_is_short(
     owners: tuple[Path, list[Path]], main: Callable, tmp_path: Path
 ) -> None:
     run, prompts = owners
-    beside = carried(main, run, prompts, tmp_path / "beside")
-    apart = carried(main, run, prompts, tmp_path / "apart", "--set=transfer.prompts_at_once=1")
+    beside = transfer(main, run, prompts, tmp_path / "beside")
+    apart = transfer(main, run, prompts, tmp_path / "apart", "--set=transfer.prompts_at_once=1")
     assert [path.parent.name for path in beside] == [path.parent.name for path in apart]
     for one, other in zip(beside, apart, strict=True):
-        torch.testing.assert_close(
-            read_prompt(one).embeddings, read_prompt(other).embeddings, rtol=0, atol=1e-4
-        )
+        own = read_prompt(one).embeddings
+        torch.testing.assert_close(own, read_prompt(other).embeddings, rtol=0, atol=1e-4)
 
 
-def test_a_table_is_of_one_prompt(owners: tuple[Path, list[Path]], main: Callable) -> None:
+def test_a_table_compares_one_prompt(owners: tuple[Path, list[Path]], main: Callable) -> None:
     run, prompts = owners
-    code, _, errors = main(
-        "pipeline",
-        run,
-        "--set=inputs.source_prompt=" + json.dumps([str(prompt) for prompt in prompts]),
-    )
+    sources = json.dumps([str(prompt) for prompt in prompts])
+    code, _, err = main("pipeline", run, f"--set=inputs.source_prompt={sources}")
     assert code == 2
-    assert "names 2 prompts, and a table is of one" in errors
+    assert "names 2 prompts, and a table compares one" in err

@@ -1,4 +1,4 @@
-"""The paper's run files, on small stand-ins for its models and data: `examples/paper/row.py` as it is."""
+"""`examples/paper/row.py` and the paper's run files, on small models and data."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("model", FAMILIES)
-def test_a_row_is_run_and_stands_beside_the_published_one(tmp_path: Path, model: str) -> None:
+def test_a_row_is_run_and_printed_beside_the_published_one(tmp_path: Path, model: str) -> None:
     tiny.write_model(tmp_path / "model", FAMILIES[model])
     data = tiny.write_csv(tmp_path / "data.csv", tiny.sentences(60, 1))
     places = {
@@ -64,9 +64,9 @@ def test_a_row_is_run_and_stands_beside_the_published_one(tmp_path: Path, model:
         ("published transfer", published["public"]["imdb"]),
         ("full prompt tuning", published["full prompt tuning"]),
     ):
-        for epsilon, figure in zip(("", ", epsilon 8"), theirs, strict=True):
+        for epsilon, published_number in zip(("", ", epsilon 8"), theirs, strict=True):
             ours, paper, difference = map(float, beside[name + epsilon])
-            assert paper == figure
+            assert paper == published_number
             assert difference == pytest.approx(ours - paper, abs=0.006)
     assert len(beside["transferred, epsilon 8"]) == 1, "the paper has no such row"
 
@@ -74,7 +74,7 @@ def test_a_row_is_run_and_stands_beside_the_published_one(tmp_path: Path, model:
 def test_every_row_of_the_paper_is_a_run_file() -> None:
     """Rows whose data have no revision that was seen in public say so."""
     sys.path.insert(0, str(FOLDER))
-    from row import published_figures, settings
+    from row import published_numbers, settings
 
     published = yaml.safe_load((FOLDER / "published.yaml").read_text())
     for model, rows in ROWS.items():
@@ -92,7 +92,7 @@ def test_every_row_of_the_paper_is_a_run_file() -> None:
                     "epochs over thousands of rows"
                 )
                 assert ("{mask}" in config.private_task.template) == (model == "roberta_base")
-                assert all(0 < figure < 100 for figure in published_figures(row, public).values())
+                assert all(0 < number < 100 for number in published_numbers(row, public).values())
     assert sum(len(row["public"]) for rows in ROWS.values() for row in rows.values()) == 24
 
 

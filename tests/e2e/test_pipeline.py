@@ -1,4 +1,4 @@
-"""The whole pipeline through the command line, on small models, with real processes and launchers."""
+"""The whole pipeline on small models, run by the command line with real processes and launchers."""
 
 import fcntl
 import hashlib
@@ -34,6 +34,9 @@ ROWS = [
     "full prompt tuning",
 ]
 CPU = torch.device("cpu")
+PROXY = ("--set=transfer.objective=proxy", "--set=transfer.scores=classes")
+SIGNATURE = "????????"
+"""Pattern of the hash that ends the name of a run's folder."""
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> P
     """A folder in which the pipeline has run to its end."""
     folder = tmp_path_factory.mktemp("finished")
     run = tiny.write_run(folder)
-    done = post_dist(
-        "pipeline",
-        run,
-        "--set",
-        "transfer.objective=proxy",
-        "--set",
-        "transfer.scores=classes",
-        "--json",
-    )
+    done = post_dist("pipeline", run, *PROXY, "--json")
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     assert [row["name"] for row in table["rows"]] == ROWS
@@ -60,33 +55,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> P
 
 
 def state(folder: Path) -> dict[str, str]:
-    """The contents of every file."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """Return the hash of every file by its path."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def artifact(folder: Path, stage: str) -> Path:
-    (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
+    """Return the one artifact of a stage."""
+    (found,) = folder.glob(f"runs/tiny/{stage}-{SIGNATURE}/artifact")
     return found
 
 
 def test_what_is_finished_is_not_run_again(finished: Path, post_dist: Callable) -> None:
     before = state(finished / "runs")
-    done = post_dist(
-        "pipeline",
-        finished / "run.yaml",
-        "--set",
-        "transfer.objective=proxy",
-        "--set",
-        "transfer.scores=classes",
-    )
+    done = post_dist("pipeline", finished / "run.yaml", *PROXY)
     assert done.returncode == 0
     assert " starts in " not in done.stderr
-    assert state(finished / "runs").keys() == before.keys()
-    changed = {path for path, digest in state(finished / "runs").items() if before[path] != digest}
+    after = state(finished / "runs")
+    assert after.keys() == before.keys()
+    changed = {path for path, digest in after.items() if before[path] != digest}
     assert changed <= {
         str(finished / "runs/tiny/report.md"),
         str(finished / "runs/tiny/report.html"),
@@ -120,28 +110,26 @@ def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(
     finished: Path, main: Callable
 ) -> None:
     before = state(finished / "runs/tiny/answers")
-    base = (
-        "pipeline",
-        finished / "run.yaml",
-        "--set=transfer.objective=proxy",
-        "--set=transfer.scores=classes",
-        "--json",
-    )
-    tables = [
-        json.loads(main(*base, f"--set=evaluate.baselines={baselines}")[1])
-        for baselines in ("[]", "[published transfer]", "[]")
-    ]
+    command = ("pipeline", finished / "run.yaml", *PROXY, "--json")
+    tables = []
+    for baselines in ("[]", "[published transfer]", "[]"):
+        _, out, _ = main(*command, f"--set=evaluate.baselines={baselines}")
+        tables.append(json.loads(out))
     assert state(finished / "runs/tiny/answers") == before
     assert len(before) == 7  # of two models without a prompt, and of five prompts
     readings = [table["test_readings"] for table in tables]
-    assert 1 < readings[0] == readings[2] == readings[1] - 1, "a finished table is no new reading"
+    assert readings[0] > 1
+    assert readings[1] == readings[0] + 1
+    assert readings[2] == readings[0], "a finished table is no new reading"
     lines = (finished / "private.csv.test_readings.jsonl").read_text().splitlines()
-    assert len(lines) == len({json.loads(line)["evaluation"] for line in lines}) >= readings[1]
+    evaluations = {json.loads(line)["evaluation"] for line in lines}
+    assert len(lines) == len(evaluations) >= readings[1]
     by_name = {row["name"]: row for row in tables[1]["rows"]}
-    assert all(by_name[row["name"]] == row for row in tables[0]["rows"])
-    validation = json.loads(
-        main(*base, "--set=evaluate.baselines=[]", "--set=evaluate.split=validation")[1]
-    )
+    for row in tables[0]["rows"]:
+        assert by_name[row["name"]] == row
+    on_validation = ("--set=evaluate.baselines=[]", "--set=evaluate.split=validation")
+    _, out, _ = main(*command, *on_validation)
+    validation = json.loads(out)
     assert "test_readings" not in validation
     assert len(state(finished / "runs/tiny/answers")) == len(before) + 5
 
@@ -155,9 +143,8 @@ def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> No
         input_ids = torch.randint(4, 500, (3, 10))
         with torch.no_grad():
             ours = model(input_ids, None, prompt.embeddings, torch.full((3,), 9))
-            theirs = PeftModel.from_pretrained(model.model, str(folder))(
-                input_ids=input_ids
-            ).logits[:, -1]
+            with_prompt = PeftModel.from_pretrained(model.model, str(folder))
+            theirs = with_prompt(input_ids=input_ids).logits[:, -1]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -189,43 +176,35 @@ def test_two_parties_meet_through_artifacts_alone(tmp_path: Path, post_dist: Cal
         yaml.safe_dump(fields | {"inputs": {"student": "student"}})
     )
     assert post_dist("tune", tmp_path / "owner/run.yaml").returncode == 0
+    # A baseline on the target needs the target.
     done = post_dist("evaluate", tmp_path / "owner/run.yaml", "--json")
     assert done.returncode == 2
-    assert "the run file lacks the section teacher" in done.stderr, (
-        "a baseline on the target needs the target"
-    )
+    assert "the run file lacks the section teacher" in done.stderr
     done = post_dist(
         "evaluate", tmp_path / "owner/run.yaml", "--set", "evaluate.baselines=[]", "--json"
     )
     assert done.returncode == 0, done.stderr
-    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == [
-        "student",
-        "student + prompt",
-    ]
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["name"] for row in rows] == ["student", "student + prompt"]
 
     (tmp_path / "provider/private.csv").unlink()
     prompt = artifact(tmp_path / "owner", "tune")
-    done = post_dist(
-        "transfer",
-        tmp_path / "provider/run.yaml",
-        "--set",
-        f"inputs.source_prompt={prompt}",
-        "--json",
-    )
+    provider_run = tmp_path / "provider/run.yaml"
+    done = post_dist("transfer", provider_run, f"--set=inputs.source_prompt={prompt}", "--json")
     assert done.returncode == 0, done.stderr
-    assert read_prompt(Path(json.loads(done.stdout)["artifact"])).embeddings.shape == (5, 32)
-    private_paths = [
-        path for path in prompt.rglob("*") if path.is_file() and b"private.csv" in path.read_bytes()
-    ]
-    assert private_paths == []
+    made = read_prompt(Path(json.loads(done.stdout)["artifact"]))
+    assert made.embeddings.shape == (5, 32)
+    for path in prompt.rglob("*"):
+        assert not path.is_file() or b"private.csv" not in path.read_bytes()
 
 
+# With noise from the operating system no two runs are equal.
 PRIVATE = [
     "--set=privacy.enabled=true",
     "--set=privacy.declared_examples=160",
     "--set=privacy.noise_multiplier=1",
+    "--set=privacy.noise_source=seeded",
 ]
-PRIVATE += ["--set=privacy.noise_source=seeded"]  # with noise from the system no two runs are equal
 
 
 @pytest.mark.parametrize(
@@ -239,22 +218,16 @@ PRIVATE += ["--set=privacy.noise_source=seeded"]  # with noise from the system n
         ("tune", "SIGTERM", PRIVATE),
     ],
 )
-def test_a_stopped_stage_goes_on_and_ends_as_if_it_had_not_been_stopped(
+def test_a_stopped_stage_resumes_and_ends_as_if_it_had_not_been_stopped(
     tmp_path: Path, finished: Path, post_dist: Callable, stage: str, by: str, more: list[str]
 ) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("runs"))
-    inputs = {
-        "tune": {"student": artifact(finished, "distill")},
-        "transfer": {
-            "student": artifact(finished, "distill"),
-            "source_prompt": artifact(finished, "tune"),
-        },
-    }.get(stage, {})
-    options = [f"--set=inputs.{name}={path}" for name, path in inputs.items()] + [
-        f"--set={stage}.steps=150",
-        *more,
-    ]
+    options = [f"--set={stage}.steps=150", *more]
+    if stage in ("tune", "transfer"):
+        options.append(f"--set=inputs.student={artifact(finished, 'distill')}")
+    if stage == "transfer":
+        options.append(f"--set=inputs.source_prompt={artifact(finished, 'tune')}")
     straight = post_dist(
         stage, folder / "run.yaml", *options, "--output", tmp_path / "straight", "--json"
     )
@@ -267,31 +240,32 @@ def test_a_stopped_stage_goes_on_and_ends_as_if_it_had_not_been_stopped(
     while process.poll() is None and not list(folder.glob("runs/tiny/*/checkpoints/step-*")):
         time.sleep(0.02)
     process.send_signal(getattr(signal, by))
-    said = process.communicate(timeout=60)[1]
+    _, err = process.communicate(timeout=60)
     if by != "SIGKILL":
-        assert process.returncode == 6, said
-        assert f"stopped by {by}" in said
-        assert "Traceback" not in said
+        assert process.returncode == 6, err
+        assert f"stopped by {by}" in err
+        assert "Traceback" not in err
     assert not list(folder.glob("runs/tiny/*/artifact")), "the stage ended before it was killed"
     again = post_dist(stage, folder / "run.yaml", *options, "--json")
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stderr
-    one, other = (Path(json.loads(done.stdout)["artifact"]) for done in (straight, again))
+    assert "resuming from step" in again.stderr
+    expected = Path(json.loads(straight.stdout)["artifact"])
+    made = Path(json.loads(again.stdout)["artifact"])
     weights = "model.safetensors" if stage == "distill" else "adapter_model.safetensors"
-    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+    assert (made / weights).read_bytes() == (expected / weights).read_bytes()
 
 
 def interrupt(command: list[str], when: Callable[[], bool]) -> tuple[int, str]:
-    """Start a run, press Ctrl-C when a condition holds; its exit code and what it said."""
+    """Start a run and press Ctrl-C when a condition holds; return exit code and standard error."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not when():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    return process.returncode, said
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
 
 
-def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_or_starts_anew_as_asked(finished: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -310,18 +284,17 @@ def test_an_interrupted_run_goes_on_or_starts_anew_as_asked(finished: Path, tmp_
             for path in tmp_path.glob("tiny/*/checkpoints/step-*")
         ]
 
-    code, said = interrupt(command, lambda: max(steps(), default=0) >= 8)
-    assert code == 6, said
-    assert "stopped by SIGINT" in said
-    assert "the same command goes on from there" in said
-    assert "Traceback" not in said
+    code, err = interrupt(command, lambda: max(steps(), default=0) >= 8)
+    assert code == 6, err
+    assert "stopped by SIGINT" in err
+    assert "the same command resumes from there" in err
+    assert "Traceback" not in err
     reached = max(steps())
-    _, said = interrupt(command, lambda: max(steps()) > reached)
-    assert f"going on from step {reached} of" in said
-    _, said = interrupt(
-        [*command, "--resume", "never"], lambda: 0 < max(steps(), default=0) < reached
-    )
-    assert "going on from step" not in said
+    _, err = interrupt(command, lambda: max(steps()) > reached)
+    assert f"resuming from step {reached} of" in err
+    anew = [*command, "--resume", "never"]
+    _, err = interrupt(anew, lambda: 0 < max(steps(), default=0) < reached)
+    assert "resuming from step" not in err
 
 
 def test_a_fault_after_the_last_step_costs_no_step(
@@ -341,13 +314,11 @@ def test_a_fault_after_the_last_step_costs_no_step(
     assert (code, list(tmp_path.glob("runs/tiny/*/artifact"))) == (3, []), err
     code, _, err = main(*command)
     assert code == 0, err
-    assert "going on from step 5" in err
+    assert "resuming from step 5" in err
     assert told[-3:] == ["writing the student", "hashing the student", "reading the student back"]
-    one, other = (
-        next(tmp_path.glob(f"{base}/tiny/*/artifact/model.safetensors")).read_bytes()
-        for base in ("straight", "runs")
-    )
-    assert one == other
+    expected = next(tmp_path.glob("straight/tiny/*/artifact/model.safetensors"))
+    made = next(tmp_path.glob("runs/tiny/*/artifact/model.safetensors"))
+    assert made.read_bytes() == expected.read_bytes()
     assert not list(tmp_path.glob("*/tiny/*/checkpoints"))
 
 
@@ -359,12 +330,7 @@ def test_launchers_give_equal_artifacts_and_one_process_s_losses(
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": "29650",
     }
-    work = [
-        "pipeline",
-        str(finished / "run.yaml"),
-        "--set=transfer.objective=proxy",
-        "--set=transfer.scores=classes",
-    ]
+    work = ["pipeline", str(finished / "run.yaml"), *PROXY]
     plain = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     starts = {
         "torchrun": [([str(asset("launch/torchrun.sh")), "2"], {})],
@@ -377,30 +343,31 @@ def test_launchers_give_equal_artifacts_and_one_process_s_losses(
     made = {}
     for launcher, processes in starts.items():
         output = tmp_path / launcher
-        commands = [
-            ([*program, *work, f"--output={output / 'runs'}"], os.environ | common | extra)
-            for program, extra in processes
-        ]
-        running = [
-            subprocess.Popen(
-                command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        running = []
+        for program, extra in processes:
+            command = [*program, *work, f"--output={output / 'runs'}"]
+            process = subprocess.Popen(
+                command,
+                env=os.environ | common | extra,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
             )
-            for command, env in commands
-        ]
-        said = [process.communicate(timeout=200)[1] for process in running]
-        assert all(process.returncode == 0 for process in running), said[0][-3000:]
-        made[launcher] = {
-            path.parent.parent.name: path.read_bytes()
-            for path in output.rglob("*/artifact/*model.safetensors")
-        }
+            running.append(process)
+        for process in running:
+            _, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err[-3000:]
+        made[launcher] = {}
+        for path in output.rglob("*/artifact/*model.safetensors"):
+            made[launcher][path.parent.parent.name] = path.read_bytes()
     assert made["torchrun"] == made["deepspeed"] == made["plain"]
     assert len(made["plain"]) == 5  # the student, two tuned and two transferred prompts
 
     def losses(base: Path) -> list[float]:
-        files = sorted(base.glob("runs/tiny/transfer-*/metrics.jsonl"))
-        return sorted(
-            json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()
-        )
+        found = []
+        for file in base.glob("runs/tiny/transfer-*/metrics.jsonl"):
+            found += [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+        return sorted(found)
 
     assert losses(tmp_path / "plain") == pytest.approx(losses(finished), rel=1e-3)
 
@@ -426,7 +393,8 @@ def test_a_masked_model_learns_the_task_and_passes_it_on(
     ]
     done = post_dist("pipeline", run, *(f"--set={setting}" for setting in settings), "--json")
     assert done.returncode == 0, done.stderr
-    accuracy = {row["name"]: row["accuracy_micro"] for row in json.loads(done.stdout)["rows"]}
+    rows = json.loads(done.stdout)["rows"]
+    accuracy = {row["name"]: row["accuracy_micro"] for row in rows}
     assert accuracy["full prompt tuning"] > 0.9
     assert accuracy["transferred"] > accuracy["zero-shot"] + 0.03 or accuracy["zero-shot"] > 0.95
 

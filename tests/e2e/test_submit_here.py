@@ -1,5 +1,6 @@
 """`post-dist submit --local`: submitit's processes on this machine, without a Slurm."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tiny
@@ -16,31 +17,60 @@ import yaml
 
 def write_run(folder: Path, **cluster: object) -> Path:
     run = tiny.write_run(folder)
-    run.write_text(yaml.safe_dump(yaml.safe_load(run.read_text()) | {"cluster": cluster}))
+    fields = yaml.safe_load(run.read_text())
+    fields["cluster"] = cluster
+    run.write_text(yaml.safe_dump(fields))
     return run
 
 
+@contextlib.contextmanager
+def long_distillation(folder: Path) -> Iterator[subprocess.Popen]:
+    """A submission on this machine that is in the middle of its steps."""
+    command = [sys.executable, "-m", "post_dist", "submit", str(write_run(folder)), "distill"]
+    options = ["--local", "--set=distill.steps=100000"]
+    submitted = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        while not any(
+            path.read_text() for path in folder.glob("runs/tiny/distill-*/metrics.jsonl")
+        ):
+            assert submitted.poll() is None
+            time.sleep(0.1)
+        yield submitted
+    finally:
+        submitted.kill()
+        submitted.communicate()
+
+
+def controller(folder: Path) -> int:
+    """The process of submitit that starts the tasks."""
+    (log,) = folder.glob("runs/tiny/slurm/*_0_log.out")
+    return int(log.name.partition("_")[0])
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 def test_two_tasks_are_two_ranks(tmp_path: Path, post_dist: Callable) -> None:
-    done = post_dist(
-        "submit", write_run(tmp_path, distill={"tasks_per_node": 2}), "distill", "--local", "--json"
-    )
+    run = write_run(tmp_path, distill={"tasks_per_node": 2})
+    done = post_dist("submit", run, "distill", "--local", "--json")
     assert done.returncode == 0, done.stderr
     (job,) = json.loads(done.stdout)["jobs"]
-    assert list(tmp_path.glob("runs/tiny/distill-*/artifact"))
-    assert (
-        "rank 0 of 2 on cpu" in Path(job["log"]).with_name(f"{job['job_id']}_0_log.err").read_text()
-    )
+    (artifact,) = tmp_path.glob("runs/tiny/distill-*/artifact")
+    log = Path(job["log"])
+    assert str(artifact) in log.read_text().splitlines(), "rank 0 prints the result"
+    errors = log.with_name(f"{job['job_id']}_0_log.err").read_text()
+    assert "rank 0 of 2 on cpu" in errors
 
 
 def test_a_failure_is_told_with_its_log(tmp_path: Path, post_dist: Callable) -> None:
-    done = post_dist(
-        "submit",
-        write_run(tmp_path),
-        "distill",
-        "--local",
-        "--set",
-        "corpus.held_out_sequences=10000",
-    )
+    run = write_run(tmp_path)
+    settings = ["--set", "corpus.held_out_sequences=10000"]
+    done = post_dist("submit", run, "distill", "--local", *settings)
     assert done.returncode == 3
     log = Path(done.stderr.rpartition("its log: ")[2].strip())
     assert "to be held out" in log.read_text()
@@ -55,36 +85,28 @@ def test_a_job_here_is_set_up_and_has_no_time_limit(tmp_path: Path, post_dist: C
     run = write_run(tmp_path, setup=setup, time_minutes=1, signal_seconds=20)
     done = post_dist("submit", run, "distill", "--local", "--json", "--set", "distill.steps=1")
     assert done.returncode == 0, done.stderr
-    said = Path(json.loads(done.stdout)["jobs"][0]["log"]).read_text()
-    assert int(re.search(r"may take (\d+) s", said)[1]) > 10_000_000
+    text = Path(json.loads(done.stdout)["jobs"][0]["log"]).read_text()
+    assert int(re.search(r"may take (\d+) s", text)[1]) > 10_000_000
 
 
-def test_a_job_here_that_is_stopped_goes_on(tmp_path: Path) -> None:
-    run = write_run(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "post_dist",
-        "submit",
-        str(run),
-        "distill",
-        "--local",
-        "--set=distill.steps=100000",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as submitted:
-        try:
-            while not any(
-                path.read_text() for path in tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")
-            ):
-                assert submitted.poll() is None
-                time.sleep(0.1)
-            (log,) = tmp_path.glob("runs/tiny/slurm/*_0_log.out")
-            os.kill(int(log.name.partition("_")[0]), signal.SIGTERM)
-            said = submitted.communicate(timeout=60)[1]
-        finally:
-            submitted.kill()
-    assert submitted.returncode == 6, said
-    assert "distill was stopped\n  the same command goes on" in said
+def test_a_job_here_that_is_stopped_resumes(tmp_path: Path) -> None:
+    with long_distillation(tmp_path) as submitted:
+        os.kill(controller(tmp_path), signal.SIGTERM)
+        error = submitted.communicate(timeout=60)[1]
+    assert submitted.returncode == 6, error
+    assert "distill was stopped\n  the same command resumes" in error
+
+
+def test_a_job_here_saves_and_ends_when_its_submitter_is_killed(tmp_path: Path) -> None:
+    with long_distillation(tmp_path) as submitted:
+        process = controller(tmp_path)
+        submitted.kill()
+        submitted.wait()
+        end = time.monotonic() + 60
+        while is_running(process) and time.monotonic() < end:
+            time.sleep(0.1)
+    assert not is_running(process)
+    assert list(tmp_path.glob("runs/tiny/distill-*/checkpoints/step-*"))
 
 
 def test_several_nodes_are_refused(tmp_path: Path, post_dist: Callable) -> None:

@@ -1,4 +1,4 @@
-"""What the teacher says, kept in files: as good as asking it, for any batch, rank count and student."""
+"""Cached teacher signals: as good as the teacher, for any batch, number of ranks and student."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def losses(artifact: Path, term: str = "ce") -> list[float]:
 
 @pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_student_is_the_one_that_asks_the_teacher(
+def test_the_student_is_that_of_the_online_teacher(
     run: Path, main: Callable, tmp_path: Path, precision: str, frozen: int
 ) -> None:
     options = (
@@ -45,20 +45,20 @@ def test_the_student_is_the_one_that_asks_the_teacher(
         "--set=distill.steps=9",
         f"--set=student.frozen_lower_layers={frozen}",
     )
-    asking, _ = distilled(main, run, tmp_path, *options)
-    reading, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
+    online, _ = distilled(main, run, tmp_path, *options)
+    cached, said = distilled(main, run, tmp_path, *options, "--set=distill.cache=hidden")
     assert RAN in said
-    for term in (
-        "ce",
-        "lm",
-        "cos",
-    ):  # by the product, a small divergence is the difference of numbers of about 6: ten roundings of those
-        assert losses(reading, term) == pytest.approx(losses(asking, term), rel=1e-5, abs=5e-6)
-    weights = [load_file(artifact / "model.safetensors") for artifact in (asking, reading)]
-    for name, tensor in weights[0].items():
-        if precision == "bf16":  # hidden states are kept, so nothing at all differs
-            assert torch.equal(weights[1][name], tensor)
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4)
+    # With a product, a small divergence is the difference of numbers of about 6: the absolute
+    # tolerance is ten roundings of those.
+    for term in ("ce", "lm", "cos"):
+        assert losses(cached, term) == pytest.approx(losses(online, term), rel=1e-5, abs=5e-6)
+    expected = load_file(online / "model.safetensors")
+    found = load_file(cached / "model.safetensors")
+    for name, tensor in expected.items():
+        if precision == "bf16":
+            # Hidden states are kept, so nothing at all differs.
+            assert torch.equal(found[name], tensor)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_another_student_another_batch_and_two_ranks_read_the_same_files(
@@ -80,7 +80,8 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(
         "-m",
         "post_dist",
     ]
-    for folder in (tmp_path, tmp_path / "elsewhere"):  # there, two ranks fill the files
+    # In the other folder, two ranks fill the files.
+    for folder in (tmp_path, tmp_path / "elsewhere"):
         done = subprocess.run(
             [*command, "distill", run, f"--output={folder}", *options, "--set=distill.steps=7"],
             capture_output=True,
@@ -90,18 +91,18 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(
         )
         assert done.returncode == 0, done.stderr
         assert (RAN in done.stderr) == (folder != tmp_path)
-    one, two = (
-        next(folder.glob("tiny/teacher-signals-*")) for folder in (tmp_path, tmp_path / "elsewhere")
-    )
+    one = next(tmp_path.glob("tiny/teacher-signals-*"))
+    two = next((tmp_path / "elsewhere").glob("tiny/teacher-signals-*"))
     assert one.name == two.name
-    signals = [signal_of(folder) for folder in (one, two)]
-    assert signals[0].keys() == signals[1].keys()
-    for name, tensor in signals[0].items():
-        torch.testing.assert_close(signals[1][name], tensor, rtol=1e-4, atol=1e-4)
+    of_one_rank = signal_of(one)
+    of_two_ranks = signal_of(two)
+    assert of_one_rank.keys() == of_two_ranks.keys()
+    for name, tensor in of_one_rank.items():
+        torch.testing.assert_close(of_two_ranks[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def signal_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All that a folder of files holds, in the order of the sequences."""
+    """Return all tensors of a cache folder, in the order of the sequences."""
     files = [load_file(file) for file in sorted(folder.rglob("*.safetensors"))]
     whole = {name: torch.cat([file[name] for file in files]) for name in files[0]}
     return {name: tensor[whole["numbers"].argsort()] for name, tensor in whole.items()}
@@ -119,12 +120,15 @@ def signal_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_what_is_kept_takes_as_much_as_was_planned(
     run: Path, main: Callable, tmp_path: Path, settings: str
 ) -> None:
-    options = ["corpus.max_tokens=640", "distill.steps=9", f"engine.precision={settings[:4]}"]
-    options += [
-        f"distill.cache={'hidden' if 'hidden' in settings else 'sampled'}",
+    cache = "hidden" if "hidden" in settings else "sampled"
+    options = [
+        "corpus.max_tokens=640",
+        "distill.steps=9",
+        f"engine.precision={settings[:4]}",
+        f"distill.cache={cache}",
         f"distill.alpha_cos={int('cosine' not in settings)}",
+        f"student.frozen_lower_layers={int('frozen' in settings)}",
     ]
-    options += [f"student.frozen_lower_layers={int('frozen' in settings)}"]
     given = [f"--set={option}" for option in options]
     distilled(main, run, tmp_path, *given)
     kept = signal_of(next(tmp_path.glob("tiny/teacher-signals-*")))
@@ -145,23 +149,24 @@ def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path:
         "--set=distill.steps=150",
         "--set=distill.learning_rate=1e-2",
     )
-    asking, _ = distilled(main, run, tmp_path, *options)
-    reading, _ = distilled(main, run, tmp_path, *options, "--set=distill.cache=sampled")
+    online, _ = distilled(main, run, tmp_path, *options)
+    cached, _ = distilled(main, run, tmp_path, *options, "--set=distill.cache=sampled")
     files = list(tmp_path.glob("tiny/teacher-signals-*/*.safetensors"))
     tokens = sum(load_file(file)["entropy"].numel() for file in files)
     assert sum(file.stat().st_size for file in files) < 120 * tokens + 1000 * len(files)
-    held_out = [
-        json.loads((artifact / "post_dist.json").read_text())["config"]["held_out"]["ce"]
-        for artifact in (asking, reading)
-    ]
-    untrained = losses(asking)[0]
-    print(
-        f"held out: {held_out[0]:.3f} asking, {held_out[1]:.3f} reading samples, {untrained:.3f} untrained"
-    )
-    assert held_out[1] - held_out[0] < 0.2 * (untrained - held_out[0])
+    of_online = held_out_ce(online)
+    of_cached = held_out_ce(cached)
+    untrained = losses(online)[0]
+    print(f"held out: {of_online:.3f} online, {of_cached:.3f} sampled, {untrained:.3f} untrained")
+    assert of_cached - of_online < 0.2 * (untrained - of_online)
 
 
-def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: Path) -> None:
+def held_out_ce(artifact: Path) -> float:
+    manifest = json.loads((artifact / "post_dist.json").read_text())
+    return manifest["config"]["held_out"]["ce"]
+
+
+def test_signals_written_before_an_interruption_are_kept(main: Callable, tmp_path: Path) -> None:
     run = tiny.write_run(tmp_path)
     tiny.write_csv(tmp_path / "public.csv", tiny.sentences(3000, 2))
     options = (
@@ -191,7 +196,7 @@ def test_what_was_said_before_an_interruption_is_kept(main: Callable, tmp_path: 
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 6, said
-    assert "what the teacher has said so far is kept" in said
+    assert "the teacher signals written so far are kept" in said
     kept = {
         file: file.stat().st_mtime_ns
         for file in tmp_path.glob("tiny/teacher-signals-*/*.safetensors")

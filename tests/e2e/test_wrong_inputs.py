@@ -1,7 +1,8 @@
-"""Wrong inputs: one clear error each, the right exit code, no traceback, and nothing half-written."""
+"""Wrong inputs: one clear error each, its exit code, no traceback, and nothing half-written."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ Fields = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
-    """A folder with a run file, its data, and a finished student and prompt in `student/` and `prompt/`."""
+    """A folder with a run file and its data, and a finished `student/` and `prompt/`."""
     folder = tmp_path_factory.mktemp("base")
     run = tiny.write_run(folder)
     assert post_dist("pipeline", run, "--set", "evaluate.baselines=[]").returncode == 0
@@ -36,7 +37,16 @@ def base(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A wrong input: what is done to a good folder, the command, and what must come of it."""
+    """A wrong input.
+
+    Attributes:
+        name: name of the test.
+        code: exit code that the command must have.
+        message: pattern that its error must match.
+        change: what is done to the fields of a good run file and to its folder.
+        command: the command line.
+        keep_yaml: whether `change` has written the run file itself.
+    """
 
     name: str
     code: int
@@ -66,9 +76,8 @@ def private(**changes: object) -> Callable[[Fields, Path], object]:
 
 def write(name: str, content: str | bytes) -> Callable[[Fields, Path], object]:
     """Replace a file in the folder."""
-    return lambda fields, folder: (folder / name).write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda fields, folder: (folder / name).write_bytes(data)
 
 
 def drop(name: str) -> Callable[[Fields, Path], object]:
@@ -82,12 +91,17 @@ def drop_section(name: str) -> Callable[[Fields, Path], object]:
 
 
 def both(*changes: Callable[[Fields, Path], object]) -> Callable[[Fields, Path], object]:
-    """Several changes after each other."""
-    return lambda fields, folder: [change(fields, folder) for change in changes]
+    """Make several changes, one after another."""
+
+    def change_all(fields: Fields, folder: Path) -> None:
+        for change in changes:
+            change(fields, folder)
+
+    return change_all
 
 
 def other_teacher(family: str, **sizes: int) -> Callable[[Fields, Path], object]:
-    """Another model in the teacher's place."""
+    """Put another model in the teacher's place."""
 
     def change(fields: Fields, folder: Path) -> None:
         shutil.rmtree(folder / "teacher")
@@ -97,6 +111,8 @@ def other_teacher(family: str, **sizes: int) -> Callable[[Fields, Path], object]
 
 
 def other_tokenizer(model: str) -> Callable[[Fields, Path], object]:
+    """Give the model in a folder a tokenizer with one token more."""
+
     def change(fields: Fields, folder: Path) -> None:
         words = tiny.tokenizer("llama")
         words.add_tokens(["brandnew"])
@@ -108,12 +124,15 @@ def other_tokenizer(model: str) -> Callable[[Fields, Path], object]:
 
 
 def resign(folder: Path) -> None:
+    """Write the hashes of changed files into an artifact's manifest."""
     manifest = json.loads((folder / FILE_NAME).read_text())
     manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
     (folder / FILE_NAME).write_text(json.dumps(manifest))
 
 
 def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
+    """Replace the values of the prompt."""
+
     def change(fields: Fields, folder: Path) -> None:
         save_file({"prompt_embeddings": tensor}, folder / "prompt/adapter_model.safetensors")
         resign(folder / "prompt")
@@ -122,7 +141,7 @@ def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
 
 
 def class_biases(fields: Fields, folder: Path) -> None:
-    """Give the prompt biases, and leave its owner alone with the student."""
+    """Give the prompt class biases, and leave its owner with the student alone."""
     task = json.loads((folder / "prompt/task.json").read_text())
     (folder / "prompt/task.json").write_text(json.dumps(task | {"class_biases": [0.5, -0.5]}))
     resign(folder / "prompt")
@@ -131,6 +150,7 @@ def class_biases(fields: Fields, folder: Path) -> None:
 
 
 def short_student(fields: Fields, folder: Path) -> None:
+    """Give the student a context of 50 tokens."""
     config = json.loads((folder / "student/config.json").read_text())
     (folder / "student/config.json").write_text(
         json.dumps(config | {"max_position_embeddings": 50})
@@ -138,35 +158,21 @@ def short_student(fields: Fields, folder: Path) -> None:
     resign(folder / "student")
 
 
-def no_head(fields: Fields, folder: Path) -> None:
-    tensors = load_file(folder / "teacher/model.safetensors")
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if "layers.3" not in name},
-        folder / "teacher/model.safetensors",
-        {"format": "pt"},
-    )
+def missing_layer(fields: Fields, folder: Path) -> None:
+    """Remove the weights of the teacher's last layer."""
+    file = folder / "teacher/model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.3" not in name}
+    save_file(kept, file, {"format": "pt"})
 
 
-DISTILL, TUNE, EVALUATE = (
-    ("distill", "{run}"),
-    ("tune", "{run}", "--set", "inputs.student={student}"),
-    ("evaluate", "{run}"),
-)
-TRANSFER = (
-    "transfer",
-    "{run}",
-    "--set",
-    "inputs.student={student}",
-    "--set",
-    "inputs.source_prompt={prompt}",
-)
-OF_OWNER = (
-    *EVALUATE,
-    "--set",
-    "inputs.student={student}",
-    "--set",
-    "inputs.source_prompt={prompt}",
-)
+GIVEN_STUDENT = ("--set", "inputs.student={student}")
+GIVEN_PROMPT = ("--set", "inputs.source_prompt={prompt}")
+DISTILL = ("distill", "{run}")
+TUNE = ("tune", "{run}", *GIVEN_STUDENT)
+TRANSFER = ("transfer", "{run}", *GIVEN_STUDENT, *GIVEN_PROMPT)
+EVALUATE = ("evaluate", "{run}")
+OWNER_EVALUATES = (*EVALUATE, *GIVEN_STUDENT, *GIVEN_PROMPT)
 
 CASES = [
     # the run file and the command line
@@ -195,7 +201,7 @@ CASES = [
     Case(
         "key twice",
         2,
-        "the key 'name' stands twice",
+        "the key 'name' appears twice",
         write("run.yaml", "name: a\nname: b\n"),
         keep_yaml=True,
     ),
@@ -264,7 +270,7 @@ CASES = [
     ),
     Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
     # models
-    Case("teacher missing", 2, "is no folder", put("teacher.path", "./nowhere")),
+    Case("teacher missing", 2, "is not a folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
     Case("teacher without weights", 2, "no safetensors weights", drop("teacher/model.safetensors")),
     Case(
@@ -274,7 +280,7 @@ CASES = [
         write("teacher/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
         DISTILL,
     ),
-    Case("teacher lacks a layer", 2, "lacks weights", no_head, DISTILL),
+    Case("teacher lacks a layer", 2, "lacks weights", missing_layer, DISTILL),
     Case("teacher config broken", 2, "no usable config.json", write("teacher/config.json", "{")),
     Case(
         "teacher without tokenizer",
@@ -319,13 +325,13 @@ CASES = [
     Case(
         "data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")
     ),
-    Case("data is a folder", 2, "no known ending", put("private_task.path", "teacher")),
+    Case("data is a folder", 2, "no known file type", put("private_task.path", "teacher")),
     Case("data empty", 2, "is empty", write("private.csv", "")),
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
     Case(
         "data of an unknown kind",
         2,
-        "no known ending",
+        "no known file type",
         both(write("private.xlsx", "x"), put("private_task.path", "private.xlsx")),
     ),
     Case(
@@ -423,7 +429,7 @@ CASES = [
     Case(
         "prompt longer than the context",
         2,
-        "do not fit into the model's context",
+        "do not fit into the context of the model",
         put("tune.num_virtual_tokens", 100),
         TUNE,
     ),
@@ -444,7 +450,7 @@ CASES = [
     Case(
         "student missing",
         2,
-        "is no folder",
+        "is not a folder",
         command=("tune", "{run}", "--set", "inputs.student=./none"),
     ),
     Case(
@@ -500,23 +506,29 @@ CASES = [
         4,
         "other label words",
         both(class_biases, put("private_task.labels.2", ["film"])),
-        OF_OWNER,
+        OWNER_EVALUATES,
     ),
     Case(
         "biases in another order",
         4,
         "or another order",
         both(class_biases, put("private_task.labels", {"0": ["good"], "1": ["bad"]})),
-        OF_OWNER,
+        OWNER_EVALUATES,
     ),
     Case(
-        "rows longer than the context",
+        "texts longer than the context",
         2,
-        "do not fit into the model's context",
+        r"do not fit into the context of the student \(128\)",
         both(class_biases, put("private_task.max_length", 128)),
-        OF_OWNER,
+        OWNER_EVALUATES,
     ),
-    Case("student of a shorter context", 2, "the model's context of 50", short_student, TRANSFER),
+    Case(
+        "student of a shorter context",
+        2,
+        r"do not fit into the context of the student \(50\)",
+        short_student,
+        TRANSFER,
+    ),
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
     Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
     # the privacy plan
@@ -579,7 +591,7 @@ CASES = [
     Case(
         "rows cut to a count",
         2,
-        "one row more would push another one out",
+        "one more example would push another one out",
         both(private(), put("private_task.max_rows", 50)),
         TUNE,
     ),
@@ -637,7 +649,7 @@ CASES = [
     Case(
         "budget of no ledger",
         4,
-        "row 1 is no ledger row",
+        "row 1 is not a ledger row",
         command=("budget", "{folder}/private.csv"),
     ),
     Case(
@@ -667,7 +679,7 @@ CASES = [
     Case(
         "bench scale twice on one node",
         2,
-        "--submit 1,1: a number stands twice",
+        "--submit 1,1: a number is given twice",
         command=("bench", "scale", "{run}", "--submit", "1,1"),
     ),
     Case(
@@ -730,8 +742,6 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
     }
     code, out, err = main(*(part.format(**places) for part in case.command))
     assert code == case.code, err
-    import re
-
     assert re.search(case.message, err, re.DOTALL), err
     assert "Traceback" not in err
     assert "internal error" not in err
@@ -739,6 +749,9 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
     assert out == ""
     assert not list(folder.rglob("*.partial"))
     assert not list(folder.glob("runs/*/*/artifact"))
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize(
@@ -750,19 +763,11 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
         ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "Slurm started 4 tasks"),
         (
-            dict(
-                RANK="0",
-                WORLD_SIZE="2",
-                LOCAL_RANK="0",
-                MASTER_ADDR="a",
-                MASTER_PORT="1",
-                SLURM_PROCID="0",
-                SLURM_NTASKS="4",
-            ),
+            TORCHRUN | {"RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
             "WORLD_SIZE=2 contradicts SLURM_NTASKS=4",
         ),
         (
-            dict(RANK="3", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"),
+            TORCHRUN | {"RANK": "3"},
             "RANK=3 does not lie within WORLD_SIZE=2",
         ),
     ],
@@ -771,8 +776,9 @@ def test_a_launcher_that_contradicts_itself_is_refused(
     base: Path, variables: dict[str, str], message: str
 ) -> None:
     command = [sys.executable, "-m", "post_dist", "distill", str(base / "run.yaml")]
+    environment = os.environ | variables
     done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 3
     assert message in done.stderr

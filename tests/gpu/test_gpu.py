@@ -1,9 +1,13 @@
-"""What a CPU cannot show: fp16 with a scaled loss, int8 gathers, pinned offload, and what a card's kernels round. One GPU is enough."""
+"""What a CPU cannot show: fp16 with a scaled loss, int8 gathers, pinned offload, GPU kernels.
+
+One GPU is enough.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -37,35 +41,37 @@ PRIVATE = [
 def run_stage(
     post_dist: Callable, stage: str, run: Path, output: Path, settings: list[str]
 ) -> Path:
-    """The folder of a stage that has run to its end."""
+    """Run a stage to its end and return its folder."""
     done = post_dist(stage, run, *(f"--set={setting}" for setting in settings), "--output", output)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = output.glob(f"tiny/{stage}-????????")
     return folder
 
 
-def figures(folder: Path, name: str) -> list[float]:
-    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def metric(folder: Path, name: str) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_distils_as_fp32_does(tmp_path: Path, post_dist: Callable, layout: str) -> None:
     run = tiny.write_run(tmp_path)
     engine, tolerance = LAYOUTS[layout]
-    reference, other = (
-        figures(
-            run_stage(
-                post_dist,
-                "distill",
-                run,
-                tmp_path / name,
-                [f"engine.{key}={value}" for key, value in each.items()],
-            ),
-            "lm",
-        )
-        for name, each in (("fp32", FP32), ("other", engine))
-    )
-    assert other == pytest.approx(reference, rel=tolerance)
+
+    def losses(name: str, settings: dict[str, str]) -> list[float]:
+        given = [f"engine.{key}={value}" for key, value in settings.items()]
+        return metric(run_stage(post_dist, "distill", run, tmp_path / name, given), "lm")
+
+    reference = losses("fp32", FP32)
+    assert losses("other", engine) == pytest.approx(reference, rel=tolerance)
+
+
+class Learned(NamedTuple):
+    """What a pipeline learned: losses of its stages, and the area under the curve by row."""
+
+    distill: list[float]
+    transfer: list[float]
+    areas: dict[str, float]
 
 
 def test_the_pipeline_learns_as_on_a_cpu(
@@ -73,38 +79,28 @@ def test_the_pipeline_learns_as_on_a_cpu(
 ) -> None:
     run = tiny.write_run(tmp_path)
     settings = [
-        "transfer.objective=proxy",
-        "transfer.scores=classes",
-        "transfer.match_class_shares=true",
+        "--set=transfer.objective=proxy",
+        "--set=transfer.scores=classes",
+        "--set=transfer.match_class_shares=true",
     ]
 
-    def learned(place: str) -> tuple[list[float], list[float], dict[str, float]]:
-        done = post_dist(
-            "pipeline",
-            run,
-            *(f"--set={setting}" for setting in settings),
-            "--output",
-            tmp_path / place,
-            "--json",
-        )
+    def learned(place: str) -> Learned:
+        output = tmp_path / place
+        done = post_dist("pipeline", run, *settings, "--output", output, "--json")
         assert done.returncode == 0, done.stderr[-3000:]
-        (distilled,), transferred = (
-            sorted((tmp_path / place).glob(f"tiny/{stage}-????????"))
-            for stage in ("distill", "transfer")
-        )
+        (distilled,) = output.glob("tiny/distill-????????")
+        transfer = []
+        for folder in sorted(output.glob("tiny/transfer-????????")):
+            transfer += metric(folder, "loss")
         areas = {row["name"]: row["auc"] for row in json.loads(done.stdout)["rows"]}
-        return (
-            figures(distilled, "lm"),
-            [loss for folder in transferred for loss in figures(folder, "loss")],
-            areas,
-        )
+        return Learned(metric(distilled, "lm"), transfer, areas)
 
     on_gpu = learned("gpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     on_cpu = learned("cpu")
-    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-4)
-    assert on_gpu[1] == pytest.approx(on_cpu[1], rel=1e-2)
-    assert on_gpu[2] == pytest.approx(on_cpu[2], abs=0.02)
+    assert on_gpu.distill == pytest.approx(on_cpu.distill, rel=1e-4)
+    assert on_gpu.transfer == pytest.approx(on_cpu.transfer, rel=1e-2)
+    assert on_gpu.areas == pytest.approx(on_cpu.areas, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -118,22 +114,21 @@ def test_changing_one_example_leaves_the_others_bit_for_bit(
 
 
 def test_a_private_run_repeats_itself_bit_for_bit(tmp_path: Path, post_dist: Callable) -> None:
-    """What a killed run rests on: the step that is done again has the same sum, gets the same noise, and costs nothing."""
+    """What a killed run relies on.
+
+    The step that is repeated has the same sum, gets the same noise, and costs nothing.
+    """
     run = tiny.write_run(tmp_path)
-    shared = (
-        run_stage(post_dist, "distill", run, tmp_path / "student", ["engine.precision=bf16"])
-        / "artifact"
-    )
-    settings = [*PRIVATE, "privacy.noise_source=seeded", f"inputs.student={shared}"]
+    bf16 = "engine.precision=bf16"
+    distilled = run_stage(post_dist, "distill", run, tmp_path / "student", [bf16])
+    student = distilled / "artifact"
+    settings = [*PRIVATE, "privacy.noise_source=seeded", f"inputs.student={student}", bf16]
     digests = set()
     for place in ("one", "other"):
-        given = [*settings, "engine.precision=bf16", f"privacy.ledger={tmp_path / place}.jsonl"]
-        folder = run_stage(post_dist, "tune", run, tmp_path / place, given)
-        digests.add(
-            hashlib.sha256(
-                (folder / "artifact" / "adapter_model.safetensors").read_bytes()
-            ).hexdigest()
-        )
+        ledger = f"privacy.ledger={tmp_path / place}.jsonl"
+        folder = run_stage(post_dist, "tune", run, tmp_path / place, [*settings, ledger])
+        weights = folder / "artifact" / "adapter_model.safetensors"
+        digests.add(hashlib.sha256(weights.read_bytes()).hexdigest())
     assert len(digests) == 1
 
 

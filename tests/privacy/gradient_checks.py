@@ -1,7 +1,8 @@
-"""What must hold of each row's gradient and of a trial's score, on small models: checks like those of `checks.py`, used in the same way."""
+"""Checks of per-example gradients and of a trial's score, on small models."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from privacy.checks import CPU, noisy_sums, part, quiet_source
 from post_dist.runtime.distributed import World
 
 MODELS = tempfile.TemporaryDirectory()
+WORLD = World(0, 1, 0, "none", CPU)
 
 
 @cache
@@ -23,278 +25,271 @@ def model_folder(family: str) -> Path:
 
 
 @cache
-def material(family: str, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> Any:
-    """A frozen tiny model, a template, a verbalizer, rows and their classes."""
-    from post_dist.data.template import Template
-    from post_dist.data.verbalizer import Verbalizer
+def tuning_task(family: str, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> Any:
+    """Return a frozen tiny model with a task and seven examples."""
+    from post_dist.artifacts.task import PromptTask
+    from post_dist.data.task_reader import TaskReader
     from post_dist.models.load import load_tokenizer, load_whole
     from post_dist.models.tuning_task import TuningTask
 
-    folder = model_folder(family)
-    tokenizer, model = load_tokenizer(folder), load_whole(folder, "fp32", device)
+    place = model_folder(family)
+    model = load_whole(place, "fp32", device)
     model.model.to(dtype)
-    template = Template(
-        "{text} It was {mask}." if model.masked else "Review: {text} It was",
-        tokenizer,
-        48,
-        masked=model.masked,
+    task = PromptTask(
+        template="{text} It was {mask}." if model.masked else "Review: {text} It was",
+        label_words=(("bad",), ("good",)),
+        max_length=48,
+        allow_multi_token=False,
+        init_text="",
     )
-    examples = tiny.sentences(7, 5)
-    examples[3] = ("x", 1)
+    reader = TaskReader(task, load_tokenizer(place), masked=model.masked)
+    labelled = tiny.sentences(7, 5)
+    labelled[3] = ("x", 1)
+    generator = torch.Generator().manual_seed(1)
     return TuningTask(
         model=model,
-        template=template,
-        verbalizer=Verbalizer((("bad",), ("good",)), tokenizer, allow_multi_token=False),
-        rows=template.encode([text for text, _ in examples]),
-        wanted=torch.tensor([label for _, label in examples]),
-        start_nd=torch.randn(
-            6, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-        )
-        * 0.3,
+        reader=reader,
+        examples=reader.encode([text for text, _ in labelled]),
+        targets=torch.tensor([label for _, label in labelled]),
+        start_nd=torch.randn(6, model.width, dtype=torch.float64, generator=generator) * 0.3,
     )
+
+
+def gradients_of(task: Any, parameters: Sequence[torch.Tensor], *, share: bool) -> Any:
+    """Return the per-example gradients of a task at given parameters."""
+    return part("privacy.gradients").ExampleGradients(
+        task.model, task.reader.verbalizer, parameters, share_prefix=share
+    )
+
+
+def scores_of(task: Any, prompt_nd: torch.Tensor, example: int) -> torch.Tensor:
+    """Return the class scores [1, C] of one example, which the model reads alone."""
+    batch = task.reader.collate([task.examples[example]])
+    logits = task.model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
+    return task.reader.scores(logits)
 
 
 def change_each_example(
     family: str, dtype: torch.dtype, device: torch.device, *, share: bool
 ) -> None:
-    """Change the examples of a batch one by one: its own gradient changes, and no bit of another's."""
-    made = material(family, dtype, device)
-    parameters = [made.start_nd.float().to(device), torch.zeros(2, device=device)]
-    gradients = part("privacy.gradients").ExampleGradients(
-        made.model, made.verbalizer, parameters, share_prefix=share
-    )
-    batch, wanted = made.template.collate(made.rows).to(device), made.wanted.to(device)
-    before = gradients(batch, wanted)
-    for row in range(len(made.rows)):
-        length = int(batch.attention_mask[row].sum())
-        input_ids, classes = batch.input_ids.clone(), wanted.clone()
-        inside = slice(0, batch.answer[row]) if made.model.masked else slice(0, length)
-        input_ids[row, inside] = torch.randint(10, 200, input_ids[row, inside].shape, device=device)
-        classes[row] = 1 - classes[row]
+    """Change examples one by one: the example's own gradient changes, and no bit of others."""
+    task = tuning_task(family, dtype, device)
+    parameters = [task.start_nd.float().to(device), torch.zeros(2, device=device)]
+    gradients = gradients_of(task, parameters, share=share)
+    batch = task.reader.collate(task.examples).to(device)
+    targets = task.targets.to(device)
+    before = gradients(batch, targets)
+    for example in range(len(task.examples)):
+        length = int(batch.attention_mask[example].sum())
+        input_ids = batch.input_ids.clone()
+        inside = slice(0, batch.answer[example]) if task.model.masked else slice(0, length)
+        shape = input_ids[example, inside].shape
+        input_ids[example, inside] = torch.randint(10, 200, shape, device=device)
+        classes = targets.clone()
+        classes[example] = 1 - classes[example]
+
         after = gradients(replace(batch, input_ids=input_ids), classes)
-        others = [other for other in range(len(made.rows)) if other != row]
-        assert not torch.equal(before[0][row], after[0][row])
-        assert all(
-            torch.equal(one[others], other[others])
-            for one, other in zip(before, after, strict=True)
-        )
+        others = [other for other in range(len(task.examples)) if other != example]
+        assert not torch.equal(before[0][example], after[0][example])
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one[others], other[others])
 
 
 def example_gradients(
     family: str,
     *,
     share: bool,
-    rows: Sequence[int] = range(7),
+    examples: Sequence[int] = range(7),
     dtype: torch.dtype = torch.float64,
     parameters: torch.dtype = torch.float64,
 ) -> list[torch.Tensor]:
-    made = material(family, dtype)
-    values = [made.start_nd.to(parameters), torch.tensor([0.2, -0.1], dtype=parameters)]
-    gradients = part("privacy.gradients").ExampleGradients(
-        made.model, made.verbalizer, values, share_prefix=share
-    )
-    return gradients(
-        made.template.collate([made.rows[row] for row in rows]), made.wanted[list(rows)]
-    )
+    """Return the gradients of some examples in one batch."""
+    task = tuning_task(family, dtype)
+    values = [task.start_nd.to(parameters), torch.tensor([0.2, -0.1], dtype=parameters)]
+    batch = task.reader.collate([task.examples[example] for example in examples])
+    return gradients_of(task, values, share=share)(batch, task.targets[list(examples)])
 
 
 def gradients_one_at_a_time(family: str) -> list[torch.Tensor]:
-    """The same by ordinary training's way: one example, one backward pass."""
+    """Return the same gradients as ordinary training has them: one example, one backward pass."""
     from post_dist.models.classifier import BIAS_SCALE
 
-    made, found = material(family), []
-    for row in range(7):
-        prompt_nd = made.start_nd.clone().requires_grad_(True)
+    task = tuning_task(family)
+    of_prompt = []
+    of_bias = []
+    for example in range(7):
+        prompt_nd = task.start_nd.clone().requires_grad_(True)
         bias_C = torch.tensor([0.2, -0.1], dtype=torch.float64, requires_grad=True)
-        batch = made.template.collate([made.rows[row]])
-        scores = made.verbalizer.scores(
-            made.model(batch.input_ids, batch.attention_mask, prompt_nd, batch.answer)
-        )
-        loss = torch.nn.functional.cross_entropy(
-            scores + BIAS_SCALE * bias_C, made.wanted[row : row + 1]
-        )
-        found.append(torch.autograd.grad(loss, [prompt_nd, bias_C]))
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        scores = scores_of(task, prompt_nd, example) + BIAS_SCALE * bias_C
+        loss = torch.nn.functional.cross_entropy(scores, task.targets[example : example + 1])
+        prompt_gradient, bias_gradient = torch.autograd.grad(loss, [prompt_nd, bias_C])
+        of_prompt.append(prompt_gradient)
+        of_bias.append(bias_gradient)
+    return [torch.stack(of_prompt), torch.stack(of_bias)]
 
 
 def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
-    """Largest relative difference of an example's gradient."""
-    return max(
-        float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-300)).max())
-        for a, b in zip(one, other, strict=True)
-    )
+    """Return the largest relative difference of an example's gradient."""
+    largest = 0.0
+    for a, b in zip(one, other, strict=True):
+        difference_B = (a - b).flatten(1).norm(dim=1)
+        norm_B = b.flatten(1).norm(dim=1).clamp(min=1e-300)
+        largest = max(largest, float((difference_B / norm_B).max()))
+    return largest
 
 
 def gradients_are_each_example_s_own() -> None:
     alone = gradients_one_at_a_time("gpt2")
     for share in (False, True):
         together = example_gradients("gpt2", share=share)
-        assert [tuple(part.shape) for part in together] == [(7, 6, 32), (7, 2)]
+        assert [tuple(gradient.shape) for gradient in together] == [(7, 6, 32), (7, 2)]
         assert apart(together, alone) < 1e-12
 
 
-def stage_sum(
-    family: str, dtype: torch.dtype, rows: list[int], *, virtual_tokens: int
+def step_sum(
+    family: str, dtype: torch.dtype, examples: list[int], *, virtual_tokens: int
 ) -> torch.Tensor:
-    """The clipped sum of one step over some rows of a real (tiny) model, by the stage's own micro-batches; C is 1e-3."""
-    from post_dist.config.schema import Tune
-
-    made = material(family, dtype)
-    parameters = [made.start_nd.float().repeat(virtual_tokens // 6, 1), torch.tensor([0.2, -0.1])]
-    section = Tune(micro_batch_size_per_gpu=4)
-    pieces = list(part("privacy.trainer").micro_gradients(section, made, parameters, rows, CPU))
-    assert sum(len(piece[0]) for piece in pieces) == len(rows), "a row was dropped or taken twice"
-    sums = noisy_sums(
-        pieces,
-        [parameter.shape for parameter in parameters],
-        source=quiet_source(),
-        max_grad_norm=1e-3,
-    )
+    """Return the clipped sum of one step on a tiny model, by the real micro-batches; C is 1e-3."""
+    task = tuning_task(family, dtype)
+    prompt_nd = task.start_nd.float().repeat(virtual_tokens // 6, 1)
+    parameters = [prompt_nd, torch.tensor([0.2, -0.1])]
+    gradients = part("privacy.gradients")
+    pieces = list(gradients.micro_gradients(task, parameters, examples, 4, CPU))
+    counted = sum(len(piece[0]) for piece in pieces)
+    assert counted == len(examples), "an example was dropped or taken twice"
+    shapes = [parameter.shape for parameter in parameters]
+    sums = noisy_sums(pieces, shapes, source=quiet_source(), max_grad_norm=1e-3)
     return torch.cat([total.flatten() for total in sums])
 
 
-def one_row_moves_a_real_step_by_the_norm_at_most() -> None:
-    rows = list(range(7))
+def one_example_moves_a_real_step_by_the_norm_at_most() -> None:
+    examples = list(range(7))
     for family, dtype, tokens in (
         ("llama", torch.float32, 6),
         ("llama", torch.bfloat16, 30),
         ("roberta", torch.float32, 6),
     ):
-        whole = stage_sum(family, dtype, rows, virtual_tokens=tokens)
-        assert torch.equal(stage_sum(family, dtype, rows[::-1], virtual_tokens=tokens), whole)
-        for left_out in rows:
-            moved = float(
-                (
-                    whole
-                    - stage_sum(
-                        family,
-                        dtype,
-                        [row for row in rows if row != left_out],
-                        virtual_tokens=tokens,
-                    )
-                ).norm()
-            )
-            assert 1e-3 * (1 - 1e-5) <= moved <= 1e-3 * (1 + 1e-6), (
-                f"{family}: row {left_out} moves the sum by {moved / 1e-3:.7f} C"
-            )
+        whole = step_sum(family, dtype, examples, virtual_tokens=tokens)
+        backwards = step_sum(family, dtype, examples[::-1], virtual_tokens=tokens)
+        assert torch.equal(backwards, whole)
+        for left_out in examples:
+            others = [example for example in examples if example != left_out]
+            without = step_sum(family, dtype, others, virtual_tokens=tokens)
+            moved = float((whole - without).norm()) / 1e-3
+            message = f"{family}: example {left_out} moves the sum by {moved:.7f} C"
+            assert 1 - 1e-5 <= moved <= 1 + 1e-6, message
 
 
-def calls_of(
-    rows: list[int], made: Any, work: Callable[[Any, list[torch.Tensor], list[int]], object]
-) -> dict[tuple[int, ...], set]:
-    """For each row, by its tokens, the model's calls that it is in while gradients or a score are worked out.
+Calls = dict[tuple[int, ...], set]
+"""For each example, by its tokens, the model calls that it is in."""
 
-    A call is told by its shape, and by whether attention is given a mask: without one other kernels run.
+
+@contextmanager
+def watched_calls() -> Iterator[Calls]:
+    """Record the model's calls: their shape, and whether attention gets a mask.
+
+    Without one other kernels run.
     """
     from post_dist.models.language_model import LanguageModel
 
-    calls, forward, attention, masked = (
-        {},
-        LanguageModel.forward,
-        torch.nn.functional.scaled_dot_product_attention,
-        set(),
-    )
+    calls: Calls = {}
+    masked = set()
+    forward = LanguageModel.forward
+    attention = torch.nn.functional.scaled_dot_product_attention
 
-    def attend(*given: Any, attn_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
+    def watched_attention(
+        *given: Any, attn_mask: torch.Tensor | None = None, **named: Any
+    ) -> torch.Tensor:
         masked.add(attn_mask is not None)
         return attention(*given, attn_mask=attn_mask, **named)
 
-    def watched(
+    def watched_forward(
         self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *given: Any, **named: Any
     ) -> torch.Tensor:
         masked.clear()
-        made = forward(self, input_ids, attention_mask, *given, **named)
+        result = forward(self, input_ids, attention_mask, *given, **named)
+        call = (tuple(input_ids.shape), frozenset(masked))
         for ids, mask in zip(input_ids, attention_mask, strict=True):
-            calls.setdefault(tuple(ids[mask.bool()].tolist()), set()).add(
-                (tuple(input_ids.shape), frozenset(masked))
-            )
-        return made
+            tokens = tuple(ids[mask.bool()].tolist())
+            calls.setdefault(tokens, set()).add(call)
+        return result
 
+    functional = torch.nn.functional
     with (
-        mock.patch.object(LanguageModel, "forward", watched),
-        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+        mock.patch.object(LanguageModel, "forward", watched_forward),
+        mock.patch.object(functional, "scaled_dot_product_attention", watched_attention),
     ):
-        work(made, [made.start_nd.float()], rows)
-    return calls
+        yield calls
 
 
-def a_row_s_calls_are_its_own() -> None:
-    from post_dist.config.schema import Tune
+@contextmanager
+def attention_as_on_a_gpu(model: Any) -> Iterator[None]:
+    before = model.model.config._attn_implementation
+    model.model.set_attn_implementation("sdpa" if model.masked else "post_dist_sdpa")
+    try:
+        yield
+    finally:
+        model.model.set_attn_implementation(before)
 
-    tuning, section, world = (
-        part("privacy.trainer"),
-        Tune(micro_batch_size_per_gpu=2),
-        World(0, 1, 0, "none", CPU),
-    )
 
-    def gradients(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
-        list(tuning.micro_gradients(section, made, parameters, rows, CPU))
+def compute_gradients(task: Any, examples: list[int]) -> None:
+    gradients = part("privacy.gradients")
+    list(gradients.micro_gradients(task, [task.start_nd.float()], examples, 2, CPU))
 
-    def score(made: Any, parameters: list[torch.Tensor], rows: list[int]) -> None:
-        tuning.count_right(
-            section,
-            replace(made, rows=[made.rows[row] for row in rows], wanted=made.wanted[rows]),
-            parameters,
-            world,
-        )
 
+def compute_score(task: Any, examples: list[int]) -> None:
+    encoded = [task.examples[example] for example in examples]
+    chosen = replace(task, examples=encoded, targets=task.targets[examples])
+    part("privacy.scoring").count_right(chosen, [task.start_nd.float()], 2, WORLD)
+
+
+def an_example_s_calls_are_its_own() -> None:
+    # Some of these texts fill their micro-batch to its last token.
+    repeats = (1, 2, 3, 4, 9, 10, 11, 12, 40, 50)
+    texts = ["the film " * words + "is dull" for words in repeats]
     for family in ("llama", "roberta"):
-        made = material(family, torch.float32)
-        texts = [
-            "the film " * words + "is dull" for words in (1, 2, 3, 4, 9, 10, 11, 12, 40, 50)
-        ]  # some fill their micro-batch
-        made = replace(made, rows=made.template.encode(texts), wanted=torch.arange(len(texts)) % 2)
-        before = made.model.model.config._attn_implementation
-        made.model.model.set_attn_implementation(
-            "sdpa" if made.model.masked else "post_dist_sdpa"
-        )  # as on a GPU
-        try:
-            for work in (gradients, score):
-                whole = calls_of(list(range(len(texts))), made, work)
+        task = tuning_task(family, torch.float32)
+        encoded = task.reader.encode(texts)
+        task = replace(task, examples=encoded, targets=torch.arange(len(texts)) % 2)
+        for compute in (compute_gradients, compute_score):
+            with attention_as_on_a_gpu(task.model):
+                with watched_calls() as whole:
+                    compute(task, list(range(len(texts))))
                 assert all(len(calls) == 1 for calls in whole.values())
-                for row in range(len(texts)):
-                    for tokens, calls in calls_of([row], made, work).items():
-                        assert calls == whole[tokens], (
-                            f"{family}: {work.__name__}: a row's call depends on the rows beside it"
-                        )
-        finally:
-            made.model.model.set_attn_implementation(before)
+                for example in range(len(texts)):
+                    with watched_calls() as alone:
+                        compute(task, [example])
+                    for tokens, calls in alone.items():
+                        message = f"{family}: {compute.__name__}: a call depends on other examples"
+                        assert calls == whole[tokens], message
 
 
-def made_right(made: Any, parameters: list[torch.Tensor], row: int) -> bool:
-    """Whether a row that is asked alone comes out as it should."""
+def classified_correctly(task: Any, parameters: list[torch.Tensor], example: int) -> bool:
+    """Return whether an example that the model reads alone is classified correctly."""
     from post_dist.models.classifier import BIAS_SCALE
 
-    batch = made.template.collate([made.rows[row]])
-    scores = made.verbalizer.scores(
-        made.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
-    )
-    return bool((scores + BIAS_SCALE * parameters[1]).argmax() == made.wanted[row])
+    scores = scores_of(task, parameters[0], example) + BIAS_SCALE * parameters[1]
+    return bool(scores.argmax() == task.targets[example])
 
 
-def a_score_counts_each_row_once() -> None:
-    from post_dist.config.schema import Tune
-
-    made, tuning, world = (
-        material("llama", torch.float32),
-        part("privacy.trainer"),
-        World(0, 1, 0, "none", CPU),
-    )
-    parameters, section = (
-        [made.start_nd.float(), torch.tensor([0.2, -0.1])],
-        Tune(micro_batch_size_per_gpu=4),
-    )
-    right = [made_right(made, parameters, row) for row in range(7)]
-    for rows in ([0], [0, 1, 2], list(range(7))):
-        for wanted in (made.wanted, 1 - made.wanted):
-            chosen = replace(made, rows=[made.rows[row] for row in rows], wanted=wanted[rows])
-            expected = sum(right[row] == bool(wanted[row] == made.wanted[row]) for row in rows)
-            assert tuning.count_right(section, chosen, parameters, world) == expected
+def a_score_counts_each_example_once() -> None:
+    task = tuning_task("llama", torch.float32)
+    count_right = part("privacy.scoring").count_right
+    parameters = [task.start_nd.float(), torch.tensor([0.2, -0.1])]
+    right = [classified_correctly(task, parameters, example) for example in range(7)]
+    for examples in ([0], [0, 1, 2], list(range(7))):
+        encoded = [task.examples[example] for example in examples]
+        chosen = replace(task, examples=encoded, targets=task.targets[examples])
+        expected = sum(right[example] for example in examples)
+        assert count_right(chosen, parameters, 4, WORLD) == expected
+        # With the other class of two as the target, exactly the other examples are right.
+        flipped = replace(chosen, targets=1 - chosen.targets)
+        assert count_right(flipped, parameters, 4, WORLD) == len(examples) - expected
 
 
 CHECKS: list[Callable[[], None]] = [
     gradients_are_each_example_s_own,
-    one_row_moves_a_real_step_by_the_norm_at_most,
-    a_row_s_calls_are_its_own,
-    a_score_counts_each_row_once,
+    one_example_moves_a_real_step_by_the_norm_at_most,
+    an_example_s_calls_are_its_own,
+    a_score_counts_each_example_once,
 ]

@@ -1,9 +1,11 @@
-"""Kill private tuning at a place of its step, run the same command again, and compare with a run that was left alone.
+"""Kill private tuning at a place of its step, run the same command again, and compare the results.
 
-    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/privacy/killed_runs.py FOLDER [--times N] [--table FILE]
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests
+    python tests/privacy/killed_runs.py FOLDER [--times N] [--table FILE]
 
-Every run is a process of its own (forked, so that the libraries are loaded once) and dies by SIGKILL from within, at a random step.
-The noise source is the seeded one: only with it can two runs be compared bit for bit.
+The reference is a run that was left alone. Every run is a process of its own (forked, so that the
+libraries are loaded once) and dies by SIGKILL from within, at a random step. The noise source is
+the seeded one: only with it can two runs be compared bit for bit.
 """
 
 import argparse
@@ -14,22 +16,25 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import tiny
 import torch
 from faults import at_call, die, fork_command
 
-from post_dist.artifacts import manifest
-from post_dist.privacy import ledger, trainer, training
+from post_dist.privacy import gradients, ledger, trainer
 from post_dist.privacy.mechanism import PrivateOptimizer
+from post_dist.privacy.sampling import PoissonSampler
 
 STEPS = 6
 
 
 def in_half_a_row(number: int) -> None:
     """Die with half of a step's ledger row written."""
-    real, rows = os.write, Counter()
+    real = os.write
+    rows = Counter()
 
     def write(descriptor: int, data: bytes) -> int:
         if b'"row": "step"' in data:
@@ -39,12 +44,13 @@ def in_half_a_row(number: int) -> None:
                 die()
         return real(descriptor, data)
 
-    ledger.os.write = write
+    os.write = write
 
 
 def in_half_a_state(number: int) -> None:
     """Die with the state of a step written, but not in its place."""
-    real, saved = manifest.Path.rename, Counter()
+    real = Path.rename
+    saved = Counter()
 
     def rename(path: Path, target: Path) -> Path:
         if "step-" in path.name:
@@ -53,64 +59,78 @@ def in_half_a_state(number: int) -> None:
                 die()
         return real(path, target)
 
-    manifest.Path.rename = rename
+    Path.rename = rename
 
 
 PLACES: dict[str, Callable[[int], None]] = {
-    "before the rows are drawn": lambda number: at_call(
-        training, "poisson_rows", number, before=True
-    ),
-    "after the rows are drawn": lambda number: at_call(
-        training, "poisson_rows", number, before=False
-    ),
-    "after a backward pass": lambda number: at_call(
-        trainer.ExampleGradients, "__call__", number, before=False
-    ),
-    "before the intent": lambda number: at_call(ledger.LedgerRun, "intend", number, before=True),
+    "before the examples are drawn": partial(at_call, PoissonSampler, "draw", before=True),
+    "after the examples are drawn": partial(at_call, PoissonSampler, "draw", before=False),
+    "after a backward pass": partial(at_call, gradients.ExampleGradients, "__call__", before=False),
+    "before the intent": partial(at_call, ledger.LedgerRun, "intend", before=True),
     "in the intent's row": in_half_a_row,
-    "after the intent": lambda number: at_call(ledger.LedgerRun, "intend", number, before=False),
-    "after the noise": lambda number: at_call(PrivateOptimizer, "add_noise", number, before=False),
-    "after the step": lambda number: at_call(PrivateOptimizer, "finish", number, before=False),
+    "after the intent": partial(at_call, ledger.LedgerRun, "intend", before=False),
+    "after the noise": partial(at_call, PrivateOptimizer, "add_noise", before=False),
+    "after the step": partial(at_call, PrivateOptimizer, "finish", before=False),
     "in the state's file": in_half_a_state,
-    "after the state": lambda number: at_call(training, "save_tensors", number, before=False),
+    "after the state": partial(at_call, trainer, "save_tensors", before=False),
 }
 
 
+class Outcome(NamedTuple):
+    """The prompt's bytes, and of the ledger: runs, charged steps, repeated steps."""
+
+    prompt: bytes
+    runs: int
+    charged: int
+    repeated: int
+
+
 def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Tune in a forked child; its wait status."""
+    """Tune in a forked child; returns its wait status."""
     settings = [
         f"inputs.student={folder / 'student'}",
         "privacy.enabled=true",
         "privacy.noise_multiplier=0.8",
-        f"tune.steps={STEPS}",
-    ]
-    settings += [
         "privacy.declared_examples=160",
         "privacy.noise_source=seeded",
         f"privacy.ledger={output}.ledger",
+        f"tune.steps={STEPS}",
         "tune.class_bias=true",
     ]
-    arguments = [
-        "tune",
-        str(folder / "run.yaml"),
-        f"--output={output}",
-        *(f"--set={setting}" for setting in settings),
-    ]
-    return os.waitpid(fork_command(arguments, {}, folder / "said.txt", prepare), 0)[1]
+    arguments = ["tune", str(folder / "run.yaml"), f"--output={output}"]
+    arguments += [f"--set={setting}" for setting in settings]
+    child = fork_command(arguments, {}, folder / "said.txt", prepare)
+    return os.waitpid(child, 0)[1]
 
 
-def outcome(output: Path) -> tuple[bytes, int, int, int]:
-    """The prompt's bytes, and of the ledger: runs, charged steps, repeated steps."""
+def outcome(output: Path) -> Outcome:
+    """Read what a finished run left."""
     (weights,) = output.glob("tiny/tune-*/artifact/adapter_model.safetensors")
     biases = json.loads((weights.parent / "task.json").read_text())["class_biases"]
     spendings = list(ledger.read_ledger(Path(f"{output}.ledger")).values())
     charged = sum(spending.charged_steps for spending in spendings)
-    return (
-        weights.read_bytes() + json.dumps(biases).encode(),
-        len(spendings),
-        charged,
-        charged - sum(len(spending.intents) for spending in spendings),
-    )
+    taken = sum(len(spending.intents) for spending in spendings)
+    prompt = weights.read_bytes() + json.dumps(biases).encode()
+    return Outcome(prompt, len(spendings), charged, charged - taken)
+
+
+def make_student(folder: Path) -> None:
+    """Write a run file, its data and a distilled student into a folder."""
+    tiny.write_run(folder)
+    arguments = ["distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"]
+    distilled = fork_command(arguments, {}, folder / "said.txt", lambda: None)
+    os.waitpid(distilled, 0)
+    next(folder.glob("made/tiny/distill-*/artifact")).rename(folder / "student")
+
+
+def kill_and_resume(folder: Path, output: Path, place: str) -> Outcome:
+    """Kill a run at a random step, run the command again, and read what it left."""
+    number = random.randrange(1, STEPS + 1)
+    status = run(folder, output, partial(PLACES[place], number))
+    assert os.WIFSIGNALED(status), f"{place}: the run was not killed"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert run(folder, output) == 0, f"{place}: the run did not resume"
+    return outcome(output)
 
 
 def main() -> None:
@@ -120,41 +140,30 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     folder: Path = options.folder
-    tiny.write_run(folder)
-    distilled = fork_command(
-        ["distill", str(folder / "run.yaml"), f"--output={folder / 'made'}"],
-        {},
-        folder / "said.txt",
-        lambda: None,
-    )
-    os.waitpid(distilled, 0)
-    next(folder.glob("made/tiny/distill-*/artifact")).rename(folder / "student")
+    make_student(folder)
     assert run(folder, folder / "alone") == 0
     expected = outcome(folder / "alone")
     assert expected[1:] == (1, STEPS, 0)
     lines = ["| killed | times | prompt bit-equal | ledger exact |", "|---|---|---|---|"]
     failures = 0
-    for place, prepare in PLACES.items():
+    for place in PLACES:
         right = Counter()
         for time in range(options.times):
             output = folder / f"{place.replace(' ', '-')}-{time}"
-            status = run(
-                folder, output, lambda prepare=prepare: prepare(random.randrange(1, STEPS + 1))
-            )
-            assert os.WIFSIGNALED(status), f"{place}: the run was not killed"
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            assert run(folder, output) == 0, f"{place}: the run did not go on"
-            prompt, *spent = outcome(output)
-            right["prompt"] += prompt == expected[0]
-            right["ledger"] += tuple(spent) == expected[1:]
+            found = kill_and_resume(folder, output, place)
+            right["prompt"] += found.prompt == expected.prompt
+            right["ledger"] += found[1:] == expected[1:]
         failures += 2 * options.times - right.total()
         lines.append(f"| {place} | {options.times} | {right['prompt']} | {right['ledger']} |")
     print("\n".join(lines))
     if options.table:
-        about = f"Made by `make faults`; tiny Llama, fp32, one thread, {STEPS} steps, each kill at a random one; torch {torch.__version__}.\n"
-        options.table.write_text(
-            "# Private tuning under SIGKILL (CPU)\n\n" + about + "\n" + "\n".join(lines) + "\n"
+        title = "# Private tuning under SIGKILL (CPU)"
+        about = (
+            f"Made by `make faults`; tiny Llama, fp32, one thread, {STEPS} steps, "
+            f"each kill at a random one; torch {torch.__version__}."
         )
+        table = "\n".join(lines)
+        options.table.write_text(f"{title}\n\n{about}\n\n{table}\n")
     sys.exit(bool(failures))
 
 

@@ -1,4 +1,7 @@
-"""Private tuning that is killed anywhere ends as if it had not been; `make faults` does the same twenty times a place."""
+"""Private tuning that is killed anywhere ends as if it had not been.
+
+`make faults` kills it twenty times at each place.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The private mechanism as it is: every check that the planted bugs of test_mutants.py must fail, and random attacks on the clip."""
+"""The private mechanism: the checks that the bugs of test_mutants.py fail, and random attacks."""
 
 from collections.abc import Callable
 
@@ -38,30 +38,24 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
-def test_no_neighbour_moves_the_sum_past_the_norm(data: st.DataObject, dtype: torch.dtype) -> None:
+def test_no_neighbor_moves_the_sum_past_the_norm(data: st.DataObject, dtype: torch.dtype) -> None:
     """One example more or less, in any split and order, on gradients of two parameters."""
     examples = data.draw(st.lists(st.lists(VALUES, min_size=6, max_size=6), max_size=7))
     more = data.draw(st.lists(VALUES, min_size=6, max_size=6))
-    neighbour = data.draw(st.permutations([*examples, more]))
-    repeat = data.draw(
-        st.sampled_from([1, 1, 500])
-    )  # a long gradient: the rounding of many coordinates adds up
+    neighbor = data.draw(st.permutations([*examples, more]))
+    # In a long gradient the rounding of many coordinates adds up.
+    repeat = data.draw(st.sampled_from([1, 1, 500]))
 
-    def total(rows: list[list[float]]) -> torch.Tensor:
-        cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=3)))
-        chunks = [
-            rows[start:end] for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True)
-        ]
-        tensors = [
-            torch.tensor(chunk, dtype=torch.float64).view(-1, 6).to(dtype).repeat(1, repeat)
-            for chunk in chunks
-        ]
-        sums = noisy_sums(
-            [[part[:, :2].unsqueeze(2), part[:, 2:]] for part in tensors],
-            [(2, 1), (6 * repeat - 2,)],
-            source=quiet_source(),
-        )
+    def total(gradients: list[list[float]]) -> torch.Tensor:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(gradients)), max_size=3)))
+        micro_batches = []
+        for start, end in zip([0, *cuts], [*cuts, len(gradients)], strict=True):
+            chunk = torch.tensor(gradients[start:end], dtype=torch.float64)
+            flat = chunk.view(-1, 6).to(dtype).repeat(1, repeat)
+            micro_batches.append([flat[:, :2].unsqueeze(2), flat[:, 2:]])
+        shapes = [(2, 1), (6 * repeat - 2,)]
+        sums = noisy_sums(micro_batches, shapes, source=quiet_source())
         return torch.cat([part.flatten() for part in sums])
 
-    moved = float((total(examples) - total(neighbour)).norm())
+    moved = float((total(examples) - total(neighbor)).norm())
     assert moved <= 0.3 * (1 + 1e-6)

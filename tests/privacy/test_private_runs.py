@@ -1,4 +1,4 @@
-"""Private tuning through the command line: what it claims, what it charges, what it refuses, and that nothing leaks."""
+"""Private tuning through the command line: claims, charges, refusals, and that nothing leaks."""
 
 import fcntl
 import json
@@ -8,7 +8,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 
@@ -52,8 +54,16 @@ def tune(main: Callable, folder: Path, *options: str) -> tuple[int, str, str]:
     )
 
 
-def artifact(said: str) -> Path:
-    return Path(json.loads(said)["artifact"])
+def artifact(printed: str) -> Path:
+    return Path(json.loads(printed)["artifact"])
+
+
+def budget(main: Callable, folder: Path) -> dict[str, Any]:
+    return json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
+
+
+def claim_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "privacy.json").read_text())
 
 
 def test_the_plan_is_priced_without_data_or_model_in_seconds(
@@ -61,28 +71,23 @@ def test_the_plan_is_priced_without_data_or_model_in_seconds(
 ) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
-        "name: a\nprivacy: {enabled: true, target_epsilon: 8, declared_examples: 67349}\ntune: {batch_size: 1024, steps: 1315}\n"
+        "name: a\n"
+        "privacy: {enabled: true, target_epsilon: 8, declared_examples: 67349}\n"
+        "tune: {batch_size: 1024, steps: 1315}\n"
     )
     start = time.monotonic()
     done = post_dist("privacy", run, "--json")
     assert time.monotonic() - start < 20, "10 s are promised on an idle machine"
-    figures = json.loads(done.stdout)
-    assert figures["noise_multiplier"] == pytest.approx(0.706, abs=0.001)
-    assert 7.98 < figures["epsilon"] <= 8
-    assert figures["delta"] == pytest.approx(67349**-1.1)
-    assert figures["steps"] == 1315
-    assert set(figures["cross_checks"]) == {"rdp", "prv"}
-    assert figures["sampling_probability"] == 1024 / 67349
-    assert figures["accountant"].startswith("PLD")
-    given = json.loads(
-        post_dist(
-            "privacy",
-            run,
-            "--json",
-            "--set=privacy.target_epsilon=null",
-            "--set=privacy.noise_multiplier=2",
-        ).stdout
-    )
+    found = json.loads(done.stdout)
+    assert found["noise_multiplier"] == pytest.approx(0.706, abs=0.001)
+    assert 7.98 < found["epsilon"] <= 8
+    assert found["delta"] == pytest.approx(67349**-1.1)
+    assert found["steps"] == 1315
+    assert set(found["cross_checks"]) == {"rdp", "prv"}
+    assert found["sampling_probability"] == 1024 / 67349
+    assert found["accountant"].startswith("PLD")
+    noise = ("--set=privacy.target_epsilon=null", "--set=privacy.noise_multiplier=2")
+    given = json.loads(post_dist("privacy", run, "--json", *noise).stdout)
     assert given["noise_multiplier"] == 2
     assert given["epsilon"] < 1.5
 
@@ -122,22 +127,23 @@ def test_a_prompt_carries_its_claim_through_transfer_and_evaluation(
     assert "with differential privacy" in card
     assert "| epsilon |" in card
     assert "WITHOUT" not in card
-    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
-    assert [run["steps_charged"] for run in budget["runs"]] == [6, 6]
-    assert 8 < budget["epsilon"] < 10.1
+    spent = budget(main, folder)
+    assert [run["steps_charged"] for run in spent["runs"]] == [6, 6]
+    assert 8 < spent["epsilon"] < 10.1
 
 
 def test_a_false_claim_is_seen(folder: Path, main: Callable) -> None:
     path = artifact(tune(main, folder)[1])
-    said = json.loads((path / "privacy.json").read_text())
-    for change in (
+    claim = claim_of(path)
+    changes: list[dict[str, Any]] = [
         {"epsilon": 1.0},
         {"steps": 600},
         {"noise_multiplier": math.inf},
         {"sampling_probability": "x"},
         {"epsilon": None},
-    ):
-        (path / "privacy.json").write_text(json.dumps(said | change))
+    ]
+    for change in changes:
+        (path / "privacy.json").write_text(json.dumps(claim | change))
         manifest = json.loads((path / FILE_NAME).read_text())
         manifest["files"]["privacy.json"] = file_digest(path / "privacy.json")
         (path / FILE_NAME).write_text(json.dumps(manifest))
@@ -151,34 +157,36 @@ def test_a_false_claim_is_seen(folder: Path, main: Callable) -> None:
     assert "is not the file that was written" in main("verify", path)[1]
 
 
-def test_nothing_of_a_row_reaches_a_file_or_the_screen(folder: Path, post_dist: Callable) -> None:
-    """Also not of a run that fails: the label of the canary's row is not in the verbalizer the second time.
+def test_nothing_of_an_example_reaches_a_file_or_the_screen(
+    folder: Path, post_dist: Callable
+) -> None:
+    """Nothing of the examples leaks, even from a run that fails.
 
-    Nor how long a row is, though some are longer than the model's context.
+    The second run fails because the label of the canary is not in the verbalizer. Lengths do not
+    leak either, though some texts are longer than the model's context.
     """
     rows = tiny.sentences(200, 1)
-    rows[5:25] = [
-        (f"{CANARY} {number} nonpareil" + number % 2 * " on and on" * 200, 1)
-        for number in range(20)
-    ]
+    for number in range(20):
+        long = number % 2 * " on and on" * 200
+        rows[5 + number] = (f"{CANARY} {number} nonpareil{long}", 1)
     tiny.write_csv(folder / "private.csv", rows)
     good = tune(post_dist_as_main(post_dist), folder)
     assert good[0] == 0, good[2]
     tiny.write_csv(folder / "private.csv", [*rows, (f"{CANARY} at last", 77)])
     bad = tune(post_dist_as_main(post_dist), folder)
     assert bad[0] == 2
-    words = {word for word in CANARY.split()} | {"nonpareil", "77"}
-    shown = good[1] + good[2] + bad[1] + bad[2]
-    assert "longer than" not in shown
-    assert not [word for word in words if re.search(rf"\b{word}\b", shown)]
+
+    words = {*CANARY.split(), "nonpareil"}
+    screen = good[1] + good[2] + bad[1] + bad[2]
+    assert "longer than" not in screen
+    for word in (*words, "77"):
+        assert not re.search(rf"\b{word}\b", screen), word
+
     written = [path for path in folder.rglob("*") if path.is_file() and path.name != "private.csv"]
     assert len(written) > 10
-    assert [
-        (path, word)
-        for path in written
-        for word in words - {"77"}
-        if word.encode() in path.read_bytes()
-    ] == []
+    for path in written:
+        data = path.read_bytes()
+        assert not [word for word in words if word.encode() in data], path
     run = next(path for path in folder.glob("runs/tiny/tune-*"))
     assert run.stat().st_mode & 0o77 == 0
     assert not list(run.rglob("*metrics*")), "a private run keeps no losses, norms or sizes"
@@ -204,12 +212,10 @@ def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
     assert (code, out) == (5, "")
     assert "past its cap of 9" in err
     assert len(list(folder.glob("runs/tiny/tune-*/artifact"))) == 1
-    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
-    assert len(budget["runs"]) == 1
+    assert len(budget(main, folder)["runs"]) == 1
     shutil.rmtree(next(folder.glob("runs/tiny/tune-*/artifact")))
     assert tune(main, folder, "--resume=never")[0] == 0
-    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
-    assert [run["steps_charged"] for run in budget["runs"]] == [6, 6]
+    assert [run["steps_charged"] for run in budget(main, folder)["runs"]] == [6, 6]
 
 
 def test_two_runs_cannot_spend_from_one_ledger_at_once(folder: Path, main: Callable) -> None:
@@ -224,17 +230,18 @@ def test_a_ledger_that_was_changed_is_refused(folder: Path, main: Callable) -> N
     ledger = folder / "private.csv.ledger.jsonl"
     assert tune(main, folder)[0] == 0
     lines = ledger.read_text().splitlines(keepends=True)
-    for changed in (
+    changes = (
         lines[:2] + lines[3:],
         [lines[0].replace("0.", "9.", 1), *lines[1:]],
         [*lines, "{}\n"],
         [*lines, "x\n"],
-    ):
+    )
+    for changed in changes:
         ledger.write_text("".join(changed))
         assert main("budget", ledger)[0] == 4
         assert tune(main, folder, "--set=tune.learning_rate=0.02")[0] == 4
     ledger.write_text("".join(lines) + lines[1][:40])
-    assert main("budget", ledger)[0] == 0, "a row that a kill cut short had begun nothing"
+    assert main("budget", ledger)[0] == 0, "a row that a kill cut short started nothing"
     assert main("budget", folder / "none.jsonl")[0] == 2
 
 
@@ -242,21 +249,18 @@ def test_seeded_noise_marks_the_prompt_as_not_private(folder: Path, main: Callab
     code, out, err = tune(main, folder, "--set=privacy.noise_source=seeded")
     assert code == 0, err
     assert "NOT private" in (artifact(out) / "README.md").read_text()
-    said = json.loads((artifact(out) / "privacy.json").read_text())
-    assert (said["private"], said["epsilon"], said["noise_source"]) == (False, None, "seeded")
-    assert (
-        json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])["epsilon"]
-        is None
-    )
+    claim = claim_of(artifact(out))
+    assert (claim["private"], claim["epsilon"], claim["noise_source"]) == (False, None, "seeded")
+    assert budget(main, folder)["epsilon"] is None
     assert main("verify", artifact(out))[0] == 0
 
 
 def test_system_noise_gives_another_prompt_each_time(folder: Path, main: Callable) -> None:
-    one, other = (
-        read_prompt(artifact(tune(main, folder, f"--output={folder / name}")[1])).embeddings
-        for name in ("a", "b")
-    )
-    assert not one.equal(other)
+    prompts = []
+    for name in ("a", "b"):
+        printed = tune(main, folder, f"--output={folder / name}")[1]
+        prompts.append(read_prompt(artifact(printed)).embeddings)
+    assert not prompts[0].equal(prompts[1])
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -277,30 +281,30 @@ def test_optimizers_and_both_gradient_paths_train(
 def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
     folder: Path, main: Callable
 ) -> None:
-    search = (
-        "--set=tune.search={mean_trials: 2, learning_rate: [0.01, 0.1], max_grad_norm: [0.1, 1.0]}"
-    )
+    settings = "{mean_trials: 2, learning_rate: [0.01, 0.1], max_grad_norm: [0.1, 1.0]}"
+    search = f"--set=tune.search={settings}"
     code, out, err = tune(main, folder, search)
     assert code == 0, err
     path = artifact(out)
-    shown = err + "".join(log.read_text() for log in path.parent.glob("logs/*"))
-    assert "tune: epsilon" in shown
-    assert not re.search(r"trial|\d+/\d+", shown), (
-        "how many trials and validation rows there are is private"
-    )
-    said = json.loads((path / "privacy.json").read_text())
-    assert 7.9 < said["epsilon"] <= 8
-    assert said["epsilon"] > said["cross_checks"]["pld"] + 0.5, "selection is not free"
-    assert said["accountant"].startswith("RDP of repeat-and-select")
+    screen = err + "".join(log.read_text() for log in path.parent.glob("logs/*"))
+    assert "tune: epsilon" in screen
+    leaked = re.search(r"trial|\d+/\d+", screen)
+    assert not leaked, "the numbers of trials and of validation examples are private"
+
+    claim = claim_of(path)
+    assert 7.9 < claim["epsilon"] <= 8
+    assert claim["epsilon"] > claim["cross_checks"]["pld"] + 0.5, "selection is not free"
+    assert claim["accountant"].startswith("RDP of repeat-and-select")
     assert main("verify", path)[0] == 0
-    budget = json.loads(main("budget", folder / "private.csv.ledger.jsonl", "--json")[1])
-    assert budget["epsilon"] == pytest.approx(said["epsilon"], abs=1e-6)
+    spent = budget(main, folder)
+    assert spent["epsilon"] == pytest.approx(claim["epsilon"], abs=1e-6)
     manifest = read_manifest(path, "soft prompt")
     assert manifest.config["tune"]["search"]["mean_trials"] == 2
-    assert "trials" not in set(said) - {"mean_trials"}
-    assert str(budget["runs"][0]["steps_charged"]) not in {
-        str(value) for name, value in said.items() if name != "steps"
-    }
+    assert "trials" not in set(claim) - {"mean_trials"}
+    values = {str(value) for name, value in claim.items() if name != "steps"}
+    assert str(spent["runs"][0]["steps_charged"]) not in values
+
+    # The key is destroyed, so a search whose prompt was lost cannot be repeated for free.
     shutil.rmtree(path)
     code, out, err = tune(main, folder, search)
     assert (code, out) == (4, "")
@@ -309,13 +313,14 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
 
 
 def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:
-    """A run file with a plan of noise multiplier 1."""
-    run, plan = (
-        folder / "run.yaml",
-        f"noise_multiplier: 1.0, sampling_probability: {sampling_probability}, target_delta: 1.0e-5",
+    """Write a run file with a plan of noise multiplier 1."""
+    run = folder / "run.yaml"
+    plan = (
+        f"noise_multiplier: 1.0, sampling_probability: {sampling_probability}, "
+        "target_delta: 1.0e-5, max_grad_norm: 0.1"
     )
     run.write_text(
-        f"name: a\nprivacy: {{enabled: true, {plan}, max_grad_norm: 0.1}}\ntune: {{batch_size: 1000, steps: {steps}}}\n"
+        f"name: a\nprivacy: {{enabled: true, {plan}}}\ntune: {{batch_size: 1000, steps: {steps}}}\n"
     )
     return run
 
@@ -327,12 +332,8 @@ def test_the_audit_stays_below_the_claim_and_sees_missing_noise(
     assert code == 0
     found = json.loads(out)
     print(found)
-    assert (
-        1.0
-        < found["epsilon_lower_bound"]
-        <= found["epsilon_claimed"]
-        < found["epsilon_lower_bound_without_noise"]
-    )
+    assert 1.0 < found["epsilon_lower_bound"] <= found["epsilon_claimed"]
+    assert found["epsilon_claimed"] < found["epsilon_lower_bound_without_noise"]
 
 
 def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
@@ -341,9 +342,11 @@ def test_the_audit_refuses_an_installation_whose_noise_is_too_small(
     from post_dist.privacy.randomness import RandomSource
 
     normal = RandomSource.normal
-    monkeypatch.setattr(
-        RandomSource, "normal", lambda self, count, *purpose: 0.4 * normal(self, count, *purpose)
-    )
+
+    def too_small(self: RandomSource, count: int, *purpose: object) -> np.ndarray:
+        return 0.4 * normal(self, count, *purpose)
+
+    monkeypatch.setattr(RandomSource, "normal", too_small)
     code, _, err = main("audit", audited(tmp_path, sampling_probability=1.0, steps=1), "--json")
     assert code == 5
     assert "more than the plan claims" in err

@@ -1,9 +1,11 @@
-"""A Slurm cluster on one machine: a head and four nodes, each with a host name, address, processes and /dev/shm of its own.
+"""A Slurm cluster on one machine: a head and four nodes.
 
     python tests/slurm/cluster.py install|up|down|status FOLDER
 
-All daemons live in namespaces, so the machine's own network and processes see one bridge and five commands, and killing the
-first process of a namespace is a node that crashes. The bridge claims a subnet; clusters of several folders run side by side.
+Each node has a host name, an address, processes and a /dev/shm of its own. All daemons live in
+namespaces, so the machine's own network and processes see one bridge and five commands. To kill the
+first process of a namespace is to crash a node. The bridge claims a subnet, so that clusters of
+several folders run side by side.
 """
 
 import argparse
@@ -40,7 +42,10 @@ class ClusterError(Exception):
 
 
 class Cluster:
-    """The cluster of one folder. What it needs while it is up is in FOLDER/live; FOLDER/log stays when it goes down."""
+    """The cluster of one folder.
+
+    What it needs while it is up is in FOLDER/live; FOLDER/log stays when it goes down.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -49,7 +54,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Slurm's commands, and nothing in it from a job that this process may itself run in."""
+        """The environment of Slurm's commands, without that of a job that this process is in."""
         ours = {
             name: value
             for name, value in os.environ.items()
@@ -68,7 +73,10 @@ class Cluster:
         )
 
     def up(self) -> None:
-        """Start whatever does not run; from nothing if the head does not answer, for what a crash leaves is not worth mending."""
+        """Start whatever does not run.
+
+        If the head does not answer, everything is started anew: a crash is not repaired.
+        """
         if not (self._process("head") and in_time(self._head_answers, 10)):
             self._prepare()
             self._boot("head")
@@ -79,7 +87,7 @@ class Cluster:
         self._wait("the start of the nodes", lambda: self.nodes_in_service() == NODES, 60)
 
     def down(self) -> None:
-        """End every machine of the cluster, and take away its bridge and its files except the logs."""
+        """End every machine of the cluster; remove its bridge, and its files except the logs."""
         for name in ADDRESSES:
             self.kill_node(name)
         for bridge in self._bridges():
@@ -92,10 +100,9 @@ class Cluster:
         """A crash: all that runs on the machine ends at once, and its cable is dead."""
         outer, first = self._outer_process(name), self._process(name)
         if outer:
+            # The kernel ends the other processes of the namespace, and then `unshare`.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(
-                    first or outer, signal.SIGKILL
-                )  # the kernel ends the rest, and `unshare` when they are gone
+                os.kill(first or outer, signal.SIGKILL)
             self._wait(f"the end of {name}", lambda: not self._outer_process(name), 10)
 
     def start_node(self, name: str) -> None:
@@ -104,13 +111,16 @@ class Cluster:
         self._wait(f"the return of {name}", lambda: name in self.nodes_in_service(), 60)
 
     def nodes_in_service(self) -> list[str]:
-        lines = self.run(
-            "sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"
-        ).stdout.split("\n")
-        return [name for name, state in map(str.split, filter(None, lines)) if state in IN_SERVICE]
+        listed = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T")
+        names = []
+        for line in listed.stdout.splitlines():
+            name, state = line.split()
+            if state in IN_SERVICE:
+                names.append(name)
+        return names
 
     def accounted_states(self, job: str) -> list[str]:
-        """What accounting says of a job, one state for each start; it may lag some seconds behind."""
+        """The states of a job in accounting, one for each start; it may lag some seconds behind."""
         columns = ["--noheader", "--parsable2", "--allocations", "--duplicates", "--format=State"]
         return self.run("sacct", *columns, "--jobs", job).stdout.splitlines()
 
@@ -124,7 +134,12 @@ class Cluster:
 
     def processes(self) -> dict[str, int]:
         """The first process of each machine that runs, by the machine's name."""
-        return {name: pid for name in ADDRESSES if (pid := self._process(name))}
+        found = {}
+        for name in ADDRESSES:
+            process = self._process(name)
+            if process:
+                found[name] = process
+        return found
 
     def _jobs(self) -> list[str]:
         return self.run("squeue", "--noheader", "--all", "--format=%A").stdout.split()
@@ -133,35 +148,19 @@ class Cluster:
         return " is UP" in self.run("scontrol", "ping").stdout
 
     def _prepare(self) -> None:
-        debian.check()
-        if absent := debian.missing():
-            raise debian.Unavailable(
-                f"the Slurm cluster needs Debian's packages {' '.join(absent)}"
-            )
-        if len(str(self.live)) > 80:
-            raise debian.Unavailable(
-                f"the Slurm cluster needs a folder of a shorter name, for its sockets: {self.folder}"
-            )
-        if not all(folder.stat().st_mode & stat.S_IXOTH for folder in self.folder.parents):
-            raise debian.Unavailable(
-                f"the Slurm cluster needs a folder that every user may enter, as munge has it: {self.folder}"
-            )
+        """Write everything that the daemons need, from nothing."""
+        self._check_machine()
         self.down()
         shutil.rmtree(self.log, ignore_errors=True)
-        for folder in (
-            self.folder,
-            self.live,
-            self.log,
-            *(self.live / name for name in ("run", "spool", "state")),
-        ):
+        inner = [self.live / name for name in ("run", "spool", "state")]
+        for folder in (self.folder, self.live, self.log, *inner):
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(
-                0o755
-            )  # whatever the umask: munge trusts no folder that others may write, and other users submit jobs
+            # Whatever the umask is: munge trusts no folder that others may write to, and other
+            # users submit jobs.
+            folder.chmod(0o755)
         for gpu in ("gpu0", "gpu1"):
-            os.mknod(
-                self.live / gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3)
-            )  # a device that is /dev/null
+            # A device that is /dev/null.
+            os.mknod(self.live / gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3))
         key = self.live / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
@@ -169,12 +168,32 @@ class Cluster:
         for template in (HERE / "templates").iterdir():
             file = self.live / template.name
             file.write_text(string.Template(template.read_text()).substitute(values))
-            file.chmod(0o600 if file.name == "slurmdbd.conf" else 0o644)  # as slurmdbd demands
+            # slurmdbd demands that nobody else can read its file.
+            file.chmod(0o600 if file.name == "slurmdbd.conf" else 0o644)
+
+    def _check_machine(self) -> None:
+        debian.check()
+        if absent := debian.missing():
+            raise debian.Unavailable(
+                f"the Slurm cluster needs Debian's packages {' '.join(absent)}"
+            )
+        if len(str(self.live)) > 80:
+            raise debian.Unavailable(
+                f"the Slurm cluster needs a shorter folder name, for its sockets: {self.folder}"
+            )
+        if not all(folder.stat().st_mode & stat.S_IXOTH for folder in self.folder.parents):
+            raise debian.Unavailable(
+                f"the Slurm cluster needs a folder that every user may enter: {self.folder}"
+            )
 
     def _claim_subnet(self) -> str:
-        """Make a bridge: of several clusters that start at once, one gets each name, and with it the subnet of its number."""
+        """Make a bridge, and return the subnet of its number.
+
+        Of several clusters that start at once, one gets each bridge name.
+        """
         for number in range(1, 255):
-            subnet, bridge = f"10.213.{number}", f"pdist{number}"
+            subnet = f"10.213.{number}"
+            bridge = f"pdist{number}"
             if any(
                 address["local"].startswith(f"{subnet}.")
                 for link in _links("address")
@@ -240,17 +259,18 @@ class Cluster:
         return self.live / "run" / f"{name}.pid"
 
     def _outer_process(self, name: str) -> int | None:
-        """The `unshare` that a machine runs under: the pid file's process, if that is still it and no other one of its number."""
+        """The `unshare` that a machine runs under.
+
+        It is the process of the pid file, unless its number has gone to another process.
+        """
         try:
             pid = int(self._pid_file(name).read_text())
             command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except (OSError, ValueError):
             return None
-        return (
-            pid
-            if command[0] == "unshare" and command[-3:] == [str(self.folder), name, ""]
-            else None
-        )
+        if command[0] != "unshare" or command[-3:] != [str(self.folder), name, ""]:
+            return None
+        return pid
 
     def _process(self, name: str) -> int | None:
         """The first process inside a machine."""

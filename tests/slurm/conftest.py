@@ -1,4 +1,7 @@
-"""A Slurm cluster for the tests of this folder: up at the first use, down at the end, without jobs between two tests."""
+"""A Slurm cluster for the tests of this folder.
+
+It comes up at the first use and goes down at the end, and no jobs are left between two tests.
+"""
 
 import contextlib
 import fcntl
@@ -16,7 +19,7 @@ INSTALL_SECONDS = 600  # the first test waits for the packages as well
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Pass over the cluster's tests as a whole where they cannot run, with one line."""
+    """Skip all tests of the cluster where they cannot run, with one line."""
     mark = pytest.mark.timeout(INSTALL_SECONDS)
     try:
         check()
@@ -29,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[Path]:
-    """A folder that no other test run holds; what a killed run left in it, the next one finds and ends."""
+    """A folder that no other test run holds. The next run ends what a killed run has left in it."""
     for number in itertools.count():
         folder = Path(tempfile.gettempdir()) / f"post_dist-slurm-{number}"
         folder.mkdir(exist_ok=True)

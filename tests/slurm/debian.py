@@ -1,4 +1,7 @@
-"""What the cluster needs of this machine: root on Debian 12, namespaces, and Debian's packages of Slurm, munge and MariaDB."""
+"""What the cluster needs of this machine.
+
+Root on Debian 12, namespaces, and Debian's packages of Slurm, munge and MariaDB.
+"""
 
 import os
 import platform
@@ -63,29 +66,21 @@ def install() -> None:
         POLICY.write_text("#!/bin/sh\nexit 101\n")
         POLICY.chmod(0o755)
     try:
-        if _apt(
-            "install", "--no-install-recommends", *missing()
-        ).returncode:  # the lists may be old, or not there at all
+        if _apt("install", "--no-install-recommends", *missing()).returncode:
+            # The package lists may be old, or not there at all.
             _apt("update")
             tried = _apt("install", "--no-install-recommends", *missing())
             if tried.returncode:
-                raise Unavailable(
-                    f"apt-get cannot install the Slurm packages: {(tried.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-                )
+                lines = tried.stderr.strip().splitlines() or ["no reason given"]
+                raise Unavailable(f"apt-get cannot install the Slurm packages: {lines[-1]}")
     finally:
         if ours:
             POLICY.unlink()
 
 
 def _apt(*arguments: str) -> subprocess.CompletedProcess:
-    options = [
-        "-o",
-        "Acquire::Retries=1",
-        "-o",
-        "Acquire::http::Timeout=20",
-        "-o",
-        "DPkg::Lock::Timeout=120",
-    ]
+    settings = ("Acquire::Retries=1", "Acquire::http::Timeout=20", "DPkg::Lock::Timeout=120")
+    options = [f"--option={setting}" for setting in settings]
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "PATH": PATH, "LC_ALL": "C"}
     return subprocess.run(
         ["apt-get", "-qq", "--yes", *options, *arguments],

@@ -46,9 +46,9 @@ def test_nodes_are_machines_of_their_own(slurm: Cluster) -> None:
     name, shm = "$(hostname)", "$(touch /dev/shm/$(hostname); ls /dev/shm)"
     address = "$(ip -4 -brief address show eth0 | tr -s ' ' | cut -d ' ' -f 3)"
     processes = "$(ls -d /proc/[0-9]* | wc -l)"
-    said = slurm.run("srun", "-N2", "bash", "-c", f"echo {name} {shm} {address} {processes}")
-    first, second = sorted(line.split() for line in said.stdout.splitlines())
-    assert (first[:2], second[:2]) == (["n1", "n1"], ["n2", "n2"]), said.stderr
+    listed = slurm.run("srun", "-N2", "bash", "-c", f"echo {name} {shm} {address} {processes}")
+    first, second = sorted(line.split() for line in listed.stdout.splitlines())
+    assert (first[:2], second[:2]) == (["n1", "n1"], ["n2", "n2"]), listed.stderr
     assert first[2] != second[2]
     assert max(int(first[3]), int(second[3])) < 20
 

@@ -58,9 +58,9 @@ def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Po
         command, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        told = waiting.stdout.readline()
-        assert "job " in told, waiting.communicate()[1]
-        yield waiting, re.search(r"job (\d+)", told)[1]
+        answer = waiting.stdout.readline()
+        assert "job " in answer, waiting.communicate()[1]
+        yield waiting, re.search(r"job (\d+)", answer)[1]
     finally:
         waiting.kill()
         waiting.communicate()
@@ -94,7 +94,7 @@ def steps_of(folder: Path, stage: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def chained(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A pipeline as four jobs, and what following them said."""
+    """A pipeline as four jobs, and the lines of following them."""
     folder = tmp_path_factory.mktemp("chained")
     done = submit(slurm, write_run(folder), "pipeline", "--wait")
     assert done.returncode == 0, done.stderr + logs(folder)
@@ -103,8 +103,8 @@ def chained(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 @pytest.mark.timeout(600)
 def test_a_pipeline_is_a_chain_of_jobs(chained: tuple[Path, str], post_dist: Callable) -> None:
-    folder, said = chained
-    ends = re.findall(r"(\w+) \(job \d+\): COMPLETED", said)
+    folder, output = chained
+    ends = re.findall(r"(\w+) \(job \d+\): COMPLETED", output)
     assert ends == ["distill", "tune", "transfer", "evaluate"]
     for stage in ends[:3]:
         assert post_dist("verify", artifact(folder, stage)).returncode == 0
@@ -133,9 +133,9 @@ def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     run = write_run(tmp_path)
-    told = submit(slurm, run, "pipeline", "--test-only")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("to start at") == 4
+    answer = submit(slurm, run, "pipeline", "--test-only")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("to start at") == 4
     printed = submit(slurm, run, "distill", "--print").stdout
     assert slurm.run("squeue", "--noheader").stdout == ""
     submitted = json.loads(submit(slurm, run, "distill", "--json").stdout)["jobs"][0]
@@ -166,9 +166,9 @@ def test_a_task_of_a_file_by_hand_has_the_script_s_environment(
     file = Path(__file__).parents[2] / "slurm/distill.sbatch"
     options = ("--wait", "--export=NONE", f"--chdir={tmp_path}", f"--output={tmp_path / 'log'}")
     done = slurm.run("sbatch", *options, file, "RUN.yaml")
-    said = (tmp_path / "log").read_text()
-    assert done.returncode == 0, said
-    assert re.fullmatch(r"distill RUN.yaml from \w+\n", said)
+    output = (tmp_path / "log").read_text()
+    assert done.returncode == 0, output
+    assert re.fullmatch(r"distill RUN.yaml from \w+\n", output)
 
 
 @pytest.mark.timeout(300)
@@ -213,15 +213,15 @@ LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}
 
 
 @pytest.mark.timeout(1000)  # a slow machine runs into the limit several times
-def test_a_time_limit_in_the_middle_is_no_end(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_time_limit_in_the_middle_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -> None:
     run = write_run(
         tmp_path, **LONG, cluster={"distill": {"nodes": 2, "time_minutes": 1}, "signal_seconds": 20}
     )
     done = submit(slurm, run, "distill", "--wait")
     assert done.returncode == 0, done.stderr + logs(tmp_path)
-    said = logs(tmp_path)
-    assert "stopped by SIGUSR2" in said
-    assert "going on from step" in said
+    output = logs(tmp_path)
+    assert "stopped by SIGUSR2" in output
+    assert "resuming from step" in output
     assert "PENDING" in done.stderr.partition("RUNNING")[2], "it was queued again"
     alone = [
         sys.executable,
@@ -261,10 +261,10 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
         )
         assert waiting.poll() is None, "a dead node is no end"
         slurm.start_node(victim)
-        said = waiting.communicate(timeout=150)[1]
-    assert waiting.returncode == 0, said + logs(folder)
-    assert said.count("COMPLETED") == 1
-    assert "going on from step" in logs(folder)
+        output = waiting.communicate(timeout=150)[1]
+    assert waiting.returncode == 0, output + logs(folder)
+    assert output.count("COMPLETED") == 1
+    assert "resuming from step" in logs(folder)
     assert slurm.accounted_states(job)[0] == "NODE_FAIL"
 
 
@@ -290,12 +290,10 @@ def test_a_rank_that_dies_ends_the_job_in_seconds(slurm: Cluster, tmp_path: Path
         (victim,) = processes_of(job, 1)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
-        said = waiting.communicate(timeout=60)[1]
-        print(
-            f"known {time.monotonic() - killed:.1f} s after the kill, of which 8 s are for Slurm to say so four times"
-        )
+        output = waiting.communicate(timeout=60)[1]
+        print(f"known {time.monotonic() - killed:.1f} s after the kill; Slurm is asked for 8 s")
     assert waiting.returncode == 3
-    assert re.search(r"distill \(job \d+\) ended as FAILED", said), said
+    assert re.search(r"distill \(job \d+\) ended as FAILED", output), output
 
 
 @pytest.mark.timeout(200)
@@ -304,8 +302,8 @@ def test_a_job_that_its_user_cancels_is_not_queued_again(slurm: Cluster, tmp_pat
     with followed(slurm, run, "distill") as (waiting, job):
         assert in_time(lambda: len(steps_of(tmp_path, "distill")) > 3, 90), logs(tmp_path)
         slurm.run("scancel", job)
-        said = waiting.communicate(timeout=60)[1]
+        output = waiting.communicate(timeout=60)[1]
     assert waiting.returncode == 3
-    assert re.search(r"distill \(job \d+\) ended as CANCELLED", said), said
+    assert re.search(r"distill \(job \d+\) ended as CANCELLED", output), output
     assert "stopped by SIGTERM" in logs(tmp_path), "it saved first"
     assert slurm.accounted_states(job) == ["CANCELLED by 0"]

@@ -59,7 +59,7 @@ def test_going_on_names_the_run_and_no_trial(
         )
         == 6
     )
-    assert said == ["going on from step 6 of tune-1234"]
+    assert said == ["resuming from step 6 of tune-1234"]
 
 
 def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
         "distill: &a {steps: 1}\ntransfer: {<<: &b {<<: *a, steps: 2}}\ntune: {<<: *b, steps: 3}\n"
     )
     assert load(tmp_path, MINIMAL + nested).transfer.steps == 2
-    with pytest.raises(InputError, match="the key 'nodes' stands twice"):
+    with pytest.raises(InputError, match="the key 'nodes' appears twice"):
         load(tmp_path, text.replace("nodes: 2}", "nodes: 2, nodes: 5}"))
 
 

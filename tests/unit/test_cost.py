@@ -12,17 +12,18 @@ from torch.utils.flop_counter import flop_registry
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, Student, Transfer
-from post_dist.config.sources import Task
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.size import size_of
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
-from post_dist.planning.stages import models_of
+from post_dist.planning.inputs import models_of
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill.signals import ask_teacher
-from post_dist.stages.distill.stage import DistillationModel
-from post_dist.stages.transfer.objective import Models, lesson_losses, prepare_lesson
+from post_dist.stages.distill.model import DistillationModel
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.objective import ModelPair
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 CPU = torch.device("cpu")
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -43,7 +44,10 @@ def test_sizes_are_the_model_s(folder: Path) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up torch's own formulas of all operations. (Its FlopCounterMode follows modules, and fails where a forward differentiates.)"""
+    """Adds up torch's own formulas of all operations.
+
+    Its FlopCounterMode follows modules, and fails where a forward pass differentiates.
+    """
 
     total = 0.0
 
@@ -94,14 +98,13 @@ def test_a_step_of_distillation(
     take_out_lower_block(student, frozen)
     model, asked = (
         DistillationModel(student, Distill(), head_is_frozen=freeze_head),
-        ask_teacher(teacher, frozen),
+        OnlineTeacher(teacher, frozen),
     )
     input_ids = torch.randint(4, 300, (3, 40))
 
     def step() -> None:
-        model(input_ids, torch.roll(input_ids, -1, 1), None, asked([], input_ids, None))[
-            0
-        ].backward()
+        signal = asked.signals_of([], input_ids, None)
+        model(input_ids, torch.roll(input_ids, -1, 1), None, signal)[0].backward()
 
     upper = size_of(folder).cut(layers).above(frozen)
     assert upper.parameters == sum(parameter.numel() for parameter in student.parameters())
@@ -150,30 +153,23 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
         "good",
         max_response_length=most,
     )
-    public = Task(name="toy", visibility="public", path=folder / "none.csv")
     section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
     texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
-    models = Models(model, model)
-    lesson = prepare_lesson(
-        task,
-        torch.randn(10, 64),
-        public,
-        (texts, responses),
-        models,
-        section,
-        (words, words),
-        World(0, 1, 0, "none", CPU),
-        {},
-    )
+    models = ModelPair(model, model)
+    public = PublicExamples(texts, responses)
+    world = World(0, 1, 0, "none", CPU)
+    builder = ObjectiveBuilder(models, Tokenizers(words, words), public, world)
+    objective = builder.build(task, torch.randn(10, 64), section)
     prompt_nd = torch.randn(10, 64, requires_grad=True)
-    length = len(lesson.rows[0].token_ids)
+    length = len(objective.examples[0].token_ids)
 
     def step() -> None:
-        lesson_losses(models, [lesson], [prompt_nd], [list(range(6))], CPU)[0].backward()
+        transfer_losses(models, [objective], [prompt_nd], [list(range(6))])[0].backward()
 
     size = size_of(folder)
     assert size.shares_prompt == model.shares_prompt
     ours = transfer_flops(size, size, 6, length, 10, by_classes=kind == "classes", responses=most)
-    # RoBERTa's head has a product of its own width before the vocabulary's, both ways: of the prompted, or of both with the constants.
+    # RoBERTa's head has a product of its own width before the vocabulary's, forward and backward:
+    # of the prompted answers, or of both kinds with the constants.
     own_head = model.masked * 2 * 64 * 64 * 6 * (2 if kind == "classes" else 6)
     assert sum(ours.values()) + own_head == pytest.approx(counted(step), rel=1e-6)

@@ -223,7 +223,7 @@ def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -
     packed = np.load(tmp_path / "corpus.npy")
     assert packed.flatten().tolist() == stream[: packed.size]
     trained = corpus.training(RankBatch(list(range(corpus.num_training_sequences)), 1.0))
-    held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_shares(3, ALONE)])
+    held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_batches(3, ALONE)])
     assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
     assert held_out.tolist() == packed[-4:].tolist()
     for sequence, places in zip(
@@ -270,7 +270,7 @@ def test_packing_tells_how_far_it_is_and_keeps_four_bytes_a_token(
     assert packed.size > 500_000
     assert peak < 16 * packed.size
     assert told == [
-        f"tokenising the corpus, {done} of 100 documents done" for done in range(0, 100, 10)
+        f"tokenizing the corpus, {done} of 100 documents done" for done in range(0, 100, 10)
     ]
     build_corpus(
         section.model_copy(update={"max_tokens": 52_000}),

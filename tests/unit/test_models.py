@@ -17,16 +17,17 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from post_dist.artifacts.prompt import write_prompt_files
+from post_dist.artifacts.prompt import PromptContents, write_prompt_files
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Student
 from post_dist.data.template import Template
 from post_dist.errors import InputError
-from post_dist.models.batch_inference import answers
-from post_dist.models.language_model import LanguageModel, check_documents_apart
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
-from post_dist.models.prompt_init import check_room, prompt_from_text
+from post_dist.models.model_checks import check_documents_apart
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import (
     freeze,
     least_harmful_layers,
@@ -35,6 +36,7 @@ from post_dist.models.student import (
     write_student,
 )
 from post_dist.runtime.distributed import World
+from post_dist.stages.room import room_conflicts
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, "none", CPU)
@@ -65,7 +67,7 @@ def test_prompted_logits_are_peft_s(folder: Path, tmp_path: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     prompt = torch.randn(5, model.width)
     task = replace(TASK, template="{text} It was {mask}.") if model.masked else TASK
-    write_prompt_files(tmp_path, prompt, task, "m", None)
+    write_prompt_files(tmp_path, PromptContents(prompt, task, None), "m")
     input_ids, mask, answer = batch_of(
         folder, ["the film is dull", "the long story of the cast is great"]
     )
@@ -103,9 +105,8 @@ def test_answers_come_in_the_order_of_the_rows(folder: Path) -> None:
     )
     rows = template.encode([text for text, _ in tiny.sentences(11, 5)])
     prompt = torch.randn(3, model.width)
-    ours = answers(
-        model, rows, template, prompt, torch.Tensor.detach, batch_size=4, world=ALONE, label="rows"
-    )
+    run = InferenceRun(batch_size=4, world=ALONE, label="rows")
+    ours = outputs_at_answers(model, rows, template, prompt, torch.Tensor.detach, run)
     for row, logits in zip(rows, ours, strict=True):
         batch = template.collate([row])
         torch.testing.assert_close(
@@ -337,9 +338,9 @@ def test_prompt_starts_from_the_words_of_a_text(folder: Path) -> None:
 
 def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
-    check_room(model, 28, 100)
-    with pytest.raises(InputError, match="context of"):
-        check_room(model, 40, 100)
+    assert room_conflicts("the model", model.context_length, 28, 100) == []
+    (conflict,) = room_conflicts("the model", model.context_length, 40, 100)
+    assert "do not fit into the context of the model (128)" in conflict.message
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_a_context_that_is_not_counted_in_position_embeddings(
 ) -> None:
     model = LanguageModel(AutoModelForCausalLM.from_config(config), masked=False)
     assert model.context_length == longest
-    check_room(model, 4, 60)
+    assert room_conflicts("the model", model.context_length, 4, 60) == []
 
 
 @pytest.mark.parametrize(
@@ -366,9 +367,10 @@ def test_attention_is_fused_on_a_gpu_where_the_family_has_it(
 ) -> None:
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    family, _, settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
+    settings = model_settings(tmp_path, "bf16", torch.device("cuda"))
     with torch.device("meta"):
-        assert family.from_config(config, **settings).config._attn_implementation == kind
+        model = settings.auto_class.from_config(config, **settings.arguments)
+    assert model.config._attn_implementation == kind
 
 
 def test_tokenizers_are_told_apart(tmp_path: Path) -> None:

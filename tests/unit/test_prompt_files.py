@@ -11,19 +11,33 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest, write_artifact
-from post_dist.artifacts.prompt import read_prompt, write_prompt, write_prompt_files
+from post_dist.artifacts.prompt import (
+    PromptContents,
+    Provenance,
+    read_prompt,
+    write_prompt,
+    write_prompt_files,
+)
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.files import file_digest
 
 TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "predict it")
+NOWHERE = Provenance(model_name="m", tokenizer="0", parents={}, config={})
+
+
+def open_prompt(embeddings: torch.Tensor) -> PromptContents:
+    """A prompt that was tuned without privacy."""
+    return PromptContents(embeddings, TASK, None)
 
 
 def write(folder: Path, embeddings: torch.Tensor) -> Path:
+    """Write a prompt without its check, so that its values may be anything."""
+    contents = open_prompt(embeddings)
     write_artifact(
         folder,
         "soft prompt",
-        lambda path: write_prompt_files(path, embeddings, TASK, "m", None),
+        lambda path: write_prompt_files(path, contents, "m"),
         parents={"model": "0"},
         config={},
     )
@@ -31,7 +45,7 @@ def write(folder: Path, embeddings: torch.Tensor) -> Path:
 
 
 def sign_again(folder: Path) -> None:
-    """Put the right hashes into the manifest, as one would who means harm."""
+    """Put the right hashes into the manifest, as an attacker would."""
     manifest = json.loads((folder / FILE_NAME).read_text())
     manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
     (folder / FILE_NAME).write_text(json.dumps(manifest))
@@ -50,17 +64,7 @@ def test_a_prompt_that_its_receiver_would_refuse_is_never_left(
 ) -> None:
     spoiled = torch.full((3, 4), value)
     with pytest.raises(ArtifactRefused):
-        write_prompt(
-            tmp_path / "p",
-            spoiled,
-            TASK,
-            "m",
-            None,
-            card=lambda folder: None,
-            parents={},
-            config={},
-            tokenizer="0",
-        )
+        write_prompt(tmp_path / "p", open_prompt(spoiled), NOWHERE, lambda folder: None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,17 +73,7 @@ def test_a_disk_that_gives_back_something_else_is_told(tmp_path: Path) -> None:
         save_file({"prompt_embeddings": torch.zeros(3, 4)}, folder / "adapter_model.safetensors")
 
     with pytest.raises(EnvironmentFault, match="does not read back"):
-        write_prompt(
-            tmp_path / "p",
-            torch.ones(3, 4),
-            TASK,
-            "m",
-            None,
-            card=spoil,
-            parents={},
-            config={},
-            tokenizer="0",
-        )
+        write_prompt(tmp_path / "p", open_prompt(torch.ones(3, 4)), NOWHERE, spoil)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,6 +131,18 @@ def test_a_header_that_claims_terabytes_is_refused_before_it_is_parsed(tmp_path:
     )
     sign_again(folder)
     with pytest.raises(ArtifactRefused, match="do not fit its shape"):
+        read_prompt(folder)
+
+
+@pytest.mark.parametrize("dtype", [["F32"], {}, None, 32])
+def test_a_dtype_that_is_no_name_is_refused(tmp_path: Path, dtype: object) -> None:
+    folder = write(tmp_path / "p", torch.randn(3, 4))
+    entry = {"dtype": dtype, "shape": [3, 4], "data_offsets": [0, 48]}
+    header = json.dumps({"prompt_embeddings": entry}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(48)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    sign_again(folder)
+    with pytest.raises(ArtifactRefused, match="has dtype"):
         read_prompt(folder)
 
 
@@ -219,7 +225,7 @@ def test_a_privacy_statement_that_is_none_is_refused(tmp_path: Path, content: st
     folder = tmp_path / "prompt"
 
     def fill(path: Path) -> None:
-        write_prompt_files(path, torch.zeros(2, 4), TASK, "m", {"epsilon": 8.0})
+        write_prompt_files(path, PromptContents(torch.zeros(2, 4), TASK, {"epsilon": 8.0}), "m")
         (path / "privacy.json").write_text(content)
 
     write_artifact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
@@ -237,7 +243,7 @@ def test_a_task_that_does_not_fit_is_refused(tmp_path: Path, changes: dict) -> N
     folder = tmp_path / "prompt"
 
     def fill(path: Path) -> None:
-        write_prompt_files(path, torch.zeros(2, 4), TASK, "m", None)
+        write_prompt_files(path, open_prompt(torch.zeros(2, 4)), "m")
         task = json.loads((path / "task.json").read_text())
         (path / "task.json").write_text(json.dumps(task | changes))
 

@@ -1,4 +1,4 @@
-"""The loop that trains a prompt: gradients that are not finite are passed over, and counted."""
+"""Training of prompts: steps with gradients that are not finite are skipped and counted."""
 
 from pathlib import Path
 
@@ -11,58 +11,70 @@ from post_dist.errors import InputError
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.schedule import Schedule
-from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.runtime.trackers import open_public_metrics
+from post_dist.stages.prompt_training import PromptRun, PromptTrainer, train_prompts
+
+ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+LEARNING_RATE = 0.1
 
 
-def run_of(folder: Path, steps: int) -> PromptRun:
+def make_run(folder: Path, steps: int, *, show_loss: bool = True) -> PromptRun:
+    """Make a run over a prompt of ones, with plain gradient descent."""
     prompt = torch.ones(2, 3)
-    section = Transfer(steps=steps, batch_size=1, learning_rate=0.1)
-    optimizer = torch.optim.SGD([prompt], lr=section.learning_rate)
-    config = RunConfig(name="a")
+    section = Transfer(steps=steps, batch_size=1, learning_rate=LEARNING_RATE)
     return PromptRun(
-        [prompt],
-        optimizer,
-        section,
-        RunFolder(folder, "transfer", config),
-        metrics_name="metrics.jsonl",
-        show_loss=True,
+        parameters=[prompt],
+        optimizer=torch.optim.SGD([prompt], lr=section.learning_rate),
+        section=section,
+        folder=RunFolder(folder, "transfer", RunConfig(name="a")),
+        open_metrics=open_public_metrics,
+        show_loss=show_loss,
     )
 
 
 def train(folders: list[Path], bad_steps: list[set[int]], steps: int = 12) -> list[torch.Tensor]:
-    runs = [run_of(folder, steps) for folder in folders]
-    world = World(0, 1, 0, "none", torch.device("cpu"))
+    """Train a prompt in each folder, with a loss of NaN at its bad steps."""
+    runs = [make_run(folder, steps) for folder in folders]
 
     def losses_at(step: int) -> list[torch.Tensor]:
-        scales = [float("nan") if step in bad else 1.0 for bad in bad_steps]
-        return [(run.parameters[0] * scale).sum() for run, scale in zip(runs, scales, strict=True)]
+        losses = []
+        for run, bad in zip(runs, bad_steps, strict=True):
+            scale = float("nan") if step in bad else 1.0
+            losses.append((run.parameters[0] * scale).sum())
+        return losses
 
-    first = {run.take_up("auto", world) for run in runs}
-    train_prompts(runs, losses_at, first.pop(), world)
+    first_steps = [run.take_up("auto", ALONE) for run in runs]
+    train_prompts(runs, losses_at, first_steps[0], ALONE)
     return [run.parameters[0].detach() for run in runs]
 
 
-def test_a_step_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
+def skipped_steps(folder: Path) -> list[int]:
+    lines = read_metric_log(folder / "metrics.jsonl")
+    return [line["step"] for line in lines if line["skipped"]]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     clean, spoiled = train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {3, 4, 9}])
     assert spoiled.isfinite().all()
     section = Transfer()
     schedule = Schedule(section.schedule, section.warmup_share, steps=12)
-    missed = sum(0.1 * schedule.factor(step) for step in (3, 4, 9))
+    missed = sum(LEARNING_RATE * schedule.factor(step) for step in (3, 4, 9))
     torch.testing.assert_close(spoiled, clean + missed)
-    skipped = [
-        [
-            line["step"]
-            for line in read_metric_log(tmp_path / name / "metrics.jsonl")
-            if line["skipped"]
-        ]
-        for name in ("clean", "spoiled")
-    ]
-    assert skipped == [[], [3, 4, 9]]
+    assert skipped_steps(tmp_path / "clean") == []
+    assert skipped_steps(tmp_path / "spoiled") == [3, 4, 9]
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match="5 steps in a row had gradients that are not finite, up to step 6 of spoiled",
-    ):
+def test_five_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    message = "spoiled: 5 steps in a row were not finite, up to step 6"
+    with pytest.raises(InputError, match=message):
         train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {2, 3, 4, 5, 6}])
+
+
+def test_a_loss_from_private_data_is_not_shown(tmp_path: Path) -> None:
+    texts = []
+    for show_loss in (True, False):
+        run = make_run(tmp_path / f"{show_loss}", steps=1, show_loss=show_loss)
+        run.take_up("auto", ALONE)
+        trainer = PromptTrainer([run], lambda step, run=run: [run.parameters[0].sum()], ALONE)
+        texts.append(trainer.take_step(0))
+    assert texts == ["loss 6.0000", ""]

@@ -6,22 +6,41 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from post_dist.cluster.sbatch import files_by_hand, job_parameters, job_text
-from post_dist.config.cluster import Cluster
+from post_dist.cluster.sbatch import SRUN, job_parameters, job_text
+from post_dist.config.cluster import Cluster, ClusterStage
 
 FOLDER = Path(__file__).parents[2] / "slurm"
+ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "srun ")
+COMMANDS = {
+    "distill": "distill",
+    "tune": "tune",
+    "transfer": "transfer",
+    "evaluate": "pipeline",
+}
 
 
-@pytest.mark.parametrize("name", files_by_hand())
-def test_the_files_in_slurm_are_what_the_code_renders(name: str) -> None:
-    assert (FOLDER / name).read_text() == files_by_hand()[name]
-    assert re.search(
-        r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" ', files_by_hand()[name], re.MULTILINE
-    ), "sbatch's own option wins"
+@pytest.mark.parametrize("stage", get_args(ClusterStage))
+def test_a_file_in_slurm_has_the_lines_of_a_submitted_job(stage: ClusterStage) -> None:
+    text = (FOLDER / f"{stage}.sbatch").read_text()
+    parameters = job_parameters(Cluster(), stage)
+    parameters["additional_parameters"]["output"] = f"post_dist-{stage}-%j.log"
+    wanted = [
+        line
+        for line in job_text("", ".", parameters).splitlines()
+        if line.strip() and not line.startswith(ONLY_BY_SUBMITIT)
+    ]
+    assert set(wanted) <= set(text.splitlines())
+    header = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert set(header) <= set(wanted), "nothing is asked for that a submitted job does not ask for"
+    (srun,) = re.findall(r"^srun .*", text, re.MULTILINE)
+    assert set(SRUN) < set(srun.split())
+    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in srun, "sbatch's own option wins"
+    assert f"exec post-dist {COMMANDS[stage]} " in text
 
 
 def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None:
@@ -77,7 +96,7 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
         ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
@@ -95,12 +114,12 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
     ],
 )
 def test_wrong_resources_are_named(
-    tmp_path: Path, main: Callable, section: dict, said: str
+    tmp_path: Path, main: Callable, section: dict, message: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "cluster": section}))
     code, _, error = main("submit", tmp_path / "run.yaml", "distill", "--print")
     assert code == 2
-    assert said in error
+    assert message in error
 
 
 def write_run(folder: Path, *without: str, **sections: dict) -> Path:
@@ -148,7 +167,7 @@ PRIVATE = {
 
 
 @pytest.mark.parametrize(
-    ("command", "without", "sections", "said"),
+    ("command", "without", "sections", "message"),
     [
         (
             "pipeline",
@@ -172,13 +191,13 @@ def test_jobs_that_cannot_succeed_are_not_planned(
     command: str,
     without: tuple[str, ...],
     sections: dict,
-    said: str,
+    message: str,
 ) -> None:
     code, text, error = main(
         "submit", write_run(tmp_path, *without, **sections), command, "--print"
     )
     assert (code, text) == (2, "")
-    assert said in error
+    assert message in error
 
 
 def test_a_stage_needs_no_section_of_one_whose_result_is_given(
@@ -229,7 +248,7 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
 
 
 @pytest.mark.parametrize(
-    ("said", "code"),
+    ("message", "code"),
     [
         ("sbatch: fatal: Could not establish a configuration source", 3),
         ("allocation failure: Unable to contact slurm controller (connect failure)", 3),
@@ -238,12 +257,12 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
     ],
 )
 def test_a_silent_slurm_is_no_wrong_run_file(
-    tmp_path: Path, main: Callable, commands: Callable, said: str, code: int
+    tmp_path: Path, main: Callable, commands: Callable, message: str, code: int
 ) -> None:
-    commands(sbatch=f"echo '{said}' >&2; exit 1")
+    commands(sbatch=f"echo '{message}' >&2; exit 1")
     found, out, error = main("submit", write_run(tmp_path), "distill", "--test-only")
     assert (found, out) == (code, "")
-    assert said in error
+    assert message in error
     assert ("see `cluster`" in error) == (code == 2)
 
 

@@ -31,7 +31,8 @@ def test_a_step_ends_with_the_slowest_rank(ranks: int) -> None:
     uneven = replace(CALM, ranks=ranks, jitter=0.05, save=0.0, steps=20_000, interval=20_000)
     slowest = np.random.default_rng(1).standard_normal((2000, min(ranks, 1024))).max(axis=1).mean()
     if ranks == 16384:
-        slowest = 3.966  # the expected largest of 16,384 normal values, by numerical integration of its density
+        # The expected largest of 16,384 normal values, by numerical integration of its density.
+        slowest = 3.966
     assert simulate(uneven, 0).seconds / 20_000 == pytest.approx(
         2 * (1 + 0.05 * slowest), rel=0.005
     )

@@ -1,6 +1,6 @@
-"""What a model answers to the rows of a split, with each of several prompts.
+"""A model's answers to the examples of a split, computed once for each prompt and stored on disk.
 
-Shapes: N rows, C classes, R tokens of a response.
+Shapes: N examples, C classes, R tokens of a response, n prompt tokens.
 """
 
 from dataclasses import dataclass
@@ -12,129 +12,154 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.sources import Task
+from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import Examples
-from post_dist.data.template import NO_TOKEN, Template
-from post_dist.data.verbalizer import Verbalizer
+from post_dist.data.template import NO_TOKEN
 from post_dist.files import digest_of, write_file, writing
-from post_dist.models.batch_inference import answers
-from post_dist.models.generation import write_responses
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
+from post_dist.models.generation import generate_responses
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
-from post_dist.models.prompt_init import check_room
 from post_dist.runtime.distributed import World
-from post_dist.stages.evaluate.metrics import measure_classes, measure_responses
+from post_dist.stages.evaluate.metrics import classification_metrics, response_metrics
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The rows of a split, what is right, and a digest of all that decides the rows."""
+class EvaluationSplit:
+    """The examples that a table is computed on.
+
+    Attributes:
+        task: the section of the run file.
+        examples: texts with their classes or responses.
+        digest: hash of everything that decides the answers to them, but for model, prompt and task.
+    """
 
     task: Task
     examples: Examples
     digest: str
 
 
-class Scorer:
-    """One model's answers, each computed once for all tables of a run's folder, and kept if one is stopped.
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model that answers the examples of a split.
 
-    They are of private rows: what keeps them is for the owner alone.
+    Attributes:
+        model: the model, frozen.
+        folder: its folder, with its tokenizer.
+        digest: hash of the model.
+    """
+
+    model: LanguageModel
+    folder: Path
+    digest: str
+
+
+class CachedAnswers:
+    """Computes a model's answers with each of several prompts, once for all tables of a run.
+
+    The answers are stored in a folder, so that a later table or a resumed run reads them. They are
+        answers to private examples: the folder must stay with their owner.
 
     Args:
-        model: frozen.
-        model_folder: with its tokenizer.
-        digest: of the model.
-        questions: the rows.
-        kept: the folder for what has been computed.
-        batch_size: rows at once.
+        evaluated: the model.
+        split: the examples.
+        cache: folder for the answers.
+        batch_size: number of examples that each rank runs at once.
         world: the ranks.
     """
 
     def __init__(
         self,
-        model: LanguageModel,
-        model_folder: Path,
-        digest: str,
-        questions: Questions,
-        kept: Path,
+        evaluated: EvaluatedModel,
+        split: EvaluationSplit,
+        cache: Path,
         batch_size: int,
         world: World,
     ) -> None:
-        task = questions.task
-        most = task.response_length
-        self.model, self.tokenizer = model, load_tokenizer(model_folder)
-        self._template = Template(
-            str(task.template),
-            self.tokenizer,
-            task.max_length,
-            masked=model.masked,
-            max_response_length=most,
-        )
-        self._verbalizer = Verbalizer(
-            tuple(task.labels.values()), self.tokenizer, allow_multi_token=task.allow_multi_token
-        )
-        self._examples, self._rows = (
-            questions.examples,
-            self._template.encode(questions.examples.texts),
-        )
-        settings = task.model_dump(mode="json", exclude={"path", "name"})
-        self._key = {"model": digest, "rows": questions.digest, "task": settings}
-        self._kept, self._batch_size, self._world = kept, batch_size, world
+        self._model = evaluated.model
+        self._tokenizer = load_tokenizer(evaluated.folder)
+        # The answers are computed from the prompt's values; the text that it started from is not
+        # read.
+        task = PromptTask.of_section(split.task, init_text="")
+        self._reader = TaskReader(task, self._tokenizer, masked=evaluated.model.masked)
+        self._examples = split.examples
+        self._encoded = self._reader.encode(split.examples.texts)
+        # A data file may move, and a task may be renamed, without another answer.
+        settings = split.task.model_dump(mode="json", exclude={"path", "name"})
+        self._key = {"model": evaluated.digest, "rows": split.digest, "task": settings}
+        self._cache = cache
+        self._batch_size = batch_size
+        self._world = world
 
-    def takes(self, prompt: SoftPromptArtifact) -> bool:
-        """Whether the model can read a prompt that was tuned on another."""
-        return prompt.embeddings.shape[
-            1
-        ] == self.model.width and prompt.manifest.tokenizer == tokenizer_fingerprint(self.tokenizer)
+    @property
+    def generates(self) -> bool:
+        """Whether the answers are generated responses; otherwise they are class scores."""
+        return self._reader.generates
 
-    def __call__(self, prompt: SoftPromptArtifact | None, label: str) -> torch.Tensor:
-        """Class scores [N, C], without the biases of the prompt's task; or the tokens [N, R] of what the model writes.
+    def accepts(self, prompt: SoftPromptArtifact) -> bool:
+        """Return whether this model can use a prompt that was tuned on another one."""
+        same_width = prompt.embeddings.shape[1] == self._model.width
+        return same_width and prompt.manifest.tokenizer == tokenizer_fingerprint(self._tokenizer)
 
-        Raises:
-            InputError: prompt and rows do not fit into the model's context.
+    def answers(self, prompt: SoftPromptArtifact | None, label: str) -> torch.Tensor:
+        """Return the model's answers with a prompt, or without one.
+
+        All ranks call this method together.
+
+        Args:
+            prompt: the soft prompt; None for none.
+            label: name of the pass in progress bars.
+
+        Returns:
+            Class scores [N, C] without the class biases of the prompt's task; or the tokens [N, R]
+            of generated responses, padded with NO_TOKEN.
         """
         world = self._world
-        check_room(
-            self.model, 0 if prompt is None else len(prompt.embeddings), self._template.longest
-        )
-        key = digest_of({**self._key, "prompt": None if prompt is None else prompt.manifest.digest})
-        place = self._kept / f"{key[:16]}.safetensors"
-        if not world.from_main(place.exists()):
-            made = {
-                "answers": self._answers(
-                    None if prompt is None else prompt.embeddings.to(world.device), label
-                )
-            }
+        prompt_digest = None if prompt is None else prompt.manifest.digest
+        key = digest_of({**self._key, "prompt": prompt_digest})
+        file = self._cache / f"{key[:16]}.safetensors"
+        if not world.on_main(file.exists):
+            computed = self._compute(prompt, label)
+            world.on_main(lambda: self._store(file, computed))
+        # Rank 0 reads the file for all: other nodes may see a new file only later.
+        stored = load_file(file)["answers"] if world.is_main else torch.empty(0)
+        return world.from_main(stored)
 
-            def write() -> None:
-                with writing(place):
-                    self._kept.mkdir(mode=0o700, exist_ok=True)
-                write_file(place, lambda partial: save_file(made, partial))
+    def metrics(self, answers: torch.Tensor) -> dict[str, Any]:
+        """Compute the metrics of answers.
 
-            world.on_main(write)
-        return world.from_main(load_file(place)["answers"] if world.is_main else torch.empty(0))
+        Args:
+            answers: class scores [N, C], or tokens [N, R] of responses.
 
-    def _answers(self, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
-        how: dict[str, Any] = {"batch_size": self._batch_size, "world": self._world, "label": label}
-        if self._template.max_response_length:
-            return write_responses(
-                self.model,
-                self._rows,
-                self._template,
-                prompt_nd,
-                self.tokenizer.eos_token_id,
-                **how,
+        Returns:
+            See `classification_metrics` and `response_metrics`.
+        """
+        if not self.generates:
+            return classification_metrics(answers.numpy(), np.array(self._examples.classes))
+        # Responses are compared as text, since the data holds text.
+        responses = []
+        for tokens in answers.tolist():
+            generated = [token for token in tokens if token != NO_TOKEN]
+            responses.append(str(self._tokenizer.decode(generated)))
+        return response_metrics(responses, self._examples.responses)
+
+    def _compute(self, prompt: SoftPromptArtifact | None, label: str) -> torch.Tensor:
+        prompt_nd = None if prompt is None else prompt.embeddings.to(self._world.device)
+        run = InferenceRun(self._batch_size, self._world, label)
+        template = self._reader.template
+        if self.generates:
+            end_token = self._tokenizer.eos_token_id
+            return generate_responses(
+                self._model, self._encoded, template, prompt_nd, end_token, run
             )
-        return answers(
-            self.model, self._rows, self._template, prompt_nd, self._verbalizer.scores, **how
+        return outputs_at_answers(
+            self._model, self._encoded, template, prompt_nd, self._reader.scores, run
         )
 
-    def measure(self, answered: torch.Tensor) -> dict[str, Any]:
-        """How good answers are."""
-        if not self._template.max_response_length:
-            return measure_classes(answered.numpy(), np.array(self._examples.classes))
-        texts = [
-            str(self.tokenizer.decode([token for token in tokens if token != NO_TOKEN]))
-            for tokens in answered.tolist()
-        ]
-        return measure_responses(texts, self._examples.responses)
+    def _store(self, file: Path, computed: torch.Tensor) -> None:
+        with writing(file):
+            # Nobody but the owner may read answers to private examples.
+            self._cache.mkdir(mode=0o700, exist_ok=True)
+        write_file(file, lambda partial: save_file({"answers": computed}, partial))

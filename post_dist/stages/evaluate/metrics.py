@@ -1,6 +1,6 @@
-"""How good class scores or written responses are.
+"""Metrics of class scores and of generated responses.
 
-Shapes: N rows, C classes.
+Shapes: N examples, C classes.
 """
 
 from collections.abc import Sequence
@@ -8,59 +8,91 @@ from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-_Z_95 = 1.959963984540054
 
+def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
+    """Compute accuracy and AUC of class scores.
 
-def measure_classes(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
-    """Micro and macro accuracy, Wilson's 95% interval of the micro one, and AUC (one class against the rest; None for rows of one class).
+    AUC depends on the ranking of the examples alone. Next to it, accuracy shows what a biased
+    threshold costs.
 
-    AUC sees the ranking alone: beside it, accuracy shows how much a biased threshold costs.
+    Args:
+        scores_NC: class scores.
+        classes_N: the right classes.
+
+    Returns:
+        `accuracy_micro`, `accuracy_macro`, `interval_95` of the micro accuracy, `auc` and `n`. The
+        AUC is the mean over the classes that occur, each against all others; None if only one class
+        occurs.
     """
-    right = scores_NC.argmax(axis=1) == classes_N
-    present = np.unique(classes_N)
-    areas = (
-        [roc_auc_score(classes_N == index, _margin(scores_NC, index)) for index in present]
-        if len(present) > 1
-        else []
-    )
+    predicted_N = scores_NC.argmax(axis=1)
+    right_N = predicted_N == classes_N
     return {
-        "accuracy_micro": float(right.mean()),
-        "accuracy_macro": float(balanced_accuracy_score(classes_N, scores_NC.argmax(axis=1))),
-        "interval_95": wilson_interval(int(right.sum()), len(right)),
-        "auc": float(np.mean(areas)) if areas else None,
-        "n": len(right),
+        "accuracy_micro": float(right_N.mean()),
+        "accuracy_macro": float(balanced_accuracy_score(classes_N, predicted_N)),
+        "interval_95": wilson_interval(int(right_N.sum()), len(right_N)),
+        "auc": _mean_auc(scores_NC, classes_N),
+        "n": len(right_N),
     }
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion."""
-    share, z2 = right / total, _Z_95**2
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z_95 / (1 + z2 / total) * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5
-    return (middle - half, middle + half)
+def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
+    """Compare generated responses with the wanted ones.
 
+    Args:
+        generated: responses of a model.
+        wanted: the response that each example has in the data.
 
-def _margin(scores_NC: np.ndarray, index: int) -> np.ndarray:
-    """How far a class is ahead of the best other one."""
-    others = np.delete(scores_NC, index, axis=1)
-    margin: np.ndarray = scores_NC[:, index] - others.max(axis=1)
-    return margin
-
-
-def measure_responses(written: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
-    """The share of responses that are the wanted ones word for word, white space apart; the mean F1 of ROUGE-1 and ROUGE-L, stemmed."""
-    exact = [
-        " ".join(one.split()) == " ".join(other.split())
-        for one, other in zip(written, wanted, strict=True)
-    ]
+    Returns:
+        `exact_match`, which ignores differences in white space, with its `interval_95`; the mean F1
+        of `rouge_1` and `rouge_l`, with stemming; and `n`.
+    """
+    # Stemming makes "films" match "film", as is usual for ROUGE.
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(other, one) for one, other in zip(written, wanted, strict=True)]
+    exact = []
+    rouge_1 = []
+    rouge_l = []
+    for response, reference in zip(generated, wanted, strict=True):
+        exact.append(response.split() == reference.split())
+        scores = scorer.score(reference, response)
+        rouge_1.append(scores["rouge1"].fmeasure)
+        rouge_l.append(scores["rougeL"].fmeasure)
     return {
         "exact_match": sum(exact) / len(exact),
         "interval_95": wilson_interval(sum(exact), len(exact)),
-        "rouge_1": float(np.mean([score["rouge1"].fmeasure for score in scores])),
-        "rouge_l": float(np.mean([score["rougeL"].fmeasure for score in scores])),
+        "rouge_1": float(np.mean(rouge_1)),
+        "rouge_l": float(np.mean(rouge_l)),
         "n": len(exact),
     }
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Compute Wilson's 95% score interval of a proportion.
+
+    Args:
+        successes: number of successes.
+        total: number of trials.
+
+    Returns:
+        Lower and upper end.
+    """
+    # Wilson's interval stays within 0 and 1, and holds for proportions near them.
+    interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
+    return (float(interval.low), float(interval.high))
+
+
+def _mean_auc(scores_NC: np.ndarray, classes_N: np.ndarray) -> float | None:
+    """Compute the mean AUC over the classes that occur, each against all others."""
+    # AUC compares examples of a class with others, so that one class alone has none.
+    present = np.unique(classes_N)
+    if len(present) < 2:
+        return None
+    areas = []
+    for index in present:
+        # How far a class leads the best of the others orders the examples for it.
+        others = np.delete(scores_NC, index, axis=1).max(axis=1)
+        margin_N = scores_NC[:, index] - others
+        areas.append(roc_auc_score(classes_N == index, margin_N))
+    return float(np.mean(areas))

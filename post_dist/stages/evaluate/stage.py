@@ -1,54 +1,64 @@
-"""The comparison: every way to use the prompt, on one split, by one metric."""
+"""The comparison table: every way to use a prompt, on one split, by the same metrics."""
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from post_dist.artifacts.manifest import write_artifact
-from post_dist.artifacts.prompt import read_prompt
+from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.sources import Task
+from post_dist.conflicts import raise_conflicts
 from post_dist.data.split_reads import count_split_read
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of
-from post_dist.losses.transfer import proxy_logits
-from post_dist.models.load import load_whole
+from post_dist.models.facts import read_facts
+from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.evaluate.cached_answers import Questions, Scorer
-from post_dist.stages.transfer.stage import check_belongs
+from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
+from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
+from post_dist.stages.evaluate.rows import (
+    DirectTransfer,
+    RowInputs,
+    StudentPrompt,
+    TableEntry,
+    table_entries,
+)
+from post_dist.stages.prompt_origin import check_belongs
 
 log = logging.getLogger(__name__)
 
 TABLE = "table.json"
-_ON_STUDENT, _DIRECT = "student + prompt", "direct transfer"
-ON_TARGET = ("published transfer", "transferred", "full prompt tuning")
-"""Rows whose prompts were made for the target."""
-_ORDER = (
-    _ON_STUDENT,
-    _DIRECT,
-    "published transfer",
-    "transferred",
-    "proxy-tuning",
-    "full prompt tuning",
-)
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """A prompt that was tuned on the student, and what was made on the target from it or beside it.
+class ModelFolders:
+    """The models of an evaluation.
 
     Attributes:
-        label: what the names of its rows end with, such as an epsilon.
-        source: the prompt on the student.
-        on_target: by `ON_TARGET`.
+        student: folder of the student.
+        target: folder of the target; None for a data owner, who gets the student's rows.
+    """
+
+    student: Path
+    target: Path | None
+
+
+@dataclass(frozen=True)
+class PromptFolders:
+    """A prompt that was tuned on the student, and the prompts on the target that belong to it.
+
+    Attributes:
+        label: what the names of its rows end with, such as `, epsilon 4`.
+        source: folder of the prompt on the student.
+        on_target: folders of the prompts on the target, by the name of their row.
     """
 
     label: str
@@ -56,132 +66,199 @@ class Prompts:
     on_target: Mapping[str, Path]
 
 
+@dataclass(frozen=True)
+class _PromptSet:
+    """The prompts of `PromptFolders`, read and checked."""
+
+    label: str
+    source: SoftPromptArtifact
+    on_target: dict[str, SoftPromptArtifact]
+
+
 def evaluate(
     folder: RunFolder,
-    teacher_folder: Path | None,
-    student_folder: Path,
-    tuned: Sequence[Prompts],
+    models: ModelFolders,
+    prompts: Sequence[PromptFolders],
     inputs: Mapping[str, str],
     world: World,
 ) -> None:
-    """Score all rows and leave `table.json` in `folder.artifact`.
+    """Compute all rows and leave `table.json` in `folder.artifact`.
 
     Args:
         folder: the run's folder.
-        teacher_folder: the target. A data owner has none, and gets the student's rows.
-        student_folder: the student.
-        tuned: each has rows of its own.
-        inputs: digests of `student`, `private_task`, and of `teacher` if there is one.
+        models: student and target.
+        prompts: the prompts; each one has rows of its own.
+        inputs: digests of `student` and `private_task`, and of `teacher` if there is a target.
         world: the ranks.
 
     Raises:
-        ArtifactRefused: a prompt does not belong to these models or to this task.
+        ArtifactRefused: a prompt does not belong to the student, or to this task.
+        InputError: prompts and examples do not fit into a model's context.
     """
-    config, section, task = folder.config, folder.config.evaluate, folder.config.private_task
+    config = folder.config
+    task = config.private_task
     if task is None or task.template is None:
-        raise InputError("evaluate needs the section `private_task`")
-    read = [
-        {_ON_STUDENT: read_prompt(each.source)}
-        | {name: read_prompt(path) for name, path in each.on_target.items()}
-        for each in tuned
-    ]
-    for prompts in read:
-        for prompt in prompts.values():
-            _check_classes(prompt.task, task)
-    runs = folder.path.parent
-    readings = (
-        world.on_main(lambda: count_split_read(task, runs, folder.path.name))
-        if section.split == "test"
-        else 0
-    )
-    if readings > 1:
-        log.warning(
-            "the test split is read for the %d. time: choose settings with --set evaluate.split=validation",
-            readings,
-        )
-    examples = world.on_main(lambda: load_examples(task, section.split, "private_task"))
-    precision = choose_precision(config.engine, world.device)
-    digest = digest_of(
-        {"rows": inputs["private_task"], "split": section.split, "precision": precision}
-    )
-    common = Questions(task, examples, digest), runs / "answers", section.batch_size, world
-    student = Scorer(
-        load_whole(student_folder, precision, world.device),
-        student_folder,
-        inputs["student"],
-        *common,
-    )
-    plain = student(None, "student")
-    target = zero_shot = None
-    if teacher_folder is None:
-        first = {"name": "student", **student.measure(plain)}
-    else:
-        target = Scorer(
-            load_sharded(teacher_folder, config.engine, precision, world),
-            teacher_folder,
-            inputs["teacher"],
-            *common,
-        )
-        zero_shot = target(None, "zero-shot")
-        first = {"name": "zero-shot", **target.measure(zero_shot)}
+        raise InputError("the run file lacks the section private_task", "add it")
+
+    # Whatever can be refused is refused here, before the split is read and weights are loaded.
+    prompt_sets = [_read(folders) for folders in prompts]
+    _check(folder, models, prompt_sets, task)
+
+    test_readings = _count_test_reading(folder, task, world)
+    split = _load_split(folder, task, inputs["private_task"], world)
+    student, target = _load_models(folder, models, inputs, split, world)
+
+    # Compute the lines, one prompt after the other.
+    rows: list[dict[str, Any]] = []
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
-    table = [first | {"epsilon": None}]
-    for each, prompts in zip(tuned, read, strict=True):
-        source = prompts[_ON_STUDENT]
-        check_belongs(source, student.model, target.model if target else None, student.tokenizer)
-        if target and target.takes(source):
-            prompts[_DIRECT] = source
-        by = {
-            name: student if target is None or name == _ON_STUDENT else target for name in prompts
-        }
-        without = {name: by[name](prompt, name + each.label) for name, prompt in prompts.items()}
-        biases = {
-            name: torch.tensor(prompt.task.class_biases)
-            for name, prompt in prompts.items()
-            if prompt.task.class_biases
-        }
-        answered = without | {name: without[name] + bias for name, bias in biases.items()}
-        if zero_shot is not None and task.response_column is None:
-            answered["proxy-tuning"] = proxy_logits(
-                plain, answered[_ON_STUDENT], zero_shot, config.transfer.proxy_lambda
-            )
-        for name in filter(answered.__contains__, _ORDER):
-            scorer, epsilon = by.get(name, student), prompts.get(name, source).epsilon
-            table.append(
-                {"name": name + each.label, **scorer.measure(answered[name]), "epsilon": epsilon}
-            )
-            if name in biases and name != _DIRECT:
-                table.append(
-                    {
-                        "name": f"{name}{each.label}, without biases",
-                        **scorer.measure(without[name]),
-                        "epsilon": epsilon,
-                    }
-                )
-        parents |= {name + each.label: prompt.manifest.digest for name, prompt in prompts.items()}
-    said = (
-        {"task": task.name, "split": section.split}
-        | ({"test_readings": readings} if readings else {})
-        | {"rows": table}
-    )
+    for prompt_set in prompt_sets:
+        row_inputs = RowInputs(
+            config=config,
+            label=prompt_set.label,
+            student=student,
+            target=target,
+            source=prompt_set.source,
+            on_target=prompt_set.on_target,
+        )
+        entries = table_entries(row_inputs, first=not rows)
+        rows += [_table_row(entry) for entry in entries]
+        parents |= _parents(prompt_set, entries)
 
-    def fill(artifact: Path) -> None:
-        (artifact / TABLE).write_text(json.dumps(said, indent=2) + "\n")
-
-    made_by = {"evaluate": section.model_dump(mode="json")}
-    world.on_main(
-        lambda: write_artifact(folder.artifact, "evaluation", fill, parents=parents, config=made_by)
-    )
+    # Readers of the table learn how often its test split was read before.
+    table: dict[str, Any] = {"task": task.name, "split": config.evaluate.split}
+    if test_readings:
+        table["test_readings"] = test_readings
+    table["rows"] = rows
+    world.on_main(lambda: _write(folder, table, parents))
 
 
-def _check_classes(of_prompt: PromptTask, task: Task) -> None:
-    """Check that the biases of a prompt's classes are added to the scores of the same classes.
+def _read(folders: PromptFolders) -> _PromptSet:
+    """Read the prompts of one variant."""
+    on_target = {name: read_prompt(path) for name, path in folders.on_target.items()}
+    return _PromptSet(folders.label, read_prompt(folders.source), on_target)
+
+
+def _check(
+    folder: RunFolder, models: ModelFolders, prompt_sets: Sequence[_PromptSet], task: Task
+) -> None:
+    """Refuse prompts of another student or task, and examples that do not fit behind them."""
+    student = read_facts(models.student)
+    student_tokenizer = load_tokenizer(models.student)
+    for prompt_set in prompt_sets:
+        for prompt in (prompt_set.source, *prompt_set.on_target.values()):
+            _check_classes(prompt.task, task)
+        check_belongs(prompt_set.source, student, student_tokenizer)
+
+    # The longest prompt in front of each model decides whether the examples fit behind it.
+    source_lengths = [len(prompt_set.source.embeddings) for prompt_set in prompt_sets]
+    prompted = [PromptedModel("the student", student, max(source_lengths))]
+    if models.target is not None:
+        target = read_facts(models.target)
+        target_lengths = [0]
+        # The target reads the source prompts too where they fit it: the row of direct transfer.
+        if target.width == student.width:
+            target_lengths += source_lengths
+        for prompt_set in prompt_sets:
+            target_lengths += [len(prompt.embeddings) for prompt in prompt_set.on_target.values()]
+        prompted.append(PromptedModel("the target", target, max(target_lengths)))
+    raise_conflicts("evaluate", conflicts(folder.config, prompted))
+
+
+def _check_classes(prompt_task: PromptTask, task: Task) -> None:
+    """Check that the class biases of a prompt are added to the scores of the same classes.
 
     Raises:
         ArtifactRefused: the run file has other label words, or the same in another order.
     """
-    if of_prompt.class_biases and of_prompt.label_words != tuple(task.labels.values()):
+    if prompt_task.class_biases and prompt_task.label_words != tuple(task.labels.values()):
         raise ArtifactRefused(
-            "the prompt has a bias for each class of its own task, and private_task.labels has other label words, or another order",
+            "the prompt has a bias for each class of its own task, and private_task.labels has "
+            "other label words, or another order",
             "evaluate it with the label words of its task.json, in that order",
         )
+
+
+def _count_test_reading(folder: RunFolder, task: Task, world: World) -> int:
+    """Note that this evaluation reads the test split.
+
+    Returns:
+        How many evaluations have read it so far; 0 for another split.
+    """
+    if folder.config.evaluate.split != "test":
+        return 0
+    # Each reading makes the test split a worse estimate: choices are made by its numbers.
+    runs = folder.path.parent
+    readings = world.on_main(lambda: count_split_read(task, runs, folder.path.name))
+    if readings > 1:
+        log.warning(
+            "%d evaluations have read the test split: choose settings with "
+            "--set evaluate.split=validation",
+            readings,
+        )
+    return readings
+
+
+def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -> EvaluationSplit:
+    """Load the examples of the split, with a digest of what decides the answers to them."""
+    config = folder.config
+    split = config.evaluate.split
+    examples = world.on_main(lambda: load_examples(task, split, "private_task"))
+    # Answers in another precision differ in rounding, so they are stored apart.
+    precision = choose_precision(config.engine, world.device)
+    digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
+    return EvaluationSplit(task, examples, digest)
+
+
+def _load_models(
+    folder: RunFolder,
+    models: ModelFolders,
+    inputs: Mapping[str, str],
+    split: EvaluationSplit,
+    world: World,
+) -> tuple[CachedAnswers, CachedAnswers | None]:
+    """Load student and target, with the answers that earlier tables of the same run have stored."""
+    config = folder.config
+    precision = choose_precision(config.engine, world.device)
+    # All tables of a run share the folder of answers, which lies beside theirs.
+    cache = folder.path.parent / "answers"
+    batch_size = config.evaluate.batch_size
+
+    # Each rank holds the student whole. The target is loaded straight into shards.
+    student_model = load_whole(models.student, precision, world.device)
+    student = EvaluatedModel(student_model, models.student, inputs["student"])
+    student_answers = CachedAnswers(student, split, cache, batch_size, world)
+    if models.target is None:
+        return student_answers, None
+
+    target_model = load_sharded(models.target, config.engine, precision, world)
+    target = EvaluatedModel(target_model, models.target, inputs["teacher"])
+    return student_answers, CachedAnswers(target, split, cache, batch_size, world)
+
+
+def _table_row(entry: TableEntry) -> dict[str, Any]:
+    """Compute the metrics of one line of the table."""
+    metrics = entry.measured_by.metrics(entry.answers)
+    return {"name": entry.name, **metrics, "epsilon": entry.epsilon}
+
+
+def _parents(prompt_set: _PromptSet, entries: Sequence[TableEntry]) -> dict[str, str]:
+    """Return the digest of each prompt that the lines of a variant used, by the name of its row."""
+    source = prompt_set.source.manifest.digest
+    parents = {StudentPrompt.name + prompt_set.label: source}
+    for name, prompt in prompt_set.on_target.items():
+        parents[name + prompt_set.label] = prompt.manifest.digest
+    # The source prompt is a parent a second time where the target could read it unchanged.
+    direct = DirectTransfer.name + prompt_set.label
+    if any(entry.name == direct for entry in entries):
+        parents[direct] = source
+    return parents
+
+
+def _write(folder: RunFolder, table: Mapping[str, Any], parents: Mapping[str, str]) -> None:
+    """Write the artifact."""
+
+    def fill(artifact: Path) -> None:
+        (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")
+
+    settings = {"evaluate": folder.config.evaluate.model_dump(mode="json")}
+    write_artifact(folder.artifact, "evaluation", fill, parents=parents, config=settings)

@@ -1,107 +1,116 @@
-"""What a soft prompt for the target has to learn: public rows, and what the models say to them without it.
+"""What a soft prompt for the target learns: its loss, from outputs that are computed once.
 
-Three of the four forwards of the published loss do not depend on the prompt that is trained, so they are run once. Scores of a few
-classes are kept as they are; of a whole vocabulary, [N, V] would be too much, and the hidden states [N, d] under the head are kept.
+The published loss needs four forwards in every step: the student and the target, each with and
+without a prompt. Three of them do not depend on the prompt that is trained. `ObjectiveBuilder` runs
+them once, before the first step, and this module reads them.
 
-Shapes: N public rows, B rows of a step, K scores (vocabulary or classes), C classes, V vocabulary, n prompt tokens, d width.
+Class scores are stored as they are. Logits over a vocabulary, [N, V], would take too much memory.
+The hidden states [N, d] in front of the head are stored instead, and the head runs in each step.
+
+Shapes: N public examples, B examples of a step, K scores (vocabulary or classes), C classes, V
+vocabulary, R tokens of a response, n prompt tokens, d width. For a prompt that generates text, B
+counts response tokens and not examples wherever losses are computed: each token has scores of its
+own.
 """
 
-import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
-from post_dist.config.sources import Task
 from post_dist.data.order import rows_of_like_length
-from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
-from post_dist.data.verbalizer import Verbalizer
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import NO_TOKEN, Encoded
 from post_dist.losses.divergence import softened_kl
-from post_dist.losses.transfer import proxy_logits, published_transfer_loss, share_matching_offsets
-from post_dist.models.batch_inference import answers, map_in_batches
-from post_dist.models.generation import response_hidden
+from post_dist.losses.transfer import proxy_logits, published_transfer_loss
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.prompt_init import check_room
-from post_dist.runtime.distributed import World
-from post_dist.stages.transfer.public_statistics import alpha_by_agreement, class_information
-
-log = logging.getLogger(__name__)
-
-_ROWS_AT_ONCE = 4
-"""For each row that a rank trains on in a step: without gradients one layer's activations are alive, and not all layers'."""
 
 
 @dataclass(frozen=True)
-class Models:
-    """The student that the source prompts were tuned on, and the target."""
+class ModelPair:
+    """The two models of a transfer.
+
+    Attributes:
+        student: the model that the source prompts were tuned on, whole on every rank.
+        target: the large model that they are transferred to, perhaps in ZeRO-3 shards.
+    """
 
     student: LanguageModel
     target: LanguageModel
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one prompt has to learn.
+class FixedOutputs:
+    """Outputs for the public examples that do not depend on the prompt that is trained.
+
+    Each tensor holds class scores [N, C], hidden states [N, d], or, for a prompt that generates
+    text, hidden states [N, R, d].
 
     Attributes:
-        section: the objective, with a number for alpha.
-        template: of the public rows.
-        verbalizer: of the task.
-        class_biases: of the source prompt's task.
-        rows: public texts in the template.
-        source: what is kept of the student's answers, [N, C] or [N, d]; of its responses [N, R, d].
-        source_prompted: of the student's behind the source prompt.
-        target: of the target's.
-        offsets: [K], added to the proxy's scores.
-        signals: what the public text told, by name.
+        source: outputs of the student without a prompt.
+        source_prompted: outputs of the student with the source prompt.
+        target: outputs of the target without a prompt.
     """
 
-    section: Transfer
-    template: Template
-    verbalizer: Verbalizer
-    class_biases: tuple[float, ...]
-    rows: list[Encoded]
     source: torch.Tensor
     source_prompted: torch.Tensor
     target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TransferObjective:
+    """The loss of one prompt that is trained on the target.
+
+    Attributes:
+        section: settings of the loss, with a number for `alpha`.
+        reader: the prompt's task, bound to the target's tokenizer.
+        examples: public texts in the template, with their responses if the task generates text.
+        outputs: outputs that are computed once.
+        offsets: [K], added to the proxy's scores; [1] of zero where none are needed.
+        statistics: what the public text says about the models, by name.
+    """
+
+    section: Transfer
+    reader: TaskReader
+    examples: list[Encoded]
+    outputs: FixedOutputs
     offsets: torch.Tensor
-    signals: Mapping[str, float]
+    statistics: Mapping[str, float]
 
     @property
-    def keeps_hidden(self) -> bool:
-        """Whether hidden states are kept, and the head is still to be run."""
+    def stores_hidden(self) -> bool:
+        """Whether `outputs` holds hidden states, so that each step runs the heads."""
         return self.section.scores == "vocabulary"
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the published loss's second term."""
+        return float(self.section.alpha)
 
     @cached_property
     def _lengths(self) -> list[int]:
-        return [len(row.token_ids) for row in self.rows]
-
-    def rows_at(self, step: int, seed: int) -> list[int]:
-        """The rows of a step."""
-        return rows_of_like_length(step, self.section.batch_size, self._lengths, seed)
+        return [len(example.token_ids) for example in self.examples]
 
     @cached_property
-    def there(self) -> torch.Tensor:
-        """Where the rows' responses have a token, [N, R]."""
-        return self.template.responses(self.rows) != NO_TOKEN
+    def response_mask(self) -> torch.Tensor:
+        """Where the examples' responses have a token, [N, R]."""
+        return self.reader.responses(self.examples) != NO_TOKEN
 
-    def of(self, chosen: list[int], kept: torch.Tensor) -> torch.Tensor:
-        """What is kept of some rows: one answer each, or, row by row, the tokens of their responses."""
-        return (
-            kept[chosen][self.there[chosen]] if self.template.max_response_length else kept[chosen]
-        )
+    def batch_at(self, step: int, seed: int) -> list[int]:
+        """Return the indices of a step's examples, over all ranks."""
+        return rows_of_like_length(step, self.section.batch_size, self._lengths, seed)
 
-    def _shares(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
-        """What each token of the responses counts, so that all rows count the same; None where a row has one answer."""
-        if not self.template.max_response_length:
-            return None
-        there_BR = self.there[chosen].to(device)
-        return (1 / (len(chosen) * there_BR.sum(dim=1, keepdim=True))).expand_as(there_BR)[there_BR]
+    def select(self, chosen: list[int], stored: torch.Tensor) -> torch.Tensor:
+        """Pick the stored outputs of some examples.
+
+        Returns:
+            [B, ...], one for each example, or one for each response token.
+        """
+        if self.reader.generates:
+            return stored[chosen][self.response_mask[chosen]]
+        return stored[chosen]
 
     def loss(
         self,
@@ -110,251 +119,72 @@ class Lesson:
         target_BV: torch.Tensor | None,
         student: LanguageModel,
     ) -> torch.Tensor:
-        """The mean loss of rows.
+        """Compute the mean loss of some examples.
 
         Args:
-            chosen: their numbers.
-            prompted_BV: logits of the prompted target, at the answers or, row by row, at the tokens of the responses.
-            target_BV: logits of the target, where hidden states are kept.
-            student: for its head, where hidden states are kept.
+            chosen: indices of the examples.
+            prompted_BV: logits of the target with the prompt, at the answers or at the response
+                tokens, example by example.
+            target_BV: logits of the target without a prompt at the same positions; None where class
+                scores are stored.
+            student: its head runs where hidden states are stored.
+
+        Returns:
+            The loss, a scalar in fp32.
         """
-        device, section = prompted_BV.device, self.section
-        source_BK, source_prompted_BK, target_BK = (
-            self.of(chosen, kept) for kept in (self.source, self.source_prompted, self.target)
-        )
-        source_BK, source_prompted_BK, target_BK = (
-            kept.to(device) for kept in (source_BK, source_prompted_BK, target_BK)
-        )
-        shares_B = self._shares(chosen, device)
-        prompted_BK = prompted_BV if self.keeps_hidden else self.verbalizer.scores(prompted_BV)
-        if target_BV is not None:
-            # Models of one family and tokenizer may fill their embeddings up to different sizes, with tokens that no text has.
+        # What the student gives, from before the first step: class scores, or hidden states.
+        device = prompted_BV.device
+        source_BK = self.select(chosen, self.outputs.source).to(device)
+        source_prompted_BK = self.select(chosen, self.outputs.source_prompted).to(device)
+
+        # Bring all four outputs to the same K scores.
+        if target_BV is None:
+            # Class scores are stored; only the trained prompt's logits are not reduced yet.
+            target_BK = self.select(chosen, self.outputs.target).to(device)
+            prompted_BK = self.reader.scores(prompted_BV)
+        else:
+            # Models of one family and tokenizer may pad their embeddings to different sizes.
+            # No text has the tokens beyond the smaller one.
             common = min(student.vocabulary_size, target_BV.shape[1])
-            prompted_BK, target_BK = prompted_BK[:, :common], target_BV.detach()[:, :common]
+            target_BK = target_BV.detach()[:, :common]
+            prompted_BK = prompted_BV[:, :common]
+            # The student's head is frozen and reads stored states, so no gradient is needed.
             with torch.no_grad():
                 source_BK = student.head(source_BK)[:, :common]
-                source_prompted_BK = self.verbalizer.lift(
-                    student.head(source_prompted_BK), self.class_biases
-                )[:, :common]
-        if section.objective == "published":
-            weights: dict[str, Any] = {
-                "alpha": section.alpha,
-                "temperature": section.temperature,
-                "shares_B": shares_B,
-            }
+                prompted_logits = student.head(source_prompted_BK)
+                biases = self.reader.task.class_biases
+                # The biases raise the label words, as they do when the owner uses the prompt.
+                lifted = self.reader.verbalizer.lift(prompted_logits, biases)
+                source_prompted_BK = lifted[:, :common]
+
+        weights_B = self._token_weights(chosen, device)
+        if self.section.objective == "published":
             return published_transfer_loss(
-                source_BK, source_prompted_BK, target_BK, prompted_BK, **weights
+                source_BK,
+                source_prompted_BK,
+                target_BK,
+                prompted_BK,
+                alpha=self.alpha,
+                temperature=self.section.temperature,
+                shares_B=weights_B,
             )
-        wanted_BK = proxy_logits(
-            source_BK, source_prompted_BK, target_BK, section.proxy_lambda
-        ) + self.offsets.to(device)
-        return softened_kl(wanted_BK, prompted_BK, section.temperature, shares_B)
+        # The other objective has the prompted target imitate proxy-tuning.
+        strength = self.section.proxy_lambda
+        proxy_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, strength)
+        wanted_BK = proxy_BK + self.offsets.to(device)
+        return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)
 
+    def _token_weights(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
+        """Compute the weight of each response token, such that all examples weigh the same.
 
-def prepare_lesson(
-    task: PromptTask,
-    source_nd: torch.Tensor,
-    public_task: Task,
-    public: tuple[list[str], list[str]],
-    models: Models,
-    section: Transfer,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-    world: World,
-    said: dict[Hashable, torch.Tensor],
-) -> Lesson:
-    """Run the three forwards that need no training, over all public rows, for a source prompt [n, d] and its task.
-
-    `public` holds the public texts, and the responses to them for a prompt that generates text. The tokenizers are the student's and the
-    target's: they may differ where classes are compared, which each model has in words of its own. `said` keeps what the models say
-    without a prompt, for the next lesson on the same texts: models, public task and texts must be the same for all that share it.
-    """
-    texts, responses = public
-    log.info(
-        "transfer: %d public texts, objective %s on the %s",
-        len(texts),
-        section.objective,
-        section.scores,
-    )
-    text = public_task.template or task.template
-    most = task.max_response_length
-    bounds: dict[str, Any] = {"masked": models.target.masked, "max_response_length": most}
-    templates = [Template(text, tokenizer, task.max_length, **bounds) for tokenizer in tokenizers]
-    verbalizers = [
-        Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
-        for tokenizer in tokenizers
-    ]
-    rows = [template.encode(texts, responses if most else ()) for template in templates]
-    for model, template in zip((models.student, models.target), templates, strict=True):
-        check_room(model, len(source_nd), template.longest)
-    by_classes = section.scores == "classes"
-
-    def kept(
-        model: LanguageModel, prompt_nd: torch.Tensor | None, biases: Sequence[float], label: str
-    ) -> torch.Tensor:
-        by = int(model is models.target)
-
-        def keep(answer: torch.Tensor) -> torch.Tensor:
-            return (
-                verbalizers[by].scores(verbalizers[by].lift(answer, biases))
-                if by_classes
-                else answer
-            )
-
-        at_once = _ROWS_AT_ONCE * -(-section.batch_size // world.size)
-        how: dict[str, Any] = {"batch_size": at_once, "world": world, "label": label}
-        if most:
-            return map_in_batches(
-                rows[by],
-                lambda chosen: hidden(model, templates[by].collate(chosen), prompt_nd),
-                **how,
-            )
-        return answers(model, rows[by], templates[by], prompt_nd, keep, **how, with_head=by_classes)
-
-    def hidden(model: LanguageModel, batch: Batch, prompt_nd: torch.Tensor | None) -> torch.Tensor:
-        return response_hidden(model, batch.to(world.device), most, prompt=prompt_nd)
-
-    def unprompted(model: LanguageModel, label: str) -> torch.Tensor:
-        question = (
-            label,
-            section.scores,
-            text,
-            task.label_words,
-            task.max_length,
-            task.allow_multi_token,
-            most,
-        )
-        if question not in said:
-            said[question] = kept(model, None, (), label)
-        return said[question]
-
-    source = unprompted(models.student, "student")
-    source_prompted = kept(models.student, source_nd, task.class_biases, "student + prompt")
-    target = unprompted(models.target, "target")
-
-    section, signals = _heed(
-        section, verbalizers, models, (source, source_prompted, target), task.class_biases
-    )
-    offsets = torch.zeros(1)
-    if section.match_class_shares:
-        offsets = share_matching_offsets(
-            proxy_logits(source, source_prompted, target, section.proxy_lambda), source_prompted
-        )
-        log.info(
-            "transfer: class offsets %s match the prompted student's shares",
-            [round(float(offset), 3) for offset in offsets],
-        )
-    return Lesson(
-        section,
-        templates[1],
-        verbalizers[1],
-        task.class_biases,
-        rows[1],
-        source,
-        source_prompted,
-        target,
-        offsets,
-        signals,
-    )
-
-
-def _heed(
-    section: Transfer,
-    verbalizers: Sequence[Verbalizer],
-    models: Models,
-    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    biases: Sequence[float],
-) -> tuple[Transfer, dict[str, float]]:
-    """What the answers to the public text tell, and the settings with the alpha that follows from it, if it is to."""
-    if not verbalizers[0].token_ids:
-        return section, {}
-
-    @torch.no_grad()
-    def classes(
-        model: LanguageModel, answered: torch.Tensor, biases: Sequence[float] = ()
-    ) -> torch.Tensor:
-        by = verbalizers[model is models.target]
-        if section.scores == "classes":
-            return answered
-        head = model.head_of(by.tokens)
-        parts = [
-            head(part.to(model.model.device)).cpu() for part in answered.split(section.batch_size)
-        ]
-        return by.scores_of_tokens(torch.cat(parts)) + torch.tensor([biases or [0.0]])
-
-    source, source_prompted, target = kept
-    prompted_NC = classes(models.student, source_prompted, biases)
-    signals = {"class_information_nats": class_information(prompted_NC)}
-    if section.alpha == "auto":
-        signals["alpha"] = alpha_by_agreement(
-            classes(models.student, source), prompted_NC, classes(models.target, target)
-        )
-        section = section.model_copy(update={"alpha": signals["alpha"]})
-    log.info(
-        "transfer: the public text tells %s",
-        ", ".join(f"{name} {value:.3f}" for name, value in signals.items()),
-    )
-    return section, signals
-
-
-def lesson_losses(
-    models: Models,
-    lessons: Sequence[Lesson],
-    prompts: Sequence[torch.Tensor],
-    chosen: Sequence[list[int]],
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Each prompt's loss on its own rows, from one forward of the target.
-
-    Args:
-        models: student and target.
-        lessons: one for each prompt.
-        prompts: [n, d] each.
-        chosen: the rows of each, equally many.
-        device: of the models.
-    """
-    picked = [
-        [lesson.rows[row] for row in rows] for lesson, rows in zip(lessons, chosen, strict=True)
-    ]
-    longest = max(len(row.token_ids) for rows in picked for row in rows)
-    parts = [
-        lesson.template.collate(rows, longest) for lesson, rows in zip(lessons, picked, strict=True)
-    ]
-    batch = Batch(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("input_ids", "attention_mask", "answer")
-        )
-    ).to(device)
-    of_target = [
-        lesson.of(rows, lesson.target).to(device)
-        for lesson, rows in zip(lessons, chosen, strict=True)
-        if lesson.keeps_hidden
-    ]
-    prompts_Gnd = torch.stack(list(prompts))
-    of_each_row = prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0)
-    most = lessons[0].template.max_response_length
-    if most:
-        hidden_BRd = response_hidden(models.target, batch, most, prompt=of_each_row)
-        there_BR = torch.cat(
-            [lesson.there[rows] for lesson, rows in zip(lessons, chosen, strict=True)]
-        ).to(device)
-        logits = models.target.head(torch.cat([hidden_BRd[there_BR], *of_target]))
-        counts = [len(part) for part in of_target]
-    else:
-        logits = models.target(
-            batch.input_ids,
-            batch.attention_mask,
-            prompts_Gnd if models.target.shares_prompt else of_each_row,
-            batch.answer,
-            share_prompt=models.target.shares_prompt,
-            beside=torch.cat(of_target) if of_target else None,
-        )
-        counts = [len(rows) for rows in chosen]
-    prompted = logits[: sum(counts)].split(counts)
-    unprompted = iter(logits[sum(counts) :].split([len(part) for part in of_target]))
-    return [
-        lesson.loss(
-            rows, prompted_BV, next(unprompted) if lesson.keeps_hidden else None, models.student
-        )
-        for lesson, rows, prompted_BV in zip(lessons, chosen, prompted, strict=True)
-    ]
+        Returns:
+            Weights [B] that sum to 1; None for a task with classes, where each example has one
+            answer.
+        """
+        if not self.reader.generates:
+            return None
+        # Each of B examples gets 1/B, divided equally among its tokens.
+        mask_BR = self.response_mask[chosen].to(device)
+        num_tokens_B1 = mask_BR.sum(dim=1, keepdim=True)
+        weights_BR = (1 / (len(chosen) * num_tokens_B1)).expand_as(mask_BR)
+        return weights_BR[mask_BR]

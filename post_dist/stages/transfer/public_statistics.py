@@ -1,6 +1,6 @@
-"""What public text tells about the models without a label: for alpha, and for choosing between public texts.
+"""Statistics of public text without labels: they choose alpha, and compare public data sets.
 
-Shapes: N rows, C classes.
+Shapes: N examples, C classes.
 """
 
 import math
@@ -9,47 +9,67 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 
 _STANDARD_ERRORS = 2
-"""Of a kappa that is 0; one is 1/sqrt(N) where two classes are equally frequent, and less elsewhere (Fleiss, Cohen and Everitt 1969)."""
+"""How far Cohen's kappa must lie above 0 to count as agreement.
+
+One standard error of a kappa of 0 is 1/sqrt(N) for two equally frequent classes, and less elsewhere
+(Fleiss, Cohen and Everitt 1969).
+"""
+
+_NO_EVIDENCE = 0.5
+"""alpha where the ratio of agreements would be one of two accidents."""
 
 
 def class_information(scores_NC: torch.Tensor) -> float:
-    """How much a text tells a model of its class, in nats: the entropy of the mean distribution less the mean entropy.
+    """Compute how much a text tells a model about its class, as a mutual information.
 
-    0 where the model says the same of every text or is never sure; log C where it is sure and finds all classes equally often. Of
-    several public texts, the one of which the prompted student says most has most to teach.
+    The mutual information of text and predicted class is the entropy of the mean distribution minus
+    the mean entropy. Of several public data sets, the one on which the prompted student reaches the
+    highest value has most to teach.
+
+    Args:
+        scores_NC: class scores.
+
+    Returns:
+        Nats, between 0 and log C. It is 0 where the model predicts the same for every text or is
+        never sure, and log C where it is always sure and finds all classes equally often.
     """
     p_NC = scores_NC.double().softmax(dim=1)
-    return float(_entropy(p_NC.mean(dim=0)) - _entropy(p_NC).mean())
+    entropy_of_mean = _entropy(p_NC.mean(dim=0))
+    mean_entropy = _entropy(p_NC).mean()
+    return float(entropy_of_mean - mean_entropy)
 
 
 def alpha_by_agreement(
     source_NC: torch.Tensor, source_prompted_NC: torch.Tensor, target_NC: torch.Tensor
 ) -> float:
-    """The published loss' alpha from how often three models agree on public text.
+    """Estimate alpha of the published loss from how often three models agree on public text.
 
-    The paper's is min(1, (ZS - RG) / (C - RG)) (eq. 6), with the accuracies of the target, of the prompted student and of guessing: they
-    need private labels. Where errors are independent, the agreement of two beyond chance (Cohen's kappa) is the product of what
-    each is right beyond chance, so the plain student's agreement with the target over that with the prompted student is the same ratio.
+    The paper's alpha is min(1, (ZS - RG) / (C - RG)) (eq. 6), with the accuracies of the target
+    (ZS), of the prompted student (C) and of guessing (RG). They need private labels. Where the
+    errors of two models are independent, their agreement beyond chance (Cohen's kappa) is the
+    product of what each gets right beyond chance. The agreement of student and target, divided by
+    that of student and prompted student, is then the paper's ratio.
 
     Args:
         source_NC: class scores of the student.
-        source_prompted_NC: of the prompted student.
-        target_NC: of the target.
+        source_prompted_NC: class scores of the student with its prompt.
+        target_NC: class scores of the target.
 
     Returns:
-        alpha; 0.5 where the student agrees with its prompted self no more than chance would have it, as one that says the same of nearly
-        every text: the ratio would be that of two accidents.
+        alpha between 0 and 1. It is 0.5 where the student agrees with its prompted self no more
+        than by chance, for example because it predicts one class for nearly every text.
     """
-    plain, prompted, target = (
-        scores.argmax(dim=1).numpy() for scores in (source_NC, source_prompted_NC, target_NC)
-    )
-    own = cohen_kappa_score(plain, prompted)
-    by_chance = _STANDARD_ERRORS / math.sqrt(len(plain))
-    return (
-        float(min(1.0, max(0.0, cohen_kappa_score(plain, target) / own)))
-        if own > by_chance
-        else 0.5
-    )
+    source_N = source_NC.argmax(dim=1).numpy()
+    prompted_N = source_prompted_NC.argmax(dim=1).numpy()
+    target_N = target_NC.argmax(dim=1).numpy()
+
+    agreement_with_prompted = cohen_kappa_score(source_N, prompted_N)
+    by_chance = _STANDARD_ERRORS / math.sqrt(len(source_N))
+    # Written so that an undefined kappa (NaN, from constant predictions) counts as no evidence.
+    if not agreement_with_prompted > by_chance:
+        return _NO_EVIDENCE
+    ratio = cohen_kappa_score(source_N, target_N) / agreement_with_prompted
+    return float(min(1.0, max(0.0, ratio)))
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:

@@ -1,267 +1,310 @@
-"""Stage 3, the provider's: carry soft prompts from the student to the large LLM, with public text alone.
+"""Stage 3, run by the provider: transfer soft prompts from the student to the large LLM.
 
-Nothing here can reach private data: the stage is handed no private section, and reads no label column.
+The stage reads public text alone. It is given no private section of the run file, and it reads no
+label column.
+
 Shapes: n prompt tokens, d width.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt, write_prompt
+from post_dist.artifacts.prompt import (
+    PromptContents,
+    Provenance,
+    SoftPromptArtifact,
+    read_prompt,
+    write_prompt,
+)
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Teacher, Transfer
-from post_dist.config.sources import Task
-from post_dist.data.order import rank_batches
+from post_dist.conflicts import Conflict, raise_conflicts
+from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
-from post_dist.errors import ArtifactRefused, InputError
-from post_dist.models.language_model import LanguageModel
+from post_dist.errors import InputError
+from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.trackers import open_public_metrics
+from post_dist.runtime.zero import layout_of
+from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
-from post_dist.stages.transfer.objective import Lesson, Models, lesson_losses, prepare_lesson
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.conflicts import TransferModels, conflicts
+from post_dist.stages.transfer.objective import ModelPair, TransferObjective
+from post_dist.stages.transfer.step_losses import transfer_losses
 
 
 @dataclass(frozen=True)
-class Client:
-    """One soft prompt to be carried over: its folder, the run's, and what the run's settings are."""
+class TransferRequest:
+    """One soft prompt that is to be transferred.
+
+    Attributes:
+        folder: the folder of this transfer, with its settings.
+        prompt_folder: the soft prompt that was tuned on the student.
+    """
 
     folder: RunFolder
     prompt_folder: Path
 
 
-def transfer(
-    clients: Sequence[Client], teacher_folder: Path, student_folder: Path, world: World, resume: str
-) -> None:
-    """Train a prompt for the target for each client, and leave it in its `folder.artifact`.
+@dataclass(frozen=True)
+class TransferJob:
+    """One prompt that is trained on the target.
 
-    Prompts of one shape are trained beside each other, which costs one gathering of the target's weights for all of them.
-
-    Args:
-        clients: they share teacher, student, public task, engine and seed.
-        teacher_folder: the target.
-        student_folder: the model that the source prompts were tuned on.
-        world: the ranks.
-        resume: auto or never.
-
-    Raises:
-        ArtifactRefused: a prompt fails its checks, or does not belong to these models.
-        PrivacyRefused: the public task is marked private.
+    Attributes:
+        source: the prompt that was tuned on the student.
+        objective: what the new prompt learns.
+        run: the new prompt with its optimizer and its folder.
+        first_step: step from which training resumes.
     """
-    config = clients[0].folder.config
-    if config.public_task is None:
-        raise InputError("transfer needs the section `public_task`")
-    public = world.on_main(partial(load_public_texts, config.public_task, "public_task"))
-    prompts = [read_prompt(client.prompt_folder) for client in clients]
-    precision = choose_precision(config.engine, world.device)
-    models = Models(
-        load_whole(student_folder, precision, world.device),
-        load_sharded(teacher_folder, config.engine, precision, world),
-    )
-    tokenizers = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
-    for client, prompt in zip(clients, prompts, strict=True):
-        check_belongs(prompt, models.student, models.target, tokenizers[0])
-        _check_comparable(client.folder.config.transfer, models, tokenizers)
-        if prompt.task.max_response_length:
-            _check_generates(client.folder.config.transfer, config.public_task)
 
-    pupils: dict[tuple[int, ...], list[_Pupil]] = {}
-    said: dict[Hashable, torch.Tensor] = {}
-    for client, prompt in zip(clients, prompts, strict=True):
-        section = client.folder.config.transfer
-        source_nd = prompt.embeddings.to(world.device)
-        lesson = prepare_lesson(
-            prompt.task,
-            source_nd,
-            config.public_task,
-            public,
-            models,
-            section,
-            tokenizers,
-            world,
-            said,
-        )
-        text_nd = prompt_from_text(
-            models.target, tokenizers[1], prompt.task.init_text, len(source_nd)
-        )
-        start_nd = (
-            torch.lerp(text_nd, source_nd, section.trained_share)
-            if section.trained_share
-            else text_nd
-        )
-        start_nd = start_nd.to(world.device, torch.float32).clone()
-        optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
-        run = PromptRun(
-            [start_nd],
-            optimizer,
-            section,
-            client.folder,
-            metrics_name="metrics.jsonl",
-            show_loss=True,
-        )
-        alike = (
-            len(start_nd),
-            prompt.task.max_response_length,
-            section.steps,
-            section.batch_size,
-            run.take_up(resume, world),
-        )
-        pupils.setdefault(alike, []).append(_Pupil(prompt, lesson, run))
-
-    for (*_, batch_size, first_step), group in pupils.items():
-        for start in range(0, len(group), config.transfer.prompts_at_once):
-            beside = group[start : start + config.transfer.prompts_at_once]
-            _train(beside, models, batch_size, first_step, config.seed, world)
-            for pupil in beside:
-                world.on_main(
-                    partial(
-                        _write,
-                        pupil,
-                        config.teacher,
-                        teacher_folder,
-                        tokenizer_fingerprint(tokenizers[1]),
-                    )
-                )
+    source: SoftPromptArtifact
+    objective: TransferObjective
+    run: PromptRun
+    first_step: int
 
 
 @dataclass(frozen=True)
-class _Pupil:
-    source: SoftPromptArtifact
-    lesson: Lesson
-    run: PromptRun
+class _BatchShape:
+    """What jobs must have in common to be trained beside each other."""
+
+    num_virtual_tokens: int
+    max_response_length: int
+    steps: int
+    batch_size: int
+    first_step: int
 
 
-def _train(
-    pupils: Sequence[_Pupil],
-    models: Models,
-    batch_size: int,
-    first_step: int,
-    seed: int,
+def transfer(
+    requests: Sequence[TransferRequest],
+    teacher_folder: Path,
+    student_folder: Path,
+    world: World,
+    resume: str,
+) -> None:
+    """Train a prompt for the target for each request, and leave it in its `folder.artifact`.
+
+    Prompts of the same shape are trained beside each other. They share one gathering of the
+    target's weights in each step.
+
+    Args:
+        requests: what is transferred. All share teacher, student, public task, engine and seed.
+        teacher_folder: the target.
+        student_folder: the model that the source prompts were tuned on.
+        world: the ranks.
+        resume: `auto` resumes from a checkpoint; `never` starts anew.
+
+    Raises:
+        ArtifactRefused: a prompt fails its checks, or does not belong to the student.
+        InputError: the settings do not suit the models or the public task.
+        PrivacyRefused: the public task is marked private.
+    """
+    config = requests[0].folder.config
+    public_task = config.public_task
+    if public_task is None:
+        raise InputError("the run file lacks the section public_task", "add it")
+
+    # Whatever can be refused is refused here, before weights are loaded.
+    texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
+    sources = [read_prompt(request.prompt_folder) for request in requests]
+    tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(teacher_folder))
+    _check(requests, sources, student_folder, teacher_folder, tokenizers, world)
+
+    precision = choose_precision(config.engine, world.device)
+    student = load_whole(student_folder, precision, world.device)
+    target = load_sharded(teacher_folder, config.engine, precision, world)
+    models = ModelPair(student, target)
+
+    # Run the forwards that need no training, for each prompt.
+    public = PublicExamples(texts, responses, public_task.template)
+    builder = ObjectiveBuilder(models, tokenizers, public, world)
+    jobs = []
+    for request, source in zip(requests, sources, strict=True):
+        source_nd = source.embeddings.to(world.device)
+        objective = builder.build(source.task, source_nd, request.folder.config.transfer)
+        start_nd = _start(models, tokenizers, source, source_nd, request.folder.config.transfer)
+        run = _prompt_run(start_nd, request.folder)
+        jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))
+
+    # Train the prompts, and write each group as soon as it is done.
+    writer = partial(
+        _write,
+        model_name=_model_name(config.teacher, teacher_folder),
+        tokenizer=tokenizer_fingerprint(tokenizers.target),
+    )
+    for group in _groups(jobs, config.transfer.prompts_at_once):
+        _train(group, models, config.seed, world)
+        for job in group:
+            world.on_main(partial(writer, job))
+
+
+def _check(
+    requests: Sequence[TransferRequest],
+    sources: Sequence[SoftPromptArtifact],
+    student_folder: Path,
+    teacher_folder: Path,
+    tokenizers: Tokenizers,
     world: World,
 ) -> None:
-    lessons = [pupil.lesson for pupil in pupils]
+    """Refuse prompts that are not the student's, and settings that do not suit the models."""
+    # Facts of a model come from its config.json alone, in a second.
+    student_tokenizer = tokenizer_fingerprint(tokenizers.student)
+    target_tokenizer = tokenizer_fingerprint(tokenizers.target)
+    models = TransferModels(
+        student=read_facts(student_folder),
+        target=read_facts(teacher_folder),
+        same_tokenizer=student_tokenizer == target_tokenizer,
+    )
+    # A prompt of another student is refused as an artifact, with an exit code of its own.
+    for source in sources:
+        check_belongs(source, models.student, tokenizers.student)
+
+    config = requests[0].folder.config
+    layout = layout_of(config.engine, world)
+    # Several prompts usually have the same conflicts. Each is listed once.
+    found: dict[Conflict, None] = {}
+    for request, source in zip(requests, sources, strict=True):
+        num_virtual_tokens = len(source.embeddings)
+        found |= dict.fromkeys(
+            conflicts(request.folder.config, models, num_virtual_tokens, source.task, layout)
+        )
+    raise_conflicts("transfer", list(found))
+
+
+def _start(
+    models: ModelPair,
+    tokenizers: Tokenizers,
+    source: SoftPromptArtifact,
+    source_nd: torch.Tensor,
+    section: Transfer,
+) -> torch.Tensor:
+    """Compute the initial values [n, d] of the prompt on the target, in fp32.
+
+    `transfer.trained_share` blends two starts: the target's embeddings of a text (0), and the
+        source prompt (1).
+    """
+    # All ranks gather the embeddings of a sharded target together.
+    start_nd = prompt_from_text(
+        models.target, tokenizers.target, source.task.init_text, len(source_nd)
+    )
+    # A source prompt of another width can only have a share of zero.
+    if section.trained_share:
+        start_nd = torch.lerp(start_nd, source_nd, section.trained_share)
+    return start_nd.to(source_nd.device, torch.float32).clone()
+
+
+def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
+    """Prepare the training of a prompt. Its losses come from public text and may be shown."""
+    # The published transfer uses Adam too.
+    section = folder.config.transfer
+    optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
+    return PromptRun(
+        [start_nd],
+        optimizer,
+        section,
+        folder,
+        open_metrics=open_public_metrics,
+        show_loss=True,
+    )
+
+
+def _groups(jobs: Sequence[TransferJob], at_once: int) -> list[list[TransferJob]]:
+    """Divide jobs into groups of one shape, each of at most `at_once` jobs."""
+    by_shape: dict[_BatchShape, list[TransferJob]] = {}
+    for job in jobs:
+        shape = _BatchShape(
+            num_virtual_tokens=len(job.source.embeddings),
+            max_response_length=job.source.task.max_response_length,
+            steps=job.run.section.steps,
+            batch_size=job.run.section.batch_size,
+            first_step=job.first_step,
+        )
+        by_shape.setdefault(shape, []).append(job)
+
+    # Each prompt needs the memory of its own examples, so that the run file limits a group.
+    groups = []
+    for alike in by_shape.values():
+        for start in range(0, len(alike), at_once):
+            groups.append(alike[start : start + at_once])
+    return groups
+
+
+def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: World) -> None:
+    """Train the prompts of one group beside each other."""
+    objectives = [job.objective for job in jobs]
+    prompts = [job.run.parameters[0] for job in jobs]
 
     def losses_at(step: int) -> list[torch.Tensor]:
-        own = [
-            rank_batches(lesson.rows_at(step, seed), batch_size, world.rank, world.size)[0]
-            for lesson in lessons
-        ]
-        losses = lesson_losses(
-            models,
-            lessons,
-            [pupil.run.parameters[0] for pupil in pupils],
-            [share.rows for share in own],
-            world.device,
-        )
-        return [share.weight * loss for share, loss in zip(own, losses, strict=True)]
+        # The weight corrects for ranks with fewer examples: the mean over ranks is the loss.
+        own = [_rank_batch(objective, step, seed, world) for objective in objectives]
+        losses = transfer_losses(models, objectives, prompts, [batch.rows for batch in own])
+        return [batch.weight * loss for batch, loss in zip(own, losses, strict=True)]
 
-    train_prompts([pupil.run for pupil in pupils], losses_at, first_step, world)
+    train_prompts([job.run for job in jobs], losses_at, jobs[0].first_step, world)
 
 
-def _write(pupil: _Pupil, teacher: Teacher | None, teacher_folder: Path, tokenizer: str) -> None:
-    source, section, folder = pupil.source, pupil.lesson.section, pupil.run.folder
-    # What the biases of the source prompt do is in the loss, and so in the new prompt.
+def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World) -> RankBatch:
+    """Return this rank's part of the examples of a step."""
+    chosen = objective.batch_at(step, seed)
+    # A rank runs its part of a batch at once, so there is one part.
+    (batch,) = rank_batches(chosen, objective.section.batch_size, world.rank, world.size)
+    return batch
+
+
+def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
+    """Return the target's name for the adapter's configuration: hub name, or name of its folder."""
+    if teacher is None or Path(teacher.path).is_absolute():
+        return teacher_folder.name
+    return teacher.path
+
+
+def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
+    """Write the artifact of a trained prompt.
+
+    Args:
+        job: the trained prompt.
+        model_name: name of the target.
+        tokenizer: fingerprint of the target's tokenizer.
+    """
+    source = job.source
+    settings = job.objective.section.model_dump(mode="json")
+    # The loss has taught the new prompt what the source prompt's class biases do.
     task = replace(source.task, class_biases=())
-    name = teacher.path if teacher and not Path(teacher.path).is_absolute() else teacher_folder.name
 
-    def card(artifact: Path) -> None:
-        summary = "A soft prompt that was transferred from a student with public text alone (POST)."
-        epsilon = (
-            "none: the source prompt is not private" if source.epsilon is None else source.epsilon
-        )
+    def write_own_card(artifact: Path) -> None:
+        epsilon: float | str = "none: the source prompt is not private"
+        if source.epsilon is not None:
+            epsilon = source.epsilon
         write_card(
             artifact,
-            f"Soft prompt for {name}",
-            summary,
-            section.model_dump() | {"epsilon": epsilon},
+            f"Soft prompt for {model_name}",
+            "A soft prompt that was transferred from a student with public text alone (POST).",
+            job.objective.section.model_dump() | {"epsilon": epsilon},
             library="peft",
             tag="prompt-tuning",
         )
 
-    made = (pupil.run.parameters[0], task, name, source.privacy)
-    lineage = {"source prompt": source.manifest.digest, **source.manifest.parents}
-    settings = {
-        "transfer": section.model_dump(mode="json"),
-        "task": asdict(task),
-        "public_text": dict(pupil.lesson.signals),
-    }
-    write_prompt(
-        folder.artifact, *made, card=card, parents=lineage, config=settings, tokenizer=tokenizer
+    # The new prompt is computed from the source prompt and public text, so that the epsilon of the
+    # source prompt holds for it too.
+    contents = PromptContents(job.run.parameters[0], task, source.privacy)
+    provenance = Provenance(
+        model_name=model_name,
+        tokenizer=tokenizer,
+        parents={"source prompt": source.manifest.digest, **source.manifest.parents},
+        config={
+            "transfer": settings,
+            "task": asdict(task),
+            "public_text": dict(job.objective.statistics),
+        },
     )
-
-
-def check_belongs(
-    prompt: SoftPromptArtifact,
-    student: LanguageModel,
-    target: LanguageModel | None,
-    student_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Check that a prompt is the student's, and that student and target, if there is one, answer in the same way.
-
-    Raises:
-        ArtifactRefused: widths or tokenizers of prompt and student differ, or one model is causal and the other masked.
-    """
-    width = prompt.embeddings.shape[1]
-    if student.width != width:
-        raise ArtifactRefused(
-            f"the prompt has vectors of width {width}, the student of width {student.width}"
-        )
-    if target and student.masked != target.masked:
-        raise ArtifactRefused("student and target are not both causal or both masked models")
-    if tokenizer_fingerprint(student_tokenizer) != prompt.manifest.tokenizer:
-        raise ArtifactRefused(
-            "the student's tokenizer is not the one that the prompt was tuned with"
-        )
-
-
-def _check_comparable(
-    section: Transfer,
-    models: Models,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-) -> None:
-    """Check that what the settings compare can be compared, for a student that was not cut from the target.
-
-    Raises:
-        InputError: the prompt cannot start from vectors of another width; logits of two vocabularies have nothing in common.
-    """
-    one, other = models.student.width, models.target.width
-    if one != other and section.trained_share:
-        raise InputError(
-            f"transfer.trained_share is {section.trained_share:g}, but vectors of width {one} do not fit a target of width {other}",
-            "set transfer.trained_share: 0, so that the prompt starts from text",
-        )
-    if section.scores == "vocabulary" and tokenizer_fingerprint(
-        tokenizers[0]
-    ) != tokenizer_fingerprint(tokenizers[1]):
-        raise InputError(
-            "transfer.scores: vocabulary compares logits token by token, and student and target have different tokenizers",
-            "set transfer.scores: classes; the label words then connect them",
-        )
-
-
-def _check_generates(section: Transfer, public_task: Task) -> None:
-    """Check that a prompt which generates text can learn from the public rows.
-
-    Raises:
-        InputError: they have no responses, or classes are to be compared.
-    """
-    if public_task.response_column is None:
-        hint = "set public_task.response_column; the loss is taken where each of its tokens is predicted"
-        raise InputError(
-            "the prompt generates text, and the public task has no responses to learn from", hint
-        )
-    if section.scores == "classes" or section.alpha == "auto":
-        wrong = "scores: classes" if section.scores == "classes" else "alpha: auto"
-        raise InputError(
-            f"transfer.{wrong} is for tasks with classes, and the prompt generates text",
-            "set scores: vocabulary and a number",
-        )
+    write_prompt(job.run.folder.artifact, contents, provenance, write_own_card)

@@ -1,6 +1,6 @@
-"""Stage 2, the owner's: tune a soft prompt on the student with the private data, on one process.
+"""Stage 2, run by the data owner: tune a soft prompt on the student with the private data.
 
-Shapes: B rows, n prompt tokens, d width, C classes.
+Shapes: B examples, N examples, n prompt tokens, d width, C classes.
 """
 
 import logging
@@ -11,27 +11,36 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.sources import Task
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.order import rows_of_like_length
+from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
-from post_dist.data.template import Template
-from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
-from post_dist.models.classifier import BIAS_SCALE, class_losses
-from post_dist.models.generation import response_losses
+from post_dist.models.classifier import BIAS_SCALE, PromptInput
+from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
-from post_dist.models.prompt_init import check_room, prompt_from_text
-from post_dist.models.tuning_task import TuningTask
+from post_dist.models.prompt_init import prompt_from_text
+from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.private_metrics import open_private_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.stages.tune.conflicts import conflicts
 
 log = logging.getLogger(__name__)
 
-_PRIVATE = "A soft prompt that was tuned with differential privacy; what that covers is below and in `privacy.json`."
-_SEEDED = "A soft prompt that is NOT private: it was tuned with noise from a seed, which can be taken off again."
+_PRIVATE = (
+    "A soft prompt that was tuned with differential privacy. The guarantee, and what it covers, "
+    "is below and in `privacy.json`."
+)
+_SEEDED = (
+    "A soft prompt that is NOT private: it was tuned with noise from a seed, "
+    "which can be subtracted."
+)
 _OPEN = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
 
 
@@ -43,157 +52,192 @@ def tune(
     world: World,
     resume: str,
 ) -> None:
-    """Tune a prompt on a model and leave it in `folder.artifact`.
+    """Tune a prompt on a model and write it to `folder.artifact`.
 
-    Runs on rank 0 alone: private data stay in one process. Without `privacy.enabled` what comes out may show the private data.
+    Private data stay in one process, so rank 0 tunes alone. Without `privacy.enabled` the prompt
+    may reveal the private data.
 
     Args:
         folder: the run's folder.
         model_folder: the student, or the target for the baseline of full prompt tuning.
         parents: digest of that model.
-        model_name: what the adapter's configuration calls it.
+        model_name: its name in the adapter's configuration.
         world: the ranks.
-        resume: auto or never.
+        resume: `auto` or `never`.
+
+    Raises:
+        InputError: the run file, the model and the data do not go together.
+        PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
-    world.on_main(
-        lambda: _tune_alone(
-            folder, model_folder, parents, model_name, replace(world, size=1), resume
-        )
-    )
+    # Collective calls of the training loop must not wait for the other ranks.
+    alone = replace(world, size=1)
+
+    def tune_alone() -> None:
+        _refuse_conflicts(folder, model_folder, alone)
+        task = _load_task(folder, model_folder, alone)
+        parameters, statement = _train(folder, task, model_name, alone, resume)
+        _write(folder, task, parameters, statement, parents, model_name)
+
+    world.on_main(tune_alone)
 
 
-def _tune_alone(
-    folder: RunFolder,
-    model_folder: Path,
-    parents: dict[str, str],
-    model_name: str,
-    world: World,
-    resume: str,
-) -> None:
-    section, task_section = folder.config.tune, folder.config.private_task
-    if task_section is None or task_section.template is None:
-        raise InputError("tune needs the section `private_task`")
+def _refuse_conflicts(folder: RunFolder, model_folder: Path, world: World) -> None:
+    """Raise what does not go together before weights are loaded."""
+    layout = Layout(ranks=1, ranks_per_node=1, device=world.device.type)
+    raise_conflicts("tune", conflicts(folder.config, read_facts(model_folder), layout))
+
+
+def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTask:
+    """Load the model and the training examples."""
+    section = folder.config.tune
+    task_section = _task_section(folder)
+    # The data come before the model: mistakes in a file show in a second.
     tokenizer = load_tokenizer(model_folder)
-    examples = load_examples(task_section, "train", "private_task")
-    model = load_whole(
-        model_folder, choose_precision(folder.config.engine, world.device), world.device
-    )
-    most = task_section.response_length
-    template = Template(
-        task_section.template,
-        tokenizer,
-        task_section.max_length,
-        masked=model.masked,
-        max_response_length=most,
-    )
-    task = PromptTask(
-        template=task_section.template,
-        label_words=tuple(task_section.labels.values()),
-        max_length=task_section.max_length,
-        allow_multi_token=task_section.allow_multi_token,
-        init_text=section.init_text,
-        max_response_length=most,
-    )
-    check_room(model, section.num_virtual_tokens, template.longest)
-    rows = template.encode(examples.texts, examples.responses)
-    material = TuningTask(
-        model=model,
-        template=template,
-        verbalizer=Verbalizer(
-            task.label_words, tokenizer, allow_multi_token=task.allow_multi_token
-        ),
-        rows=rows,
-        wanted=template.responses(rows) if most else torch.tensor(examples.classes),
-        start_nd=prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens),
-    )
-    settings: dict[str, Any] = {
-        "tune": section.model_dump(mode="json"),
-        "split": _split_rule(folder),
-    }
+    loaded = load_examples(task_section, "train", "private_task")
+    precision = choose_precision(folder.config.engine, world.device)
+    model = load_whole(model_folder, precision, world.device)
+    # The reader binds the task to the model's tokenizer.
+    prompt_task = PromptTask.of_section(task_section, section.init_text)
+    reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
+    examples = reader.encode(loaded.texts, loaded.responses)
+    targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
+    # The prompt starts from the embeddings of some words.
+    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+    return TuningTask(model, reader, examples, targets, start_nd)
+
+
+def _train(
+    folder: RunFolder, task: TuningTask, model_name: str, world: World, resume: str
+) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
+    """Tune the prompt, privately where the run file says so.
+
+    Returns:
+        The tuned parameters, and the privacy statement of a private run.
+    """
     if folder.config.privacy.enabled:
-        from post_dist.privacy.trainer import tune_privately  # Opacus takes seconds to import
+        # Opacus takes seconds to import.
+        from post_dist.privacy.private_run import tune_privately
 
-        parameters, statement = tune_privately(folder, material, world, resume)
-        summary = _PRIVATE if statement["private"] else _SEEDED
-        settings["privacy"] = folder.config.privacy.model_dump(mode="json", exclude={"ledger"})
-    else:
-        log.info(
-            "tune: %d prompt tokens on %s, without privacy", section.num_virtual_tokens, model_name
-        )
-        parameters, statement = _tune_openly(folder, material, world, resume), None
-        summary = _OPEN
-    if len(parameters) > 1:
-        task = replace(task, class_biases=tuple((BIAS_SCALE * parameters[1]).tolist()))
-
-    def card(artifact: Path) -> None:
-        claim = dict(statement or {"epsilon": "none: tuned without differential privacy"})
-        notes = {"What epsilon does not cover": claim.pop("not_covered")} if statement else {}
-        plan = (
-            folder.config.privacy.model_dump(exclude={"enabled", "ledger"}, exclude_none=True)
-            if statement
-            else {}
-        )
-        rows = {**section.model_dump(exclude_none=True), **plan, **claim}
-        write_card(
-            artifact,
-            f"Soft prompt for {model_name}",
-            summary,
-            rows,
-            library="peft",
-            tag="prompt-tuning",
-            notes=notes,
-        )
-
-    made = (parameters[0], task, model_name, statement)
-    write_prompt(
-        folder.artifact,
-        *made,
-        card=card,
-        parents=parents,
-        config=settings,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-    )
+        return tune_privately(folder, task, world, resume)
+    num_virtual_tokens = folder.config.tune.num_virtual_tokens
+    log.info("tune: %d prompt tokens on %s, without privacy", num_virtual_tokens, model_name)
+    return _tune_openly(folder, task, world, resume), None
 
 
 def _tune_openly(
-    folder: RunFolder, material: TuningTask, world: World, resume: str
+    folder: RunFolder, task: TuningTask, world: World, resume: str
 ) -> list[torch.Tensor]:
-    """Ordinary training; the losses stay in a file that only the owner can read."""
+    """Tune without privacy. The losses stay in a file that only the owner can read."""
     section = folder.config.tune
-    parameters = material.parameters(section)
-    lengths = [len(row.token_ids) for row in material.rows]
+    parameters = task.parameters(section)
+    # Open training batches examples of like length; private batches are drawn at random.
+    lengths = [len(example.token_ids) for example in task.examples]
+    # Responses are scored at many positions, for which the model has no shared prompt.
+    shared = not task.reader.generates and task.model.shares_prompt
+    prompt = PromptInput(prompt=parameters[0], shared=shared)
+    bias = parameters[1] if len(parameters) > 1 else None
 
     def losses_at(step: int) -> list[torch.Tensor]:
         chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
-        batch = material.template.collate([material.rows[index] for index in chosen]).to(
-            world.device
-        )
-        wanted = material.wanted[chosen].to(world.device)
-        if wanted.dim() == 2:
-            return [response_losses(material.model, batch, wanted, prompt=parameters[0]).mean()]
-        bias = parameters[1] if len(parameters) > 1 else None
-        how: dict[str, Any] = {
-            "prompt": parameters[0],
-            "bias": bias,
-            "share_prompt": material.model.shares_prompt,
-        }
-        return [class_losses(material.model, material.verbalizer, batch, wanted, **how).mean()]
+        batch = task.reader.collate([task.examples[index] for index in chosen]).to(world.device)
+        targets = task.targets[chosen].to(world.device)
+        losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt, bias)
+        return [losses_B.mean()]
 
-    optimizer = material.optimizer(section, parameters, section.learning_rate)
+    optimizer = task.optimizer(section, parameters, section.learning_rate)
     run = PromptRun(
         parameters,
         optimizer,
         section,
         folder,
-        metrics_name="private_metrics.jsonl",
+        open_metrics=open_private_metrics,
         show_loss=False,
     )
-    train_prompts([run], losses_at, run.take_up(resume, world), world)
+    first = run.take_up(resume, world)
+    train_prompts([run], losses_at, first, world)
     return [parameter.detach() for parameter in parameters]
 
 
-def _split_rule(folder: RunFolder) -> dict[str, object]:
-    """How rows fall into splits: the rule, never a count, for how many rows there are is private."""
-    task = folder.config.private_task
-    fields = {"split_salt", "validation_share", "test_share", "test_hub_split"}
-    return {"hash": "sha256", **(task.model_dump(include=fields) if task else {})}
+def _write(
+    folder: RunFolder,
+    task: TuningTask,
+    parameters: list[torch.Tensor],
+    statement: dict[str, Any] | None,
+    parents: dict[str, str],
+    model_name: str,
+) -> None:
+    """Write the artifact: the prompt, its task, its privacy statement and its card."""
+    # Biases travel in the task, in the units in which scores are compared.
+    prompt_task = task.reader.task
+    if len(parameters) > 1:
+        biases = tuple((BIAS_SCALE * parameters[1]).tolist())
+        prompt_task = replace(prompt_task, class_biases=biases)
+
+    def card(artifact: Path) -> None:
+        _write_card(artifact, folder, statement, model_name)
+
+    contents = PromptContents(parameters[0], prompt_task, statement)
+    provenance = Provenance(
+        model_name=model_name,
+        tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
+        parents=parents,
+        config=_settings(folder),
+    )
+    write_prompt(folder.artifact, contents, provenance, card)
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that the artifact's manifest shows.
+
+    They hold no number of examples, which is private.
+    """
+    config = folder.config
+    # The rule of the split is public. How many examples fall into it is not.
+    rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
+    split = {"hash": "sha256", **_task_section(folder).model_dump(include=rule)}
+    settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
+    # The path of the ledger stays with the owner.
+    if config.privacy.enabled:
+        settings["privacy"] = config.privacy.model_dump(mode="json", exclude={"ledger"})
+    return settings
+
+
+def _write_card(
+    artifact: Path, folder: RunFolder, statement: dict[str, Any] | None, model_name: str
+) -> None:
+    """Write the model card.
+
+    The card of a private prompt quotes the plan and the privacy statement.
+    """
+    # Settings first, then the claim, so that the claim wins where both have a name.
+    rows = folder.config.tune.model_dump(exclude_none=True)
+    notes = {}
+    if statement is None:
+        summary = _OPEN
+        rows["epsilon"] = "none: tuned without differential privacy"
+    else:
+        summary = _PRIVATE
+        if not statement["private"]:
+            summary = _SEEDED
+        hidden = {"enabled", "ledger"}
+        rows |= folder.config.privacy.model_dump(exclude=hidden, exclude_none=True)
+        claim = dict(statement)
+        notes["What epsilon does not cover"] = claim.pop("not_covered")
+        rows |= claim
+    write_card(
+        artifact,
+        f"Soft prompt for {model_name}",
+        summary,
+        rows,
+        library="peft",
+        tag="prompt-tuning",
+        notes=notes,
+    )
+
+
+def _task_section(folder: RunFolder) -> Task:
+    """Return the section `private_task`, which the conflicts have checked."""
+    section = folder.config.private_task
+    if section is None:
+        raise InputError("the run file lacks the section private_task", "add it")
+    return section

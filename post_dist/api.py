@@ -1,0 +1,425 @@
+"""The Python API: what the command line does, for a script or a notebook.
+
+    import post_dist
+
+    config = post_dist.load_run("run.yaml", ["privacy.target_epsilon=8"])
+    cost = post_dist.account(config)           # before anything is run
+    student = post_dist.distill(config)        # provider
+    prompt = post_dist.tune(config)            # owner
+    post_dist.transfer(config)                 # provider
+    print(post_dist.evaluate(config))          # the table
+
+A stage needs what the stages before it have made, or what `inputs` in the run file gives. A
+finished stage is not run again: its result is returned. An interrupted one resumes from its last
+checkpoint.
+
+In a script that torchrun or another launcher starts, all ranks call the same functions and get the
+same results. The process group stays up between calls; end such a script with
+`torch.distributed.destroy_process_group()`.
+
+Importing this module loads no torch. What a user can mend is raised as a subclass of
+`PostDistError`, with a hint.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.config import load
+from post_dist.config.schema import RunConfig, Stage
+from post_dist.errors import EnvironmentFault, Interrupted
+from post_dist.runtime.ranks import join_ranks, leave_ranks
+from post_dist.runtime.stop import listening
+from post_dist.runtime.watchdog import rest
+
+if TYPE_CHECKING:
+    from post_dist.artifacts.prompt import SoftPromptArtifact
+    from post_dist.artifacts.run_folder import RunFolder
+    from post_dist.privacy.plan import PrivacyPlan
+    from post_dist.runtime.distributed import World
+    from post_dist.stages.pipeline import Pipeline
+
+Resume = Literal["auto", "never"]
+"""auto: resume an unfinished stage from its last checkpoint. never: start it from its beginning."""
+_Result = TypeVar("_Result")
+_ALL_STAGES: frozenset[Stage] = frozenset(("distill", "tune", "transfer", "evaluate"))
+_RESUMES = "the same command resumes from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """A distilled student.
+
+    Attributes:
+        path: the run folder, with settings, metrics and logs.
+        artifact: the student, a folder that `from_pretrained` of transformers loads.
+        held_out: how well it reproduces its teacher on held-out public text, by metric.
+    """
+
+    path: Path
+    artifact: Path
+    held_out: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return str(self.artifact)
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """A soft prompt.
+
+    Attributes:
+        path: the run folder, with settings, metrics and logs.
+        artifact: the prompt, a folder that `PeftModel.from_pretrained` loads.
+        epsilon: the privacy loss that it claims, or None without differential privacy.
+        delta: the probability that goes with epsilon, or None.
+    """
+
+    path: Path
+    artifact: Path
+    epsilon: float | None
+    delta: float | None
+
+    def __str__(self) -> str:
+        return str(self.artifact)
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """The prompts for the large LLM.
+
+    Attributes:
+        prompts: one for each source prompt, in the order of `inputs.source_prompt`.
+    """
+
+    prompts: tuple[PromptResult, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(prompt) for prompt in self.prompts)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The comparison table.
+
+    Attributes:
+        path: the run folder.
+        artifact: the folder that holds `table.json`.
+        table: the object that `post-dist evaluate --json` prints: `task`, `split` and `rows`.
+        report: the HTML page, or None where only the table was asked for.
+    """
+
+    path: Path
+    artifact: Path
+    table: Mapping[str, Any]
+    report: Path | None = None
+
+    def __str__(self) -> str:
+        from post_dist.report.tables import table_text
+
+        return f"{table_text(self.table)}\n{self.place}"
+
+    @property
+    def place(self) -> str:
+        """Where to look: the page, or the table's file."""
+        if self.report is not None:
+            return f"report: {self.report}"
+        return f"table: {self.artifact / 'table.json'}"
+
+
+@dataclass(frozen=True)
+class PrivacyCost:
+    """What a plan of private tuning costs.
+
+    Attributes:
+        epsilon: the privacy loss at `delta`.
+        delta: the probability that epsilon may be exceeded.
+        noise_multiplier: sigma, the standard deviation of the noise over the clipping norm.
+        sampling_probability: q, the probability of each training example to be in a step's batch.
+        steps: number of steps.
+        accountant: what computed epsilon.
+        cross_checks: epsilon of the other accountants, by their names.
+        epsilon_at_delta: epsilon at stricter deltas.
+        true_positive_rate_at_1_percent_false: upper bound for any membership attack.
+        mean_trials: expected number of trials of a private search, or None.
+        private: False for noise from a seed, which can be subtracted again.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+    accountant: str
+    cross_checks: Mapping[str, float]
+    epsilon_at_delta: Mapping[str, float]
+    true_positive_rate_at_1_percent_false: float
+    mean_trials: float | None
+    private: bool
+
+
+def load_run(
+    path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None
+) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        path: the YAML file; relative paths in it are read from its folder.
+        overrides: strings such as `transfer.alpha=0.5`, as `--set` takes them.
+        output: folder for the run folders, instead of the run file's own.
+
+    Returns:
+        The checked settings, frozen.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or breaks the schema. It names every error.
+
+    Examples:
+        >>> from post_dist.config.assets import asset
+        >>> config = load_run(asset("examples/demo.yaml"), ["tune.steps=200"])
+        >>> config.name, config.tune.steps
+        ('demo', 200)
+    """
+    return load.load_run(Path(path), list(overrides), None if output is None else Path(output))
+
+
+def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
+    """Distill the large LLM into a student (the provider's first stage).
+
+    Args:
+        config: a run file with the sections `teacher`, `student` and `corpus`.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The student.
+
+    Raises:
+        InputError: a section or a file is missing, or the settings do not fit the teacher.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
+        Interrupted: the run was asked to stop, and has saved.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> StudentResult:
+        folder = stages.distill()
+        # Only rank 0 reads files: on NFS another node may not see a new file for half a minute.
+        return world.on_main(lambda: _student_result(folder))
+
+    return _with_stages(config, frozenset(("distill",)), resume, run)
+
+
+def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
+    """Tune a soft prompt on the student with the private data (the owner's stage).
+
+    Args:
+        config: a run file with the section `private_task`; `privacy.enabled` makes it DP-SGD.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The prompt on the student.
+
+    Raises:
+        InputError: the student is not there yet, or a section or a file is missing or wrong.
+        PrivacyRefused: the ledger of the data set or the accountants do not allow the run.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
+        Interrupted: the run was asked to stop, and has saved.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> PromptResult:
+        folder = stages.tune()
+        return world.on_main(lambda: _prompt_result(folder))
+
+    return _with_stages(config, frozenset(("tune",)), resume, run)
+
+
+def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
+    """Transfer the soft prompt to the large LLM with public text (the provider's second stage).
+
+    Args:
+        config: a run file with the sections `teacher` and `public_task`.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The prompts on the large LLM, one for each source prompt.
+
+    Raises:
+        ArtifactRefused: a source prompt fails its checks, or does not belong to these models.
+        InputError: student or prompt is not there yet, or a section or a file is missing or wrong.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
+        Interrupted: the run was asked to stop, and has saved.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> TransferResult:
+        folders = stages.transfer()
+        prompts = world.on_main(lambda: [_prompt_result(folder) for folder in folders])
+        return TransferResult(tuple(prompts))
+
+    return _with_stages(config, frozenset(("transfer",)), resume, run)
+
+
+def evaluate(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
+    """Compare zero-shot, the prompts and the baselines on one split.
+
+    Args:
+        config: a run file with `private_task`, and `teacher` unless the owner evaluates alone.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The table. Its report page is written by `pipeline`.
+
+    Raises:
+        ArtifactRefused: a prompt fails its checks, or does not belong to these models or this task.
+        InputError: a stage before is not finished, or a section or a file is missing or wrong.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
+        Interrupted: the run was asked to stop, and has saved.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> EvaluationResult:
+        folder = stages.evaluate()
+        return world.on_main(lambda: _evaluation_result(folder, with_report=False))
+
+    return _with_stages(config, frozenset(("evaluate",)), resume, run)
+
+
+def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
+    """Run the three stages and the evaluation, and write the report page.
+
+    Args:
+        config: a run file with the sections of all stages, or with `inputs` in their place.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The table, and its page in `report`.
+
+    Raises:
+        PostDistError: see the stages.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> EvaluationResult:
+        folder = stages.everything()
+        return world.on_main(lambda: _evaluation_result(folder, with_report=True))
+
+    return _with_stages(config, _ALL_STAGES, resume, run)
+
+
+def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
+    """Compute what private tuning costs, before anything is run. Reads no data and no model.
+
+    Args:
+        plan: a plan, or a run file whose `privacy` gives a noise multiplier or a target epsilon.
+
+    Returns:
+        Epsilon by three accountants that agree, and the noise multiplier for the target.
+
+    Raises:
+        InputError: the run file says too little, or no noise reaches its target.
+        PrivacyRefused: the accountants disagree.
+
+    Examples:
+        >>> from post_dist.config.assets import asset
+        >>> config = load_run(asset("examples/demo.yaml"), ["privacy.target_epsilon=8"])
+        >>> cost = account(config)
+        >>> 7.9 < cost.epsilon <= 8
+        True
+        >>> cost.steps, cost.private
+        (80, True)
+    """
+    from post_dist.privacy import accounting
+
+    # A run file may name a target epsilon: then the noise multiplier is searched for first.
+    if isinstance(plan, RunConfig):
+        plan = accounting.private_plan(plan)
+    cost = accounting.account(plan)
+    return PrivacyCost(
+        epsilon=cost.epsilon,
+        delta=plan.delta,
+        noise_multiplier=plan.noise_multiplier,
+        sampling_probability=plan.sampling_probability,
+        steps=plan.steps,
+        accountant=cost.accountant,
+        cross_checks=cost.cross_checks,
+        epsilon_at_delta=cost.epsilon_at,
+        true_positive_rate_at_1_percent_false=cost.true_positive_rate,
+        mean_trials=plan.mean_trials,
+        private=plan.private,
+    )
+
+
+def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
+    """Read a soft prompt that may come from anyone, and check it.
+
+    Args:
+        folder: what `tune` or `transfer` has left, such as `runs/demo/tune-1a2b3c4d/artifact`.
+
+    Returns:
+        The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
+
+    Raises:
+        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; or values out of range.
+
+    Examples:
+        >>> load_prompt("received/prompt")
+        Traceback (most recent call last):
+        ...
+        post_dist.errors.ArtifactRefused: received/prompt is no post_dist artifact: ...
+    """
+    from post_dist.artifacts.prompt import read_prompt
+
+    return read_prompt(Path(folder))
+
+
+def _with_stages(
+    config: RunConfig,
+    may_run: frozenset[Stage],
+    resume: Resume,
+    run: Callable[["Pipeline", "World"], _Result],
+) -> _Result:
+    """Join the ranks, run some stages, and say in the user's terms why they could not go on."""
+    with listening():
+        # The order counts: the environment is set before torch is loaded, and DeepSpeed reads it.
+        world = join_ranks(config)
+        from post_dist.stages.pipeline import Pipeline
+
+        try:
+            return run(Pipeline(config, world, may_run, resume), world)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", _RESUMES) from None
+        except Interrupted:
+            # All ranks have agreed to stop, so all of them come here.
+            leave_ranks()
+            raise
+        except RuntimeError as error:
+            # A collective that loses its connection raises a RuntimeError. Only that one is the
+            # user's business; any other is a fault of this package.
+            if not world.lost_a_rank(error):
+                raise
+            raise EnvironmentFault(
+                "another rank has left, or cannot be reached",
+                f"look at the log of that rank; {_RESUMES}",
+            ) from None
+        finally:
+            # The watchdog would end a notebook that waits for its user.
+            rest()
+
+
+def _student_result(folder: "RunFolder") -> StudentResult:
+    # The manifest is this run's own, so the student's weights are not hashed again.
+    manifest = json.loads((folder.artifact / FILE_NAME).read_text())
+    return StudentResult(folder.path, folder.artifact, manifest["config"]["held_out"])
+
+
+def _prompt_result(folder: "RunFolder") -> PromptResult:
+    # Read with all checks: a prompt that was changed after it was tuned is not handed on.
+    prompt = load_prompt(folder.artifact)
+    delta = None if prompt.privacy is None else prompt.privacy["delta"]
+    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)
+
+
+def _evaluation_result(folder: "RunFolder", *, with_report: bool) -> EvaluationResult:
+    from post_dist.report import read_table, write_report
+
+    table = read_table(folder.path)
+    report = write_report(folder.path) if with_report else None
+    return EvaluationResult(folder.path, folder.artifact, table, report)

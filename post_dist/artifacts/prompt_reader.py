@@ -1,0 +1,180 @@
+"""Read the files of a soft prompt that may come from anyone: each one is checked before it is used.
+
+Shapes: n prompt tokens, d width.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.errors import ArtifactRefused
+
+KEY = "prompt_embeddings"
+"""Name of the one tensor, as PEFT writes it."""
+MAX_VIRTUAL_TOKENS = 512
+
+_SMALL_FILE_BYTES = 1 << 16
+"""A JSON file or a safetensors header above this size is refused before it is parsed."""
+_HEADER_LENGTH_BYTES = 8
+"""A safetensors file starts with the length of its header, as an unsigned 64-bit number."""
+_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_NORM_LIMIT = 1e4
+"""Largest Euclidean norm of one prompt vector. Embeddings of the known families stay below 100."""
+_LENGTH_LIMIT = 1 << 20
+"""Most tokens of a text or a response; no known model reads more."""
+_JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+"""What parsing of hostile JSON, and of fields of the wrong type, may raise."""
+
+
+def read_embeddings(path: Path) -> torch.Tensor:
+    """Read the prompt embeddings [n, d] in fp32 from a safetensors file.
+
+    Raises:
+        ArtifactRefused: wrong size, header, dtype or shape; values not finite or far too large.
+    """
+    # Only a file with a sound header reaches the library.
+    _check_header(path)
+    embeddings_nd = load_file(path)[KEY].float()
+    if not torch.isfinite(embeddings_nd).all():
+        raise ArtifactRefused(f"{path} holds values that are not finite")
+    if embeddings_nd.norm(dim=1).max() > _NORM_LIMIT:
+        raise ArtifactRefused(f"{path} holds a vector with a norm above {_NORM_LIMIT:g}")
+    return embeddings_nd
+
+
+def read_privacy(path: Path) -> dict[str, Any]:
+    """Read the privacy statement of a prompt.
+
+    Raises:
+        ArtifactRefused: it is too large, is not a JSON object, or has no usable epsilon.
+    """
+    try:
+        fields = _read_small_json(path)
+        epsilon = fields["epsilon"]
+        # JSON as Python reads it knows Infinity, and True would pass for a number.
+        if epsilon is not None and type(epsilon) not in (int, float):
+            raise ValueError("epsilon is not a number")
+        if epsilon is not None and not 0 <= float(epsilon) < math.inf:
+            raise ValueError("epsilon is out of range")
+        return dict(fields)
+    except _JSON_ERRORS:
+        raise ArtifactRefused(f"{path} is not a privacy statement") from None
+
+
+def read_task(path: Path) -> PromptTask:
+    """Read the task of a prompt.
+
+    Raises:
+        ArtifactRefused: it is too large, is not a JSON object, or a field has the wrong type.
+    """
+    try:
+        fields = _read_small_json(path)
+        # JSON has lists only; the task holds tuples, so that it can be compared and hashed.
+        words_of_classes = [[str(word) for word in words] for words in fields["label_words"]]
+        fields["label_words"] = tuple(map(tuple, words_of_classes))
+        fields["class_biases"] = tuple(map(float, fields.get("class_biases", ())))
+        task = PromptTask(**fields)
+        if not (_has_sound_texts(task) and _has_sound_answers(task)):
+            raise ValueError("a field has the wrong type")
+        return task
+    except _JSON_ERRORS:
+        raise ArtifactRefused(f"{path} is not a task description") from None
+
+
+def _has_sound_texts(task: PromptTask) -> bool:
+    """Whether template, initial text and length are of the right type and usable."""
+    has_texts = isinstance(task.template, str) and isinstance(task.init_text, str)
+    has_length = type(task.max_length) is int and 0 < task.max_length <= _LENGTH_LIMIT
+    return has_texts and has_length and task.init_text.strip() != ""
+
+
+def _has_sound_answers(task: PromptTask) -> bool:
+    """Whether the classes or the response are of the right type and fit together."""
+    # `type` and not `isinstance`: True and False are integers too.
+    if type(task.allow_multi_token) is not bool or type(task.max_response_length) is not int:
+        return False
+    if not 0 <= task.max_response_length <= _LENGTH_LIMIT:
+        return False
+    has_classes = len(task.label_words) >= 2
+    generates = task.max_response_length > 0
+    one_bias_a_class = len(task.class_biases) in (0, len(task.label_words))
+    # A comparison with NaN is false, so NaN is refused as well.
+    small_biases = all(abs(bias) < _NORM_LIMIT for bias in task.class_biases)
+    return has_classes != generates and one_bias_a_class and small_biases
+
+
+def _read_small_json(path: Path) -> Any:
+    if path.stat().st_size > _SMALL_FILE_BYTES:
+        raise ValueError("too large")
+    return json.loads(path.read_text())
+
+
+def _check_header(path: Path) -> None:
+    """Check size, header and shape by hand, before a library allocates memory for them."""
+    header, header_bytes = _read_header(path)
+    header.pop("__metadata__", None)  # such as the framework that wrote the file
+    try:
+        entry = header.pop(KEY)
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        offsets = entry["data_offsets"]
+    except (TypeError, KeyError):
+        raise ArtifactRefused(f"{path}: does not hold one tensor named {KEY}") from None
+    # What is left would be loaded as well.
+    if header:
+        raise ArtifactRefused(f"{path}: holds more than the one tensor {KEY}")
+    # A hostile dtype may be a list, which has no place in a dictionary.
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+        known = ", ".join(_DTYPE_BYTES)
+        raise ArtifactRefused(f"{path}: has dtype {str(dtype)[:20]}, not one of {known}")
+    if not _is_matrix_shape(shape):
+        raise ArtifactRefused(f"{path}: its shape is not [n, d]")
+    if shape[0] > MAX_VIRTUAL_TOKENS:
+        raise ArtifactRefused(
+            f"{path}: has {shape[0]} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
+        )
+
+    # The header must claim exactly the bytes that follow it.
+    payload_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
+    expected_size = _HEADER_LENGTH_BYTES + header_bytes + payload_bytes
+    if offsets != [0, payload_bytes] or path.stat().st_size != expected_size:
+        raise ArtifactRefused(f"{path}: its data do not fit its shape")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file and its length in bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_HEADER_LENGTH_BYTES)
+        if len(start) < _HEADER_LENGTH_BYTES:
+            raise ArtifactRefused(f"{path}: is not a safetensors file")
+        (header_bytes,) = struct.unpack("<Q", start)
+        if header_bytes > min(_SMALL_FILE_BYTES, size - _HEADER_LENGTH_BYTES):
+            raise ArtifactRefused(f"{path}: its header is too large")
+        text = file.read(header_bytes)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ArtifactRefused(f"{path}: does not hold one tensor named {KEY}")
+    return header, header_bytes
+
+
+def _is_matrix_shape(shape: Any) -> bool:
+    if not isinstance(shape, list) or len(shape) != 2:
+        return False
+    return all(type(length) is int and length > 0 for length in shape)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; refuse a duplicate key, of which another parser may take the other."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)

@@ -1,0 +1,122 @@
+"""The run file's sections for models: the teacher, the student, and their layout over the ranks."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
+
+
+class Teacher(Section):
+    """The provider's large LLM: the teacher in distillation, the target in transfer."""
+
+    path: str
+    """A folder in Hugging Face format, or a hub name."""
+    revision: str | None = None
+    """Commit of a hub model; required with a hub name, so that a run always means the same
+    model."""
+
+    @field_validator("path")
+    @classmethod
+    def _local_folder_beside_run_file(cls, path: str, info: ValidationInfo) -> str:
+        # A hub name such as `org/model` looks like a relative path, so a folder must exist.
+        local = beside_run_file(Path(path), info)
+        is_local = local.exists() or path.startswith((".", "/", "~"))
+        return str(local) if is_local else path
+
+    @model_validator(mode="after")
+    def _hub_name_needs_revision(self) -> "Teacher":
+        if not Path(self.path).is_absolute() and not self.revision:
+            raise ValueError(
+                f"'{self.path}' is not a folder; a hub name needs `revision` (a commit)"
+            )
+        return self
+
+
+class Student(Section):
+    """Which layers of the teacher make the student, and which parameters are not trained."""
+
+    # Which layers are copied.
+    layers: Literal["first_last", "even", "auto"] | tuple[int, ...] = "first_last"
+    num_layers: PositiveInt | None = None
+    """Number of layers; required unless `layers` is a list."""
+    # What is not trained.
+    frozen_lower_layers: Annotated[int, Field(ge=0)] = 0
+    """Number of the student's first layers that are not trained. They must be the teacher's own
+    first layers, and run once for both models."""
+    freeze_embeddings: bool = True
+    freeze_head: bool = True
+
+    @model_validator(mode="after")
+    def _layers_and_number_agree(self) -> "Student":
+        if isinstance(self.layers, str):
+            if self.num_layers is None:
+                raise ValueError(f"layers: {self.layers} needs num_layers")
+            if self.layers == "first_last" and self.num_layers < 2:
+                raise ValueError("layers: first_last needs num_layers of 2 or more")
+            return self
+        is_rising = list(self.layers) == sorted(set(self.layers))
+        if not self.layers or not is_rising or self.layers[0] < 0:
+            raise ValueError("a list of layers holds rising numbers from 0, at least one")
+        if self.num_layers not in (None, len(self.layers)):
+            raise ValueError(
+                f"num_layers is {self.num_layers}, but {len(self.layers)} layers are listed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lower_block_is_possible(self) -> "Student":
+        # The rule above has checked that one of the two is given.
+        count = self.num_layers or len(self.layers)
+        if self.frozen_lower_layers >= count:
+            raise ValueError(
+                f"frozen_lower_layers: {self.frozen_lower_layers} "
+                f"leaves none of {count} layers to train"
+            )
+        if self.frozen_lower_layers and not self.freeze_embeddings:
+            raise ValueError(
+                "frozen_lower_layers needs freeze_embeddings: true, "
+                "because the frozen layers read the teacher's embeddings"
+            )
+        return self
+
+
+class Engine(Section):
+    """The layout of the models over the ranks by DeepSpeed. Only `precision` changes results."""
+
+    # How models are split over the ranks.
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage of the student. Frozen large models always use ZeRO-3."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    shard_group: Literal["all", "node"] | PositiveInt = "all"
+    """Number of ranks that share one copy of a frozen large model: all, those of a node, or a
+    number of neighbors. With 1, each rank has its own copy."""
+    quantized_gathers: bool = False
+    """ZeRO++: frozen weights are sent as int8, which changes them a little. GPUs only."""
+    # What is moved out of the memory of the GPUs, or recomputed to save it.
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shards of frozen large models are kept while they are not needed."""
+    nvme_folder: FilePath | None = None
+    """A folder on each node's own disk, for `offload: nvme`."""
+    offload_optimizer: bool = False
+    """Keep and step the student's optimizer in host memory; needs zero_stage 1 or more."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    # When a rank counts as lost.
+    hang_timeout_seconds: PositiveFloat = 1800.0
+    """A process without progress for this long reports its phase and stack, and exits."""
+
+    @model_validator(mode="after")
+    def _layout_is_possible(self) -> "Engine":
+        # Offloading to a disk needs a place on it.
+        if (self.offload == "nvme") != (self.nvme_folder is not None):
+            raise ValueError("offload: nvme and nvme_folder go together")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.shard_group == 1 and (self.offload != "none" or self.quantized_gathers):
+            raise ValueError(
+                "shard_group: 1 keeps frozen models whole on each rank: "
+                "nothing to offload or to gather"
+            )
+        return self

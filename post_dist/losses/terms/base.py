@@ -1,0 +1,98 @@
+"""What a term of the distillation loss must provide.
+
+Shapes: B positions of one chunk, N positions of the batch, d width, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from post_dist.losses.signals import TeacherSignal
+
+
+@dataclass(frozen=True)
+class LogitChunk:
+    """The logits of some positions, and what the terms may compare them with. Without gradient.
+
+    Attributes:
+        student_BV: the student's logits in fp32.
+        student_Bd: the student's hidden states, from which its head computed the logits.
+        teacher: the teacher's signal at the same positions.
+        teacher_BV: the teacher's logits, or None if the signal stands for its distribution.
+        labels_B: the token that should follow each position; -100 where none is given.
+        temperature: T, which softens both distributions.
+    """
+
+    student_BV: torch.Tensor
+    student_Bd: torch.Tensor
+    teacher: TeacherSignal
+    teacher_BV: torch.Tensor | None
+    labels_B: torch.Tensor
+    temperature: float
+
+
+class Term:
+    """One term of the distillation loss.
+
+    To add a term, write its class in a file of this package, add its weight to the section
+    `distill` of the run file, and list it in `TERMS` of this package.
+
+    Attributes:
+        metric: its name in `metrics.jsonl` and in the student's manifest.
+        weight_field: the field of the section `distill` that holds its weight.
+        label: its name in reports.
+    """
+
+    metric: ClassVar[str]
+    weight_field: ClassVar[str]
+    label: ClassVar[str]
+
+
+class LogitTerm(Term, ABC):
+    """A term that is a mean over positions of a function of the student's logits.
+
+    Its gradient is computed beside its value, because the logits of a chunk are gone when the
+    backward pass runs.
+    """
+
+    @abstractmethod
+    def positions(self, labels_N: torch.Tensor) -> int:
+        """Return the number of positions that the mean is over; at least 1."""
+
+    @abstractmethod
+    def sum_and_gradient(
+        self, chunk: LogitChunk, scale: float, gradient_BV: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the term's sum over a chunk, and add its gradient to that of the terms before it.
+
+        Args:
+            chunk: the logits.
+            scale: factor of the gradient; the returned sum is not scaled.
+            gradient_BV: gradient of the terms before this one, fp32; None for the first term. It
+                may be changed in place, so that no second tensor of this size is needed.
+
+        Returns:
+            The sum, and the gradient [B, V] of all terms so far.
+        """
+
+    def gradient_of_hidden(
+        self, teacher: TeacherSignal, scale: float, temperature: float
+    ) -> torch.Tensor | None:
+        """Return a part of the scaled gradient [N, d] that needs no logits, or None.
+
+        Args:
+            teacher: the signal at all N positions.
+            scale: factor of the gradient.
+            temperature: T of the softened distributions.
+        """
+        return None
+
+
+class HiddenTerm(Term, ABC):
+    """A term that compares the last hidden states of student and teacher."""
+
+    @abstractmethod
+    def value(self, student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> torch.Tensor:
+        """Return the mean over positions, with its gradient."""

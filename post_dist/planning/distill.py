@@ -1,0 +1,364 @@
+"""The plan of distillation: a sharded teacher, and a student that all ranks train."""
+
+from dataclasses import dataclass
+
+from post_dist.config.schema import Student
+from post_dist.config.sources import Corpus
+from post_dist.conflicts import Conflict
+from post_dist.data.order import rank_batches
+from post_dist.errors import InputError
+from post_dist.planning import cost
+from post_dist.planning.estimate import StageEstimate
+from post_dist.planning.inputs import PlanInputs
+from post_dist.planning.layout import (
+    fetched_bytes,
+    group_numbers,
+    idle_conflicts,
+    nonzero,
+    offloaded_bytes,
+)
+from post_dist.planning.memory import GATHERED, GIB, frozen_memory, student_memory
+from post_dist.planning.simulation import STORAGE_GB_PER_SECOND, young_interval
+from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.signal_format import exact_product, kept_bytes, kept_names
+
+_STORAGE_BYTES_PER_SECOND = STORAGE_GB_PER_SECOND * 1e9
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one rank runs in a step.
+
+    Attributes:
+        student: how the student is cut from the teacher.
+        passes: number of micro-batches.
+        sequences_at_once: sequences of one micro-batch.
+        length: tokens of one sequence.
+        teacher_share: share of the sequences that the teacher runs over; 1 without a cache.
+        kept_bytes: bytes of the teacher's signal that are kept of a token; 0 without a cache.
+    """
+
+    student: Student
+    passes: int
+    sequences_at_once: int
+    length: int
+    teacher_share: float
+    kept_bytes: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step."""
+        return self.passes * self.sequences_at_once
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.sequences_at_once * self.length
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """Bytes that one rank receives in a step.
+
+    Attributes:
+        gather_teacher: weights of the teacher.
+        gather_student: weights of the student.
+        reduce: gradients.
+        fetch: offloaded shards of the teacher, from host memory.
+    """
+
+    gather_teacher: float
+    gather_student: float
+    reduce: float
+    fetch: float
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """Seconds of the parts of a step, each by itself."""
+
+    teacher: float
+    gather: float
+    fetch: float
+    student: float
+    student_backward: float
+    reduce: float
+    memory: float
+    signals: float
+
+    def of_step(self, *, overlap: bool) -> float:
+        """Compute the time of a step, where collectives may overlap with computation."""
+        # Without overlap, everything waits for everything.
+        if not overlap:
+            return (
+                self.teacher
+                + self.fetch
+                + self.gather
+                + self.student
+                + self.reduce
+                + self.memory
+                + self.signals
+            )
+        # Weights arrive while the teacher computes, and gradients leave while the backward pass of
+        # the student still runs.
+        return (
+            max(self.teacher, self.fetch + self.gather)
+            + self.student
+            + max(0.0, self.reduce - self.student_backward)
+            + self.memory
+            + self.signals
+        )
+
+
+def plan_distill(inputs: PlanInputs) -> StageEstimate:
+    """Estimate distillation.
+
+    Raises:
+        InputError: the run file lacks the section `corpus` or `student`.
+    """
+    config = inputs.config
+    if config.corpus is None or config.student is None:
+        raise InputError("plan needs the sections `corpus` and `student`")
+    section = config.distill
+
+    # What one rank computes, receives and waits for in a step.
+    work = _work(inputs, config.corpus, config.student)
+    flops = _flops(inputs, work)
+    traffic = _traffic(inputs, work)
+    seconds = _seconds(inputs, work, flops, traffic)
+    step = seconds.of_step(overlap=inputs.machine.hardware.overlap)
+    memory, moments = _memory(inputs, work)
+
+    # The whole stage.
+    hours = section.steps * step / 3600
+
+    # A checkpoint holds what the optimizer keeps, whatever the precision of the run.
+    checkpoint = cost.ADAM_BYTES * inputs.models.trained
+    save_seconds = checkpoint / _STORAGE_BYTES_PER_SECOND
+
+    # Each sequence that the teacher runs over is kept once.
+    tokens = section.batch_size * work.length
+    signals = work.teacher_share * section.steps * tokens * work.kept_bytes
+
+    gather = traffic.gather_student + traffic.gather_teacher
+    received = {"gather": gather, "reduce": traffic.reduce} | nonzero(fetch=traffic.fetch)
+    numbers = {
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in received.items()},
+        "seconds": {
+            "teacher": seconds.teacher,
+            "gather": seconds.gather,
+            "student": seconds.student,
+            "reduce": seconds.reduce,
+            "memory": seconds.memory,
+        }
+        | nonzero(fetch=seconds.fetch, signals=seconds.signals),
+        "step_seconds": step,
+        "steps": section.steps,
+        "tokens_per_second": tokens / step,
+        "model_flops_utilisation": inputs.utilization(sum(flops.values()), step),
+        "shard_group": group_numbers(inputs),
+        "checkpoint_gib": checkpoint / GIB,
+        "checkpoint_interval_seconds": young_interval(save_seconds, inputs.machine.ranks),
+        "teacher_signals_gib": signals / GIB if work.kept_bytes else None,
+    }
+    return StageEstimate(
+        stage="distill",
+        ranks=inputs.machine.ranks,
+        hours=hours,
+        memory_gib=memory,
+        numbers=numbers,
+        conflicts=_conflicts(inputs),
+        moments=moments,
+        host_bytes=_host_bytes(inputs),
+    )
+
+
+def _conflicts(inputs: PlanInputs) -> list[Conflict]:
+    """List what the stage refuses, and idle GPUs."""
+    machine = inputs.machine
+    batch_size = inputs.config.distill.batch_size
+    found = conflicts(inputs.config, inputs.models.teacher.facts, machine.layout)
+    return [*found, *idle_conflicts("distill", batch_size, machine.ranks)]
+
+
+def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
+    """Compute what one rank runs in a step."""
+    section = inputs.config.distill
+    # Rank 0 has at least as many examples as any other rank.
+    own = rank_batches(
+        range(section.batch_size), section.micro_batch_size_per_gpu, 0, inputs.machine.ranks
+    )
+    # Without a cache the teacher runs in every step, and nothing is kept.
+    share = 1.0
+    kept = 0
+    if section.cache != "none":
+        share = _teacher_share(inputs, corpus)
+        teacher = inputs.models.teacher.facts
+        exact = exact_product(teacher, fp32=inputs.precision == "fp32")
+        names = kept_names(section, student, exact_product=exact)
+        kept = kept_bytes(names, teacher.width, inputs.bytes_each)
+    return _Work(
+        student=student,
+        passes=len(own),
+        sequences_at_once=max(len(batch.rows) for batch in own),
+        length=corpus.sequence_length,
+        teacher_share=share,
+        kept_bytes=kept,
+    )
+
+
+def _teacher_share(inputs: PlanInputs, corpus: Corpus) -> float:
+    """Compute the share of the steps' sequences that a cached teacher runs over.
+
+    The teacher runs once over each sequence of the corpus. A corpus of unknown size is taken to
+    have a new sequence for each place in a step.
+    """
+    section = inputs.config.distill
+    # Later epochs read what the first one kept.
+    wanted = section.steps * section.batch_size
+    if not corpus.max_tokens:
+        return 1.0
+    in_corpus = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences
+    return min(1.0, max(0, in_corpus) / wanted)
+
+
+def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:
+    """Count the operations of one rank's step."""
+    models = inputs.models
+    flops = cost.distill_flops(
+        models.teacher,
+        models.upper,
+        work.sequences,
+        work.length,
+        freeze_head=work.student.freeze_head,
+    )
+    flops["teacher"] *= work.teacher_share
+    if inputs.config.distill.cache == "sampled":
+        # Samples keep nothing of the frozen layers, so the student runs them itself.
+        whole = cost.forward_flops(models.student, work.sequences, work.length)
+        upper = cost.forward_flops(models.upper, work.sequences, work.length)
+        flops["student_forward"] += whole - upper
+    return flops
+
+
+def _traffic(inputs: PlanInputs, work: _Work) -> _Traffic:
+    """Compute the bytes that one rank receives in a step."""
+    models = inputs.models
+    moved = cost.distill_bytes(
+        models.teacher,
+        models.upper,
+        inputs.sharding,
+        trained=models.trained,
+        zero_stage=inputs.config.engine.zero_stage,
+        passes=work.passes,
+    )
+    # The teacher's part is set apart, because a cached teacher runs over a share of the sequences.
+    trunk = models.teacher.without_one_table
+    of_teacher = work.passes * cost.gathered_bytes(trunk.weights, inputs.group, inputs.bytes_each)
+    return _Traffic(
+        gather_teacher=work.teacher_share * of_teacher,
+        gather_student=moved["gather"] - of_teacher,
+        reduce=moved["reduce"],
+        fetch=work.teacher_share * work.passes * fetched_bytes(inputs, [trunk]),
+    )
+
+
+def _seconds(
+    inputs: PlanInputs, work: _Work, flops: dict[str, float], traffic: _Traffic
+) -> _Seconds:
+    """Compute the seconds of each part of a step.
+
+    Args:
+        inputs: models and hardware.
+        work: what one rank runs.
+        flops: operations by part.
+        traffic: bytes that one rank receives.
+    """
+    machine = inputs.machine
+    hardware = machine.hardware
+    rate = inputs.flops_per_second
+    # One collective a layer, in each pass of the teacher.
+    gathers = work.teacher_share * work.passes * len(inputs.models.teacher.layers)
+    # The student's gradients and weights take one collective each.
+    reduced = traffic.reduce + traffic.gather_student
+    # The signal is written once, by the teacher, and read in every step.
+    tokens = inputs.config.distill.batch_size * work.length
+    signal_bytes = (1 + work.teacher_share) * tokens * work.kept_bytes
+    return _Seconds(
+        teacher=flops["teacher"] / rate,
+        gather=machine.collective_seconds(traffic.gather_teacher, inputs.group, gathers),
+        fetch=traffic.fetch / hardware.host_bytes_per_second(),
+        student=(flops["student_forward"] + flops["student_backward"]) / rate,
+        student_backward=flops["student_backward"] / rate,
+        reduce=machine.collective_seconds(reduced, machine.ranks, 2),
+        memory=_passed_bytes(inputs, work) / hardware.memory_bytes_per_second(),
+        signals=signal_bytes / _STORAGE_BYTES_PER_SECOND,
+    )
+
+
+def _passed_bytes(inputs: PlanInputs, work: _Work) -> float:
+    """Compute the bytes that a step moves through a GPU's memory, beside matrix products."""
+    models = inputs.models
+    each = inputs.bytes_each
+    tokens = work.tokens_at_once
+    teacher = work.teacher_share * cost.forward_pass_bytes(models.teacher, tokens, each)
+    student = cost.backward_pass_bytes(models.upper, tokens, each)
+    one_pass = (
+        teacher
+        + cost.forward_pass_bytes(models.upper, tokens, each)
+        + student
+        + cost.logit_bytes(models.upper, tokens)
+    )
+    # Above ZeRO-0, each rank steps its part of the weights.
+    shards = inputs.machine.ranks if inputs.config.engine.zero_stage else 1
+    return work.passes * one_pass + cost.optimizer_bytes(models.trained / shards, each)
+
+
+def _memory(inputs: PlanInputs, work: _Work) -> tuple[dict[str, float], list[tuple[str, ...]]]:
+    """Compute the memory of one GPU by part, and which parts exist at which moment."""
+    models = inputs.models
+    engine = inputs.config.engine
+    each = inputs.bytes_each
+    tokens = work.tokens_at_once
+
+    # The teacher keeps no activations for a backward pass: one layer's are alive at a time.
+    memory = frozen_memory(models.teacher, engine, inputs.group, each)
+    in_a_layer = cost.activation_elements(models.teacher)
+    memory["teacher_activations"] = in_a_layer * tokens * each / GIB
+    memory |= student_memory(
+        engine,
+        models.upper,
+        models.trained,
+        ranks=inputs.machine.ranks,
+        tokens=tokens,
+        bytes_each=each,
+    )
+    if not work.student.freeze_head:
+        # The teacher's head is kept beside the trained one. The gradient of the head's weights is
+        # held twice: of one piece of the logits, and their sum.
+        table = models.upper.width * models.upper.vocabulary * each / GIB
+        memory["teacher_head"] = table
+        memory["logits"] += 2 * table
+
+    # Three moments of a pass: the teacher runs, the student's logits exist, it runs backward.
+    teacher_forward = (*GATHERED, "teacher_activations")
+    student_loss = ("student_gathered", "activations", "logits")
+    student_backward = ["student_gathered", "activations"]
+    # Gradients stay from one pass to the next, and ZeRO-2 keeps the buffer of a rank's own part.
+    gradients_stay = work.passes > 1 or engine.zero_stage >= 2
+    if not gradients_stay:
+        student_backward.append("student_gradients")
+    # ZeRO-3 keeps its bucket from step to step.
+    if engine.zero_stage < 3:
+        student_backward.append("gradient_bucket")
+    return memory, [teacher_forward, student_loss, tuple(student_backward)]
+
+
+def _host_bytes(inputs: PlanInputs) -> float:
+    """Compute the bytes that one rank keeps in host memory."""
+    of_teacher = offloaded_bytes(inputs)
+    if not inputs.config.engine.offload_optimizer:
+        return of_teacher
+    # An offloaded optimizer is sharded: the run file asks for ZeRO-1 or more.
+    return of_teacher + cost.ADAM_BYTES * inputs.models.trained / inputs.machine.ranks

@@ -1,0 +1,100 @@
+"""What every stage of a plan is computed from: run file, model sizes, machine and precision."""
+
+from dataclasses import dataclass
+
+from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
+from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
+from post_dist.models.size import ModelSize
+from post_dist.models.student import stand_in_layers
+from post_dist.planning.cost import Sharding
+from post_dist.planning.hardware import Machine
+from post_dist.runtime.shard_group import shard_group_size
+
+
+@dataclass(frozen=True)
+class Models:
+    """Sizes of the models that a run file trains and runs.
+
+    Attributes:
+        teacher: the large model: the teacher of distillation and the target of the transfer.
+        student: the student as it is cut from the teacher.
+        upper: the student above its frozen layers.
+        trained: number of the student's elements that are trained.
+    """
+
+    teacher: ModelSize
+    student: ModelSize
+    upper: ModelSize
+    trained: int
+
+
+def models_of(config: RunConfig, teacher: ModelSize) -> Models:
+    """Compute the sizes of the models of a run file.
+
+    Raises:
+        InputError: the run file has no section `student`, or the teacher lacks its layers.
+    """
+    section = config.student
+    if section is None:
+        raise InputError("plan needs the sections `teacher` and `student`")
+    # `layers: auto` is decided in the run; a stand-in of as many layers costs the same.
+    student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
+    upper = student.above(section.frozen_lower_layers)
+    # All layers above the frozen ones are trained, and head and embeddings where the run file asks
+    # for it. The final norm counts with the embeddings, as `models.student.freeze` has it.
+    trained = sum(sum(layer.weights) for layer in upper.layers)
+    if not section.freeze_head:
+        trained += upper.head
+    if not section.freeze_embeddings:
+        trained += sum(upper.others) - upper.head
+    return Models(teacher, student, upper, trained)
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Inputs of the plan of one stage.
+
+    Attributes:
+        config: the run file.
+        models: sizes of its models.
+        machine: the nodes and GPUs that run the stage.
+        precision: precision of weights and activations.
+    """
+
+    config: RunConfig
+    models: Models
+    machine: Machine
+    precision: Precision
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one weight."""
+        return BYTES_PER_ELEMENT[self.precision]
+
+    @property
+    def group(self) -> int:
+        """Number of ranks that share one copy of a frozen model."""
+        return shard_group_size(self.config.engine, self.machine.layout)
+
+    @property
+    def sharding(self) -> Sharding:
+        """How weights are spread over the ranks."""
+        return Sharding(self.machine.ranks, self.group, self.bytes_each)
+
+    @property
+    def flops_per_second(self) -> float:
+        """Operations per second that matrix products reach on one GPU."""
+        return self.machine.hardware.flops_per_second(self.precision)
+
+    def utilization(self, flops: float, seconds: float) -> float:
+        """Compute the fraction of a GPU's peak operations that a step uses."""
+        return flops / seconds / (self.machine.hardware.teraflops[self.precision] * 1e12)
+
+    def text_lengths(self) -> tuple[int, int]:
+        """Return most tokens of a text, and of its response; the latter is 0 for classes."""
+        # A provider plans without the private task; its public one reads texts of a like length.
+        task = self.config.private_task or self.config.public_task
+        if task is None:
+            return 128, 0
+        return task.max_length, task.response_length

@@ -1,0 +1,235 @@
+"""The plan of the transfer: a sharded target, and prompts that are trained on it side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig
+from post_dist.conflicts import Conflict
+from post_dist.data.order import rank_batches
+from post_dist.planning import cost
+from post_dist.planning.estimate import StageEstimate
+from post_dist.planning.inputs import PlanInputs
+from post_dist.planning.layout import (
+    fetched_bytes,
+    group_numbers,
+    idle_conflicts,
+    nonzero,
+    offloaded_bytes,
+)
+from post_dist.planning.memory import GIB, frozen_memory
+from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts
+from post_dist.stages.transfer.conflicts import TransferModels
+
+_LOGIT_COPIES_OF_CLASSES = 3
+_LOGIT_COPIES_OF_VOCABULARY = 8
+"""Copies of the fp32 logits that live together, by what is compared."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that trains some prompts side by side.
+
+    Attributes:
+        seconds: duration.
+        memory_gib: memory of one GPU by part.
+        numbers: its other numbers, by their names in the plan's JSON.
+    """
+
+    seconds: float
+    memory_gib: dict[str, float]
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one rank runs in a step.
+
+    Attributes:
+        by_classes: for each prompt, whether class scores are compared.
+        examples: examples of one prompt.
+        length: most tokens of an example, with its response.
+        response: most tokens of a response; 0 for classes.
+    """
+
+    by_classes: Sequence[bool]
+    examples: int
+    length: int
+    response: int
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.by_classes)
+
+    @property
+    def answers(self) -> int:
+        """Number of positions of one prompt that have logits."""
+        return self.examples * (self.response or 1)
+
+
+def plan_transfer(inputs: PlanInputs) -> StageEstimate:
+    """Estimate the transfer. Its numbers are those of the most expensive step."""
+    section = inputs.config.transfer
+    by_classes = _prompts(inputs.config)
+    # Prompts that do not fit side by side are trained in rounds, one after the other.
+    steps: list[_Step] = []
+    for start in range(0, len(by_classes), section.prompts_at_once):
+        together = by_classes[start : start + section.prompts_at_once]
+        steps.append(_step(inputs, _work(inputs, together)))
+    longest = max(steps, key=lambda step: step.seconds)
+    numbers = longest.numbers | {
+        "steps": section.steps,
+        "prompts": len(by_classes),
+        "shard_group": group_numbers(inputs),
+    }
+    return StageEstimate(
+        stage="transfer",
+        ranks=inputs.machine.ranks,
+        hours=section.steps * sum(step.seconds for step in steps) / 3600,
+        memory_gib=longest.memory_gib,
+        numbers=numbers,
+        conflicts=_conflicts(inputs),
+        host_bytes=offloaded_bytes(inputs),
+    )
+
+
+def _prompts(config: RunConfig) -> list[bool]:
+    """Return, for each prompt that is transferred, whether class scores are compared."""
+    own = config.transfer.scores == "classes"
+    sources = config.inputs.source_prompt
+    # The prompts of several owners have no baselines: their private data is not here.
+    if isinstance(sources, tuple):
+        return [own] * len(sources)
+    of_each_source = [own]
+    if "published transfer" in config.evaluate.baselines:
+        of_each_source.append(False)
+    return of_each_source * (1 + len(config.evaluate.private_rows))
+
+
+def _conflicts(inputs: PlanInputs) -> list[Conflict]:
+    """List what the stage refuses, and idle GPUs.
+
+    The plan knows the prompts of other owners only by their number, and the student by its layers.
+    So the prompts are taken to have the run file's own task, and the student the same tokenizer.
+    """
+    config = inputs.config
+    machine = inputs.machine
+    found: list[Conflict] = []
+    task = config.private_task or config.public_task
+    if config.public_task is not None and task is not None:
+        models = TransferModels(
+            inputs.models.student.facts, inputs.models.teacher.facts, same_tokenizer=True
+        )
+        own_task = PromptTask.of_section(task, config.tune.init_text)
+        prompt = SourcePrompt(config.tune.num_virtual_tokens, own_task)
+        found += transfer_conflicts(config, models, [prompt], machine.layout)
+    return [*found, *idle_conflicts("transfer", config.transfer.batch_size, machine.ranks)]
+
+
+def _work(inputs: PlanInputs, by_classes: Sequence[bool]) -> _Work:
+    """Compute what one rank runs in a step."""
+    size = inputs.config.transfer.batch_size
+    # The transfer accumulates nothing: a rank's part of the batch is one pass.
+    own = rank_batches(range(size), size, 0, inputs.machine.ranks)
+    text, response = inputs.text_lengths()
+    return _Work(
+        by_classes=by_classes,
+        examples=max(len(batch.rows) for batch in own),
+        length=text + response,
+        response=response,
+    )
+
+
+def _step(inputs: PlanInputs, work: _Work) -> _Step:
+    """Estimate a step. Each prompt has its own examples; one gathering of the target serves all."""
+    hardware = inputs.machine.hardware
+    machine = inputs.machine
+    target = inputs.models.teacher
+    prompt = inputs.config.tune.num_virtual_tokens
+    flops = _flops(inputs, work)
+    received = cost.transfer_bytes(target, work.prompts * prompt, inputs.sharding)
+    # The target is read once forward, and backward without its embeddings.
+    fetched = fetched_bytes(inputs, [target, target.without_one_table])
+
+    # Seconds of each part by itself, then of the step.
+    compute = sum(flops.values()) / inputs.flops_per_second
+    gather = machine.collective_seconds(received["gather"], inputs.group, 2 * len(target.layers))
+    fetch = fetched / hardware.host_bytes_per_second()
+    reduce = machine.collective_seconds(received["reduce"], machine.ranks, work.prompts)
+    tokens = work.prompts * cost.transfer_tokens(
+        target, work.examples, work.length, prompt, responses=work.response
+    )
+    memory = _passed_bytes(inputs, work, tokens) / hardware.memory_bytes_per_second()
+    # Weights arrive while the layers before them compute. The prompt's gradient is complete only at
+    # the end, so nothing hides its reduction.
+    if hardware.overlap:
+        compute_and_gather = max(compute, fetch + gather)
+    else:
+        compute_and_gather = compute + fetch + gather
+    step = compute_and_gather + reduce + memory
+
+    seconds = {"compute": compute, "gather": gather, "reduce": reduce, "memory": memory}
+    received |= nonzero(fetch=fetched)
+    numbers = {
+        "flops_per_gpu": flops,
+        "received_gib_per_gpu": {kind: size / GIB for kind, size in received.items()},
+        "seconds": seconds | nonzero(fetch=fetch),
+        "step_seconds": step,
+        "prompts_at_once": work.prompts,
+        "samples_per_second": work.prompts * inputs.config.transfer.batch_size / step,
+        "model_flops_utilisation": inputs.utilization(sum(flops.values()), step),
+    }
+    return _Step(step, _memory(inputs, work, tokens), numbers)
+
+
+def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:
+    """Count the operations of one rank's step, for all prompts together."""
+    of_prompts = [
+        cost.transfer_flops(
+            inputs.models.teacher,
+            inputs.models.student,
+            work.examples,
+            work.length,
+            inputs.config.tune.num_virtual_tokens,
+            by_classes=classes,
+            responses=work.response,
+        )
+        for classes in work.by_classes
+    ]
+    return {name: sum(flops[name] for flops in of_prompts) for name in of_prompts[0]}
+
+
+def _passed_bytes(inputs: PlanInputs, work: _Work, tokens: float) -> float:
+    """Compute the bytes that a step moves through a GPU's memory, beside matrix products."""
+    target = inputs.models.teacher
+    forward = cost.forward_pass_bytes(target, tokens, inputs.bytes_each)
+    backward = cost.backward_pass_bytes(target, tokens, inputs.bytes_each)
+    return forward + backward + cost.logit_bytes(target, work.prompts * work.answers)
+
+
+def _memory(inputs: PlanInputs, work: _Work, tokens: float) -> dict[str, float]:
+    """Compute the memory of one GPU by part, in GiB.
+
+    Args:
+        inputs: models and engine.
+        work: what one rank runs.
+        tokens: tokens that the target's layers see.
+    """
+    engine = inputs.config.engine
+    each = inputs.bytes_each
+    target = inputs.models.teacher
+    in_a_layer = cost.activation_elements(target, trained=False)
+    # With checkpointing, only the input of each layer is kept, and one layer is recomputed.
+    kept = target.width if engine.activation_checkpointing else in_a_layer
+    # Where the vocabulary is compared, logits of the unprompted target and of the student are alive
+    # as well.
+    copies = 0
+    for classes in work.by_classes:
+        copies += _LOGIT_COPIES_OF_CLASSES if classes else _LOGIT_COPIES_OF_VOCABULARY
+    memory = frozen_memory(target, engine, inputs.group, each)
+    memory["student_weights"] = inputs.models.student.parameters * each / GIB
+    memory["activations"] = (len(target.layers) * kept + in_a_layer) * tokens * each / GIB
+    memory["logits"] = copies * work.answers * target.vocabulary * 4 / GIB
+    return memory

@@ -1,0 +1,106 @@
+"""The plan of prompt tuning: one GPU, and one prompt for each privacy plan of the run."""
+
+from dataclasses import dataclass
+
+from post_dist.config.schema import RunConfig
+from post_dist.models.size import ModelSize
+from post_dist.planning import cost
+from post_dist.planning.estimate import StageEstimate
+from post_dist.planning.inputs import PlanInputs
+from post_dist.planning.memory import GIB
+from post_dist.stages.conflicts import tune_conflicts
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt that is tuned.
+
+    Attributes:
+        batch_size: examples of a step; in a private run, the expected number.
+        steps: number of steps.
+    """
+
+    batch_size: float
+    steps: int
+
+
+def plan_tune(inputs: PlanInputs) -> StageEstimate:
+    """Estimate prompt tuning: forward and backward passes of examples that share the prompt.
+
+    Raises:
+        InputError: a privacy plan of the run file says too little, or no noise reaches its target.
+    """
+    config = inputs.config
+    section = config.tune
+    prompts, epsilons = _prompts(config)
+    flops = [_step_flops(inputs, prompt.batch_size) for prompt in prompts]
+    step_seconds = [count / inputs.flops_per_second for count in flops]
+    # Prompts are tuned one after the other, and a search repeats each of them.
+    all_steps = 0.0
+    for seconds, prompt in zip(step_seconds, prompts, strict=True):
+        all_steps += seconds * prompt.steps
+    trials = section.search.mean_trials if section.search else None
+    numbers = {
+        "flops_per_gpu": {"forward_and_backward": max(flops)},
+        "step_seconds": max(step_seconds),
+        "steps": max(prompt.steps for prompt in prompts),
+        "prompts": len(prompts),
+        "trials_of_each": trials,
+    }
+    if epsilons:
+        numbers["epsilon"] = epsilons
+    models = inputs.models
+    return StageEstimate(
+        stage="tune",
+        ranks=1,
+        hours=(trials or 1) * all_steps / 3600,
+        memory_gib=_memory(inputs, models.student),
+        numbers=numbers,
+        conflicts=tune_conflicts(
+            config, models.student.facts, models.teacher.facts, inputs.machine.layout
+        ),
+    )
+
+
+def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
+    """List the prompts that are tuned on the student, and the epsilon of each private one."""
+    # The run's own prompt comes first, then one for each of `evaluate.private_rows`.
+    prompts = []
+    if not config.privacy.enabled:
+        prompts.append(_Prompt(config.tune.batch_size, config.tune.steps))
+    epsilons = []
+    if any(section.enabled for section in config.all_privacy):
+        from post_dist.privacy.accounting import account, private_plans  # takes a second
+
+        for plan in private_plans(config):
+            prompts.append(_Prompt(plan.expected_batch_size, plan.steps))
+            epsilons.append(account(plan).epsilon)
+    return prompts, epsilons
+
+
+def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
+    """Count the operations of a step. No weight is trained, so backward costs one forward."""
+    student = inputs.models.student
+    text, response = inputs.text_lengths()
+    length = inputs.config.tune.num_virtual_tokens + text + response
+    trunk = cost.forward_flops(student, batch_size, length)
+    head = cost.head_flops(student, batch_size * (response or 1))
+    return 2 * (trunk + head)
+
+
+def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:
+    """Compute the memory of the GPU by part, in GiB."""
+    # Weights are frozen, so there are no gradients and no optimizer of any size.
+    each = inputs.bytes_each
+    section = inputs.config.tune
+    text, response = inputs.text_lengths()
+    length = section.num_virtual_tokens + text + response
+    micro = section.micro_batch_size_per_gpu
+    kept = len(student.layers) * cost.activation_elements(student, trained=False)
+    # Three fp32 copies of the logits live together: themselves, their softmax and their gradient.
+    logits = 3 * micro * (response or 1) * student.vocabulary * 4
+    return {
+        "student_weights": student.parameters * each / GIB,
+        "activations": kept * micro * length * each / GIB,
+        "logits": logits / GIB,
+    }

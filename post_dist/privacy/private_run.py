@@ -1,0 +1,87 @@
+"""One private tuning run from its plan to its statement, as a single training run or as a search.
+
+Nothing that is computed from an example is shown or kept without noise.
+"""
+
+import logging
+import shutil
+from typing import Any
+
+import torch
+
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.models.tuning_task import TuningTask
+from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
+from post_dist.privacy.model_check import check_model
+from post_dist.privacy.plan import PrivacyPlan
+from post_dist.privacy.randomness import destroy_key, open_source
+from post_dist.privacy.search import run_search
+from post_dist.privacy.statement import privacy_statement
+from post_dist.privacy.trainer import PrivateRun, PrivateTrainer, TrialSettings
+from post_dist.runtime.distributed import World
+
+log = logging.getLogger(__name__)
+
+
+def tune_privately(
+    folder: RunFolder, task: TuningTask, world: World, resume: str
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Tune a prompt under the privacy plan of the run file.
+
+    Args:
+        folder: keeps the run's key, and its state after every step.
+        task: model, examples and start.
+        world: this process.
+        resume: `auto` or `never`.
+
+    Returns:
+        The tuned parameters, and the contents of `privacy.json`.
+
+    Raises:
+        InputError: the model cannot be tuned privately.
+        PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
+    """
+    config = folder.config
+    # Everything that can refuse the run comes before the ledger is opened.
+    plan = private_plan(config)
+    _log_cost(plan)
+    check_model(config.tune, task)
+    key_file = folder.path / "randomness.json"
+    ledger_file = ledger_path(config)
+    # The lock holds for the whole run: two runs must not spend from one budget at once.
+    with lock_ledger(ledger_file) as descriptor:
+        if resume == "never":
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            key_file.unlink(missing_ok=True)
+        # An unfinished run resumes with its key, and so with its name in the ledger.
+        source = open_source(key_file, plan.noise_source, config.seed)
+        cap = config.privacy.max_total_epsilon
+        ledger = LedgerRun(ledger_file, descriptor, source.run, plan, cap)
+        run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
+        # A search varies these settings; a single run uses them as they are.
+        trainer = PrivateTrainer(task, config, run)
+        learning_rate = config.privacy.learning_rate or config.tune.learning_rate
+        settings = TrialSettings(learning_rate, plan.max_grad_norm)
+        if config.tune.search is None:
+            parameters = trainer.train(settings, 0, folder.checkpoints)
+        else:
+            parameters = run_search(trainer, settings)
+        # Without its key, a finished run can neither be continued nor have its noise subtracted.
+        destroy_key(key_file, source)
+        ledger.finish()
+        return parameters, privacy_statement(ledger.spending)
+
+
+def _log_cost(plan: PrivacyPlan) -> None:
+    """Log what the plan costs, and warn where it is not private."""
+    cost = account(plan)
+    log.info(
+        "tune: epsilon %.3f at delta %.2e, noise multiplier %.4f, %d steps",
+        cost.epsilon,
+        plan.delta,
+        plan.noise_multiplier,
+        plan.steps,
+    )
+    if not plan.private:
+        log.warning("tune: the noise comes from a seed, so the result of this run is NOT private")

@@ -1,0 +1,67 @@
+"""The score of a trial in a private search: its number of correct validation examples.
+
+The count is private. The search adds noise to it before it uses it.
+
+Shapes: B examples, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from post_dist.config.sources import Task
+from post_dist.data.tasks import load_examples
+from post_dist.models.classifier import BIAS_SCALE
+from post_dist.models.tuning_task import TuningTask
+from post_dist.privacy.micro_batches import micro_batches
+from post_dist.runtime.distributed import World
+from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.watchdog import phase
+
+
+def validation_task(task: TuningTask, section: Task) -> TuningTask:
+    """Return a tuning task with the validation examples in place of the training examples.
+
+    Raises:
+        InputError: no example falls into the validation split.
+    """
+    loaded = load_examples(section, "validation", "private_task")
+    examples = task.reader.encode(loaded.texts)
+    return replace(task, examples=examples, targets=torch.tensor(loaded.classes))
+
+
+@torch.no_grad()
+def count_right(
+    task: TuningTask, parameters: Sequence[torch.Tensor], longest_size: int, world: World
+) -> int:
+    """Count the examples that the tuned parameters classify correctly.
+
+    Micro-batches have fixed shapes, so one more example changes the count by one at most. No
+    progress is shown, because the numbers of examples and of trials are private.
+
+    Args:
+        task: holds the model and the examples to classify.
+        parameters: the prompt, and the bias parameters if they are tuned.
+        longest_size: number of examples in a micro-batch of the longest examples.
+        world: this process.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    right = 0
+    for micro_batch in micro_batches(task, range(len(task.examples)), longest_size, world.device):
+        # The watchdog learns that work continues, but not how much of it there is.
+        phase("scoring a trial")
+        batch = micro_batch.batch
+        # The whole head runs, as in `evaluate`: scores of single tokens may round differently.
+        logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
+        scores_BC = task.reader.scores(logits_BV)
+        if len(parameters) > 1:
+            scores_BC = scores_BC + BIAS_SCALE * parameters[1]
+        # Copies that fill up a micro-batch are cut off before the count.
+        matches_B = scores_BC.argmax(dim=1) == micro_batch.targets
+        right += int(matches_B[: micro_batch.counted].sum())
+        if stop_requested(world):
+            raise stopped("the score of a trial starts again next time")
+    return right

@@ -1,0 +1,128 @@
+"""The comparison table as text: for a terminal, for `report.md`, and cell by cell for the page."""
+
+import json
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_WIDTH = 130
+"""Columns that the widest table takes, whatever the terminal's width."""
+_CLASS_COLUMNS = {
+    "accuracy %": "accuracy_micro",
+    "95% interval": "interval_95",
+    "macro %": "accuracy_macro",
+    "AUC %": "auc",
+}
+_RESPONSE_COLUMNS = {
+    "exact match %": "exact_match",
+    "95% interval": "interval_95",
+    "ROUGE-1 %": "rouge_1",
+    "ROUGE-L %": "rouge_l",
+}
+NOTE = (
+    "Accuracy counts examples (micro) or averages the recall of the classes (macro). "
+    "AUC takes one class against the rest and depends on the ranking alone. "
+    "An exact match is word for word; ROUGE is F1 with stemming. The interval is Wilson's."
+)
+
+
+def read_table(evaluation: Path) -> dict[str, Any]:
+    """Read the table of an evaluation's run folder, as `post-dist evaluate --json` prints it."""
+    table: dict[str, Any] = json.loads((evaluation / "artifact" / "table.json").read_text())
+    return table
+
+
+def has_classes(table: Mapping[str, Any]) -> bool:
+    """Return whether the task has classes; the other tasks generate text."""
+    return "accuracy_micro" in table["rows"][0]
+
+
+def table_title(table: Mapping[str, Any]) -> str:
+    """Return the task and the split, and how often the test split was read if more than once."""
+    title = f"{table['task']}, {table['split']} split"
+    readings = table.get("test_readings", 1)
+    if readings > 1:
+        title += f" (read {readings} times)"
+    return title
+
+
+def table_columns(table: Mapping[str, Any]) -> list[str]:
+    """Return the headings of the columns."""
+    return list(_fields_by_column(table))
+
+
+def table_cells(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the text of all cells, row by row."""
+    fields = _fields_by_column(table)
+    rows = []
+    for row in table["rows"]:
+        cells = [_cell(column, row[field]) for column, field in fields.items()]
+        rows.append(tuple(cells))
+    return rows
+
+
+def terminal_table(table: Mapping[str, Any]) -> "Table":
+    """Return the table for a terminal."""
+    from rich.table import Table
+
+    drawn = Table(title=table_title(table))
+    for column in table_columns(table):
+        justify = "left" if column == "row" else "right"
+        drawn.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for cells in table_cells(table):
+        drawn.add_row(*cells)
+    return drawn
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """Return the terminal's table as plain text."""
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=_WIDTH).print(terminal_table(table))
+    return text.getvalue().rstrip("\n")
+
+
+def markdown_table(table: Mapping[str, Any]) -> str:
+    """Return the table in Markdown."""
+    columns = table_columns(table)
+    lines = [_markdown_row(columns), "|" + "---|" * len(columns)]
+    lines += [_markdown_row(cells) for cells in table_cells(table)]
+    return "\n".join(lines)
+
+
+def print_wide(table: "Table") -> None:
+    """Print a table whole, however narrow the terminal is."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(table)
+
+
+def _fields_by_column(table: Mapping[str, Any]) -> dict[str, str]:
+    """Return which field of a row each column holds, by the column's heading."""
+    # The order here is the order of the columns.
+    measured = _CLASS_COLUMNS if has_classes(table) else _RESPONSE_COLUMNS
+    return {"row": "name", **measured, "n": "n", "epsilon": "epsilon"}
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        low, high = value
+        return f"{100 * low:.1f} to {100 * high:.1f}"
+    if column.endswith("%"):
+        return f"{100 * value:.1f}"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value)
+
+
+def _markdown_row(cells: "list[str] | tuple[str, ...]") -> str:
+    return f"| {' | '.join(cells)} |"

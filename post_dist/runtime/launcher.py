@@ -1,0 +1,75 @@
+"""Which launcher started this process, by the environment variables that it sets."""
+
+import socket
+from collections.abc import Mapping
+
+from post_dist.errors import EnvironmentFault
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and the deepspeed launcher set, and torch reads."""
+
+
+def find_launcher(environment: Mapping[str, str]) -> str:
+    """Name the launcher that started this process; `none` for a process started alone.
+
+    Raises:
+        EnvironmentFault: the launcher's variables are incomplete or contradict each other.
+    """
+    given = [name for name in _TORCHRUN if environment.get(name)]
+    slurm_tasks = int(environment.get("SLURM_NTASKS") or 1)
+    in_slurm_step = bool(environment.get("SLURM_PROCID"))
+
+    # Some sites set MASTER_ADDR for every job.
+    if not given or given == ["MASTER_ADDR"]:
+        if in_slurm_step and slurm_tasks > 1:
+            raise EnvironmentFault(
+                f"Slurm started {slurm_tasks} tasks, but RANK and WORLD_SIZE are not set: "
+                "each would think it is alone",
+                "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
+                "MASTER_ADDR MASTER_PORT in each task",
+            )
+        return "none"
+
+    # torch would wait for ever for an address that nobody gave.
+    missing = sorted(set(_TORCHRUN) - set(given))
+    if missing:
+        raise EnvironmentFault(
+            f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
+        )
+    # torchrun inside a Slurm job sets its own variables beside those of Slurm.
+    size = _checked_world_size(environment)
+    if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
+        raise EnvironmentFault(
+            f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank"
+        )
+    if environment.get("TORCHELASTIC_RUN_ID"):
+        return "torchrun"
+    return "srun" if in_slurm_step else "deepspeed or plain environment"
+
+
+def environment_of_one_process() -> dict[str, str]:
+    """Return the variables of a process group of one, on a free port of this machine."""
+    with socket.socket() as probe:
+        # Port 0 lets the system choose one that is free.
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _checked_world_size(environment: Mapping[str, str]) -> int:
+    """Return WORLD_SIZE, once it and the rank are numbers that agree."""
+    try:
+        rank = int(environment["RANK"])
+        size = int(environment["WORLD_SIZE"])
+        int(environment["LOCAL_RANK"])
+    except ValueError:
+        raise EnvironmentFault("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+    if not 0 <= rank < size:
+        raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
+    return size

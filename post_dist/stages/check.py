@@ -1,0 +1,387 @@
+"""Check a run file against its models, data and prompts, without weights and without a GPU.
+
+Every check runs by itself, so that all that is wrong is found at once. The rules are those that the
+stages raise. A private file is read here on its owner's machine: nothing of its cells, no count and
+no share leaves this module.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig, Stage
+from post_dist.config.sources import DataSource, Task, placeholders
+from post_dist.conflicts import Conflict, Layout
+from post_dist.data.public_text import load_public_texts
+from post_dist.data.sources import read_columns
+from post_dist.data.tasks import load_examples
+from post_dist.data.template import Template
+from post_dist.data.verbalizer import Verbalizer
+from post_dist.errors import InputError
+from post_dist.models.load import tokenizer_folder
+from post_dist.models.student import stand_in_layers
+from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.stages.check_models import CheckedModel, read_model, same_tokenizer
+from post_dist.stages.check_report import CheckReport, Findings, LabelTokens, PlanEpsilon
+from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts, tune_conflicts
+from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
+from post_dist.stages.prompt_origin import check_belongs
+from post_dist.stages.transfer.conflicts import TransferModels
+
+_LARGEST_CORPUS_BYTES = 1 << 28
+"""A larger corpus is not read: parsing it takes more than seconds."""
+
+
+def check_run(config: RunConfig) -> CheckReport:
+    """Check what a run file wants, as far as config.json, tokenizers and local data tell.
+
+    Args:
+        config: the run file.
+    """
+    check = _Check(config)
+    check.run()
+    return CheckReport(
+        stages=tuple(check.stages),
+        conflicts=tuple(check.findings.conflicts.values()),
+        label_words=check.label_words,
+        epsilon=tuple(check.epsilon),
+        not_checked=tuple(dict.fromkeys(check.findings.not_checked)),
+    )
+
+
+class _Check:
+    """The checks of one run file."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.findings = Findings()
+        self.label_words: dict[str, LabelTokens] = {}
+        self.epsilon: list[PlanEpsilon] = []
+        self.stages: list[Stage] = []
+        self._teacher: CheckedModel | None = None
+        self._student: CheckedModel | None = None
+
+    def run(self) -> None:
+        """Find the stages that the run file can run, and check each of them."""
+        # A file without any stage is a mistake; one without some stages has another party run them.
+        self.stages = self._runnable_stages()
+        if not self.stages:
+            nothing = Conflict(
+                "the run file has the sections of no stage",
+                "`post-dist init DIR` writes a whole run file",
+            )
+            self.findings.add("run file", [nothing])
+        self._teacher = self._read_teacher()
+        self._student = self._read_student()
+        # Without a cluster section nobody knows on how many ranks a stage will run.
+        if "cluster" not in self.config.model_fields_set:
+            self.findings.not_checked.append(
+                "engine settings on several ranks: the run file has no section cluster"
+            )
+        checks: dict[Stage, Callable[[], None]] = {
+            "distill": self._check_distill,
+            "tune": self._check_tune,
+            "transfer": self._check_transfer,
+            "evaluate": self._check_evaluate,
+        }
+        for stage in self.stages:
+            checks[stage]()
+
+    def _runnable_stages(self) -> list[Stage]:
+        """List the stages whose sections are there. The others belong to another party."""
+        found: list[Stage] = []
+        for stage in self.config.stages_until("evaluate"):
+            try:
+                self.config.need(stage)
+            except InputError as error:
+                self.findings.not_checked.append(f"{stage}: {error.args[0]}")
+            else:
+                found.append(stage)
+        return found
+
+    # ------------------------------------------------------------------------------------ models
+
+    def _read_teacher(self) -> CheckedModel | None:
+        section = self.config.teacher
+        if section is None or not self.stages:
+            return None
+        # A hub model is fetched without its weights.
+        folder = self.findings.attempt(self.stages[0], lambda: tokenizer_folder(section))
+        return None if folder is None else read_model(folder, self.stages[0], self.findings)
+
+    def _read_student(self) -> CheckedModel | None:
+        """Read the student that is given, or derive the one that will be cut from the teacher."""
+        given = self.config.inputs.student
+        # Its manifest is not checked here: that hashes the weights.
+        if given is not None and self.stages:
+            return read_model(given, self.stages[0], self.findings)
+        if "distill" not in self.stages or self._teacher is None:
+            return None
+        # The student has the teacher's width, context and tokenizer, and fewer layers.
+        facts = self._teacher.facts
+        section = self.config.student
+        if facts is not None and section is not None:
+            try:
+                layers = len(stand_in_layers(section, facts.layers))
+            except InputError:
+                layers = facts.layers  # a conflict of distillation
+            facts = replace(facts, layers=layers)
+        return replace(self._teacher, facts=facts)
+
+    def _layout(self, stage: Stage) -> Layout:
+        """Return the ranks of a stage by the cluster section; one GPU where there is none."""
+        if "cluster" not in self.config.model_fields_set:
+            return Layout(ranks=1, ranks_per_node=1, device="cuda")
+        asked = self.config.cluster.for_stage(stage)
+        device = "cuda" if asked.gpus_per_node else "cpu"
+        return Layout(asked.nodes * asked.tasks, asked.tasks, device)
+
+    # ------------------------------------------------------------------------------------ stages
+
+    def _check_distill(self) -> None:
+        config = self.config
+        if self._teacher is not None and self._teacher.facts is not None:
+            found = distill_conflicts(config, self._teacher.facts, self._layout("distill"))
+            self.findings.add("distill", found)
+        # Whether the text is long enough is known only when it is tokenized.
+        corpus = config.corpus
+        if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
+            return
+        columns = placeholders(corpus.text)
+        self.findings.attempt(
+            "distill", lambda: read_columns(corpus, columns, corpus.hub_split, "corpus")
+        )
+
+    def _check_tune(self) -> None:
+        config = self.config
+        # The baseline of full prompt tuning tunes on the target.
+        target = None if self._teacher is None else self._teacher.facts
+        if self._student is None:
+            self.findings.not_checked.append("tune: the student is not in inputs.student yet")
+        elif self._student.facts is not None:
+            found = tune_conflicts(config, self._student.facts, target, self._layout("tune"))
+            self.findings.add("tune", found)
+        task = config.private_task
+        if task is not None:
+            own = PromptTask.of_section(task, config.tune.init_text)
+            self._check_reading("tune", own, list(task.labels))
+            # A private search scores its trials on the validation split.
+            splits = ["train"]
+            if config.tune.search is not None:
+                splits.append("validation")
+            self._check_examples("tune", task, splits)
+        self._account()
+
+    def _check_transfer(self) -> None:
+        public_task = self.config.public_task
+        if public_task is None:
+            return
+        if public_task.visibility != "public" or self._is_readable("public_task", public_task):
+            # A private task is refused before its file is opened.
+            self.findings.attempt("transfer", lambda: load_public_texts(public_task, "public_task"))
+        # Both models read the public text, in the template of the public task or of the prompt.
+        prompts = self._source_prompts()
+        for prompt in prompts:
+            template = public_task.template or prompt.task.template
+            labels = [str(number) for number in range(len(prompt.task.label_words))]
+            self._check_reading("transfer", replace(prompt.task, template=template), labels)
+        # The rules of the transfer need both models.
+        student = self._student
+        target = self._teacher
+        if student is None or target is None:
+            self.findings.not_checked.append("transfer: the student is not in inputs.student yet")
+        elif student.facts is not None and target.facts is not None:
+            same = same_tokenizer(student, target)
+            models = TransferModels(student.facts, target.facts, same_tokenizer=same)
+            found = transfer_conflicts(self.config, models, prompts, self._layout("transfer"))
+            self.findings.add("transfer", found)
+
+    def _check_evaluate(self) -> None:
+        config = self.config
+        if config.teacher is not None:
+            found = engine_conflicts(config.engine, self._layout("evaluate"))
+            self.findings.add("evaluate", found)
+        # A prompt for the target replaces the transfer, so its file is all there is to check.
+        given = config.inputs.target_prompt
+        if given is not None:
+            self.findings.attempt("evaluate", lambda: read_prompt(given))
+        task = config.private_task
+        if task is not None:
+            own = PromptTask.of_section(task, config.tune.init_text)
+            self._check_reading("evaluate", own, list(task.labels))
+            self._check_examples("evaluate", task, [config.evaluate.split])
+
+    # ------------------------------------------------------------------------- prompts and tasks
+
+    def _source_prompts(self) -> list[SourcePrompt]:
+        """Read the prompts that are given, or describe the one that the run file tunes."""
+        given = self.config.inputs.source_prompt
+        if given is None:
+            task = self.config.private_task
+            if task is None:
+                self.findings.not_checked.append(
+                    "transfer: the prompt is not in inputs.source_prompt yet"
+                )
+                return []
+            own = PromptTask.of_section(task, self.config.tune.init_text)
+            return [SourcePrompt(self.config.tune.num_virtual_tokens, own)]
+        # One prompt, or those of several owners.
+        found = []
+        for folder in given if isinstance(given, tuple) else (given,):
+            prompt = self._read_prompt(folder)
+            if prompt is not None:
+                found.append(SourcePrompt(len(prompt.embeddings), prompt.task))
+        return found
+
+    def _read_prompt(self, folder: Path) -> SoftPromptArtifact | None:
+        """Read a prompt, and compare it with the models that it must belong to."""
+        prompt = self.findings.attempt("transfer", lambda: read_prompt(folder))
+        student = self._student
+        if prompt is None or student is None:
+            return prompt
+        facts = student.facts
+        tokenizer = student.tokenizer
+        if facts is not None and tokenizer is not None:
+            self.findings.attempt("transfer", lambda: check_belongs(prompt, facts, tokenizer))
+        return prompt
+
+    def _check_reading(self, stage: Stage, task: PromptTask, labels: Sequence[str]) -> None:
+        """Bind a task to each tokenizer that will read it: its template and its label words.
+
+        Args:
+            stage: the stage that reads the task.
+            task: template and label words.
+            labels: names of its classes.
+        """
+        # A task that generates text has no label words.
+        words = dict(zip(labels, task.label_words, strict=True))
+        for name, model in self._readers():
+            tokenizer = model.tokenizer
+            if tokenizer is None:
+                continue
+            tokens = self._label_tokens(stage, words, task, tokenizer)
+            if tokens:
+                self.label_words.setdefault(name, tokens)
+            if model.facts is not None:
+                bind = partial(_bind, task, tokenizer, masked=model.facts.masked)
+                self.findings.attempt(stage, bind)
+
+    def _readers(self) -> list[tuple[str, CheckedModel]]:
+        """List the models that read a task: one of those that share a tokenizer."""
+        found = []
+        if self._student is not None:
+            found.append(("student", self._student))
+        if self._teacher is None:
+            return found
+        if self._student is None or not same_tokenizer(self._student, self._teacher):
+            found.append(("teacher", self._teacher))
+        return found
+
+    def _label_tokens(
+        self,
+        stage: Stage,
+        words: Mapping[str, Sequence[str]],
+        task: PromptTask,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> LabelTokens:
+        """Find the token of each label word, and every word that is several tokens.
+
+        Args:
+            stage: the stage that reads the task.
+            words: the label words of each class.
+            task: says whether words of several tokens are allowed.
+            tokenizer: the tokenizer that reads them.
+        """
+        many = task.allow_multi_token
+
+        def bind(*classes: Sequence[str]) -> Verbalizer:
+            wanted = tuple(tuple(of_class) for of_class in classes)
+            return Verbalizer(wanted, tokenizer, allow_multi_token=many)
+
+        # Each word by itself, so that all long ones are named.
+        found: LabelTokens = {label: {} for label in words}
+        for label, of_class in words.items():
+            for word in of_class:
+                single = self.findings.attempt(stage, partial(bind, [word]))
+                if single is not None:
+                    token = single.token_ids[0][0]
+                    found[label][word] = str(tokenizer.convert_ids_to_tokens(token))
+        # Two classes that share a token are found among the words that are sound.
+        self.findings.attempt(stage, lambda: bind(*found.values()))
+        return found
+
+    # ----------------------------------------------------------------------------- data and cost
+
+    def _check_examples(self, stage: Stage, task: Task, splits: Sequence[str]) -> None:
+        """Read the splits of the private task. What they hold is not kept."""
+        if not self._is_readable("private_task", task):
+            return
+        for split in splits:
+            self.findings.attempt(stage, partial(_read_split, task, split))
+
+    def _is_readable(self, where: str, source: DataSource, at_most: int | None = None) -> bool:
+        """Whether a source can be read in seconds: a local file, and not too large.
+
+        Args:
+            where: section of the run file.
+            source: the section.
+            at_most: bytes of the largest file that is read.
+        """
+        if source.path is None:
+            self.findings.not_checked.append(f"{where}: {source.hub} is not fetched from the hub")
+            return False
+        # A missing file is the reader's to name.
+        large = at_most is not None and source.path.is_file()
+        if large and source.path.stat().st_size > (at_most or 0):
+            self.findings.not_checked.append(f"{where}: {source.path} is too large to be read now")
+            return False
+        return True
+
+    def _account(self) -> None:
+        """Compute epsilon of each private plan that tuning follows."""
+        sections = [section for section in self.config.all_privacy if section.enabled]
+        if not sections:
+            return
+        from post_dist.privacy.accounting import account, private_plan  # takes a second
+
+        # Each plan by itself: a target that no noise reaches does not hide the other plans.
+        for section in sections:
+            run = self.config.model_copy(update={"privacy": section})
+            plan = self.findings.attempt("tune", partial(private_plan, run))
+            if plan is None:
+                continue
+            cost = self.findings.attempt("tune", partial(account, plan))
+            if cost is not None:
+                epsilon = PlanEpsilon(cost.epsilon, plan.delta, plan.noise_multiplier)
+                self.epsilon.append(epsilon)
+
+
+def _read_split(task: Task, split: str) -> None:
+    """Read a split of the private task.
+
+    Raises:
+        InputError: it cannot be read. The reader's hint names the columns of the file. In a file
+            without a header these are cells of its first example, so this hint replaces it.
+    """
+    try:
+        load_examples(task, split, "private_task")
+    except InputError as error:
+        other = "compare the file with text, label_column and labels of private_task"
+        hint = other if error.hint else ""
+        raise InputError(error.args[0], hint) from None
+
+
+def _bind(task: PromptTask, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> Template:
+    """Bind the template of a task to a tokenizer."""
+    return Template(
+        task.template,
+        tokenizer,
+        task.max_length,
+        masked=masked,
+        max_response_length=task.max_response_length,
+    )

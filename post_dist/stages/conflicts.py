@@ -1,0 +1,80 @@
+"""The conflicts of tuning and transfer over all prompts of one run file.
+
+A stage sees one prompt at a time. `plan` and `check` look at all of them before the first starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig
+from post_dist.conflicts import Conflict, Layout
+from post_dist.models.facts import ModelFacts
+from post_dist.stages.transfer.conflicts import TransferModels
+from post_dist.stages.transfer.conflicts import conflicts as conflicts_of_transfer
+from post_dist.stages.transfer.published import with_published_transfer
+from post_dist.stages.tune.conflicts import conflicts as conflicts_of_tuning
+
+
+@dataclass(frozen=True)
+class SourcePrompt:
+    """A prompt that is to be transferred.
+
+    Attributes:
+        num_virtual_tokens: number of its vectors.
+        task: the task that it was, or will be, tuned for.
+    """
+
+    num_virtual_tokens: int
+    task: PromptTask
+
+
+def tune_conflicts(
+    config: RunConfig, student: ModelFacts, target: ModelFacts | None, layout: Layout
+) -> list[Conflict]:
+    """Find what keeps the prompts of a run file from being tuned.
+
+    Args:
+        config: the run file. Without a private task another party tunes the prompt: no conflict.
+        student: the model that prompts are tuned on.
+        target: the large model, for the baseline of full prompt tuning; None without a teacher.
+        layout: the ranks of the stage.
+    """
+    if config.private_task is None:
+        return []
+    # The baseline of full prompt tuning reads the same texts with the target.
+    found = conflicts_of_tuning(config, student, layout)
+    if target is not None and "full prompt tuning" in config.evaluate.baselines:
+        found += conflicts_of_tuning(config, target, layout)
+    return list(dict.fromkeys(found))
+
+
+def transfer_conflicts(
+    config: RunConfig, models: TransferModels, prompts: Sequence[SourcePrompt], layout: Layout
+) -> list[Conflict]:
+    """Find what keeps prompts from being transferred, by the run's settings and by the baseline's.
+
+    Args:
+        config: the run file.
+        models: student and target.
+        prompts: the prompts to transfer.
+        layout: the ranks of the stage.
+    """
+    # The owners' prompts differ in length and task, so each is compared with the models.
+    found = []
+    for prompt in prompts:
+        arguments = (models, prompt.num_virtual_tokens, prompt.task, layout)
+        own = conflicts_of_transfer(config, *arguments)
+        found += own
+        if "published transfer" in config.evaluate.baselines:
+            published = conflicts_of_transfer(with_published_transfer(config), *arguments)
+            found += [_of_baseline(each) for each in published if each not in own]
+    return list(dict.fromkeys(found))
+
+
+def _of_baseline(conflict: Conflict) -> Conflict:
+    """Name the baseline in a conflict that the run file's own settings do not have."""
+    return Conflict(
+        f"the baseline published transfer: {conflict.message}",
+        "leave it out of evaluate.baselines",
+    )

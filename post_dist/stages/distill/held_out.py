@@ -1,0 +1,84 @@
+"""Judge a student on the held-out split of the corpus.
+
+Shapes: B sequences, N sequences of all ranks, T tokens, d width, V vocabulary, K terms.
+"""
+
+from typing import Any
+
+import torch
+
+from post_dist.data.masking import NO_LABEL
+from post_dist.losses.divergence import softened_kl, unexplained_share
+from post_dist.losses.terms import TERMS
+from post_dist.runtime.distributed import World
+from post_dist.runtime.zero import gathered
+from post_dist.stages.distill.batches import Batch, DistillationText
+from post_dist.stages.distill.model import DistillationModel
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+
+
+@torch.no_grad()
+def held_out_metrics(
+    engine: Any,
+    teacher: OnlineTeacher,
+    text: DistillationText,
+    micro_batch_size: int,
+    world: World,
+) -> dict[str, float]:
+    """Measure a student on the held-out split. All ranks call it.
+
+    A low KL divergence or unexplained share does not predict a good transfer (docs/method.md). The
+    metrics tell how distillation went.
+
+    Args:
+        engine: the engine of the student.
+        teacher: the teacher itself; a cache holds no held-out sequences.
+        text: the corpus.
+        micro_batch_size: most sequences in one forward pass of a rank.
+        world: the ranks.
+
+    Returns:
+        The mean of each term, and two metrics of the position that a prompt would be read at:
+        `last_position_kl_nats` and `unexplained_share`.
+    """
+    term_means = []
+    student_last = []
+    teacher_last = []
+    for micro_batch in text.corpus.held_out_batches(micro_batch_size, world):
+        batch = text.held_out(micro_batch)
+        signal = teacher.signals_of(batch.numbers, batch.input_ids_BT, batch.positions_BT)
+        _, terms, student_BTd = engine(
+            batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal
+        )
+        term_means.append(micro_batch.weight * terms.stacked())
+        # A rank without sequences of its own runs with the others, and counts none.
+        positions_B = _last_positions(batch, is_masked=text.is_masked)[: micro_batch.counted]
+        sequences_B = torch.arange(micro_batch.counted, device=positions_B.device)
+        student_last.append(student_BTd[sequences_B, positions_B].float())
+        teacher_last.append(signal.hidden[sequences_B, positions_B].float())
+
+    means_K = world.mean(torch.stack(term_means).mean(dim=0)).tolist()
+    metrics = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
+    student_Nd = world.concatenate(torch.cat(student_last))
+    teacher_Nd = world.concatenate(torch.cat(teacher_last))
+    metrics["last_position_kl_nats"] = _kl_of(engine.module, student_Nd, teacher_Nd)
+    metrics["unexplained_share"] = unexplained_share(student_Nd, teacher_Nd)
+    return metrics
+
+
+def _last_positions(batch: Batch, *, is_masked: bool) -> torch.Tensor:
+    """Return the position [B] that predicts a token: the last one, or the first masked one."""
+    labels_BT = batch.labels_BT
+    if is_masked:
+        return (labels_BT != NO_LABEL).int().argmax(dim=1)
+    sequences, length = labels_BT.shape
+    return torch.full((sequences,), length - 1, device=labels_BT.device)
+
+
+def _kl_of(model: DistillationModel, student_Bd: torch.Tensor, teacher_Bd: torch.Tensor) -> float:
+    """Compute the KL divergence in nats between the predictions of hidden states."""
+    dtype = next(model.parameters()).dtype
+    with gathered(model):
+        teacher_BV = model.teacher_logits(teacher_Bd.to(dtype))
+        student_BV = model.student.head(student_Bd.to(dtype))
+    return float(softened_kl(teacher_BV, student_BV, temperature=1.0))

@@ -1,0 +1,48 @@
+"""A signal source that runs the teacher in every step.
+
+Shapes: B sequences, T tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from post_dist.losses.signals import HiddenSignal
+from post_dist.models.language_model import LanguageModel
+from post_dist.models.lower_block import forward_with_below
+
+
+class OnlineTeacher:
+    """Runs the trunk of the teacher for each batch. It keeps nothing.
+
+    The head of the teacher is loaded with the model, but it never runs here. The student starts
+    with a copy of it, and `DistillationModel.teacher_logits` uses that copy. A sharded head would
+    have to be gathered for every piece of positions.
+
+    Args:
+        teacher: the teacher, perhaps sharded.
+        lower_layers: number of first layers that the student shares and does not run again.
+    """
+
+    def __init__(self, teacher: LanguageModel, lower_layers: int) -> None:
+        self._trunk = teacher
+        self._lower_layers = lower_layers
+
+    @torch.no_grad()
+    def signals_of(
+        self,
+        numbers: Sequence[int],
+        input_ids_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+    ) -> HiddenSignal:
+        """Return the teacher's hidden states, each tensor [B, T, d]. All ranks call it together.
+
+        Args:
+            numbers: not used.
+            input_ids_BT: the tokens.
+            positions_BT: positions of the tokens where documents are kept apart, else None.
+        """
+        hidden_BTd, below_BTd = forward_with_below(
+            self._trunk, self._lower_layers, input_ids_BT, positions_BT
+        )
+        return HiddenSignal(hidden=hidden_BTd, below=below_BTd)

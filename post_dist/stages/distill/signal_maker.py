@@ -1,0 +1,139 @@
+"""Make the signals that a cache keeps.
+
+`signal_format.py` decides what is kept.
+
+Shapes: B sequences, T tokens, N = B T positions, d width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from post_dist.config.schema import Distill, Student
+from post_dist.losses.signals import (
+    TeacherSignal,
+    project_teacher,
+    sample_teacher,
+    signal_of_tensors,
+)
+from post_dist.models.facts import facts_of
+from post_dist.models.language_model import LanguageModel
+from post_dist.runtime.zero import gathered
+from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
+
+_SEED_FACTOR = 1_000_003
+"""A prime, so that different seeds and sequences do not give the same generator."""
+
+
+class SignalMaker:
+    """Runs the teacher and computes the tensors that `distill.cache` asks for.
+
+    Args:
+        teacher: the teacher, perhaps sharded.
+        section: kind of signal, temperature and weights of the terms.
+        student: what the student shares with the teacher.
+        seed: seed of the samples.
+    """
+
+    def __init__(
+        self, teacher: LanguageModel, section: Distill, student: Student, seed: int
+    ) -> None:
+        self.section = section
+        self._dtype = teacher.model.dtype
+        self._seed = seed
+        self._lower_layers = section.layers_in_teacher(student)
+        self._online = OnlineTeacher(teacher, self._lower_layers)
+        exact = exact_product(facts_of(teacher), fp32=self._dtype == torch.float32)
+        self.names = kept_names(section, student, exact_product=exact)
+        self._head = _WholeHead(teacher) if "entropy" in self.names else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the signals depend on besides teacher and corpus. It names the cache's folder."""
+        settings: dict[str, Any] = {"names": self.names, "dtype": str(self._dtype)}
+        if "entropy" in self.names:
+            settings["temperature"] = self.section.temperature
+        if "samples" in self.names:
+            settings["seed"] = self._seed
+            settings["samples"] = SAMPLES
+        if self._lower_layers:
+            settings["lower_layers"] = self._lower_layers
+        return settings
+
+    @torch.no_grad()
+    def make(
+        self,
+        numbers: Sequence[int],
+        input_ids_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the tensors to keep, each [B, T, ...] on the CPU. All ranks call it together.
+
+        Args:
+            numbers: the numbers of the B sequences in the corpus.
+            input_ids_BT: their tokens.
+            positions_BT: positions of the tokens where documents are kept apart, else None.
+        """
+        online = self._online.signals_of(numbers, input_ids_BT, positions_BT)
+        flat = online.map(lambda tensor: tensor.flatten(0, 1))
+        tensors = flat.tensors()
+        if self._head is not None:
+            tensors |= self._softened(flat.hidden, numbers, input_ids_BT.shape[1]).tensors()
+        kept = {}
+        for name in self.names:
+            kept[name] = tensors[name].unflatten(0, input_ids_BT.shape).cpu()
+        if "samples" in kept:
+            # Four bytes a token; no vocabulary needs more.
+            kept["samples"] = kept["samples"].int()
+        return kept
+
+    def _softened(
+        self, hidden_Nd: torch.Tensor, numbers: Sequence[int], length: int
+    ) -> TeacherSignal:
+        """Compute the signal that stands for the teacher's softened distribution."""
+        head = cast(_WholeHead, self._head)
+        temperature = self.section.temperature
+        if "product" in self.names:
+            return project_teacher(hidden_Nd, head, temperature, head.weight_Vd)
+        uniform = [self._uniform(number, length) for number in numbers]
+        uniform_N = torch.cat(uniform).to(hidden_Nd.device)
+        return sample_teacher(hidden_Nd, head, len(head.weight_Vd), temperature, uniform_N, SAMPLES)
+
+    def _uniform(self, number: int, length: int) -> torch.Tensor:
+        """Draw one uniform number for each token of a sequence, by its number alone."""
+        generator = torch.Generator().manual_seed(self._seed * _SEED_FACTOR + number)
+        return torch.rand(length, generator=generator)
+
+
+class _WholeHead:
+    """A copy of the teacher's head that is whole on this rank.
+
+    Ranks may use it unequally often. A sharded head would be gathered at each use, and ranks that
+    use it less often would let the others wait for ever.
+    """
+
+    def __init__(self, teacher: LanguageModel) -> None:
+        # `conflicts.py` refuses to cache samples of a head that is not one matrix.
+        head = cast(nn.Linear, teacher.head_module)
+        self._capped = teacher.capped
+        self._bias_V: torch.Tensor | None = None
+        with gathered(head), torch.no_grad():
+            self.weight_Vd = head.weight.clone()
+            if head.bias is not None:
+                self._bias_V = head.bias.clone()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., V] of hidden states [..., d]."""
+        return self._capped(functional.linear(hidden, self.weight_Vd, self._bias_V))
+
+
+def read_signal(tensors: dict[str, torch.Tensor]) -> TeacherSignal:
+    """Build the signal from the tensors of `SignalMaker.make`."""
+    if "samples" in tensors:
+        # Indices must be int64 in torch; the file has int32.
+        tensors = tensors | {"samples": tensors["samples"].long()}
+    return signal_of_tensors(tensors)

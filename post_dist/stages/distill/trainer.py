@@ -1,0 +1,177 @@
+"""Train the student: one optimizer step, and the job that the training loop runs.
+
+Shapes: K terms of the loss.
+"""
+
+import logging
+from typing import Any
+
+import torch
+
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import Distill
+from post_dist.errors import InputError
+from post_dist.losses.distillation import TermValues
+from post_dist.losses.signals import TeacherSignal
+from post_dist.losses.terms import TERMS
+from post_dist.runtime.checkpoint import save_engine
+from post_dist.runtime.distributed import World
+from post_dist.runtime.nonfinite import NonFiniteGuard
+from post_dist.runtime.schedule import Schedule, ScheduledRates
+from post_dist.runtime.trackers import open_public_metrics
+from post_dist.runtime.watchdog import phase
+from post_dist.stages.distill.batches import DistillationText
+from post_dist.stages.distill.signals import SignalSource
+
+log = logging.getLogger(__name__)
+
+_NOT_FINITE_HINT = "lower distill.learning_rate, or set engine.precision to bf16 or fp32"
+
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, TeacherSignal]
+"""What `DistillationModel` takes: tokens, labels, positions and the teacher's signal."""
+
+
+class StudentStep:
+    """Takes optimizer steps on the student, at the learning rate that its optimizer is set to.
+
+    Args:
+        engine: the engine of the student (see `student_engine`).
+        text: the training text.
+        source: the teacher's signals.
+        section: the section `distill` of the run file.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        text: DistillationText,
+        source: SignalSource,
+        section: Distill,
+        world: World,
+    ) -> None:
+        self.engine = engine
+        self.section = section
+        self._text = text
+        self._source = source
+        self._world = world
+        self._stand_in = _StandIn(world)
+
+    @property
+    def skipped(self) -> int:
+        """Number of micro-batches without a finite loss so far, whose gradient was left out."""
+        return self._stand_in.guard.skipped
+
+    def take(self, step: int) -> torch.Tensor:
+        """Take one step. All ranks call it.
+
+        Args:
+            step: number of the step, which fixes the batch.
+
+        Returns:
+            The mean of each term over the batch before the step, [K] in the order of `TERMS`.
+        """
+        sums_K = torch.zeros(len(TERMS), device=self._world.device)
+        micro_batches = self._text.corpus.step_batches(
+            step, self.section.batch_size, self.section.micro_batch_size_per_gpu, self._world
+        )
+        for micro_batch in micro_batches:
+            batch = self._text.training(micro_batch)
+            phase(f"distill step {step}: the teacher's forward")
+            signal = self._source.signals_of(batch.numbers, batch.input_ids_BT, batch.positions_BT)
+            phase(f"distill step {step}: the student's forward")
+            inputs = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal)
+            loss, terms = self._stand_in.forward(self.engine, inputs, step)
+            # The weights average the ranks' unequal micro-batches to the mean over the batch.
+            sums_K += micro_batch.weight * terms.stacked()
+            phase(f"distill step {step}: the backward pass")
+            self.engine.backward(micro_batch.weight * loss)
+            # DeepSpeed counts micro-batches, and steps the optimizer after the last one.
+            phase(f"distill step {step}: the optimizer")
+            self.engine.step()
+        return self._world.mean(sums_K) / len(micro_batches)
+
+
+class _StandIn:
+    """Replaces a micro-batch whose loss is not finite by the last good one, with weight zero.
+
+    A sharded model needs equal numbers of forward and backward passes on all ranks, so all ranks
+    replace their micro-batch when one rank must.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.guard = NonFiniteGuard("distill", _NOT_FINITE_HINT, unit="micro-batches")
+        self._world = world
+        self._last_good: _Inputs | None = None
+
+    def forward(self, engine: Any, inputs: _Inputs, step: int) -> tuple[torch.Tensor, TermValues]:
+        """Compute the loss of a micro-batch and its terms, or those of its replacement.
+
+        Args:
+            engine: the engine of the student.
+            inputs: the micro-batch.
+            step: number of the step, for messages.
+
+        Raises:
+            InputError: there is no good micro-batch yet, or five in a row had to be replaced.
+        """
+        loss, terms, _ = engine(*inputs)
+        is_bad_1 = (~loss.detach().isfinite()).int()[None]
+        bad_ranks = self._world.concatenate(is_bad_1).nonzero().flatten().tolist()
+        if not bad_ranks:
+            self.guard.record(step, finite=True)
+            self._last_good = inputs
+            return loss, terms
+
+        where = f"on rank {', '.join(map(str, bad_ranks))}"
+        log.warning(
+            "distill step %d: the loss is not finite %s: a micro-batch is skipped", step, where
+        )
+        self.guard.record(step, finite=False, where=f" ({where})")
+        if self._last_good is None:
+            raise InputError(
+                f"distill: the loss of the first micro-batch is not finite {where}",
+                _NOT_FINITE_HINT,
+            )
+        loss, terms, _ = engine(*self._last_good)
+        return 0 * loss, terms
+
+
+class DistillationJob:
+    """The training of a student, for `run_training`.
+
+    Args:
+        student_step: takes the steps.
+        folder: the run folder, for checkpoints and metrics.
+        world: the ranks.
+    """
+
+    label = "distill"
+
+    def __init__(self, student_step: StudentStep, folder: RunFolder, world: World) -> None:
+        section = student_step.section
+        self.steps = section.steps
+        self._student_step = student_step
+        self._folder = folder
+        self._world = world
+        self._optimizer = student_step.engine.optimizer
+        schedule = Schedule("linear", section.warmup_share, section.steps)
+        self._rates = ScheduledRates(self._optimizer, schedule)
+        self._metrics = open_public_metrics(folder, world)
+
+    def take_step(self, step: int) -> str:
+        """Take one optimizer step and log its metrics. All ranks call it."""
+        self._rates.apply(step)
+        means_K = self._student_step.take(step).tolist()
+        means = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
+        self._metrics.write(
+            step=step,
+            **means,
+            skipped=self._student_step.skipped,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+        )
+        return " ".join(f"{metric} {mean:.3f}" for metric, mean in means.items())
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint from which step number `step` is the next one. All ranks call it."""
+        save_engine(self._folder.checkpoints, step, self._student_step.engine, self._world)

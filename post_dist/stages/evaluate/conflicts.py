@@ -1,0 +1,47 @@
+"""What an evaluation cannot do with a run file, its prompts and its models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from post_dist.config.schema import RunConfig
+from post_dist.conflicts import Conflict
+from post_dist.models.facts import ModelFacts
+from post_dist.stages.room import room_conflicts
+
+
+@dataclass(frozen=True)
+class PromptedModel:
+    """A model of an evaluation with its longest prompt.
+
+    Attributes:
+        whose: name of the model in messages, such as `the student`.
+        facts: facts of the model.
+        num_virtual_tokens: number of vectors of the longest prompt in front of it; 0 without one.
+    """
+
+    whose: str
+    facts: ModelFacts
+    num_virtual_tokens: int
+
+
+def conflicts(config: RunConfig, models: Sequence[PromptedModel]) -> list[Conflict]:
+    """Find what keeps an evaluation from running.
+
+    Args:
+        config: the run file; its section `private_task` must be there.
+        models: the student, and the target if there is one.
+
+    Returns:
+        All conflicts.
+    """
+    task = config.private_task
+    if task is None or task.template is None:
+        return [Conflict("the run file lacks the section private_task", "add it")]
+    # Engine settings are checked where a sharded model is loaded: a data owner loads none.
+    found: list[Conflict] = []
+    longest = task.max_length + task.response_length
+    for model in models:
+        found += room_conflicts(
+            model.whose, model.facts.context_length, model.num_virtual_tokens, longest
+        )
+    return found

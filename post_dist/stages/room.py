@@ -1,0 +1,25 @@
+"""Whether a soft prompt and a text fit into a model's context together."""
+
+from post_dist.conflicts import Conflict
+
+
+def room_conflicts(
+    whose: str, context_length: float, num_virtual_tokens: int, max_length: int
+) -> list[Conflict]:
+    """Compare prompt and text with the context of a model.
+
+    Args:
+        whose: name of the model in the message, such as `the student`.
+        context_length: most tokens that its positions reach.
+        num_virtual_tokens: tokens of the soft prompt; 0 without one.
+        max_length: most tokens of a text with its response.
+    """
+    if num_virtual_tokens + max_length <= context_length:
+        return []
+    return [
+        Conflict(
+            f"a prompt of {num_virtual_tokens} tokens and texts of {max_length} tokens do not fit "
+            f"into the context of {whose} ({context_length})",
+            "lower tune.num_virtual_tokens or max_length",
+        )
+    ]

@@ -1,0 +1,305 @@
+"""Build the objective of each prompt: run the forwards that need no training, once.
+
+Shapes: N public examples, B examples of a batch, K scores, C classes, V vocabulary, R tokens of a
+response, n prompt tokens, d width.
+"""
+
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import Transfer
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Encoded
+from post_dist.losses.transfer import proxy_logits, share_matching_offsets
+from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
+from post_dist.models.generation import response_hidden
+from post_dist.models.language_model import LanguageModel
+from post_dist.runtime.distributed import World
+from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
+from post_dist.stages.transfer.public_statistics import alpha_by_agreement, class_information
+
+log = logging.getLogger(__name__)
+
+_INFERENCE_FACTOR = 4
+"""Examples that a rank runs at once here, for each one that it trains on in a step.
+
+A forward without gradients holds the activations of one layer; a training step holds those of all.
+"""
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The tokenizers of student and target.
+
+    They may differ where class scores are compared: each model then has its own tokens for the
+        label words.
+
+    Attributes:
+        student: the student's tokenizer.
+        target: the target's tokenizer.
+    """
+
+    student: PreTrainedTokenizerBase
+    target: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PublicExamples:
+    """The public text that a transfer reads.
+
+    Attributes:
+        texts: the texts.
+        responses: a response to each text, for prompts that generate text; empty for a task with
+            classes.
+        template: template for the texts; None for that of each prompt's own task.
+    """
+
+    texts: list[str]
+    responses: list[str]
+    template: str | None = None
+
+
+class ObjectiveBuilder:
+    """Builds the objectives of all prompts that one student and one target share.
+
+    Outputs without a prompt are computed once for all prompts with the same task. They are kept for
+    the lifetime of the builder.
+
+    Args:
+        models: student and target.
+        tokenizers: their tokenizers.
+        public: the public examples.
+        world: the ranks, which build together.
+    """
+
+    def __init__(
+        self, models: ModelPair, tokenizers: Tokenizers, public: PublicExamples, world: World
+    ) -> None:
+        self._models = models
+        self._tokenizers = tokenizers
+        self._public = public
+        self._world = world
+        self._unprompted_cache: dict[Hashable, torch.Tensor] = {}
+
+    def build(
+        self, task: PromptTask, source_nd: torch.Tensor, section: Transfer
+    ) -> TransferObjective:
+        """Build the objective of one prompt.
+
+        Args:
+            task: task of the source prompt.
+            source_nd: the source prompt [n, d], on the student's device.
+            section: settings of the loss.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InputError: the template does not suit the models, or a label word is not one token.
+        """
+        log.info(
+            "transfer: %d public texts, objective %s on the %s",
+            len(self._public.texts),
+            section.objective,
+            section.scores,
+        )
+        # The public text may need a template of its own, such as one for another kind of review.
+        # Everything else of the task is the owner's: label words, lengths and class biases.
+        task = replace(task, template=self._public.template or task.template)
+        student = self._reading(
+            "student", self._models.student, self._tokenizers.student, task, section
+        )
+        target = self._reading(
+            "target", self._models.target, self._tokenizers.target, task, section
+        )
+
+        # The three forwards that do not depend on the prompt that is trained. All ranks run them in
+        # this order, since a sharded target needs all of them at once.
+        outputs = FixedOutputs(
+            source=self._unprompted_outputs(student),
+            source_prompted=student.outputs(source_nd, "student + prompt"),
+            target=self._unprompted_outputs(target),
+        )
+
+        # Statistics of the classes. A task that generates text has none.
+        statistics: dict[str, float] = {}
+        if student.reader.num_classes:
+            prompted_NC = student.class_scores(outputs.source_prompted, prompted=True)
+            statistics["class_information_nats"] = class_information(prompted_NC)
+            if section.alpha == "auto":
+                alpha = resolve_alpha(student, target, outputs, prompted_NC)
+                statistics["alpha"] = alpha
+                # The artifact's manifest names the number, so that a reader need not recompute it.
+                section = section.model_copy(update={"alpha": alpha})
+            log.info("transfer: statistics of the public text: %s", _listed(statistics))
+
+        return TransferObjective(
+            section=section,
+            reader=target.reader,
+            examples=target.examples,
+            outputs=outputs,
+            offsets=_class_offsets(section, outputs),
+            statistics=statistics,
+        )
+
+    def _reading(
+        self,
+        name: str,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: PromptTask,
+        section: Transfer,
+    ) -> "PublicReading":
+        """Bind a model to a task and the public examples."""
+        reader = TaskReader(task, tokenizer, masked=model.masked)
+        examples = reader.encode(self._public.texts, self._public.responses)
+        return PublicReading(name, model, reader, examples, section, self._world)
+
+    def _unprompted_outputs(self, reading: "PublicReading") -> torch.Tensor:
+        """Compute a model's outputs without a prompt, once for all prompts with the same task."""
+        # These parts of the task matter with a prompt only.
+        task = replace(reading.reader.task, init_text="", class_biases=())
+        key = (reading.name, reading.section.scores, task)
+        if key not in self._unprompted_cache:
+            self._unprompted_cache[key] = reading.outputs(None, reading.name)
+        return self._unprompted_cache[key]
+
+
+@dataclass(frozen=True)
+class PublicReading:
+    """One model that reads the public examples of one task.
+
+    Attributes:
+        name: `student` or `target`.
+        model: the model.
+        reader: the task, bound to the model's tokenizer.
+        examples: the public texts, encoded by `reader`.
+        section: settings of the loss.
+        world: the ranks, which compute together.
+    """
+
+    name: str
+    model: LanguageModel
+    reader: TaskReader
+    examples: list[Encoded]
+    section: Transfer
+    world: World
+
+    def outputs(self, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
+        """Compute what is stored of the model's outputs for all public examples.
+
+        Args:
+            prompt_nd: soft prompt [n, d]; None for none.
+            label: name of the pass in progress bars.
+
+        Returns:
+            Class scores [N, C] with the task's class biases where there is a prompt; or hidden
+            states [N, d]; or, for a task that generates text, hidden states [N, R, d].
+        """
+        # Without gradients a rank can run more examples at once than in a training step.
+        trained_at_once = -(-self.section.batch_size // self.world.size)
+        run = InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
+        if self.reader.generates:
+            return map_batches(
+                self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
+            )
+        # Class scores are small and final. For logits over the vocabulary the hidden states in
+        # front of the head are stored, and the biases are added when the head has run.
+        by_classes = self.section.scores == "classes"
+        biases = () if prompt_nd is None else self.reader.task.class_biases
+
+        def reduce(outputs: torch.Tensor) -> torch.Tensor:
+            if not by_classes:
+                return outputs
+            return self.reader.scores(self.reader.verbalizer.lift(outputs, biases))
+
+        return outputs_at_answers(
+            self.model,
+            self.examples,
+            self.reader.template,
+            prompt_nd,
+            reduce,
+            run,
+            with_head=by_classes,
+        )
+
+    def _response_hidden(
+        self, chosen: list[Encoded], prompt_nd: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch = self.reader.collate(chosen).to(self.world.device)
+        length = self.reader.task.max_response_length
+        return response_hidden(self.model, batch, length, prompt=prompt_nd)
+
+    @torch.no_grad()
+    def class_scores(self, stored: torch.Tensor, *, prompted: bool = False) -> torch.Tensor:
+        """Turn stored outputs into class scores.
+
+        Args:
+            stored: outputs of this model, as `outputs` returns them.
+            prompted: whether they were computed with the prompt, whose class biases then count.
+
+        Returns:
+            Class scores [N, C], on the CPU.
+        """
+        if self.section.scores == "classes":
+            return stored
+        # Hidden states are stored. The logits of the label words alone are computed from them, in
+        # batches: the hidden states of all examples need not fit on the device.
+        head = self.model.head_of(self.reader.verbalizer.tokens)
+        device = self.model.model.device
+        logits = [head(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
+        scores_NC = self.reader.verbalizer.scores_of_tokens(torch.cat(logits))
+        biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
+        # Without biases a single zero is added to every class.
+        return scores_NC + torch.tensor([biases or [0.0]])
+
+
+def resolve_alpha(
+    student: PublicReading,
+    target: PublicReading,
+    outputs: FixedOutputs,
+    source_prompted_NC: torch.Tensor,
+) -> float:
+    """Replace `alpha: auto` by the number that the public text suggests.
+
+    Args:
+        student: the student on the public examples.
+        target: the target on them.
+        outputs: their stored outputs.
+        source_prompted_NC: class scores of the student with the source prompt.
+
+    Returns:
+        alpha, between 0 and 1; see `alpha_by_agreement`.
+    """
+    source_NC = student.class_scores(outputs.source)
+    target_NC = target.class_scores(outputs.target)
+    return alpha_by_agreement(source_NC, source_prompted_NC, target_NC)
+
+
+def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
+    """Compute the offsets of the proxy's class scores, if the settings ask for them.
+
+    Returns:
+        [C], or [1] of zero.
+    """
+    if not section.match_class_shares:
+        return torch.zeros(1)
+    # The proxy adds up the class biases of two models. The prompted student knows the right shares.
+    proxy_NC = proxy_logits(
+        outputs.source, outputs.source_prompted, outputs.target, section.proxy_lambda
+    )
+    offsets = share_matching_offsets(proxy_NC, outputs.source_prompted)
+    log.info(
+        "transfer: class offsets %s match the class shares of the prompted student",
+        [round(float(offset), 3) for offset in offsets],
+    )
+    return offsets
+
+
+def _listed(statistics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in statistics.items())

@@ -1,0 +1,118 @@
+"""What the transfer cannot do with its settings, a prompt and two models."""
+
+from dataclasses import dataclass
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig, Transfer
+from post_dist.config.sources import Task
+from post_dist.conflicts import Conflict, Layout
+from post_dist.models.facts import ModelFacts
+from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.stages.room import room_conflicts
+
+
+@dataclass(frozen=True)
+class TransferModels:
+    """The two models of a transfer.
+
+    Attributes:
+        student: facts of the model that the prompt was tuned on.
+        target: facts of the large model that it is transferred to.
+        same_tokenizer: whether both read the same vocabulary.
+    """
+
+    student: ModelFacts
+    target: ModelFacts
+    same_tokenizer: bool
+
+
+def conflicts(
+    config: RunConfig,
+    models: TransferModels,
+    num_virtual_tokens: int,
+    task: PromptTask,
+    layout: Layout,
+) -> list[Conflict]:
+    """Find what keeps the transfer of one prompt from running.
+
+    Args:
+        config: the run file; its section `public_task` must be there.
+        models: student and target.
+        num_virtual_tokens: number n of vectors of the prompt.
+        task: the task of the prompt.
+        layout: the ranks of the stage.
+
+    Returns:
+        All conflicts.
+    """
+    public_task = config.public_task
+    if public_task is None:
+        return [Conflict("the run file lacks the section public_task", "add it")]
+    found = engine_conflicts(config.engine, layout)
+    found += _model_conflicts(config.transfer, models)
+    # Both models read the public text behind a prompt of the same length.
+    longest = task.max_length + task.max_response_length
+    for whose, facts in (("the student", models.student), ("the target", models.target)):
+        found += room_conflicts(whose, facts.context_length, num_virtual_tokens, longest)
+    if task.max_response_length:
+        found += _generation_conflicts(config.transfer, public_task)
+    return found
+
+
+def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict]:
+    """Check that what the settings compare can be compared between the two models."""
+    student = models.student
+    target = models.target
+    found = []
+    if student.masked != target.masked:
+        found.append(
+            Conflict(
+                "student and target are not both causal or both masked models",
+                "choose a student of the target's kind",
+            )
+        )
+    # A prompt that starts from text needs nothing of the student's embeddings.
+    if student.width != target.width and section.trained_share:
+        found.append(
+            Conflict(
+                f"transfer.trained_share is {section.trained_share:g}, but vectors of width "
+                f"{student.width} do not fit a target of width {target.width}",
+                "set transfer.trained_share: 0, so that the prompt starts from text",
+            )
+        )
+    # Class scores can be compared across tokenizers: each model has its own label words.
+    if section.scores == "vocabulary" and not models.same_tokenizer:
+        found.append(
+            Conflict(
+                "transfer.scores: vocabulary compares logits token by token, and student and "
+                "target have different tokenizers",
+                "set transfer.scores: classes; the label words then connect them",
+            )
+        )
+    return found
+
+
+def _generation_conflicts(section: Transfer, public_task: Task) -> list[Conflict]:
+    """Check that a prompt which generates text can learn from the public examples."""
+    found = []
+    if public_task.response_column is None:
+        found.append(
+            Conflict(
+                "the prompt generates text, and the public task has no responses to learn from",
+                "set public_task.response_column; the loss is taken at each of its tokens",
+            )
+        )
+    # Without classes there are no class scores, and no agreement of predicted classes.
+    wrong = []
+    if section.scores == "classes":
+        wrong.append("scores: classes")
+    if section.alpha == "auto":
+        wrong.append("alpha: auto")
+    for setting in wrong:
+        found.append(
+            Conflict(
+                f"transfer.{setting} is for tasks with classes, and the prompt generates text",
+                "set transfer.scores: vocabulary and a number for transfer.alpha",
+            )
+        )
+    return found

@@ -1,0 +1,156 @@
+"""Rows of the comparison table: what each needs, and what it computes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from post_dist.config.schema import Evaluate, RunConfig, Transfer
+from post_dist.stages.evaluate import rows
+from post_dist.stages.evaluate.rows import (
+    PromptVariant,
+    Row,
+    RowInputs,
+    TableEntry,
+    table_entries,
+    target_prompts,
+)
+
+SOURCE = Path("source")
+BASELINES = ("published transfer", "full prompt tuning")
+
+
+@dataclass(frozen=True)
+class Task:
+    class_biases: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Stands in for a soft prompt: its answers are `value` for every class."""
+
+    value: float
+    epsilon: float | None = None
+    task: Task = field(default_factory=Task)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Stands in for the cached answers of a model with two classes and three examples."""
+
+    plain: float
+    accepts_source: bool = True
+    generates: bool = False
+
+    def answers(self, prompt: Prompt | None, label: str) -> torch.Tensor:
+        value = self.plain if prompt is None else self.plain + prompt.value
+        return torch.full((3, 2), value)
+
+    def accepts(self, prompt: Prompt) -> bool:
+        return self.accepts_source
+
+
+def inputs(
+    *,
+    label: str = "",
+    target: Answers | None = Answers(10.0),
+    student: Answers = Answers(1.0),
+    source: Prompt = Prompt(0.5, 4.0),
+) -> RowInputs:
+    config = RunConfig(name="a", evaluate=Evaluate(baselines=BASELINES))
+    on_target = {
+        "published transfer": Prompt(0.1, 4.0),
+        "transferred": Prompt(0.2, 4.0),
+        "full prompt tuning": Prompt(0.3, 4.0),
+    }
+    if target is None:
+        on_target = {}
+    return RowInputs(config, label, student, target, source, on_target)
+
+
+def values(entries: list[TableEntry]) -> dict[str, float]:
+    return {entry.name: round(float(entry.answers[0, 0]), 6) for entry in entries}
+
+
+def test_all_rows_in_the_order_of_the_table() -> None:
+    entries = table_entries(inputs(), first=True)
+    assert values(entries) == {
+        "zero-shot": 10.0,
+        "student + prompt": 1.5,
+        "direct transfer": 10.5,
+        "published transfer": 10.1,
+        "transferred": 10.2,
+        "proxy-tuning": 10.5,
+        "full prompt tuning": 10.3,
+    }
+    assert [entry.epsilon for entry in entries] == [None, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+
+
+def test_a_data_owner_gets_the_rows_of_the_student() -> None:
+    entries = table_entries(inputs(target=None), first=True)
+    assert values(entries) == {"student": 1.0, "student + prompt": 1.5}
+
+
+def test_a_second_variant_repeats_no_row_without_a_prompt() -> None:
+    entries = table_entries(inputs(label=", epsilon 2"), first=False)
+    names = [entry.name for entry in entries]
+    assert names[0] == "student + prompt, epsilon 2"
+    assert all(name.endswith(", epsilon 2") for name in names)
+
+
+def test_biases_are_added_and_shown_without_but_not_for_the_direct_transfer() -> None:
+    biased = Prompt(0.5, None, Task((0.25, -0.25)))
+    entries = table_entries(inputs(source=biased, label=", x"), first=False)
+    found = values(entries)
+    assert found["student + prompt, x"] == 1.75
+    assert found["student + prompt, x, without biases"] == 1.5
+    assert found["direct transfer, x"] == 10.75
+    assert "direct transfer, x, without biases" not in found
+    assert found["proxy-tuning, x"] == 10.75
+
+
+def test_rows_that_do_not_apply_are_left_out() -> None:
+    generating = inputs(
+        student=Answers(1.0, generates=True), target=Answers(10.0, accepts_source=False)
+    )
+    names = [entry.name for entry in table_entries(generating, first=True)]
+    assert "proxy-tuning" not in names
+    assert "direct transfer" not in names
+
+
+def test_what_each_row_needs_trained() -> None:
+    section = Transfer(objective="proxy", scores="classes", alpha=0.1, trained_share=1.0)
+    config = RunConfig(name="a", transfer=section, evaluate=Evaluate(baselines=BASELINES))
+    needed = target_prompts(PromptVariant("", config, SOURCE))
+    assert {name: prompt.made_by for name, prompt in needed.items()} == {
+        "published transfer": "transfer",
+        "transferred": "transfer",
+        "full prompt tuning": "tune",
+    }
+    published = needed["published transfer"].config.transfer
+    assert (published.objective, published.scores) == ("published", "vocabulary")
+    assert (published.temperature, published.trained_share) == (2.0, 0.0)
+    assert published.alpha == 0.1
+    assert needed["transferred"].config.transfer == section
+
+
+def test_a_given_prompt_is_not_trained_and_baselines_must_be_asked_for() -> None:
+    given = Path("given")
+    needed = target_prompts(PromptVariant("", RunConfig(name="a"), SOURCE, given))
+    assert {name: prompt.folder for name, prompt in needed.items()} == {"transferred": given}
+
+
+def test_a_baseline_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MajorityClass(Row):
+        name = "majority class"
+        once = True
+
+        def entries(self, inputs: RowInputs) -> list[TableEntry]:
+            constant = torch.tensor([[1.0, 0.0]]).expand(3, -1)
+            return [TableEntry(self.name, constant, inputs.student)]
+
+    monkeypatch.setattr(rows, "ROWS", (*rows.ROWS, MajorityClass()))
+    entries = table_entries(inputs(), first=True)
+    assert entries[-1].name == "majority class"
+    assert len(table_entries(inputs(), first=False)) == len(entries) - 2
