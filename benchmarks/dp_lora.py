@@ -78,18 +78,21 @@ class DPLora:
         return trained
 
     def _train(self) -> None:
+        # Examples, order and plan are those of prompt tuning: only what is trained differs.
         config = self._config
         plan = private_plan(config)
         device = self._world.device
         examples = load_examples(config.private_task, "train", "private_task")
         encoded = self._reader.encode(examples.texts)
         classes_N = torch.tensor(examples.classes)
+        # LoRA, with clipping and noise from the optimizer that prompts are tuned with.
         lora = OpacusLora(self._model, self._reader.verbalizer, _LORA_RANK)
         source = RandomSource("lora", secrets.token_bytes(32))
         optimizer = PrivateOptimizer(
             torch.optim.Adam(lora.parameters, lr=self.learning_rate), plan, source
         )
         schedule = Schedule(config.tune.schedule, config.tune.warmup_share, plan.steps)
+        # An empty Poisson batch still takes its noisy step, as the accounting requires.
         label = f"DP-LoRA at rate {self.learning_rate}"
         with progress(label, plan.steps, show=True) as advance:
             for step in range(plan.steps):

@@ -94,6 +94,8 @@ class RestartedRun:
         first_step_began = None
         killed = None
         for gap in [*gaps, float("inf")]:
+            # A start counts as running from the beginning of its first step, which the metrics file
+            # shows only at that step's end.
             lines_before = len(self.metrics())
             ranks = self._start_ranks()
             self._wait_for_line(lines_before + 1)
@@ -103,6 +105,7 @@ class RestartedRun:
             if killed is not None:
                 restarts.append(began - killed)
 
+            # The last gap is infinite, so that the run ends even if no failure is left.
             self._wait_for_end(began + gap)
             ended = time.monotonic()
             if self._is_finished():
@@ -111,6 +114,7 @@ class RestartedRun:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+        # The list waits for every rank before any code is judged.
         if any([rank.wait() != 0 for rank in ranks]):
             raise SystemExit("a run that was not killed has failed")
         return MeasuredRun(
@@ -190,6 +194,7 @@ def measure_step_and_save(lines: list[dict[str, Any]], interval: int) -> tuple[f
 
 def main() -> None:
     """Measure a step and a save on an undisturbed run, then compare runs with failures."""
+    # A step and a save are timed on a run without failures. All runs share one small model.
     real_runs = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -197,6 +202,7 @@ def main() -> None:
         undisturbed = RestartedRun(run, folder / "undisturbed", INTERVALS[0], STEPS)
         undisturbed.finish([], 0.0)
         step, save = measure_step_and_save(undisturbed.metrics(), INTERVALS[0])
+        # Runs with failures.
         for interval, seed in itertools.product(INTERVALS, SEEDS):
             # The simulation draws its failures with the same generator.
             source = np.random.default_rng(seed)
@@ -205,6 +211,8 @@ def main() -> None:
             real_runs[interval, seed] = restarted.finish(gaps, step)
             print(interval, seed, real_runs[interval, seed], flush=True)
 
+    # One rank is simulated, because both real ranks are killed together and so fail as one. A
+    # restart takes as long as the real ones did on average.
     restarts = [seconds for real in real_runs.values() for seconds in real.restarts]
     simulated_run = Run(
         step=step,
@@ -215,6 +223,7 @@ def main() -> None:
         restart=statistics.mean(restarts),
         hours_between_failures=SECONDS_BETWEEN_FAILURES / 3600,
     )
+    # The same seeds draw the same failures in both.
     comparisons = []
     for (interval, seed), real in real_runs.items():
         simulated = simulate(replace(simulated_run, interval=interval), seed)
@@ -229,6 +238,7 @@ def write_table(comparisons: list[Comparison], simulated_run: Run) -> None:
         comparisons: real runs and their simulations.
         simulated_run: what was simulated, but for the interval.
     """
+    # Real and simulated numbers stand side by side, so a head may appear twice.
     heads = (
         *("steps between saves", "draw", "failures, real", "simulated"),
         *("steps lost", "simulated", "seconds", "simulated", "difference"),

@@ -65,12 +65,14 @@ class Harness:
             settings: changes of the run file, as `KEY=VALUE`.
             epsilon: target epsilon.
         """
+        # Stages that an earlier experiment has finished are taken from the folder of runs.
         config = self._private_config(settings, epsilon)
         pipeline = self._pipeline(config)
         prompt = read_prompt(pipeline.tune().artifact)
         student = pipeline.student
         split = config.evaluate.split
         examples = load_examples(config.private_task, split, "private_task")
+        # The answers are cached by model and prompt, as in the stage evaluate.
         precision = choose_precision(config.engine, self._world.device)
         model = load_whole(student, precision, self._world.device)
         answers = CachedAnswers(
@@ -81,6 +83,7 @@ class Harness:
             self._world,
         )
         scores_NC = answers.answers(prompt, f"student + prompt, epsilon {epsilon:g}")
+        # Class biases are part of the tuned prompt, and the cache holds scores without them.
         scores_NC = scores_NC + torch.tensor(prompt.task.class_biases or [0.0])
         metrics = classification_metrics(scores_NC.numpy(), np.array(examples.classes))
         return {"name": "student + prompt", **metrics}
@@ -97,6 +100,7 @@ class Harness:
         """
         config = self._private_config(settings, epsilon)
         student = self._pipeline(config).student
+        # Both rates are trained; the validation split chooses and the test split is measured once.
         trained = [
             DPLora.train(config, student, learning_rate, self._world)
             for learning_rate in _LORA_LEARNING_RATES

@@ -38,16 +38,19 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("setting", nargs="?", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    # torchrun starts this file again on each rank, with its part as argument.
     if "WORLD_SIZE" in os.environ:
         measure_on_rank(chosen.part, chosen.setting)
         return
 
+    # Each measurement has a file of its own, because the two take half an hour each.
     times_file = results_file("prediction-time", ".json")
     memories_file = results_file("prediction-memory", ".json")
     if chosen.part == "time":
         write_json(times_file, measure_time())
     elif chosen.part == "memory":
         write_json(memories_file, measure_memory())
+    # The page holds all that has been measured so far.
     if not times_file.exists():
         raise SystemExit(f"{times_file} is missing: run `python benchmarks/prediction.py time`")
     memories = json.loads(memories_file.read_text()) if memories_file.exists() else []
@@ -109,6 +112,7 @@ def measure_settings(settings: list[Setting], steps: int) -> None:
     """
     world = start(0)
     with tempfile.TemporaryDirectory() as own:
+        # Every rank makes a folder, and all of them use that of rank 0.
         scratch = Path(world.from_main(own))
         for number, setting in enumerate(settings):
             folder = scratch / str(number)
@@ -119,6 +123,7 @@ def measure_settings(settings: list[Setting], steps: int) -> None:
                     layers=setting.layers,
                     vocabulary=setting.vocabulary,
                 )
+            # The other ranks read the model only once it is complete.
             world.barrier()
             config = setting.load_config(folder / "run.yaml")
             measured = bench_scale(config, folder / "model", world, steps)

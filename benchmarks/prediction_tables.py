@@ -112,6 +112,7 @@ def compare(measurements: list[Measured]) -> list[Comparison]:
     """
     comparisons = []
     for measured in measurements:
+        # The plan reads shapes from a model folder, so the measured model is written anew.
         setting = Setting.of_measurement(measured)
         with tempfile.TemporaryDirectory() as scratch:
             run = shapes.write_run(
@@ -147,6 +148,7 @@ def _compare_row(
     task = planned_config.private_task.model_copy(update={"max_length": length})
     planned_config = planned_config.model_copy(update={"private_task": task})
 
+    # The same formulas give the amounts: one plan for each machine where only one unit costs time.
     units = []
     for rates in _ONE_UNIT.values():
         machine = Machine(1, ranks, rates.hardware())
@@ -190,6 +192,7 @@ def padded_length(lengths: list[int], batch_size: int, ranks: int, seed: int) ->
         seed: seed of the data order.
     """
     longest = []
+    # The texts of a step are chosen by the seed, so these are the ones that were measured.
     for step in range(MEASURED_STEPS):
         chosen = rows_of_like_length(step, batch_size, lengths, seed)
         of_step = 0
@@ -209,6 +212,7 @@ def fit_rates(fitted: list[Comparison]) -> np.ndarray:
     Args:
         fitted: measured steps.
     """
+    # Each row is divided by its time, so that residuals are relative and short steps count too.
     design = np.array([each.units for each in fitted])
     seconds = np.array([[each.measured_seconds] for each in fitted])
     costs, _ = nnls(design / seconds, np.ones(len(fitted)))
@@ -222,6 +226,7 @@ def report(times: list[Measured], memories: list[Measured]) -> str:
         times: measurements of time.
         memories: measurements of memory; none leaves out that part.
     """
+    # The rates are fitted to some settings alone; the others test them.
     comparisons = compare(times)
     fitted = [each for each in comparisons if each.setting in FIT]
     held_out = [each for each in comparisons if each.setting in HELD_OUT]
@@ -245,6 +250,7 @@ measurements of {len(FIT)} settings: {_rates_text(costs)}.
 
 {time_table(fitted)}
 """
+    # With strong scaling, the batch is the setting's own.
     if memories:
         strong = [each for each in compare(memories) if each.scaling == "strong"]
         text += f"""## Memory

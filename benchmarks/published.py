@@ -108,6 +108,7 @@ LLAMA = Run(
 
 def model_size(model: TrainedModel) -> ModelSize:
     """Return the sizes that the plan's formulas read."""
+    # Four square matrices of the attention; two matrices of the MLP, four times as wide.
     attention = 4 * model.width**2
     mlp = 8 * model.width**2
     layer = LayerSize((attention, mlp), attention, mlp)
@@ -145,6 +146,7 @@ def tokens_per_second(model: TrainedModel, hardware: Hardware) -> float:
     # Activation checkpointing runs the forward pass twice. A backward pass costs two forwards.
     forwards = 2 if model.checkpoints_activations else 1
     forward = forward_flops(size, 1 / SEQUENCE_LENGTH, SEQUENCE_LENGTH) + head_flops(size, 1)
+    # Each pass also moves its activations through memory, and the loss its logits.
     moved_bytes = (
         forwards * forward_pass_bytes(size, 1, BF16_BYTES)
         + backward_pass_bytes(size, 1, BF16_BYTES)
@@ -180,6 +182,7 @@ def link_table() -> str:
 
 def main() -> None:
     """Write the tables."""
+    # The interval between saves is not published, so Llama's run is given the best one.
     interval, goodput = best_interval(LLAMA)
     failures = simulate(replace(LLAMA, interval=interval), 0).failures
     llama_rows = [

@@ -50,6 +50,7 @@ def bench_stages() -> dict[str, dict[str, Any]]:
     """Return what `post-dist bench` measures, by stage."""
     with tempfile.TemporaryDirectory() as scratch:
         run = shapes.write_run(Path(scratch), width=512, layers=40, vocabulary=3200)
+        # One step of distill makes a student: its values do not change what a step costs.
         student = run_post_dist("distill", str(run))["artifact"]
         results = {}
         for stage in STAGES:
@@ -72,6 +73,8 @@ def print_result(stage: str, result: dict[str, Any]) -> None:
 
 def lost_speedups(committed: Speedups, measured: Speedups) -> list[str]:
     """Return a line for each of our variants that lost more than a fifth of its speedup."""
+    # Peers are left out: a slower peer is not a loss of ours. A variant without a committed ratio
+    # is new, and passes.
     lost = []
     for stage, variants in measured.items():
         for name, speedup in variants.items():
@@ -88,15 +91,18 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="replace the committed ratios")
     write = parser.parse_args().write
+    # The subprocesses inherit these. The tokenizers' threads would disturb the timing.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+    # Ratios within one run cancel much of the machine's noise; seconds would not.
     results = bench_stages()
     measured: Speedups = {}
     for stage, result in results.items():
         print_result(stage, result)
         measured[stage] = {name: 1 / ratio for name, ratio in result["ratios"].items()}
 
+    # Ratios differ between processors, so each has a file of its own.
     path = BENCHMARKS / f"regression-{slug(results['distill']['device'])}.json"
     if write or not path.exists():
         path.write_text(json.dumps(measured, indent=2) + "\n")

@@ -66,6 +66,7 @@ def tables(results: dict[str, Any]) -> str:
     part of the gap that it closes. The gap is from zero-shot to full prompt tuning of the target
     without privacy, on the test split.
     """
+    # Seeds of an experiment are summarized in one table.
     rows_by_experiment = _rows_by_experiment(results)
     text = ""
     for name, rows in rows_by_experiment.items():
@@ -73,6 +74,7 @@ def tables(results: dict[str, Any]) -> str:
         best = rows_by_experiment.get(upper_bound, {}).get("full prompt tuning")
         # Other experiments are on the validation split, which has no upper bound.
         on_test_split = name.startswith(("table", UPPER_BOUND))
+        # One line for each row of the evaluation, over its seeds.
         table = []
         for row_name, seeds in rows.items():
             accuracies = [100 * each["accuracy_micro"] for each in seeds]

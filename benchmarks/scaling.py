@@ -77,6 +77,7 @@ def loss_steps(vocabulary: int, positions: int) -> Steps:
         vocabulary: columns of the logits.
         positions: tokens of all sequences.
     """
+    # Random values cost as much as real ones. Both variants get the same.
     torch.manual_seed(0)
     head = torch.nn.Linear(_LOSS_WIDTH, vocabulary, bias=False).requires_grad_(False)
     student = torch.randn(positions, _LOSS_WIDTH)
@@ -113,11 +114,13 @@ def transfer_steps(models: ModelPair, reader: TaskReader, shape: TransferShape) 
         reader: a task without label words.
         shape: sizes of the step.
     """
+    # Texts of one length, so that no step pads. Ids below 3 are special tokens.
     torch.manual_seed(0)
     examples = []
     for _ in range(shape.batch):
         token_ids = torch.randint(3, len(reader.tokenizer), (shape.length,)).tolist()
         examples.append(Encoded(token_ids, shape.length - 1))
+    # The objective of our step, and the prompts of both.
     hidden = torch.randn(shape.batch, models.target.width)
     section = Transfer(steps=1, batch_size=shape.batch, learning_rate=0.1)
     outputs = FixedOutputs(source=hidden, source_prompted=hidden, target=hidden)
@@ -153,6 +156,7 @@ def sweep(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> Swe
         `rows`, and `exponents_time_memory`: exponents of growth from the last value but one to the
         last, where constant parts matter least.
     """
+    # Time and memory of the variants at each value.
     rows: list[dict[str, Any]] = []
     for value in values:
         row: dict[str, Any] = {"value": value}
@@ -161,6 +165,7 @@ def sweep(name: str, values: list[int], steps_at: Callable[[int], Steps]) -> Swe
         rows.append(row)
         print(name, row)
 
+    # The slope of the last segment in a log-log plot.
     exponents = {}
     growth = np.log2(values[-1] / values[-2])
     for variant in VARIANTS:
@@ -240,6 +245,7 @@ def plot(sweeps: dict[str, Sweep], path: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
+    # Log-log axes show a power law as a straight line.
     columns = len(sweeps)
     figure, axes = pyplot.subplots(2, columns, figsize=(3 * columns, 5.5), squeeze=False)
     for column, (name, swept) in enumerate(sweeps.items()):
@@ -250,6 +256,7 @@ def plot(sweeps: dict[str, Sweep], path: Path) -> None:
             for line in lines:
                 heights = [row[line][kind] for row in swept["rows"]]
                 axis.loglog(values, heights, marker="o", label=line)
+            # Ticks at the measured values alone, in plain numbers.
             axis.set_xticks(values, [f"{value:,}" for value in values])
             axis.xaxis.minorticks_off()
             axis.set_xlabel(name)
@@ -270,6 +277,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
 
+    # Parts that are not run again keep their results.
     path = results_file("scaling", ".json")
     sweeps: dict[str, Sweep] = json.loads(path.read_text())["sweeps"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

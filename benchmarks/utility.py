@@ -48,10 +48,13 @@ def main() -> None:
         print(tables(results.read()))
         return
 
+    # The harness is imported here because `show` does not need it, and because DeepSpeed reads the
+    # environment that is set above.
     fetch_tweets(chosen.demo / "tweets.csv")
     from harness import Harness
 
     harness = Harness(chosen.demo / "demo.yaml", chosen.output)
+    # Each measurement is written as soon as it is made: a stopped program loses one at most.
     for seed in chosen.seeds:
         for experiment in experiments(chosen.part, seed):
             name = key(experiment.name, seed)
@@ -80,6 +83,7 @@ def measure(
         experiment: what is measured.
         settings: all changes of the run file.
     """
+    # An experiment with an epsilon ends at the student; all others run the pipeline to its table.
     if experiment.epsilon is None:
         return harness.pipeline_table(settings)
     if part == "lora":
