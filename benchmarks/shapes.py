@@ -1,4 +1,8 @@
-"""Models with random weights and data of random words, for benchmarks: what a step costs depends on shapes alone."""
+"""Models with random weights, and data of random words, for benchmarks.
+
+What a training step costs depends on shapes alone, so the values may be random. The other programs
+of this folder import this module. It is not a program itself.
+"""
 
 import random
 from pathlib import Path
@@ -7,69 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-WORDS = 3000
-ROWS = 400
+_NUM_WORDS = 3000
+_NUM_TEXTS = 400
+_HEAD_WIDTH = 64
+_MOST_TOKENS = 3000
+"""Largest vocabulary of the tokenizer. The model's may be larger: no text has its other tokens."""
 
-
-def words() -> list[str]:
-    """Random syllables."""
-    source = random.Random(0)
-    return [
-        "".join(
-            source.choice("aeiou") + source.choice("bdfgklmnprstv")
-            for _ in range(source.randint(1, 4))
-        )
-        for _ in range(WORDS)
-    ]
-
-
-def write_model(folder: Path, *, width: int, layers: int, vocabulary: int) -> None:
-    """A Llama with heads of 64, and a tokenizer of at most `vocabulary` tokens."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(vocabulary, 3000),
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([" ".join(words())], trainer)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        intermediate_size=width * 27 // 10 // 16 * 16,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
-
-
-def write_run(folder: Path, **shape: int) -> Path:
-    """A model, its data and a run file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "model", **shape)
-    source, known = random.Random(1), words()
-    lengths = [
-        min(100, max(4, round(source.lognormvariate(3, 0.5)))) for _ in range(ROWS)
-    ]  # about 20 words, as in SST-2 and tweets
-    lines = [" ".join(source.choices(known, k=length)) for length in lengths]
-    (folder / "public.csv").write_text(
-        "text,label\n" + "".join(f"{line},{index % 2}\n" for index, line in enumerate(lines))
-    )
-    run = folder / "run.yaml"
-    run.write_text(
-        """\
+_RUN_FILE = """\
 name: bench
 teacher: {path: model}
 student: {layers: first_last, num_layers: 2}
@@ -87,5 +35,85 @@ tune: {num_virtual_tokens: 100, batch_size: 16}
 transfer: {batch_size: 8}
 engine: {precision: fp32}
 """
-    )
+
+
+def write_run(folder: Path, *, width: int, layers: int, vocabulary: int) -> Path:
+    """Write a model, its data and a run file into a folder, and return the run file.
+
+    Args:
+        folder: folder to write into; made where it is missing.
+        width: width of the model, a multiple of 64.
+        layers: layers of the model.
+        vocabulary: rows of its embeddings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_model(folder / "model", width, layers, vocabulary)
+    _write_texts(folder / "public.csv")
+    run = folder / "run.yaml"
+    run.write_text(_RUN_FILE)
     return run
+
+
+def _write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
+    """Write a Llama with random weights and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // _HEAD_WIDTH,
+        num_key_value_heads=width // _HEAD_WIDTH,
+        # Llama's ratio of 2.7, rounded down to a multiple of 16.
+        intermediate_size=width * 27 // 10 // 16 * 16,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    _trained_tokenizer(min(vocabulary, _MOST_TOKENS)).save_pretrained(folder)
+
+
+def _trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer that is trained on the random words."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" ".join(_words())], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def _write_texts(path: Path) -> None:
+    """Write labeled texts of about 20 words, the length of SST-2's sentences and of tweets."""
+    source = random.Random(1)
+    words = _words()
+    lengths = []
+    for _ in range(_NUM_TEXTS):
+        length = round(source.lognormvariate(3, 0.5))
+        lengths.append(min(100, max(4, length)))
+    lines = ["text,label"]
+    for index, length in enumerate(lengths):
+        text = " ".join(source.choices(words, k=length))
+        lines.append(f"{text},{index % 2}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _words() -> list[str]:
+    """Return words of one to four random syllables, the same in every call."""
+    source = random.Random(0)
+    words = []
+    for _ in range(_NUM_WORDS):
+        syllables = []
+        for _ in range(source.randint(1, 4)):
+            syllables.append(source.choice("aeiou") + source.choice("bdfgklmnprstv"))
+        words.append("".join(syllables))
+    return words

@@ -1,1 +1,1 @@
-"""Benchmarks: of a stage beside what else one could use, of its step on many ranks, and of the machine itself."""
+"""Benchmarks of a stage beside its peers, of a step on many ranks, and of the machine itself."""

@@ -17,7 +17,7 @@ from post_dist.bench.peers import (
     published_distillation_loss,
     trl_distillation_loss,
 )
-from post_dist.bench.timing import measure
+from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
@@ -44,7 +44,7 @@ from post_dist.stages.distill.signals import SignalSource
 from post_dist.stages.distill.trainer import StudentStep
 
 _STEPS = 10
-"""Steps whose batches are cached, and repeated; `measure` takes fewer."""
+"""Steps whose batches are cached, and repeated; `time_steps` takes fewer."""
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 _CACHES: tuple[Literal["none", "hidden", "sampled"], ...] = ("none", "hidden", "sampled")
 
@@ -82,7 +82,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         world: the ranks.
 
     Returns:
-        The result of `measure`, with `settings`, the sizes of the models, and `max_difference`,
+        The result of `time_steps`, with `settings`, the sizes of the models, and `max_difference`,
         the largest relative difference of an fp32 loss from the published distiller's.
 
     Raises:
@@ -113,7 +113,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
             "student_parameters": _size(ways[0].student()),
         }
         tokens = config.distill.batch_size * corpus_section.sequence_length
-        measured = measure(steps, tokens, "tokens", world.device)
+        measured = time_steps(steps, tokens, "tokens", world.device)
 
     return measured | {
         "max_difference": _max_difference(first_losses),

@@ -1,7 +1,11 @@
-"""`post-dist bench fabric`: what this machine's processors, memory and links reach, as an entry for `post-dist plan --hardware`."""
+"""`post-dist bench fabric`: the rates that this machine's processors, memory and links reach.
+
+The result is an entry of a hardware file for `post-dist plan --hardware`.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,149 +19,215 @@ from post_dist.config.schema import Engine
 from post_dist.config.yaml_files import write_yaml
 from post_dist.files import writing
 from post_dist.runtime.distributed import World
-from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.precision import DTYPES, choose_precision
 
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _REPEATS = 5
-_SIZES = tuple(1 << power for power in range(12, 27, 2))
-"""Bytes that a rank takes in, 4 KiB to 64 MiB."""
+_MATRIX_SIZES = {"cuda": 4096, "cpu": 1024}
+"""Rows of the square matrices whose product is timed. A larger one takes a CPU minutes."""
+_RECEIVED_BYTES = tuple(1 << power for power in range(12, 27, 2))
+"""Sizes of the timed collectives: 4 KiB to 64 MiB that each rank receives."""
+_FP32_BYTES = 4
 _GIB = 2**30
 
 
+@dataclass(frozen=True)
+class _TimedCollective:
+    """The time of one collective at one size."""
+
+    collective: str
+    received_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Latency and bandwidth of a link, with the measurements that they were fitted to."""
+
+    latency_seconds: float
+    bytes_per_second: float
+    measurements: list[_TimedCollective]
+
+    def hardware_fields(self) -> dict[str, float]:
+        """Return the link as a hardware file describes it."""
+        return {
+            "gb_per_second": self.bytes_per_second / 1e9,
+            "latency_us": self.latency_seconds * 1e6,
+        }
+
+
+_FREE_LINK = _Link(latency_seconds=0.0, bytes_per_second=1e15, measurements=[])
+"""The link of a rank without neighbors. No collective uses it, so it costs nothing."""
+
+
 def measure_fabric(world: World) -> dict[str, Any]:
-    """Measure; all ranks call it.
+    """Measure the machine. All ranks call this function together.
 
     Returns:
-        `hardware`, an entry of the hardware file whose figures are what was reached, so that all its shares are 1; and `collectives`, for
-        each link and collective the size, the seconds, and the fit.
+        `device` and `ranks`. `hardware`, an entry of a hardware file: its rates are those that were
+        reached, so all its shares are 1. `collectives`, for each link the received bytes and the
+        seconds of each timed collective.
     """
-    local_ranks = world.ranks_of_a_node()
-    size = 4096 if world.device.type == "cuda" else 1024
-    precisions = {
-        "fp32",
-        choose_precision(Engine(), world.device),
-    }  # a processor without bf16 instructions would take minutes
-    teraflops = {
-        name: _matrix_rate(size, dtype, world.device) / 1e12
-        for name, dtype in _DTYPES.items()
-        if name in precisions
-    }
-    links: dict[str, Any] = {"node": _links(world, local_ranks)}
-    links["network"] = _links(world, world.size) if world.size > local_ranks else links["node"]
-    found = {
-        name: {
-            "gb_per_second": link["bytes_per_second"] / 1e9,
-            "latency_us": link["latency_seconds"] * 1e6,
-        }
-        for name, link in links.items()
-    }
-    cuda, host = world.device.type == "cuda", _host_memory()
-    entry = {
-        "memory_gib": (
-            torch.cuda.get_device_properties(world.device).total_memory
-            if cuda
-            else host / local_ranks
-        )
-        / _GIB,
+    # Every rank computes at the same time, as in training: the ranks of a node share its power.
+    ranks_per_node = world.ranks_of_a_node()
+    teraflops = _reached_teraflops(world.device)
+
+    # A group that spans nodes is as fast as the network. On one node, the network is never used.
+    node = _measure_link(world, ranks_per_node)
+    has_network = world.size > ranks_per_node
+    network = _measure_link(world, world.size) if has_network else node
+
+    host_memory_bytes = _host_memory_bytes()
+    if world.device.type == "cuda":
+        memory_bytes = float(torch.cuda.get_device_properties(world.device).total_memory)
+    else:
+        # The ranks of a node share the memory of their host.
+        memory_bytes = host_memory_bytes / ranks_per_node
+
+    hardware = {
+        "memory_gib": memory_bytes / _GIB,
         "teraflops": teraflops,
-        "memory_gb_per_second": _copy_rate(world.device) / 1e9,
-        "node": found["node"] | {"gpus": local_ranks},
-        "network": found["network"],
-        "host": {"memory_gib": host / _GIB, "gb_per_second": _host_rate(world.device) / 1e9},
+        "memory_gb_per_second": _device_copy_rate(world.device) / 1e9,
+        "node": node.hardware_fields() | {"gpus": ranks_per_node},
+        "network": network.hardware_fields(),
+        "host": {
+            "memory_gib": host_memory_bytes / _GIB,
+            "gb_per_second": _host_copy_rate(world.device) / 1e9,
+        },
         "share": dict.fromkeys(("compute", "memory", "node", "network", "host"), 1.0),
-        "overlap": cuda,
+        "overlap": world.device.type == "cuda",
     }
-    collectives = {name: link["measured"] for name, link in links.items()}
     return {
         "device": device_name(world.device),
         "ranks": world.size,
-        "hardware": entry,
-        "collectives": collectives,
+        "hardware": hardware,
+        "collectives": {
+            "node": [vars(each) for each in node.measurements],
+            "network": [vars(each) for each in network.measurements],
+        },
     }
 
 
 def write_hardware(path: Path, measured: dict[str, Any]) -> None:
-    """A hardware file of one entry, `measured`."""
+    """Write the result of `measure_fabric` as a hardware file with one entry, `measured`."""
+    origin = f"# {measured['device']}, {measured['ranks']} ranks: by `post-dist bench fabric`\n"
     with writing(path):
-        path.write_text(
-            f"# {measured['device']}, {measured['ranks']} ranks: by `post-dist bench fabric`\n"
-            + write_yaml({"measured": measured["hardware"]})
-        )
+        path.write_text(origin + write_yaml({"measured": measured["hardware"]}))
+
+
+def _reached_teraflops(device: torch.device) -> dict[str, float]:
+    """Return the rate of matrix products at each precision that the device runs well."""
+    # A processor without bf16 instructions would take minutes, so bf16 is timed only where `auto`
+    # chooses it.
+    precisions: list[Precision] = ["fp32"]
+    chosen = choose_precision(Engine(), device)
+    if chosen != "fp32":
+        precisions.append(chosen)
+    size = _MATRIX_SIZES[device.type]
+    return {name: _matrix_rate(size, DTYPES[name], device) / 1e12 for name in precisions}
 
 
 def _matrix_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second in a product of two square matrices."""
-    one, other = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / _seconds(lambda: one @ other, device)
+    """Return the operations per second of a product of two square matrices."""
+    # A product takes n multiplications and n additions for each of its n * n entries.
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / _median_seconds(lambda: left @ right, device)
 
 
-def _copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written."""
+def _device_copy_rate(device: torch.device) -> float:
+    """Return the bytes per second of a copy in the device's memory, reads and writes counted."""
     block = torch.empty(1 << 26, device=device)
-    return 2 * block.nbytes / _seconds(lambda: block.clone(), device)
+    return 2 * block.nbytes / _median_seconds(lambda: block.clone(), device)
 
 
-def _host_rate(device: torch.device) -> float:
-    """Bytes a second from the host's memory."""
+def _host_copy_rate(device: torch.device) -> float:
+    """Return the bytes per second of a copy from the host's memory to the device."""
+    # Offloading copies from pinned memory, which is faster than pageable memory.
     block = torch.empty(1 << 24, pin_memory=device.type == "cuda")
-    return block.nbytes / _seconds(lambda: block.to(device, copy=True), device)
+    return block.nbytes / _median_seconds(lambda: block.to(device, copy=True), device)
 
 
-def _host_memory() -> float:
+def _host_memory_bytes() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemTotal:")))
+    kib = next(line.split()[1] for line in lines if line.startswith("MemTotal:"))
+    return 1024.0 * int(kib)
 
 
-def _links(world: World, ranks: int) -> dict[str, Any]:
-    """Latency and bandwidth of all-gathers and all-reduces among neighbours, fitted to what they take over sizes."""
-    if ranks == 1:  # nothing to measure: as if it cost nothing
-        return {"latency_seconds": 0.0, "bytes_per_second": 1e15, "measured": []}
-    groups = [
-        dist.new_group(list(range(first, first + ranks))) for first in range(0, world.size, ranks)
-    ]
+def _measure_link(world: World, ranks: int) -> _Link:
+    """Time all-gathers and all-reduces among neighbors over a range of sizes, and fit the link.
+
+    Args:
+        world: all ranks. Each group of neighbors measures at the same time.
+        ranks: number of neighbors in a group.
+    """
+    if ranks == 1:
+        return _FREE_LINK
+    # All ranks must take part in making every group, also in those that they are not members of.
+    groups = []
+    for first in range(0, world.size, ranks):
+        groups.append(dist.new_group(list(range(first, first + ranks))))
     group = groups[world.rank // ranks]
-    measured: list[dict[str, Any]] = []
-    for received in _SIZES:
-        count = max(1, received // 4 // (ranks - 1))
-        own, whole = (
-            torch.zeros(count, device=world.device),
-            torch.zeros(count * ranks, device=world.device),
-        )
-        summed = torch.zeros(max(1, received // 8 * ranks // (ranks - 1)), device=world.device)
-        for name, call, size in (
-            (
-                "all-gather",
-                lambda own=own, whole=whole: dist.all_gather_into_tensor(whole, own, group=group),
-                (ranks - 1) * own.nbytes,
-            ),
-            (
-                "all-reduce",
-                lambda summed=summed: dist.all_reduce(summed, group=group),
-                2 * (ranks - 1) / ranks * summed.nbytes,
-            ),
-        ):
-            measured.append(
-                {
-                    "collective": name,
-                    "received_bytes": size,
-                    "seconds": _seconds(call, world.device),
-                }
-            )
-    latency, rate = fit_link(
-        [entry["received_bytes"] for entry in measured], [entry["seconds"] for entry in measured]
+
+    # Small sizes show the latency, large ones the bandwidth.
+    measurements = []
+    for received_bytes in _RECEIVED_BYTES:
+        measurements.append(_time_all_gather(received_bytes, ranks, group, world.device))
+        measurements.append(_time_all_reduce(received_bytes, ranks, group, world.device))
+    latency_seconds, bytes_per_second = fit_link(
+        [each.received_bytes for each in measurements],
+        [each.seconds for each in measurements],
     )
-    return {"latency_seconds": latency, "bytes_per_second": rate, "measured": measured}
+    return _Link(latency_seconds, bytes_per_second, measurements)
+
+
+def _time_all_gather(
+    received_bytes: int, ranks: int, group: dist.ProcessGroup, device: torch.device
+) -> _TimedCollective:
+    """Time an all-gather in which each rank receives about the given number of bytes."""
+    # A rank receives the part of every other rank.
+    count = max(1, received_bytes // _FP32_BYTES // (ranks - 1))
+    own = torch.zeros(count, device=device)
+    gathered = torch.zeros(count * ranks, device=device)
+    seconds = _median_seconds(
+        lambda: dist.all_gather_into_tensor(gathered, own, group=group), device
+    )
+    return _TimedCollective("all-gather", (ranks - 1) * own.nbytes, seconds)
+
+
+def _time_all_reduce(
+    received_bytes: int, ranks: int, group: dist.ProcessGroup, device: torch.device
+) -> _TimedCollective:
+    """Time an all-reduce in which each rank receives about the given number of bytes."""
+    # A ring brings each rank the tensor almost twice: once to sum it, once to share the sums.
+    count = max(1, received_bytes // (2 * _FP32_BYTES) * ranks // (ranks - 1))
+    summed = torch.zeros(count, device=device)
+    seconds = _median_seconds(lambda: dist.all_reduce(summed, group=group), device)
+    return _TimedCollective("all-reduce", 2 * (ranks - 1) / ranks * summed.nbytes, seconds)
 
 
 def fit_link(received: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Alpha and beta of seconds = alpha + bytes / beta, by least squares of the relative error."""
-    sizes, times = np.asarray(received), np.asarray(seconds)
-    design = np.stack([np.ones_like(sizes, dtype=float), sizes], axis=1) / times[:, None]
-    (alpha, per_byte), *_ = np.linalg.lstsq(design, np.ones_like(times), rcond=None)
-    return max(0.0, float(alpha)), 1 / max(float(per_byte), 1e-15)
+    """Fit latency and bandwidth to the times of collectives.
+
+    The model is seconds = latency + bytes / bandwidth. The fit minimizes the squared relative
+    error.
+
+    Args:
+        received: bytes that a rank receives in each collective.
+        seconds: time of each collective.
+
+    Returns:
+        Latency in seconds, at least 0; and bandwidth in bytes per second.
+    """
+    sizes = np.asarray(received, dtype=float)
+    times = np.asarray(seconds)
+    # Division by the time makes the error relative, so that small collectives count as much.
+    design = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]
+    solution = np.linalg.lstsq(design, np.ones_like(times), rcond=None)[0]
+    latency_seconds, seconds_per_byte = solution.tolist()
+    # Noise can make either of them negative.
+    return max(0.0, latency_seconds), 1 / max(seconds_per_byte, 1e-15)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of a few, after one to warm up."""
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of five repeats, after one to warm up."""
     work()
     return statistics.median(seconds_of(work, device) for _ in range(_REPEATS))

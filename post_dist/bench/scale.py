@@ -1,109 +1,110 @@
-"""`post-dist bench scale`: a step of distill and of transfer on the ranks that a launcher has started, by part and by rank.
+"""`post-dist bench scale`: time and memory of a training step on the ranks of a launcher.
 
-Shapes: W ranks, S steps, K collectives of a step.
+Each workload is measured with the run file's batch (strong scaling), and with that batch times the
+number of ranks (weak scaling).
+
+Shapes: W ranks, S steps, P parts of a step, K collectives of a step.
 """
 
 import json
-import shutil
 import socket
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from post_dist.artifacts.task import PromptTask
-from post_dist.bench.collectives import KINDS, CollectiveTimer
+from post_dist.bench.collectives import COLLECTIVE_KINDS, CollectiveKind, CollectiveTimer
 from post_dist.bench.timing import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
-from post_dist.bench.transfer import MAX_EXAMPLES
-from post_dist.config.precision import Precision
-from post_dist.config.schema import RunConfig, Student
-from post_dist.data.corpus import Corpus, build_corpus
-from post_dist.data.order import RankBatch, rank_batches
-from post_dist.data.public_text import load_public_texts
-from post_dist.errors import InputError
-from post_dist.files import write_folder, writing
-from post_dist.models.load import load_config, load_tokenizer, load_whole
-from post_dist.models.prompt_init import prompt_from_text
+from post_dist.bench.workloads import (
+    DistillWorkload,
+    RequiredSections,
+    TransferWorkload,
+    Workload,
+    WorkloadInputs,
+    untrained_student,
+)
+from post_dist.config.schema import RunConfig
+from post_dist.files import writing
+from post_dist.models.load import load_tokenizer
 from post_dist.models.sharded import load_sharded
-from post_dist.models.student import stand_in_layers, write_student
 from post_dist.planning.scaling import grown
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.distill.batches import DistillationText, masking_for
-from post_dist.stages.distill.model import student_engine
-from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.trainer import StudentStep
-from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
-from post_dist.stages.transfer.objective import ModelPair
-from post_dist.stages.transfer.step_losses import transfer_losses
 
-_WARM_UP = 2
-STEPS = 5
-_STRAGGLES = 1.15
-"""A rank that computes so many times as long as the median rank is named."""
-_PARTS = ("compute", "wait", *KINDS)
-"""Of a step; what goes in is measured beside it."""
+MEASURED_STEPS = 5
+_WARM_UP_STEPS = 2
+_STRAGGLER_RATIO = 1.15
+"""A rank whose computation takes this many times the median rank's is reported as a straggler."""
+_PARTS = ("compute", "wait", *COLLECTIVE_KINDS)
+"""Parts of a step that its collectives tell apart. Reading the inputs is timed by itself."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is measured.
+def bench_scale(
+    config: RunConfig, teacher_folder: Path, world: World, steps: int = MEASURED_STEPS
+) -> dict[str, Any]:
+    """Measure a step of distill and a step of transfer. All ranks call this function together.
 
-    Attributes:
-        stage: distill or transfer.
-        batch_size: over all ranks.
-        unit: of the amount, tokens or samples.
-        amount: how much one step handles.
-        step: takes a step, by its number.
-        inputs: makes what this rank's step reads, and nothing else.
-        end: gives back what an engine holds on to.
-    """
+    Steps are first timed as they are. Then they run again with every collective awaited where it is
+    called, which shows where each rank's time goes. Those steps take longer if communication
+    otherwise runs beside computation.
 
-    stage: str
-    batch_size: int
-    unit: str
-    amount: int
-    step: Callable[[int], object]
-    inputs: Callable[[int], object]
-    end: Callable[[], object] = lambda: None
-
-
-def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[str, Any]:
-    """Measure; all ranks call it.
-
-    With the run file's batch (strong scaling), and with as many times that as there are ranks (weak). Steps are timed as they are; then
-    as many with every collective waited for, which shows where a rank's time goes, and takes longer where they ran beside computation.
+    Args:
+        config: the run file.
+        teacher_folder: folder of the teacher.
+        world: all ranks.
+        steps: number of steps to measure; at least 2.
 
     Returns:
-        What was measured on, and `rows`, one for each stage and scaling: `step_seconds`, the median of the slowest rank's, and its middle
-        half; the amount per second; `received_bytes` of this rank by kind; the `straggler`, or None; and `per_rank` the seconds of
-        `compute`, `input`, `gather` and `reduce` (what the wires take), `control`, and `wait` (for other ranks), and the peak of memory
-        above what was held without the models.
+        The device, the ranks and the engine's settings; and `rows`, one for each stage and scaling:
+
+        - `step_seconds`: median time of the slowest rank; `interval`: its interquartile range.
+        - `tokens_per_second` or `samples_per_second`: units of all ranks.
+        - `received_bytes`: bytes that this rank receives in a step, by kind of collective.
+        - `straggler`: the rank that computes longer than the others, or None.
+        - `per_rank`: seconds of `compute`, of `input`, of the collectives `gather`, `reduce` and
+          `control`, and of `wait` (for other ranks). `peak_memory_gib` counts from what the rank
+          held without the models.
 
     Raises:
-        InputError: a section is missing, or the run file's output cannot be written to.
+        InputError: a section is missing, or the folder `output` cannot be written to.
     """
+    sections = RequiredSections.of_run(config)
     precision = choose_precision(config.engine, world.device)
+    # Hosts name a straggler, so that its node can be taken out.
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
+    # On one rank, strong and weak scaling are the same.
+    batch_factors = {"strong": 1, "weak": world.size} if world.size > 1 else {"strong": 1}
+
     rows = []
-    with _cut_student(config, teacher_folder, world) as (student_folder, corpus):
-        before = watch_memory(world.device)
-        works = _Works(config, teacher_folder, student_folder, corpus, precision, world)
-        of_teacher = watch_memory(world.device) - before
-        # Stage by stage: DeepSpeed gathers ahead what the pass before used, and the transfer's uses the head.
-        for make in (works.distill, works.transfer):
-            for scaling, times in (("strong", 1), ("weak", world.size))[: min(2, world.size)]:
-                before = watch_memory(world.device) - of_teacher
-                work = make(grown(config, times))
-                rows.append({"scaling": scaling} | _measured(work, before, hosts, world))
-                work.end()
+    with untrained_student(config, sections, teacher_folder, world) as (student_folder, corpus):
+        # The teacher stays loaded for all workloads, so its memory is measured once.
+        held_mib = watch_memory(world.device)
+        inputs = WorkloadInputs(
+            sections=sections,
+            teacher=load_sharded(teacher_folder, config.engine, precision, world),
+            tokenizer=load_tokenizer(teacher_folder),
+            student_folder=student_folder,
+            corpus=corpus,
+            precision=precision,
+            world=world,
+        )
+        teacher_mib = watch_memory(world.device) - held_mib
+        # One stage after the other, not in turns: DeepSpeed prefetches the parameters that the
+        # previous pass used, and only the passes of transfer use the teacher's head.
+        for workload_class in (DistillWorkload, TransferWorkload):
+            for scaling, factor in batch_factors.items():
+                without_models_mib = watch_memory(world.device) - teacher_mib
+                workload = workload_class(grown(config, factor), inputs)
+                row = _measure(workload, without_models_mib, hosts, steps, world)
+                rows.append({"scaling": scaling} | row)
+                # The next workload's memory is counted from what is held without this one.
+                workload.close()
+                del workload
     return {
         "device": device_name(world.device),
         "ranks": world.size,
@@ -116,212 +117,124 @@ def bench_scale(config: RunConfig, teacher_folder: Path, world: World) -> dict[s
 
 
 def write_scale(path: Path, measured: dict[str, Any]) -> None:
-    """Keep what `bench_scale` gave, for `post-dist report`."""
+    """Write the result of `bench_scale` as JSON, for `post-dist report`."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
-@contextmanager
-def _cut_student(
-    config: RunConfig, teacher_folder: Path, world: World
-) -> Iterator[tuple[Path, Corpus]]:
-    """An untrained student, which costs as much as a trained one, and the corpus; in a folder that all ranks see, for a while."""
-    if config.corpus is None or config.student is None or config.public_task is None:
-        raise InputError("bench scale needs the sections `corpus`, `student` and `public_task`")
-    tokenizer, rule = load_tokenizer(teacher_folder), config.student
-    layers = stand_in_layers(rule, load_config(teacher_folder).get_text_config().num_hidden_layers)
-    made: list[str] = []
+@dataclass(frozen=True)
+class _StepSplit:
+    """Where the time of one step goes.
 
-    def make() -> None:
-        with writing(config.output):
-            config.output.mkdir(parents=True, exist_ok=True)
-            made.append(tempfile.mkdtemp(prefix="bench-scale-", dir=config.output))
+    Attributes:
+        seconds_WP: seconds of each part, in the order of `_PARTS`, on each rank.
+        received_bytes: bytes that this rank received, by kind of collective.
+    """
 
-    world.on_main(make)
-    place = Path(world.from_main("".join(made)))
-    try:
-        student = place / "student"
-        world.on_main(
-            lambda: write_folder(
-                student, lambda partial: write_student(partial, teacher_folder, layers, tokenizer)
-            )
-        )
-        yield (
-            student,
-            build_corpus(config.corpus, tokenizer, place / "corpus.npy", config.seed, world),
-        )
-        world.barrier()
-    finally:
-        if world.is_main:
-            shutil.rmtree(place)
+    seconds_WP: torch.Tensor
+    received_bytes: dict[CollectiveKind, float]
 
 
-class _Works:
-    """The two stages' steps over one teacher."""
+def _measure(
+    workload: Workload,
+    without_models_mib: float,
+    hosts: Sequence[str],
+    steps: int,
+    world: World,
+) -> dict[str, Any]:
+    """Return a workload's row of the table that `bench_scale` describes."""
+    # DeepSpeed traces the order of parameters in the first step and prefetches by it afterwards.
+    for step in range(_WARM_UP_STEPS):
+        workload.take_step(step)
 
-    def __init__(
-        self,
-        config: RunConfig,
-        teacher_folder: Path,
-        student_folder: Path,
-        corpus: Corpus,
-        precision: Precision,
-        world: World,
-    ) -> None:
-        self._student_folder, self._corpus, self._precision, self._world = (
-            student_folder,
-            corpus,
-            precision,
-            world,
-        )
-        self._tokenizer = load_tokenizer(teacher_folder)
-        self._teacher = load_sharded(teacher_folder, config.engine, precision, world)
-        self._masking = masking_for(self._teacher, self._tokenizer, config)
-
-    def distill(self, config: RunConfig) -> Work:
-        """A step of the optimizer on the student, the teacher asked in it."""
-        section, rule, world = config.distill, cast(Student, config.student), self._world
-        student = load_whole(self._student_folder, self._precision, world.device)
-        engine = student_engine(student, config, rule, self._precision, world)
-        text = DistillationText(self._corpus, self._masking, world.device)
-        source = OnlineTeacher(self._teacher, section.layers_in_teacher(rule))
-        student_step = StudentStep(engine, text, source, section, world)
-
-        def inputs(step: int) -> None:
-            for share in self._corpus.step_batches(
-                step, section.batch_size, section.micro_batch_size_per_gpu, world
-            ):
-                self._corpus.training(share).to(world.device)
-
-        amount = section.batch_size * config.corpus.sequence_length  # type: ignore[union-attr]
-        return Work(
-            "distill",
-            section.batch_size,
-            "tokens",
-            amount,
-            student_step.take,
-            inputs,
-            engine.destroy,
-        )
-
-    def transfer(self, config: RunConfig) -> Work:
-        """A prompt's gradient over all ranks. What is kept of the public rows is made once, and not measured."""
-        private, public, section, world = (
-            config.private_task,
-            config.public_task,
-            config.transfer,
-            self._world,
-        )
-        if private is None or public is None:
-            raise InputError(
-                "bench scale needs the sections `private_task`, for its label words alone, and `public_task`"
-            )
-        words = tuple(private.labels.values())
-        text = private.template or public.template or "{text}"
-        task = PromptTask(
-            text, words, private.max_length, private.allow_multi_token, config.tune.init_text
-        )
-        texts = load_public_texts(public, "public_task")[0][:MAX_EXAMPLES]
-        models = ModelPair(
-            load_whole(self._student_folder, self._precision, world.device), self._teacher
-        )
-        start_nd = prompt_from_text(
-            self._teacher, self._tokenizer, task.init_text, config.tune.num_virtual_tokens
-        ).float()
-        tokenizers = Tokenizers(self._tokenizer, self._tokenizer)
-        examples = PublicExamples(texts, [], public.template)
-        builder = ObjectiveBuilder(models, tokenizers, examples, world)
-        objective = builder.build(task, start_nd, section)
-        prompt_nd = start_nd.to(world.device).requires_grad_(True)
-
-        def own(step: int) -> RankBatch:
-            return rank_batches(
-                objective.batch_at(step, config.seed), section.batch_size, world.rank, world.size
-            )[0]
-
-        def step_of(step: int) -> None:
-            share = own(step)
-            (loss,) = transfer_losses(models, [objective], [prompt_nd], [share.rows])
-            (share.weight * loss).backward()
-            world.mean(prompt_nd.grad)  # type: ignore[arg-type]
-            prompt_nd.grad = None
-
-        def inputs(step: int) -> None:
-            examples = [objective.examples[index] for index in own(step).rows]
-            objective.reader.collate(examples).to(world.device)
-
-        return Work("transfer", section.batch_size, "samples", section.batch_size, step_of, inputs)
-
-
-def _measured(work: Work, before_mib: float, hosts: list[str], world: World) -> dict[str, Any]:
-    """One row."""
-    for step in range(_WARM_UP):
-        work.step(step)
+    # Time and memory of ordinary steps. A step ends when its slowest rank ends.
     watch_memory(world.device)
-    steps = range(STEPS)
-    plain_S = [_seconds(work.step, step, world) for step in steps]
-    peak_mib = peak_memory_mib(world.device) - before_mib
-    input_seconds = statistics.median(_seconds(work.inputs, step, world) for step in steps)
-    split = [_split(work.step, step, input_seconds, world) for step in steps]
-    slowest_S = _of_all(plain_S, world).amax(dim=0).tolist()
-    parts_WP = torch.stack([parts_WP for parts_WP, _ in split]).median(dim=0).values
-    of_ranks_W2 = _of_all([input_seconds, peak_mib / 1024], world)
-    low, median, high = statistics.quantiles(slowest_S, n=4)
+    own_seconds_S = [_seconds(workload.take_step, step, world) for step in range(steps)]
+    peak_mib = peak_memory_mib(world.device) - without_models_mib
+    slowest_S = _from_all_ranks(own_seconds_S, world).amax(dim=0).tolist()
+    lower_quartile, median, upper_quartile = statistics.quantiles(slowest_S, n=4)
+
+    # Parts of the step, from separate runs that await each collective.
+    input_seconds = statistics.median(
+        _seconds(workload.load_inputs, step, world) for step in range(steps)
+    )
+    splits = [_split_step(workload, step, input_seconds, world) for step in range(steps)]
+    parts_WP = torch.stack([split.seconds_WP for split in splits]).median(dim=0).values
+    input_and_memory_W2 = _from_all_ranks([input_seconds, peak_mib / 1024], world)
+
+    # Every rank has all values now, so each builds the same rows and rank 0 prints them.
+    per_rank = []
+    for rank, host in enumerate(hosts):
+        rank_input_seconds, rank_peak_gib = input_and_memory_W2[rank].tolist()
+        row = {
+            "rank": rank,
+            "host": host,
+            "peak_memory_gib": rank_peak_gib,
+            "input": rank_input_seconds,
+        }
+        per_rank.append(row | dict(zip(_PARTS, parts_WP[rank].tolist(), strict=True)))
+    return {
+        "stage": workload.stage,
+        "batch_size": workload.batch_size,
+        "step_seconds": median,
+        "interval": [lower_quartile, upper_quartile],
+        f"{workload.unit}_per_second": workload.amount / median,
+        "received_bytes": splits[-1].received_bytes,
+        "straggler": _straggler(parts_WP, hosts),
+        "per_rank": per_rank,
+    }
+
+
+def _straggler(parts_WP: torch.Tensor, hosts: Sequence[str]) -> str | None:
+    """Return the rank and the host that compute much longer than the median rank, if any."""
     compute_W = parts_WP[:, _PARTS.index("compute")]
     slowest = int(compute_W.argmax())
-    straggles = float(compute_W[slowest]) > _STRAGGLES * float(compute_W.median())
-    return {
-        "stage": work.stage,
-        "batch_size": work.batch_size,
-        "step_seconds": median,
-        "interval": [low, high],
-        f"{work.unit}_per_second": work.amount / median,
-        "received_bytes": split[-1][1],
-        "straggler": f"rank {slowest} on {hosts[slowest]}" if straggles else None,
-        "per_rank": [
-            {
-                "rank": rank,
-                "host": hosts[rank],
-                "peak_memory_gib": peak,
-                "input": input_,
-                **dict(zip(_PARTS, parts, strict=True)),
-            }
-            for rank, (parts, (input_, peak)) in enumerate(
-                zip(parts_WP.tolist(), of_ranks_W2.tolist(), strict=True)
-            )
-        ],
-    }
+    if float(compute_W[slowest]) <= _STRAGGLER_RATIO * float(compute_W.median()):
+        return None
+    return f"rank {slowest} on {hosts[slowest]}"
 
 
-def _split(
-    take: Callable[[int], object], step: int, input_seconds: float, world: World
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Where the time of a step goes on each rank, [W, P] by `_PARTS`, and the bytes that came to this rank by kind.
+def _split_step(workload: Workload, step: int, input_seconds: float, world: World) -> _StepSplit:
+    """Take a step with every collective awaited, and split its time into parts.
 
-    The rank that comes last to a collective waits for nobody: the least time of all ranks is what the wires take.
+    The last rank to enter a collective does not wait for another rank. So the shortest time over
+    all ranks is what the collective takes, and the rest of a rank's time in it is waiting.
     """
-    with CollectiveTimer(world.device) as wires:
-        seconds = _seconds(take, step, world)
-    calls_WK = _of_all([call.seconds for call in wires.calls], world)
-    own_W = _of_all([seconds - input_seconds], world)[:, 0] - calls_WK.sum(dim=1)
-    least_K = calls_WK.amin(dim=0)
-    parts = {"compute": own_W.clamp(min=0), "wait": (calls_WK - least_K).sum(dim=1)}
-    for kind in KINDS:
-        of_kind_K = torch.tensor([call.kind == kind for call in wires.calls], dtype=torch.float64)
-        parts[kind] = (least_K * of_kind_K).sum().expand(world.size)
-    return torch.stack([parts[name] for name in _PARTS], dim=1), {
-        kind: wires.bytes_of(kind) for kind in KINDS
+    with CollectiveTimer(world.device) as timer:
+        seconds = _seconds(workload.take_step, step, world)
+
+    # All ranks call the same collectives in the same order, so the K-th ones belong together.
+    own_seconds_K = [collective.seconds for collective in timer.collectives]
+    in_collectives_WK = _from_all_ranks(own_seconds_K, world)
+    shortest_K = in_collectives_WK.amin(dim=0)
+    outside_W = _from_all_ranks([seconds - input_seconds], world)[:, 0]
+    compute_W = outside_W - in_collectives_WK.sum(dim=1)
+
+    # A collective's shortest time counts for its kind, on all ranks alike.
+    part_seconds = {
+        # Timing noise makes a computation of almost no time negative.
+        "compute": compute_W.clamp(min=0),
+        "wait": (in_collectives_WK - shortest_K).sum(dim=1),
     }
+    for kind in COLLECTIVE_KINDS:
+        is_kind_K = torch.tensor(
+            [collective.kind == kind for collective in timer.collectives], dtype=torch.float64
+        )
+        part_seconds[kind] = (shortest_K * is_kind_K).sum().expand(world.size)
+    seconds_WP = torch.stack([part_seconds[part] for part in _PARTS], dim=1)
+    return _StepSplit(seconds_WP, timer.received_bytes())
 
 
-def _of_all(values: list[float], world: World) -> torch.Tensor:
-    """Every rank's values, a row each."""
-    return world.concatenate(torch.tensor([values], dtype=torch.float64, device=world.device)).cpu()
+def _from_all_ranks(values: list[float], world: World) -> torch.Tensor:
+    """Gather every rank's values [W, number of values]."""
+    own = torch.tensor([values], dtype=torch.float64, device=world.device)
+    return world.concatenate(own).cpu()
 
 
 def _seconds(take: Callable[[int], object], step: int, world: World) -> float:
-    """Of a step that all ranks begin together."""
+    """Return the time that this rank takes for a step which all ranks begin together."""
+    # Without the barrier, a rank would wait in the first collective for those that start late.
     wait_for(world.device)
     world.barrier()
     return seconds_of(lambda: take(step), world.device)

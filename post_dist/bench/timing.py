@@ -1,4 +1,8 @@
-"""Time and memory of steps, interleaved: the first of all, then the second of all, so that a slow minute slows every row."""
+"""Time and memory of steps.
+
+Variants of a step take turns: the first repeat of every variant, then the second of every variant.
+A minute in which the machine is slow then slows all of them alike.
+"""
 
 import ctypes
 import gc
@@ -6,6 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +19,122 @@ import torch
 from post_dist.errors import EnvironmentFault
 from post_dist.runtime.allocator import memory_given_back_at_once
 
+# Odd, so that the median is one of the measured times.
 _REPEATS = 7
 _MIB = 2**20
 
 
-def measure(
+@dataclass
+class _Measurement:
+    """What was measured of one variant of a step.
+
+    Attributes:
+        peak_memory_mib: peak memory above what was held before the step.
+        seconds: time of each repeat.
+    """
+
+    peak_memory_mib: float
+    seconds: list[float] = field(default_factory=list)
+
+    def table_row(self, name: str, amount: int, unit: str) -> dict[str, Any]:
+        """Return the variant's row of the table that `time_steps` describes."""
+        median = statistics.median(self.seconds)
+        lower_quartile, _, upper_quartile = statistics.quantiles(self.seconds, n=4)
+        return {
+            "name": name,
+            "seconds_per_step": median,
+            f"{unit}_per_second": amount / median,
+            "peak_memory_mib": self.peak_memory_mib,
+            "interval": [lower_quartile, upper_quartile],
+        }
+
+    def time_over(self, baseline: "_Measurement") -> float:
+        """Return the ratio of this variant's time to that of the baseline."""
+        # Both times of a pair come from the same round, so a slow round cancels.
+        pairs = zip(self.seconds, baseline.seconds, strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
+    def memory_over(self, baseline: "_Measurement") -> float:
+        """Return the ratio of this variant's peak memory to that of the baseline."""
+        return self.peak_memory_mib / baseline.peak_memory_mib
+
+
+def time_steps(
     steps: Mapping[str, Callable[[], object]], amount: int, unit: str, device: torch.device
 ) -> dict[str, Any]:
-    """Run each step once to warm up, once for its memory, and seven times for its time.
+    """Measure several variants of a step beside each other.
+
+    Each variant runs once to warm up, once for its memory, and seven times for its time.
 
     Args:
-        steps: by name; the first is what the ratios are over.
-        amount: how much one step handles.
-        unit: of the amount, `samples` or `tokens`.
-        device: which the steps use.
+        steps: the variants by name. The first is the baseline of the ratios.
+        amount: number of units that one step processes.
+        unit: unit of the amount, `samples` or `tokens`.
+        device: device that the steps use.
 
     Returns:
-        `rows` with the median of seconds per step, amount per second, peak memory above what was there before the step, and the
-        interval of the middle half of the times; and `ratios` of time and of memory over the first row.
+        `device`, its name. `rows`, one for each variant: the median of seconds per step, the amount
+        per second, the peak memory above what was held before the step (MiB), and the interquartile
+        range of the times. `ratios` and `memory_ratios`, each variant's time and memory over the
+        baseline's.
     """
+    # The first call of a step compiles kernels and fills caches.
     for step in steps.values():
         step()
+
+    # Memory and time come from separate runs: reading the peak of a CPU forces the allocator to
+    # return memory at once, which slows it down.
+    measurements: dict[str, _Measurement] = {}
     with memory_given_back_at_once():
-        memory = {name: _peak_memory_mib(step, device) for name, step in steps.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for name, step in steps.items():
+            measurements[name] = _Measurement(_step_memory_mib(step, device))
+
+    # The variants take turns, so that a slow minute of the machine slows all of them.
     for _ in range(_REPEATS):
         for name, step in steps.items():
-            seconds[name].append(seconds_of(step, device))
+            measurements[name].seconds.append(seconds_of(step, device))
+
+    # Ratios are over the first variant.
+    baseline = next(iter(measurements.values()))
     rows = []
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        low, _, high = statistics.quantiles(times, n=4)
-        rows.append(
-            {
-                "name": name,
-                "seconds_per_step": median,
-                f"{unit}_per_second": amount / median,
-                "peak_memory_mib": memory[name],
-                "interval": [low, high],
-            }
-        )
-    first = next(iter(steps))
-    # Of each round's own pair, so that what the machine did in a round cancels.
-    ratios = {
-        name: statistics.median(
-            mine / base for mine, base in zip(times, seconds[first], strict=True)
-        )
-        for name, times in seconds.items()
-    }
-    memory_ratios = {name: value / memory[first] for name, value in memory.items()}
+    time_ratios = {}
+    memory_ratios = {}
+    for name, measurement in measurements.items():
+        rows.append(measurement.table_row(name, amount, unit))
+        time_ratios[name] = measurement.time_over(baseline)
+        memory_ratios[name] = measurement.memory_over(baseline)
     return {
         "device": device_name(device),
         "rows": rows,
-        "ratios": ratios,
+        "ratios": time_ratios,
         "memory_ratios": memory_ratios,
     }
 
 
 def device_name(device: torch.device) -> str:
-    """What the benchmark ran on: the card's name, or the processor's with the number of threads."""
+    """Return the name of a GPU, or that of the processor with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU"
-    )
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{_processor_name()}, {torch.get_num_threads()} threads"
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "CPU"
 
 
 def slug(device: str) -> str:
-    """A device's name as part of a file's."""
+    """Return a device's name as it is written in file names."""
     return re.sub("[^a-z0-9]+", "-", device.lower())
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long a piece of work takes, a GPU's part of it included."""
+    """Return how long a piece of work takes, the GPU's part included."""
+    # Kernels that an earlier call queued must not count.
     wait_for(device)
     start = time.perf_counter()
     work()
@@ -96,51 +142,58 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory_mib(step: Callable[[], object], device: torch.device) -> float:
-    """The most memory that a step holds above what was held before it."""
-    held = watch_memory(device)
-    step()
-    return peak_memory_mib(device) - held
-
-
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told; a CPU has."""
+    """Wait until a GPU has finished the work queued on it. A CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def _step_memory_mib(step: Callable[[], object], device: torch.device) -> float:
+    """Return the peak memory of a step above what was held before it, in MiB."""
+    held_mib = watch_memory(device)
+    step()
+    return peak_memory_mib(device) - held_mib
+
+
 def watch_memory(device: torch.device) -> float:
-    """Give back what is not in use, and count the peak anew from here; what is held now, in MiB.
+    """Free unused memory and start a new measurement of the peak.
+
+    Returns:
+        Memory held now, in MiB.
 
     Raises:
-        EnvironmentFault: on a CPU of a system without /proc.
+        EnvironmentFault: the device is a CPU, and the system has no /proc.
     """
+    # Reference cycles keep the tensors of earlier steps alive.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / _MIB
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
+    clear_refs = Path("/proc/self/clear_refs")
+    if not clear_refs.exists():
         raise EnvironmentFault(
             "peak memory on a CPU is read from /proc/self, which this system lacks",
             "run the benchmark on Linux",
         )
+    # glibc keeps freed memory, which would count as held.
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the kernel then counts VmHWM anew
+    clear_refs.write_text("5")  # resets VmHWM, see proc(5)
     return _status_mib("VmRSS")
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most that was held since `watch_memory`."""
-    return (
-        torch.cuda.max_memory_allocated(device) / _MIB
-        if device.type == "cuda"
-        else _status_mib("VmHWM")
+    """Return the peak memory since the last `watch_memory`, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    return _status_mib("VmHWM")
+
+
+def _status_mib(field_name: str) -> float:
+    """Return a field of /proc/self/status, which counts in KiB, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field_name}:"):
+            return float(line.split()[1]) / 1024
+    raise EnvironmentFault(
+        f"/proc/self/status has no field {field_name}", "run the benchmark on Linux"
     )
-
-
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return float(kib) / 1024

@@ -15,7 +15,7 @@ import torch
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers import CachedLogits, cached_transfer_step, published_transfer_step
-from post_dist.bench.timing import measure
+from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine, RunConfig
 from post_dist.config.sources import Task
@@ -59,9 +59,9 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         world: the ranks.
 
     Returns:
-        See `measure`. `max_difference` is the largest relative difference of loss and gradient from
-        the published loop, among the variants in fp32. `once` describes what is computed before the
-        first step.
+        The result of `time_steps` and three more entries. `max_difference` is the largest relative
+        difference of loss and gradient from the published loop, among the variants in fp32. `once`
+        describes what is computed before the first step. `settings` holds the shapes.
 
     Raises:
         InputError: the run file has no public task.
@@ -91,7 +91,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     difference = _max_difference(ordered)
     lengths = [len(example.token_ids) for example in objective.examples]
     batch_size = config.transfer.batch_size
-    measured = measure(ordered, batch_size, "samples", world.device)
+    measured = time_steps(ordered, batch_size, "samples", world.device)
     return measured | {
         "max_difference": difference,
         "once": {"rows": len(lengths), **seconds_before},

@@ -1,6 +1,8 @@
-"""`post-dist bench tune`: a private step beside the ordinary one, on random tokens: no private row is read.
+"""`post-dist bench tune`: a private training step beside the ordinary one.
 
-Shapes: B rows, n prompt tokens, d width.
+The batch is random tokens. The benchmark reads no private example.
+
+Shapes: B examples, n prompt tokens, d width.
 """
 
 import secrets
@@ -10,14 +12,16 @@ from typing import Any
 
 import torch
 
+from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers import OpacusHooks, plain_losses
-from post_dist.bench.timing import measure
+from post_dist.bench.timing import time_steps
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
+from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch
-from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.classifier import PromptInput, class_losses
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.privacy.gradients import ExampleGradients
@@ -36,67 +40,140 @@ _PLAN = PrivacyPlan(
     delta=1e-5,
     expected_batch_size=1.0,
 )
-"""Its figures do not change what a step costs."""
+"""Some valid plan. The cost of a step does not depend on its values."""
+
+_Step = Callable[[], torch.Tensor]
+_GradientsAt = Callable[[torch.Tensor], torch.Tensor]
+"""Compute the gradients of all examples [B, n, d] at a prompt [n, d]."""
 
 
 def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]:
-    """Time and memory of five kinds of step on `tune.batch_size` rows of `private_task.max_length` tokens, whole steps with Adam.
+    """Measure time and memory of five kinds of tuning step.
+
+    A step is a whole step with Adam on `tune.batch_size` examples of `private_task.max_length`
+    tokens.
+
+    Args:
+        config: the run file.
+        student: folder of the student.
+        world: a single rank.
 
     Returns:
-        See `measure`; and `max_difference`, the largest relative difference of an example's gradient from the plain private one's,
-        over the ways to compute it, and of their sum from the non-private gradients.
+        The object that `time_steps` returns, with two more entries. `max_difference` is the largest
+        relative difference between gradients that should be equal: each example's gradient from
+        that of the plain private step, and the non-private gradient from the sum over examples.
+        `settings` holds the precision and the shapes.
+
+    Raises:
+        InputError: the run file has no private task with classes, the student is a masked model, or
+            prompt and text do not fit into its context.
     """
-    if config.private_task is None:
+    task = config.private_task
+    if task is None or task.response_column is not None:
         raise InputError(
-            "bench tune needs the section `private_task`, for its label words and length"
+            "bench tune needs the section `private_task`, with label words and a length"
         )
     tokenizer = load_tokenizer(student)
     model = load_whole(student, choose_precision(config.engine, world.device), world.device)
-    verbalizer = Verbalizer(
-        tuple(config.private_task.labels.values()),
-        tokenizer,
-        allow_multi_token=config.private_task.allow_multi_token,
-    )
-    rows, length, tokens = (
-        config.tune.batch_size,
-        config.private_task.max_length,
-        config.tune.num_virtual_tokens,
-    )
-    raise_conflicts("bench tune", room_conflicts("the model", model.context_length, tokens, length))
     if model.masked:
         raise InputError(
-            "bench tune compares ways to share a prefix, which a masked model has none of",
+            "bench tune compares ways to share a prefix, and a masked model has no prefix to share",
             "bench a causal student",
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    input_ids = torch.randint(len(tokenizer), (rows, length), generator=generator)
-    batch = Batch(input_ids, torch.ones_like(input_ids), torch.full((rows,), length - 1)).to(
-        world.device
+    # The task's words are needed for the loss, not its data.
+    init_text = config.tune.init_text
+    reader = TaskReader(PromptTask.of_section(task, init_text), tokenizer, masked=False)
+    found = room_conflicts(
+        "the model", model.context_length, config.tune.num_virtual_tokens, task.max_length
     )
-    classes_B = torch.randint(len(verbalizer.token_ids), (rows,), generator=generator).to(
-        world.device
-    )
-    start_nd = prompt_from_text(model, tokenizer, config.tune.init_text, tokens)
+    raise_conflicts("bench tune", found)
 
-    def ordinary(*, share: bool) -> Callable[[], torch.Tensor]:
-        prompt_nd = start_nd.clone().requires_grad_(True)
+    batch, classes_B = _random_batch(config.tune.batch_size, reader, config.seed)
+    start_nd = prompt_from_text(model, tokenizer, init_text, config.tune.num_virtual_tokens)
+    # The gradients are compared before the timing, on fresh prompts that are all equal.
+    variants = _StepVariants(
+        model, reader, batch.to(world.device), classes_B.to(world.device), start_nd
+    )
+    steps = variants.steps()
+    max_difference = _max_difference(steps)
+    settings = {
+        "precision": str(model.model.dtype).removeprefix("torch."),
+        "rows": config.tune.batch_size,
+        "tokens": task.max_length,
+        "num_virtual_tokens": config.tune.num_virtual_tokens,
+    }
+    timings = time_steps(steps, config.tune.batch_size, "samples", world.device)
+    return timings | {"max_difference": max_difference, "settings": settings}
+
+
+def _random_batch(batch_size: int, reader: TaskReader, seed: int) -> tuple[Batch, torch.Tensor]:
+    """Draw random tokens, each example of the task's full length, and their classes [B]."""
+    # Every text fills the maximum length, so no step pads.
+    length = reader.task.max_length
+    generator = torch.Generator().manual_seed(seed)
+    input_ids_BT = torch.randint(len(reader.tokenizer), (batch_size, length), generator=generator)
+    classes_B = torch.randint(reader.num_classes, (batch_size,), generator=generator)
+    answers_B = torch.full((batch_size,), length - 1)
+    return Batch(input_ids_BT, torch.ones_like(input_ids_BT), answers_B), classes_B
+
+
+class _StepVariants:
+    """Private and ordinary steps on one batch.
+
+    Each step trains a prompt of its own with Adam at learning rate 0, so that repeats are equal.
+
+    Args:
+        model: the frozen student.
+        reader: the task, bound to the student's tokenizer.
+        batch: examples on the model's device.
+        classes_B: classes of the examples.
+        start_nd: prompt that every step is taken at.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        reader: TaskReader,
+        batch: Batch,
+        classes_B: torch.Tensor,
+        start_nd: torch.Tensor,
+    ) -> None:
+        self._model = model
+        self._verbalizer = reader.verbalizer
+        self._batch = batch
+        self._classes_B = classes_B
+        self._start_nd = start_nd
+
+    def steps(self) -> dict[str, _Step]:
+        """Return the steps by name. The first is the baseline of the ratios."""
+        # The hooks are registered once: they keep their copy of the prompt.
+        hooks = OpacusHooks(self._model, self._verbalizer, self._start_nd)
+        return {
+            "ordinary non-private": self._ordinary(self._plain_losses),
+            "opacus hooks": self._private(lambda prompt_nd: hooks(self._batch, self._classes_B)),
+            "dp": self._private(self._exact_gradients(share_prefix=False)),
+            "dp shared prefix": self._private(self._exact_gradients(share_prefix=True)),
+            "non-private shared prefix": self._ordinary(self._losses_with_shared_prefix),
+        }
+
+    def _ordinary(self, losses_at: Callable[[torch.Tensor], torch.Tensor]) -> _Step:
+        """Return a non-private step. It returns the gradient [n, d], summed over the examples."""
+        prompt_nd = self._start_nd.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([prompt_nd], lr=0.0)
+        batch_size = len(self._classes_B)
 
         def step() -> torch.Tensor:
+            # Training divides by the batch size; the caller compares sums, so it is undone below.
             optimizer.zero_grad()
-            if share:
-                prompt = PromptInput(prefix=model.prefix_of(prompt_nd))
-                losses_B = class_losses(model, verbalizer, batch, classes_B, prompt)
-            else:
-                losses_B = plain_losses(model, verbalizer, batch, classes_B, prompt_nd)
-            losses_B.mean().backward()  # type: ignore[no-untyped-call]
+            losses_at(prompt_nd).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            return rows * prompt_nd.grad.detach()  # type: ignore[union-attr]
+            return batch_size * prompt_nd.grad.detach()  # type: ignore[union-attr]
 
         return step
 
-    def private(gradients_at: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        prompt_nd = start_nd.clone().requires_grad_(True)
+    def _private(self, gradients_at: _GradientsAt) -> _Step:
+        """Return a private step. It returns each example's gradient [B, n, d], not clipped."""
+        prompt_nd = self._start_nd.clone().requires_grad_(True)
         optimizer = PrivateOptimizer(
             torch.optim.Adam([prompt_nd], lr=0.0),
             _PLAN,
@@ -104,47 +181,47 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         )
 
         def step() -> torch.Tensor:
+            # Clipping, noise and Adam's update are part of a private step.
             gradients_Bnd = gradients_at(prompt_nd)
             optimizer.accumulate([gradients_Bnd])
+            # The batch is not private, so no ledger takes the commitment.
             optimizer.finish(0, lambda commitment: None)
             return gradients_Bnd
 
         return step
 
-    def exact(*, share: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda prompt_nd: ExampleGradients(
-            model, verbalizer, [prompt_nd], share_prefix=share
-        )(batch, classes_B)[0]
+    def _plain_losses(self, prompt_nd: torch.Tensor) -> torch.Tensor:
+        return plain_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt_nd)
 
-    hooks = OpacusHooks(model, verbalizer, start_nd)
-    steps = {
-        "ordinary non-private": ordinary(share=False),
-        "opacus hooks": private(lambda prompt_nd: hooks(batch, classes_B)),
-        "dp": private(exact(share=False)),
-        "dp shared prefix": private(exact(share=True)),
-        "non-private shared prefix": ordinary(share=True),
-    }
-    plain_Bnd = steps["dp"]()
-    differences = [
-        _apart(steps[name](), plain_Bnd) for name in ("opacus hooks", "dp shared prefix")
-    ]
-    differences += [
-        _apart(steps[name]()[None], plain_Bnd.sum(dim=0)[None])
-        for name in ("ordinary non-private", "non-private shared prefix")
-    ]
-    settings = {
-        "precision": str(model.model.dtype).removeprefix("torch."),
-        "rows": rows,
-        "tokens": length,
-        "num_virtual_tokens": tokens,
-    }
-    return measure(steps, rows, "samples", world.device) | {
-        "max_difference": max(differences),
-        "settings": settings,
-    }
+    def _losses_with_shared_prefix(self, prompt_nd: torch.Tensor) -> torch.Tensor:
+        prompt = PromptInput(prefix=self._model.prefix_of(prompt_nd))
+        return class_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt)
+
+    def _exact_gradients(self, *, share_prefix: bool) -> _GradientsAt:
+        def gradients_at(prompt_nd: torch.Tensor) -> torch.Tensor:
+            gradients = ExampleGradients(
+                self._model, self._verbalizer, [prompt_nd], share_prefix=share_prefix
+            )
+            return gradients(self._batch, self._classes_B)[0]
+
+        return gradients_at
 
 
-def _apart(one_Bnd: torch.Tensor, other_Bnd: torch.Tensor) -> float:
-    """The largest relative difference of a row."""
-    apart_B = (one_Bnd - other_Bnd).flatten(1).norm(dim=1) / other_Bnd.flatten(1).norm(dim=1)
-    return float(apart_B.max())
+def _max_difference(steps: dict[str, _Step]) -> float:
+    """Return the largest relative difference between gradients that should be equal."""
+    expected_Bnd = steps["dp"]()
+    # Ways to compute each example's gradient must agree example by example.
+    differences = []
+    for name in ("opacus hooks", "dp shared prefix"):
+        differences.append(_relative_difference(steps[name](), expected_Bnd))
+    # A non-private step has the sum alone; it is compared as a batch of one.
+    expected_sum_Bnd = expected_Bnd.sum(dim=0)[None]
+    for name in ("ordinary non-private", "non-private shared prefix"):
+        differences.append(_relative_difference(steps[name]()[None], expected_sum_Bnd))
+    return max(differences)
+
+
+def _relative_difference(found_Bnd: torch.Tensor, expected_Bnd: torch.Tensor) -> float:
+    """Return the largest relative difference of an example's gradient."""
+    difference_B = (found_Bnd - expected_Bnd).flatten(1).norm(dim=1)
+    return float((difference_B / expected_Bnd.flatten(1).norm(dim=1)).max())

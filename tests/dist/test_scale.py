@@ -1,4 +1,4 @@
-"""`post-dist bench scale` on real ranks: the formulas of what goes over the wires against every collective, and where the time goes."""
+"""`post-dist bench scale` on real ranks: where the time goes, and the plan's bytes."""
 
 import json
 import os
@@ -11,146 +11,162 @@ import pytest
 import tiny
 
 from post_dist.config.load import load_run
+from post_dist.config.schema import RunConfig
 from post_dist.data.order import rank_batches
-from post_dist.models.size import size_of
+from post_dist.models.size import ModelSize, size_of
 from post_dist.planning.cost import Sharding, distill_bytes, transfer_bytes
 
 HERE = Path(__file__).parent
 PARTS = ("compute", "input", "wait", "gather", "reduce", "control")
+STAGES = ("distill", "transfer")
+STUDENT_LAYERS = (0, 3)
+PROMPT_TOKENS = 5
+FP32_BYTES = 4
+
+
+def torchrun(ranks: int, port: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, f"--nproc-per-node={ranks}", f"--master-port={port}"]
+
+
+def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
+    program = [*torchrun(ranks, 29620), HERE / "scaled_ranks.py", folder, *options]
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": import_path()}
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=280, check=False, env=os.environ | own
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def import_path() -> str:
+    return os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.mark.parametrize(
     ("ranks", "group", "options"), [(2, 2, []), (4, 2, ["engine.shard_group=2"])]
 )
-def test_bytes_are_as_reckoned(tmp_path: Path, ranks: int, group: int, options: list[str]) -> None:
+def test_measured_bytes_are_the_planned_ones(
+    tmp_path: Path, ranks: int, group: int, options: list[str]
+) -> None:
     config = load_run(tiny.write_run(tmp_path), options, None)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        "29620",
-    ]
-    program = [*launcher, HERE / "scaled_ranks.py", tmp_path, *options]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(HERE.parent),
-    }
-    done = subprocess.run(
-        program, capture_output=True, text=True, timeout=280, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    teacher = size_of(tmp_path / "teacher")
-    whole = teacher.cut((0, 3))
-    sharding = Sharding(ranks=ranks, group=group, bytes_each=4)
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = run_scaled_ranks(tmp_path, ranks, options)
+    sharding = Sharding(ranks=ranks, group=group, bytes_each=FP32_BYTES)
+
     for row in measured.pop("slow rank")["rows"]:
         assert row["straggler"].startswith(f"rank {ranks - 1} on ")
         waits = [rank["wait"] for rank in row["per_rank"]]
         assert min(waits) == waits[-1] < 0.5 * waits[0], "the others wait for it"
-    for name, found in measured.items():
-        assert [(row["scaling"], row["stage"]) for row in found["rows"]] == [
-            (kind, stage) for stage in ("distill", "transfer") for kind in ("strong", "weak")
-        ]
-        for row in found["rows"]:
+
+    teacher = size_of(tmp_path / "teacher")
+    for name, result in measured.items():
+        order = [(row["stage"], row["scaling"]) for row in result["rows"]]
+        assert order == [(stage, scaling) for stage in STAGES for scaling in ("strong", "weak")]
+        for row in result["rows"]:
             received = row["received_bytes"]
             assert received["control"] < 4096
             if row["stage"] == "transfer":
-                expected = transfer_bytes(teacher, 5, sharding)
+                planned = transfer_bytes(teacher, PROMPT_TOKENS, sharding)
             else:
-                micro = 1 if name == "two passes" else config.distill.micro_batch_size_per_gpu
-                passes = len(rank_batches(range(row["batch_size"]), micro, 0, ranks))
-                student = whole.above(int(name.endswith("frozen block")))
-                trained = sum(sum(layer.weights) for layer in student.layers)
-                expected = distill_bytes(
-                    teacher,
-                    student,
-                    sharding,
-                    trained=trained,
-                    zero_stage=found["zero_stage"],
-                    passes=passes,
-                )
-            assert {kind: received[kind] for kind in expected} == expected, (
-                name,
-                row["scaling"],
-                row["stage"],
-            )
+                planned = planned_distill_bytes(name, config, teacher, result, row, sharding)
+            found = {kind: received[kind] for kind in planned}
+            assert found == planned, (name, row["scaling"], row["stage"])
+
+
+def planned_distill_bytes(
+    name: str, config: RunConfig, teacher: ModelSize, result: dict, row: dict, sharding: Sharding
+) -> dict:
+    at_most = 1 if name == "two passes" else config.distill.micro_batch_size_per_gpu
+    ranks = result["ranks"]
+    passes = len(rank_batches(range(row["batch_size"]), at_most, 0, ranks))
+    frozen_layers = 1 if name.endswith("frozen block") else 0
+    student = teacher.cut(STUDENT_LAYERS).above(frozen_layers)
+    trained = sum(sum(layer.weights) for layer in student.layers)
+    return distill_bytes(
+        teacher,
+        student,
+        sharding,
+        trained=trained,
+        zero_stage=result["zero_stage"],
+        passes=passes,
+    )
 
 
 def test_measurements_on_one_and_two_ranks_are_merged(
     tmp_path: Path, post_dist: Callable, main: Callable
 ) -> None:
-    run, one, two = (
-        tiny.write_run(tmp_path),
-        tmp_path / "kept" / "1.json",
-        tmp_path / "kept" / "2.json",
-    )
-    code, out, err = main("bench", "scale", run, f"--write={one}", "--json")
+    run = tiny.write_run(tmp_path)
+    one_file = tmp_path / "kept" / "1.json"
+    two_file = tmp_path / "kept" / "2.json"
+    code, out, err = main("bench", "scale", run, f"--write={one_file}", "--json")
     assert code == 0, err
-    assert json.loads(out) == json.loads(one.read_text())
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29621",
-        "-m",
-    )
-    done = post_dist("bench", "scale", run, f"--write={two}", launcher=launcher)
+    one = json.loads(one_file.read_text())
+    assert json.loads(out) == one
+    launcher = (*torchrun(2, 29621), "-m")
+    done = post_dist("bench", "scale", run, f"--write={two_file}", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "straggler" in done.stdout
-    for row in json.loads(two.read_text())["rows"]:
+    two = json.loads(two_file.read_text())
+    for row in two["rows"]:
         for rank in row["per_rank"]:
             assert all(rank[part] >= 0 for part in PARTS)
-            # The parts are those of a step that waits for each collective, beside the step as it is.
-            assert (
-                0.5 * row["step_seconds"]
-                < sum(rank[part] for part in PARTS)
-                < 4 * row["step_seconds"]
-            )
-    assert not list(tmp_path.glob("runs/bench-scale-*")), "the untrained student is gone"
+            # The parts add up to a step that awaits each collective, not to the ordinary step.
+            parts = sum(rank[part] for part in PARTS)
+            assert 0.5 * row["step_seconds"] < parts < 4 * row["step_seconds"]
+    assert not list(tmp_path.glob("runs/bench-scale-*")), "the untrained student is deleted"
 
-    code, out, err = main("report", two, one, "--json")
+    code, out, err = main("report", two_file, one_file, "--json")
     assert code == 0, err
     merged = json.loads(out)
     assert Path(merged["figure"]).read_bytes().startswith(b"\x89PNG")
     rows = merged["scaling"]
-    assert [(row["scaling"], row["gpus"]) for row in rows] == [
-        ("strong", 1),
-        ("strong", 2),
-        ("weak", 1),
-        ("weak", 2),
-    ]
+    order = [(row["scaling"], row["gpus"]) for row in rows]
+    assert order == [("strong", 1), ("strong", 2), ("weak", 1), ("weak", 2)]
     assert [row["distill_efficiency"] for row in rows[::2]] == [1, 1]
-    tokens = {
-        (row["ranks"], kind): each["tokens_per_second"]
-        for row in (json.loads(one.read_text()), json.loads(two.read_text()))
-        for each in row["rows"]
-        if each["stage"] == "distill"
-        for kind in [each["scaling"]]
-    }
+    weak_rate = distill_rate(two, "weak")
     assert rows[3]["distill_efficiency"] == pytest.approx(
-        tokens[2, "weak"] / tokens[1, "strong"] / 2
+        weak_rate / distill_rate(one, "strong") / 2
     )
-    assert main("report", one)[1].startswith("strong scaling, 1 GPUs")
+    assert main("report", one_file)[1].startswith("strong scaling, 1 GPUs")
+
+
+def distill_rate(measured: dict, scaling: str) -> float:
+    for row in measured["rows"]:
+        if row["stage"] == "distill" and row["scaling"] == scaling:
+            return row["tokens_per_second"]
+    raise AssertionError(f"no row of distill with {scaling} scaling")
 
 
 def test_a_masked_teacher_is_measured_on_masked_text(tmp_path: Path, main: Callable) -> None:
     code, out, err = main("bench", "scale", tiny.write_run(tmp_path, "roberta"), "--json")
     assert code == 0, err
-    assert [row["stage"] for row in json.loads(out)["rows"]] == ["distill", "transfer"]
+    assert [row["stage"] for row in json.loads(out)["rows"]] == list(STAGES)
 
 
-def test_other_files_are_no_measurements(tmp_path: Path, main: Callable) -> None:
-    (tmp_path / "other.json").write_text("{}")
-    for path, wanted in (
+def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> None:
+    run = tiny.write_run(tmp_path)
+    kept = []
+    for line in run.read_text().splitlines(keepends=True):
+        if not line.startswith(("corpus:", "public_task:")):
+            kept.append(line)
+    run.write_text("".join(kept))
+    code, out, err = main("bench", "scale", run, "--json")
+    assert (code, out) == (2, "")
+    assert "bench scale needs sections that the run file lacks: `corpus`, `public_task`" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
         ("other.json", "not all of these files are measurements"),
         ("none.json", "none.json is not there"),
         (".", "holds no finished evaluation"),
-    ):
-        code, out, err = main("report", tmp_path / path)
-        assert (code, out) == (2, "")
-        assert wanted in err
+    ],
+)
+def test_other_files_are_no_measurements(
+    tmp_path: Path, main: Callable, path: str, message: str
+) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    code, out, err = main("report", tmp_path / path)
+    assert (code, out) == (2, "")
+    assert message in err

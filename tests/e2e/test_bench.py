@@ -1,4 +1,4 @@
-"""The benchmarks of distillation and transfer: every way computes the same loss, and none is left out."""
+"""The stages' benchmarks: every variant of a step computes the same loss, and none is left out."""
 
 import json
 import sys
@@ -14,56 +14,72 @@ PRECISIONS = ("fp32", "bf16")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tiny.write_run(tmp_path_factory.mktemp("bench"))
-    tiny.speak_up(made.parent / "teacher")
-    return made
+    written = tiny.write_run(tmp_path_factory.mktemp("bench"))
+    tiny.speak_up(written.parent / "teacher")
+    return written
 
 
-def figures(main: Callable, *arguments: object) -> dict:
+def bench(main: Callable, *arguments: object) -> dict:
     code, out, err = main("bench", *arguments, "--json")
     assert code == 0, err
     return json.loads(out)
 
 
-def check(found: dict, ways: list[str], unit: str) -> None:
-    names = [f"{way} {precision}" for way in ways for precision in PRECISIONS]
-    assert [row["name"] for row in found["rows"]] == names
-    assert list(found["ratios"]) == names
-    assert found["ratios"][names[0]] == 1
-    for row in found["rows"]:
+def check_measurements(measured: dict, names: list[str], unit: str) -> None:
+    assert [row["name"] for row in measured["rows"]] == names
+    assert list(measured["ratios"]) == names
+    assert measured["ratios"][names[0]] == 1
+    for row in measured["rows"]:
         assert row["seconds_per_step"] > 0
         assert row[f"{unit}_per_second"] > 0
-    assert found["max_difference"] < 1e-5
+    assert measured["max_difference"] < 1e-5
+
+
+def at_each_precision(variants: list[str]) -> list[str]:
+    return [f"{variant} {precision}" for variant in variants for precision in PRECISIONS]
 
 
 def test_distill(run: Path, main: Callable) -> None:
-    found = figures(main, "distill", run)
-    trl = ["TRL's GKD loss"] if find_spec("trl") else []
-    liger = ["Liger's chunked loss"] if find_spec("liger_kernel") else []
-    check(
-        found,
-        ["published loop", "ours", *trl, *liger, "ours, cached", "ours, sampled cache"],
-        "tokens",
-    )
-    assert found["settings"]["student_parameters"] < found["settings"]["teacher_parameters"]
+    measured = bench(main, "distill", run)
+    variants = ["published loop", "ours"]
+    if find_spec("trl"):
+        variants.append("TRL's GKD loss")
+    if find_spec("liger_kernel"):
+        variants.append("Liger's chunked loss")
+    variants += ["ours, cached", "ours, sampled cache"]
+    check_measurements(measured, at_each_precision(variants), "tokens")
+    settings = measured["settings"]
+    assert settings["student_parameters"] < settings["teacher_parameters"]
 
 
-def test_transfer(run: Path, main: Callable) -> None:
+def test_tune_and_transfer(run: Path, main: Callable) -> None:
     assert main("distill", run)[0] == 0
-    found = figures(main, "transfer", run)
-    check(found, ["published loop", "ours", "cached, plain torch"], "samples")
-    assert found["once"]["rows"] > 0
+
+    measured = bench(main, "tune", run)
+    variants = [
+        "ordinary non-private",
+        "opacus hooks",
+        "dp",
+        "dp shared prefix",
+        "non-private shared prefix",
+    ]
+    check_measurements(measured, variants, "samples")
+    assert measured["settings"] == {
+        "precision": "float32",
+        "rows": 8,
+        "tokens": 48,
+        "num_virtual_tokens": 5,
+    }
+
+    measured = bench(main, "transfer", run)
+    variants = at_each_precision(["published loop", "ours", "cached, plain torch"])
+    check_measurements(measured, variants, "samples")
+    assert measured["once"]["rows"] > 0
 
 
 def test_several_ranks_are_refused(run: Path, post_dist: Callable) -> None:
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29627",
-        "-m",
-    )
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    launcher = (*torchrun, "--master-port=29627", "-m")
     done = post_dist("bench", "tune", run, "--json", launcher=launcher)
     assert done.returncode != 0
     assert done.stdout == ""

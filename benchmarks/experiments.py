@@ -1,0 +1,239 @@
+"""What `utility.py` measures: named settings that change the demo's run file.
+
+Names of experiments are keys of the committed results, so they stay as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+EPSILONS = (8, 4, 1)
+UPPER_BOUND = "upper bound"
+WITH_MORE = ", more of everything"
+"""End of the names of experiments with the settings `MORE`."""
+
+PUBLIC_TEXTS: dict[str, list[str]] = {
+    "IMDb": [],
+    "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"],
+}
+"""What each public text changes in the run file."""
+
+TWO_CORES = ["tune.steps=300", "transfer.steps=100"]
+"""What two cores have time for, in place of the demo's settings."""
+LARGE_PLAN = ["privacy.expected_batch_size=512", "privacy.steps=200"]
+MORE = [
+    "corpus.max_tokens=3000000",
+    "distill.steps=800",
+    "distill.batch_size=64",
+    "distill.micro_batch_size_per_gpu=64",
+    "public_task.max_rows=4000",
+    "tune.steps=1000",
+    "tune.micro_batch_size_per_gpu=256",
+    "transfer.steps=400",
+    "transfer.proxy_lambda=1",
+    "transfer.learning_rate=3.0e-3",
+    "evaluate.batch_size=128",
+    *LARGE_PLAN,
+]
+"""What a GPU has time for."""
+VALIDATION = ["evaluate.baselines=[]", "evaluate.split=validation"]
+CLASS_BIAS = ["tune.class_bias=true"]
+NO_FROZEN_LAYER = ["student.frozen_lower_layers=0"]
+
+PUBLISHED = {
+    "transfer.objective": "published",
+    "transfer.scores": "vocabulary",
+    "transfer.match_class_shares": "false",
+    "transfer.trained_share": "0",
+    "transfer.temperature": "2",
+    "transfer.schedule": "constant",
+}
+"""The published loss and start."""
+OPTIONS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "ours + 300 steps of transfer, 100 instead": {"transfer.steps": "300"},
+    "ours + 2,000 public texts, 640 instead": {"public_task.max_rows": "2000"},
+    "ours + 300 steps and 2,000 public texts": {
+        "transfer.steps": "300",
+        "public_task.max_rows": "2000",
+    },
+    "ours + 180 steps of distillation, 60 instead": {"distill.steps": "180"},
+    "ours + 180 steps of distillation, lambda 1": {
+        "distill.steps": "180",
+        "transfer.proxy_lambda": "1",
+    },
+    "ours + 180 steps of distillation, lambda 1, 0.3 of the rate": {
+        "distill.steps": "180",
+        "transfer.proxy_lambda": "1",
+        "transfer.learning_rate": "3.0e-3",
+    },
+    "published": PUBLISHED,
+    "published + class scores": PUBLISHED | {"transfer.scores": "classes"},
+    "published + proxy": PUBLISHED | {"transfer.objective": "proxy"},
+    "published + start from the tuned prompt": PUBLISHED | {"transfer.trained_share": "1"},
+    "published + cosine": PUBLISHED | {"transfer.schedule": "cosine"},
+    "ours - class scores": {
+        "transfer.scores": "vocabulary",
+        "transfer.match_class_shares": "false",
+    },
+    "ours - proxy": {
+        "transfer.objective": "published",
+        "transfer.match_class_shares": "false",
+    },
+    "ours - matched class shares": {"transfer.match_class_shares": "false"},
+    "ours - start from the tuned prompt": {"transfer.trained_share": "0"},
+    "ours - half the start": {"transfer.trained_share": "0.5"},
+    "ours - cosine": {"transfer.schedule": "constant"},
+    "ours - lambda 2, 1 instead": {"transfer.proxy_lambda": "1"},
+    "ours - documents kept apart": {"corpus.separate_documents": "false"},
+    "ours + a bias per class": {"tune.class_bias": "true"},
+    "ours - 300 steps of tuning, 100 instead": {"tune.steps": "100"},
+}
+"""Each option of the transfer added to the published one, and taken away from ours."""
+ALPHAS = ("0", "0.25", "0.5", "0.75", "1", "auto")
+
+PRIVATE_EPSILONS = (8, 1)
+PRIVATE = {
+    "ours": [],
+    "5 tokens": ["tune.num_virtual_tokens=5"],
+    "2 tokens": ["tune.num_virtual_tokens=2"],
+    "C 0.1": ["privacy.max_grad_norm=0.1"],
+    "C 3": ["privacy.max_grad_norm=3"],
+    "half the rate": ["privacy.learning_rate=0.01"],
+    "a quarter of the rate": ["privacy.learning_rate=0.005"],
+    "batches of 128, half the steps": ["privacy.expected_batch_size=128", "privacy.steps=40"],
+    "no bias": ["tune.class_bias=false"],
+}
+"""Settings of private tuning with about the same number of gradients."""
+GRADIENTS = {
+    "256 x 80": ["privacy.expected_batch_size=256"],
+    "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
+    "512 x 200": LARGE_PLAN,
+    "512 x 200, half the rate": [*LARGE_PLAN, "privacy.learning_rate=0.01"],
+    "512 x 200, 5 tokens": [*LARGE_PLAN, "tune.num_virtual_tokens=5"],
+    "512 x 200, C 0.3": [*LARGE_PLAN, "privacy.max_grad_norm=0.3"],
+    "512 x 200, no bias": [*LARGE_PLAN, "tune.class_bias=false"],
+}
+"""Settings with more gradients, by expected batch size x steps. The demo has 64 x 80."""
+
+STUDENT_LAYERS = {
+    "4 of 30": [0, 1, 28, 29],
+    "8 of 30": [0, 1, 2, 3, 26, 27, 28, 29],
+    "13 of 30": [*range(12), 29],
+    "18 of 30": [*range(17), 29],
+}
+DISTILL_STEPS = (60, 180, 600, 2400)
+TOKENS_PER_DISTILL_STEP = 1024
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One measurement.
+
+    Attributes:
+        name: name in the results.
+        settings: what it changes in the demo's run file, as `KEY=VALUE`.
+        epsilon: target epsilon, where the measurement is of one private model on the student alone.
+    """
+
+    name: str
+    settings: list[str]
+    epsilon: int | None = None
+
+
+def experiments(part: str, seed: int) -> list[Experiment]:
+    """Return the experiments of a part of `utility.py`.
+
+    Args:
+        part: one of `PARTS`.
+        seed: seed of the runs.
+    """
+    seeded = [*TWO_CORES, f"seed={seed}"]
+    return PARTS[part](seeded)
+
+
+def _table(seeded: list[str]) -> list[Experiment]:
+    rows = [f"evaluate.private_rows={list(EPSILONS)}", "evaluate.baselines=[published transfer]"]
+    return [
+        Experiment(f"table, public {name}", [*seeded, *CLASS_BIAS, *rows, *changes])
+        for name, changes in PUBLIC_TEXTS.items()
+    ]
+
+
+def _upper_bound(seeded: list[str]) -> list[Experiment]:
+    baseline = "evaluate.baselines=[full prompt tuning]"
+    return [Experiment(UPPER_BOUND, [*seeded, *CLASS_BIAS, baseline])]
+
+
+def _options(seeded: list[str]) -> list[Experiment]:
+    return [
+        Experiment(f"option, {name}", [*seeded, *VALIDATION, *_settings(changes)])
+        for name, changes in OPTIONS.items()
+    ]
+
+
+def _alphas(seeded: list[str]) -> list[Experiment]:
+    published = _settings(PUBLISHED | {"transfer.scores": "classes"})
+    return [
+        Experiment(f"alpha {alpha}", [*seeded, *VALIDATION, *published, f"transfer.alpha={alpha}"])
+        for alpha in ALPHAS
+    ]
+
+
+def _private(seeded: list[str]) -> list[Experiment]:
+    return _private_tuning(seeded, PRIVATE)
+
+
+def _gradients(seeded: list[str]) -> list[Experiment]:
+    return _private_tuning(seeded, GRADIENTS)
+
+
+def _private_tuning(seeded: list[str], variants: Mapping[str, list[str]]) -> list[Experiment]:
+    found = []
+    for epsilon in PRIVATE_EPSILONS:
+        for name, changes in variants.items():
+            settings = [*seeded, *CLASS_BIAS, *VALIDATION, *changes]
+            found.append(Experiment(f"private, {name}, epsilon {epsilon}", settings, epsilon))
+    return found
+
+
+def _lora(seeded: list[str]) -> list[Experiment]:
+    return [Experiment(f"lora, epsilon {epsilon}", seeded, epsilon) for epsilon in EPSILONS]
+
+
+def _curve(seeded: list[str]) -> list[Experiment]:
+    common = [*seeded, *VALIDATION, *NO_FROZEN_LAYER, "corpus.max_tokens=3000000"]
+    found = []
+    for layers_name, layers in STUDENT_LAYERS.items():
+        for steps in DISTILL_STEPS:
+            name = f"curve, {layers_name}, {TOKENS_PER_DISTILL_STEP * steps} tokens"
+            settings = [*common, f"student.layers={layers}", f"distill.steps={steps}"]
+            found.append(Experiment(name, settings))
+    return found
+
+
+def _more(seeded: list[str]) -> list[Experiment]:
+    option = [*seeded, *CLASS_BIAS, *VALIDATION]
+    table = _table(seeded)[0]
+    smaller = [Experiment("option", option), *_upper_bound(seeded), table]
+    found = [Experiment(each.name + WITH_MORE, each.settings + MORE) for each in smaller]
+    unfrozen = [*option, *MORE, *NO_FROZEN_LAYER]
+    found.append(Experiment(f"option{WITH_MORE}, no layer frozen", unfrozen))
+    return found
+
+
+def _settings(changes: Mapping[str, str]) -> Sequence[str]:
+    return [f"{key}={value}" for key, value in changes.items()]
+
+
+PARTS = {
+    "table": _table,
+    "upper": _upper_bound,
+    "private": _private,
+    "gradients": _gradients,
+    "lora": _lora,
+    "options": _options,
+    "alpha": _alphas,
+    "curve": _curve,
+    "more": _more,
+}
+"""How the experiments of each part follow from the settings with a seed."""
