@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and a helper that starts real processes."""
+"""What all tests share: one thread, and helpers that run the command line."""
 
 import logging
 import os
@@ -16,6 +16,8 @@ torch.set_num_threads(1)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "dist")]
 
 import leave_nothing  # noqa: E402, F401 - starts the guardian of this run
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -43,20 +45,19 @@ def post_dist() -> Run:
 def main(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """Call the command line in this process; gives its exit code, standard output and standard error."""
+    """Call the command line in this process; it returns exit code, standard output and error."""
     from post_dist import cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["post-dist", *map(str, arguments)])
         capsys.readouterr()
-        environment, logger = dict(os.environ), logging.getLogger("post_dist")
-        handlers = {
-            number: signal.getsignal(number)
-            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        }
+        environment = dict(os.environ)
+        logger = logging.getLogger("post_dist")
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
             code = cli.run_command()
-        finally:  # a process of its own would leave none of this behind
+        finally:
+            # A process of its own would leave none of this behind.
             os.environ.clear()
             os.environ.update(environment)
             logger.handlers.clear()

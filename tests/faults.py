@@ -1,28 +1,30 @@
-"""What the drivers that kill runs share: dying at a chosen call, and a fork that runs the command line."""
+"""Helpers to kill runs: die at a chosen call, and run the command line in a forked process."""
 
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def die() -> None:
+    """End as a process does that the system kills."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def at_call(owner: Any, name: str, number: int, *, before: bool) -> None:
     """Die before or after the `number`-th call of a function."""
-    real, calls = getattr(owner, name), Counter()
+    real = getattr(owner, name)
+    calls = 0
 
     def counted(*given: Any, **named: Any) -> Any:
-        calls[name] += 1
-        if before and calls[name] == number:
+        nonlocal calls
+        calls += 1
+        if before and calls == number:
             die()
         result = real(*given, **named)
-        if not before and calls[name] == number:
+        if not before and calls == number:
             die()
         return result
 
@@ -32,7 +34,10 @@ def at_call(owner: Any, name: str, number: int, *, before: bool) -> None:
 def fork_command(
     arguments: list[str], environment: Mapping[str, str], said: Path, prepare: Callable[[], None]
 ) -> int:
-    """Run the command line in a forked child, in which the libraries are loaded already; its process number."""
+    """Run the command line in a forked child, where the libraries are loaded already.
+
+    Returns its process number.
+    """
     child = os.fork()
     if child:
         return child

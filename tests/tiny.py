@@ -1,4 +1,4 @@
-"""Small models of real families with a tokenizer of their own, and small labelled texts, for tests."""
+"""Small models of real families with their own tokenizer, and small labelled texts, for tests."""
 
 import random
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
@@ -27,16 +28,18 @@ FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "roberta")
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """Short reviews whose adjective gives their class."""
+    """Short reviews whose adjectives give their class."""
     source = random.Random(seed)
     rows = []
     for number in range(count):
         label = source.randrange(2)
-        words = " ".join(
-            f"the {source.choice(NOUNS)} {source.randrange(50)} is {source.choice((BAD, GOOD)[label])}"
-            for _ in range(2)
-        )
-        rows.append((f"{words} {number}", label))
+        clauses = []
+        for _ in range(2):
+            noun = source.choice(NOUNS)
+            place = source.randrange(50)
+            adjective = source.choice((BAD, GOOD)[label])
+            clauses.append(f"the {noun} {place} is {adjective}")
+        rows.append((f"{' '.join(clauses)} {number}", label))
     return rows
 
 
@@ -75,62 +78,22 @@ def write_model(
     vocabulary: int = 600,
     unused: int = 0,
 ) -> Path:
-    """Write a random model of a family with its tokenizer, and with embeddings that no token has."""
+    """Write a random model of a family with its tokenizer.
+
+    Args:
+        folder: where to write it.
+        family: a name that `_config` knows.
+        layers: number of layers.
+        width: width of the hidden states.
+        seed: seed of the weights.
+        vocabulary: size of the tokenizer's vocabulary.
+        unused: number of embeddings that no token has.
+    """
     torch.manual_seed(seed)
     words = tokenizer(family, vocabulary)
-    common = {
-        "vocab_size": len(words) + unused,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    sizes = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "intermediate_size": 2 * width,
-    }
-    positions = {"max_position_embeddings": 128}
-    if family == "gpt2":
-        config = GPT2Config(**common, n_embd=width, n_layer=layers, n_head=4, n_positions=128)
-    elif family == "roberta":
-        config = RobertaConfig(**(common | sizes | {"max_position_embeddings": 130}))
-    elif family == "gemma2":
-        config = Gemma2Config(
-            **common,
-            **sizes,
-            **positions,
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=16,
-            query_pre_attn_scalar=8,
-        )
-    elif family == "qwen2":
-        config = Qwen2Config(
-            **common, **sizes, **positions, num_key_value_heads=2, tie_word_embeddings=False
-        )
-    elif family == "granite":
-        config = GraniteConfig(
-            **common, **sizes, **positions, num_key_value_heads=2, logits_scaling=8.0
-        )
-    elif family == "opt":
-        config = OPTConfig(
-            **common, **(sizes | positions), ffn_dim=2 * width, word_embed_proj_dim=width
-        )
-    elif family == "falcon":
-        config = FalconConfig(
-            **common,
-            **sizes,
-            new_decoder_architecture=False,
-            multi_query=True,
-            parallel_attn=True,
-            bias=False,
-        )
-    else:
-        config = LlamaConfig(**common, **sizes, **positions, num_key_value_heads=2)
-    model = (AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM).from_config(
-        config
-    )
+    config = _config(family, layers, width, len(words) + unused)
+    auto_class = AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM
+    model = auto_class.from_config(config)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -138,17 +101,51 @@ def write_model(
     return folder
 
 
+def _config(family: str, layers: int, width: int, vocabulary: int) -> PretrainedConfig:
+    """The configuration of a small model."""
+    common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt2":
+        return GPT2Config(**common, n_embd=width, n_layer=layers, n_head=4, n_positions=128)
+
+    common |= {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+    }
+    if family == "falcon":
+        return FalconConfig(
+            **common,
+            new_decoder_architecture=False,
+            multi_query=True,
+            parallel_attn=True,
+            bias=False,
+        )
+    if family == "roberta":
+        # Two positions are taken by the index of the padding token.
+        return RobertaConfig(**common, max_position_embeddings=130)
+
+    common["max_position_embeddings"] = 128
+    if family == "opt":
+        return OPTConfig(**common, ffn_dim=2 * width, word_embed_proj_dim=width)
+
+    common["num_key_value_heads"] = 2
+    if family == "gemma2":
+        return Gemma2Config(**common, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
+    if family == "qwen2":
+        return Qwen2Config(**common, tie_word_embeddings=False)
+    if family == "granite":
+        return GraniteConfig(**common, logits_scaling=8.0)
+    return LlamaConfig(**common)
+
+
 def speak_up(folder: Path) -> None:
-    """Scale a random model's weights, so that its layers change what it says, and what it says is not near uniform."""
+    """Scale the weights of a random model, so that its layers matter and its output varies."""
     file = folder / "model.safetensors"
-    save_file(
-        {
-            name: tensor if "norm" in name else 8 * tensor
-            for name, tensor in load_file(file).items()
-        },
-        file,
-        {"format": "pt"},
-    )
+    scaled = {}
+    for name, tensor in load_file(file).items():
+        scaled[name] = tensor if "norm" in name else 8 * tensor
+    save_file(scaled, file, {"format": "pt"})
 
 
 def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:
@@ -192,27 +189,19 @@ engine: {{precision: fp32}}
 def train_masked(folder: Path) -> None:
     """Train the masked model in a folder until it mostly tells good reviews from bad ones."""
     torch.manual_seed(0)
-    model, words = (
-        AutoModelForMaskedLM.from_pretrained(folder),
-        PreTrainedTokenizerFast.from_pretrained(folder),
-    )
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    answers = {0: "bad", 1: "good"}
+    answers = ("bad", "good")
+    answer_tokens = [words(f"a {word}", add_special_tokens=False).input_ids[-1] for word in answers]
     rows = sentences(512, 3)
     for step in range(120):
-        chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
-        batch = words(
-            [f"{text} It was<mask>." for text, _ in chosen], return_tensors="pt", padding=True
-        )
-        wanted = torch.tensor(
-            [
-                words(f"a {answers[label]}", add_special_tokens=False).input_ids[-1]
-                for _, label in chosen
-            ]
-        )
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
-            batch.input_ids == words.mask_token_id
-        ]
+        chosen = _rows_at(rows, step)
+        texts = [f"{text} It was<mask>." for text, _ in chosen]
+        batch = words(texts, return_tensors="pt", padding=True)
+        wanted = torch.tensor([answer_tokens[label] for _, label in chosen])
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = logits[batch.input_ids == words.mask_token_id]
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=0.3).backward()
         optimizer.step()
@@ -220,21 +209,22 @@ def train_masked(folder: Path) -> None:
 
 
 def train_writer(folder: Path, answers: dict[int, str]) -> None:
-    """Train the causal model in a folder to write an answer by a review's class behind some words, "no answer" behind others or none."""
+    """Train the causal model in a folder to answer by a review's class, if it is asked to.
+
+    Behind the word "music" it writes the answer of the class. Behind "plot" or no word it writes
+    "no answer".
+    """
     torch.manual_seed(0)
-    model, words = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        PreTrainedTokenizerFast.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows, source = sentences(512, 3), random.Random(0)
+    rows = sentences(512, 3)
+    source = random.Random(0)
     for step in range(200):
-        chosen = [rows[(16 * step + index) % len(rows)] for index in range(16)]
         texts = []
-        for text, label in chosen:
-            cue, answer = source.choice(
-                [(" music", answers[label]), (" plot", "no answer"), ("", "no answer")]
-            )
+        for text, label in _rows_at(rows, step):
+            cues = [(" music", answers[label]), (" plot", "no answer"), ("", "no answer")]
+            cue, answer = source.choice(cues)
             texts.append(f"{source.randrange(1, 9) * cue}Review: {text} It was {answer}</s>")
         batch = words(texts, return_tensors="pt", padding=True)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
@@ -242,3 +232,8 @@ def train_writer(folder: Path, answers: dict[int, str]) -> None:
         model(input_ids=batch.input_ids, labels=labels).loss.backward()
         optimizer.step()
     model.save_pretrained(folder)
+
+
+def _rows_at(rows: list[tuple[str, int]], step: int) -> list[tuple[str, int]]:
+    """The batch of 16 at a step."""
+    return [rows[(16 * step + index) % len(rows)] for index in range(16)]

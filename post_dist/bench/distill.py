@@ -103,6 +103,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         write_student(student_folder, teacher_folder, layers, tokenizer)
         corpus = build_corpus(corpus_section, tokenizer, folder / "corpus.npy", config.seed, world)
         inputs = _Inputs(folder, teacher_folder, corpus, world)
+        # Both precisions are measured in one run, interleaved, so that a slow minute slows both.
         ways = [_Ways(config, precision, inputs) for precision in _PRECISIONS]
 
         steps = _interleaved([way.steps() for way in ways])
@@ -223,6 +224,7 @@ class _Ways:
         student = self.student()
         freeze(student, self._student_section)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        # A rate of 0 costs as much as any other, and keeps all ways at the same student.
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         taken = 0
 

@@ -11,7 +11,7 @@ from post_dist.config.load import load_run
 from post_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from post_dist.stages.check_report import CheckReport, StageConflict
+    from post_dist.stages.check.report import CheckReport, StageConflict
 
 _ITEM = "  - "
 """How the errors of a run file begin in the message of `load_run`."""
@@ -25,7 +25,7 @@ def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     except InputError as error:
         report = _unreadable(error)
     else:
-        from post_dist.stages.check import check_run  # loads torch
+        from post_dist.stages.check.run import check_run  # loads torch
 
         report = check_run(config)
     if json_:
@@ -38,7 +38,7 @@ def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
 
 def _unreadable(error: InputError) -> "CheckReport":
     """Report the errors of a run file that cannot be loaded; each of its lines is a conflict."""
-    from post_dist.stages.check_report import CheckReport, StageConflict
+    from post_dist.stages.check.report import CheckReport, StageConflict
 
     # The first line names the file, and each of the others a field.
     message = str(error.args[0])

@@ -13,7 +13,7 @@ from post_dist.errors import InputError, PrivacyRefused
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Compute epsilon of the run file's plan, or the noise for its target. Reads no data or model."""
+    """Compute epsilon of a plan, or the noise for its target; reads no data and no model."""
     print_numbers(asdict(api.account(api.load_run(run, set_ or ()))), json_)
 
 

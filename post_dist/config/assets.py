@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def asset(name: str) -> Path:
-    """Return the path of a shipped file or folder, such as `ds_configs/train_zero1.json`.
+    """Return the path of a shipped file or folder, such as `ds_configs/train.json`.
 
     A wheel has them in `post_dist/_assets`. In a checkout they are beside the package.
 

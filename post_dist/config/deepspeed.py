@@ -11,6 +11,9 @@ from post_dist.config.schema import Engine
 _SWAP_BLOCK = 1 << 16
 """Elements. DeepSpeed pads each shard on disk to whole pages; this is a multiple of them."""
 
+_SWAP_BUFFERS = 8
+"""Shards that are on their way between disk and memory at once."""
+
 _LARGEST_BUCKET = 500_000_000
 """Elements: DeepSpeed's default. It allocates the whole bucket, 1 GiB in bf16, for any model."""
 
@@ -30,16 +33,18 @@ def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) ->
         largest_shard: elements in the largest shard of a weight. The buffers between disk and
             memory must have room for it.
     """
-    name = "frozen_zero3"
-    if engine.offload != "none":
-        name += f"_{engine.offload}"
-    settings = preset(name)
+    settings = preset("frozen")
     zero = settings["zero_optimization"]
     zero["zero_quantized_weights"] = engine.quantized_gathers
+    if engine.offload != "none":
+        zero["offload_param"] = {"device": engine.offload, "pin_memory": True}
     if engine.nvme_folder is not None:
         blocks = math.ceil(largest_shard / _SWAP_BLOCK)
-        zero["offload_param"]["nvme_path"] = str(engine.nvme_folder)
-        zero["offload_param"]["buffer_size"] = blocks * _SWAP_BLOCK
+        zero["offload_param"] |= {
+            "nvme_path": str(engine.nvme_folder),
+            "buffer_count": _SWAP_BUFFERS,
+            "buffer_size": blocks * _SWAP_BLOCK,
+        }
     # DeepSpeed demands a batch size, though an engine without an optimizer never reads it.
     settings["train_micro_batch_size_per_gpu"] = 1
     return settings | _precision(precision)
@@ -57,19 +62,21 @@ def training_settings(
     """Return the settings for the student's engine.
 
     Args:
-        engine: the layout; its ZeRO stage and optimizer offload choose the preset.
+        engine: the layout: ZeRO stage and optimizer offload.
         precision: precision of the forward and backward passes.
         trained: number of trained elements, which sets the size of the reduction bucket.
         micro_batch_size: sequences in one forward on one GPU.
         accumulation_steps: micro-batches in one step on one GPU.
         max_grad_norm: norm to which the gradient of a step is clipped.
     """
-    # There is one preset for each ZeRO stage, and one more where the optimizer is offloaded.
-    name = f"train_zero{engine.zero_stage}"
+    settings = preset("train")
+    zero = settings["zero_optimization"]
+    zero["stage"] = engine.zero_stage
+    zero["reduce_bucket_size"] = bucket_elements(trained)
     if engine.offload_optimizer:
-        name += "_cpu"
-    settings = preset(name)
-    settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(trained)
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # DeepSpeed would otherwise demand its own Adam, which it compiles at the first start.
+        settings["zero_force_ds_cpu_optimizer"] = False
     settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     settings["gradient_accumulation_steps"] = accumulation_steps
     settings["gradient_clipping"] = max_grad_norm

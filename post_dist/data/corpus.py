@@ -71,6 +71,7 @@ class Corpus:
             micro_batch_size: most sequences in one forward pass of a rank.
             world: the ranks.
         """
+        # Nothing is saved: a resumed run finds its place from the step.
         places = range(step * batch_size, (step + 1) * batch_size)
         return rank_batches(places, micro_batch_size, world.rank, world.size)
 
@@ -137,6 +138,7 @@ def build_corpus(
     Raises:
         InputError: the text is too short.
     """
+    # Rank 0 writes, and the others wait: tokenizing is the same work on all of them.
     world.on_main(partial(_write_packed, section, tokenizer, path))
     separator = _separator(tokenizer) if section.separate_documents else None
     corpus = Corpus(path, section.held_out_sequences, seed, separator)
@@ -152,6 +154,7 @@ def build_corpus(
 def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     if path.exists():
         return
+    # A later start reads the file, so that its text cannot differ from the first start's.
     sequences = _pack(section, tokenizer)
     if len(sequences) <= section.held_out_sequences:
         raise InputError(
@@ -174,6 +177,7 @@ def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndar
     wanted = section.max_tokens or float("inf")
     made = 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+        # The watchdog sees progress, however long the corpus is.
         phase(f"tokenizing the corpus, {start} of {len(texts)} documents done")
         documents = texts[start : start + _DOCUMENTS_AT_ONCE]
         parts.append(_tokens_of(documents, tokenizer, separator))

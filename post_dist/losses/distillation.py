@@ -87,12 +87,14 @@ def distillation_loss(
         weight = settings.weights[metric]
         scales[metric] = weight if count == positions else weight * positions / count
 
+    # All terms on logits share one pass over the pieces, and one gradient.
     batch = _LogitBatch(student_Nd, teacher, labels_N, heads, settings, scales)
     sums_K, gradients = batch.sums_and_gradients()
     summed = sum(
         (scales[term.metric] * sums_K[index] for index, term in enumerate(LOGIT_TERMS)),
         start=torch.zeros((), device=student_Nd.device),
     )
+    # The gradients are of `summed`; the division by N below is left to autograd.
     if gradients:
         summed = _WithGradients.apply(summed, gradients, student_Nd, *heads.trained)
     loss = summed / positions
@@ -103,6 +105,7 @@ def distillation_loss(
     # These terms need no logits: autograd differentiates them.
     teacher_Nd = hidden_states(teacher)
     for hidden_term in HIDDEN_TERMS:
+        # A signal without hidden states gives 0; `conflicts.py` refuses a weight above 0.
         value = torch.zeros((), device=student_Nd.device)
         if teacher_Nd is not None:
             value = hidden_term.value(student_Nd, teacher_Nd)
@@ -138,6 +141,7 @@ class _LogitBatch:
         """
         student_Nd = self._student_Nd
         differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
+        # Evaluation and frozen inputs need no gradient, so they do not pay for one.
         gradients = []
         if differentiate:
             inputs = (student_Nd, *self._heads.trained)
@@ -150,11 +154,14 @@ class _LogitBatch:
             logits_BV = self._heads.student(hidden_Bd)
             with torch.no_grad():
                 own_K, of_logits_BV = self._logit_terms(logits_BV.detach(), hidden_Bd, part)
+            # Sums are kept on the device: reading them here would wait for it in every piece.
             sums_K = sums_K + own_K
             if differentiate:
+                # Now, while the logits exist: they are freed with this piece.
                 leaves = [hidden_Bd, *self._heads.trained]
                 own = torch.autograd.grad(logits_BV, leaves, of_logits_BV)
                 gradients[0][part] = own[0]
+                # The head's parameters see every position: their gradients are sums.
                 for total, gradient in zip(gradients[1:], own[1:], strict=True):
                     total += gradient
 
@@ -186,10 +193,12 @@ class _LogitBatch:
             labels_B=self._labels_N[part],
             temperature=self._settings.temperature,
         )
+        # A GPU has no such cache, and one kernel for the whole piece is fastest.
         chunks = 1
         if logits_BV.device.type == "cpu":
             chunks = max(1, -(-logits_BV.numel() // _LOGITS_IN_CACHE))
         sums_K = torch.zeros(len(LOGIT_TERMS), device=logits_BV.device)
+        # In the dtype of the logits, as the head's backward pass wants it.
         gradient_BV = torch.empty_like(logits_BV)
         for positions in split_positions(len(logits_BV), chunks):
             # Assigned at once: a name for the fp32 gradient would keep it alive.
@@ -217,6 +226,8 @@ def _terms_of_chunk(
         labels_B=piece.labels_B[positions],
         temperature=piece.temperature,
     )
+    # Each term adds to the gradient of those before it: a second tensor of [B, V] in fp32 would
+    # double the memory.
     sums = []
     gradient_BV: torch.Tensor | None = None
     for term in LOGIT_TERMS:
@@ -234,6 +245,7 @@ class _WithGradients(torch.autograd.Function):
     def forward(
         ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *inputs: torch.Tensor
     ) -> torch.Tensor:
+        # Not saved through `save_for_backward`: they are neither inputs nor outputs.
         ctx.gradients = gradients
         return value.clone()
 

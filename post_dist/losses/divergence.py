@@ -24,11 +24,13 @@ def softened_kl(
     Returns:
         A scalar.
     """
+    # In fp32, because bf16 keeps too few digits of a small divergence.
     log_p_BK = (teacher_BK.float() / temperature).log_softmax(dim=-1)
     log_q_BK = (student_BK.float() / temperature).log_softmax(dim=-1)
     if shares_B is None:
         mean = functional.kl_div(log_q_BK, log_p_BK, reduction="batchmean", log_target=True)
         return temperature**2 * mean
+    # With weights, each row needs its own divergence first.
     kl_B = functional.kl_div(log_q_BK, log_p_BK, reduction="none", log_target=True).sum(dim=-1)
     return temperature**2 * shares_B @ kl_B
 
@@ -38,6 +40,7 @@ def unexplained_share(student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> flo
 
     It is 0 for a copy of the teacher, and 1 for a student that is always at the teacher's mean.
     """
+    # In fp64: both sums run over all positions of the held-out split.
     student = student_Nd.double()
     teacher = teacher_Nd.double()
     error = (student - teacher).square().sum()

@@ -97,6 +97,7 @@ def hidden_states(signal: TeacherSignal) -> torch.Tensor | None:
 
 def signal_of_tensors(tensors: Mapping[str, torch.Tensor]) -> TeacherSignal:
     """Build a signal from its tensors by field name, as `TeacherSignal.tensors` returns them."""
+    # A product or samples tell the kind. Hidden states may also accompany a product.
     if "product" in tensors:
         return ProjectedSignal(**tensors)
     if "samples" in tensors:
@@ -120,6 +121,7 @@ def project_teacher(
     for part in split_positions(len(hidden_Nd), logit_pieces(len(hidden_Nd), len(weight_Vd))):
         log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
         p = log_p.exp()
+        # In fp32: the student's part of the same product is subtracted from it later.
         products.append(p @ weight_Vd.float())
         entropies.append(-(p * log_p).sum(dim=-1))
     return ProjectedSignal(product=torch.cat(products), entropy=torch.cat(entropies))
@@ -152,10 +154,12 @@ def sample_teacher(
     entropies = []
     for part in split_positions(len(hidden_Nd), logit_pieces(len(hidden_Nd), vocabulary)):
         log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
+        # The inverse of the cumulative distribution turns uniform points into tokens.
         cumulative = log_p.exp().cumsum(dim=-1)
         # Scaled by the last sum, which rounding keeps from being exactly 1.
         steps = uniform_N[part, None] + torch.arange(count, device=log_p.device)
         points = steps / count * cumulative[:, -1:]
+        # A point on the last sum itself would lie behind the last token.
         drawn = torch.searchsorted(cumulative, points)
         samples.append(drawn.clamp_(max=log_p.shape[1] - 1))
         entropies.append(-(log_p.exp() * log_p).sum(dim=-1))

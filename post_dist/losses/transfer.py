@@ -37,6 +37,7 @@ def published_transfer_loss(
         shares_B: weight of each row; without weights, the mean over rows is taken.
     """
     mimic = softened_kl(source_prompted_BK, target_prompted_BK, temperature, shares_B)
+    # In fp32, because each change is a difference of nearly equal logits.
     source_change_BK = source_prompted_BK.float() - source_BK.float()
     target_change_BK = target_prompted_BK.float() - target_BK.float()
     shift = softened_kl(source_change_BK, target_change_BK, temperature, shares_B)
@@ -70,6 +71,7 @@ def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) 
     threshold of the proxy belongs, without any label. The fixed point is the minimum of a convex
     function, which iterative scaling finds.
     """
+    # In fp64, which the tolerance asks for.
     scores = scores_NC.double()
     wanted = reference_NC.double().softmax(dim=1).mean(dim=0).log()
     offsets = torch.zeros_like(wanted)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from post_dist.models.families import scales_attention_by_layer
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, read_config
 from post_dist.models.model_checks import check_no_scale
@@ -48,7 +49,6 @@ def facts_of(model: LanguageModel) -> ModelFacts:
     output_embeddings = inner.get_output_embeddings()
     # Some families have no output embeddings that transformers knows of.
     tied = output_embeddings is not None and output_embeddings.weight is input_embeddings.weight
-    scaled = bool(getattr(inner.config, "scale_attn_by_inverse_layer_idx", False))
     return ModelFacts(
         family=type(inner).__name__,
         layers=len(model.layers),
@@ -59,7 +59,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         tied=tied,
         matrix_head=isinstance(model.head_module, nn.Linear),
         linear_head=model.has_linear_head,
-        scales_attention_by_layer=scaled,
+        scales_attention_by_layer=scales_attention_by_layer(inner.config),
     )
 
 

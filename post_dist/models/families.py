@@ -72,7 +72,7 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 def attention_widths(config: PretrainedConfig) -> AttentionWidths:
     """Return the widths of the attention's projections; some families share keys among heads."""
     settings = config.get_text_config()
-    # Without the optional fields, all heads have keys of their own and split the width evenly.
+    # Gemma's heads are wider than width / heads. Only grouped queries have a number of key heads.
     heads = settings.num_attention_heads
     head_width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     key_heads = getattr(settings, "num_key_value_heads", None) or heads

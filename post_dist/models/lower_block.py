@@ -21,9 +21,11 @@ def take_out_lower_block(student: LanguageModel, layers: int) -> None:
     """
     if not layers:
         return
+    # Before any layer is replaced: it runs the student as it is.
     in_tuple = layers_give_tuples(student)
     for index in range(layers):
         student.layers[index] = Passage(in_tuple=in_tuple)
+    # The embeddings would only be computed to be thrown away.
     student.model.set_input_embeddings(nn.Identity())
 
 

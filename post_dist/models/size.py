@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from post_dist.models.facts import ModelFacts, facts_of, meta_model
+from post_dist.models.families import attention_widths
 from post_dist.models.language_model import LanguageModel
 
 
@@ -115,18 +116,14 @@ def size_of(folder: Path) -> ModelSize:
         InputError: there is no usable config.json, or the family is not supported.
     """
     model = meta_model(folder)
-    text = model.model.config.get_text_config()
-    # Gemma's heads are wider than width / heads. Only grouped queries have a number of key heads.
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    attention = attention_widths(model.model.config)
     return ModelSize(
         facts=facts_of(model),
         layers=tuple(_layer_size(layer) for layer in model.layers),
         others=_sizes_outside_layers(model),
         head=_head_size(model),
-        attention_width=heads * head_width,
-        kv_width=kv_heads * head_width,
+        attention_width=attention.query,
+        kv_width=attention.key,
         mlp_width=max(_output_width(module) for module in _matrix_products(model.layers)),
         shares_prompt=model.takes_packing,
     )

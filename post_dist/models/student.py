@@ -25,7 +25,7 @@ from transformers import (
 
 from post_dist.config.schema import Student
 from post_dist.conflicts import Conflict, raise_conflicts
-from post_dist.models.families import layer_list_name
+from post_dist.models.families import layer_kinds, layer_list_name
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
@@ -139,7 +139,9 @@ def least_harmful_layers(
     Returns:
         The layers to keep, ascending.
     """
+    # The teacher's own predictions, once for all layers.
     whole = [_last_log_probabilities(teacher, input_ids_BT) for input_ids_BT, _ in batches]
+    # Before any layer is replaced: it runs the first layer as it is.
     in_tuple = layers_give_tuples(teacher)
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
@@ -151,6 +153,7 @@ def least_harmful_layers(
                 weighted.append(weight * kl)
         costs[layer] = float(world.mean(torch.stack(weighted).mean()))
         log.info("layer %d: removing it costs %.3f nats at the last position", layer, costs[layer])
+    # The costs are of single layers: layers that replace each other may both look cheap.
     num_dropped = len(teacher.layers) - num_layers
     cheapest_first = sorted(costs, key=lambda layer: costs[layer])
     dropped = set(cheapest_first[:num_dropped])
@@ -171,6 +174,7 @@ def write_student(
     Raises:
         InputError: the layers of the teacher's family cannot be told apart.
     """
+    # Only the weights that are kept are read, file by file: the teacher may not fit in memory.
     config = load_config(teacher_folder)
     rename = _LayerRenamer(_layer_prefix(config), layers)
     tensors: dict[str, torch.Tensor] = {}
@@ -213,6 +217,7 @@ def freeze(student: LanguageModel, section: Student) -> None:
     A parameter outside the layers counts as the head's if only the head uses it, else as one of
     the embeddings. `stages/distill/conflicts.py` refuses to freeze one of two that are tied.
     """
+    # Everything is trained first, so that the result does not depend on what was frozen before.
     student.requires_grad_(True)
     for layer in student.layers[: section.frozen_lower_layers]:
         layer.requires_grad_(False)
@@ -266,7 +271,7 @@ def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> Pretrained
     cut.num_hidden_layers = len(layers)
     cut.post_dist_layers = list(layers)
     # Families that mix kinds of attention name the kind of each layer.
-    kinds = getattr(config, "layer_types", None)
+    kinds = layer_kinds(config)
     if kinds:
         cut.layer_types = [kinds[layer] for layer in layers]
     return cut

@@ -37,7 +37,7 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
     if group == 1 and not offloaded:
         return held
     # DeepSpeed keeps up to `max_live` gathered weights beside the layer that runs.
-    settings = preset("frozen_zero3")["zero_optimization"]
+    settings = preset("frozen")["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
     prefetched = min(size.parameters, settings["stage3_prefetch_bucket_size"])
     gathered = (whole * bytes_each / GIB, prefetched * bytes_each / GIB)

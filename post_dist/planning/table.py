@@ -1,6 +1,6 @@
 """Print a plan on a terminal."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -84,22 +84,22 @@ def _plan_rows(stages: list[_Stage]) -> dict[str, list[str]]:
     """Return the table's rows by title: one cell for each stage, without rows that are empty."""
     rows: dict[str, list[str]] = {}
 
-    def add(title: str, number: Callable[[_Stage], Any]) -> None:
-        rows[title] = [_cell(number(stage)) for stage in stages]
+    def add(title: str, place: str) -> None:
+        rows[title] = [_cell(_at(stage, place)) for stage in stages]
 
     # From memory over traffic to time: what does not fit need not be fast.
     for part in _parts(stages, "memory_gib"):
-        add(f"{part.replace('_', ' ')}, GiB", lambda stage, at=f"memory_gib.{part}": _at(stage, at))
+        add(f"{part.replace('_', ' ')}, GiB", f"memory_gib.{part}")
     for title, place in _LAYOUT.items():
-        add(title, lambda stage, at=place: _at(stage, at))
-    add("teraflop of a GPU in a step", lambda stage: sum(stage["flops_per_gpu"].values()) / 1e12)
+        add(title, place)
+    rows["teraflop of a GPU in a step"] = [_cell(_teraflop(stage)) for stage in stages]
     for title, place in _TRAFFIC.items():
-        add(title, lambda stage, at=place: _at(stage, at))
+        add(title, place)
     for part in _parts(stages, "seconds"):
-        add(f"{part}, s", lambda stage, at=f"seconds.{part}": _at(stage, at))
+        add(f"{part}, s", f"seconds.{part}")
     for title, place in _TOTALS.items():
-        add(title, lambda stage, at=place: _at(stage, at))
-    add("epsilon", _epsilons)
+        add(title, place)
+    rows["epsilon"] = [_epsilons(stage) for stage in stages]
     # A row that no stage has, such as offload, is left out.
     return {title: cells for title, cells in rows.items() if any(cells)}
 
@@ -119,6 +119,10 @@ def _at(stage: _Stage, place: str) -> Any:
     if not second:
         return value
     return (value or {}).get(second)
+
+
+def _teraflop(stage: _Stage) -> float:
+    return float(sum(stage["flops_per_gpu"].values()) / 1e12)
 
 
 def _epsilons(stage: _Stage) -> str:

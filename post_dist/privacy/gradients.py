@@ -76,7 +76,7 @@ class ExampleGradients:
         of_biases = gradients[len(copies) :]
         # The chain rule carries gradients of the keys and values back to the prompt.
         if self._prefix is not None:
-            of_copies = self._back_to_prompt(of_copies)
+            of_copies = self._back_to_prompt(self._prefix, of_copies)
         return [*of_copies, *of_biases]
 
     def _prompt_copies(self, count: int) -> list[torch.Tensor]:
@@ -88,12 +88,14 @@ class ExampleGradients:
             copies.append(copy.requires_grad_(True))
         return copies
 
-    def _back_to_prompt(self, of_prefix: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _back_to_prompt(
+        self, prefix: Sequence[torch.Tensor], of_prefix: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """Carry gradients with respect to the prefix back to the prompt: one tensor [B, n, d]."""
         # One product for all examples; the graph of the prefix stays for the next micro-batch.
         cotangents = [part.unsqueeze(1) for part in of_prefix]
         return torch.autograd.grad(
-            self._prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
+            prefix, self._prompt_nd, cotangents, is_grads_batched=True, retain_graph=True
         )
 
 

@@ -141,10 +141,6 @@ def shard_share(model: nn.Module) -> float:
     whole = 0
     for parameter in model.parameters():
         # A sharded parameter itself is empty; DeepSpeed keeps its shard and its size beside it.
-        if hasattr(parameter, "ds_tensor"):
-            held += parameter.ds_tensor.numel()
-            whole += parameter.ds_numel
-        else:
-            held += parameter.numel()
-            whole += parameter.numel()
+        held += getattr(parameter, "ds_tensor", parameter).numel()
+        whole += getattr(parameter, "ds_numel", parameter.numel())
     return held / whole

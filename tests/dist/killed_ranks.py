@@ -289,7 +289,9 @@ def stopped_for_30_seconds(base: Path, output: Path, expected: Expected) -> Outc
     code = os.waitstatus_to_exitcode(os.waitpid(run.ranks[0], 0)[1])
     detected = time.monotonic() - stopped
     said = run.log()
-    assert re.search(r"rank 0 has made no progress for 15 s in: (distill|writing)\b", said), said[-3000:]
+    assert re.search(r"rank 0 has made no progress for 15 s in: (distill|writing)\b", said), said[
+        -3000:
+    ]
     assert "most recent call first" in said, "the stacks are printed"
     time.sleep(max(0.0, 30 - detected))
     os.kill(run.ranks[1], signal.SIGCONT)
@@ -446,15 +448,15 @@ HEAD = (
     "| fault | runs | detected after s, median (worst) | resumed after s, median (worst) "
     "| steps lost, most | samples lost or doubled | weights bit-equal | last loss off by, worst |"
 )
-ABOUT = f"""\
-Made by `make faults`. A tiny Llama is distilled on two ranks over gloo without a launcher: \
-teacher ZeRO-3, student ZeRO-1, fp32, {STEPS} steps, a checkpoint every {EVERY}. Each kill is at a random \
-step and rank. `detected` is the time from the end of the broken rank to that of the other. \
-`resumed` is the time from the start of the command to its first step; libraries are loaded \
-already, which takes a fresh start about 8 s. Rows with a star make another student: another \
-number of ranks rounds sums differently, and a loss that is not finite is skipped. \
-torch {torch.__version__}, deepspeed {deepspeed.__version__}, two cores.
-"""
+ABOUT = (
+    "Made by `make faults`. A tiny Llama is distilled on two ranks over gloo without a launcher: "
+    f"teacher ZeRO-3, student ZeRO-1, fp32, {STEPS} steps, a checkpoint every {EVERY}. Each kill "
+    "is at a random step and rank. `detected` is the time from the end of the broken rank to that "
+    "of the other. `resumed` is the time from the start of the command to its first step; "
+    "libraries are loaded already, which takes a fresh start about 8 s. Rows with a star make "
+    "another student: another number of ranks rounds sums differently, and a loss that is not "
+    f"finite is skipped. torch {torch.__version__}, deepspeed {deepspeed.__version__}, two cores.\n"
+)
 
 
 def main() -> None:

@@ -474,8 +474,8 @@ MUTANTS = [
     Mutant(
         "noise multipliers out of range",
         "privacy.accounting",
-        "    if excess(most) > 0:\n",
-        "    if False:\n",
+        "_MOST_SIGMA = 200.0\n",
+        "_MOST_SIGMA = 1e6\n",
         "calibration_refuses_targets_out_of_range",
     ),
 ]

@@ -10,7 +10,7 @@ import torch
 
 import post_dist
 from post_dist import api
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.assets import asset
 from post_dist.errors import PostDistError
@@ -65,17 +65,9 @@ def test_the_examples_in_docstrings_hold() -> None:
 def test_a_prompt_is_read_with_its_task_and_its_claim(tmp_path: Path) -> None:
     embeddings_nd = torch.randn(3, 8)
     task = PromptTask("{text} It was", (("bad",), ("good",)), 32, False, "Review")
-    write_prompt(
-        tmp_path / "prompt",
-        embeddings_nd,
-        task,
-        "the student",
-        {"epsilon": 2.5, "delta": 1e-5},
-        card=lambda folder: None,
-        parents={},
-        config={},
-        tokenizer="",
-    )
+    contents = PromptContents(embeddings_nd, task, {"epsilon": 2.5, "delta": 1e-5})
+    provenance = Provenance(model_name="the student", tokenizer="", parents={}, config={})
+    write_prompt(tmp_path / "prompt", contents, provenance, lambda folder: None)
     prompt = post_dist.load_prompt(str(tmp_path / "prompt"))
     assert torch.equal(prompt.embeddings, embeddings_nd)
     assert (prompt.task, prompt.epsilon) == (task, 2.5)

@@ -11,7 +11,7 @@ import tiny
 import torch
 import yaml
 
-from post_dist.artifacts.prompt import write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
@@ -47,17 +47,9 @@ def without(run: Path, *sections: str) -> Path:
 
 def write_source_prompt(folder: Path, teacher: Path, width: int, length: int = 48) -> Path:
     task = PromptTask("Review: {text} It was", (("bad",), ("good",)), length, False, "good")
-    write_prompt(
-        folder,
-        torch.randn(5, width),
-        task,
-        "the student",
-        None,
-        card=lambda path: None,
-        parents={},
-        config={},
-        tokenizer=tokenizer_fingerprint(load_tokenizer(teacher)),
-    )
+    origin = Provenance("the student", tokenizer_fingerprint(load_tokenizer(teacher)), {}, {})
+    contents = PromptContents(torch.randn(5, width), task, None)
+    write_prompt(folder, contents, origin, lambda path: None)
     return folder
 
 
@@ -196,7 +188,7 @@ def test_a_provider_checks_prompts_that_came_from_owners(
     found = " ".join(messages(report))
     assert "the prompt has vectors of width 16, the student of width 32" in found
     assert "texts of 1000 tokens do not fit into the context of the target (128)" in found
-    assert "prompt3 is no post_dist artifact" in found
+    assert "prompt3 is not a post_dist artifact" in found
 
 
 def test_settings_of_a_baseline_are_checked_before_the_run(
@@ -241,7 +233,7 @@ def test_files_that_are_missing_are_named(run: Path, main: Callable) -> None:
     assert code == 2
     path = run.with_name("nowhere.csv")
     assert messages(report) == [
-        f"distill: {path} is no folder",
+        f"distill: {path} is not a folder",
         f"distill: corpus.path: {path}: No such file or directory",
         f"tune: private_task.path: {path}: No such file or directory",
         f"transfer: public_task.path: {path}: No such file or directory",

@@ -1,4 +1,4 @@
-"""What is on disk is whole: a checkpoint as it was written, or none; a file of one writer, or of another."""
+"""Checkpoints and files on disk are complete, or are not there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, file: str, damage: Callable[[Path], object]
 ) -> None:
     for step in (1, 2, 3):
@@ -45,21 +45,17 @@ def test_a_folder_with_an_extra_file_is_not_what_was_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/trial-3"])
-def test_going_on_names_the_run_and_no_trial(
+def test_a_resumed_run_is_named_and_no_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(
-        checkpoint.log, "info", lambda message, *values: said.append(message % values)
+        checkpoint.log, "info", lambda message, *values: messages.append(message % values)
     )
     save_tensors(tmp_path / "tune-1234" / place, 6, {"a": torch.zeros(1)})
-    assert (
-        checkpoint.start_step(
-            tmp_path / "tune-1234" / place, "auto", World(0, 1, 0, "none", torch.device("cpu"))
-        )
-        == 6
-    )
-    assert said == ["resuming from step 6 of tune-1234"]
+    world = World(0, 1, 0, "none", torch.device("cpu"))
+    assert checkpoint.start_step(tmp_path / "tune-1234" / place, "auto", world) == 6
+    assert messages == ["resuming from step 6 of tune-1234"]
 
 
 def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:

@@ -6,13 +6,21 @@ import pytest
 
 from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.assets import asset
-from post_dist.config.deepspeed import preset, training_settings
+from post_dist.config.deepspeed import frozen_settings, training_settings
 from post_dist.config.load import load_run
-from post_dist.config.schema import Engine, RunConfig
+from post_dist.config.schema import Engine, RunConfig, Stage
 from post_dist.config.sources import named_tasks
 from post_dist.errors import InputError
 
 MINIMAL = "name: run\nteacher: {path: /model}\n"
+TASK = """
+private_task:
+  name: t
+  visibility: private
+  path: a.csv
+  template: "{{text}} Is it"
+  labels: {labels}
+"""
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -21,9 +29,10 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
     return load_run(path, list(overrides))
 
 
+# published.yaml holds the paper's numbers.
 SHIPPED = sorted(
     path for path in asset("examples").rglob("*.yaml") if path.name != "published.yaml"
-)  # which holds the paper's figures
+)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -31,11 +40,26 @@ def test_shipped_run_files_load(path: Path) -> None:
     assert load_run(path).name
 
 
-@pytest.mark.parametrize(
-    "path", sorted(asset("ds_configs").glob("*.json")), ids=lambda path: path.stem
-)
-def test_shipped_presets_name_their_stage(path: Path) -> None:
-    assert f"zero{preset(path.stem)['zero_optimization']['stage']}" in path.stem
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_training_preset_takes_stage_and_offload(stage: int) -> None:
+    engine = Engine(zero_stage=stage, offload_optimizer=stage > 0)
+    settings = training_settings(
+        engine, "bf16", trained=10, micro_batch_size=2, accumulation_steps=3, max_grad_norm=5.0
+    )
+    assert settings["zero_optimization"]["stage"] == stage
+    assert ("offload_optimizer" in settings["zero_optimization"]) == (stage > 0)
+    assert settings["zero_allow_untested_optimizer"]
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
+def test_the_frozen_preset_takes_the_offload(offload: str) -> None:
+    folder = "/scratch" if offload == "nvme" else None
+    settings = frozen_settings(Engine(offload=offload, nvme_folder=folder), "bf16", 100_000)
+    zero = settings["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero.get("offload_param", {"device": "none"})["device"] == offload
+    if offload == "nvme":
+        assert zero["offload_param"]["buffer_size"] >= 100_000
 
 
 @pytest.mark.parametrize(
@@ -68,7 +92,7 @@ def test_a_file_takes_the_place_of_a_named_task_s_hub(tmp_path: Path) -> None:
 
 
 def test_yaml_reads_numbers_and_words_as_people_write_them(tmp_path: Path) -> None:
-    task = "private_task: {name: t, visibility: private, path: a.csv, template: '{text} Is it', labels: {no: [no, No], yes: [yes]}}\n"
+    task = TASK.format(labels="{no: [no, No], yes: [yes]}")
     run = load(tmp_path, MINIMAL + task + "tune: {learning_rate: 1e-3}\n")
     assert run.tune.learning_rate == 1e-3
     assert run.private_task is not None
@@ -88,7 +112,10 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
 def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
     text = (
         MINIMAL
-        + "cluster:\n  distill: &big {nodes: 4, gpus_per_node: 8}\n  transfer: &less {<<: *big, nodes: 2}\n  evaluate: *less\n"
+        + "cluster:\n"
+        + "  distill: &big {nodes: 4, gpus_per_node: 8}\n"
+        + "  transfer: &less {<<: *big, nodes: 2}\n"
+        + "  evaluate: *less\n"
     )
     run = load(tmp_path, text, "cluster.transfer.nodes=3")
     asked = {stage: run.cluster.for_stage(stage) for stage in ("distill", "transfer", "evaluate")}
@@ -97,7 +124,8 @@ def test_a_mapping_is_merged_and_changed_in_one_place(tmp_path: Path) -> None:
         "transfer": (3, 8),
         "evaluate": (2, 8),
     }
-    # A mapping that is brought in before it is made by itself, and overrides what it brought in, has no key twice.
+    # A mapping that is merged before it is built itself, and overrides what it merged, has no
+    # duplicate key.
     nested = (
         "distill: &a {steps: 1}\ntransfer: {<<: &b {<<: *a, steps: 2}}\ntune: {<<: *b, steps: 3}\n"
     )
@@ -118,7 +146,7 @@ def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
 
 
 def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:
-    task = "private_task: {name: t, visibility: private, path: a.csv, template: '{text} Is it', labels: {a: [no], b: [yes]}}\n"
+    task = TASK.format(labels="{a: [no], b: [yes]}")
     run = load(tmp_path, MINIMAL + task)
     assert run.view("tune").private_task is not None
     assert run.view("distill").private_task is None
@@ -126,23 +154,14 @@ def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:
 
 
 def test_a_stage_s_signature_follows_what_it_reads_and_nothing_else(tmp_path: Path) -> None:
-    first, other_transfer, other_seed = (
-        load(tmp_path, MINIMAL, *overrides)
-        for overrides in ((), ("transfer.steps=7",), ("seed=1",))
-    )
-    inputs = {"teacher": "0"}
-    assert (
-        run_folder(first, "distill", inputs).path
-        == run_folder(other_transfer, "distill", inputs).path
-    )
-    assert (
-        run_folder(first, "transfer", inputs).path
-        != run_folder(other_transfer, "transfer", inputs).path
-    )
-    assert (
-        run_folder(first, "distill", inputs).path != run_folder(other_seed, "distill", inputs).path
-    )
-    assert (
-        run_folder(first, "distill", inputs).path
-        != run_folder(first, "distill", {"teacher": "1"}).path
-    )
+    first = load(tmp_path, MINIMAL)
+    other_transfer = load(tmp_path, MINIMAL, "transfer.steps=7")
+    other_seed = load(tmp_path, MINIMAL, "seed=1")
+
+    def folder(config: RunConfig, stage: Stage, teacher: str = "0") -> Path:
+        return run_folder(config, stage, {"teacher": teacher}).path
+
+    assert folder(first, "distill") == folder(other_transfer, "distill")
+    assert folder(first, "transfer") != folder(other_transfer, "transfer")
+    assert folder(first, "distill") != folder(other_seed, "distill")
+    assert folder(first, "distill") != folder(first, "distill", teacher="1")

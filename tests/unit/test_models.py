@@ -1,4 +1,4 @@
-"""Models of each family: the split into trunk and head, the prompt in front, and the student that is cut from them."""
+"""Models of each family: trunk and head, the prompt in front, and the student cut from them."""
 
 import math
 from dataclasses import replace
@@ -394,7 +394,7 @@ def test_weights_that_are_missing_are_never_left_random(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_answer_is_the_head_over_the_whole_trunk(tmp_path: Path, family: str) -> None:
-    """Though the last layer's MLP runs at the answer alone, and the prompt may be given as keys and values."""
+    """Though the last layer's MLP runs at the answer alone, and a prefix may replace the prompt."""
     model = load_whole(tiny.write_model(tmp_path / "model", family), "fp32", torch.device("cpu"))
     input_ids, answer = torch.randint(4, 500, (3, 12)), torch.tensor([11, 4, 7])
     prompt = torch.randn(5, 32)

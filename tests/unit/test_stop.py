@@ -19,7 +19,9 @@ from post_dist.runtime.stop import end_process
 atexit.register(print, "tidied up")
 """
 ENDS = {
-    "past a thread that does not end": "threading.Thread(target=time.sleep, args=(600,)).start(); end_process(6)",
+    "past a thread that does not end": (
+        "threading.Thread(target=time.sleep, args=(600,)).start(); end_process(6)"
+    ),
     "when the interpreter would": "atexit.register(end_process, 6); sys.exit(0)",
 }
 
@@ -50,10 +52,8 @@ def test_a_download_may_take_as_long_as_it_takes(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(watchdog._Watch, "paused", False)
     config = RunConfig(name="a", teacher=Teacher(path="someone/something", revision="0" * 40))
-    assert (
-        Pipeline(config, World(0, 1, 0, "none", torch.device("cpu")), frozenset()).teacher
-        == tmp_path
-    )
+    world = World(0, 1, 0, "none", torch.device("cpu"))
+    assert Pipeline(config, world, frozenset()).teacher == tmp_path
     assert not any(watched)
     assert watched
     assert not watchdog._Watch.paused

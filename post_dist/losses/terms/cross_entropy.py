@@ -30,9 +30,11 @@ class LabelCrossEntropy(LogitTerm):
             scale: factor of the gradient.
             gradient_BV: gradient of the terms before this one, or None.
         """
+        # Positions without a label would index the vocabulary with -100, so they are left out.
         has_label_B = chunk.labels_B != NO_LABEL
         labelled = has_label_B.nonzero().squeeze(1)
         labels = chunk.labels_B[labelled]
+        # Without a temperature: the labels are the text itself, not a softened distribution.
         log_q_BV = chunk.student_BV.log_softmax(dim=-1)
         cross_entropy = -log_q_BV[labelled, labels].sum()
 

@@ -32,6 +32,8 @@ class TeacherKl(LogitTerm):
             scale: factor of the gradient.
             gradient_BV: gradient of the terms before this one, or None.
         """
+        # All three ways below need the student's softened log-probabilities. Each may overwrite
+        # them, because nothing reads them afterwards.
         log_q_BV = (chunk.student_BV / chunk.temperature).log_softmax(dim=-1)
         # T^2 of the loss times 1 / T of the softened logits.
         factor = scale * chunk.temperature
@@ -42,6 +44,7 @@ class TeacherKl(LogitTerm):
             kl, own_BV = _from_samples(teacher, log_q_BV, factor)
         else:
             kl, own_BV = _from_logits(chunk, log_q_BV, factor)
+        # The first term's own tensor becomes the sum: no tensor of zeros is made for it.
         if gradient_BV is not None:
             own_BV = gradient_BV.add_(own_BV)
         return chunk.temperature**2 * kl, own_BV
@@ -66,8 +69,10 @@ def _from_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare with the teacher's own logits. Works in place, to keep as few copies as possible."""
     teacher_BV = cast(torch.Tensor, chunk.teacher_BV)
+    # In fp32 also for bf16 logits: the divergence of a good student is a small difference.
     log_p_BV = (teacher_BV.float() / chunk.temperature).log_softmax(dim=-1)
     p_BV = log_p_BV.exp()
+    # In place, because every copy has the size [B, V].
     kl = log_p_BV.sub_(log_q_BV).mul_(p_BV).sum()
     return kl, log_q_BV.exp_().sub_(p_BV).mul_(factor)
 
@@ -91,9 +96,12 @@ def _from_samples(
     teacher: SampledSignal, log_q_BV: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare with sampled tokens, each of which stands for an equal part of the distribution."""
+    # The cross-entropy is a mean over samples. The entropy that is subtracted is exact.
     mean_log_q_B = log_q_BV.gather(1, teacher.samples).mean(dim=1)
     kl = -(mean_log_q_B + teacher.entropy).sum()
     gradient_BV = log_q_BV.exp_().mul_(factor)
+    # The teacher's part of the gradient: each sample takes an equal share. A token may be drawn
+    # several times, and scatter_add_ adds up its shares.
     count = teacher.samples.shape[1]
     of_a_sample = torch.full_like(teacher.samples, -factor / count, dtype=gradient_BV.dtype)
     gradient_BV.scatter_add_(1, teacher.samples, of_a_sample)

@@ -65,6 +65,7 @@ class DistillationText:
         return self._read(numbers, self.corpus.held_out(rank_batch), places)
 
     def _read(self, numbers: list[int], sequences_BT: torch.Tensor, places: list[int]) -> Batch:
+        # A causal model predicts the next token of the text as it is.
         if self._masking is None:
             input_ids_BT = sequences_BT.to(self._device)
             labels_BT = next_token_labels(sequences_BT).to(self._device)

@@ -63,6 +63,7 @@ class CachedTeacher:
         self._places = places
         self._names = names
         self._device = device
+        # Files stay open between steps, because opening one parses its header.
         self._open = lru_cache(maxsize=_OPEN_FILES)(_open_file)
 
     def signals_of(
@@ -85,6 +86,7 @@ class CachedTeacher:
     def _read(self, name: str, places: Sequence[_Place]) -> torch.Tensor:
         parts = []
         for place in places:
+            # A slice reads only this sequence from the disk.
             rows = self._open(place.file).get_slice(name)
             parts.append(rows[place.index : place.index + 1])
         return torch.cat(parts)
@@ -115,6 +117,7 @@ def cache_teacher(
     section = maker.section
     read = corpus.numbers_of_first(section.steps * section.batch_size)
     missing = [number for number in read if number not in places]
+    # After a complete earlier run, the teacher never runs.
     if missing:
         log.info(
             "teacher signals: %d sequences to run, %d are in %s", len(missing), len(places), cache
@@ -141,6 +144,7 @@ def _fill(
 ) -> None:
     """Write the signals of the missing sequences, a file at a time."""
     micro_batch_size = maker.section.micro_batch_size_per_gpu
+    # Whole micro-batches are dealt to the ranks, equally many to each.
     own = rank_batches(missing, micro_batch_size, world.rank, world.size)
     # Rounded up to whole micro-batches.
     batches_a_file = -(-_SEQUENCES_A_FILE // micro_batch_size)
@@ -155,9 +159,11 @@ def _fill(
                 if batch.counted:
                     numbers += batch.rows
                     parts.append(made)
+            # A rank that cannot write stops all of them, or the others would wait in a collective.
             world.together(partial(_write, cache, numbers, parts))
             for _ in batches:
                 advance("")
+            # Between files, so that nothing written is lost.
             if stop_requested(world):
                 raise stopped("the teacher signals written so far are kept")
 
@@ -176,6 +182,7 @@ def _write(cache: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]
     if not numbers:
         return
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # The file says itself what it holds, so no index can disagree with it.
     tensors[_NUMBERS] = torch.tensor(numbers)
     file = cache / f"{numbers[0]:010d}-{uuid4().hex[:8]}.safetensors"
     write_file(file, lambda partial_file: save_file(tensors, partial_file))
@@ -188,6 +195,7 @@ def _find_places(cache: Path) -> dict[int, _Place]:
         InputError: a file cannot be read.
     """
     places: dict[int, _Place] = {}
+    # A complete name begins with a digit; a file that is being written has a dot before it.
     for file in sorted(cache.glob("[0-9]*.safetensors")):
         try:
             with _open_file(file) as tensors:

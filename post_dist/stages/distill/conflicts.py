@@ -36,6 +36,7 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
         corpus, student = required_sections(config)
     except InputError as error:
         return [Conflict(error.args[0], error.hint)]
+    # All of them at once: a user then fixes the run file in one go.
     found = engine_conflicts(config.engine, layout)
     found += layer_conflicts(student, teacher.layers)
     found += _training_conflicts(config, student, teacher)
@@ -77,6 +78,7 @@ def _cache_conflicts(config: RunConfig, teacher: ModelFacts) -> list[Conflict]:
     cache = config.distill.cache
     if cache == "none":
         return []
+    # The masks of a masked model change in each epoch, so no kind of cache helps it.
     if teacher.masked:
         return [
             Conflict(
@@ -115,6 +117,7 @@ def _corpus_conflicts(corpus: Corpus, teacher: ModelFacts) -> list[Conflict]:
                 "lower corpus.sequence_length",
             )
         )
+    # Without max_tokens, the number of sequences is known only when the text is tokenized.
     if corpus.max_tokens is not None:
         sequences = corpus.max_tokens // corpus.sequence_length
         if sequences <= corpus.held_out_sequences:

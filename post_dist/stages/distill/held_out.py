@@ -41,6 +41,7 @@ def held_out_metrics(
         The mean of each term, and two metrics of the position that a prompt would be read at:
         `last_position_kl_nats` and `unexplained_share`.
     """
+    # Like a training step without its backward pass; the last positions are kept besides.
     term_means = []
     student_last = []
     teacher_last = []
@@ -57,6 +58,7 @@ def held_out_metrics(
         student_last.append(student_BTd[sequences_B, positions_B].float())
         teacher_last.append(signal.hidden[sequences_B, positions_B].float())
 
+    # The ranks have unequal numbers of sequences: the weights make the mean exact.
     means_K = world.mean(torch.stack(term_means).mean(dim=0)).tolist()
     metrics = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
     student_Nd = world.concatenate(torch.cat(student_last))
@@ -77,6 +79,7 @@ def _last_positions(batch: Batch, *, is_masked: bool) -> torch.Tensor:
 
 def _kl_of(model: DistillationModel, student_Bd: torch.Tensor, teacher_Bd: torch.Tensor) -> float:
     """Compute the KL divergence in nats between the predictions of hidden states."""
+    # A sharded head is gathered once, for both models' hidden states.
     dtype = next(model.parameters()).dtype
     with gathered(model):
         teacher_BV = model.teacher_logits(teacher_Bd.to(dtype))

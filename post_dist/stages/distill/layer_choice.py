@@ -26,12 +26,14 @@ def choose_layers(
         micro_batch_size: most sequences in one forward pass of a rank.
         world: the ranks.
     """
+    # A rule or a list needs no measurement.
     if section.layers != "auto":
         layers = listed_layers(section, len(teacher.layers))
         rule = section.layers if isinstance(section.layers, str) else "listed"
         log.info("student: layers %s (%s)", list(layers), rule)
         return layers
 
+    # The first sequences in the reading order, of which each rank measures its part.
     sample = []
     for batch in corpus.step_batches(0, _SEQUENCES, micro_batch_size, world):
         sample.append((corpus.training(batch).to(world.device), batch.weight))

@@ -76,10 +76,12 @@ class DistillationModel(nn.Module):
         Returns:
             The loss, its terms, and the student's last hidden states [B, T, d].
         """
+        # With a frozen lower block, the teacher has run it already.
         if teacher.below is None:
             hidden_BTd = self.student(input_ids_BT, position_ids=positions_BT)
         else:
             hidden_BTd = forward_above(self.student, teacher.below, positions_BT)
+        # The loss treats every position alike, so the batch axis is dropped.
         loss, terms = distillation_loss(
             hidden_BTd.flatten(0, 1),
             teacher.map(lambda tensor: tensor.flatten(0, 1)),
@@ -90,6 +92,7 @@ class DistillationModel(nn.Module):
         return loss, terms, hidden_BTd
 
     def _heads(self) -> Heads:
+        # Frozen parameters get no gradient, which saves a product as large as the head's own.
         trained = []
         for parameter in self.student.head_module.parameters():
             if parameter.requires_grad:
@@ -124,13 +127,16 @@ def student_engine(
         world: the ranks.
     """
     section = config.distill
+    # Freezing comes first: it looks at the embeddings, which leave with the lower block.
     freeze(student, student_section)
     take_out_lower_block(student, section.layers_in_teacher(student_section))
     if config.engine.activation_checkpointing:
         student.checkpoint_activations()
 
+    # Only trained parameters go to the optimizer, which keeps moments for each of them.
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer("adamw", [{"params": trained, "lr": section.learning_rate}])
+    # DeepSpeed must know after how many micro-batches it steps the optimizer.
     micro_batches = rank_batches(
         range(section.batch_size), section.micro_batch_size_per_gpu, world.rank, world.size
     )

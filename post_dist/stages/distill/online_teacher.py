@@ -25,6 +25,7 @@ class OnlineTeacher:
     """
 
     def __init__(self, teacher: LanguageModel, lower_layers: int) -> None:
+        # Named for the part that runs: without an answer position, the model skips its head.
         self._trunk = teacher
         self._lower_layers = lower_layers
 

@@ -46,6 +46,7 @@ class SignalMaker:
         self._dtype = teacher.model.dtype
         self._seed = seed
         self._lower_layers = section.layers_in_teacher(student)
+        # One code path for both sources: what is cached is computed as in a step.
         self._online = OnlineTeacher(teacher, self._lower_layers)
         exact = exact_product(facts_of(teacher), fp32=self._dtype == torch.float32)
         self.names = kept_names(section, student, exact_product=exact)
@@ -54,6 +55,8 @@ class SignalMaker:
     @property
     def settings(self) -> dict[str, Any]:
         """What the signals depend on besides teacher and corpus. It names the cache's folder."""
+        # Only what this kind of signal depends on: a student that needs the same signal then
+        # finds the folder of another student.
         settings: dict[str, Any] = {"names": self.names, "dtype": str(self._dtype)}
         if "entropy" in self.names:
             settings["temperature"] = self.section.temperature
@@ -78,11 +81,13 @@ class SignalMaker:
             input_ids_BT: their tokens.
             positions_BT: positions of the tokens where documents are kept apart, else None.
         """
+        # The head and the samples treat every position alike, so the batch axis is dropped.
         online = self._online.signals_of(numbers, input_ids_BT, positions_BT)
         flat = online.map(lambda tensor: tensor.flatten(0, 1))
         tensors = flat.tensors()
         if self._head is not None:
             tensors |= self._softened(flat.hidden, numbers, input_ids_BT.shape[1]).tensors()
+        # Hidden states are computed in any case, and kept only where a term compares them.
         kept = {}
         for name in self.names:
             kept[name] = tensors[name].unflatten(0, input_ids_BT.shape).cpu()
@@ -99,6 +104,7 @@ class SignalMaker:
         temperature = self.section.temperature
         if "product" in self.names:
             return project_teacher(hidden_Nd, head, temperature, head.weight_Vd)
+        # A sequence's draws depend on its number alone, not on the batch that it is in.
         uniform = [self._uniform(number, length) for number in numbers]
         uniform_N = torch.cat(uniform).to(hidden_Nd.device)
         return sample_teacher(hidden_Nd, head, len(head.weight_Vd), temperature, uniform_N, SAMPLES)

@@ -123,6 +123,7 @@ def distill(
         "held_out": metrics,
     }
 
+    # A second copy of the student is loaded, on rank 0 only.
     def write() -> None:
         whole = _whole_student(untrained, precision, trained)
         _write_artifact(folder.artifact, teacher, whole, precision, settings)
@@ -136,6 +137,7 @@ def _write_untrained(folder: RunFolder, teacher: _Teacher, corpus: Corpus, world
     if world.on_main(untrained.exists):
         return untrained
     _, student_section = required_sections(folder.config)
+    # The choice is made once. A resumed run keeps it, because its checkpoints fit no other.
     micro_batch_size = folder.config.distill.micro_batch_size_per_gpu
     layers = choose_layers(student_section, teacher.model, corpus, micro_batch_size, world)
 
@@ -217,6 +219,7 @@ def _check_reads_back(
         EnvironmentFault: the files do not hold what was trained, or it is not finite.
     """
     phase("reading the student back")
+    # On the CPU: the GPU still holds the teacher.
     loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
     for name, tensor in sorted(weights.items()):
         if name not in loaded or not torch.equal(loaded[name], tensor):

@@ -76,6 +76,7 @@ class StudentStep:
             step, self.section.batch_size, self.section.micro_batch_size_per_gpu, self._world
         )
         for micro_batch in micro_batches:
+            # Each phase is named for the watchdog, which reports where a rank hangs.
             batch = self._text.training(micro_batch)
             phase(f"distill step {step}: the teacher's forward")
             signal = self._source.signals_of(batch.numbers, batch.input_ids_BT, batch.positions_BT)
@@ -116,6 +117,7 @@ class _StandIn:
             InputError: there is no good micro-batch yet, or five in a row had to be replaced.
         """
         loss, terms, _ = engine(*inputs)
+        # All ranks learn of it, in one small collective for each micro-batch.
         is_bad_1 = (~loss.detach().isfinite()).int()[None]
         bad_ranks = self._world.concatenate(is_bad_1).nonzero().flatten().tolist()
         if not bad_ranks:
@@ -123,6 +125,7 @@ class _StandIn:
             self._last_good = inputs
             return loss, terms
 
+        # Named by rank, so that a user can look at that rank's host and log.
         where = f"on rank {', '.join(map(str, bad_ranks))}"
         log.warning(
             "distill step %d: the loss is not finite %s: a micro-batch is skipped", step, where
@@ -133,6 +136,7 @@ class _StandIn:
                 f"distill: the loss of the first micro-batch is not finite {where}",
                 _NOT_FINITE_HINT,
             )
+        # The weight is 0, so the backward pass runs on all ranks and changes nothing.
         loss, terms, _ = engine(*self._last_good)
         return 0 * loss, terms
 
@@ -161,7 +165,9 @@ class DistillationJob:
 
     def take_step(self, step: int) -> str:
         """Take one optimizer step and log its metrics. All ranks call it."""
+        # The rate follows from the step alone, so a resumed run needs no saved schedule.
         self._rates.apply(step)
+        # One transfer from the device for all terms.
         means_K = self._student_step.take(step).tolist()
         means = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
         self._metrics.write(

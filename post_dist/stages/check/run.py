@@ -5,12 +5,10 @@ stages raise. A private file is read here on its owner's machine: nothing of its
 no share leaves this module.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
 from post_dist.artifacts.task import PromptTask
@@ -20,16 +18,17 @@ from post_dist.conflicts import Conflict, Layout
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.sources import read_columns
 from post_dist.data.tasks import load_examples
-from post_dist.data.template import Template
-from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
 from post_dist.runtime.shard_group import engine_conflicts
-from post_dist.stages.check_models import CheckedModel, read_model, same_tokenizer
-from post_dist.stages.check_report import CheckReport, Findings, LabelTokens, PlanEpsilon
+from post_dist.stages.check.models import CheckedModel, read_model, same_tokenizer
+from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
+from post_dist.stages.check.task import bind_template, label_tokens
 from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
+from post_dist.stages.evaluate.conflicts import PromptedModel
+from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.transfer.conflicts import TransferModels
 
@@ -185,7 +184,7 @@ class _Check:
             # A private task is refused before its file is opened.
             self.findings.attempt("transfer", lambda: load_public_texts(public_task, "public_task"))
         # Both models read the public text, in the template of the public task or of the prompt.
-        prompts = self._source_prompts()
+        prompts = self._source_prompts("transfer")
         for prompt in prompts:
             template = public_task.template or prompt.task.template
             labels = [str(number) for number in range(len(prompt.task.label_words))]
@@ -206,10 +205,7 @@ class _Check:
         if config.teacher is not None:
             found = engine_conflicts(config.engine, self._layout("evaluate"))
             self.findings.add("evaluate", found)
-        # A prompt for the target replaces the transfer, so its file is all there is to check.
-        given = config.inputs.target_prompt
-        if given is not None:
-            self.findings.attempt("evaluate", lambda: read_prompt(given))
+        self.findings.add("evaluate", evaluate_conflicts(config, self._prompted_models()))
         task = config.private_task
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
@@ -218,14 +214,36 @@ class _Check:
 
     # ------------------------------------------------------------------------- prompts and tasks
 
-    def _source_prompts(self) -> list[SourcePrompt]:
-        """Read the prompts that are given, or describe the one that the run file tunes."""
+    def _prompted_models(self) -> list[PromptedModel]:
+        """List the models of the evaluation, each with its longest prompt."""
+        lengths = [prompt.num_virtual_tokens for prompt in self._source_prompts("evaluate")]
+        # A prompt for the target may be given as well. The others are as long as their source.
+        given = self.config.inputs.target_prompt
+        on_target = None
+        if given is not None:
+            on_target = self.findings.attempt("evaluate", lambda: read_prompt(given))
+        longest = max(lengths, default=0)
+        found = []
+        if self._student is not None and self._student.facts is not None:
+            found.append(PromptedModel("the student", self._student.facts, longest))
+        if self._teacher is not None and self._teacher.facts is not None:
+            if on_target is not None:
+                longest = max(longest, len(on_target.embeddings))
+            found.append(PromptedModel("the target", self._teacher.facts, longest))
+        return found
+
+    def _source_prompts(self, stage: Stage) -> list[SourcePrompt]:
+        """Read the prompts that are given, or describe the one that the run file tunes.
+
+        Args:
+            stage: the stage that reads them.
+        """
         given = self.config.inputs.source_prompt
         if given is None:
             task = self.config.private_task
             if task is None:
                 self.findings.not_checked.append(
-                    "transfer: the prompt is not in inputs.source_prompt yet"
+                    f"{stage}: the prompt is not in inputs.source_prompt yet"
                 )
                 return []
             own = PromptTask.of_section(task, self.config.tune.init_text)
@@ -233,21 +251,21 @@ class _Check:
         # One prompt, or those of several owners.
         found = []
         for folder in given if isinstance(given, tuple) else (given,):
-            prompt = self._read_prompt(folder)
+            prompt = self._read_prompt(stage, folder)
             if prompt is not None:
                 found.append(SourcePrompt(len(prompt.embeddings), prompt.task))
         return found
 
-    def _read_prompt(self, folder: Path) -> SoftPromptArtifact | None:
-        """Read a prompt, and compare it with the models that it must belong to."""
-        prompt = self.findings.attempt("transfer", lambda: read_prompt(folder))
+    def _read_prompt(self, stage: Stage, folder: Path) -> SoftPromptArtifact | None:
+        """Read a prompt, and compare it with the student that it was tuned on."""
+        prompt = self.findings.attempt(stage, lambda: read_prompt(folder))
         student = self._student
         if prompt is None or student is None:
             return prompt
         facts = student.facts
         tokenizer = student.tokenizer
         if facts is not None and tokenizer is not None:
-            self.findings.attempt("transfer", lambda: check_belongs(prompt, facts, tokenizer))
+            self.findings.attempt(stage, lambda: check_belongs(prompt, facts, tokenizer))
         return prompt
 
     def _check_reading(self, stage: Stage, task: PromptTask, labels: Sequence[str]) -> None:
@@ -264,11 +282,11 @@ class _Check:
             tokenizer = model.tokenizer
             if tokenizer is None:
                 continue
-            tokens = self._label_tokens(stage, words, task, tokenizer)
+            tokens = label_tokens(stage, words, task, tokenizer, self.findings)
             if tokens:
                 self.label_words.setdefault(name, tokens)
             if model.facts is not None:
-                bind = partial(_bind, task, tokenizer, masked=model.facts.masked)
+                bind = partial(bind_template, task, tokenizer, masked=model.facts.masked)
                 self.findings.attempt(stage, bind)
 
     def _readers(self) -> list[tuple[str, CheckedModel]]:
@@ -280,39 +298,6 @@ class _Check:
             return found
         if self._student is None or not same_tokenizer(self._student, self._teacher):
             found.append(("teacher", self._teacher))
-        return found
-
-    def _label_tokens(
-        self,
-        stage: Stage,
-        words: Mapping[str, Sequence[str]],
-        task: PromptTask,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> LabelTokens:
-        """Find the token of each label word, and every word that is several tokens.
-
-        Args:
-            stage: the stage that reads the task.
-            words: the label words of each class.
-            task: says whether words of several tokens are allowed.
-            tokenizer: the tokenizer that reads them.
-        """
-        many = task.allow_multi_token
-
-        def bind(*classes: Sequence[str]) -> Verbalizer:
-            wanted = tuple(tuple(of_class) for of_class in classes)
-            return Verbalizer(wanted, tokenizer, allow_multi_token=many)
-
-        # Each word by itself, so that all long ones are named.
-        found: LabelTokens = {label: {} for label in words}
-        for label, of_class in words.items():
-            for word in of_class:
-                single = self.findings.attempt(stage, partial(bind, [word]))
-                if single is not None:
-                    token = single.token_ids[0][0]
-                    found[label][word] = str(tokenizer.convert_ids_to_tokens(token))
-        # Two classes that share a token are found among the words that are sound.
-        self.findings.attempt(stage, lambda: bind(*found.values()))
         return found
 
     # ----------------------------------------------------------------------------- data and cost
@@ -374,14 +359,3 @@ def _read_split(task: Task, split: str) -> None:
         other = "compare the file with text, label_column and labels of private_task"
         hint = other if error.hint else ""
         raise InputError(error.args[0], hint) from None
-
-
-def _bind(task: PromptTask, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> Template:
-    """Bind the template of a task to a tokenizer."""
-    return Template(
-        task.template,
-        tokenizer,
-        task.max_length,
-        masked=masked,
-        max_response_length=task.max_response_length,
-    )

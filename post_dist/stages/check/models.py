@@ -5,10 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.models.facts import ModelFacts, facts_of, meta_model
-from post_dist.models.language_model import LanguageModel
+from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
-from post_dist.stages.check_report import Findings
+from post_dist.stages.check.report import Findings
 
 
 @dataclass(frozen=True)
@@ -16,12 +15,11 @@ class CheckedModel:
     """A model as far as config.json and tokenizer tell.
 
     Attributes:
-        model: the model on the meta device, or None where config.json is wrong.
-        facts: its facts; of a student that is still to be cut, with fewer layers.
+        facts: its facts, or None where config.json is wrong. A student that is still to be cut has
+            those of its teacher, with fewer layers.
         tokenizer: its tokenizer, or None where that is missing.
     """
 
-    model: LanguageModel | None
     facts: ModelFacts | None
     tokenizer: PreTrainedTokenizerBase | None
 
@@ -34,18 +32,15 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
         stage: the first stage that needs it.
         findings: collects what is wrong with it.
     """
-    # Three steps, each with its own error: build the model, find its parts, load its tokenizer.
-    model = findings.attempt(stage, lambda: meta_model(folder))
+    # A folder that is not there has one error, not one for each of its files.
+    facts = findings.attempt(stage, lambda: read_facts(folder))
     if not folder.is_dir():
-        return CheckedModel(None, None, None)
-    facts = None
-    if model is not None:
-        facts = findings.attempt(stage, lambda: facts_of(model))
+        return CheckedModel(None, None)
     tokenizer = findings.attempt(stage, lambda: load_tokenizer(folder))
     # Weights may still be on their way, so their absence is no conflict.
     if not any(folder.glob("*.safetensors")):
         findings.not_checked.append(f"weights: there are no safetensors in {folder}")
-    return CheckedModel(model, facts, tokenizer)
+    return CheckedModel(facts, tokenizer)
 
 
 def same_tokenizer(one: CheckedModel, other: CheckedModel) -> bool:

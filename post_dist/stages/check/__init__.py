@@ -1,0 +1,1 @@
+"""`post-dist check`: everything that keeps a run file from running, without weights."""

@@ -1,0 +1,151 @@
+"""What distillation refuses, and what it does with a loss that is not finite."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from post_dist.config.load import load_run
+from post_dist.config.schema import Distill, RunConfig, Student
+from post_dist.conflicts import Layout
+from post_dist.errors import InputError
+from post_dist.losses.distillation import TermValues
+from post_dist.models.facts import ModelFacts
+from post_dist.runtime.distributed import World
+from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.signal_format import kept_bytes, kept_names
+from post_dist.stages.distill.trainer import _StandIn
+
+LLAMA = ModelFacts(
+    family="LlamaForCausalLM",
+    layers=4,
+    width=32,
+    vocabulary=600,
+    context_length=128,
+    masked=False,
+    tied=False,
+    matrix_head=True,
+    linear_head=True,
+    scales_attention_by_layer=False,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_run(tmp_path_factory.mktemp("distill"))
+
+
+def found(run: Path, settings: list[str], **facts: object) -> list[str]:
+    config = load_run(run, settings, None)
+    return [each.message for each in conflicts(config, replace(LLAMA, **facts), Layout())]
+
+
+def test_a_run_file_that_fits_has_no_conflict(run: Path) -> None:
+    assert found(run, []) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts", "message"),
+    [
+        (["student.freeze_head=false"], {"tied": True}, "embeddings and head are one tensor"),
+        ([], {"scales_attention_by_layer": True}, "scales attention by the number of the layer"),
+        (["student.num_layers=9"], {}, "asks for 9 layers, up to layer 8; the teacher has 0 to 3"),
+        (
+            ["student.layers=auto", "student.num_layers=9"],
+            {},
+            "asks for 9 layers, up to layer 8; the teacher has 0 to 3",
+        ),
+        (
+            ["student.layers=[1, 2]", "student.frozen_lower_layers=1"],
+            {},
+            "student.frozen_lower_layers is 1, but the student's layers are [1, 2]",
+        ),
+        (["distill.cache=sampled"], {}, "which the cosine distance of hidden states compares"),
+        (
+            ["distill.cache=sampled", "distill.alpha_cos=0"],
+            {"matrix_head": False},
+            "needs a head that is one matrix",
+        ),
+        (["distill.cache=hidden"], {"masked": True}, "other masks each time"),
+        (["engine.zero_stage=3", "student.freeze_head=false"], {}, "a trained head does not go"),
+        ([], {"context_length": 16}, "exceeds the teacher's context of 16"),
+    ],
+)
+def test_each_conflict_is_found_alone(
+    run: Path, settings: list[str], facts: dict, message: str
+) -> None:
+    messages = found(run, settings, **facts)
+    assert len(messages) == 1
+    assert message in messages[0]
+
+
+def test_a_missing_section_is_a_conflict(run: Path) -> None:
+    config = RunConfig.model_construct(corpus=None, student=None)
+    (conflict,) = conflicts(config, LLAMA, Layout())
+    assert "lacks one of the sections corpus and student" in conflict.message
+
+
+@pytest.mark.parametrize(
+    ("distill", "student", "exact_product", "names"),
+    [
+        ({"cache": "hidden"}, {}, True, ["entropy", "hidden", "product"]),
+        ({"cache": "hidden", "alpha_cos": 0}, {}, True, ["entropy", "product"]),
+        ({"cache": "hidden", "alpha_cos": 0}, {}, False, ["hidden"]),
+        ({"cache": "hidden"}, {"freeze_head": False}, True, ["hidden"]),
+        ({"cache": "hidden"}, {"frozen_lower_layers": 1}, False, ["below", "hidden"]),
+        ({"cache": "sampled"}, {"frozen_lower_layers": 1}, True, ["entropy", "samples"]),
+    ],
+)
+def test_what_a_cache_keeps(
+    distill: dict, student: dict, exact_product: bool, names: list[str]
+) -> None:
+    section = Distill(**distill)
+    rule = Student(layers=(0, 1, 3), **student)
+    assert kept_names(section, rule, exact_product=exact_product) == names
+    if "samples" in names:
+        assert kept_bytes(names, width=4096, bytes_each=2) == 116
+
+
+class FakeEngine:
+    """Returns given losses in turn, and remembers what it was called with."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self._losses = iter(losses)
+        self.calls: list[str] = []
+
+    def __call__(self, name: str) -> tuple[torch.Tensor, TermValues, None]:
+        self.calls.append(name)
+        loss = torch.tensor(next(self._losses))
+        return loss, TermValues({"ce": loss, "lm": loss, "cos": loss}), None
+
+
+ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+
+
+def test_the_last_good_micro_batch_stands_in_with_weight_zero() -> None:
+    stand_in = _StandIn(ALONE)
+    engine = FakeEngine([1.0, float("nan"), 2.0, 3.0])
+    assert stand_in.forward(engine, ("first",), 0)[0] == 1.0
+    loss, terms = stand_in.forward(engine, ("second",), 1)
+    assert loss == 0.0
+    assert terms["ce"] == 2.0, "the metrics are those of the replacement"
+    assert stand_in.forward(engine, ("third",), 2)[0] == 3.0
+    assert engine.calls == ["first", "second", "first", "third"]
+    assert stand_in.guard.skipped == 1
+
+
+def test_the_first_micro_batch_has_no_replacement() -> None:
+    with pytest.raises(InputError, match="the first micro-batch is not finite on rank 0"):
+        _StandIn(ALONE).forward(FakeEngine([float("inf")]), ("first",), 0)
+
+
+def test_five_bad_micro_batches_in_a_row_end_the_run() -> None:
+    stand_in = _StandIn(ALONE)
+    stand_in.forward(FakeEngine([1.0]), ("good",), 0)
+    for step in range(1, 5):
+        stand_in.forward(FakeEngine([float("nan"), 1.0]), ("bad",), step)
+    message = r"5 micro-batches in a row were not finite, up to step 5 \(on rank 0\)"
+    with pytest.raises(InputError, match=message):
+        stand_in.forward(FakeEngine([float("nan")]), ("bad",), 5)
