@@ -21,14 +21,14 @@ _LOGITS_IN_CACHE = 1 << 20
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the loss is computed.
+    """Settings of the distillation loss.
 
     Attributes:
         weights: weight of each term by its metric name (see `terms.weights_of`).
         temperature: T, which softens both distributions of the KL divergence.
-        pieces: number of pieces into which the positions are cut; only one piece's logits are in
-            memory (see `logit_pieces`). All ranks of a sharded head must use the same number,
-            whatever their numbers of positions.
+        pieces: number of pieces into which the positions are split. The logits of only one piece
+            are in memory (see `logit_pieces`). All ranks of a sharded head must use the same
+            number, even if their numbers of positions differ.
     """
 
     weights: Mapping[str, float]
@@ -38,20 +38,20 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class TermValues:
-    """The terms of a batch, each a mean over its positions, without gradient.
+    """Values of the loss terms for a batch: means over its positions, without gradients.
 
     Attributes:
-        by_metric: scalar of each term by its metric name. A term that the signal cannot give is 0.
+        by_metric: scalar of each term by its metric name; 0 if the teacher signal lacks its input.
     """
 
     by_metric: Mapping[str, torch.Tensor]
 
     def __getitem__(self, metric: str) -> torch.Tensor:
-        """Return one term."""
+        """Return the value of one term."""
         return self.by_metric[metric]
 
     def stacked(self) -> torch.Tensor:
-        """Return all terms in the order of `TERMS`."""
+        """Return the values of all terms in the order of `TERMS`."""
         return torch.stack([self.by_metric[term.metric] for term in TERMS])
 
 
@@ -62,26 +62,26 @@ def distillation_loss(
     heads: Heads,
     settings: LossSettings,
 ) -> tuple[torch.Tensor, TermValues]:
-    """Compute the loss with the logits [N, V] of only a few positions in memory at a time.
+    """Compute the loss while the logits of only a few positions are in memory at a time.
 
-    The gradient with respect to the logits has a closed form. It is taken back through the head
-    while the logits exist, so they are neither kept nor computed a second time. The backward pass
-    only scales the result.
+    The gradient with respect to the logits has a closed form. It is propagated through the head
+    while the logits exist. So the logits are neither stored nor computed twice, and the backward
+    pass only scales the result.
 
     Args:
         student_Nd: the student's last hidden states.
         teacher: the teacher's signal at the same positions.
-        labels_N: the token that should follow each position; -100 where none is given.
+        labels_N: the label of each position; -100 where there is none.
         heads: the heads of both models.
         settings: weights of the terms, temperature and number of pieces.
 
     Returns:
-        The loss, and its terms.
+        The loss, and the value of each term.
     """
     positions = len(student_Nd)
     counts = {term.metric: term.positions(labels_N) for term in LOGIT_TERMS}
-    # Everything that the logits give is a sum over positions here, and divided by N at the end. In
-    # fp16 the gradient of the mean would vanish before the loss scale could reach it.
+    # Values and gradients from the logits are sums over positions, and divided by N at the end. In
+    # fp16 the gradient of the mean would underflow before the loss scale is applied.
     scales = {}
     for metric, count in counts.items():
         weight = settings.weights[metric]
@@ -94,7 +94,7 @@ def distillation_loss(
         (scales[term.metric] * sums_K[index] for index, term in enumerate(LOGIT_TERMS)),
         start=torch.zeros((), device=student_Nd.device),
     )
-    # The gradients are of `summed`; the division by N below is left to autograd.
+    # These are the gradients of `summed`. Autograd handles the division by N below.
     if gradients:
         summed = _WithGradients.apply(summed, gradients, student_Nd, *heads.trained)
     loss = summed / positions
@@ -102,7 +102,7 @@ def distillation_loss(
         term.metric: sums_K[index] / counts[term.metric] for index, term in enumerate(LOGIT_TERMS)
     }
 
-    # These terms need no logits: autograd differentiates them.
+    # These terms need no logits, so autograd differentiates them.
     teacher_Nd = hidden_states(teacher)
     for hidden_term in HIDDEN_TERMS:
         # A signal without hidden states gives 0; `conflicts.py` refuses a weight above 0.
@@ -115,7 +115,7 @@ def distillation_loss(
 
 
 class _LogitBatch:
-    """The terms on logits over a batch, piece by piece."""
+    """Computes the logit terms of a batch, piece by piece."""
 
     def __init__(
         self,
@@ -134,14 +134,14 @@ class _LogitBatch:
         self._scales = scales
 
     def sums_and_gradients(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the sum of each term [K], and the gradients of their scaled sum.
+        """Return the sum of each term [K], and the gradients of the scaled total.
 
         The gradients are with respect to the student's hidden states and the trained parameters of
-        its head. There are none when nothing asks for a gradient.
+        its head. The list is empty if no gradient is required.
         """
         student_Nd = self._student_Nd
         differentiate = torch.is_grad_enabled() and student_Nd.requires_grad
-        # Evaluation and frozen inputs need no gradient, so they do not pay for one.
+        # Evaluation and frozen inputs need no gradients, so none are computed.
         gradients = []
         if differentiate:
             inputs = (student_Nd, *self._heads.trained)
@@ -149,19 +149,19 @@ class _LogitBatch:
         sums_K = torch.zeros(len(LOGIT_TERMS), device=student_Nd.device)
 
         for part in split_positions(len(student_Nd), self._settings.pieces):
-            # A leaf of its own: the head's graph ends here, and is freed with the piece.
+            # A leaf for each piece: the head's graph ends here, and is freed with the piece.
             hidden_Bd = student_Nd[part].detach().requires_grad_(differentiate)
             logits_BV = self._heads.student(hidden_Bd)
             with torch.no_grad():
                 own_K, of_logits_BV = self._logit_terms(logits_BV.detach(), hidden_Bd, part)
-            # Sums are kept on the device: reading them here would wait for it in every piece.
+            # Sums stay on the device: reading them would synchronize with it in every piece.
             sums_K = sums_K + own_K
             if differentiate:
-                # Now, while the logits exist: they are freed with this piece.
+                # Differentiate now, because the logits are freed with this piece.
                 leaves = [hidden_Bd, *self._heads.trained]
                 own = torch.autograd.grad(logits_BV, leaves, of_logits_BV)
                 gradients[0][part] = own[0]
-                # The head's parameters see every position: their gradients are sums.
+                # The head's parameters see every position, so their gradients are summed.
                 for total, gradient in zip(gradients[1:], own[1:], strict=True):
                     total += gradient
 
@@ -170,6 +170,7 @@ class _LogitBatch:
         return sums_K, gradients
 
     def _add_gradients_without_logits(self, gradient_Nd: torch.Tensor) -> None:
+        """Add the parts of the gradient that need no logits, in place."""
         for term in LOGIT_TERMS:
             own_Nd = term.gradient_of_hidden(
                 self._teacher, self._scales[term.metric], self._settings.temperature
@@ -180,9 +181,9 @@ class _LogitBatch:
     def _logit_terms(
         self, logits_BV: torch.Tensor, hidden_Bd: torch.Tensor, part: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each term's sum [K] over a piece, and the gradient [B, V] of their scaled sum.
+        """Return each term's sum [K] over a piece, and the gradient [B, V] of the scaled total.
 
-        The heads run for the whole piece, because matrix products are fastest so. A CPU then
+        The heads run on the whole piece, because large matrix products are fastest. A CPU then
         processes the logits a few positions at a time, so that they stay in its cache.
         """
         chunk = LogitChunk(
@@ -193,21 +194,21 @@ class _LogitBatch:
             labels_B=self._labels_N[part],
             temperature=self._settings.temperature,
         )
-        # A GPU has no such cache, and one kernel for the whole piece is fastest.
+        # On a GPU, one kernel for the whole piece is fastest.
         chunks = 1
         if logits_BV.device.type == "cpu":
             chunks = max(1, -(-logits_BV.numel() // _LOGITS_IN_CACHE))
         sums_K = torch.zeros(len(LOGIT_TERMS), device=logits_BV.device)
-        # In the dtype of the logits, as the head's backward pass wants it.
+        # In the dtype of the logits, as the head's backward pass requires.
         gradient_BV = torch.empty_like(logits_BV)
         for positions in split_positions(len(logits_BV), chunks):
-            # Assigned at once: a name for the fp32 gradient would keep it alive.
+            # Assign directly: a variable for the fp32 gradient would keep it in memory.
             own_K, gradient_BV[positions] = _terms_of_chunk(chunk, positions, self._scales)
             sums_K = sums_K + own_K
         return sums_K, gradient_BV
 
     def _teacher_logits(self, part: slice) -> torch.Tensor | None:
-        """Run the teacher's head, if only hidden states are known of the teacher."""
+        """Run the teacher's head if the signal holds only hidden states."""
         if isinstance(self._teacher, HiddenSignal):
             return self._heads.teacher(self._teacher.hidden[part])
         return None
@@ -226,7 +227,7 @@ def _terms_of_chunk(
         labels_B=piece.labels_B[positions],
         temperature=piece.temperature,
     )
-    # Each term adds to the gradient of those before it: a second tensor of [B, V] in fp32 would
+    # Each term adds to the gradient of the terms before it. A second fp32 tensor [B, V] would
     # double the memory.
     sums = []
     gradient_BV: torch.Tensor | None = None
@@ -239,19 +240,19 @@ def _terms_of_chunk(
 
 
 class _WithGradients(torch.autograd.Function):
-    """Attaches gradients that were computed beside a value to that value."""
+    """Gives a value the gradients that were computed together with it."""
 
     @staticmethod
     def forward(
         ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *inputs: torch.Tensor
     ) -> torch.Tensor:
-        # Not saved through `save_for_backward`: they are neither inputs nor outputs.
+        # `save_for_backward` is not for these tensors: they are neither inputs nor outputs.
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # The product is taken in fp32: a loss scale may exceed the range of fp16.
+        # Multiply in fp32, because a loss scale may exceed the range of fp16.
         scaled = []
         for gradient in ctx.gradients:
             scaled.append((upstream[0] * gradient.float()).to(gradient.dtype))

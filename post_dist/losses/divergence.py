@@ -16,10 +16,10 @@ def softened_kl(
     """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)) in fp32 (paper eq. 1 and 3).
 
     Args:
-        teacher_BK: logits of the distribution to match.
-        student_BK: logits that are compared with it.
+        teacher_BK: logits of the teacher, whose distribution is to be matched.
+        student_BK: logits of the student.
         temperature: T.
-        shares_B: weight of each row; without weights, the mean over rows is taken.
+        shares_B: weight of each row; None takes the mean over rows.
 
     Returns:
         A scalar.
@@ -30,7 +30,7 @@ def softened_kl(
     if shares_B is None:
         mean = functional.kl_div(log_q_BK, log_p_BK, reduction="batchmean", log_target=True)
         return temperature**2 * mean
-    # With weights, each row needs its own divergence first.
+    # With weights, compute the divergence of each row first.
     kl_B = functional.kl_div(log_q_BK, log_p_BK, reduction="none", log_target=True).sum(dim=-1)
     return temperature**2 * shares_B @ kl_B
 
@@ -38,9 +38,9 @@ def softened_kl(
 def unexplained_share(student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> float:
     """Compute the fraction of the teacher's variance that the student leaves unexplained.
 
-    It is 0 for a copy of the teacher, and 1 for a student that is always at the teacher's mean.
+    It is 0 for a copy of the teacher, and 1 for a student that always predicts the teacher's mean.
     """
-    # In fp64: both sums run over all positions of the held-out split.
+    # In fp64, because both sums run over all positions of the held-out split.
     student = student_Nd.double()
     teacher = teacher_Nd.double()
     error = (student - teacher).square().sum()

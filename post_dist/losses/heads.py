@@ -1,4 +1,4 @@
-"""The output heads that a loss runs: from hidden states [..., d] to logits [..., V]."""
+"""Output heads, which compute logits [..., V] from hidden states [..., d]."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-"""Computes logits [..., V] of hidden states [..., d]."""
+"""Function from hidden states [..., d] to logits [..., V]."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Heads:
 
     Attributes:
         student: the student's head.
-        teacher: the teacher's head. It runs only where the signal holds nothing but hidden states.
-        trained: the parameters of the student's head that are trained; empty for a frozen head.
+        teacher: the teacher's head. It runs only if the signal is a `HiddenSignal`.
+        trained: the trained parameters of the student's head; empty for a frozen head.
     """
 
     student: Head

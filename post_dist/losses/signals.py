@@ -1,7 +1,7 @@
-"""Teacher signals: what a distillation loss knows of the teacher, one class for each kind.
+"""Teacher signals: the teacher's outputs that a distillation loss reads, one class for each kind.
 
-`HiddenSignal` leaves the logits to the teacher's head. `ProjectedSignal` and `SampledSignal` stand
-for the teacher's softened distribution themselves, so that no teacher head is needed.
+A `HiddenSignal` needs the teacher's head to compute logits. A `ProjectedSignal` or `SampledSignal`
+represents the teacher's softened distribution itself, so it needs no teacher head.
 
 Shapes: N positions (or B sequences of T tokens), d width, V vocabulary, S samples.
 """
@@ -18,7 +18,7 @@ from post_dist.losses.pieces import logit_pieces, split_positions
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSignal:
-    """What all kinds of signals share. Every tensor has the same leading axes: [N] or [B, T].
+    """Base class of all signals. All its tensors have the same leading axes: [N] or [B, T].
 
     Attributes:
         below: output [..., d] of the frozen lower block that the student shares with the teacher.
@@ -37,7 +37,7 @@ class TeacherSignal:
         return replace(self, **changed)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are present, by field name; `signal_of_tensors` reverses it."""
+        """Return the tensors by field name, without None. `signal_of_tensors` is the inverse."""
         present = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -59,7 +59,7 @@ class HiddenSignal(TeacherSignal):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedSignal(TeacherSignal):
-    """The product of the teacher's softened distribution with a head that both models share.
+    """Product of the teacher's softened distribution with a head that both models share.
 
     The student's mean logit under the teacher's distribution is this product times the student's
     hidden state. The KL divergence and its gradient are therefore exact without teacher logits.
@@ -67,7 +67,7 @@ class ProjectedSignal(TeacherSignal):
     Attributes:
         product: softmax(teacher / T) W [..., d], where W [V, d] is the weight of the shared head.
         entropy: entropy of softmax(teacher / T) in nats, [...].
-        hidden: last hidden states [..., d]; only the cosine term needs them.
+        hidden: last hidden states [..., d], which only the cosine term needs; else None.
     """
 
     product: torch.Tensor
@@ -97,7 +97,7 @@ def hidden_states(signal: TeacherSignal) -> torch.Tensor | None:
 
 def signal_of_tensors(tensors: Mapping[str, torch.Tensor]) -> TeacherSignal:
     """Build a signal from its tensors by field name, as `TeacherSignal.tensors` returns them."""
-    # A product or samples tell the kind. Hidden states may also accompany a product.
+    # The fields tell the kind of signal. Hidden states may also come with a product.
     if "product" in tensors:
         return ProjectedSignal(**tensors)
     if "samples" in tensors:
@@ -114,7 +114,7 @@ def project_teacher(
         hidden_Nd: the teacher's last hidden states.
         head: the teacher's head.
         temperature: T of the softened distribution.
-        weight_Vd: weight of the head that student and teacher share.
+        weight_Vd: weight of the head that the student and the teacher share.
     """
     products = []
     entropies = []
@@ -138,9 +138,9 @@ def sample_teacher(
     """Draw tokens from the teacher's softened distribution, a few positions at a time.
 
     The draws are systematic: one uniform number places `count` points at equal distances on the
-    cumulative distribution. A token of probability p is then drawn p `count` times on average, and
-    never one time more or less than that. Independent draws are unbiased too, but have a larger
-    variance. Keeping only the most likely tokens is biased (arXiv 2503.16870).
+    cumulative distribution. A token of probability p is then drawn p * `count` times on average.
+    The actual number differs from that by less than 1. Independent draws are also unbiased, but
+    have a larger variance. Keeping only the most likely tokens is biased (arXiv 2503.16870).
 
     Args:
         hidden_Nd: the teacher's last hidden states.
@@ -156,10 +156,10 @@ def sample_teacher(
         log_p = (head(hidden_Nd[part]).float() / temperature).log_softmax(dim=-1)
         # The inverse of the cumulative distribution turns uniform points into tokens.
         cumulative = log_p.exp().cumsum(dim=-1)
-        # Scaled by the last sum, which rounding keeps from being exactly 1.
+        # Scale the points by the last sum, which is not exactly 1 because of rounding.
         steps = uniform_N[part, None] + torch.arange(count, device=log_p.device)
         points = steps / count * cumulative[:, -1:]
-        # A point on the last sum itself would lie behind the last token.
+        # The clamp is for a point that rounding puts past the last sum.
         drawn = torch.searchsorted(cumulative, points)
         samples.append(drawn.clamp_(max=log_p.shape[1] - 1))
         entropies.append(-(log_p.exp() * log_p).sum(dim=-1))

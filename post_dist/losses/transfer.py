@@ -1,4 +1,4 @@
-"""The losses of transfer.
+"""Losses and logits of prompt transfer.
 
 Shapes: B rows, K scores (the vocabulary, or the classes of a task), C classes, N public examples.
 """
@@ -8,7 +8,7 @@ import torch
 from post_dist.losses.divergence import softened_kl
 
 _SCALING_ROUNDS = 10_000
-"""Bounds the loop for scores so extreme that rounding keeps it above the tolerance."""
+"""Limit of the loop, for extreme scores whose rounding errors exceed the tolerance."""
 _SCALING_TOLERANCE = 1e-9
 
 
@@ -24,17 +24,17 @@ def published_transfer_loss(
 ) -> torch.Tensor:
     """Compute (1 - alpha) L1 + alpha L2 (paper eq. 3 to 5).
 
-    L1 makes the prompted target match the prompted source. L2 makes the target change under its
-    prompt as the source changes under its own: the changes in logits go through the softmax.
+    L1 makes the prompted target match the prompted source. L2 makes the effect of the prompt on the
+    target match its effect on the source. It compares the softmax of both changes in logits.
 
     Args:
         source_BK: logits of the student without a prompt.
-        source_prompted_BK: logits of the student behind the tuned prompt.
+        source_prompted_BK: logits of the student with the tuned prompt.
         target_BK: logits of the large model without a prompt.
-        target_prompted_BK: logits of the large model behind the prompt that is trained.
+        target_prompted_BK: logits of the large model with the prompt that is trained.
         alpha: weight of L2, from 0 to 1.
         temperature: T of both divergences.
-        shares_B: weight of each row; without weights, the mean over rows is taken.
+        shares_B: weight of each row; None takes the mean over rows.
     """
     mimic = softened_kl(source_prompted_BK, target_prompted_BK, temperature, shares_B)
     # In fp32, because each change is a difference of nearly equal logits.
@@ -56,7 +56,7 @@ def proxy_logits(
 
     Args:
         source_BK: logits of the student without a prompt.
-        source_prompted_BK: logits of the student behind the tuned prompt.
+        source_prompted_BK: logits of the student with the tuned prompt.
         target_BK: logits of the large model without a prompt.
         strength: lambda.
     """
@@ -64,14 +64,18 @@ def proxy_logits(
 
 
 def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) -> torch.Tensor:
-    """Find offsets [C] that give class scores the mean class probabilities of a reference.
+    """Find offsets [C] so that class scores plus offsets have the reference's mean probabilities.
 
-    Adding two models' logit changes also adds their class biases. The prompted student has learned
-    the task's decision threshold. Its mean probabilities on public text therefore tell where the
-    threshold of the proxy belongs, without any label. The fixed point is the minimum of a convex
-    function, which iterative scaling finds.
+    Proxy logits also add up the class biases of both models. The prompted student has learned the
+    decision threshold of the task. Its mean class probabilities on public text therefore calibrate
+    the threshold of the proxy, without labels. The offsets minimize a convex function, and
+    iterative scaling finds the minimum.
+
+    Args:
+        scores_NC: class scores without offsets.
+        reference_NC: class scores of the reference.
     """
-    # In fp64, which the tolerance asks for.
+    # In fp64, because fp32 cannot reach the tolerance.
     scores = scores_NC.double()
     wanted = reference_NC.double().softmax(dim=1).mean(dim=0).log()
     offsets = torch.zeros_like(wanted)
@@ -80,5 +84,5 @@ def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) 
         offsets += step
         if step.abs().max() < _SCALING_TOLERANCE:
             break
-    # A common offset of all classes changes no probability.
+    # An offset common to all classes does not change any probability.
     return (offsets - offsets.mean()).float()

@@ -1,4 +1,4 @@
-"""Forward passes over many examples without gradients, divided among the ranks.
+"""Run forward passes over many examples without gradients, divided among the ranks.
 
 Shapes: N examples, B examples of a batch, V vocabulary, n prompt tokens, d width.
 """
@@ -17,7 +17,7 @@ from post_dist.runtime.stop import stop_requested, stopped
 
 @dataclass(frozen=True)
 class InferenceRun:
-    """How one pass over many examples runs.
+    """Settings of one pass over many examples.
 
     Attributes:
         batch_size: number of examples that each rank runs at once.
@@ -52,11 +52,10 @@ def map_batches(
     Raises:
         Interrupted: a rank was asked to stop; nothing is saved.
     """
-    # Batches of similar length need little padding.
+    # Batches of examples with similar length need little padding.
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].token_ids))
 
-    # The last round is filled up with copies of the longest example. Their results are dropped
-    # below.
+    # Copies of the longest example fill up the last round. Their results are dropped below.
     examples_per_round = run.batch_size * run.world.size
     missing = -len(examples) % examples_per_round
     padded = by_length + by_length[-1:] * missing
@@ -88,17 +87,17 @@ def outputs_at_answers(
     *,
     with_head: bool = True,
 ) -> torch.Tensor:
-    """Run a model on examples and reduce its outputs at the answer positions.
+    """Run a model on examples, and reduce its outputs at the answer positions.
 
     Args:
         model: the frozen model.
         examples: the examples, encoded by `template`.
         template: pads the examples of a batch.
-        prompt_nd: soft prompt [n, d] in front of each example; None for none.
-        reduce: maps the logits [B, V] at the answer positions to what is returned. Without the head
-            it gets the hidden states [B, d].
+        prompt_nd: soft prompt [n, d] before each example; None for no prompt.
+        reduce: function of the logits [B, V] at the answer positions, or of the hidden states
+            [B, d] without the head. It returns a tensor [B, ...].
         run: batch size, ranks and label.
-        with_head: whether the head runs.
+        with_head: whether to run the head.
 
     Returns:
         The reduced outputs [N, ...], on the CPU of every rank.

@@ -14,19 +14,19 @@ from post_dist.data.verbalizer import Verbalizer
 from post_dist.models.language_model import LanguageModel
 
 BIAS_SCALE = 0.3
-"""A class bias is this times its parameter, which leaves the prompt most of the clipped norm."""
+"""Class bias = BIAS_SCALE * parameter. A small factor leaves the prompt most of the norm."""
 BIAS_RATE = 5.0
 """Learning rate of the bias parameters, as a multiple of the prompt's."""
 
 
 @dataclass(frozen=True)
 class PromptInput:
-    """A soft prompt as a model takes it: embeddings, or keys and values computed from them.
+    """A soft prompt in the form that a model takes: embeddings, or their keys and values.
 
     Attributes:
         prompt: embeddings [n, d], or [B, n, d] with one prompt for each example.
-        prefix: in their place, keys and values from `LanguageModel.prefix_of`.
-        shared: run a prompt [n, d] once for the whole batch; for models that allow it.
+        prefix: keys and values from `LanguageModel.prefix_of`, instead of embeddings.
+        shared: run a prompt [n, d] once for the whole batch; see `LanguageModel.shares_prompt`.
     """
 
     prompt: torch.Tensor | None = None
@@ -45,7 +45,7 @@ def class_losses(
     """Compute the cross-entropy [B] of each example over the class scores.
 
     Args:
-        model: frozen.
+        model: a frozen model.
         verbalizer: maps logits to class scores.
         batch: examples on the model's device.
         classes_B: the class of each example.
@@ -63,7 +63,7 @@ def class_losses(
         tokens=verbalizer.tokens,
     )
     scores_BC = verbalizer.scores_of_tokens(logits_BK)
-    # Biases are tuned in a smaller unit; see BIAS_SCALE.
+    # Bias parameters have a unit of their own; see BIAS_SCALE.
     if bias is not None:
         scores_BC = scores_BC + BIAS_SCALE * bias
     return functional.cross_entropy(scores_BC, classes_B, reduction="none")

@@ -1,4 +1,4 @@
-"""Facts of a model that the rules of a run need, from `config.json` or from the loaded model."""
+"""Facts about a model that decide what a run can do, from `config.json` or a loaded model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,19 @@ from post_dist.models.model_checks import check_no_scale
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of a model that decide what a run can do with it.
+    """Facts about a model that decide what a run can do with it.
 
     Attributes:
-        family: name of its class, such as `LlamaForCausalLM`.
+        family: name of the model class, such as `LlamaForCausalLM`.
         layers: number of transformer layers.
         width: width d of embeddings and hidden states.
         vocabulary: number of tokens that have an embedding.
-        context_length: most tokens that its positions reach; infinite where nothing limits them.
-        masked: whether it fills in masks; otherwise it predicts the next token.
+        context_length: largest number of tokens; infinite without a limit.
+        masked: whether it is a masked language model; otherwise it is causal.
         tied: whether the head and the input embeddings are one tensor.
         matrix_head: whether the head is one matrix, perhaps with a bias.
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
-        scales_attention_by_layer: whether a layer's number is part of its attention.
+        scales_attention_by_layer: whether attention depends on the index of the layer.
     """
 
     family: str
@@ -43,11 +43,11 @@ class ModelFacts:
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
-    """Read the facts of a model: whole, sharded, or on the meta device."""
+    """Return the facts about a model, which may be whole, sharded, or on the meta device."""
     inner = model.model
     input_embeddings = inner.get_input_embeddings()
     output_embeddings = inner.get_output_embeddings()
-    # Some families have no output embeddings that transformers knows of.
+    # Some families do not tell transformers about their output embeddings.
     tied = output_embeddings is not None and output_embeddings.weight is input_embeddings.weight
     return ModelFacts(
         family=type(inner).__name__,
@@ -64,13 +64,13 @@ def facts_of(model: LanguageModel) -> ModelFacts:
 
 
 def meta_model(folder: Path) -> LanguageModel:
-    """Build a model from its config.json on the meta device: tensors have shapes and no memory.
+    """Build a model from its config.json on the meta device, where tensors need no memory.
 
     Raises:
         InputError: there is no usable config.json, or the family is not supported.
     """
     config = read_config(folder)
-    # A run refuses such a model, and its settings tell it without weights.
+    # A run refuses a model that scales its logits. The configuration is enough to know.
     check_no_scale(config)
     masked = is_masked(config)
     family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
@@ -79,7 +79,7 @@ def meta_model(folder: Path) -> LanguageModel:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """Read the facts of the model whose config.json lies in `folder`. No weights are needed.
+    """Read the facts about the model in `folder` from its config.json. No weights are needed.
 
     Raises:
         InputError: there is no usable config.json, or the family is not supported.

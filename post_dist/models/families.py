@@ -1,7 +1,7 @@
-"""What families of models do differently, read from their configuration or their modules.
+"""Differences between model families, read from their configuration or their modules.
 
-Every rule that depends on a family's own names is here. To support a new family, look through this
-file, and through `model_checks.py` for what is found by trying.
+Every rule that depends on names of a family is here. To support a new family, check the rules in
+this file. Also check `model_checks.py`, whose rules run the model.
 """
 
 import math
@@ -13,22 +13,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from post_dist.errors import InputError
 
 _LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-"""What Granite, Cohere and Falcon-H1 call the scale of their logits."""
+"""Configuration fields for the scale of the logits, in Granite, Cohere and Falcon-H1."""
 
 _CONTEXT_LENGTHS = ("max_position_embeddings", "max_seq_len")
-"""What most families, and MPT, call the number of positions. BLOOM has no limit."""
+"""Configuration fields for the number of positions: most families, then MPT. BLOOM has none."""
 
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
-"""Families that start to count positions behind the index of the padding token."""
+"""Families whose positions start after the index of the padding token."""
 
 
 @dataclass(frozen=True)
 class AttentionWidths:
-    """Widths of the projections in a layer's attention.
+    """Widths of the attention projections in a layer.
 
     Attributes:
-        query: query heads times their width.
-        key: key heads times their width; the same for values.
+        query: number of query heads times head width.
+        key: number of key heads times head width. Values have the same width.
     """
 
     query: int
@@ -36,8 +36,8 @@ class AttentionWidths:
 
 
 def context_length(config: PretrainedConfig) -> float:
-    """Return the most tokens that the positions of a model reach; infinite without a limit."""
-    # RoBERTa with a padding index of 1 and 514 positions reads 512 tokens.
+    """Return the largest number of tokens that a model can take; infinite without a limit."""
+    # For example, RoBERTa with padding index 1 and 514 positions can take 512 tokens.
     reserved = 0
     if config.model_type in _POSITIONS_AFTER_PADDING:
         reserved = (config.pad_token_id or 0) + 1
@@ -49,30 +49,31 @@ def context_length(config: PretrainedConfig) -> float:
 
 
 def logit_cap(config: PretrainedConfig) -> float | None:
-    """Return the soft cap that Gemma 2 puts on its logits; other families have none."""
+    """Return the soft cap on the logits of Gemma 2; None in families without one."""
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def scales_logits(config: PretrainedConfig) -> bool:
-    """Whether a family multiplies its logits by a constant."""
+    """Return whether a model multiplies its logits by a constant."""
     settings = config.get_text_config()
     return any(getattr(settings, name, None) not in (None, 1.0) for name in _LOGIT_SCALES)
 
 
 def scales_attention_by_layer(config: PretrainedConfig) -> bool:
-    """Whether the number of a layer changes its attention, as an option of GPT-2 does."""
+    """Return whether attention depends on the index of the layer, an option of GPT-2."""
     return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
 
 
 def layer_kinds(config: PretrainedConfig) -> list[str]:
-    """Return the kind of attention of each layer; empty for families with one kind."""
+    """Return the kind of attention of each layer; empty if all layers have the same kind."""
     return list(getattr(config, "layer_types", None) or [])
 
 
 def attention_widths(config: PretrainedConfig) -> AttentionWidths:
-    """Return the widths of the attention's projections; some families share keys among heads."""
+    """Return the widths of the attention projections. Some families share keys among heads."""
     settings = config.get_text_config()
-    # Gemma's heads are wider than width / heads. Only grouped queries have a number of key heads.
+    # Gemma's heads are wider than width / heads. Only families with grouped-query attention set a
+    # number of key heads.
     heads = settings.num_attention_heads
     head_width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     key_heads = getattr(settings, "num_key_value_heads", None) or heads
@@ -80,18 +81,18 @@ def attention_widths(config: PretrainedConfig) -> AttentionWidths:
 
 
 def mlp_of(layer: nn.Module) -> nn.Module | None:
-    """Return the MLP of a layer; None in families that do not have it as one module `mlp`."""
+    """Return the MLP of a layer; None in families without a module named `mlp`."""
     mlp: nn.Module | None = getattr(layer, "mlp", None)
     return mlp
 
 
 def head_name(model: PreTrainedModel) -> str:
-    """Return the name of the one module beside the trunk.
+    """Return the name of the head: the only child module besides the trunk.
 
     Raises:
-        InputError: there is none, or there are several.
+        InputError: there is no such module, or there are several.
     """
-    # Models without a head have no trunk inside of them.
+    # A model without a head is its own trunk.
     names = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     if model.base_model is model or len(names) != 1:
         raise InputError(
@@ -103,12 +104,12 @@ def head_name(model: PreTrainedModel) -> str:
 
 
 def layer_list_name(model: PreTrainedModel) -> str:
-    """Return the name of the one ModuleList that holds the transformer layers.
+    """Return the name of the ModuleList that holds the transformer layers.
 
     Raises:
-        InputError: there is none, or there are several.
+        InputError: there is no such list, or there are several.
     """
-    # The layers are told from other lists by their number.
+    # The list of layers is recognized by its length.
     wanted = model.config.get_text_config().num_hidden_layers
     found = []
     for name, module in model.named_modules():

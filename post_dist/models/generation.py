@@ -1,7 +1,7 @@
-"""Responses of a frozen causal model: greedy generation, and the loss of given responses.
+"""Generate responses with a frozen causal model, or compute the loss of given responses.
 
-Shapes: B examples of a batch, N examples, R tokens of a response, n prompt tokens, d width, V
-vocabulary.
+Shapes: B examples of a batch, N examples, T tokens, R tokens of a response, n prompt tokens,
+d width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ def response_hidden(
     Args:
         model: a causal model.
         batch: examples with their responses appended.
-        length: R, the number of positions for each example. A shorter response leaves states that
-            nothing should read.
-        prompt: soft prompt [n, d] or [B, n, d]; None for none.
+        length: number R of positions for each example. States after the end of a shorter response
+            have no meaning.
+        prompt: soft prompt [n, d] or [B, n, d]; None for no prompt.
         prefix: keys and values of a soft prompt, in place of `prompt`.
 
     Returns:
         Last hidden states [B, R, d].
     """
     hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt, None, prefix)
-    # A prompt shifts all positions; a prefix does not, since its states are not among the outputs.
+    # A prompt shifts all positions. A prefix does not, because its states are not in the output.
     prompt_length = 0 if prompt is None else prompt.shape[-2]
     first_B = batch.answer + prompt_length
     positions_BR = first_B[:, None] + torch.arange(length, device=first_B.device)
-    # Positions past the end of a short example repeat its last one, so that the index is valid.
+    # Positions past the end are clamped to the last position, so that the index is valid.
     positions_BR = positions_BR.clamp(max=hidden_BTd.shape[1] - 1)
     examples_B1 = torch.arange(len(first_B), device=first_B.device)[:, None]
     return hidden_BTd[examples_B1, positions_BR]
@@ -57,15 +57,14 @@ def response_losses(
 ) -> torch.Tensor:
     """Compute the cross-entropy of each response, averaged over its tokens.
 
-    The head runs on R positions of every example, however long its response is. Shapes, and with
-    them rounding, then do not depend on the other examples of the batch. Private tuning relies on
-    that.
+    The head runs on R positions of every example, even if its response is shorter. The shapes, and
+    so the rounding, do not depend on the other examples of the batch. Private tuning needs this.
 
     Args:
         model: a causal model.
         batch: examples with their responses appended.
         responses_BR: tokens of the responses, padded with NO_TOKEN.
-        prompt: soft prompt [n, d] or [B, n, d]; None for none.
+        prompt: soft prompt [n, d] or [B, n, d]; None for no prompt.
         prefix: keys and values of a soft prompt, in place of `prompt`.
 
     Returns:
@@ -93,14 +92,14 @@ def generate_responses(
 ) -> torch.Tensor:
     """Generate a response to each example by greedy decoding.
 
-    Every token takes a forward of the whole text. There is no cache, because all ranks of a sharded
-    model must run the same number of forwards.
+    Every token takes a forward pass over the whole text. There is no cache, because all ranks of a
+    sharded model must run the same number of forward passes.
 
     Args:
         model: a causal model.
         examples: examples without responses.
         template: pads the examples of a batch, and limits the length of a response.
-        prompt_nd: soft prompt [n, d] in front of each example; None for none.
+        prompt_nd: soft prompt [n, d] before each example; None for no prompt.
         end_token: token that ends a response.
         run: batch size, ranks and label.
 
@@ -111,7 +110,7 @@ def generate_responses(
     world = run.world
 
     def generate(chosen: list[Encoded]) -> torch.Tensor:
-        # Each draft grows by one token in each round, until it has ended.
+        # Each draft grows by one token in each round until it ends.
         drafts = [_Draft(example, end_token) for example in chosen]
         for _ in range(template.max_response_length):
             batch = template.collate([draft.example for draft in drafts]).to(world.device)
@@ -125,7 +124,7 @@ def generate_responses(
             likeliest = logits_BV.argmax(dim=1).tolist()
             for draft, token in zip(drafts, likeliest, strict=True):
                 draft.append(token)
-            # A rank whose responses have all ended keeps running until those of the others have.
+            # A rank whose responses have all ended keeps running until all ranks have finished.
             if not world.any(any(not draft.ended for draft in drafts)):
                 break
         padded = [draft.padded(template.max_response_length) for draft in drafts]
@@ -135,10 +134,10 @@ def generate_responses(
 
 
 class _Draft:
-    """A response while it is generated.
+    """A response that is being generated.
 
     Attributes:
-        example: the text with the tokens generated so far; its answer position is the last of them.
+        example: the text with the tokens generated so far. Its answer position is the last token.
     """
 
     def __init__(self, example: Encoded, end_token: int) -> None:
@@ -148,7 +147,7 @@ class _Draft:
 
     @property
     def ended(self) -> bool:
-        """Whether the end token was generated."""
+        """Whether the end token has been generated."""
         return bool(self._tokens) and self._tokens[-1] == self._end_token
 
     def append(self, token: int) -> None:

@@ -1,7 +1,7 @@
-"""A causal or masked language model with a soft prompt in front, split into trunk and head.
+"""A causal or masked language model, split into trunk and head, that takes a soft prompt.
 
-Shapes: B examples, T tokens, n prompt tokens, d width, V vocabulary, K tokens of it, G prompts that
-share a forward, M earlier answers, S = n + B T positions of a packed sequence.
+Shapes: B examples, T tokens, n prompt tokens, d width, V vocabulary, K selected tokens, G prompts
+that share a forward pass, M earlier answers, S = n + B T positions of a packed sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ from post_dist.models.shared_prompt import PACKABLE, Packing
 from post_dist.runtime.zero import gathered
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""From hidden states [..., d] to logits [..., K]."""
+"""Function from hidden states [..., d] to logits [..., K]."""
 
 
 class LanguageModel(nn.Module):
-    """Wraps a transformers model; its forward gives hidden states, or logits at the answers.
+    """Wraps a transformers model. Its forward pass returns hidden states, or logits at the answers.
 
     Args:
-        model: a transformers model of one trunk and one head.
-        masked: whether it fills in masks; otherwise it predicts the next token.
+        model: a transformers model that consists of one trunk and one head.
+        masked: whether it is a masked language model; otherwise it is causal.
 
     Raises:
-        InputError: the head cannot be told apart.
+        InputError: the head of the model cannot be identified.
     """
 
     def __init__(self, model: PreTrainedModel, *, masked: bool) -> None:
@@ -40,15 +40,15 @@ class LanguageModel(nn.Module):
         self.model = model
         self.masked = masked
         self._head_name = families.head_name(model)
-        # Attention that can take a `packing`, where the family lets its attention be replaced.
+        # Replace the attention by a version that takes a `packing`, if the family allows it.
         if not masked and model._supports_attention_backend:
             model.set_attn_implementation(PACKABLE[model.config._attn_implementation])
 
-    # What the model is.
+    # Properties of the model.
 
     @property
     def width(self) -> int:
-        """The width d of embeddings and hidden states."""
+        """Width d of embeddings and hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
@@ -58,12 +58,12 @@ class LanguageModel(nn.Module):
 
     @property
     def context_length(self) -> float:
-        """Most tokens that the positions reach; infinite in families without a limit."""
+        """Largest number of tokens; infinite in families without a limit."""
         return families.context_length(self.model.config)
 
     @property
     def logit_cap(self) -> float | None:
-        """The soft cap on the logits, in families that have one."""
+        """The soft cap on the logits; None in families without one."""
         return families.logit_cap(self.model.config)
 
     @property
@@ -71,34 +71,34 @@ class LanguageModel(nn.Module):
         """The transformer layers.
 
         Raises:
-            InputError: they are not in one ModuleList.
+            InputError: the layers are not in one ModuleList.
         """
         name = families.layer_list_name(self.model)
         return cast(nn.ModuleList, self.model.get_submodule(name))
 
     @property
     def head_module(self) -> nn.Module:
-        """The module from hidden states to logits, before any soft cap."""
+        """The module that maps hidden states to logits, without any soft cap."""
         module: nn.Module = getattr(self.model, self._head_name)
         return module
 
     @property
     def has_linear_head(self) -> bool:
-        """Whether the logits are one matrix product, with no bias and no cap."""
+        """Whether the logits are one matrix product, without a bias and a soft cap."""
         head = self.head_module
         return isinstance(head, nn.Linear) and head.bias is None and self.logit_cap is None
 
     @property
     def takes_packing(self) -> bool:
-        """Whether its kind of attention takes a `packing`."""
+        """Whether the attention of this model takes a `packing`."""
         return self.model.config._attn_implementation in PACKABLE.values()
 
     @cached_property
     def shares_prompt(self) -> bool:
-        """Whether examples behind one shared prompt come out as behind a prompt for each.
+        """Whether one shared prompt gives the same outputs as a copy of the prompt per example.
 
-        It is found by trying, because some families do not hand a `packing` to their attention. All
-        ranks of a sharded model must call it together.
+        A trial run finds out, because some families do not pass a `packing` on to their attention.
+        All ranks of a sharded model must call it together.
         """
         if not self.takes_packing:
             return False
@@ -107,20 +107,20 @@ class LanguageModel(nn.Module):
         answer_B = torch.tensor([3, 2], device=device)
         with torch.no_grad():
             prompt_nd = self.embed(torch.arange(12, 15, device=device))
-            apart = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
+            separate = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
             try:
                 shared = self(
                     input_ids_BT, prompt=prompt_nd, answer=answer_B, share_prompt=True
                 ).float()
             except (TypeError, AttributeError):
-                # A forward without further arguments, or attention that does not know its layer.
+                # The forward takes no extra arguments, or the attention has no layer index.
                 return False
-        return agree(shared, apart)
+        return agree(shared, separate)
 
     # The parts of a forward pass.
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return input embeddings [..., d], as the trunk takes them."""
+        """Return the input embeddings [..., d] of tokens."""
         embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings
 
@@ -131,8 +131,8 @@ class LanguageModel(nn.Module):
     def head_of(self, tokens: Sequence[int]) -> Logits:
         """Return a function from hidden states [..., d] to the logits [..., K] of K tokens alone.
 
-        Where the head is one matrix, only the tokens' rows of it are used. Those of a sharded head
-        are gathered here, once. All ranks call it together.
+        If the head is one matrix, only the rows of these tokens are used. A sharded head is
+        gathered here, once, so all ranks must call this together.
         """
         head = self.head_module
         if not isinstance(head, nn.Linear):
@@ -153,8 +153,8 @@ class LanguageModel(nn.Module):
     def prefix_of(self, prompt_nd: torch.Tensor) -> list[torch.Tensor]:
         """Return the keys and values of a prompt, layer by layer, each [1, heads, n, head width].
 
-        In a causal model no later token changes them, so all examples of a step can share one
-        computation of them.
+        In a causal model they do not depend on later tokens. So they are computed once for all
+        examples of a step.
         """
         cache: Any = DynamicCache()
         embeddings = prompt_nd.to(self.model.dtype)[None]
@@ -165,18 +165,18 @@ class LanguageModel(nn.Module):
         return prefix
 
     def checkpoint_activations(self) -> None:
-        """From now on, keep only the inputs of each layer, and recompute the rest for the gradient.
+        """Turn on activation checkpointing: keep each layer's inputs, and recompute the rest.
 
-        The last layer is left out: the hooks on its MLP are gone when the backward pass runs.
-        transformers' own way asks a layer whether it trains, and some families' layers would then
-        apply dropout. Here nothing is random, so both computations give the same values.
+        The last layer is excluded, because the hooks on its MLP are gone in the backward pass. The
+        checkpointing of transformers needs layers in training mode, in which some families apply
+        dropout. In evaluation mode nothing is random, so recomputing gives the same values.
         """
         for layer in self.layers[:-1]:
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
 
-    def forward(  # noqa: PLR0913 - DeepSpeed's hooks run only here, so all uses share this one door
+    def forward(  # noqa: PLR0913 - DeepSpeed's hooks run only in forward, so every use calls it
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -190,31 +190,31 @@ class LanguageModel(nn.Module):
         tokens: Sequence[int] | None = None,
         beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the trunk, and the head where an answer is wanted.
+        """Run the trunk, and the head at the answer positions if `answer` is given.
 
         Args:
             input_ids: [B, T], padded on the right.
             attention_mask: [B, T]; None when nothing is padded. A causal model does not need it,
                 because its real tokens never attend to padding on the right.
-            prompt: soft prompt [n, d] to put in front of every example, or [B, n, d] with one for
-                each.
+            prompt: soft prompt [n, d] before every example, or [B, n, d] with one prompt for each
+                example.
             answer: [B], the position of each example's answer, counted without the prompt.
-            prefix: in place of a prompt, its keys and values from `prefix_of`, shared or expanded
-                to B examples.
-            share_prompt: run `prompt` once for all examples behind it (see `shared_prompt`). It may
-                then be [G, n, d]: the first of G equal parts of the examples uses the first prompt.
-                Needs an answer and a causal model that `shares_prompt`.
-            position_ids: [B, T], for a causal model without a prompt. Where they start again, what
-                comes before is not attended to.
+            prefix: keys and values from `prefix_of` in place of a prompt, shared or expanded to B
+                examples.
+            share_prompt: run `prompt` once for all its examples (see `shared_prompt.py`). It may
+                then be [G, n, d], where each prompt is for one of G equal parts of the examples, in
+                order. This needs `answer` and a causal model that `shares_prompt`.
+            position_ids: [B, T], for a causal model without a prompt. Where positions start again,
+                a new document starts, which does not attend to the one before.
             with_head: whether to run the head at the answers.
-            tokens: return only their logits [B, K]; None for all.
-            beside: hidden states [M, d] of earlier answers whose logits are wanted too, so that a
-                sharded head is gathered once for both.
+            tokens: return the logits of these K tokens only; None for all V.
+            beside: hidden states [M, d] of earlier answers. Their logits are also returned, so that
+                a sharded head is gathered only once.
 
         Returns:
-            Without `answer`, the trunk's last hidden states [B, n+T, d] ([B, T, d] behind a
-            prefix). With `answer`, the logits [B+M, V] there or, without the head, the hidden
-            states [B+M, d].
+            Without `answer`, the trunk's last hidden states [B, n+T, d], or [B, T, d] with a
+            prefix. With `answer`, the logits [B+M, V] or [B+M, K] at the answers. Without the head,
+            the hidden states [B+M, d] there.
         """
         if answer is None:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
@@ -223,7 +223,7 @@ class LanguageModel(nn.Module):
             return self._trunk(inputs)
 
         if share_prompt and prompt is not None:
-            hidden_Bd = self._at_answers_behind_shared(input_ids, prompt, answer)
+            hidden_Bd = self._at_answers_of_packed(input_ids, prompt, answer)
         else:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
             rows_B = torch.arange(len(answer), device=answer.device)
@@ -243,14 +243,14 @@ class LanguageModel(nn.Module):
     def _at_answers(
         self, inputs: dict[str, Any], rows_B: torch.Tensor, places_B: torch.Tensor
     ) -> torch.Tensor:
-        """Return the trunk's last hidden states [B, d] at one position each."""
+        """Return the trunk's last hidden states [B, d], at one position of each example."""
         with run_at(families.mlp_of(self.layers[-1]), rows_B, places_B):
             return self._trunk(inputs)[rows_B, places_B]
 
-    def _at_answers_behind_shared(
+    def _at_answers_of_packed(
         self, input_ids: torch.Tensor, prompt: torch.Tensor, answer: torch.Tensor
     ) -> torch.Tensor:
-        """Return the hidden states [B, d] at the answers of examples that share G prompts."""
+        """Return the last hidden states [B, d] at the answers of examples that share G prompts."""
         prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
         groups = len(prompts_Gnd)
         packing = Packing(
@@ -269,7 +269,7 @@ class LanguageModel(nn.Module):
         prompt: torch.Tensor | None,
         prefix: Sequence[torch.Tensor] | None,
     ) -> dict[str, Any]:
-        """Return the arguments of the trunk."""
+        """Return the keyword arguments of the trunk."""
         embeddings = self.embed(input_ids)
         if prompt is not None:
             prompt_Bnd = prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1)
@@ -287,20 +287,20 @@ class LanguageModel(nn.Module):
     def _packed_inputs(
         self, input_ids: torch.Tensor, prompts_Gnd: torch.Tensor, packing: Packing
     ) -> dict[str, Any]:
-        """Return the arguments of the trunk for sequences [G, S] of a prompt and its examples."""
+        """Return the trunk arguments for packed sequences [G, S] of a prompt and its examples."""
         embeddings_BTd = self.embed(input_ids)
         texts = embeddings_BTd.view(len(prompts_Gnd), -1, self.width)
         return {
             "inputs_embeds": torch.cat([prompts_Gnd.to(texts.dtype), texts], dim=1),
             "position_ids": packing.position_ids_S[None],
-            # transformers leaves a mask of four dimensions alone. Our attention never reads it.
+            # transformers does not change a mask of four dimensions. Our attention never reads it.
             "attention_mask": texts.new_empty(1, 1, 1, 1),
             "use_cache": False,
             "packing": packing,
         }
 
     def _cache(self, prefix: Sequence[torch.Tensor] | None, count: int) -> dict[str, Any]:
-        """Return the arguments that put a prefix before each of `count` examples."""
+        """Return the trunk arguments that put a prefix before each of `count` examples."""
         if prefix is None:
             return {"use_cache": False}
         cache = DynamicCache()

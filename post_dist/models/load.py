@@ -1,6 +1,6 @@
 """Load models and tokenizers from a folder or the hub.
 
-Only safetensors are read, no code from outside is run, and no weight is left random.
+Weights come only from safetensors files. No remote code is run. No weight is left at random values.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
 
-# Set here and not where logging is set up, because the import of transformers sets its own level.
+# Set here, because the import of transformers sets its own level.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -40,7 +40,7 @@ transformers_logging.disable_progress_bar()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
-"""Files of a hub model that are fetched: weights, configuration and tokenizer, but no pickles."""
+"""Files that are downloaded of a hub model: weights, configuration and tokenizer, no pickles."""
 
 _PROBES = (
     "Review: a film, it was great",
@@ -48,19 +48,19 @@ _PROBES = (
     "  two  spaces\nand\ttabs",
     "0123456789 @#$%",
 )
-"""Texts that tokenizers with one vocabulary may still split differently."""
+"""Texts that two tokenizers with the same vocabulary may split differently."""
 
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-"""What transformers raises for broken weights or a configuration that does not fit them."""
+"""Errors that transformers raises for broken weights, or for a configuration that does not fit."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a model is created.
+    """Settings with which a model is created.
 
     Attributes:
-        auto_class: transformers' class for causal or for masked models.
-        masked: whether the model fills in masks.
+        auto_class: class of transformers for causal or for masked language models.
+        masked: whether the model is a masked language model.
         arguments: keyword arguments for `from_pretrained` or `from_config`.
     """
 
@@ -70,7 +70,7 @@ class ModelSettings:
 
 
 def model_folder(teacher: Teacher) -> Path:
-    """Return the folder of a model. A hub model is fetched once, without pickles.
+    """Return the folder of a model. A hub model is downloaded once, without pickles.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
@@ -79,7 +79,7 @@ def model_folder(teacher: Teacher) -> Path:
 
 
 def config_folder(teacher: Teacher) -> Path:
-    """Return the folder of a model's config.json. Nothing else of a hub model is fetched.
+    """Return the folder of a model's config.json. Nothing else of a hub model is downloaded.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
@@ -88,8 +88,8 @@ def config_folder(teacher: Teacher) -> Path:
 
 
 def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
-    """Return the folder of a model, after fetching these files if it is a hub model."""
-    # The run file's loader makes the path of a folder absolute; anything else is a hub name.
+    """Return the folder of a model. Of a hub model, download the files `hub_files`."""
+    # Loading the run file makes the path of a folder absolute, so other paths are hub names.
     if Path(teacher.path).is_absolute():
         return Path(teacher.path)
 
@@ -108,7 +108,7 @@ def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
 
 
 def tokenizer_folder(teacher: Teacher) -> Path:
-    """Return the folder of a model's config.json and tokenizer, fetching only these from the hub.
+    """Return the folder of a model's config.json and tokenizer. Only these are downloaded.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
@@ -118,7 +118,7 @@ def tokenizer_folder(teacher: Teacher) -> Path:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """Load the configuration of a model whose weights are in a folder.
+    """Load the configuration of a model from a folder that also holds its weights.
 
     Raises:
         InputError: the folder does not hold a model.
@@ -133,7 +133,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Read the config.json of a folder, which need not hold weights.
+    """Read the config.json of a folder that may lack weights.
 
     Raises:
         InputError: there is no usable config.json.
@@ -151,7 +151,7 @@ def _check_is_folder(folder: Path) -> None:
 
 
 def is_masked(config: PretrainedConfig) -> bool:
-    """Whether a model fills in masks, by the architecture that its configuration names."""
+    """Return whether a model is a masked language model, by the `architectures` in its config."""
     return any(name.endswith("ForMaskedLM") for name in config.architectures or [])
 
 
@@ -159,7 +159,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no usable tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -170,9 +170,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest that is equal only for equal tokenizers.
 
-    It covers the vocabulary, the special tokens, and how a few texts are split.
+    It covers the vocabulary, the special tokens, and the tokens of a few texts.
     """
-    # Sorted, because the order of a vocabulary differs from load to load.
+    # Sorted, because the order of a vocabulary can change from load to load.
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
@@ -182,20 +182,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_settings(folder: Path, precision: Precision, device: torch.device) -> ModelSettings:
-    """Choose how the model in a folder is created.
+    """Choose the settings with which the model in a folder is created.
 
     Args:
-        folder: in Hugging Face format.
+        folder: folder of the model in Hugging Face format.
         precision: precision of the weights.
-        device: the device that it will run on.
+        device: the device that the model will run on.
 
     Raises:
         InputError: the folder does not hold a model.
     """
     masked = is_masked(load_config(folder))
-    # On a CPU the backward pass of fused attention in bf16 is six times slower than plain matrix
-    # products (measured, batch 16 x 40). Elsewhere transformers chooses: fused attention where the
-    # family has it, which Gemma 2 and BLOOM do not.
+    # On a CPU, fused attention in bf16 has a backward pass six times slower than plain matrix
+    # products (measured with a batch of 16 x 40). On other devices transformers chooses: fused
+    # attention in families that have it, so not in Gemma 2 and BLOOM.
     attention = "eager" if device.type == "cpu" else None
     return ModelSettings(
         auto_class=AutoModelForMaskedLM if masked else AutoModelForCausalLM,
@@ -209,18 +209,18 @@ def model_settings(folder: Path, precision: Precision, device: torch.device) -> 
 
 
 def load_whole(folder: Path, precision: Precision, device: torch.device) -> LanguageModel:
-    """Load a frozen model in evaluation mode, whole, on one device.
+    """Load a frozen model in evaluation mode onto one device, without shards.
 
     Args:
-        folder: in Hugging Face format.
+        folder: folder of the model in Hugging Face format.
         precision: precision of the weights.
-        device: the device that it will run on.
+        device: the device that the model will run on.
 
     Raises:
-        InputError: it cannot be loaded, or weights are missing.
+        InputError: the model cannot be loaded, or weights are missing.
     """
     settings = model_settings(folder, precision, device)
-    # The report lists the weights that no file has.
+    # The report lists the weights that are missing in all files.
     try:
         model, report = settings.auto_class.from_pretrained(
             folder,
@@ -242,7 +242,7 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
     """Check that no weight of a model is missing in its folder.
 
     Raises:
-        InputError: some are. They would be left random.
+        InputError: weights are missing. They would keep random values.
     """
     if missing:
         raise InputError(
@@ -252,7 +252,7 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the part of a library's message that fits on one line."""
+    """Return the first line of a library's error message, at most 200 characters."""
     text = str(error).strip()
     if not text:
         return type(error).__name__

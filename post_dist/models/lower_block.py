@@ -1,6 +1,7 @@
-"""The frozen lower block of a student: the teacher runs it once, and the student starts behind it.
+"""The frozen lower block of a student: the teacher runs it, and the student starts after it.
 
-The block is the teacher's own first layers, so both models would compute the same hidden states.
+The block consists of the teacher's own first layers. Both models would compute the same hidden
+states, so the student takes the teacher's.
 
 Shapes: B sequences, T tokens, d width.
 """
@@ -14,37 +15,37 @@ from post_dist.models.language_model import LanguageModel
 
 
 def take_out_lower_block(student: LanguageModel, layers: int) -> None:
-    """Replace the lowest layers and the embeddings, so that the student starts from `below`.
+    """Replace the lowest layers and the embeddings, so that the student starts after them.
 
-    The slots of the layers remain, because some families choose a layer's attention mask by its
-    number. Nothing changes for 0 layers.
+    Each layer is replaced and not removed, because some families choose a layer's attention mask by
+    its index. Nothing changes for 0 layers.
     """
     if not layers:
         return
-    # Before any layer is replaced: it runs the student as it is.
+    # Call this before any layer is replaced, because it runs the student's first layer.
     in_tuple = layers_give_tuples(student)
     for index in range(layers):
         student.layers[index] = Passage(in_tuple=in_tuple)
-    # The embeddings would only be computed to be thrown away.
+    # Nothing would read the embeddings, so they are not computed.
     student.model.set_input_embeddings(nn.Identity())
 
 
 def forward_above(
     student: LanguageModel, below_BTd: torch.Tensor, positions_BT: torch.Tensor | None
 ) -> torch.Tensor:
-    """Run a student without its lower block.
+    """Run a student from the output of the lower block.
 
     Args:
         student: a student after `take_out_lower_block`.
         below_BTd: output of the block, computed by the teacher.
-        positions_BT: positions of the tokens where documents are kept apart, else None.
+        positions_BT: positions of the tokens if packed documents are kept separate, else None.
 
     Returns:
-        The last hidden states [B, T, d].
+        The student's last hidden states [B, T, d].
     """
     passages = [layer for layer in student.layers if isinstance(layer, Passage)]
     last = passages[-1]
-    # Handed in at the last slot: before it, some families scale or normalize their embeddings.
+    # Put in at the last replaced layer: before it, some families scale or normalize embeddings.
     last.given = below_BTd
     try:
         hidden_BTd: torch.Tensor = student(below_BTd, position_ids=positions_BT)
@@ -59,17 +60,17 @@ def forward_with_below(
     input_ids_BT: torch.Tensor,
     positions_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the trunk of a teacher, without its head.
+    """Run the trunk of a teacher, and also return the output of the lower block.
 
     Args:
-        teacher: the whole model.
+        teacher: the teacher with all its layers.
         layers: number of layers in the lower block.
         input_ids_BT: the tokens.
-        positions_BT: positions of the tokens where documents are kept apart, else None.
+        positions_BT: positions of the tokens if packed documents are kept separate, else None.
 
     Returns:
-        The last hidden states [B, T, d], and the output of the lower block [B, T, d], or None for
-        a block of 0 layers.
+        The last hidden states [B, T, d], and the output of the lower block [B, T, d]. The latter is
+        None for a block of 0 layers.
     """
     if not layers:
         return teacher(input_ids_BT, position_ids=positions_BT), None
@@ -88,10 +89,10 @@ def forward_with_below(
 
 
 class Passage(nn.Module):
-    """Takes the slot of a layer and returns its input, or the tensor that was handed in.
+    """Replaces a layer, and returns its input or the tensor `given`.
 
     Args:
-        in_tuple: whether the family's layers return a tuple.
+        in_tuple: whether the layers of this family return a tuple.
     """
 
     given: torch.Tensor | None = None
@@ -104,7 +105,7 @@ class Passage(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **kwargs: object
     ) -> torch.Tensor | tuple[torch.Tensor]:
-        """Return hidden states [B, T, d] in the form in which the layer returns them."""
+        """Return hidden states [B, T, d], in a tuple if the replaced layer returns a tuple."""
         output = hidden_states if self.given is None else self.given
         if self._in_tuple:
             return (output,)
@@ -113,9 +114,9 @@ class Passage(nn.Module):
 
 @torch.no_grad()
 def layers_give_tuples(model: LanguageModel) -> bool:
-    """Run the model once to find whether its layers return tuples.
+    """Run the model once to find out whether its layers return tuples.
 
-    All ranks of a sharded model call it together.
+    All ranks of a sharded model must call it together.
     """
     found: list[bool] = []
 

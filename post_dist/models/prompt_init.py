@@ -23,7 +23,7 @@ def prompt_from_text(
     Args:
         language_model: the model whose input embeddings are read.
         tokenizer: the model's tokenizer.
-        text: the text; at least one token long.
+        text: the text, with at least one token.
         num_virtual_tokens: number n of prompt tokens.
 
     Returns:
@@ -36,5 +36,5 @@ def prompt_from_text(
     embedding_table = language_model.model.get_input_embeddings()
     with torch.no_grad(), gathered(embedding_table):
         embeddings_nd = language_model.embed(torch.tensor(prompt_tokens, device=device))
-        # The clone outlives the gathered table.
+        # A clone, because the gathered table is freed after this block.
         return embeddings_nd.float().clone()

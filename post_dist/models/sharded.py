@@ -1,9 +1,9 @@
 """Load a frozen large model straight into ZeRO-3 shards.
 
-No process ever holds more of it than its own shard and one whole weight. transformers' own loader
-under ZeRO-3 peaks above a whole model on rank 0. Here the model is created in shards. Then one rank
-of a shard group reads each weight from the safetensors files; it is broadcast, and cut up again
-before the next one.
+No process ever holds more than its own shard and one whole weight. Under ZeRO-3, the loader of
+transformers needs more than a whole model on rank 0. Here the model is created in shards. Then one
+rank of a shard group reads each weight from the safetensors files. The weight is broadcast, and
+sharded before the next one is read.
 """
 
 import logging
@@ -37,17 +37,19 @@ log = logging.getLogger(__name__)
 
 
 def load_sharded(folder: Path, engine: Engine, precision: Precision, world: World) -> LanguageModel:
-    """Load a frozen model in ZeRO-3 shards. All ranks call it, and run it equally often.
+    """Load a frozen model in ZeRO-3 shards.
+
+    All ranks must call this. They must also run the model the same number of times.
 
     Args:
-        folder: in Hugging Face format; every rank can read it.
+        folder: folder of the model in Hugging Face format, which every rank can read.
         engine: the shard group, offload and activation checkpointing.
         precision: precision of the weights.
         world: the ranks.
 
     Raises:
-        InputError: weights are missing, do not fit, or cannot be read; the model is not one trunk
-            with one head; or this device cannot do what `engine` asks for.
+        InputError: weights are missing, do not fit, or cannot be read. Or the model is not one
+            trunk with one head. Or this device does not support the settings of `engine`.
         EnvironmentFault: `offload: nvme` without libaio.
     """
     group = shard_group(engine, world)
@@ -56,7 +58,7 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
             "engine.offload: nvme needs libaio, which is not installed",
             "install libaio-dev, or set engine.offload: cpu",
         )
-    # A rank that shares with no other keeps the model whole, unless it is alone and offloads.
+    # A group of one rank keeps the model whole, unless it is the only rank and offloads.
     if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
     else:
@@ -75,14 +77,14 @@ def _load_shards(
     zero_settings = frozen_settings(engine, precision, largest_shard)
     settings = model_settings(folder, precision, device)
 
-    # `from_config` would open zero.Init itself if it were told of ZeRO-3, but for all ranks and
-    # never for a group of them. This one takes the dtype from DeepSpeed's settings alone: DeepSpeed
-    # 0.19.8 turns any `dtype` into bf16 on a CPU.
+    # `from_config` can open zero.Init itself, but only for all ranks and not for a group. The dtype
+    # comes only from DeepSpeed's settings, because DeepSpeed 0.19.8 turns any argument `dtype` into
+    # bf16 on a CPU.
     created_in_shards = deepspeed.zero.Init(
         data_parallel_group=group.process_group, config_dict_or_path=zero_settings
     )
-    # The heap would keep the holes between shards: measured with 2 ranks, a peak of 2.6 shards
-    # instead of 1.5.
+    # Otherwise the heap would keep freed memory between shards. With 2 ranks, the measured peak
+    # was then 2.6 shards instead of 1.5.
     with memory_given_back_at_once():
         with no_init_weights(), prevent_arange_dtype_change(), created_in_shards:
             model = settings.auto_class.from_config(config, **settings.arguments)
@@ -104,7 +106,7 @@ def _largest_weight(folder: Path) -> int:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Turn the errors of broken files into one that names the folder."""
+    """Convert errors of broken files into an InputError that names the folder."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -112,14 +114,14 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _fill(model: PreTrainedModel, folder: Path, *, reads: bool) -> None:
-    """Copy every weight of the files into the sharded model. All ranks call it together."""
+    """Copy every weight from the files to the sharded model. All ranks must call it together."""
     places: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = {name for name, _ in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
         with _reading(folder), safe_open(file, framework="pt") as weights, torch.no_grad():
             for stored_name in weights.keys():
                 name = _name_in_model(stored_name, model.base_model_prefix, places)
-                # A second name of a tied weight, or a weight of another head.
+                # Skip second names of tied weights, and weights of other heads.
                 if name is None:
                     continue
                 _check_shape(folder, stored_name, weights.get_slice(stored_name), places[name])
@@ -135,7 +137,10 @@ def _fill(model: PreTrainedModel, folder: Path, *, reads: bool) -> None:
 def _name_in_model(
     stored_name: str, trunk_prefix: str, places: dict[str, torch.Tensor]
 ) -> str | None:
-    """Return the model's name of a stored weight; some files add or omit the trunk's prefix."""
+    """Return the name in the model of a stored weight; None if the model has no such weight.
+
+    Some files add or omit the trunk's prefix.
+    """
     prefix = f"{trunk_prefix}."
     for name in (stored_name, prefix + stored_name, stored_name.removeprefix(prefix)):
         if name in places:
@@ -145,7 +150,7 @@ def _name_in_model(
 
 def _check_shape(folder: Path, stored_name: str, stored: object, place: torch.Tensor) -> None:
     stored_shape = tuple(stored.get_shape())  # type: ignore[attr-defined]
-    # A sharded parameter itself is empty; DeepSpeed keeps its whole shape beside it.
+    # A sharded parameter itself is empty. DeepSpeed keeps its full shape in `ds_shape`.
     expected_shape = tuple(getattr(place, "ds_shape", place.shape))
     if stored_shape != expected_shape:
         raise InputError(

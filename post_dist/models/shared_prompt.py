@@ -1,12 +1,12 @@
-"""Run a soft prompt once for all examples of a batch: they are packed behind it in one sequence.
+"""Run a soft prompt once for all examples of a batch, packed after it into one sequence.
 
-In a causal model the states of a prompt do not depend on what follows it. B examples then need n +
-B T positions instead of B (n + T), in one forward and one backward pass. That also means one
-gathering of the weights of a ZeRO-3 model.
+In a causal model the hidden states of a prompt do not depend on the text after it. So B examples
+need n + B T positions instead of B (n + T), in one forward and one backward pass. A ZeRO-3 model
+then gathers its weights only once.
 
-All parts of a layer but attention treat each position alone, so packing does not change them.
-Attention is computed example by example here: each one attends to the prompt and to itself. No mask
-[n + B T, n + B T] is ever built.
+All parts of a layer except attention process each position independently, so packing does not
+change them. Here attention treats examples separately: each one attends to the prompt and to
+itself. No mask [n + B T, n + B T] is built.
 
 Shapes: G prompts, B examples of each prompt, T tokens of an example, n prompt tokens, H heads,
 h width of a head, S = n + B T positions of a packed sequence.
@@ -25,19 +25,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-"""Attention of transformers: (module, query, key, value, mask, **options) to (output, weights)."""
+"""Attention of transformers: (module, query, key, value, mask, **options) -> (output, weights)."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Layout of packed sequences [G, S]: the prompt first, then its examples one after another.
+    """Layout of packed sequences [G, S]: first the prompt, then its examples one after another.
 
     Attributes:
         num_virtual_tokens: number n of prompt tokens.
-        rows: number B of examples behind each prompt.
+        rows: number B of examples after each prompt.
         length: number T of tokens of each example, padding included.
         answers_GB: answer position of each example, counted within the example. The last layer
-            computes attention at these positions only.
+            computes attention only at these positions.
     """
 
     num_virtual_tokens: int
@@ -75,7 +75,7 @@ class Packing:
         value: torch.Tensor,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute attention in a packed sequence, each example over the prompt and itself.
+        """Compute attention in packed sequences: each example attends to the prompt and itself.
 
         Args:
             attention: computes the attention of one batch of ordinary sequences.
@@ -83,22 +83,21 @@ class Packing:
             query: [G, H, S, h].
             key: [G, H, S, h], with fewer heads in a model with grouped queries.
             value: same shape as `key`.
-            options: what transformers hands to `attention`; `sliding_window` limits the mask.
+            options: options of transformers for `attention`. `sliding_window` limits the mask.
 
         Returns:
             The outputs [G, S, H, h].
         """
-        # Split the packed states. Each example gets the prompt's keys and values in front of its
-        # own.
+        # Split the packed states. Each example gets the prompt's keys and values before its own.
         n = self.num_virtual_tokens
         window = options.get("sliding_window")
         example_query = self._as_examples(query[:, :, n:])
-        example_key = self._behind_prompt(key)
-        example_value = self._behind_prompt(value)
+        example_key = self._prepend_prompt(key)
+        example_value = self._prepend_prompt(value)
         mask = _causal_mask(self.length, n, window, query.dtype, query.device)
 
-        # No later layer reads the last layer's other positions, so it computes attention at the
-        # answers alone.
+        # No layer reads other positions of the last layer, so it computes attention only at the
+        # answers.
         if module.layer_idx == module.config.num_hidden_layers - 1:
             answers = self.answers_GB.flatten()
             examples = torch.arange(len(example_query), device=query.device)
@@ -109,8 +108,7 @@ class Packing:
             )
             return self._at_answers(outputs)
 
-        # In all other layers the examples and the prompt itself are two calls of ordinary
-        # attention.
+        # In all other layers, two calls of ordinary attention handle the examples and the prompt.
         example_outputs, _ = attention(
             module, example_query, example_key, example_value, mask, **options
         )
@@ -135,10 +133,10 @@ class Packing:
     def _as_examples(self, states_GHRh: torch.Tensor) -> torch.Tensor:
         """Reshape the examples of packed sequences, [G, H, B T, h], to a batch [G B, H, T, h]."""
         groups, heads, _, width = states_GHRh.shape
-        apart = states_GHRh.view(groups, heads, self.rows, self.length, width)
-        return apart.transpose(1, 2).flatten(0, 1)
+        by_example = states_GHRh.view(groups, heads, self.rows, self.length, width)
+        return by_example.transpose(1, 2).flatten(0, 1)
 
-    def _behind_prompt(self, states_GHSh: torch.Tensor) -> torch.Tensor:
+    def _prepend_prompt(self, states_GHSh: torch.Tensor) -> torch.Tensor:
         """Copy the prompt's states in front of each example: [G, H, S, h] to [G B, H, n + T, h]."""
         n = self.num_virtual_tokens
         prompt_states = states_GHSh[:, None, :, :n].expand(-1, self.rows, -1, -1, -1)
@@ -146,7 +144,7 @@ class Packing:
         return torch.cat([prompt_states.flatten(0, 1), example_states], dim=2)
 
 
-@lru_cache(maxsize=8)  # all layers of a step use the same one or two masks
+@lru_cache(maxsize=8)  # all layers of a step share one or two masks
 def _causal_mask(
     queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -160,7 +158,7 @@ def _causal_mask(
     allowed = key_position <= query_position
     if window is not None:
         allowed = allowed & (query_position - key_position < window)
-    # The smallest number instead of minus infinity: a query without any allowed key stays finite.
+    # The smallest number instead of minus infinity keeps a query without allowed keys finite.
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
     return mask[None, None]
@@ -169,7 +167,7 @@ def _causal_mask(
 def _eager_attention(
     module: nn.Module, *states: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call the eager attention that the modeling file of the model's family defines."""
+    """Call the eager attention from the modeling file of the model family."""
     modeling_file = sys.modules[type(module).__module__]
     family_attention: Attention = vars(modeling_file)["eager_attention_forward"]
     return family_attention(module, *states, **options)
@@ -195,9 +193,9 @@ def _with_packing(attention: Attention) -> Attention:
 
 
 PACKABLE = {"eager": "post_dist_eager", "sdpa": "post_dist_sdpa"}
-"""For each attention of transformers, the name of its version with the option `packing`."""
+"""Name of the version with the option `packing`, for each attention of transformers."""
 
-# transformers builds the mask of a kind of attention by its name, so each new name registers both.
+# transformers looks up attention and mask by the same name, so each new name registers both.
 AttentionInterface.register(PACKABLE["eager"], _with_packing(_eager_attention))
 AttentionInterface.register(PACKABLE["sdpa"], _with_packing(sdpa_attention_forward))
 AttentionMaskInterface.register(PACKABLE["eager"], eager_mask)

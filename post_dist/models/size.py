@@ -1,4 +1,4 @@
-"""How large a model is. Its config.json alone gives it: the model is built on the meta device.
+"""Size of a model, from its config.json alone: the model is built on the meta device.
 
 Shapes: d width, V vocabulary.
 """
@@ -21,9 +21,9 @@ class LayerSize:
 
     Attributes:
         weights: number of elements of each of its parameters.
-        attention: elements of the projections to queries, keys and values and back, by which each
-            token is multiplied.
-        mlp: elements of its other matrix products.
+        attention: number of elements of the attention projections. Each token is multiplied by all
+            of them.
+        mlp: number of elements of all other matrix products.
     """
 
     weights: tuple[int, ...]
@@ -33,18 +33,18 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Everything that the cost of a model depends on.
+    """Sizes that determine the cost of a model.
 
     Attributes:
-        facts: what the rules of a run know of the model.
+        facts: facts about the model.
         layers: sizes of its layers, from the first to the last.
         others: elements of each parameter outside the layers: embeddings, norms, an untied head.
-        head: how many of these elements belong to the head alone.
-        attention_width: number of query heads times their width.
-        kv_width: number of key heads times their width.
-        mlp_width: width of the widest matrix product in a layer.
-        shares_prompt: whether examples can share one run of a prompt. This is read from the kind
-            of attention; a few families cannot all the same (see `LanguageModel.shares_prompt`).
+        head: number of these elements that belong only to the head.
+        attention_width: number of query heads times head width.
+        kv_width: number of key heads times head width.
+        mlp_width: largest output width of a matrix product in a layer.
+        shares_prompt: whether the attention lets examples share one run of a prompt. A few families
+            still cannot do it (see `LanguageModel.shares_prompt`).
     """
 
     facts: ModelFacts
@@ -68,31 +68,31 @@ class ModelSize:
 
     @property
     def parameters(self) -> int:
-        """Number of all parameters' elements; a tied head counts once."""
+        """Number of elements of all parameters. A tied head counts once."""
         return sum(self.weights)
 
     @property
     def weights(self) -> tuple[int, ...]:
         """Number of elements of each parameter."""
-        of_layers: list[int] = []
+        layer_weights: list[int] = []
         for layer in self.layers:
-            of_layers += layer.weights
-        return (*of_layers, *self.others)
+            layer_weights += layer.weights
+        return (*layer_weights, *self.others)
 
     @property
     def largest_layer(self) -> int:
-        """Elements of the largest layer, or of the largest parameter outside the layers."""
+        """Number of elements of the largest layer or parameter outside the layers."""
         return max(*(sum(layer.weights) for layer in self.layers), *self.others)
 
     def cut(self, numbers: tuple[int, ...]) -> "ModelSize":
-        """Return the size of a student that keeps the layers with these numbers."""
+        """Return the size of a student that keeps the layers with these indices."""
         layers = tuple(self.layers[number] for number in numbers)
         return replace(self, layers=layers, facts=replace(self.facts, layers=len(layers)))
 
     def above(self, lower_layers: int) -> "ModelSize":
-        """Return what a student keeps of its own when the teacher runs its lowest layers.
+        """Return the size of a student whose lowest layers run in the teacher.
 
-        The input embeddings go as well, unless the head uses them.
+        It does not include the input embeddings, unless the head uses them.
         """
         if not lower_layers:
             return self
@@ -100,17 +100,17 @@ class ModelSize:
 
     @property
     def without_one_table(self) -> "ModelSize":
-        """The model without its input embeddings, or without its head. A tied table stays."""
+        """Size without the input embeddings, or without the head. A tied table is kept."""
         if self.facts.tied:
             return self
-        # Embeddings and head have equal sizes, so it does not matter which of them goes.
+        # Embeddings and head have equal sizes, so it does not matter which one is removed.
         others = list(self.others)
         others.remove(self.width * self.vocabulary)
         return replace(self, others=tuple(others))
 
 
 def size_of(folder: Path) -> ModelSize:
-    """Measure the model whose config.json lies in `folder`. No weights are needed.
+    """Return the size of the model in `folder` from its config.json. No weights are needed.
 
     Raises:
         InputError: there is no usable config.json, or the family is not supported.
@@ -130,7 +130,7 @@ def size_of(folder: Path) -> ModelSize:
 
 
 def _sizes_outside_layers(model: LanguageModel) -> tuple[int, ...]:
-    """Elements of each parameter that belongs to no layer."""
+    """Return the number of elements of each parameter outside the layers."""
     inside = {id(parameter) for parameter in model.layers.parameters()}
     return tuple(
         parameter.numel() for parameter in model.parameters() if id(parameter) not in inside
@@ -138,7 +138,7 @@ def _sizes_outside_layers(model: LanguageModel) -> tuple[int, ...]:
 
 
 def _head_size(model: LanguageModel) -> int:
-    """Elements of the head that are not those of the input embeddings."""
+    """Return the number of elements of the head, without those of the input embeddings."""
     # A tied head is counted with the embeddings.
     embeddings = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
     own = [
@@ -150,20 +150,20 @@ def _head_size(model: LanguageModel) -> int:
 
 
 def _matrix_products(module: nn.Module) -> Iterator[nn.Linear | Conv1D]:
-    """Yield every matrix product inside of a module."""
+    """Yield every matrix product in a module."""
     for inner in module.modules():
         if isinstance(inner, nn.Linear | Conv1D):
             yield inner
 
 
 def _output_width(product: nn.Linear | Conv1D) -> int:
-    """Width of a matrix product's result. GPT-2's Conv1D stores its weight transposed."""
+    """Return the output width of a matrix product. GPT-2's Conv1D stores its weight transposed."""
     rows, columns = product.weight.shape
     return int(columns if isinstance(product, Conv1D) else rows)
 
 
 def _layer_size(layer: nn.Module) -> LayerSize:
-    # All families name the module of attention so; every other product counts as MLP.
+    # All families have one of these names for attention. Other products count as MLP.
     attention = 0
     mlp = 0
     for name, module in layer.named_modules():

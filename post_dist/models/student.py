@@ -1,6 +1,6 @@
-"""The student: some layers of the teacher with its embeddings and head, copied from weight files.
+"""The student: some layers of the teacher, with its embeddings and head.
 
-The teacher need not be in memory for that.
+The weights are copied from file to file, so the teacher need not be in memory.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -40,7 +40,7 @@ def layer_conflicts(section: Student, num_teacher_layers: int) -> list[Conflict]
 
     Args:
         section: the section `student` of the run file.
-        num_teacher_layers: number of the teacher's layers.
+        num_teacher_layers: number of layers of the teacher.
     """
     wanted = _num_layers(section)
     highest = wanted - 1
@@ -55,7 +55,7 @@ def layer_conflicts(section: Student, num_teacher_layers: int) -> list[Conflict]
             )
         ]
     if section.layers == "auto":
-        # The choice among measured layers always keeps the frozen block.
+        # The measured choice of layers always keeps the frozen block.
         return []
     layers = _named_layers(section, num_teacher_layers)
     if layers[: section.frozen_lower_layers] != tuple(range(section.frozen_lower_layers)):
@@ -71,7 +71,7 @@ def layer_conflicts(section: Student, num_teacher_layers: int) -> list[Conflict]
 
 
 def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    """Return the teacher's layers that a rule or a list names; `layers: auto` names none.
+    """Return the teacher's layers for `student.layers`, which must be a rule or a list, not `auto`.
 
     Raises:
         InputError: the teacher has too few layers, or the frozen ones are not its own first.
@@ -81,9 +81,9 @@ def listed_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
 
 
 def stand_in_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    """Return the layers of `listed_layers`, or for `auto` as many others.
+    """Return the layers of `listed_layers`; for `auto`, return evenly spaced layers.
 
-    A student of these layers costs as much as the student of `auto`.
+    A student with these layers costs as much as the student that `auto` finds.
 
     Raises:
         InputError: the teacher has too few layers, or the frozen ones are not its own first.
@@ -100,7 +100,7 @@ def _num_layers(section: Student) -> int:
 
 
 def _named_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
-    """Apply the rule of `student.layers` without checks."""
+    """Apply the rule or list of `student.layers`, without checks."""
     if isinstance(section.layers, tuple):
         return section.layers
     wanted = _num_layers(section)
@@ -108,7 +108,7 @@ def _named_layers(section: Student, num_teacher_layers: int) -> tuple[int, ...]:
         first = (wanted + 1) // 2
         first_of_last = num_teacher_layers - (wanted - first)
         return (*range(first), *range(first_of_last, num_teacher_layers))
-    # `even`: the frozen block, then layers at equal distances up to the teacher's last one.
+    # `even`: the frozen block, then evenly spaced layers up to the teacher's last one.
     block = max(section.frozen_lower_layers, 1)
     distance = (num_teacher_layers - block) / max(wanted - block, 1)
     layers = list(range(block))
@@ -124,24 +124,25 @@ def least_harmful_layers(
     frozen_lower_layers: int,
     world: World,
 ) -> tuple[int, ...]:
-    """Choose layers by removing each one in turn, and dropping those whose removal costs least.
+    """Choose layers: remove each one in turn, and drop those whose removal costs least.
 
-    The cost is KL(teacher || teacher without the layer) at the last position. That is the next
-    token of a causal model, or the last token itself in a masked model.
+    The cost is KL(teacher || teacher without the layer) at the last position. A causal model
+    predicts the next token there, and a masked model the last token itself.
 
     Args:
-        teacher: the teacher, perhaps sharded. All ranks call this with equally many batches.
+        teacher: the teacher, which may be sharded. All ranks must call this with equally many
+            batches.
         batches: this rank's sequences of public text, each [B, T], with their weight in the mean.
         num_layers: number of layers to keep.
-        frozen_lower_layers: number of first layers to keep in any case.
-        world: the ranks, which agree on the mean.
+        frozen_lower_layers: number of first layers that are always kept.
+        world: the ranks. All of them get the same mean.
 
     Returns:
         The layers to keep, ascending.
     """
-    # The teacher's own predictions, once for all layers.
+    # Compute the whole teacher's predictions once for all layers.
     whole = [_last_log_probabilities(teacher, input_ids_BT) for input_ids_BT, _ in batches]
-    # Before any layer is replaced: it runs the first layer as it is.
+    # Call this before any layer is replaced, because it runs the first layer.
     in_tuple = layers_give_tuples(teacher)
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
@@ -153,7 +154,7 @@ def least_harmful_layers(
                 weighted.append(weight * kl)
         costs[layer] = float(world.mean(torch.stack(weighted).mean()))
         log.info("layer %d: removing it costs %.3f nats at the last position", layer, costs[layer])
-    # The costs are of single layers: layers that replace each other may both look cheap.
+    # Each cost is that of one layer. Two layers with the same function may both look cheap.
     num_dropped = len(teacher.layers) - num_layers
     cheapest_first = sorted(costs, key=lambda layer: costs[layer])
     dropped = set(cheapest_first[:num_dropped])
@@ -166,15 +167,15 @@ def write_student(
     """Write the untrained student in Hugging Face format.
 
     Args:
-        folder: where to write it.
-        teacher_folder: the teacher's config and weights.
-        layers: the teacher's layers to keep; the student's config names them.
+        folder: folder to write to.
+        teacher_folder: folder with the teacher's configuration and weights.
+        layers: the teacher's layers to keep. The student's configuration lists them.
         tokenizer: the teacher's tokenizer.
 
     Raises:
-        InputError: the layers of the teacher's family cannot be told apart.
+        InputError: the list of layers of the teacher's family cannot be identified.
     """
-    # Only the weights that are kept are read, file by file: the teacher may not fit in memory.
+    # Read only the weights to keep, file by file, because the teacher may not fit in memory.
     config = load_config(teacher_folder)
     rename = _LayerRenamer(_layer_prefix(config), layers)
     tensors: dict[str, torch.Tensor] = {}
@@ -192,7 +193,7 @@ def write_student(
 
 
 class _LayerRenamer:
-    """Renames weights from the teacher's layer numbers to the student's."""
+    """Converts the layer indices in weight names from the teacher's to the student's."""
 
     def __init__(self, prefix: str, layers: tuple[int, ...]) -> None:
         self._prefix = prefix
@@ -200,7 +201,7 @@ class _LayerRenamer:
         self._new_numbers = {layer: index for index, layer in enumerate(layers)}
 
     def __call__(self, name: str) -> str | None:
-        """Return the student's name of a weight, or None for a layer that is left out."""
+        """Return the student's name of a weight; None if its layer is not kept."""
         match = self._layer_name.match(name)
         if match is None:
             return name
@@ -212,24 +213,25 @@ class _LayerRenamer:
 
 
 def freeze(student: LanguageModel, section: Student) -> None:
-    """Mark which parameters are trained: those above the frozen block, and what `section` adds.
+    """Freeze the lower block of a student, and its embeddings and head if `section` says so.
 
-    A parameter outside the layers counts as the head's if only the head uses it, else as one of
-    the embeddings. `stages/distill/conflicts.py` refuses to freeze one of two that are tied.
+    A parameter outside the layers counts as part of the head if only the head uses it. Otherwise it
+    counts as part of the embeddings. `stages/distill/conflicts.py` refuses to freeze only one of
+    two tied tables.
     """
-    # Everything is trained first, so that the result does not depend on what was frozen before.
+    # Unfreeze everything first, so that the result does not depend on the state before.
     student.requires_grad_(True)
     for layer in student.layers[: section.frozen_lower_layers]:
         layer.requires_grad_(False)
-    # By identity, because tied parameters have two names.
-    of_layers = _identities(student.layers.parameters())
-    of_head = _identities(student.head_module.parameters())
-    of_embeddings = _identities(student.model.get_input_embeddings().parameters())
-    only_of_head = of_head - of_embeddings
+    # Compare by identity, because tied parameters have two names.
+    layer_ids = _identities(student.layers.parameters())
+    head_ids = _identities(student.head_module.parameters())
+    embedding_ids = _identities(student.model.get_input_embeddings().parameters())
+    head_only_ids = head_ids - embedding_ids
     for parameter in student.parameters():
-        if id(parameter) in of_layers:
+        if id(parameter) in layer_ids:
             continue
-        is_head = id(parameter) in only_of_head
+        is_head = id(parameter) in head_only_ids
         frozen = section.freeze_head if is_head else section.freeze_embeddings
         if frozen:
             parameter.requires_grad_(False)
@@ -241,7 +243,7 @@ def _identities(parameters: Iterable[nn.Parameter]) -> set[int]:
 
 @contextmanager
 def _without_layer(model: LanguageModel, layer: int, *, in_tuple: bool) -> Iterator[None]:
-    """Skip a layer of the model while the context is entered."""
+    """Skip a layer of the model inside this context."""
     removed = model.layers[layer]
     model.layers[layer] = Passage(in_tuple=in_tuple)
     try:
@@ -259,7 +261,7 @@ def _last_log_probabilities(model: LanguageModel, input_ids_BT: torch.Tensor) ->
 
 
 def _layer_prefix(config: PretrainedConfig) -> str:
-    """Return the name of the list of layers, without the trunk's prefix: some files omit that."""
+    """Return the name of the list of layers, without the trunk's prefix. Some files omit it."""
     auto_class = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config)
@@ -270,7 +272,7 @@ def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> Pretrained
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = len(layers)
     cut.post_dist_layers = list(layers)
-    # Families that mix kinds of attention name the kind of each layer.
+    # Families with several kinds of attention list the kind of each layer.
     kinds = layer_kinds(config)
     if kinds:
         cut.layer_types = [kinds[layer] for layer in layers]

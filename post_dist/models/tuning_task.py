@@ -1,7 +1,7 @@
-"""What a prompt is tuned with, whether privately or not.
+"""The model, task and examples that a prompt is tuned with, privately or not.
 
 Shapes: B examples of a batch, N examples, n prompt tokens, d width, C classes, R tokens of a
-    response.
+response.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class TuningTask:
     """A frozen model, a task, and the encoded examples that a prompt is tuned on.
 
     Attributes:
-        model: frozen, in evaluation mode.
+        model: a frozen model in evaluation mode.
         reader: the task bound to the model's tokenizer.
         examples: the encoded texts, with their responses where the task generates text.
         targets: the classes [N], or the tokens of the responses [N, R].
-        start_nd: the prompt before the first step.
+        start_nd: the initial prompt.
     """
 
     model: LanguageModel
@@ -37,7 +37,7 @@ class TuningTask:
     start_nd: torch.Tensor
 
     def parameters(self, section: Tune) -> list[torch.Tensor]:
-        """Return new parameters in fp32: the prompt [n, d], and zero class biases [C] if tuned."""
+        """Return new fp32 parameters: the prompt [n, d], and zero biases [C] if they are tuned."""
         # A copy for each caller: every trial of a search starts from the same prompt.
         start = self.start_nd.to(torch.float32).clone()
         if not section.class_bias:
@@ -48,7 +48,7 @@ class TuningTask:
     def optimizer(
         section: Tune, parameters: list[torch.Tensor], learning_rate: float
     ) -> torch.optim.Optimizer:
-        """Make the run file's optimizer. The class biases have a learning rate of their own."""
+        """Create the optimizer of the run file. The class biases have their own learning rate."""
         # One group for each parameter, because each has its own learning rate.
         groups = [{"params": [parameters[0]], "lr": learning_rate}]
         if len(parameters) > 1:
@@ -64,10 +64,10 @@ def example_losses(
     prompt: PromptInput,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the loss [B] of each example: over its class, or over the tokens of its response.
+    """Compute the loss [B] of each example, over its class or the tokens of its response.
 
     Args:
-        model: frozen.
+        model: a frozen model.
         verbalizer: maps logits to class scores; not used for responses.
         batch: examples on the model's device.
         targets: classes [B], or tokens of the responses [B, R].

@@ -1,1 +1,1 @@
-"""Differential privacy: the plan, and all that follows from it, down to the training loop."""
+"""Differential privacy: the plan, its accounting, its ledger, and the private training loop."""

@@ -1,10 +1,10 @@
-"""Epsilon of a plan, and the least noise for an epsilon.
+"""Compute the epsilon of a plan, and the smallest noise multiplier for a target epsilon.
 
 The published epsilon comes from the privacy loss distribution (PLD) of dp-accounting, which is
 pessimistic ("connect the dots"). The RDP accountant of the same library and the PRV accountant of
-Opacus are computed as cross-checks and must agree. A search is a repeat-and-select event (arXiv
-2110.03620). Only RDP can compose it, so its epsilon is RDP's, and the three accountants are
-compared on one of its trials.
+Opacus are cross-checks and must agree with it. A search is a repeat-and-select event (arXiv
+2110.03620). Only RDP can compose it, so the published epsilon of a search is that of RDP. The three
+accountants are then compared on a single trial.
 """
 
 import math
@@ -24,13 +24,13 @@ from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.privacy.plan import PrivacyPlan, declared_plan
 
-# RDP warns about each order that it drops. Fewer orders only raise its bound.
+# dp-accounting warns about each RDP order that it drops. Dropped orders only raise the bound.
 absl_logging.set_verbosity(absl_logging.ERROR)
 
-# Discretization interval of the privacy loss for every epsilon that is published.
+# Discretization interval of the privacy loss for published epsilons.
 _FINE = 1e-4
 
-# Discretization interval during the search for sigma. Its epsilon is at most 6e-4 above that of
+# Discretization interval during the search for sigma. It raises epsilon by at most 6e-4 over
 # `_FINE`.
 _COARSE = 1e-3
 
@@ -39,29 +39,30 @@ _SIGMA_GRID = 1e-4
 _LEAST_SIGMA = 0.2
 _MOST_SIGMA = 200.0
 
-# In log sigma. Walking from sigma 1 keeps away from small sigmas, whose privacy loss takes
-# longest to compute.
+# Step of the bracket search, in log sigma. The search starts at sigma 1, because the privacy loss
+# of a small sigma takes longest to compute.
 _BRACKET_STEP = 0.5
 
 # PLD may exceed the upper end of PRV by twice PRV's own error in epsilon.
 _PRV_ABOVE = 0.02
 
-# PLD may fall short of the upper end of PRV by five times PRV's error; 0.013 was seen.
+# PLD may fall short of the upper end of PRV by five times PRV's error. The largest gap measured
+# was 0.013.
 _PRV_BELOW = 0.05
 FALSE_POSITIVE_RATE = 0.01
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a plan costs.
+    """Privacy cost of a plan.
 
     Attributes:
         epsilon: the published epsilon, at the plan's delta.
-        accountant: what computed it.
-        cross_checks: epsilon by `rdp` and `prv`. For a search they are those of one trial, with
-            `pld` as a third.
-        epsilon_at: epsilon at stricter deltas, by their names.
-        true_positive_rate: the most that any attack reaches at a false positive rate of 1%.
+        accountant: name of the accountant that computed `epsilon`.
+        cross_checks: epsilon by `rdp` and `prv`. For a search these are epsilons of one trial, and
+            `pld` is included.
+        epsilon_at: epsilon at stricter deltas, by the name of the delta.
+        true_positive_rate: upper bound for any attack at a false positive rate of 1%.
     """
 
     epsilon: float
@@ -105,16 +106,16 @@ def private_plans(config: RunConfig) -> list[PrivacyPlan]:
 
 @cache
 def account(plan: PrivacyPlan) -> Account:
-    """Compute what a plan costs, by three accountants.
+    """Compute the privacy cost of a plan with three accountants.
 
     Raises:
         PrivacyRefused: the accountants disagree.
     """
-    # PLD and PRV know no repeat-and-select, so the three accountants compare one trial.
+    # PLD and PRV do not support repeat-and-select, so the accountants are compared on one trial.
     trial = replace(plan, mean_trials=None)
-    losses = _pld((trial,), _FINE)
+    accountant = _pld((trial,), _FINE)
     checks = {
-        "pld": float(losses.get_epsilon(plan.delta)),
+        "pld": float(accountant.get_epsilon(plan.delta)),
         "rdp": rdp_epsilon([trial], plan.delta),
         "prv": _prv_epsilon(trial),
     }
@@ -123,26 +124,28 @@ def account(plan: PrivacyPlan) -> Account:
         return _account_of_search(plan, checks)
     # The privacy profile on a grid of epsilon bounds the power of any attack.
     epsilons = [float(epsilon) for epsilon in np.linspace(0, 20, 401)]
-    profile = [(epsilon, float(losses.get_delta(epsilon))) for epsilon in epsilons]
+    profile = [(epsilon, float(accountant.get_delta(epsilon))) for epsilon in epsilons]
     return Account(
         epsilon=checks.pop("pld"),
         accountant=f"PLD (dp-accounting, discretisation {_FINE:g})",
         cross_checks=checks,
-        epsilon_at=_epsilon_at(losses, plan),
+        epsilon_at=_epsilon_at(accountant, plan),
         true_positive_rate=_true_positive_rate(profile),
     )
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
-    """Return epsilon of several runs on the same data; infinity if the noise of one is repeatable.
+    """Return the epsilon of several runs on the same data.
+
+    It is infinite if the noise of any run is repeatable.
 
     Args:
-        plans: the runs.
+        plans: one plan for each run.
         delta: the delta at which to state epsilon.
     """
     if not plans:
         return 0.0
-    # Noise that can be repeated can be subtracted, which ends the guarantee for all.
+    # Repeatable noise can be subtracted, which voids the guarantee of all runs.
     if any(not plan.private for plan in plans):
         return math.inf
     # Only RDP composes searches.
@@ -152,13 +155,13 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
 
 
 def rdp_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
-    """Return an upper bound on the epsilon of several runs, by RDP. It is quick for any plan."""
+    """Return an upper bound on the epsilon of several runs, by RDP. It is fast for any plan."""
     return float(_rdp(plans).get_epsilon(delta))
 
 
 @cache
 def _calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
-    """Return the plan with the least sigma, on the grid, that meets a target epsilon."""
+    """Return the plan with the smallest sigma on the grid that meets a target epsilon."""
     accountant: Callable[[], PrivacyAccountant] = rdp.RdpAccountant
     if plan.mean_trials is None:
         accountant = partial(PLDAccountant, value_discretization_interval=_COARSE)
@@ -188,17 +191,17 @@ def _calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
 def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracketInterval:
     """Find an interval of log sigma in which epsilon crosses the target.
 
-    dp-accounting's own search for a bracket starts at the least sigma, which makes the calibration
-    1.7 to 3 times as slow.
+    dp-accounting's own bracket search starts at the smallest sigma. It makes calibration 1.7 to 3
+    times as slow.
 
     Args:
-        excess: epsilon minus the target, as a falling function of log sigma.
+        excess: epsilon minus the target, as a decreasing function of log sigma.
         target: the target epsilon, for messages.
 
     Raises:
         InputError: epsilon crosses the target outside the range of sigma.
     """
-    # No sigma in range meets the target if the largest does not.
+    # If the largest sigma does not meet the target, no sigma in range does.
     least = math.log(_LEAST_SIGMA)
     most = math.log(_MOST_SIGMA)
     if excess(most) > 0:
@@ -206,11 +209,11 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
             f"privacy.target_epsilon: no noise multiplier up to {_MOST_SIGMA:g} reaches {target:g}",
             "take fewer steps",
         )
-    # Up from sigma 1 until the target is met.
+    # Raise sigma from 1 until the target is met.
     high = 0.0
     while excess(high) > 0:
         high = min(most, high + _BRACKET_STEP)
-    # Down from there until it is not met.
+    # Lower sigma from there until the target is no longer met.
     low = max(least, high - _BRACKET_STEP)
     while excess(low) <= 0:
         if low == least:
@@ -232,7 +235,7 @@ def _check_agreement(checks: dict[str, float]) -> None:
     """
     pld = checks["pld"]
     prv = checks["prv"]
-    # RDP is an upper bound, PRV an estimate with an error of its own.
+    # RDP is an upper bound. PRV is an estimate with a known error.
     near_prv = prv - _PRV_BELOW <= pld <= prv + _PRV_ABOVE
     if pld > checks["rdp"] or not near_prv:
         raise PrivacyRefused(
@@ -241,31 +244,31 @@ def _check_agreement(checks: dict[str, float]) -> None:
 
 
 def _account_of_search(plan: PrivacyPlan, checks: dict[str, float]) -> Account:
-    """Compute what a search costs in all; `checks` are those of one of its trials."""
-    # Each delta gives one point of the profile.
-    losses = _rdp([plan])
+    """Compute the total cost of a search; `checks` are the cross-checks of one trial."""
+    # Each delta gives one point of the privacy profile.
+    accountant = _rdp([plan])
     deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
-    profile = [(float(losses.get_epsilon(delta)), delta) for delta in deltas]
+    profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
     return Account(
-        epsilon=float(losses.get_epsilon(plan.delta)),
+        epsilon=float(accountant.get_epsilon(plan.delta)),
         accountant="RDP of repeat-and-select (dp-accounting)",
         cross_checks=checks,
-        epsilon_at=_epsilon_at(losses, plan),
+        epsilon_at=_epsilon_at(accountant, plan),
         true_positive_rate=_true_positive_rate(profile),
     )
 
 
-def _epsilon_at(losses: PrivacyAccountant, plan: PrivacyPlan) -> dict[str, float]:
+def _epsilon_at(accountant: PrivacyAccountant, plan: PrivacyPlan) -> dict[str, float]:
     """Return epsilon at deltas that are stricter than the plan's."""
     deltas = {"1e-06": 1e-6}
     if plan.declared_examples is not None:
         deltas["1 / (100 declared_examples)"] = 1 / (100 * plan.declared_examples)
-    return {name: float(losses.get_epsilon(delta)) for name, delta in deltas.items()}
+    return {name: float(accountant.get_epsilon(delta)) for name, delta in deltas.items()}
 
 
 @lru_cache(maxsize=4)
 def _pld(plans: tuple[PrivacyPlan, ...], interval: float) -> PLDAccountant:
-    """Compose runs by their privacy loss distributions. The result is shared: read it only."""
+    """Compose runs by their privacy loss distributions. The result is cached: do not change it."""
     accountant = PLDAccountant(value_discretization_interval=interval)
     # A loss distribution takes seconds to compute, so equal plans share one.
     for plan, count in Counter(plans).items():
@@ -274,9 +277,9 @@ def _pld(plans: tuple[PrivacyPlan, ...], interval: float) -> PLDAccountant:
 
 
 def _epsilon(plan: PrivacyPlan, interval: float) -> float:
-    """Return epsilon of one run at its own delta.
+    """Return the epsilon of one run at its own delta.
 
-    A search is composed by RDP, which has no discretization interval.
+    RDP composes a search and ignores the discretization interval.
     """
     if plan.mean_trials is not None:
         return rdp_epsilon([plan], plan.delta)
@@ -301,24 +304,24 @@ def _prv_epsilon(trial: PrivacyPlan) -> float:
     if trial.score_noise_multiplier is not None:
         accountant.history.append((trial.score_noise_multiplier, 1.0, 1))
     with warnings.catch_warnings():
-        # It takes logarithms of zero where it does not use their value.
+        # Opacus takes logarithms of zero, but does not use the results.
         warnings.simplefilter("ignore", RuntimeWarning)
         return float(accountant.get_epsilon(trial.delta))
 
 
 def _true_positive_rate(profile: Iterable[tuple[float, float]]) -> float:
-    """Bound the true positive rate of any attack at a false positive rate of 1% (Kairouz et al.
+    """Bound the true positive rate of any attack at a false positive rate of 1%.
 
-    2015).
+    Source: Kairouz et al. 2015.
 
     Args:
-        profile: pairs of epsilon and delta that hold.
+        profile: pairs (epsilon, delta) for which the mechanism is differentially private.
     """
-    false = FALSE_POSITIVE_RATE
+    false_positive_rate = FALSE_POSITIVE_RATE
     bound = 1.0
     # Each (epsilon, delta) bounds both error rates of a test; the tightest pair counts.
     for epsilon, delta in profile:
-        by_members = math.exp(epsilon) * false + delta
-        by_others = 1 - math.exp(-epsilon) * (1 - delta - false)
+        by_members = math.exp(epsilon) * false_positive_rate + delta
+        by_others = 1 - math.exp(-epsilon) * (1 - delta - false_positive_rate)
         bound = min(bound, by_members, by_others)
     return bound

@@ -1,14 +1,14 @@
-"""An empirical check of a plan's epsilon: canaries go through the real training step.
+"""Check a plan's epsilon empirically: send canaries through the real training step.
 
 The adversary chooses everything but the canaries' membership and sees every noisy gradient. In this
-white-box setting the analysis of DP-SGD is tight (Nasr et al., arXiv 2302.07956). Each canary's
-gradient lies along a coordinate of its own and has the clipping norm. A coin decides whether the
-canary is among the data. The other data are empty, which is the adversary's choice too, so an audit
-reads no private example and spends nothing.
+white-box setting the analysis of DP-SGD is tight (Nasr et al., arXiv 2302.07956). Each canary has a
+coordinate of its own, along which its gradient has the clipping norm. A coin decides whether the
+canary is in the data set. The adversary also chooses the other data, and chooses none. So an audit
+reads no private example and spends no privacy budget.
 
-How well the best test tells members from non-members gives a lower bound on epsilon at 95%
-confidence (Clopper and Pearson; Jagielski et al. 2020). The bound takes the canaries of one run as
-independent. They are if the noise of two coordinates is, which a test of the noise checks.
+The best membership test gives a lower bound on epsilon at 95% confidence (Clopper and Pearson;
+Jagielski et al. 2020). The bound assumes that the canaries of one run are independent. They are if
+the noise is independent across coordinates, which the test suite checks.
 
 Shapes: M canaries, B of them in a step.
 """
@@ -29,38 +29,39 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 
-# Probability that the lower bound exceeds the true epsilon, shared by the two error rates.
+# Probability that the lower bound exceeds the true epsilon. Each error rate gets half of it.
 _ERROR = 0.05
 
-# In one run. The prompt of the run has as many values, one coordinate for each canary.
+# Canaries in one run. The run trains one parameter with one coordinate for each canary.
 _CANARIES = 2048
 _LEAST_RUNS = 16
 
-# The canaries suffice to show this much more than the claim, to detect a broken mechanism.
+# There are enough canaries to measure an epsilon this far above the claim. Otherwise the audit
+# could not detect a broken mechanism.
 _SPARE = 1.0
 _MOST_CLAIM = 11.0
 
-# With no error among N canaries, the 97.5% upper end of the error rate is 3.7 / N.
+# If a test of N canaries makes no error, the 97.5% upper bound of its error rate is 3.7 / N.
 _POISSON_BOUND = 3.7
 
 
 class _NoNoise(RandomSource):
-    """The randomness of the control: its noise is switched off."""
+    """Random source of the control run: all noise is zero."""
 
     def normal(self, count: int, *purpose: object) -> np.ndarray:
         return np.zeros(count)
 
 
 def audit(config: RunConfig) -> dict[str, Any]:
-    """Audit the plan of a run file, with its noise and without.
+    """Audit the plan of a run file, once with noise and once without.
 
     The bound without noise is the control. If it does not exceed the claim, the audit cannot detect
     a broken mechanism.
 
     Raises:
-        InputError: the claim is above what a reasonable number of canaries can show.
+        InputError: the claimed epsilon is too large to test with a reasonable number of canaries.
     """
-    # An audit tries one training run. Selection by a search is not part of it.
+    # An audit covers one training run. It does not cover the selection by a search.
     plan = private_plan(config)
     claim = account(replace(plan, mean_trials=None, score_noise_multiplier=None)).epsilon
     if claim > _MOST_CLAIM:
@@ -68,7 +69,8 @@ def audit(config: RunConfig) -> dict[str, Any]:
             f"an audit needs too many canaries to tell epsilon {claim:.1f} from no privacy",
             f"audit a plan with an epsilon up to {_MOST_CLAIM:g}",
         )
-    # Half of the canaries are members, and half of the scores choose the threshold.
+    # One factor 2: half of the canaries are members. The other: half of the scores choose the
+    # threshold.
     needed = 2 * 2 * _POISSON_BOUND * math.exp(claim + _SPARE)
     runs = max(_LEAST_RUNS, math.ceil(needed / _CANARIES) + 1)
     sources = [RandomSource(f"audit {number}", secrets.token_bytes(32)) for number in range(runs)]
@@ -91,10 +93,10 @@ def canary_scores(
     """Run the private training step for all steps of a plan, with canaries as the only data.
 
     Returns:
-        The scores of the members, and of the canaries left out: the logarithm of the likelihood
-        ratio of the noisy gradients.
+        The scores of the members, and the scores of the canaries left out. A score is the log
+        likelihood ratio of the noisy gradients.
     """
-    # A coin for each canary decides whether it is among the data.
+    # A coin for each canary decides whether it is in the data set.
     member_M = source.words(canaries, "coins") % 2 == 0
     members = np.flatnonzero(member_M)
     # One coordinate for each canary, so that a canary's noisy gradient can be read alone.
@@ -103,13 +105,13 @@ def canary_scores(
     score_M = np.zeros(canaries)
     for step in range(plan.steps):
         drawn = members[plan.sampler.draw(source, len(members), 0, step)]
-        # Each canary in the step has all of the clipping norm in its coordinate.
+        # The gradient of each sampled canary has the full clipping norm in its coordinate.
         gradients = torch.zeros(len(drawn), canaries)
         gradients[torch.arange(len(drawn)), torch.from_numpy(drawn)] = plan.max_grad_norm
         before = parameter.detach().clone()
         optimizer.accumulate([gradients])
         optimizer.finish(step, lambda commitment: None)
-        # SGD at rate 1 moves the parameter by the noisy mean, from which the sum follows.
+        # SGD with learning rate 1 moves the parameter by the noisy mean. That gives the sum.
         moved_M = before - parameter.detach()
         sum_M = moved_M * (plan.expected_batch_size / plan.max_grad_norm)
         score_M += _log_likelihood_ratios(plan, sum_M.double().numpy())
@@ -117,16 +119,16 @@ def canary_scores(
 
 
 def lower_bound(members: np.ndarray, others: np.ndarray, delta: float) -> float:
-    """Return the largest lower bound on epsilon that the scores give, at 95% confidence.
+    """Return the largest lower bound on epsilon that the scores support, at 95% confidence.
 
-    One half of the scores chooses the threshold, the other half gives the bound.
+    Half of the scores choose the threshold. The other half give the bound.
 
     Args:
-        members: scores of the canaries among the data.
+        members: scores of the canaries in the data set.
         others: scores of the canaries left out.
-        delta: delta of the claim.
+        delta: the delta of the claimed epsilon.
     """
-    # A threshold chosen on the scores that it is judged by would flatter the bound.
+    # Choosing the threshold on the scores that give the bound would inflate the bound.
     tried = _thresholds(members[::2], others[::2])
     bounds = [_bound(members[::2], others[::2], threshold, delta) for threshold in tried]
     best = tried[int(np.argmax(bounds))]
@@ -134,7 +136,7 @@ def lower_bound(members: np.ndarray, others: np.ndarray, delta: float) -> float:
 
 
 def _bound_of_runs(plan: PrivacyPlan, sources: list[RandomSource]) -> float:
-    """Return the lower bound on epsilon from the canaries of all runs together."""
+    """Return the lower bound on epsilon from the canaries of all runs."""
     members = []
     others = []
     for source in sources:
@@ -149,20 +151,20 @@ def _log_likelihood_ratios(plan: PrivacyPlan, sum_M: np.ndarray) -> np.ndarray:
 
     Args:
         plan: gives sigma and the sampler.
-        sum_M: one noisy sum, in units of C.
+        sum_M: one noisy sum, in units of the clipping norm C.
     """
     ratio_M: np.ndarray = (2 * sum_M - 1) / (2 * plan.noise_multiplier**2)
     q = plan.sampler.inclusion_probability
     if q == 1:
         return ratio_M
-    # A member is in the step with probability q: a mixture of the densities with and without it.
+    # A member is sampled with probability q, so its density is a mixture of both densities.
     mixture_M: np.ndarray = np.logaddexp(np.log1p(-q), np.log(q) + ratio_M)
     return mixture_M
 
 
 def _thresholds(members: np.ndarray, others: np.ndarray) -> list[float]:
-    """Return the thresholds to try: between 400 quantiles of the scores and between extremes."""
-    # The extremes matter most: the bound comes from thresholds with few errors.
+    """Return the thresholds to try: midpoints of about 400 quantiles and of the extreme scores."""
+    # The extremes matter most, because thresholds with few errors give the best bounds.
     everything = np.sort(np.concatenate([members, others]))
     quantiles = everything[:: max(1, len(everything) // 400)]
     ends = np.unique(np.concatenate([quantiles, everything[:50], everything[-50:]]))
@@ -172,28 +174,28 @@ def _thresholds(members: np.ndarray, others: np.ndarray) -> list[float]:
 
 
 def _bound(members: np.ndarray, others: np.ndarray, threshold: float, delta: float) -> float:
-    """Bound epsilon by the error rates of a threshold, as the larger bound of both directions."""
-    # Counts become upper ends of rates, so that the bound holds with confidence.
+    """Return the lower bound on epsilon that the error rates of a threshold give."""
+    # Upper confidence bounds of the rates make the result hold at the stated confidence.
     false_positives = int((others > threshold).sum())
     false_negatives = int((members <= threshold).sum())
     positive_rate = _upper_end(false_positives, len(others))
     negative_rate = _upper_end(false_negatives, len(members))
-    # Differential privacy bounds both error rates by each other, in both directions.
+    # Differential privacy bounds each error rate by the other. The larger bound counts.
     by_positives = _log_ratio(1 - delta - negative_rate, positive_rate)
     by_negatives = _log_ratio(1 - delta - positive_rate, negative_rate)
     return max(by_positives, by_negatives)
 
 
 def _log_ratio(right: float, wrong: float) -> float:
-    """Return log(right / wrong), or 0 where it says nothing."""
+    """Return log(right / wrong), or 0 if `right` is not positive, where there is no bound."""
     if right <= 0:
         return 0.0
     return math.log(right / wrong)
 
 
 def _upper_end(count: int, total: int) -> float:
-    """Return the upper end of a rate's Clopper-Pearson interval, at half of `_ERROR`."""
+    """Return the Clopper-Pearson upper bound of a rate, at half of `_ERROR`."""
     if count == total:
         return 1.0
-    # binomtest(...).proportion_ci gives the same, but also computes a p-value: 27 times as slow.
+    # binomtest(...).proportion_ci also computes a p-value, which makes it 27 times as slow.
     return float(beta.ppf(1 - _ERROR / 2, count + 1, total - count))

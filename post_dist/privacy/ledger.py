@@ -1,10 +1,11 @@
-"""The ledger of private data: an append-only file with a row for each run and each step.
+"""The ledger of private data: an append-only file with rows for each run and each step.
 
-A row reaches the disk before its step draws noise. So a run that was killed or thrown away is
-charged for everything that it may have revealed. Each row carries the hash of the row before it, so
-a changed or missing row is detected. A step that is repeated after a kill for the same sum repeats
-its noise and has one row. For another sum it gets another row and is charged again. One run at a
-time writes to a ledger.
+A row reaches the disk before its step draws noise. So a run that was killed or discarded is charged
+for everything that it may have revealed. Each row carries the hash of the row before it, so
+accidental changes are detected. Only a changed last row, or rows removed at the end, go unnoticed.
+
+A killed run repeats its last step. If the sum is the same, so is the noise, and no row is added. A
+different sum adds a row and is charged again. One run at a time writes to a ledger.
 """
 
 import errno
@@ -27,21 +28,21 @@ from post_dist.files import writing
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.plan import PrivacyPlan
 
-# Stands in the first row in place of the hash of a row before it.
+# The first row carries this hash, because no row comes before it.
 _START = hashlib.sha256(b"post_dist ledger").hexdigest()
 
-# The delta of the budget of an empty ledger.
+# The delta at which the budget of an empty ledger is stated.
 _DEFAULT_DELTA = 1e-6
 
 
 @dataclass
 class Spending:
-    """What one run has spent.
+    """Privacy budget that one run has spent.
 
     Attributes:
         plan: the run's plan.
-        opened: when the run started, in UTC.
-        intents: for each (trial, step) the commitments to the sums that it was started with.
+        opened: time at which the run started, in UTC.
+        intents: by (trial, step), the commitments to all sums with which the step was started.
         finished: whether all steps were taken.
     """
 
@@ -52,7 +53,7 @@ class Spending:
 
     @property
     def charged_steps(self) -> int:
-        """Number of steps that are charged; a step that was started for two sums counts twice."""
+        """Number of charged steps. A step that was started with two sums counts twice."""
         return sum(len(sums) for sums in self.intents.values())
 
     @property
@@ -61,7 +62,7 @@ class Spending:
         return {times: count for times, count in self._begun.items() if times > 1}
 
     def plans(self) -> list[PrivacyPlan]:
-        """Return what was spent as plans whose steps were all taken.
+        """Return the spending as plans whose steps were all taken.
 
         A search is charged in full from its first row.
         """
@@ -74,10 +75,10 @@ class Spending:
 
 
 def ledger_path(config: RunConfig) -> Path:
-    """Return where the private data of a run file keep their ledger.
+    """Return the path of the ledger for the private data of a run file.
 
     Raises:
-        InputError: the data are not a local file, and `privacy.ledger` is not set.
+        InputError: the data are not in a local file, and `privacy.ledger` is not set.
     """
     if config.privacy.ledger is not None:
         return config.privacy.ledger
@@ -94,7 +95,8 @@ def ledger_path(config: RunConfig) -> Path:
 def read_ledger(path: Path) -> dict[str, Spending]:
     """Read the runs of a ledger, by their names.
 
-    A last row that a kill cut short started nothing and is skipped.
+    An incomplete last row is skipped. The run was killed while it wrote the row, so the step had
+    drawn no noise.
 
     Raises:
         InputError: the file cannot be read.
@@ -104,13 +106,13 @@ def read_ledger(path: Path) -> dict[str, Spending]:
 
 
 def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
-    """Return what the runs of a ledger have spent, one by one and together.
+    """Return what the runs of a ledger have spent, each alone and all together.
 
     Args:
         path: the ledger.
-        delta: the delta at which to state epsilon. None takes the least delta of the runs.
+        delta: the delta at which to state epsilon. None takes the smallest delta of the runs.
     """
-    # Epsilons add up at one delta only, so all runs are stated at the same.
+    # Epsilons at different deltas cannot be compared, so all runs are stated at one delta.
     spendings = read_ledger(path)
     if delta is None:
         deltas = [spending.plan.delta for spending in spendings.values()]
@@ -131,7 +133,7 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
 
 
 def _budget_row(run: str, spending: Spending, delta: float) -> dict[str, Any]:
-    """Return what one run has spent, as one row of the budget."""
+    """Return the row of the budget for one run."""
     plan = spending.plan
     epsilon = None
     if plan.private:
@@ -152,18 +154,18 @@ def _budget_row(run: str, spending: Spending, delta: float) -> dict[str, Any]:
 
 
 class LedgerRun:
-    """Writes what one run spends to a ledger.
+    """Writes the spending of one run to a ledger.
 
     Args:
         path: the ledger.
-        descriptor: open file of the ledger, from `lock_ledger`.
+        descriptor: file descriptor of the open ledger, from `lock_ledger`.
         run: name of this run.
         plan: plan of this run.
-        cap: the epsilon that all runs together may reach, or None.
+        cap: largest epsilon that all runs together may reach; None for no limit.
 
     Raises:
         ArtifactRefused: the ledger was changed.
-        PrivacyRefused: the run would exceed the cap, or started with another plan.
+        PrivacyRefused: the run would exceed the cap, or it started with another plan.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class LedgerRun:
         own = self._spendings.get(run)
         if own is None:
             own = Spending(plan, datetime.now(UTC).isoformat(timespec="seconds"))
-        # Less noise or more steps after a restart would not be what the first rows announced.
+        # The steps so far were charged by the old plan, so the plan cannot change on a restart.
         if own.plan != plan:
             raise PrivacyRefused(
                 f"{path} has this run with another plan than the one it would resume with",
@@ -197,11 +199,11 @@ class LedgerRun:
 
     @property
     def spending(self) -> Spending:
-        """What this run has spent."""
+        """Spending of this run."""
         return self._spendings[self._run]
 
     def intend(self, trial: int, step: int, commitment: str) -> None:
-        """Write a step's intent to the disk, unless it is there for this very sum.
+        """Write a step's intent to disk, unless the ledger has it for this exact sum.
 
         Args:
             trial: number of the trial; 0 without a search.
@@ -222,29 +224,29 @@ class LedgerRun:
         self._append(row="step", run=self._run, trial=trial, step=step, commitment=commitment)
 
     def charge_done(self, trial: int, steps: int) -> None:
-        """Charge the steps that a trial's checkpoint has taken and that the ledger does not have.
+        """Charge the steps before a trial's checkpoint that are missing in the ledger.
 
-        This happens when the steps were charged to another ledger, or to a newer copy of this one.
+        Steps are missing if they were charged to another ledger, or to a newer copy of this one.
         """
         for step in range(steps):
             if (trial, step) not in self.spending.intents:
                 self.intend(trial, step, "done before")
 
     def finish(self) -> None:
-        """Note that the run has taken all its steps."""
+        """Record that the run has taken all its steps."""
         if not self.spending.finished:
             self.spending.finished = True
             self._append(row="finished", run=self._run)
 
     def _check_cap(self, own: Spending) -> None:
-        """Check the sum of all runs, with this one as given, against the cap.
+        """Check the total epsilon of all runs against the cap, with `own` as this run's spending.
 
         Raises:
-            PrivacyRefused: it exceeds the cap.
+            PrivacyRefused: the total exceeds the cap.
         """
         if self._cap is None:
             return
-        # Finished, stopped and thrown away runs all count.
+        # Finished, stopped and discarded runs all count.
         others = []
         for run, spending in self._spendings.items():
             if run != self._run:
@@ -269,7 +271,7 @@ class LedgerRun:
         size = os.fstat(self._descriptor).st_size
         with writing(self._path):
             written = os.write(self._descriptor, data)
-            # A full disk that has room for a part of the row writes that part and raises nothing.
+            # On an almost full disk, `write` may write a part of the row without an error.
             if written < len(data):
                 os.ftruncate(self._descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -280,14 +282,14 @@ class LedgerRun:
 
 @contextmanager
 def lock_ledger(path: Path) -> Iterator[int]:
-    """Open a ledger for writing and keep other runs out.
+    """Open a ledger for writing and lock out other runs.
 
     Yields the file descriptor that `LedgerRun` needs.
 
     Raises:
         InputError: the file cannot be written to.
-        PrivacyRefused: another run holds it.
-        EnvironmentFault: the file system has no locks.
+        PrivacyRefused: another run holds the lock.
+        EnvironmentFault: the file system does not support locks.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -298,7 +300,7 @@ def lock_ledger(path: Path) -> Iterator[int]:
         ) from None
     try:
         _lock(descriptor, path)
-        # Remove a last row that a kill cut short, so that the next row has a line of its own.
+        # Remove an incomplete last row, so that the next row starts on a new line.
         os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
         yield descriptor
     finally:
@@ -309,8 +311,8 @@ def _lock(descriptor: int, path: Path) -> None:
     """Lock an open ledger.
 
     Raises:
-        PrivacyRefused: another run holds it.
-        EnvironmentFault: the file system has no locks.
+        PrivacyRefused: another run holds the lock.
+        EnvironmentFault: the file system does not support locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +336,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise InputError(f"cannot read the privacy ledger {path}: {reason}") from None
-    # What follows the last line break is empty, or a row that a kill cut short.
+    # The text after the last line break is empty, or an incomplete row from a killed run.
     return text.split("\n")[:-1]
 
 

@@ -1,14 +1,14 @@
 """The private mechanism: clip each example's gradient, sum, add Gaussian noise.
 
-Opacus' DPOptimizer with exact steps.
+`PrivateOptimizer` is the DPOptimizer of Opacus with exact sums.
 
 Clipped gradients are truncated to multiples of C * 2^-30 and summed as integers. So the sum does
-not depend on the order or the split of the examples, and its lowest bits reveal nothing (Mironov
-2012; arXiv 2207.13793). Truncation goes toward zero, so no norm grows. The noise is drawn in fp64,
-rounded to the same grid and added as an integer. Together with the integer sum this is a rounding
-of the Gaussian mechanism's output, and so post-processing.
+not depend on the order or the split of the examples. Its lowest bits reveal nothing (Mironov 2012;
+arXiv 2207.13793). Truncation rounds toward zero, so no norm grows. The noise is drawn in fp64,
+rounded to the same grid and added as an integer. The result equals the output of the Gaussian
+mechanism rounded to the grid, and rounding is post-processing.
 
-Shapes: B examples, ... a parameter's own shape.
+Shapes: B examples; "..." is the shape of a parameter.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,23 +21,23 @@ from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 
 GRID = 2.0**30
-"""Steps of the integer grid in one C. An int64 then has room for the sum of 2^33 examples."""
+"""Grid steps per clipping norm C. An int64 then has room for the sum of 2^33 examples."""
 
-# Keeps a clipped norm at C or below, whatever fp64 rounds up.
+# Keeps a clipped norm at C or below when fp64 rounds up.
 _SHRINK = 1 - 2.0**-40
 
 Intend = Callable[[str], None]
-"""Called with a commitment to the sum before its noise is drawn.
+"""Function that takes the commitment to a sum, and is called before its noise is drawn.
 
-Returns when the intent is safe on disk.
+It returns when the intent is safe on disk.
 """
 
 
 class PrivateOptimizer(DPOptimizer):
-    """Takes per-example gradients, and steps with their clipped, noisy mean.
+    """Takes per-example gradients, and steps with the noisy mean of the clipped gradients.
 
     Args:
-        optimizer: takes the step, over fp32 parameters.
+        optimizer: takes the step on fp32 parameters.
         plan: gives the clipping norm C, the noise multiplier sigma and the divisor.
         source: randomness of the run.
         trial: number of the trial in a search; 0 without a search.
@@ -58,25 +58,25 @@ class PrivateOptimizer(DPOptimizer):
         self._intend: Intend = lambda commitment: None
 
     def accumulate(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Clip the gradients of some examples of the step and add them to its sum.
+        """Clip the gradients of some examples and add them to the sum of the step.
 
         Args:
-            gradients: for each parameter [B, ...]; B may be 0.
+            gradients: per-example gradients [B, ...] of each parameter; B may be 0.
         """
         self._feed(gradients, last=False)
 
     def finish(self, step: int, intend: Intend) -> None:
-        """Add noise to the sum, once, and take the step.
+        """Add noise to the sum once, and take the step.
 
-        A step without examples is taken in the same way.
+        A step without examples works in the same way.
 
         Args:
             step: number of the step.
-            intend: puts the step's intent on disk before the noise is drawn.
+            intend: writes the step's intent to disk; called before the noise is drawn.
         """
         self._step_number = step
         self._intend = intend
-        # Opacus adds noise in the last of its steps, so an empty one comes last.
+        # Opacus adds the noise with the last micro-batch, so an empty one ends the step.
         no_examples = [parameter.new_zeros(0, *parameter.shape) for parameter in self.params]
         self._feed(no_examples, last=True)
 
@@ -93,25 +93,25 @@ class PrivateOptimizer(DPOptimizer):
             # NaN times zero is NaN, so values that are not finite are replaced first.
             finite = torch.where(finite_B[:, None], gradient, 0.0)
             kept = finite * factor_B[:, None]
-            # Toward zero, so that no norm grows; integers, so that the order does not matter.
+            # Truncate toward zero, so that no norm grows. Integer sums do not depend on the order.
             total = kept.trunc().long().sum(dim=0).view(parameter.shape)
             if parameter.summed_grad is not None:
                 total = parameter.summed_grad + total
             parameter.summed_grad = total
 
     def add_noise(self) -> None:
-        """Announce the sum, draw its noise, and leave the noisy sum in `grad`."""
+        """Record the commitment to the sum, draw the noise, and store the noisy sum in `grad`."""
         sums = [parameter.summed_grad.cpu() for parameter in self.params]
         # The commitment is a keyed digest of the exact integer sum.
         place = (self._trial, self._step_number)
         data = b"".join(total.numpy().tobytes() for total in sums)
         commitment = self._source.commitment(data, "sum", *place)
         sizes = [total.numel() for total in sums]
-        # The ledger charges the step before its noise exists, so a kill can hide no spending.
+        # The ledger charges the step before its noise exists, so a kill cannot hide spending.
         self._intend(commitment)
         # The commitment is part of the noise's name, so another sum gets independent noise.
         noise = self._source.normal(sum(sizes), "noise", *place, commitment)
-        # The noise in steps of the grid: sigma * C is sigma * 2^30 of them.
+        # The noise in grid steps: sigma * C is sigma * 2^30 of them.
         steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()
         for parameter, total, drawn in zip(self.params, sums, steps.split(sizes), strict=True):
             noisy = (total + drawn.view(total.shape)).double() * (self.max_grad_norm / GRID)
@@ -119,10 +119,10 @@ class PrivateOptimizer(DPOptimizer):
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
 
     def _grid_factors(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the factors [B] that clip each example's gradient to norm C, in steps of the grid.
+        """Return the factors [B] that clip each example's gradient to norm C, in grid steps.
 
         Args:
-            flat: for each parameter [B, values] in fp64.
+            flat: gradients [B, number of values] of each parameter, in fp64.
         """
         # One norm over all parameters: the prompt and the class biases share the clipping norm.
         squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)
@@ -130,7 +130,7 @@ class PrivateOptimizer(DPOptimizer):
         return clip_B * _SHRINK * (GRID / self.max_grad_norm)
 
     def _feed(self, gradients: Sequence[torch.Tensor], *, last: bool) -> None:
-        """Hand gradients to Opacus' step, which adds noise and steps only for the last ones."""
+        """Pass gradients to the step of Opacus, which adds noise and steps only for the last."""
         for parameter, gradient in zip(self.params, gradients, strict=True):
             parameter.grad_sample = gradient
         self.signal_skip_step(not last)

@@ -1,10 +1,9 @@
-"""Micro-batches of fixed shapes, on which the privacy of a step and of a score rests.
+"""Micro-batches of fixed shapes, which the privacy of steps and scores depends on.
 
-What kernels round depends on the shapes that they are given. The length of a micro-batch and its
-number of examples are fixed by each example's own length. So an example's gradient, and its class
-scores, are functions of that example alone, bit for bit, whichever other examples are in the step.
-Otherwise one more example would also change the gradients of others by more than the clipping norm
-allows.
+Rounding in a kernel depends on the shapes of its inputs. Here an example's own length fixes both
+the length of its micro-batch and the number of examples in it. So its gradient and its class scores
+depend on that example alone, bit for bit. Otherwise adding one example could change the gradients
+of other examples. The clipping norm would then not bound the change of the sum.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +15,17 @@ from post_dist.data.template import Batch
 from post_dist.models.tuning_task import TuningTask
 
 LENGTH_STEP = 16
-"""Lengths are rounded up to a multiple of this, so that a step needs few different shapes."""
+"""Lengths are rounded up to a multiple of this, so that a step uses few different shapes."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some examples of a step, filled up to a fixed number and padded to a fixed length.
+    """Examples of a step, filled up to a fixed number and padded to a fixed length.
 
     Attributes:
-        counted: number of examples that count. The others are copies of the last one.
+        counted: number of real examples. The rest are copies of the last one.
         batch: the examples and the copies.
-        targets: the class or the response of each, copies included.
+        targets: the classes or responses of the examples and the copies.
     """
 
     counted: int
@@ -37,23 +36,23 @@ class MicroBatch:
 def micro_batches(
     task: TuningTask, examples: Sequence[int], longest_size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """Cut examples into micro-batches whose shapes depend on each example's own length alone.
+    """Split examples into micro-batches whose shapes depend only on each example's own length.
 
-    All micro-batches have about as many tokens as `longest_size` examples of the greatest length.
+    Every micro-batch has about as many tokens as `longest_size` of the longest examples.
 
     Args:
         task: holds the examples.
-        examples: numbers of the examples of a step.
+        examples: indices of the examples of a step.
         longest_size: number of examples in a micro-batch of the longest examples.
-        device: where the micro-batches go.
+        device: device of the micro-batches.
     """
     longest = padded_length(task)
     for length, group in sorted(_groups_by_length(task, examples).items()):
-        # Shorter examples come in larger micro-batches: about as many tokens, and the same memory.
+        # Shorter examples come in larger micro-batches, so that all need about the same memory.
         size = longest_size * longest // length
         for start in range(0, len(group), size):
             chosen = group[start : start + size]
-            # Copies fill up the last micro-batch, so that its shape is the same whatever its size.
+            # Copies fill up the last micro-batch, so that it has the same shape as the others.
             copies = chosen[-1:] * (size - len(chosen))
             filled = chosen + copies
             batch = task.reader.collate([task.examples[example] for example in filled], length)
@@ -63,15 +62,15 @@ def micro_batches(
 def padded_length(task: TuningTask) -> int:
     """Return the number of tokens of the longest micro-batch.
 
-    An example of a masked model always has padding. Where all examples of a call are without any,
-    transformers drops the attention mask. Other kernels run then, and what they round would depend
+    Examples of a masked model always get at least one padding token. Without any padding in a
+    batch, transformers drops the attention mask and runs other kernels. Rounding would then depend
     on the lengths of the other examples.
     """
     return task.reader.longest + task.model.masked
 
 
 def _groups_by_length(task: TuningTask, examples: Sequence[int]) -> dict[int, list[int]]:
-    """Group examples by the length that they are padded to: their own, rounded up."""
+    """Group examples by their padded length: their own length, rounded up."""
     longest = padded_length(task)
     groups: dict[int, list[int]] = {}
     for example in examples:

@@ -1,10 +1,10 @@
 """The plan of a private run.
 
-Its sampler, clipping, noise and accounting all follow from it. Loads no torch.
+The sampler, clipping, noise and accounting all follow from it. This module does not import torch.
 
-The neighboring relation is to add or remove one example of the private data. Under this relation
-the number of examples is private itself. So every number in the plan is declared in the run file,
-and none is counted from the data.
+Two data sets are neighbors if one has one more example than the other. Under this relation the
+number of examples is itself private. So every number in the plan is declared in the run file, and
+none is counted from the data.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ from post_dist.privacy.sampling import PoissonSampler, Sampler
 UNIT = "one example"
 RELATION = "add or remove one"
 LOGARITHMIC = 0.0
-"""The logarithmic distribution's shape among the negative binomials of arXiv 2110.03620."""
+"""Shape 0 of the truncated negative binomial distribution (arXiv 2110.03620): logarithmic."""
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """DP-SGD, as one training run or as a search over several.
+    """Parameters of DP-SGD, for one training run or for a search over several.
 
     Attributes:
         noise_multiplier: sigma. The noise has standard deviation sigma * max_grad_norm in each
             coordinate of the sum.
         sampling_probability: q, the probability that a step reads a given example.
-        steps: number of steps T. All of them are taken; no step is chosen by its result.
+        steps: number of steps T. All steps are taken, and the last one gives the result.
         max_grad_norm: C, the Euclidean norm to which each example's gradient is clipped.
         delta: the delta at which epsilon is stated.
-        expected_batch_size: divisor of the noisy sum. A constant, so that no realized batch size
-            shows.
+        expected_batch_size: divisor of the noisy sum. It is a constant, because the realized batch
+            size is private.
         noise_source: `system`, or `seeded` for tests, which is not private.
         declared_examples: the public number of examples, if the run file declares one.
         mean_trials: mean number of training runs in a search; None for a single run.
@@ -54,17 +54,17 @@ class PrivacyPlan:
 
     @property
     def private(self) -> bool:
-        """Whether the guarantee of the plan holds. It does not when the noise can be repeated."""
+        """Whether the guarantee of the plan holds. It does not if the noise can be repeated."""
         return self.noise_source == "system"
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler that draws the examples of each step, and that the accounting is based on."""
+        """The sampler that draws the examples of each step and defines the accounting."""
         return PoissonSampler(self.sampling_probability)
 
     def trial_event(self) -> DpEvent:
         """Describe one training run, with its score in a search, for the accountants."""
-        # The clipping norm is not part of it: sigma counts in units of C.
+        # The clipping norm C is not part of the event, because sigma is in units of C.
         training = self.sampler.event(self.noise_multiplier, self.steps)
         if self.score_noise_multiplier is None:
             return training
@@ -72,7 +72,7 @@ class PrivacyPlan:
         return dp_event.ComposedDpEvent([training, score])
 
     def event(self) -> DpEvent:
-        """Describe all that is computed from the private data: one run, or the best of several."""
+        """Describe everything computed from the private data: one run, or the best of several."""
         if self.mean_trials is None:
             return self.trial_event()
         return dp_event.RepeatAndSelectDpEvent(self.trial_event(), self.mean_trials, LOGARITHMIC)
@@ -80,19 +80,18 @@ class PrivacyPlan:
     def spent(self, begun: Mapping[int, int]) -> list["PrivacyPlan"]:
         """Return what a run has spent of this plan, as plans whose steps were all taken.
 
-        A step that was started again for another sum reads the same examples as the first time. The
-        k noisy sums of one sample tell as much as one sum with a k-th of the noise variance. That
-        is more than k samples would tell.
+        A step that is started again with another sum reads the same examples as the first time. Its
+        k noisy sums reveal as much as one sum with 1/k of the noise variance. That is more than k
+        independent samples would reveal. A search is always charged in full, and its repeated steps
+        are charged on top.
 
         Args:
-            begun: histogram from the number of times a step was started to the number of such
-                steps. A search is charged in full whatever it took, and repeated steps are charged
-                on top.
+            begun: histogram: number of times a step was started -> number of such steps.
         """
         plans = []
         for times, count in sorted(begun.items()):
-            in_full_price = self.mean_trials is not None and times <= 1
-            if count == 0 or in_full_price:
+            covered_by_search = self.mean_trials is not None and times <= 1
+            if count == 0 or covered_by_search:
                 continue
             # Averaging k sums of one sample divides the noise variance by k.
             repeated = replace(
@@ -119,11 +118,11 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
     declared = section.declared_examples
     expected = section.expected_batch_size or float(config.tune.batch_size)
     delta = section.target_delta
-    # Well below 1 / N, as is customary.
+    # The usual choice: well below 1 / N.
     if delta is None and declared:
         delta = declared**-1.1
     sampling_probability = section.sampling_probability
-    # The probability for which the expected batch size is what the run file says.
+    # With this probability, the mean number of sampled examples is the expected batch size.
     if sampling_probability is None and declared:
         sampling_probability = expected / declared
     if not delta or not sampling_probability:

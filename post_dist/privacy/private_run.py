@@ -1,6 +1,7 @@
-"""One private tuning run from its plan to its statement, as a single training run or as a search.
+"""Run private tuning from the plan to the statement, as a single training run or as a search.
 
-Nothing that is computed from an example is shown or kept without noise.
+Values computed from private examples get noise before they are shown or saved. The one exception
+is the ledger, which holds keyed commitments and stays with the owner.
 """
 
 import logging
@@ -30,9 +31,9 @@ def tune_privately(
     """Tune a prompt under the privacy plan of the run file.
 
     Args:
-        folder: keeps the run's key, and its state after every step.
-        task: model, examples and start.
-        world: this process.
+        folder: holds the run's key, and its state after every step.
+        task: the model, the examples and the initial prompt.
+        world: this process, alone.
         resume: `auto` or `never`.
 
     Returns:
@@ -43,13 +44,13 @@ def tune_privately(
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
     config = folder.config
-    # Everything that can refuse the run comes before the ledger is opened.
+    # The plan and the model are checked before the ledger is opened.
     plan = private_plan(config)
     _log_cost(plan)
     check_model(config.tune, task)
     key_file = folder.path / "randomness.json"
     ledger_file = ledger_path(config)
-    # The lock holds for the whole run: two runs must not spend from one budget at once.
+    # The lock is held for the whole run: two runs must not spend one budget at the same time.
     with lock_ledger(ledger_file) as descriptor:
         if resume == "never":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -67,14 +68,14 @@ def tune_privately(
             parameters = trainer.train(settings, 0, folder.checkpoints)
         else:
             parameters = run_search(trainer, settings)
-        # Without its key, a finished run can neither be continued nor have its noise subtracted.
+        # Without the key, a finished run cannot be resumed, and its noise cannot be subtracted.
         destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
 
 
 def _log_cost(plan: PrivacyPlan) -> None:
-    """Log what the plan costs, and warn where it is not private."""
+    """Log the cost of the plan, and warn if it is not private."""
     cost = account(plan)
     log.info(
         "tune: epsilon %.3f at delta %.2e, noise multiplier %.4f, %d steps",

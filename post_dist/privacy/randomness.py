@@ -1,15 +1,13 @@
-"""Randomness that nobody can predict.
-
-A killed run can repeat it for the same gradient, and for that one alone.
+"""Randomness that nobody can predict, and that only a resumed run can repeat.
 
 A 256-bit key comes from the operating system's entropy. All random words are SHAKE-256 of the key
-and of what they are for, so they are functions of the key. A run that resumes after a kill draws
-the same batch, and for the same clipped sum the same noise. The noise is a function of the sum
-itself: another sum, whatever caused it, gets independent noise.
+and of their purpose. A run that resumes after a kill therefore draws the same batch. It draws the
+same noise only for the same clipped sum. The noise is a function of the sum: any other sum gets
+independent noise.
 
-The key stays in the owner's folder while the run lasts. It is destroyed when the last step is
-saved, because whoever has the key and the prompt could subtract the noise. The name of the run
-stays.
+The key stays in the owner's folder during the run. It is destroyed after the last step is saved,
+because the key and the prompt together would allow subtracting the noise. The name of the run is
+kept.
 """
 
 import hashlib
@@ -28,8 +26,8 @@ from post_dist.files import write_file
 
 _KEY_BYTES = 32
 
-# Bits of a uniform value. Values lie half a step inside (0, 1), so their inverse normal is
-# finite.
+# Bits of a uniform value. Values keep half a step of distance from 0 and 1, so the inverse normal
+# distribution function is finite.
 _UNIFORM_BITS = 52
 
 # A sum of four draws defeats attacks on the lowest bits of one draw (arXiv 2107.10138).
@@ -38,11 +36,11 @@ _SUMMED = 4
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Random words from a secret key.
+    """Source of random words from a secret key.
 
     Attributes:
         run: public name of the run that the key belongs to.
-        key: the secret, which `repr` does not show. Empty after it was destroyed.
+        key: the secret key. `repr` hides it. Empty after it was destroyed.
     """
 
     run: str
@@ -56,29 +54,29 @@ class RandomSource:
 
         The same key and purpose give the same words.
         """
-        # SHAKE-256 is an extendable-output function: one digest gives as many words as are needed.
+        # SHAKE-256 is an extendable-output function, so one digest can have any length.
         stream = hashlib.shake_256(self.key + self._message("words", *purpose)).digest(8 * count)
         return np.frombuffer(stream, dtype="<u8")
 
     def normal(self, count: int, *purpose: object) -> np.ndarray:
         """Return `count` standard normal values in fp64.
 
-        Each is the scaled sum of four values by inversion.
+        Each is the scaled sum of four normal values. Inversion of uniform values gives these.
         """
         words = self.words(_SUMMED * count, "normal", *purpose)
-        # The upper 52 bits of a word, half a step off the grid.
+        # Take the upper 52 bits of each word, and add half a step.
         uniform = ((words >> (64 - _UNIFORM_BITS)) + 0.5) * 2.0**-_UNIFORM_BITS
         values: np.ndarray = ndtri(uniform).reshape(_SUMMED, count).sum(axis=0) / _SUMMED**0.5
         return values
 
     def commitment(self, data: bytes, *purpose: object) -> str:
-        """Return a keyed digest, which tells whether data are the same as before, and no more."""
-        # Keyed, so that nobody without the key can test a guess of the data.
+        """Return a keyed digest. It only tells whether data are the same as before."""
+        # Without the key, nobody can use the digest to test a guess of the data.
         message = self._message("commitment", *purpose)
         return hmac.new(self.key, message + data, hashlib.sha256).hexdigest()
 
     def _message(self, *purpose: object) -> bytes:
-        """Encode what random words are for.
+        """Encode the purpose of random words.
 
         Raises:
             ArtifactRefused: the key has been destroyed.
@@ -95,10 +93,9 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
     """Open the random source of an unfinished run, or make a new one.
 
     Args:
-        path: file in which the run keeps its key, readable by its owner alone.
-        noise_source: `system`; or `seeded`, whose key follows from the seed, so that everyone can
-            know it.
-        seed: used by `seeded` alone.
+        path: file that holds the key of the run. Only its owner can read it.
+        noise_source: `system`, or `seeded`. A seeded key follows from the seed and is not secret.
+        seed: used only by `seeded`.
 
     Raises:
         ArtifactRefused: the file does not hold a key.
@@ -107,12 +104,12 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
     """
     if path.exists():
         return _read(path)
-    # A seed gives a key that everyone can compute, for tests alone.
+    # Anyone can compute the key of a seed. This is only for tests.
     if noise_source == "system":
         key = secrets.token_bytes(_KEY_BYTES)
     else:
         key = hashlib.sha256(f"seeded {seed}".encode()).digest()
-    # The name is random too: two runs of one run file are two runs in the ledger.
+    # The name is random, so two runs of one run file are two runs in the ledger.
     source = RandomSource(secrets.token_hex(8), key)
     _write(path, source)
     return source
@@ -121,10 +118,10 @@ def open_source(path: Path, noise_source: str, seed: int) -> RandomSource:
 def destroy_key(path: Path, source: RandomSource) -> None:
     """Overwrite a run's key and keep its name.
 
-    Storage that copies on write may still hold the key.
+    Copy-on-write storage may still hold the key.
     """
     with path.open("r+b") as old:
-        # Write the new file first, so that a kill before the overwriting leaves a readable file.
+        # Replace the file first, so that a kill during the overwriting leaves a readable file.
         _write(path, RandomSource(source.run, b""))
         size = os.fstat(old.fileno()).st_size
         old.write(b"\0" * size)
@@ -144,10 +141,10 @@ def _read(path: Path) -> RandomSource:
 
 
 def _write(path: Path, source: RandomSource) -> None:
-    """Write a key file that its owner alone can read."""
+    """Write a key file that only its owner can read."""
 
     def fill(partial: Path) -> None:
-        # Created with its final mode, so that nobody else can open it in between.
+        # Create the file with its final mode, so that nobody else can ever open it.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(partial, flags, 0o600)
         with os.fdopen(descriptor, "w") as file:

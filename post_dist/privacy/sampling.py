@@ -1,8 +1,10 @@
-"""Samplers: which examples a step reads, and what that means for the accountants.
+"""Samplers: they draw the examples of each step, and describe the steps to the accountants.
 
-A sampler is one object, so that the examples that a step draws and the event that is accounted
-cannot drift apart. To add a sampler, write a class with the interface of `Sampler` here, add its
-field to the section `privacy` of `config/schema.py`, and choose it in `PrivacyPlan.sampler`.
+One object does both, so that drawing and accounting always match. To add a sampler:
+
+1. Write a class with the interface of `Sampler` here.
+2. Add its field to the section `privacy` of `config/schema.py`.
+3. Choose it in `PrivacyPlan.sampler`.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ class Sampler(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in `privacy.json`."""
+        """Name of the sampler in `privacy.json`."""
 
     @property
     def inclusion_probability(self) -> float:
@@ -31,12 +33,12 @@ class Sampler(Protocol):
 
         Args:
             source: all randomness of the run.
-            total: number of private examples. It is private itself, and no published number depends
-                on it.
-            *step: names the step; the same name draws the same examples.
+            total: number of private examples. It is itself private, and no published number
+                depends on it.
+            *step: name of the step. The same name draws the same examples.
 
         Returns:
-            Numbers of the examples in rising order; the list may be empty.
+            Indices of the examples in ascending order; the list may be empty.
         """
 
     def event(self, noise_multiplier: float, steps: int) -> DpEvent:
@@ -48,7 +50,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class PoissonSampler:
-    """Poisson sampling: each example is in a step with probability q, independently of all others.
+    """Poisson sampling: each example is in a step with probability q, independent of all others.
 
     Attributes:
         sampling_probability: q, above 0 and at most 1.
@@ -58,7 +60,7 @@ class PoissonSampler:
 
     @property
     def name(self) -> str:
-        """Its name in `privacy.json`."""
+        """Name of the sampler in `privacy.json`."""
         return "Poisson"
 
     @property
@@ -68,9 +70,9 @@ class PoissonSampler:
 
     def draw(self, source: RandomSource, total: int, *step: object) -> list[int]:
         """Draw the examples of a step; see `Sampler.draw`."""
-        # The purpose "rows" is part of the random stream: another name would draw other examples.
+        # The purpose "rows" must not change: another purpose would draw other examples.
         words_N = source.words(total, "rows", *step)
-        # A uniform word is below the threshold with probability q, to a multiple of 2^-64.
+        # A uniform word is below the threshold with probability q, rounded to 2^-64.
         threshold = int(self.sampling_probability * _WORDS)
         return [example for example, word in enumerate(words_N.tolist()) if word < threshold]
 

@@ -1,6 +1,6 @@
-"""The score of a trial in a private search: its number of correct validation examples.
+"""The score of a trial in a private search: the number of correct validation examples.
 
-The count is private. The search adds noise to it before it uses it.
+The count is private. The search adds noise before it uses the count.
 
 Shapes: B examples, C classes.
 """
@@ -37,8 +37,8 @@ def count_right(
 ) -> int:
     """Count the examples that the tuned parameters classify correctly.
 
-    Micro-batches have fixed shapes, so one more example changes the count by one at most. No
-    progress is shown, because the numbers of examples and of trials are private.
+    Micro-batches have fixed shapes, so one more example changes the count by at most one. There is
+    no progress bar, because the numbers of examples and of trials are private.
 
     Args:
         task: holds the model and the examples to classify.
@@ -51,10 +51,10 @@ def count_right(
     """
     right = 0
     for micro_batch in micro_batches(task, range(len(task.examples)), longest_size, world.device):
-        # The watchdog learns that work continues, but not how much of it there is.
+        # This tells the watchdog that the run is alive, but not how many batches there are.
         phase("scoring a trial")
         batch = micro_batch.batch
-        # The whole head runs, as in `evaluate`: scores of single tokens may round differently.
+        # Run the whole head as `evaluate` does: a head of a few tokens may round differently.
         logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
         scores_BC = task.reader.scores(logits_BV)
         if len(parameters) > 1:

@@ -1,8 +1,8 @@
-"""A private search over settings: a random number of trials, and the best by a noisy score.
+"""A private search over settings: run a random number of trials, and keep the best noisy score.
 
-The number of trials is drawn from a logarithmic distribution that does not look at the data. Each
-trial is a whole private training run. Its score is the number of validation examples that it
-classifies correctly, plus Gaussian noise. Only the best trial leaves. The cost is that of the
+The number of trials is drawn from a logarithmic distribution, independent of the data. Each trial
+is a whole private training run. Its score is the number of validation examples that it classifies
+correctly, plus Gaussian noise. Only the best trial is published. Its cost is that of the
 repeat-and-select event (Papernot and Steinke, arXiv 2110.03620), not the sum over trials.
 """
 
@@ -19,19 +19,19 @@ from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
 
 
 def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.Tensor]:
-    """Run the trials and return the parameters of the best one. Which one it was is not told.
+    """Run the trials and return the parameters of the best one, but not its settings.
 
     Args:
         trainer: trains and scores a trial.
-        settings: what a trial uses where the search lists no candidates.
+        settings: defaults for settings that the search does not vary.
 
     Raises:
-        ArtifactRefused: the key has been destroyed, and no trial is kept.
+        ArtifactRefused: the key has been destroyed, and no trial was saved.
     """
     run = trainer.run
     kept = run.checkpoints / "search"
     finished = newest_step(kept)
-    # Trials that were finished before a kill are kept, as their best one and their number.
+    # A checkpoint holds the number of finished trials and the best one of them.
     best = {"score": torch.tensor(-math.inf, dtype=torch.float64)}
     if finished:
         best = load_tensors(kept, finished)
@@ -53,9 +53,9 @@ def noisy_score(count: int, plan: PrivacyPlan, source: RandomSource, trial: int)
     """Add the plan's noise to a trial's number of correct validation examples.
 
     Args:
-        count: the private number. It is part of the noise's name, so another count gets independent
+        count: the private count. The noise is a function of it, so another count gets independent
             noise.
-        plan: gives the standard deviation.
+        plan: gives the standard deviation of the noise.
         source: randomness of the run.
         trial: number of the trial.
     """
@@ -66,39 +66,44 @@ def noisy_score(count: int, plan: PrivacyPlan, source: RandomSource, trial: int)
 def number_of_trials(plan: PrivacyPlan, source: RandomSource) -> int:
     """Draw the number of trials from the logarithmic distribution with the plan's mean.
 
-    P(k) = p^k / (-k log(1 - p)) for k = 1, 2, ... scipy.stats.logser.ppf gives the same numbers but
-    raises RuntimeError for some words: 5 of 10,000 at mean 10, 65 at mean 100.
+    P(k) = p^k / (-k log(1 - p)) for k = 1, 2, ...
+
+    scipy.stats.logser.ppf gives the same numbers, but raises RuntimeError for some random words: 5
+    of 10,000 at mean 10, and 65 at mean 100.
     """
     p = logarithmic_parameter(float(plan.mean_trials or 0.0))
-    # Inversion: subtract P(1), P(2), ... from a uniform value until nothing is left.
-    left = (int(source.words(1, "trials")[0]) + 0.5) / 2**64
+    # Inversion: subtract P(1), P(2), ... from a uniform value until nothing remains.
+    remaining = (int(source.words(1, "trials")[0]) + 0.5) / 2**64
     trials = 0
     weight = 1.0
-    while left > 0:
+    while remaining > 0:
         trials += 1
         weight *= p
-        left -= weight / (-trials * math.log1p(-p))
+        remaining -= weight / (-trials * math.log1p(-p))
     return trials
 
 
 def logarithmic_parameter(mean: float) -> float:
-    """Return the p whose logarithmic distribution has a mean, -p / ((1 - p) log(1 - p))."""
+    """Return the parameter p of the logarithmic distribution with the given mean.
+
+    The mean is -p / ((1 - p) log(1 - p)).
+    """
 
     def excess(p: float) -> float:
         return -p / ((1 - p) * math.log1p(-p)) - mean
 
-    # The mean rises with p from 1 to infinity, so there is one root.
+    # The mean grows with p from 1 to infinity, so there is exactly one root.
     return float(brentq(excess, 1e-12, 1 - 1e-12))
 
 
 def trial_settings(
     search: Search | None, settings: TrialSettings, source: RandomSource, trial: int
 ) -> TrialSettings:
-    """Draw the settings of a trial evenly from the lists of a search.
+    """Draw the settings of a trial uniformly from the lists of a search.
 
     Args:
-        search: the lists of the run file.
-        settings: used where a list is empty.
+        search: the lists in the run file; None without a search.
+        settings: defaults where a list is empty.
         source: randomness of the run.
         trial: number of the trial.
     """
@@ -106,7 +111,7 @@ def trial_settings(
         return settings
     rates = search.learning_rate or (settings.learning_rate,)
     norms = search.max_grad_norm or (settings.max_grad_norm,)
-    # One word chooses a pair, so that all combinations are equally likely.
+    # One random word chooses a pair, so that all combinations are equally likely.
     word = int(source.words(1, "setting", trial)[0]) % (len(rates) * len(norms))
     return TrialSettings(rates[word % len(rates)], norms[word // len(rates)])
 
@@ -114,10 +119,10 @@ def trial_settings(
 def _trials_in_all(plan: PrivacyPlan, source: RandomSource, finished: int) -> int:
     """Return the number of trials of the whole search.
 
-    A search that kept a trial and has no key is complete: it was killed after its key was destroyed
-    and before its artifact was written.
+    A search with saved trials and no key is complete. It was killed after the key was destroyed and
+    before the artifact was written.
     """
-    # The number of trials is drawn from the key, so it cannot be drawn again without one.
+    # Without the key the number of trials cannot be drawn again.
     if finished and not source.key:
         return finished
     return number_of_trials(plan, source)

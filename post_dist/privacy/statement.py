@@ -1,4 +1,4 @@
-"""`privacy.json`: what a prompt claims, the numbers behind it, and what it does not cover."""
+"""`privacy.json`: the privacy claim of a prompt, the numbers behind it, and what it excludes."""
 
 import math
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ _NOT_COVERED = [
 ]
 _SEEDED = "everything: the noise came from a seed and can be subtracted"
 
-# Two machines compute epsilon to better than this.
+# Two machines agree on epsilon more closely than this.
 _TOLERANCE = 1e-3
 
-# Claims beyond these bounds promise nothing, or take hours to compute.
+# Numbers outside these bounds give no useful guarantee, or take hours to compute.
 _LEAST_NOISE = 0.2
 _MOST_NOISE = 1e4
 _MOST_STEPS = 10**6
@@ -37,7 +37,7 @@ _LEAST_PROBABILITY = 1e-300
 def privacy_statement(spending: Spending) -> dict[str, Any]:
     """Return the contents of `privacy.json` for a finished run.
 
-    Steps that were repeated raise epsilon.
+    Repeated steps raise epsilon.
     """
     plan = spending.plan
     cost = account(plan)
@@ -59,7 +59,7 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
         "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
         "not_covered": _NOT_COVERED,
     }
-    # Noise from a seed protects nothing, whatever the accountants say.
+    # Noise from a seed protects nothing, so the epsilon of the accountants does not apply.
     if not plan.private:
         statement["epsilon"] = None
         statement["epsilon_at_delta"] = {}
@@ -69,30 +69,30 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
 
 
 def statement_problems(statement: dict[str, Any]) -> list[str]:
-    """Compute a statement's epsilon again from its own numbers, and describe what does not hold.
+    """Recompute epsilon from the numbers of a statement, and describe claims that do not hold.
 
     Args:
-        statement: untrusted.
+        statement: contents of an untrusted `privacy.json`.
 
     Raises:
-        ArtifactRefused: numbers are missing, or are not numbers that an accountant can take.
+        ArtifactRefused: numbers are missing, or no accountant can take them.
     """
     claim, plan, repeated = _parse(statement)
-    # A prompt with seeded noise may not claim anything.
+    # A prompt with seeded noise must not claim an epsilon.
     if not plan.private:
         if claim is None:
             return []
         return ["its noise came from a seed, yet it claims an epsilon"]
     if claim is None:
         return ["it claims no epsilon"]
-    # Numbers that pass the bounds may still overflow in an accountant.
+    # Numbers within the bounds may still overflow in an accountant.
     try:
         true = _epsilon_of(plan, repeated)
     except (TypeError, ValueError, OverflowError):
         raise _not_computable() from None
     if true > _MOST_EPSILON:
         return [f"its own numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
-    # A claim above the computed epsilon is allowed: it promises less.
+    # A claim above the computed epsilon is allowed, because it promises less.
     if true > claim + _TOLERANCE:
         return [f"it claims epsilon {claim:.4f}, but its own numbers give {true:.4f}"]
     return []
@@ -112,7 +112,7 @@ def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[i
         usable = _can_be_computed(plan, repeated)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise _not_computable() from None
-    if not usable or not (claim is None or _lies(claim, 0, math.inf)):
+    if not usable or not (claim is None or _is_between(claim, 0, math.inf)):
         raise _not_computable()
     return claim, plan, repeated
 
@@ -122,10 +122,10 @@ def _not_computable() -> ArtifactRefused:
 
 
 def _epsilon_of(plan: PrivacyPlan, repeated: Mapping[int, int]) -> float:
-    """Compute epsilon of a plan with repeated steps; infinity where it is beyond use."""
+    """Compute the epsilon of a plan with repeated steps. It is infinite above `_MOST_EPSILON`."""
     begun = {1: plan.steps - sum(repeated.values()), **repeated}
     plans = plan.spent(begun)
-    # RDP is quick for any numbers, so it goes first: claims that promise nothing stop here.
+    # RDP is fast for any numbers, so it first rejects claims that promise nothing.
     if rdp_epsilon(plans, plan.delta) > _MOST_EPSILON:
         return math.inf
     return composed_epsilon(plans, plan.delta)
@@ -138,26 +138,26 @@ def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
         return False
     if not all(1 < times <= _MOST_TIMES for times in repeated):
         return False
-    # A single run cannot have repeated more steps than it has; a search has more than the plan's.
+    # A single run cannot repeat more steps than the plan has. A search has several runs.
     if plan.mean_trials is None and sum(repeated.values()) > plan.steps:
         return False
-    # Zero is left out: its logarithm is taken.
+    # Zero is not allowed, because accountants take the logarithm.
     probabilities = (plan.sampling_probability, plan.delta)
-    if not all(_lies(value, _LEAST_PROBABILITY, 1) for value in probabilities):
+    if not all(_is_between(value, _LEAST_PROBABILITY, 1) for value in probabilities):
         return False
-    if not _lies(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE):
+    if not _is_between(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE):
         return False
-    # Both numbers of a search, or neither.
+    # A search gives both of these numbers, and a single run gives neither.
     if plan.mean_trials is None and plan.score_noise_multiplier is None:
         return True
-    return _lies(plan.mean_trials, _LEAST_TRIALS, _MOST_TRIALS) and _lies(
+    return _is_between(plan.mean_trials, _LEAST_TRIALS, _MOST_TRIALS) and _is_between(
         plan.score_noise_multiplier, _LEAST_NOISE, _MOST_NOISE
     )
 
 
-def _lies(number: object, least: float, most: float) -> bool:
+def _is_between(number: object, least: float, most: float) -> bool:
     """Return whether an untrusted value is a number between two bounds.
 
-    True and False are not numbers here.
+    True and False do not count as numbers.
     """
     return type(number) in (int, float) and least <= number <= most  # type: ignore[operator]

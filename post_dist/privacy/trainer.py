@@ -1,11 +1,11 @@
-"""Private training: a state machine that may be killed anywhere.
+"""Private training: a state machine that can be killed at any point.
 
     draw examples -> clipped sum -> intent on disk -> noise and step -> state on disk -> next step
 
-After a kill, the step whose state is not on disk is taken again. It draws the same examples. For
-the same sum the ledger already has the intent, and the same noise is drawn, so the outcome is the
-same and costs nothing. For another sum (another machine, other kernels) the noise is independent,
-and the ledger charges the step again.
+After a kill, the step whose state is not on disk is repeated. It draws the same examples. If their
+sum is the same, the ledger already has the intent, and the noise is the same. The outcome is then
+the same and costs nothing. If the sum differs (another machine, other kernels), the noise is
+independent, and the ledger charges the step again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from post_dist.runtime.training import EverySteps, run_training
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """The settings that a search varies. None of them changes what a trial costs in privacy."""
+    """The settings that a search varies. None of them changes the privacy cost of a trial."""
 
     learning_rate: float
     max_grad_norm: float
@@ -40,12 +40,12 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class PrivateRun:
-    """What all trials of one private run share.
+    """Objects that all trials of one private run share.
 
     Attributes:
-        plan: the privacy plan, from which sampler, clipping, noise and divisor come.
+        plan: the privacy plan. It defines the sampler, clipping, noise and divisor.
         source: all randomness of the run.
-        ledger: where each step's intent is written.
+        ledger: records the intent of each step.
         checkpoints: folder for the state after every step.
         label: name of the run in progress bars and messages.
         world: this process, alone.
@@ -63,7 +63,7 @@ class PrivateTrainer:
     """Trains and scores the prompt of a tuning task under a privacy plan.
 
     Args:
-        task: model, training examples and start.
+        task: the model, the training examples and the initial prompt.
         config: the run file.
         run: plan, randomness, ledger and checkpoints.
     """
@@ -91,7 +91,7 @@ class PrivateTrainer:
         job = PrivateTrial(self, settings, trial, checkpoints)
         # Steps before the checkpoint are charged before the first new step is taken.
         first_step = job.resume()
-        # A search does not show its progress, because the number of its trials is private.
+        # A search shows no progress, because the number of its trials is private.
         show = self.config.tune.search is None
         # Every step is saved: a repeated step is free only while its sum can be computed again.
         run_training(job, first_step, self.run.world, EverySteps(1), show=show)
@@ -109,7 +109,7 @@ class PrivateTrainer:
         section = self.config.private_task
         if section is None:
             raise InputError("the run file lacks the section private_task", "add it")
-        # Read anew for each trial, so that they are in memory only while a trial is scored.
+        # Read the examples for each trial, so that they are in memory only while it is scored.
         validation = validation_task(self.task, section)
         size = self.config.tune.micro_batch_size_per_gpu
         return count_right(validation, parameters, size, self.run.world)
@@ -128,7 +128,7 @@ class PrivateTrial:
     A run without a search is trial 0.
 
     Args:
-        trainer: task, settings of the run file, and the private run.
+        trainer: gives the task, the run file and the private run.
         settings: learning rate and clipping norm of this trial.
         trial: number of the trial.
         checkpoints: folder for its state.
@@ -142,7 +142,7 @@ class PrivateTrial:
     def __init__(
         self, trainer: PrivateTrainer, settings: TrialSettings, trial: int, checkpoints: Path
     ) -> None:
-        # A trial may clip at a norm of its own: the noise scales with it, so the cost is the same.
+        # A trial may have its own clipping norm. The noise scales with it, so the cost is the same.
         section = trainer.config.tune
         plan = replace(trainer.run.plan, max_grad_norm=settings.max_grad_norm)
         self._trainer = trainer
@@ -152,12 +152,12 @@ class PrivateTrial:
         self._sampler = plan.sampler
         self.label = trainer.run.label
         self.steps = plan.steps
-        # Parameters start anew for each trial; `resume` replaces their values after a kill.
+        # Each trial starts with new parameters. `resume` replaces their values after a kill.
         self.parameters = trainer.task.parameters(section)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self._optimizer = trainer.task.optimizer(section, self.parameters, settings.learning_rate)
-        # The inner optimizer holds the state to save; the private one clips and adds noise.
+        # The inner optimizer holds the state to save. The private one clips and adds noise.
         self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)
         # The schedule is a function of the step alone, so no learning rate depends on the data.
         schedule = Schedule(section.schedule, section.warmup_share, plan.steps)
@@ -171,24 +171,24 @@ class PrivateTrial:
         """
         world = self._run.world
         done = take_up(self.parameters, self._optimizer, self._checkpoints, "auto", world)
-        # The ledger may be an older copy than the checkpoint, and then lacks these steps.
+        # If the ledger is a copy older than the checkpoint, it lacks these steps.
         self._run.ledger.charge_done(self._trial, done)
         return done
 
     def take_step(self, step: int) -> str:
-        """Take one private step. The loop gets no text to show, because the loss is private."""
+        """Take one private step. The returned text is empty, because the loss is private."""
         self._rates.apply(step)
         # The name (trial, step) draws the same examples again after a kill.
         total = len(self._trainer.task.examples)
         examples = self._sampler.draw(self._run.source, total, self._trial, step)
-        # Summing is exact, so the split into micro-batches does not change the sum.
+        # Sums are exact, so the split into micro-batches does not change them.
         for gradients in self._trainer.micro_gradients(self.parameters, examples):
             self._private.accumulate(gradients)
-        # A step without examples takes its noise like any other.
+        # A step without examples gets noise like any other step.
         self._private.finish(step, partial(self._run.ledger.intend, self._trial, step))
         return ""
 
     def save(self, step: int) -> None:
-        """Save the state from which step number `step` is the next one."""
+        """Save the state before step `step`."""
         state = optimizer_state(self.parameters, self._optimizer)
         save_tensors(self._checkpoints, step, state)

@@ -7,14 +7,14 @@ from post_dist.losses.terms.cross_entropy import LabelCrossEntropy
 from post_dist.losses.terms.kl import TeacherKl
 
 TERMS: tuple[Term, ...] = (TeacherKl(), LabelCrossEntropy(), HiddenCosine())
-"""To add a term, add it here and its weight to `Distill` in config/schema.py."""
+"""All terms. To add one, list it here and add its weight to `Distill` in config/schema.py."""
 
-# The two kinds are computed differently: with the logits of a piece, or by autograd.
+# The two kinds are computed differently: piece by piece from the logits, or by autograd.
 LOGIT_TERMS = tuple(term for term in TERMS if isinstance(term, LogitTerm))
 HIDDEN_TERMS = tuple(term for term in TERMS if isinstance(term, HiddenTerm))
 
 METRIC_LABELS = {"loss": "loss"} | {term.metric: term.label for term in TERMS}
-"""Names for reports of the loss curves in `metrics.jsonl`, by metric, in the order to draw them."""
+"""Labels of the loss curves, by metric name in `metrics.jsonl`, in the order of drawing."""
 
 
 def weights_of(section: Distill) -> dict[str, float]:

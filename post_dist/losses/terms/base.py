@@ -1,4 +1,4 @@
-"""What a term of the distillation loss must provide.
+"""Interfaces of the terms of the distillation loss.
 
 Shapes: B positions of one chunk, N positions of the batch, d width, V vocabulary.
 """
@@ -14,14 +14,14 @@ from post_dist.losses.signals import TeacherSignal
 
 @dataclass(frozen=True)
 class LogitChunk:
-    """The logits of some positions, and what the terms may compare them with. Without gradient.
+    """Logits of a few positions, and the targets of the terms there, without gradients.
 
     Attributes:
         student_BV: the student's logits in fp32.
         student_Bd: the student's hidden states, from which its head computed the logits.
         teacher: the teacher's signal at the same positions.
-        teacher_BV: the teacher's logits, or None if the signal stands for its distribution.
-        labels_B: the token that should follow each position; -100 where none is given.
+        teacher_BV: the teacher's logits; None if the signal itself represents its distribution.
+        labels_B: the label of each position; -100 where there is none.
         temperature: T, which softens both distributions.
     """
 
@@ -36,13 +36,13 @@ class LogitChunk:
 class Term:
     """One term of the distillation loss.
 
-    To add a term, write its class in a file of this package, add its weight to the section
-    `distill` of the run file, and list it in `TERMS` of this package.
+    To add a term, write its class in a file of this package, and list it in `TERMS`. Then add its
+    weight to the section `distill` in config/schema.py.
 
     Attributes:
-        metric: its name in `metrics.jsonl` and in the student's manifest.
-        weight_field: the field of the section `distill` that holds its weight.
-        label: its name in reports.
+        metric: name of the term in `metrics.jsonl` and in the student's manifest.
+        weight_field: field of the section `distill` that holds the weight.
+        label: name of the term in reports.
     """
 
     metric: ClassVar[str]
@@ -51,27 +51,27 @@ class Term:
 
 
 class LogitTerm(Term, ABC):
-    """A term that is a mean over positions of a function of the student's logits.
+    """Term that is the mean over positions of a function of the student's logits.
 
-    Its gradient is computed beside its value, because the logits of a chunk are gone when the
-    backward pass runs.
+    Its gradient is computed together with its value, because the logits of a chunk are freed before
+    the backward pass.
     """
 
     @abstractmethod
     def positions(self, labels_N: torch.Tensor) -> int:
-        """Return the number of positions that the mean is over; at least 1."""
+        """Return the number of positions in the mean, at least 1."""
 
     @abstractmethod
     def sum_and_gradient(
         self, chunk: LogitChunk, scale: float, gradient_BV: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the term's sum over a chunk, and add its gradient to that of the terms before it.
+        """Compute the term's sum over a chunk, and add its gradient to that of earlier terms.
 
         Args:
             chunk: the logits.
             scale: factor of the gradient; the returned sum is not scaled.
-            gradient_BV: gradient of the terms before this one, fp32; None for the first term. It
-                may be changed in place, so that no second tensor of this size is needed.
+            gradient_BV: gradient of earlier terms in fp32; None for the first term. It may be
+                changed in place, so that no second tensor of this size is needed.
 
         Returns:
             The sum, and the gradient [B, V] of all terms so far.
@@ -80,7 +80,7 @@ class LogitTerm(Term, ABC):
     def gradient_of_hidden(
         self, teacher: TeacherSignal, scale: float, temperature: float
     ) -> torch.Tensor | None:
-        """Return a part of the scaled gradient [N, d] that needs no logits, or None.
+        """Return the part of the scaled gradient [N, d] that needs no logits, or None.
 
         Args:
             teacher: the signal at all N positions.
@@ -91,8 +91,8 @@ class LogitTerm(Term, ABC):
 
 
 class HiddenTerm(Term, ABC):
-    """A term that compares the last hidden states of student and teacher."""
+    """Term that compares the last hidden states of the student and the teacher."""
 
     @abstractmethod
     def value(self, student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> torch.Tensor:
-        """Return the mean over positions, with its gradient."""
+        """Return the mean of the term over positions, differentiable by autograd."""

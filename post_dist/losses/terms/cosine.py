@@ -17,7 +17,7 @@ class HiddenCosine(HiddenTerm):
     label = "cosine distance of hidden states"
 
     def value(self, student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> torch.Tensor:
-        """Return the mean over positions, with its gradient."""
+        """Return the mean of the term over positions, differentiable by autograd."""
         # In fp32, because the square of a norm can overflow fp16.
         cosines_N = functional.cosine_similarity(student_Nd.float(), teacher_Nd.float(), dim=-1)
         return 1 - cosines_N.mean()

@@ -28,13 +28,13 @@ class LabelCrossEntropy(LogitTerm):
         Args:
             chunk: the logits.
             scale: factor of the gradient.
-            gradient_BV: gradient of the terms before this one, or None.
+            gradient_BV: gradient of earlier terms, or None.
         """
-        # Positions without a label would index the vocabulary with -100, so they are left out.
+        # Positions without a label would index the vocabulary with -100, so they are excluded.
         has_label_B = chunk.labels_B != NO_LABEL
         labelled = has_label_B.nonzero().squeeze(1)
         labels = chunk.labels_B[labelled]
-        # Without a temperature: the labels are the text itself, not a softened distribution.
+        # No temperature here: labels are tokens of the text, not a softened distribution.
         log_q_BV = chunk.student_BV.log_softmax(dim=-1)
         cross_entropy = -log_q_BV[labelled, labels].sum()
 

@@ -1,1 +1,1 @@
-"""Stage 2, the owner: tune a soft prompt on the student with private data."""
+"""Stage 2, run by the data owner: tune a soft prompt on the student with private data."""

@@ -1,4 +1,4 @@
-"""What prompt tuning cannot do with a run file and a model."""
+"""Conflicts between a run file and a model that prevent prompt tuning."""
 
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
@@ -8,12 +8,12 @@ from post_dist.stages.room import room_conflicts
 
 
 def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conflict]:
-    """Find what keeps the tune stage from running.
+    """Find the conflicts that prevent the tune stage from running.
 
     Args:
-        config: the run file; its section `private_task` must be there.
+        config: the run file.
         model: facts of the student, or of the target for the baseline of full prompt tuning.
-        layout: the ranks; tuning itself runs in one process and shards nothing.
+        layout: the ranks; only the device matters.
 
     Returns:
         All conflicts.
@@ -21,9 +21,9 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-    # Tuning runs in one process and shards nothing, so only the precision counts.
+    # Tuning runs in one process without shards, so only the precision can conflict.
     found = precision_conflicts(config.engine, layout.device)
-    # Private tuning pads an example of a masked model by one token: all of them have padding.
+    # Private tuning pads every example of a masked model by at least one token.
     private = any(section.enabled for section in config.all_privacy)
     padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding

@@ -1,6 +1,6 @@
 """Stage 2, run by the data owner: tune a soft prompt on the student with the private data.
 
-Shapes: B examples, N examples, n prompt tokens, d width, C classes.
+Shapes: B examples of a batch, n prompt tokens, d width.
 """
 
 import logging
@@ -54,22 +54,22 @@ def tune(
 ) -> None:
     """Tune a prompt on a model and write it to `folder.artifact`.
 
-    Private data stay in one process, so rank 0 tunes alone. Without `privacy.enabled` the prompt
-    may reveal the private data.
+    Private data stay in one process, so only rank 0 tunes. Without `privacy.enabled` the prompt may
+    reveal the private data.
 
     Args:
         folder: the run's folder.
         model_folder: the student, or the target for the baseline of full prompt tuning.
-        parents: digest of that model.
-        model_name: its name in the adapter's configuration.
+        parents: digests of the parent artifacts; here only of that model.
+        model_name: name of that model in the adapter's configuration.
         world: the ranks.
         resume: `auto` or `never`.
 
     Raises:
-        InputError: the run file, the model and the data do not go together.
+        InputError: the run file, the model and the data do not fit together.
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
-    # Collective calls of the training loop must not wait for the other ranks.
+    # A world of one rank: collective calls in the training loop must not wait for other ranks.
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
@@ -82,7 +82,7 @@ def tune(
 
 
 def _refuse_conflicts(folder: RunFolder, model_folder: Path, world: World) -> None:
-    """Raise what does not go together before weights are loaded."""
+    """Raise the conflicts between run file and model before weights are loaded."""
     layout = Layout(ranks=1, ranks_per_node=1, device=world.device.type)
     raise_conflicts("tune", conflicts(folder.config, read_facts(model_folder), layout))
 
@@ -91,7 +91,7 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
     """Load the model and the training examples."""
     section = folder.config.tune
     task_section = _task_section(folder)
-    # The data come before the model: mistakes in a file show in a second.
+    # Load the data before the model, so that mistakes in a file are reported within a second.
     tokenizer = load_tokenizer(model_folder)
     loaded = load_examples(task_section, "train", "private_task")
     precision = choose_precision(folder.config.engine, world.device)
@@ -101,7 +101,7 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
     reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
-    # The prompt starts from the embeddings of some words.
+    # The prompt starts from the embeddings of a text.
     start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
     return TuningTask(model, reader, examples, targets, start_nd)
 
@@ -109,10 +109,10 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
 def _train(
     folder: RunFolder, task: TuningTask, model_name: str, world: World, resume: str
 ) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
-    """Tune the prompt, privately where the run file says so.
+    """Tune the prompt, privately if the run file enables privacy.
 
     Returns:
-        The tuned parameters, and the privacy statement of a private run.
+        The tuned parameters, and the privacy statement; None for a run without privacy.
     """
     if folder.config.privacy.enabled:
         # Opacus takes seconds to import.
@@ -127,12 +127,12 @@ def _train(
 def _tune_openly(
     folder: RunFolder, task: TuningTask, world: World, resume: str
 ) -> list[torch.Tensor]:
-    """Tune without privacy. The losses stay in a file that only the owner can read."""
+    """Tune without privacy. The losses go to a file that only the owner can read."""
     section = folder.config.tune
     parameters = task.parameters(section)
-    # Open training batches examples of like length; private batches are drawn at random.
+    # Batches hold examples of similar length. Private batches are drawn at random instead.
     lengths = [len(example.token_ids) for example in task.examples]
-    # Responses are scored at many positions, for which the model has no shared prompt.
+    # A shared prompt needs one answer position for each example, but responses have many.
     shared = not task.reader.generates and task.model.shares_prompt
     prompt = PromptInput(prompt=parameters[0], shared=shared)
     bias = parameters[1] if len(parameters) > 1 else None
@@ -166,8 +166,8 @@ def _write(
     parents: dict[str, str],
     model_name: str,
 ) -> None:
-    """Write the artifact: the prompt, its task, its privacy statement and its card."""
-    # Biases travel in the task, in the units in which scores are compared.
+    """Write the artifact: the prompt, its task, its privacy statement and its model card."""
+    # The task carries the biases, in units of the class scores.
     prompt_task = task.reader.task
     if len(parameters) > 1:
         biases = tuple((BIAS_SCALE * parameters[1]).tolist())
@@ -187,12 +187,12 @@ def _write(
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings that the artifact's manifest shows.
+    """Return the settings for the artifact's manifest.
 
-    They hold no number of examples, which is private.
+    They must not include the number of examples, which is private.
     """
     config = folder.config
-    # The rule of the split is public. How many examples fall into it is not.
+    # The rule of the split is public. The number of examples in each split is private.
     rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
     split = {"hash": "sha256", **_task_section(folder).model_dump(include=rule)}
     settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
@@ -207,9 +207,9 @@ def _write_card(
 ) -> None:
     """Write the model card.
 
-    The card of a private prompt quotes the plan and the privacy statement.
+    The card of a private prompt includes the plan and the privacy statement.
     """
-    # Settings first, then the claim, so that the claim wins where both have a name.
+    # Settings first, then the statement: where both have the same key, the statement wins.
     rows = folder.config.tune.model_dump(exclude_none=True)
     notes = {}
     if statement is None:
@@ -221,9 +221,9 @@ def _write_card(
             summary = _SEEDED
         hidden = {"enabled", "ledger"}
         rows |= folder.config.privacy.model_dump(exclude=hidden, exclude_none=True)
-        claim = dict(statement)
-        notes["What epsilon does not cover"] = claim.pop("not_covered")
-        rows |= claim
+        claims = dict(statement)
+        notes["What epsilon does not cover"] = claims.pop("not_covered")
+        rows |= claims
     write_card(
         artifact,
         f"Soft prompt for {model_name}",
@@ -236,7 +236,7 @@ def _write_card(
 
 
 def _task_section(folder: RunFolder) -> Task:
-    """Return the section `private_task`, which the conflicts have checked."""
+    """Return the section `private_task`, which `conflicts` has checked before."""
     section = folder.config.private_task
     if section is None:
         raise InputError("the run file lacks the section private_task", "add it")
