@@ -1,4 +1,4 @@
-"""What prompt tuning cannot do with a run file and a model."""
+"""The conflicts of prompt tuning: settings that do not suit the model or the device."""
 
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
@@ -13,7 +13,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     Args:
         config: the run file; its section `private_task` must be there.
         model: facts of the student, or of the target for the baseline of full prompt tuning.
-        layout: the ranks; tuning itself runs in one process and shards nothing.
+        layout: the ranks. Only their device counts, because tuning runs in one process.
 
     Returns:
         All conflicts.
@@ -21,9 +21,9 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-    # Tuning runs in one process and shards nothing, so only the precision counts.
+    # Tuning shards no model, so the precision is the only engine setting that matters.
     found = precision_conflicts(config.engine, layout.device)
-    # Private tuning pads an example of a masked model by one token: all of them have padding.
+    # In private tuning, every example of a masked model gets at least one token of padding.
     private = any(section.enabled for section in config.all_privacy)
     padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding

@@ -1,6 +1,6 @@
 """Stage 2, run by the data owner: tune a soft prompt on the student with the private data.
 
-Shapes: B examples, N examples, n prompt tokens, d width, C classes.
+Shapes: B examples, n prompt tokens, d width.
 """
 
 import logging
@@ -41,7 +41,9 @@ _SEEDED = (
     "A soft prompt that is NOT private: it was tuned with noise from a seed, "
     "which can be subtracted."
 )
-_OPEN = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+_NOT_PRIVATE = (
+    "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+)
 
 
 def tune(
@@ -58,18 +60,18 @@ def tune(
     may reveal the private data.
 
     Args:
-        folder: the run's folder.
+        folder: the run folder.
         model_folder: the student, or the target for the baseline of full prompt tuning.
-        parents: digest of that model.
-        model_name: its name in the adapter's configuration.
+        parents: digest of that model, by its role.
+        model_name: name of the model in the adapter configuration and the card.
         world: the ranks.
-        resume: `auto` or `never`.
+        resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
-        InputError: the run file, the model and the data do not go together.
+        InputError: the settings do not suit the model or the data.
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
-    # Collective calls of the training loop must not wait for the other ranks.
+    # With a size of 1, the collectives of the training loop do not wait for the other ranks.
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
@@ -82,7 +84,7 @@ def tune(
 
 
 def _refuse_conflicts(folder: RunFolder, model_folder: Path, world: World) -> None:
-    """Raise what does not go together before weights are loaded."""
+    """Raise an error for conflicting settings, before weights are loaded."""
     layout = Layout(ranks=1, ranks_per_node=1, device=world.device.type)
     raise_conflicts("tune", conflicts(folder.config, read_facts(model_folder), layout))
 
@@ -91,7 +93,7 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
     """Load the model and the training examples."""
     section = folder.config.tune
     task_section = _task_section(folder)
-    # The data come before the model: mistakes in a file show in a second.
+    # Data are loaded before the model, so a mistake in a file shows within a second.
     tokenizer = load_tokenizer(model_folder)
     loaded = load_examples(task_section, "train", "private_task")
     precision = choose_precision(folder.config.engine, world.device)
@@ -109,10 +111,10 @@ def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTas
 def _train(
     folder: RunFolder, task: TuningTask, model_name: str, world: World, resume: str
 ) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
-    """Tune the prompt, privately where the run file says so.
+    """Tune the prompt, with differential privacy if the run file enables it.
 
     Returns:
-        The tuned parameters, and the privacy statement of a private run.
+        The tuned parameters, and the privacy statement; None for a run without privacy.
     """
     if folder.config.privacy.enabled:
         # Opacus takes seconds to import.
@@ -121,18 +123,18 @@ def _train(
         return tune_privately(folder, task, world, resume)
     num_virtual_tokens = folder.config.tune.num_virtual_tokens
     log.info("tune: %d prompt tokens on %s, without privacy", num_virtual_tokens, model_name)
-    return _tune_openly(folder, task, world, resume), None
+    return _tune_without_privacy(folder, task, world, resume), None
 
 
-def _tune_openly(
+def _tune_without_privacy(
     folder: RunFolder, task: TuningTask, world: World, resume: str
 ) -> list[torch.Tensor]:
-    """Tune without privacy. The losses stay in a file that only the owner can read."""
+    """Tune without differential privacy. Losses go to a file that only the owner can read."""
     section = folder.config.tune
     parameters = task.parameters(section)
-    # Open training batches examples of like length; private batches are drawn at random.
+    # A batch holds examples of similar length. Private tuning has to sample at random instead.
     lengths = [len(example.token_ids) for example in task.examples]
-    # Responses are scored at many positions, for which the model has no shared prompt.
+    # A shared prompt works for one answer position only, and a response has many positions.
     shared = not task.reader.generates and task.model.shares_prompt
     prompt = PromptInput(prompt=parameters[0], shared=shared)
     bias = parameters[1] if len(parameters) > 1 else None
@@ -167,7 +169,7 @@ def _write(
     model_name: str,
 ) -> None:
     """Write the artifact: the prompt, its task, its privacy statement and its card."""
-    # Biases travel in the task, in the units in which scores are compared.
+    # The tuned biases become part of the task, in the units of class scores.
     prompt_task = task.reader.task
     if len(parameters) > 1:
         biases = tuple((BIAS_SCALE * parameters[1]).tolist())
@@ -187,12 +189,12 @@ def _write(
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings that the artifact's manifest shows.
+    """Return the settings for the artifact's manifest.
 
-    They hold no number of examples, which is private.
+    They must not hold the number of examples, which is private.
     """
     config = folder.config
-    # The rule of the split is public. How many examples fall into it is not.
+    # The rule of the split is public. The number of examples in the split is private.
     rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
     split = {"hash": "sha256", **_task_section(folder).model_dump(include=rule)}
     settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
@@ -209,11 +211,11 @@ def _write_card(
 
     The card of a private prompt quotes the plan and the privacy statement.
     """
-    # Settings first, then the claim, so that the claim wins where both have a name.
+    # Settings come first. The privacy statement then overrides settings of the same name.
     rows = folder.config.tune.model_dump(exclude_none=True)
     notes = {}
     if statement is None:
-        summary = _OPEN
+        summary = _NOT_PRIVATE
         rows["epsilon"] = "none: tuned without differential privacy"
     else:
         summary = _PRIVATE
@@ -236,7 +238,7 @@ def _write_card(
 
 
 def _task_section(folder: RunFolder) -> Task:
-    """Return the section `private_task`, which the conflicts have checked."""
+    """Return the section `private_task`. The check for conflicts has found it already."""
     section = folder.config.private_task
     if section is None:
         raise InputError("the run file lacks the section private_task", "add it")
