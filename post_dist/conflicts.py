@@ -1,8 +1,8 @@
-"""Conflicts: what a run cannot do, stated once.
+"""Conflicts: settings of a run file that do not suit each other, the models or the ranks.
 
-A stage raises them, `plan` lists them, `check` prints them. Each stage has a pure function
-`conflicts` in `stages/<stage>/conflicts.py`. It takes the run file, the facts of the models and the
-layout of the ranks, and returns what does not go together.
+Each stage has a pure function `conflicts` in `stages/<stage>/conflicts.py`. It takes the run file,
+facts of the models and the layout of the ranks. The stage raises the conflicts that it returns,
+`plan` lists them, and `check` prints them.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from post_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Conflict:
-    """Two or more settings that do not go together.
+    """A setting that keeps a stage from running.
 
     Attributes:
-        message: what is wrong, beginning with the field of the run file.
+        message: what is wrong, usually with the field of the run file.
         hint: what to change.
     """
 
@@ -31,7 +31,7 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks a stage runs on.
+    """The ranks that a stage runs on.
 
     Attributes:
         ranks: number of processes in all.
@@ -58,7 +58,7 @@ def raise_conflicts(stage: str, found: Sequence[Conflict]) -> None:
         return
     if len(found) == 1:
         raise InputError(found[0].message, found[0].hint)
-    # Several conflicts make one error, so that all of them can be mended before the next start.
+    # All conflicts go into one error, so a user can fix them all before the next start.
     lines = []
     for conflict in found:
         hint = f"\n    {conflict.hint}" if conflict.hint else ""

@@ -1,8 +1,8 @@
-"""The errors that a user can meet. Each one has a message, a hint and an exit code."""
+"""The errors that a user may see. Each one has a message, a hint and an exit code."""
 
 
 class PostDistError(Exception):
-    """Base of all errors that a user can do something about.
+    """Base class of all errors that a user can fix.
 
     Args:
         message: what happened and where.
@@ -42,7 +42,7 @@ class ArtifactRefused(PostDistError):
 
 
 class PrivacyRefused(PostDistError):
-    """The step would let private data leave the owner's side without noise."""
+    """A privacy rule forbids the run: private data would leak, or a guarantee would not hold."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""Hashes of files, and atomic writes: a reader finds a whole file or folder, or none."""
+"""Hash files, and write them atomically: a reader finds a complete file or folder, or none."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ _SMALL_FILE_BYTES = 4 * _MIB
 
 
 def digest_of(value: Any) -> str:
-    """Return the sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value. It does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -40,10 +40,10 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file or model folder that is fast for weights of any size.
+    """Return a digest of a file or model folder. It is fast for model weights of any size.
 
-    A single file is hashed whole. In a folder, a file of up to 4 MiB is hashed whole; of a
-    larger one, its size and its first and last MiB are hashed.
+    A single file is hashed whole. In a folder, files of up to 4 MiB are hashed whole. For larger
+    ones, the size and the first and last MiB are hashed.
     """
     if path.is_file():
         return file_digest(path)
@@ -64,16 +64,16 @@ def _quick_digest(file: Path) -> str:
 
 
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder atomically: fill a temporary folder beside it, flush it, rename it.
+    """Write a folder atomically: fill a temporary folder next to it, flush it, rename it.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the folder cannot be written to.
         EnvironmentFault: the disk is full.
     """
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         with writing(destination):
-            # An earlier process may have been killed and left its half-written folder.
+            # A killed process may have left a half-written folder.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             fill(partial)
@@ -83,15 +83,15 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
-    """Write a file atomically: fill a temporary file beside it, flush it, rename it.
+    """Write a file atomically: fill a temporary file next to it, flush it, rename it.
 
-    Several processes may write the same file at once; the last rename wins.
+    Several processes may write the same file at once. The last rename wins.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the file cannot be written to.
         EnvironmentFault: the disk is full.
     """
-    # A name of its own for each process, since several may write at once.
+    # The temporary name is unique, because several processes may write at once.
     partial = destination.with_name(f".{uuid4().hex[:8]}.{destination.name}")
     with writing(destination):
         try:
@@ -106,16 +106,16 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Turn the errors of a disk into errors that tell the user what to do.
+    """Turn errors of writing into errors that tell the user what to do.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the destination cannot be written to.
         EnvironmentFault: the disk is full.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk in its message alone, without an errno.
+        # safetensors reports a full disk only in its message, without an errno.
         reason = getattr(error, "strerror", None) or str(error)
         disk_is_full = os.strerror(errno.ENOSPC) in reason
         if disk_is_full or getattr(error, "errno", None) == errno.ENOSPC:
@@ -130,7 +130,7 @@ def writing(destination: Path) -> Iterator[None]:
 
 def put_in_place(partial: Path, destination: Path) -> None:
     """Flush a finished folder to disk, then give it its final name."""
-    # If the name came first, a power failure could leave a named folder with empty files.
+    # If the folder were renamed first, a power failure could leave it with empty files.
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     partial.rename(destination)

@@ -1,1 +1,1 @@
-"""What the stages leave behind: run folders, manifests, soft prompts and their model cards."""
+"""The results of the stages: run folders, manifests, soft prompts and their model cards."""

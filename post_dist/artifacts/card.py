@@ -1,4 +1,4 @@
-"""The model card of an artifact: a README.md that says what it is, for a person and for the hub."""
+"""Write the model card of an artifact: a README.md for people and for the Hugging Face hub."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ def write_card(
         folder: the artifact's folder.
         title: the heading.
         summary: one or two sentences on what the artifact is.
-        settings: rows of the table; an inner mapping gives a row for each of its entries.
+        settings: rows of the table, by name. An inner mapping gives a row for each of its entries.
         library: the hub's name of the library that loads the artifact, such as `peft`.
         tag: one more tag for the hub.
-        notes: headings, each with its list.
+        notes: lists of notes, by their heading.
     """
-    from huggingface_hub import ModelCard, ModelCardData  # half a second
+    from huggingface_hub import ModelCard, ModelCardData  # takes half a second to import
 
-    # The library writes the metadata, so that no name can break its YAML.
+    # The library writes the metadata, so no name can break its YAML.
     tags = ["post_dist"]
     if tag:
         tags.append(tag)
@@ -69,7 +69,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(value: object) -> str:
-    """Return a value as one cell of a Markdown table: on one line, with its bars escaped."""
+    """Return a value as a cell of a Markdown table: on one line, with each | escaped."""
     return _one_line(str(value)).replace("|", "\\|")
 
 

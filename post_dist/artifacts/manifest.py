@@ -1,7 +1,7 @@
 """`post_dist.json`: what an artifact is, what it was made from, and the hash of each of its files.
 
-An artifact is written beside its place, flushed, hashed and renamed. A folder with a manifest is
-therefore complete.
+An artifact is written to a temporary folder, which is hashed, flushed and then renamed. A folder
+with a manifest is therefore complete.
 """
 
 import json
@@ -19,7 +19,7 @@ ArtifactKind = Literal["student", "soft prompt", "evaluation"]
 FILE_NAME = "post_dist.json"
 _SCHEMA_VERSION = 1
 _SIZE_LIMIT_BYTES = 1 << 20
-"""A manifest lists some ten files. A larger one is refused before it is parsed."""
+"""Size limit of a manifest, which lists about ten files. A larger one is refused unparsed."""
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "peft")
 
 
@@ -28,8 +28,8 @@ class Manifest:
     """The contents of `post_dist.json`.
 
     Attributes:
-        kind: what the folder holds.
-        parents: sha256 of each input by its role. It is the `fingerprint` of a model or the
+        kind: kind of the artifact.
+        parents: sha256 of each input by its role. It is the `fingerprint` of a model, or the
             `Manifest.digest` of an artifact.
         config: the settings that made the artifact; never anything computed from private data.
         files: sha256 of each file by its path in the folder.
@@ -48,7 +48,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The artifact's own sha256, over its kind, its files and its parents."""
+        """The artifact's own sha256, over kind, files and parents."""
         return digest_of({"kind": self.kind, "files": self.files, "parents": self.parents})
 
 
@@ -66,19 +66,20 @@ def write_artifact(
 
     Args:
         destination: the folder to create.
-        kind: what it holds.
-        fill: writes the files other than the manifest into a folder.
+        kind: kind of the artifact.
+        fill: writes all files but the manifest into a folder.
         parents: sha256 of each input by its role.
         config: the settings that made the artifact.
         tokenizer: fingerprint of its tokenizer, if it has one.
-        check: reads the finished folder back before it gets its name, and raises to refuse it.
+        check: reads the finished folder back before it is renamed, and raises an error to refuse
+            it.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the folder cannot be written to.
         EnvironmentFault: the disk is full.
     """
     versions = {package: version(package) for package in _PACKAGES}
-    # A list, because the inner function has no other way to hand the manifest out.
+    # `write_folder` returns nothing, so the inner function passes the manifest on in this list.
     written: list[Manifest] = []
 
     def fill_and_sign(folder: Path) -> None:
@@ -92,7 +93,7 @@ def write_artifact(
             versions=versions,
         )
         (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")
-        # The check sees the folder exactly as its receiver will.
+        # The check reads the folder with its manifest, as its receiver will.
         check(folder)
         written.append(manifest)
 
@@ -104,11 +105,12 @@ def read_manifest(folder: Path, kind: ArtifactKind) -> Manifest:
     """Read a manifest and check every file of its folder against it.
 
     Args:
-        folder: the artifact; it may come from anyone.
-        kind: what it must hold.
+        folder: folder of the artifact, which is not trusted.
+        kind: the expected kind.
 
     Raises:
-        ArtifactRefused: no artifact, another kind, or a file that is missing, added or changed.
+        ArtifactRefused: the folder is not an artifact of this kind, or a file is missing, added or
+            changed.
     """
     manifest = read_any_manifest(folder)
     if manifest.kind != kind:
@@ -120,12 +122,12 @@ def read_any_manifest(folder: Path) -> Manifest:
     """Read the manifest of an artifact of any kind and check every file against it.
 
     Raises:
-        ArtifactRefused: no artifact, or a file that is missing, added or changed.
+        ArtifactRefused: the folder is not an artifact, or a file is missing, added or changed.
     """
     path = folder / FILE_NAME
     if not path.is_file():
         raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
-    # The folder may come from anyone, so the size is checked before the file is read.
+    # The folder is not trusted, so the size is checked before the file is read.
     if path.stat().st_size > _SIZE_LIMIT_BYTES:
         raise ArtifactRefused(f"{path} is larger than {_SIZE_LIMIT_BYTES} bytes")
     manifest = _parse(path)
@@ -142,7 +144,7 @@ def _parse(path: Path) -> Manifest:
     refused = ArtifactRefused(f"{path} cannot be read as a manifest")
     try:
         manifest = Manifest(**json.loads(path.read_text()))
-        # The types are checked by hand, because a dataclass does not check them.
+        # A dataclass does not check the types of its fields.
         has_known_kind = manifest.kind in get_args(ArtifactKind)
         all_strings = all(isinstance(digest, str) for digest in manifest.files.values())
         is_sound = has_known_kind and all_strings and isinstance(manifest.parents, dict)
@@ -159,12 +161,12 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     present = {str(entry.relative_to(folder)) for entry in entries}
     present.discard(FILE_NAME)
 
-    # First the names: a file that the manifest does not list could hold anything.
+    # Names are compared first, because a file outside the manifest could hold anything.
     for name in sorted(present ^ set(manifest.files)):
         problem = "not in the manifest" if name in present else "missing"
         raise ArtifactRefused(f"{folder}: {name} is {problem}")
 
-    # Then the contents. A link could lead to any file of this machine.
+    # Then contents are compared. Links are refused, because they could lead to any file.
     for name, digest in manifest.files.items():
         if (folder / name).is_symlink() or file_digest(folder / name) != digest:
             raise ArtifactRefused(

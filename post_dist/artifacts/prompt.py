@@ -1,4 +1,4 @@
-"""A soft prompt as an artifact: PEFT's two files, with the task and the privacy statement.
+"""Read and write a soft prompt as an artifact: PEFT's files, the task and the privacy statement.
 
 Shapes: n prompt tokens, d width.
 """
@@ -25,12 +25,12 @@ _TASK = "task.json"
 
 @dataclass(frozen=True)
 class PromptContents:
-    """What a soft prompt is.
+    """A soft prompt with its task and its privacy statement.
 
     Attributes:
-        embeddings: [n, d].
-        task: the task that it was tuned for.
-        privacy: contents of `privacy.json`, or None for a prompt that was tuned without privacy.
+        embeddings: the vectors [n, d] of the prompt.
+        task: the task that the prompt was tuned for.
+        privacy: contents of `privacy.json`; None for a prompt that was tuned without privacy.
     """
 
     embeddings: torch.Tensor
@@ -39,16 +39,16 @@ class PromptContents:
 
     @property
     def epsilon(self) -> float | None:
-        """The epsilon that it claims at its own delta; None where it claims none."""
+        """The epsilon of the privacy statement, at its delta; None without a privacy guarantee."""
         return None if self.privacy is None else self.privacy["epsilon"]
 
 
 @dataclass(frozen=True)
 class SoftPromptArtifact(PromptContents):
-    """A prompt that was read from a folder and has passed its checks; embeddings in fp32.
+    """A prompt that was read from a folder and has passed all checks. Embeddings are in fp32.
 
     Attributes:
-        manifest: the manifest of its folder.
+        manifest: the manifest of the folder.
     """
 
     manifest: Manifest
@@ -56,10 +56,10 @@ class SoftPromptArtifact(PromptContents):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a soft prompt comes from.
+    """The origin of a soft prompt.
 
     Attributes:
-        model_name: the model that it belongs to, for PEFT's configuration.
+        model_name: name of the model that the prompt is for, in PEFT's configuration.
         tokenizer: fingerprint of that model's tokenizer.
         parents: sha256 of each input by its role.
         config: the settings that made the prompt; never anything computed from private data.
@@ -77,17 +77,18 @@ def write_prompt(
     provenance: Provenance,
     write_card: Callable[[Path], None],
 ) -> None:
-    """Write the folder of a prompt atomically, after reading it back as its receiver will.
+    """Write the folder of a prompt atomically, and read it back as its receiver will.
 
     Args:
         destination: the folder to create.
         contents: the prompt.
-        provenance: where it comes from.
+        provenance: the origin of the prompt.
         write_card: writes the model card into a folder.
 
     Raises:
-        ArtifactRefused: the values are not finite or far too large.
-        EnvironmentFault: the disk gives back something else than was written, or is full.
+        InputError: the folder cannot be written to.
+        ArtifactRefused: values are not finite, or far too large.
+        EnvironmentFault: the files read back differ from what was written, or the disk is full.
     """
 
     def fill(folder: Path) -> None:
@@ -96,7 +97,7 @@ def write_prompt(
 
     def check(folder: Path) -> None:
         found = read_prompt(folder)
-        # Compared bit for bit: what was trained must be what is read.
+        # The prompt that is read must equal the trained one bit for bit.
         expected = contents.embeddings.detach().float().cpu()
         if not torch.equal(found.embeddings, expected) or found.task != contents.task:
             raise EnvironmentFault(
@@ -117,12 +118,12 @@ def write_prompt(
 def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) -> None:
     """Write the files that `PeftModel.from_pretrained` loads, `task.json` and `privacy.json`.
 
-    Only a private prompt has a `privacy.json`.
+    A prompt without a privacy statement gets no `privacy.json`.
 
     Args:
         folder: an existing folder.
         contents: the prompt.
-        model_name: the model that it belongs to, for PEFT's configuration.
+        model_name: name of the model that the prompt is for, in PEFT's configuration.
     """
     from peft import PromptTuningConfig  # takes 5 s to import
 
@@ -148,13 +149,13 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
 
 
 def read_prompt(folder: Path) -> SoftPromptArtifact:
-    """Read the folder of a prompt that may come from anyone.
+    """Read the folder of a prompt, which is not trusted.
 
     Raises:
-        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values not finite or far
-            too large; a task or privacy statement that is none.
+        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values that are not finite
+            or far too large; a task or privacy statement that cannot be read.
     """
-    # The hashes first: they show whether these are the files that the sender wrote.
+    # Check the hashes first. They show whether these are the files that the sender wrote.
     manifest = read_manifest(folder, "soft prompt")
     if not {_WEIGHTS, _TASK, _ADAPTER_CONFIG} <= set(manifest.files):
         raise ArtifactRefused(f"{folder} lacks a file of a soft prompt")

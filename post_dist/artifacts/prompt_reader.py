@@ -1,4 +1,4 @@
-"""Read the files of a soft prompt that may come from anyone: each one is checked before it is used.
+"""Read the files of a soft prompt. They are not trusted, so each file is checked before its use.
 
 Shapes: n prompt tokens, d width.
 """
@@ -16,7 +16,7 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused
 
 KEY = "prompt_embeddings"
-"""Name of the one tensor, as PEFT writes it."""
+"""Name of the prompt's only tensor in PEFT's file."""
 MAX_VIRTUAL_TOKENS = 512
 
 _SMALL_FILE_BYTES = 1 << 16
@@ -25,20 +25,22 @@ _HEADER_LENGTH_BYTES = 8
 """A safetensors file starts with the length of its header, as an unsigned 64-bit number."""
 _DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _NORM_LIMIT = 1e4
-"""Largest Euclidean norm of one prompt vector. Embeddings of the known families stay below 100."""
+"""Largest Euclidean norm of a prompt vector. Embeddings of the known model families stay below 100.
+"""
 _LENGTH_LIMIT = 1 << 20
 """Most tokens of a text or a response; no known model reads more."""
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
-"""What parsing of hostile JSON, and of fields of the wrong type, may raise."""
+"""Errors that hostile JSON, or fields of the wrong type, may cause."""
 
 
 def read_embeddings(path: Path) -> torch.Tensor:
     """Read the prompt embeddings [n, d] in fp32 from a safetensors file.
 
     Raises:
-        ArtifactRefused: wrong size, header, dtype or shape; values not finite or far too large.
+        ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
+            large.
     """
-    # Only a file with a sound header reaches the library.
+    # Only a file with a valid header is passed to the library.
     _check_header(path)
     embeddings_nd = load_file(path)[KEY].float()
     if not torch.isfinite(embeddings_nd).all():
@@ -57,7 +59,7 @@ def read_privacy(path: Path) -> dict[str, Any]:
     try:
         fields = _read_small_json(path)
         epsilon = fields["epsilon"]
-        # JSON as Python reads it knows Infinity, and True would pass for a number.
+        # Python's JSON parser accepts Infinity, and `isinstance` would accept True as a number.
         if epsilon is not None and type(epsilon) not in (int, float):
             raise ValueError("epsilon is not a number")
         if epsilon is not None and not 0 <= float(epsilon) < math.inf:
@@ -75,7 +77,7 @@ def read_task(path: Path) -> PromptTask:
     """
     try:
         fields = _read_small_json(path)
-        # JSON has lists only; the task holds tuples, so that it can be compared and hashed.
+        # JSON has only lists. The task needs tuples, because it is compared and hashed.
         words_of_classes = [[str(word) for word in words] for words in fields["label_words"]]
         fields["label_words"] = tuple(map(tuple, words_of_classes))
         fields["class_biases"] = tuple(map(float, fields.get("class_biases", ())))
@@ -88,15 +90,15 @@ def read_task(path: Path) -> PromptTask:
 
 
 def _has_sound_texts(task: PromptTask) -> bool:
-    """Whether template, initial text and length are of the right type and usable."""
+    """Return whether template, initial text and length have the right type and are usable."""
     has_texts = isinstance(task.template, str) and isinstance(task.init_text, str)
     has_length = type(task.max_length) is int and 0 < task.max_length <= _LENGTH_LIMIT
     return has_texts and has_length and task.init_text.strip() != ""
 
 
 def _has_sound_answers(task: PromptTask) -> bool:
-    """Whether the classes or the response are of the right type and fit together."""
-    # `type` and not `isinstance`: True and False are integers too.
+    """Return whether the fields of classes and response have the right types and agree."""
+    # `isinstance` would accept True and False as integers, so `type` is compared.
     if type(task.allow_multi_token) is not bool or type(task.max_response_length) is not int:
         return False
     if not 0 <= task.max_response_length <= _LENGTH_LIMIT:
@@ -104,7 +106,7 @@ def _has_sound_answers(task: PromptTask) -> bool:
     has_classes = len(task.label_words) >= 2
     generates = task.max_response_length > 0
     one_bias_a_class = len(task.class_biases) in (0, len(task.label_words))
-    # A comparison with NaN is false, so NaN is refused as well.
+    # This also refuses NaN, because a comparison with NaN is false.
     small_biases = all(abs(bias) < _NORM_LIMIT for bias in task.class_biases)
     return has_classes != generates and one_bias_a_class and small_biases
 
@@ -116,7 +118,7 @@ def _read_small_json(path: Path) -> Any:
 
 
 def _check_header(path: Path) -> None:
-    """Check size, header and shape by hand, before a library allocates memory for them."""
+    """Check size, header and shape before a library allocates memory for them."""
     header, header_bytes = _read_header(path)
     header.pop("__metadata__", None)  # such as the framework that wrote the file
     try:
@@ -126,10 +128,10 @@ def _check_header(path: Path) -> None:
         offsets = entry["data_offsets"]
     except (TypeError, KeyError):
         raise ArtifactRefused(f"{path}: does not hold one tensor named {KEY}") from None
-    # What is left would be loaded as well.
+    # The library would load any other tensor as well.
     if header:
         raise ArtifactRefused(f"{path}: holds more than the one tensor {KEY}")
-    # A hostile dtype may be a list, which has no place in a dictionary.
+    # A hostile dtype may be a list, which cannot be looked up in a dictionary.
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(_DTYPE_BYTES)
         raise ArtifactRefused(f"{path}: has dtype {str(dtype)[:20]}, not one of {known}")
@@ -174,7 +176,7 @@ def _is_matrix_shape(shape: Any) -> bool:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object; refuse a duplicate key, of which another parser may take the other."""
+    """Build a JSON object, and refuse duplicate keys. Parsers differ in which of them they use."""
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key appears twice")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""The folder of one run of one stage: `runs/<name>/<stage>-<first 8 digits of its signature>/`."""
+"""The folder of a stage's run, `runs/<name>/<stage>-<first 8 digits of its signature>/`."""
 
 import fcntl
 import json
@@ -24,25 +24,27 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 
 _WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
-"""Fields that do not change what a stage makes. The inputs hold the digest of what a path names."""
+"""Fields that do not change the result of a stage. Files count by digest, not by path."""
 
 _LAYOUT = {
     "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
     "transfer": {"prompts_at_once"},
     "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
 }
-"""Fields that say how the work is divided. A run may resume with another layout. Private tuning is
-not listed: a step that it repeats must be bit-equal."""
+"""Fields that only divide the work. A run may resume with other values of them.
+
+Private tuning is not listed, because a repeated step must be bit-equal.
+"""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder in which one signature of a stage leaves its work.
+    """The folder of a stage's run with one signature, which covers its settings and inputs.
 
     Attributes:
-        path: the folder.
-        stage: the stage.
-        config: the stage's view of the run file.
+        path: path of the folder.
+        stage: name of the stage.
+        config: the sections of the run file that the stage may read.
     """
 
     path: Path
@@ -56,36 +58,36 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder from which an unfinished run resumes; removed when the run is finished."""
+        """The folder from which an unfinished run resumes. It is deleted when the run finishes."""
         return self.path / "checkpoints"
 
     @property
     def finished(self) -> bool:
-        """Whether the artifact is there; it gets its name only when it is complete."""
+        """Whether the artifact exists. It gets its name only when it is complete."""
         return (self.artifact / FILE_NAME).is_file()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Create the folder, describe the run in it, and keep other processes out.
+        """Create and lock the folder, and write a description of the run into it.
 
         Two processes in one folder would delete each other's checkpoints. The lock ends with its
-        process, also when that is killed. A file system without locks keeps nobody out.
+        process, even if that is killed. On a file system without locks, a warning is logged.
 
         Raises:
-            InputError: the place cannot be written to.
+            InputError: the folder cannot be written to.
             EnvironmentFault: another process works in the folder.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
-        # The lock is held until the body has run.
+        # The file stays open while the body runs, because closing it releases the lock.
         with lock:
-            self._take(lock)
+            self._acquire(lock)
             with writing(self.path):
                 self._describe()
             yield
 
-    def _take(self, lock: IO[str]) -> None:
+    def _acquire(self, lock: IO[str]) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,7 +101,7 @@ class RunFolder:
 
     def _describe(self) -> None:
         """Write the settings and the environment of the run."""
-        # Losses and batch sizes of the private stages must not be readable by other users.
+        # Other users must not read losses and batch sizes of the private stages.
         if self.config.private_task is not None:
             self.path.chmod(0o700)
         environment = {
@@ -120,11 +122,11 @@ def run_folder(
 
     Args:
         config: the whole run file.
-        stage: which of its stages.
-        inputs: digest of each thing that the stage reads.
-        label: set for a baseline's run of the stage, to tell its folder from the stage's own.
+        stage: name of the stage.
+        inputs: digest of each input of the stage, by its role.
+        label: part of the folder's name, to mark a baseline's run of the stage.
     """
-    # The signature covers the sections that the stage reads, without the layout of the work.
+    # The signature covers the sections that the stage reads, without the division of the work.
     view = config.view(stage)
     read: Any = {"seed", *STAGE_SECTIONS[stage]}
     layout: Any = _LAYOUT
@@ -132,13 +134,13 @@ def run_folder(
     signature = digest_of(
         {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
     )
-    # The name holds nothing of the private data, only the start of the signature.
+    # The name reveals nothing about private data, because it has only the start of the signature.
     title = f"{stage}-{label}" if label else stage
     return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
 
 
 def _influential(value: object) -> object:
-    """Drop the settings that do not change what a stage makes, at any depth."""
+    """Remove the settings that do not change the result of a stage, at any depth."""
     if not isinstance(value, dict):
         return value
     # Sections are mappings inside mappings.

@@ -1,4 +1,4 @@
-"""`task.json`: the task of a soft prompt, all that the provider learns of the private task."""
+"""`task.json`: the task of a soft prompt. The provider learns no more about the private task."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ class PromptTask:
     """The task that a soft prompt was tuned for.
 
     Attributes:
-        template: what the model reads, with {text} and perhaps {mask}.
+        template: the template, with {text}, and with {mask} for a masked model.
         label_words: words of each class, in the order of the class scores; empty for a task that
             generates text.
         max_length: most tokens of one templated text.
         allow_multi_token: whether a word of several tokens is scored by its first token.
         init_text: the text that the prompt was initialized from.
-        class_biases: what is added to the class scores; empty if nothing is added.
+        class_biases: the bias to add to the score of each class; empty if there are none.
         max_response_length: most tokens of one response; 0 for a task with classes.
     """
 
@@ -30,14 +30,14 @@ class PromptTask:
 
     @classmethod
     def of_section(cls, section: Task, init_text: str) -> "PromptTask":
-        """Make the task that a run file describes.
+        """Make the task from a section of the run file.
 
         Args:
-            section: `private_task`, with a template. A public task without one reads the bare
-                text.
+            section: the section, such as `private_task`. Without a template, the model reads the
+                bare text.
             init_text: the text that the prompt is initialized from.
         """
-        # The labels themselves stay with the owner; only their words are needed.
+        # Only the label words are needed. The labels themselves stay with the owner.
         return cls(
             template=section.template or "{text}",
             label_words=tuple(section.labels.values()),

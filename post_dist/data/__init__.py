@@ -1,1 +1,1 @@
-"""Public text for distillation; labelled tasks with their templates and splits."""
+"""Public text for distillation, and labeled tasks with their templates and splits."""

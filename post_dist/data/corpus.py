@@ -1,4 +1,4 @@
-"""Public text for distillation: tokenized once, packed into sequences of equal length.
+"""Public text for distillation, tokenized once and packed into sequences of equal length.
 
 The order in which training reads the sequences is a function of the seed, so no state is saved.
 
@@ -29,14 +29,14 @@ _DOCUMENTS_AT_ONCE = 1000
 
 
 class Corpus:
-    """Packed sequences on disk, read through a memory map. The last of them are held out.
+    """Packed sequences on disk, read through a memory map. The last ones are the held-out split.
 
     Args:
         path: a .npy file of tokens, one sequence in each row.
-        held_out: number of sequences at the end that training never reads.
+        held_out: number of held-out sequences, which training never reads.
         seed: seed of the reading order.
-        separator: token at the end of each document; None if a token may see the documents
-            before its own.
+        separator: token at the end of each document, to keep documents apart. None if a token may
+            attend to earlier documents.
     """
 
     def __init__(self, path: Path, held_out: int, seed: int, separator: int | None) -> None:
@@ -48,7 +48,7 @@ class Corpus:
 
     @property
     def keeps_apart(self) -> bool:
-        """Whether a token sees only its own document."""
+        """Whether a token attends only to its own document."""
         return self._separator is not None
 
     @property
@@ -61,9 +61,9 @@ class Corpus:
     ) -> list[RankBatch]:
         """Return this rank's micro-batches of a step.
 
-        Their rows are places in an endless reading of the training sequences, which is shuffled
-        anew in each epoch. They follow from the step alone, and the batch as a whole does not
-        depend on the number of ranks.
+        Their rows are places in an endless reading order of the training sequences, which each
+        epoch shuffles anew. The places depend only on the step. The whole batch does not depend on
+        the number of ranks.
 
         Args:
             step: number of the step, from 0.
@@ -71,7 +71,7 @@ class Corpus:
             micro_batch_size: most sequences in one forward pass of a rank.
             world: the ranks.
         """
-        # Nothing is saved: a resumed run finds its place from the step.
+        # No state is saved, because a resumed run computes its place from the step.
         places = range(step * batch_size, (step + 1) * batch_size)
         return rank_batches(places, micro_batch_size, world.rank, world.size)
 
@@ -83,8 +83,8 @@ class Corpus:
         return numbers
 
     def numbers_of_first(self, places: int) -> list[int]:
-        """Return the numbers of the sequences that the first `places` places name, ascending."""
-        # After one epoch every sequence has been named.
+        """Return the numbers of the sequences at the first `places` places, ascending."""
+        # One epoch contains every sequence.
         count = min(places, self.num_training_sequences)
         return sorted(shuffled_rows(0, count, self.num_training_sequences, self._seed))
 
@@ -105,15 +105,15 @@ class Corpus:
         return torch.from_numpy(self._sequences[numbers].astype(np.int64))
 
     def positions(self, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
-        """Return the position [B, T] of each token in its own document, or None.
+        """Return the position [B, T] of each token in its own document.
 
-        A document that begins in an earlier sequence counts from the start of this one. None means
-        that documents are not kept apart.
+        A document that begins in an earlier sequence counts from the start of this sequence. The
+        result is None if documents are not kept apart.
         """
         if self._separator is None:
             return None
         places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-        # A document begins right behind a separator. The running maximum carries its place on.
+        # A document begins after a separator. The running maximum repeats its start at each token.
         after_separator_BT = input_ids_BT[:, :-1] == self._separator
         begins_BT = torch.zeros_like(input_ids_BT)
         begins_BT[:, 1:] = torch.where(after_separator_BT, places_T[1:], 0)
@@ -138,7 +138,7 @@ def build_corpus(
     Raises:
         InputError: the text is too short.
     """
-    # Rank 0 writes, and the others wait: tokenizing is the same work on all of them.
+    # Every rank would do the same work, so rank 0 tokenizes and the others wait.
     world.on_main(partial(_write_packed, section, tokenizer, path))
     separator = _separator(tokenizer) if section.separate_documents else None
     corpus = Corpus(path, section.held_out_sequences, seed, separator)
@@ -154,7 +154,7 @@ def build_corpus(
 def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     if path.exists():
         return
-    # A later start reads the file, so that its text cannot differ from the first start's.
+    # A later start reads this file, so its text cannot differ from that of the first start.
     sequences = _pack(section, tokenizer)
     if len(sequences) <= section.held_out_sequences:
         raise InputError(
@@ -166,18 +166,18 @@ def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pa
 
 
 def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the packed sequences of the text, one in each row, int32."""
+    """Return the packed sequences of the text as int32, one in each row."""
     with unwatched("reading the corpus"):
         table = read_columns(section, placeholders(section.text), section.hub_split, "corpus")
     texts = texts_of(table, section.text)[: section.max_rows]
 
-    # Arrays take four bytes a token, a ninth of what lists of Python integers take.
+    # An array takes four bytes for each token, a list of Python integers nine times as many.
     separator = _separator(tokenizer)
     parts: list[np.ndarray] = []
     wanted = section.max_tokens or float("inf")
     made = 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        # The watchdog sees progress, however long the corpus is.
+        # A long corpus may exceed the watchdog's limit, so each part reports its progress.
         phase(f"tokenizing the corpus, {start} of {len(texts)} documents done")
         documents = texts[start : start + _DOCUMENTS_AT_ONCE]
         parts.append(_tokens_of(documents, tokenizer, separator))
@@ -185,7 +185,7 @@ def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndar
         if made >= wanted:
             break
 
-    # The tokens that do not fill a sequence are dropped.
+    # Drop the last tokens, which do not fill a sequence.
     stream = np.concatenate(parts)[: section.max_tokens]
     count = len(stream) // section.sequence_length
     return stream[: count * section.sequence_length].reshape(count, section.sequence_length)
@@ -203,7 +203,7 @@ def _tokens_of(
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends a document; masked models have no end-of-text token."""
+    """Return the token that ends a document: end-of-text, or a masked model's separator."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     return int(tokenizer.sep_token_id)

@@ -11,11 +11,11 @@ NO_LABEL = -100
 """Marks a position without a label, as in torch and transformers."""
 
 _MASKED = 0.8
-"""Part of the chosen tokens that become the mask token (BERT's rule)."""
+"""Fraction of the chosen tokens that become the mask token (BERT's rule)."""
 _MASKED_OR_REPLACED = 0.9
-"""A further tenth become a random token, and the last tenth stay as they are (BERT's rule)."""
+"""The next tenth becomes random tokens, and the last tenth stays unchanged (BERT's rule)."""
 _SEED_FACTOR = 1_000_003
-"""A prime, so that different seeds and places do not give the same generator."""
+"""A prime. It keeps different pairs of seed and place from giving the same generator."""
 
 
 def next_token_labels(input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -28,8 +28,8 @@ class Masking:
     """Masks a fixed number of tokens in each sequence, and labels them.
 
     Args:
-        mask_token: the number of the mask token.
-        vocabulary: number of tokens that may replace a token.
+        mask_token: id of the mask token.
+        vocabulary: number of tokens from which random replacements are drawn.
         fraction: fraction of the tokens to choose, at least one in each sequence.
         seed: seed of the random choices.
     """
@@ -45,8 +45,8 @@ class Masking:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return masked tokens and labels, both [B, T].
 
-        The result for a sequence depends only on the seed and the sequence's place, so that
-        training can resume at any step.
+        The result for a sequence depends only on the seed and the sequence's place. Training can
+        therefore resume at any step.
 
         Args:
             input_ids_BT: tokens to mask.
@@ -63,7 +63,7 @@ class Masking:
     def _mask_sequence(
         self, input_ids_T: torch.Tensor, place: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # The order of the draws is fixed: another order would change what a seed gives.
+        # The order of these draws must not change, or a seed would give other masks.
         generator = torch.Generator().manual_seed(self._seed * _SEED_FACTOR + place)
         count = max(1, round(self._fraction * len(input_ids_T)))
         chosen = torch.rand(input_ids_T.shape, generator=generator).topk(count).indices

@@ -1,7 +1,7 @@
-"""Which examples a step reads: a function of the seed and the step alone.
+"""Compute which examples a step reads, as a function of seed and step alone.
 
-A run that resumes therefore needs no saved state of its data, and the order does not depend on the
-number of ranks.
+A resumed run therefore needs no saved state of its data. The order does not depend on the number of
+ranks.
 """
 
 import math
@@ -12,18 +12,20 @@ from functools import lru_cache
 import numpy as np
 
 _BATCHES_SORTED = 8
-"""Batches whose examples are sorted together by length."""
+"""Number of batches whose examples are sorted together by length."""
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank runs at once, of examples that all ranks share.
+    """The examples in one forward pass of a rank: its part of a batch that all ranks share.
+
+    A sharded model needs equally many forward and backward passes on every rank. A rank that has
+    run out of examples therefore repeats one of them, with a weight of 0.
 
     Attributes:
-        rows: numbers of the examples, at least one. A rank that has run out repeats one of them.
-        weight: the mean, over ranks and rank batches, of `weight` times a mean over `rows` is the
-            mean over all examples. It is 0 for a repeated example: a sharded model needs equally
-            many forward and backward passes on every rank.
+        rows: numbers of the examples, at least one.
+        weight: factor for a mean over `rows`. The weighted means of all ranks and rank batches
+            average to the mean over all examples.
     """
 
     rows: list[int]
@@ -31,7 +33,7 @@ class RankBatch:
 
     @property
     def counted(self) -> int:
-        """Number of examples that count."""
+        """Number of examples that count: all of them, or 0 for a repeated example."""
         return len(self.rows) if self.weight else 0
 
 
@@ -47,24 +49,24 @@ def rank_batches(rows: Sequence[int], at_most: int, rank: int, ranks: int) -> li
     # Small batches are spread over all ranks before any rank gets more.
     size = min(at_most, math.ceil(len(rows) / ranks))
     rounds = math.ceil(len(rows) / (size * ranks))
-    # Ranks take turns, so that in each round they run neighboring examples.
+    # Ranks take turns, so in each round they run neighboring examples.
     batches = []
     for round_number in range(rounds):
         start = (round_number * ranks + rank) * size
         own = list(rows[start : start + size])
-        # A rank that has run out has no examples of its own, and the weight 0.
+        # The weight is 0 for a rank that has run out of examples.
         weight = len(own) * rounds * ranks / len(rows)
         batches.append(RankBatch(own or [rows[0]], weight))
     return batches
 
 
 def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:
-    """Return examples from an endless reading that shuffles them anew in each epoch.
+    """Return numbers of examples from an endless reading order, shuffled anew in each epoch.
 
     Args:
-        first: place in the reading of the first one to return.
-        count: how many to return.
-        total: number of examples.
+        first: place in the reading order of the first example to return.
+        count: number of examples to return.
+        total: number of all examples.
         seed: seed of the shuffles.
     """
     rows = []
@@ -75,10 +77,10 @@ def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:
 
 
 def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed: int) -> list[int]:
-    """Return the batch of a step, of examples of similar length, so that little is padded.
+    """Return the batch of a step, with examples of similar length to keep padding short.
 
-    The shuffled examples of eight batches are sorted by length and cut into batches, which come in
-    random order.
+    The shuffled examples of eight batches are sorted by length and cut into batches. These batches
+    follow in random order.
 
     Args:
         step: number of the step.
@@ -86,17 +88,17 @@ def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed
         lengths: number of tokens of each example.
         seed: seed of the shuffles.
     """
-    # A window is sorted as a whole; sorting everything would fix the order of all epochs.
+    # Only a window of batches is sorted. Sorting all examples would give all epochs the same order.
     window, place = divmod(step, _BATCHES_SORTED)
     window_size = _BATCHES_SORTED * batch_size
     rows = shuffled_rows(window * window_size, window_size, len(lengths), seed)
     rows.sort(key=lambda row: lengths[row])
-    # In random order, or every window would go from short texts to long ones.
+    # Without a random order, every window would go from short texts to long ones.
     batch = int(np.random.default_rng((seed, window)).permutation(_BATCHES_SORTED)[place])
     return rows[batch * batch_size : (batch + 1) * batch_size]
 
 
 @lru_cache(maxsize=4)
 def _order(total: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of one epoch; cached, because it is asked for once per example."""
+    """Return the shuffled order of one epoch. It is cached, because each example looks it up."""
     return np.random.default_rng((seed, epoch)).permutation(total)

@@ -1,6 +1,6 @@
-"""The public text for transfer: the texts of a public task, and their responses if it has any.
+"""Load the public text for transfer: the texts of a public task, and its responses if it has any.
 
-Nothing else of the task is read. The provider's stage sees no labels.
+The label column is never read, so the provider's stage sees no labels.
 """
 
 from post_dist.config.sources import Task, placeholders
@@ -9,33 +9,33 @@ from post_dist.errors import InputError, PrivacyRefused
 
 
 def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
-    """Load the texts of a public task, each once, and the responses to them.
+    """Load the distinct texts of a public task, and the responses to them.
 
     Args:
         task: the task; its label column is not read.
         where: the run file's section, for messages.
 
     Returns:
-        The texts, and one response for each. There are no responses if the task names no column of
-        them.
+        The texts, and one response for each. The second list is empty if the task has no
+        `response_column`.
 
     Raises:
         PrivacyRefused: the task is private.
-        InputError: it has no text.
+        InputError: the task has no text.
     """
     if task.visibility != "public":
         raise PrivacyRefused(
             f"{where} is private; the provider's stages read public text alone",
             "give a task with `visibility: public`",
         )
-    # A text may be composed of several columns, and one of them may be the responses.
+    # A text may be composed of several columns. The column of responses may be one of them.
     columns = placeholders(task.text)
     if task.response_column:
         columns.append(task.response_column)
     without_repeats = list(dict.fromkeys(columns))
     table = read_columns(task, without_repeats, task.hub_split, where)
 
-    # The first response to a text counts.
+    # For a text with several responses, the first one is kept.
     texts = texts_of(table, task.text)
     responses = [""] * len(texts)
     if task.response_column:
@@ -47,7 +47,7 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
     if not response_of:
         raise InputError(f"{where}: no row has any text")
 
-    # Public files need no drawing by hash: their order is public too.
+    # `max_rows` keeps the first texts. Unlike private ones, they need no selection by hash.
     kept = list(response_of)[: task.max_rows]
     if not task.response_column:
         return kept, []

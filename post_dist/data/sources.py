@@ -1,8 +1,9 @@
-"""Tables from a local file or a hub data set. Local files leave no copy in any cache.
+"""Read tables from a local file or a hub data set. No copy of a local file is left in a cache.
 
-Every value is taken as it is written. A data type for a column would depend on all of its values,
-so one more example could change how every other one reads: next to a missing number, 30 becomes
-30.0. To add a file type, write a function and add a line to `_READERS`.
+Every value is read as it is written. A data type for a column would depend on all of its values.
+One more example could then change all others: next to a missing number, 30 becomes 30.0.
+
+To add a file type, write a function and add a line to `_READERS`.
 """
 
 import json
@@ -28,7 +29,7 @@ def _read_tsv(path: Path) -> pd.DataFrame:
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     with path.open(encoding="utf-8") as lines:
-        # A blank line, such as a last one, is not an example.
+        # A blank line, such as one at the end of the file, is not an example.
         objects = [json.loads(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
@@ -50,22 +51,22 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": _read_parquet,
     ".txt": _read_lines,
 }
-"""The reader of each file type. It raises ValueError for a file that is not of its type."""
+"""The reader of each file type. A reader raises ValueError for a file that is not of its type."""
 
 
 def read_columns(
     source: DataSource, columns: list[str], hub_split: str, where: str
 ) -> pd.DataFrame:
-    """Read the named columns of a source, and drop rows with a missing value in one of them.
+    """Read the named columns of a source, and drop rows with a missing value.
 
     Args:
         source: the file or hub data set.
-        columns: names of the columns that are needed; no other is kept.
+        columns: names of the columns to read.
         hub_split: split of a hub data set; a file is always read whole.
         where: the run file's section, for messages.
 
     Raises:
-        InputError: the file or a column is missing, or there is no row. Values are never quoted.
+        InputError: the file or a column is missing, or no row is left. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
     table = _read_table(source, hub_split, where)
@@ -75,7 +76,7 @@ def read_columns(
                 f"{where}: there is no column '{column}'",
                 f"columns: {', '.join(map(str, table.columns))}",
             )
-    # An example without a text or a label cannot be used.
+    # An example without text or label cannot be used.
     table = table[columns].dropna()
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
@@ -87,9 +88,9 @@ def texts_of(table: pd.DataFrame, text: str) -> list[str]:
 
     Args:
         table: the columns that `text` names.
-        text: how the columns make the text, such as '{title} {content}'.
+        text: format of the text, such as '{title} {content}'.
     """
-    # The values are made strings first, so that 30 and "30" give the same text.
+    # Values are converted to strings first, so 30 and "30" give the same text.
     names = placeholders(text)
     texts = []
     for values in table[names].map(str).itertuples(index=False):
@@ -110,8 +111,8 @@ def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFra
 
 def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
     table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    # With one field more than the header, pandas makes the first column an index and shifts the
-    # names of all others by one.
+    # If rows have one field more than the header, pandas makes the first column an index. The names
+    # of all other columns then shift by one.
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("the first row has more fields than the header")
     return table
@@ -142,7 +143,7 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
     from datasets import load_dataset  # slow to import, and not needed for files
 
     try:
-        # The hub's client has time limits of its own.
+        # The hub's client has its own time limits.
         with unwatched(f"fetching {source.hub}"):
             rows: Any = load_dataset(
                 source.hub, source.hub_config, revision=source.revision, split=split

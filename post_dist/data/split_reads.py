@@ -1,4 +1,4 @@
-"""Count how often a test split has been read: one line for each evaluation, beside the data."""
+"""Count how many evaluations have read a test split, in a file next to the data."""
 
 import json
 from datetime import UTC, datetime
@@ -15,21 +15,21 @@ def count_split_read(task: Task, runs: Path, evaluation: str) -> int:
 
     Args:
         task: the task whose split it is.
-        runs: folder for the record of data that are not a local file.
-        evaluation: name of the evaluation. If it starts again, it does not count again.
+        runs: folder for the record if the data are not a local file.
+        evaluation: name of the evaluation. Each name counts once, even if it starts again.
 
     Returns:
-        How many evaluations have read the split, this one included.
+        The number of evaluations that have read the split, including this one.
 
     Raises:
         InputError: the record cannot be written.
     """
-    # Beside a local file, all runs on it share the count.
+    # All runs on a local file share one count, so it is stored next to the file.
     path = runs / _NAME
     if task.path:
         path = task.path.with_name(f"{task.path.name}.{_NAME}")
     with writing(path), path.open("a+") as file:
-        # The mode is for appending, so reading starts at the end unless moved.
+        # In append mode the file position is at the end, so move it to the start for reading.
         file.seek(0)
         known = {json.loads(line)["evaluation"] for line in file}
         if evaluation not in known:

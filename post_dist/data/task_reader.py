@@ -18,12 +18,13 @@ class TaskReader:
 
     Args:
         task: template, label words and lengths.
-        tokenizer: the tokenizer of the model that reads; a fast one.
-        masked: whether that model fills in masks.
+        tokenizer: the model's tokenizer, which must be a fast one.
+        masked: whether the model is a masked one.
 
     Attributes:
         template: the template bound to the tokenizer.
-        verbalizer: the label words bound to the tokenizer; without classes where text is generated.
+        verbalizer: the label words bound to the tokenizer. It has no classes if the task generates
+            text.
 
     Raises:
         InputError: the template does not suit the model, or a label word is several tokens or
@@ -35,7 +36,7 @@ class TaskReader:
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
-        # Both are bound here once; they check the task against the tokenizer.
+        # Both constructors check the task against the tokenizer.
         self.template = Template(
             task.template,
             tokenizer,
@@ -54,12 +55,12 @@ class TaskReader:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes C; 0 where text is generated."""
+        """Number of classes C; 0 for a task that generates text."""
         return len(self.verbalizer.token_ids)
 
     @property
     def longest(self) -> int:
-        """Most tokens of an example, its response included."""
+        """Most tokens of an example with its response."""
         return self.template.longest
 
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
@@ -67,7 +68,7 @@ class TaskReader:
 
         Args:
             texts: the texts.
-            responses: one for each text, to be appended. A task with classes ignores them.
+            responses: a response to append to each text. A task with classes ignores them.
         """
         return self.template.encode(texts, responses if self.generates else ())
 

@@ -1,4 +1,4 @@
-"""Labelled examples of a task, and their splits by a fixed hash.
+"""Load the labeled examples of a task, and divide them into splits by a fixed hash.
 
 The provider's stages do not import this file.
 """
@@ -13,7 +13,7 @@ from post_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples.
+    """The labeled examples of a split.
 
     Attributes:
         texts: the texts.
@@ -27,12 +27,11 @@ class Examples:
 
 
 def load_examples(task: Task, split: str, where: str) -> Examples:
-    """Load the labelled examples of one split, each text once.
+    """Load the labeled examples of one split, each text once.
 
-    A text with two labels, or two responses, is left out. Then one row more or less in the file
-    changes one example at most, which is what private tuning counts on. If the first of two labels
-    were kept, one row could replace an example, and a replacement is twice the change of an
-    addition.
+    A text with two different labels or responses is left out. One row more or less in the file then
+    adds or removes at most one example. Private tuning relies on that. If the first of two labels
+    were kept, one row could replace an example. A replacement counts as two changes.
 
     Args:
         task: the task.
@@ -40,17 +39,17 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
         where: the run file's section, for messages.
 
     Raises:
-        InputError: a label is not in the verbalizer, or the split is empty. The message names the
-            number of the row and never its contents.
+        InputError: a label is not in the task's labels, or the split is empty. The message gives
+            the number of the row, and never its contents.
     """
     answer_column = task.response_column or task.label_column
-    # The text may use the answer's column too; each column is read once.
+    # The text may also use the answer column, but each column is read once.
     columns = list(dict.fromkeys([*placeholders(task.text), answer_column]))
     table = read_columns(task, columns, _hub_split(task, split), where)
     texts = texts_of(table, task.text)
     written_answers = table[answer_column].map(str).tolist()
 
-    # Every row is checked, also those of other splits: a wrong label is found in every run alike.
+    # Rows of other splits are checked too, so every run finds a wrong label.
     answer_of: dict[str, int | str] = {}
     disputed = set()
     for row, (text, written) in enumerate(zip(texts, written_answers, strict=True), start=1):
@@ -59,7 +58,7 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             continue
         if answer_of.setdefault(text, answer) != answer:
             disputed.add(text)
-    # Only now, because a third row may dispute a text again.
+    # Disputed texts are removed at the end. Otherwise a third row could add the text again.
     for text in disputed:
         del answer_of[text]
     if not answer_of:
@@ -67,20 +66,20 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
 
     kept = list(answer_of)
     if task.max_rows is not None:
-        # Chosen by hash, because files are often sorted by class.
+        # Texts are selected by hash, because files are often sorted by class.
         kept = sorted(kept, key=lambda text: _place(text, task))[: task.max_rows]
-    # One of the two lists of answers stays empty.
+    # An example has either a class or a response, so one of the two lists is empty.
     if task.response_column is not None:
         return Examples(kept, [], [str(answer_of[text]) for text in kept])
     return Examples(kept, [int(answer_of[text]) for text in kept], [])
 
 
 def split_of(text: str, task: Task) -> str:
-    """Return the split of a text, decided by the sha256 of salt and text, so it never changes.
+    """Return the split of a text, by the sha256 of salt and text. It never changes.
 
-    A task with a test set of its own draws only train and validation.
+    A task with a separate test set is divided into train and validation only.
     """
-    # The place is the same for all shares, so a larger share only adds to a split.
+    # The place does not depend on the shares, so a larger share only adds examples to a split.
     place = _place(text, task)
     test_share = 0.0 if task.test_hub_split is not None else task.test_share
     if place < test_share:
@@ -97,7 +96,7 @@ def _hub_split(task: Task, split: str) -> str:
 
 
 def _belongs(task: Task, text: str, split: str) -> bool:
-    """Whether a text belongs to a split. A test set of its own belongs to it as a whole."""
+    """Return whether a text belongs to a split. All of a separate test set is the test split."""
     has_own_test_set = task.test_hub_split is not None
     return (has_own_test_set and split == "test") or split_of(text, task) == split
 
@@ -117,7 +116,7 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
 
 
 def _place(text: str, task: Task) -> float:
-    """Return the place of a text between 0 and 1."""
+    """Return the place of a text, a fixed pseudo-random number from 0 to 1."""
     # The first 64 bits of the digest, as a fraction of their range.
     digest = hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64

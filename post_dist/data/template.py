@@ -1,4 +1,4 @@
-"""Templates: from a text to the tokens that a model reads.
+"""Turn texts into the tokens that a model reads, by a template.
 
 Shapes: B examples, N examples, R tokens of a response, T tokens.
 """
@@ -21,9 +21,8 @@ class Encoded:
 
     Attributes:
         token_ids: tokens of the templated text, followed by those of the response if there is one.
-        answer: position at which the model answers. Of a response, the first token is predicted
-            there.
-        response: tokens of the response, with the end-of-text token last.
+        answer: position at which the model predicts its answer, or the first token of a response.
+        response: tokens of the response, which end with the end-of-text token.
     """
 
     token_ids: list[int]
@@ -36,9 +35,9 @@ class Batch:
     """Examples padded on the right.
 
     Attributes:
-        input_ids: [B, T].
-        attention_mask: [B, T]; 0 at padding.
-        answer: [B], the position at which the model answers.
+        input_ids: tokens [B, T].
+        attention_mask: mask [B, T]; 0 at padding.
+        answer: position [B] at which the model answers.
     """
 
     input_ids: torch.Tensor
@@ -56,12 +55,12 @@ class Template:
     """A template bound to a tokenizer.
 
     Args:
-        text: holds {text}, and {mask} for a masked model. A masked model answers at the mask, a
-            causal one after the last token.
+        text: the template, with {text}, and with {mask} for a masked model. A masked model answers
+            at the mask, and a causal model after the last token.
         tokenizer: a fast tokenizer.
         max_length: most tokens of a templated text; a longer text is cut at its beginning.
         max_response_length: most tokens of a response; a longer one is cut at its end.
-        masked: whether the model fills in a mask.
+        masked: whether the model is a masked one.
 
     Raises:
         InputError: the template does not suit the model, or leaves no room for text.
@@ -82,12 +81,12 @@ class Template:
         self.max_length = max_length
         self.max_response_length = max_response_length
 
-        # The template is split at the text once, so that a text with braces is taken as it is.
+        # The template is split at {text} here, so braces in a text need no escape.
         mask_token = tokenizer.mask_token if masked else ""
         before, _, after = text.replace("{mask}", mask_token).partition("{text}")
         self._before = _without_double_braces(before)
         self._after = _without_double_braces(after)
-        # Special tokens of the tokenizer count too.
+        # The special tokens of the tokenizer also count.
         if len(self._tokens("")) >= max_length:
             raise InputError(
                 f"template '{text}' alone fills max_length ({max_length} tokens)",
@@ -96,7 +95,7 @@ class Template:
 
     @property
     def longest(self) -> int:
-        """Most tokens of an example, its response included."""
+        """Most tokens of an example with its response."""
         return self.max_length + self.max_response_length
 
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
@@ -104,7 +103,7 @@ class Template:
 
         Args:
             texts: the texts.
-            responses: none, or one for each text, to be appended.
+            responses: a response to append to each text, or none.
         """
         encoded = [self._encode(text) for text in texts]
         if not responses:
@@ -115,7 +114,7 @@ class Template:
     def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
         """Return the tokens of each example's response [N, R], padded with NO_TOKEN.
 
-        R is the most that a response may have.
+        R is the largest number of tokens that a response may have.
         """
         padded = []
         for row in rows:
@@ -124,14 +123,14 @@ class Template:
         return torch.tensor(padded)
 
     def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
-        """Pad examples on the right, where a causal model's real tokens never look.
+        """Pad examples on the right. The real tokens of a causal model never attend to padding.
 
         Args:
             rows: the examples.
             length: pad to this length if it exceeds that of the longest example.
         """
         longest = max(length, *(len(row.token_ids) for row in rows))
-        # Padding tokens are masked out, except for a causal model, which never sees them.
+        # The mask hides padding from a masked model. A causal model does not need it.
         input_ids = torch.full((len(rows), longest), self._padding_token())
         attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -140,7 +139,7 @@ class Template:
         return Batch(input_ids, attention_mask, torch.tensor([row.answer for row in rows]))
 
     def _padding_token(self) -> int:
-        """Return any valid token: what is padded is never looked at."""
+        """Return a valid token for padding. Any will do, because the model ignores padding."""
         tokenizer = self._tokenizer
         for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
             if token is not None:
@@ -152,16 +151,16 @@ class Template:
         tokens = self._tokenizer(
             f" {text.strip()}", add_special_tokens=False, verbose=False
         ).input_ids
-        # The end-of-text token always fits: without it a model would not learn to end.
+        # A cut leaves room for the end-of-text token, or the model would not learn to stop.
         response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
         return Encoded([*row.token_ids, *response], row.answer, response)
 
     def _encode(self, text: str) -> Encoded:
         if self._masked:
-            # The text itself may contain the mask token. Only the template's mask is answered.
+            # A text may contain the mask token, but the model must answer at the template's mask.
             text = text.replace(self._tokenizer.mask_token, " ")
         tokens = self._tokens(text)
-        # After a cut, the tokens around it may join differently and be one too many.
+        # After a cut, the rest may be tokenized differently and still be too long.
         while len(tokens) > self.max_length:
             text = self._without_first_tokens(text, len(tokens) - self.max_length)
             tokens = self._tokens(text)
@@ -172,21 +171,20 @@ class Template:
         return Encoded(tokens, answer)
 
     def _tokens(self, text: str) -> list[int]:
-        # Not verbose: the warning for a text that is too long would give the length of a private
-        # one.
+        # Not verbose, because a warning about a long text would show its length, which is private.
         templated = self._before + text + self._after
         tokens: list[int] = self._tokenizer(templated, verbose=False).input_ids
         return tokens
 
     def _without_first_tokens(self, text: str, count: int) -> str:
-        """Cut the first tokens off a text.
+        """Cut the characters of the first tokens off a text.
 
-        Characters are cut and not tokens, so that the tokens of the template stay the same.
+        Characters are cut instead of tokens, because the template must keep its own tokens.
         """
         offsets = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         ).offset_mapping
-        # One character may be several tokens, so the cut is where a later character begins.
+        # One character may be several tokens, so cut at the start of a later character.
         later_starts = (start for start, _ in offsets[count:] if start > 0)
         cut = next(later_starts, len(text))
         return text[cut:].lstrip()
@@ -209,5 +207,5 @@ def _check_template(text: str, tokenizer: PreTrainedTokenizerBase, *, masked: bo
 
 
 def _without_double_braces(text: str) -> str:
-    """Return what `str.format` would make of a text without fields."""
+    """Replace {{ and }} by single braces, as `str.format` does."""
     return text.replace("{{", "{").replace("}}", "}")

@@ -1,4 +1,4 @@
-"""Label words bound to a tokenizer: they turn logits into class scores.
+"""Turn logits into class scores, by label words that are bound to a tokenizer.
 
 Shapes: B examples, C classes, K tokens of all label words, V vocabulary.
 """
@@ -14,12 +14,12 @@ from post_dist.errors import InputError
 class Verbalizer:
     """Scores a class by the mean logit of its label words.
 
-    That is what POST's code does; its paper names the mean probability.
+    POST's code does the same, although the paper describes the mean probability.
 
     Args:
         label_words: words of each class.
         tokenizer: the model's tokenizer.
-        allow_multi_token: score a word of several tokens by its first token.
+        allow_multi_token: whether a word may have several tokens. Its first token is then scored.
 
     Attributes:
         token_ids: tokens of the label words of each class.
@@ -35,7 +35,7 @@ class Verbalizer:
         *,
         allow_multi_token: bool,
     ) -> None:
-        # One list of tokens for each class.
+        # Each class has a list of tokens, one for each of its words.
         self.token_ids: list[list[int]] = []
         for words in label_words:
             tokens = [_word_token(word, tokenizer, allow_multi_token) for word in words]
@@ -53,17 +53,17 @@ class Verbalizer:
                     )
 
     def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:
-        """Add a bias to the score of each class, by raising the logits of its label words.
+        """Add a bias to the score of each class, by adding it to the logits of its label words.
 
         Args:
             logits_BV: logits over the vocabulary.
-            biases: one for each class, or none to return the logits unchanged.
+            biases: one for each class; an empty sequence returns the logits unchanged.
         """
         if not biases:
             return logits_BV
         lifted = logits_BV.clone()
         for ids, bias in zip(self.token_ids, biases, strict=True):
-            # Two words of a class may have the same token, which must be raised once.
+            # Two words of a class may have the same token, which gets the bias only once.
             lifted[:, sorted(set(ids))] += bias
         return lifted
 
@@ -78,7 +78,7 @@ class Verbalizer:
 
     def scores_of_tokens(self, logits_BK: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] from the logits of `tokens` alone."""
-        # In half precision, the mean of logits loses the small differences between classes.
+        # A mean in half precision would lose small differences between classes.
         wide = torch.promote_types(logits_BK.dtype, torch.float32)
         parts = logits_BK.to(wide).split([len(ids) for ids in self.token_ids], dim=1)
         return torch.stack([part.mean(dim=1) for part in parts], dim=1)
@@ -87,9 +87,9 @@ class Verbalizer:
 def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:
     """Return the token that a word begins with when it follows another word.
 
-    Byte-level and sentencepiece tokenizers have other tokens for a word at the start of a text.
+    Byte-level and sentencepiece tokenizers use other tokens for a word at the start of a text.
     """
-    # The word is tokenized behind "a", whose tokens are then cut off.
+    # Tokenize the word after "a", then cut the tokens of "a" off.
     carrier = tokenizer("a", add_special_tokens=False).input_ids
     tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
     if len(tokens) != 1 and not allow_multi_token:

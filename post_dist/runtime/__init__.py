@@ -1,1 +1,1 @@
-"""Processes, DeepSpeed engines, checkpoints, metrics and progress."""
+"""The run itself: processes, DeepSpeed engines, checkpoints, metrics and progress."""

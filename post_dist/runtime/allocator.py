@@ -1,4 +1,4 @@
-"""How glibc keeps memory: blocks with a mapping of their own return to the system when freed."""
+"""Control when glibc returns memory: a block with its own mapping returns when it is freed."""
 
 import ctypes
 import os
@@ -9,16 +9,16 @@ _M_MMAP_THRESHOLD = -3
 """glibc's number for the option, from malloc.h."""
 _FROM_64_KIB = 1 << 16
 _FROM_32_MIB = 1 << 25
-"""The threshold that glibc's own rule reaches with time."""
+"""The largest threshold that glibc's own dynamic rule reaches."""
 
 
 @contextmanager
 def memory_given_back_at_once() -> Iterator[None]:
     """Map every block of 64 KiB or more separately while the body runs.
 
-    Smaller blocks are cut from the heap, where freed ones leave holes. Afterwards only blocks of
-    32 MiB or more are mapped, or what the user's MALLOC_MMAP_THRESHOLD_ demands. A training step
-    that maps each of its tensors takes twice as long (64 private examples: 6.1 s instead of 3.0).
+    Smaller blocks come from the heap, where freed blocks leave holes. Afterwards the threshold is
+    32 MiB, or the user's MALLOC_MMAP_THRESHOLD_. It must not stay low: a training step that maps
+    each of its tensors takes twice as long (64 private examples: 6.1 s instead of 3.0 s).
     """
     # Only glibc has mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)

@@ -1,7 +1,8 @@
-"""Checkpoints: the state of a prompt, or that of a student in one file per rank.
+"""Checkpoints: the state of a prompt, or the state of a student in one file per rank.
 
-Each checkpoint is written beside its place with the sha256 of each of its files, flushed and
-renamed. A run resumes from the newest one whose files are all unchanged. The two newest are kept.
+Each checkpoint is written to a temporary folder with the sha256 of each of its files. The folder is
+then flushed and renamed. A run resumes from the newest checkpoint with unchanged files. The two
+newest are kept.
 """
 
 import json
@@ -22,7 +23,7 @@ from post_dist.runtime.watchdog import phase
 log = logging.getLogger(__name__)
 
 _KEEP = 2
-"""The newest checkpoint may turn out damaged; then the run resumes from the one before."""
+"""Number of checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
 _TENSORS = "state.safetensors"
 _SEAL = "checkpoint.json"
 
@@ -46,10 +47,10 @@ def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> N
     Args:
         folder: the folder of all checkpoints.
         step: the next step of the run.
-        tensors: what to save, by name.
+        tensors: the tensors to save, by name.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the folder cannot be written to.
         EnvironmentFault: the disk is full.
     """
 
@@ -72,11 +73,11 @@ def optimizer_state(
 ) -> dict[str, torch.Tensor]:
     """Collect the values of a few parameters and the optimizer's tensors for each of them."""
     state = {}
-    # Names are numbers, because the parameters of a prompt have none.
+    # The parameters of a prompt have no names, so they are numbered.
     for index, parameter in enumerate(parameters):
         state[f"{index}"] = parameter
         for name, value in optimizer.state[parameter].items():
-            # SGD without momentum keeps None.
+            # SGD without momentum has None as its state.
             if value is not None:
                 state[f"{index}.{name}"] = value
     return state
@@ -87,11 +88,11 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, torch.Tensor],
 ) -> None:
-    """Set parameters and optimizer to what `optimizer_state` returned.
+    """Set parameters and optimizer to a state from `optimizer_state`.
 
     Args:
         parameters: the same parameters, in the same order.
-        optimizer: of the same kind.
+        optimizer: an optimizer of the same kind.
         saved: the saved state.
     """
     for index, parameter in enumerate(parameters):
@@ -114,11 +115,11 @@ def take_up(
     resume: str,
     world: World,
 ) -> int:
-    """Set parameters and optimizer to the newest checkpoint, if there is one.
+    """Set parameters and optimizer to the newest checkpoint if one exists.
 
     Args:
-        parameters: what is trained.
-        optimizer: its optimizer.
+        parameters: the trained parameters.
+        optimizer: their optimizer.
         folder: the folder of all checkpoints.
         resume: `auto`, or `never` to delete earlier checkpoints.
         world: the ranks, which all call this function.
@@ -168,11 +169,11 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
 
     try:
         world.on_main(make_room)
-        # Returns once every rank has written, so that rank 0 seals complete files.
+        # This call returns when every rank has written, so rank 0 seals complete files.
         world.together(write)
         world.on_main(finish)
     finally:
-        # After a failure the partial folder is worthless.
+        # After a failure, the temporary folder is of no use.
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -187,25 +188,25 @@ def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> N
 
 def start_step(folder: Path, resume: str, world: World) -> int:
     """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted."""
-    # Rank 0 alone touches the folder; the others would see it half deleted.
+    # Only rank 0 reads the folder, because other ranks could see it half deleted.
     if world.is_main and resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
     step = world.from_main(newest_step(folder) if world.is_main else 0)
     if step:
         # A private search keeps the checkpoints of each trial in a subfolder. The number of trials
-        # is private, so the message names the run and no trial.
+        # is private, so the message names only the run.
         run = folder.parent if folder.name == "checkpoints" else folder.parent.parent
         log.info("resuming from step %d of %s", step, run.name)
     return step
 
 
 def _seal(folder: Path) -> None:
-    """Write the sha256 of each file."""
+    """Write the sha256 of each file of a checkpoint into it."""
     (folder / _SEAL).write_text(json.dumps(file_digests(folder)))
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are those that were sealed."""
+    """Return whether the files of a checkpoint are unchanged since they were sealed."""
     try:
         sealed = json.loads((folder / _SEAL).read_text())
         found = file_digests(folder)

@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, the few collectives that stages need, and the start.
+"""The ranks of a run: this process among them, the collectives that stages need, and the start.
 
 Shapes: W ranks.
 """
@@ -22,21 +22,23 @@ from post_dist.runtime.watchdog import unwatched
 log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(days=2)
-"""Time limit of a collective. Rank 0 may tune alone for many hours while the others wait. The
-watchdog ends a hang long before."""
+"""Time limit of a collective.
+
+Rank 0 may tune alone for many hours while the others wait. The watchdog ends a hang much sooner.
+"""
 
 Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks.
+    """The ranks of a run, as one of its processes sees them.
 
     Attributes:
         rank: number of this process among all, from 0.
         size: number of ranks W.
         local_rank: number of this process on its machine, from 0.
-        launcher: what started the processes.
+        launcher: the launcher that started the processes.
         device: the device that this process computes on.
     """
 
@@ -64,15 +66,15 @@ class World:
         return tensor
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
-        """Concatenate the rows of all ranks in rank order. Each rank may have its own number."""
+        """Concatenate the rows of all ranks in rank order. Ranks may differ in number of rows."""
         if self.size == 1:
             return rows
         counts = [torch.empty(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
 
-        # all_gather needs tensors of one shape, so every rank pads its rows to the most.
-        most = int(torch.cat(counts).max())
-        padded = rows.new_zeros(most, *rows.shape[1:])
+        # all_gather needs tensors of one shape, so every rank pads its rows to the largest number.
+        largest = int(torch.cat(counts).max())
+        padded = rows.new_zeros(largest, *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
@@ -82,12 +84,13 @@ class World:
         """Return the number of ranks on a node. All ranks call it together.
 
         Raises:
-            InputError: nodes differ in it, or the ranks are not numbered node by node.
+            InputError: nodes differ in their number of ranks, or the ranks are not numbered node by
+                node.
         """
         own = torch.tensor([self.local_rank], device=self.device)
         local_ranks = self.concatenate(own).tolist()
         count: int = max(local_ranks) + 1
-        # The sharing of models goes by neighboring numbers.
+        # Ranks with consecutive numbers share a model, so those of a node must be consecutive.
         if local_ranks != [rank % count for rank in range(self.size)]:
             raise InputError(
                 "the nodes have different numbers of ranks, "
@@ -97,23 +100,23 @@ class World:
         return count
 
     def lost_a_rank(self, error: RuntimeError) -> bool:
-        """Whether an error comes from a collective that lost its connection.
+        """Return whether an error comes from a collective that lost its connection.
 
-        NCCL raises a class of its own; gloo names its source file in the message.
+        NCCL raises its own class of error. gloo names its source file in the message.
         """
         return self.size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
     def leave(self) -> None:
         """Wait for all ranks, then destroy the process group.
 
-        If a process exits while gloo's threads still run, they abort it now and then.
+        If a process exits while gloo's threads still run, they sometimes abort it.
         """
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on all. All ranks call it."""
+        """Return whether the flag is set on any rank. All ranks call it and get the same answer."""
         return bool(self._largest(int(flag)))
 
     def from_main(self, own: Shared) -> Shared:
@@ -126,13 +129,13 @@ class World:
         return shared[0]
 
     def together(self, work: Callable[[], Shared]) -> Shared:
-        """Do each rank's own work. If it fails on one rank, all ranks raise.
+        """Do each rank's own work. If it fails on one rank, all ranks raise an error.
 
-        Otherwise the others would wait in a later collective for a rank that has left.
+        Otherwise the other ranks would wait in a later collective for a rank that has left.
 
         Raises:
-            PostDistError: another rank failed. The error has that rank's exit code, which is what
-                a launcher reports.
+            PostDistError: another rank failed. The error has that rank's exit code, which a
+                launcher reports.
         """
         # A list, because a result may be None.
         results: list[Shared] = []
@@ -141,7 +144,7 @@ class World:
             results.append(work())
         except PostDistError as error:
             failure = error
-        # Every rank reaches this point, so that none waits in vain.
+        # Every rank reaches this collective, whether its work failed or not.
         code = self._largest(failure.exit_code if failure else 0)
         if code:
             raise failure or _error_of_another_rank(code)
@@ -150,9 +153,9 @@ class World:
     def on_main(self, work: Callable[[], Shared]) -> Shared:
         """Do work on rank 0 and return its result on every rank. All ranks call it.
 
-        The work may take hours. Rank 0 has its own watchdog; if that ends it, the launcher ends the
-        ranks that wait. NFS caches a failed lookup for about 30 s, so only rank 0 should look for
-        files that may not exist yet.
+        The work may take hours. Rank 0 has its own watchdog. If that ends rank 0, the launcher ends
+        the waiting ranks. NFS caches a failed lookup for about 30 s. Only rank 0 should therefore
+        look for files that may not exist yet.
 
         Raises:
             PostDistError: the work failed on rank 0.
@@ -161,7 +164,7 @@ class World:
             return self.from_main(self.together(work))
         with unwatched("waiting for rank 0"):
             self.together(lambda: None)
-        # The others' value is never used.
+        # The value of other ranks is ignored.
         return self.from_main(cast(Shared, None))
 
     def _largest(self, number: int) -> int:
@@ -178,7 +181,7 @@ def _error_of_another_rank(exit_code: int) -> PostDistError:
         return Interrupted(
             "another rank was stopped", "the same command resumes from what that rank has saved"
         )
-    # The class is not known here, but launchers look at the exit code.
+    # The class of the other rank's error is unknown here, but launchers only need its exit code.
     error = PostDistError("another rank failed", "its own error message says why")
     error.exit_code = exit_code
     return error
@@ -188,22 +191,23 @@ def start(seed: int) -> World:
     """Join the process group and seed this process. Without a launcher the group has one rank.
 
     Raises:
-        EnvironmentFault: see `find_launcher`; or more local ranks than GPUs.
+        EnvironmentFault: the launcher's variables are wrong (see `find_launcher`), or there are
+            more local ranks than GPUs.
     """
     launcher = find_launcher(os.environ)
     if launcher == "none":
         os.environ |= environment_of_one_process()
-    # What DeepSpeed compiles belongs to one Python environment. In its default place, the home
-    # folder, it would be taken for the build of another one.
+    # DeepSpeed's compiled extensions belong to one Python environment. By default they are in the
+    # home folder, where another environment would load them.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _use_device(local_rank)
     if not dist.is_initialized():
-        import deepspeed  # only now, because it reads the environment when it is imported
+        import deepspeed  # reads the environment variables from above when it is imported
 
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
-    # The process group decides, whatever the environment says.
+    # Rank and size come from the process group, which another library may have initialized.
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
     torch.manual_seed(seed)
     log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)

@@ -1,7 +1,7 @@
 """The state of a training engine as plain tensors that any number of ranks can restore.
 
-DeepSpeed keeps fp32 weights and Adam's moments in flat tensors, and cuts them differently for each
-ZeRO stage and number of ranks. Here each rank names the pieces of parameters that its own flat
+DeepSpeed keeps fp32 weights and Adam's moments in flat tensors. Their layout depends on the ZeRO
+stage and the number of ranks. Here each rank saves the pieces of parameters that its own flat
 tensors hold. A piece is a range of a flattened parameter.
 """
 
@@ -73,11 +73,11 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> None:
-    """Set an engine to what `engine_state` returned on all ranks of an earlier run.
+    """Set an engine to the state that `engine_state` returned on the ranks of an earlier run.
 
     Args:
-        engine: its ZeRO stage and number of ranks may differ from those of the earlier run.
-        files: one safetensors file for each rank of the earlier run.
+        engine: the engine. ZeRO stage and number of ranks may differ from the earlier run.
+        files: the safetensors files of the earlier run's ranks.
     """
     pieces = _pieces(engine)
     optimizer = _torch_optimizer(engine)
@@ -85,13 +85,13 @@ def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> 
         handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         saved = _SavedPieces(handles)
 
-        # Before the first step there are no moments, neither saved nor here.
+        # A state from before the first step has no moments.
         kinds: tuple[str, ...] = ("weight",)
         if saved.adam_step is not None:
             kinds += _MOMENTS
             _make_moments(pieces, optimizer, saved.adam_step)
 
-        # Several saved pieces may overlap with one of ours, as the ranks were more or fewer.
+        # With another number of ranks, several saved pieces may overlap one piece of this rank.
         for piece in pieces:
             for kind in kinds:
                 is_weight = kind == "weight"
@@ -105,7 +105,7 @@ def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> 
 def _make_moments(
     pieces: Sequence[_Piece], optimizer: torch.optim.Optimizer, step: torch.Tensor
 ) -> None:
-    """Give the optimizer zero moments for each flat tensor, with the saved step count."""
+    """Create zero moments and the saved step count in the optimizer, for each flat tensor."""
     for piece in pieces:
         state = optimizer.state[piece.flat]
         state["step"] = step.clone()
@@ -124,13 +124,13 @@ class _SavedPieces:
                 if key == _ADAM_STEP:
                     self.adam_step = handle.get_tensor(key)
                     continue
-                # Names of parameters hold dots, and no slashes.
+                # The name of a parameter contains dots, but no slash.
                 name, kind, start = key.rsplit("/", 2)
                 saved = (int(start), handle.get_slice(key))
                 self._pieces.setdefault((name, kind), []).append(saved)
 
     def overlaps(self, piece: _Piece, kind: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the saved values that belong to a piece, each with its first element in it."""
+        """Yield the saved values that belong to a piece, with the index of their first element."""
         piece_end = piece.start + piece.length
         for saved_start, values in self._pieces[piece.name, kind]:
             saved_end = saved_start + values.get_shape()[0]
@@ -182,7 +182,8 @@ def _fp32_copies(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def _stage_3_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
     group, offset, shard_length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = shard_length * dist.get_rank(parameter.ds_process_group)
-    # All shards have one length, so the last rank's may be padded, or hold only padding.
+    # All shards have the same length, so those of the last ranks may end with padding or be all
+    # padding.
     length = min(shard_length, parameter.ds_numel - start)
     if length <= 0:
         return []
@@ -190,8 +191,8 @@ def _stage_3_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
 
 
 def _stage_1_and_2_pieces(optimizer: Any, name: str, parameter: Any) -> list[_Piece]:
-    # DeepSpeed's mapping from a parameter to its place among the fp32 weights. It is None where
-    # other ranks hold them all.
+    # DeepSpeed maps each parameter to its range in this rank's fp32 weights. The mapping is None if
+    # other ranks hold the whole parameter.
     mapping = parameter._hp_mapping
     if mapping is None:
         return []
@@ -204,7 +205,7 @@ def _update_working_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     """Copy the fp32 weights into those that the model computes with."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # Small parameters stay gathered between steps. They are cut up, updated and gathered again.
+        # Small parameters stay gathered between steps, so shard them, update them and gather again.
         persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)

@@ -1,4 +1,4 @@
-"""Which launcher started this process, by the environment variables that it sets."""
+"""Find out which launcher started this process, by the environment variables that it sets."""
 
 import socket
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from post_dist.errors import EnvironmentFault
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun and the deepspeed launcher set, and torch reads."""
+"""Variables that torchrun and the deepspeed launcher set, and that torch reads."""
 
 
 def find_launcher(environment: Mapping[str, str]) -> str:
@@ -19,7 +19,7 @@ def find_launcher(environment: Mapping[str, str]) -> str:
     slurm_tasks = int(environment.get("SLURM_NTASKS") or 1)
     in_slurm_step = bool(environment.get("SLURM_PROCID"))
 
-    # Some sites set MASTER_ADDR for every job.
+    # MASTER_ADDR alone does not count, because some clusters set it for every job.
     if not given or given == ["MASTER_ADDR"]:
         if in_slurm_step and slurm_tasks > 1:
             raise EnvironmentFault(
@@ -30,13 +30,13 @@ def find_launcher(environment: Mapping[str, str]) -> str:
             )
         return "none"
 
-    # torch would wait for ever for an address that nobody gave.
+    # If the address were missing, torch would wait forever.
     missing = sorted(set(_TORCHRUN) - set(given))
     if missing:
         raise EnvironmentFault(
             f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
         )
-    # torchrun inside a Slurm job sets its own variables beside those of Slurm.
+    # torchrun inside a Slurm job sets its own variables in addition to those of Slurm.
     size = _checked_world_size(environment)
     if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
         raise EnvironmentFault(
@@ -48,9 +48,9 @@ def find_launcher(environment: Mapping[str, str]) -> str:
 
 
 def environment_of_one_process() -> dict[str, str]:
-    """Return the variables of a process group of one, on a free port of this machine."""
+    """Return the variables of a process group of size 1, on a free port of this machine."""
     with socket.socket() as probe:
-        # Port 0 lets the system choose one that is free.
+        # Port 0 lets the system choose a free port.
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return {
@@ -63,7 +63,7 @@ def environment_of_one_process() -> dict[str, str]:
 
 
 def _checked_world_size(environment: Mapping[str, str]) -> int:
-    """Return WORLD_SIZE, once it and the rank are numbers that agree."""
+    """Return WORLD_SIZE, after a check that the rank lies within it."""
     try:
         rank = int(environment["RANK"])
         size = int(environment["WORLD_SIZE"])

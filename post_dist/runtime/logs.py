@@ -15,14 +15,14 @@ def speak(rank: int) -> None:
     logger = logging.getLogger("post_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # A second command in one process must not print every line twice.
+    # A second command in one process would otherwise print every line twice.
     if rank == 0 and not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed. A user cannot act on that.
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed. Users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.")
 
 
@@ -31,8 +31,8 @@ def log_file(folder: Path, rank: int) -> Iterator[None]:
     """Also write this rank's log to `logs/rank<N>.log` of a run folder while the body runs."""
     logger = logging.getLogger("post_dist")
     place = folder / "logs" / f"rank{rank}.log"
-    # Every rank creates the folder, because that asks the server. An NFS client that only opened
-    # the file could still hold a failed lookup of the folder in its cache.
+    # An NFS client may have cached that the folder does not exist. Creating it asks the server, so
+    # every rank does that before it opens its file.
     place.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(place)
     handler.setFormatter(

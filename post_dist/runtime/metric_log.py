@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines: one line a step, from which reports are drawn."""
+"""Metrics of a run as JSON lines, one line for each step. Reports are made from them."""
 
 import json
 import time
@@ -9,7 +9,7 @@ MetricValue = float | int | bool
 
 
 class MetricRecord(Protocol):
-    """What a training loop writes its metrics to."""
+    """The interface to which a training loop writes its metrics."""
 
     def write(self, step: int, **values: MetricValue) -> None:
         """Add the metrics of one step."""
@@ -19,7 +19,7 @@ class MetricLog:
     """Appends to a JSONL file.
 
     Args:
-        path: the file, or None to keep nothing, as on all ranks but the first.
+        path: the file; None to write nothing, on all ranks but rank 0.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -34,7 +34,7 @@ class MetricLog:
             return
         seconds = round(time.monotonic() - self._start, 3)
         line = json.dumps({"seconds": seconds, "step": step, **values})
-        # Opened for each line, so that a killed run has lost none.
+        # The file is closed after each line, so a killed run loses no metrics.
         with self._path.open("a") as file:
             file.write(line + "\n")
 
@@ -42,7 +42,7 @@ class MetricLog:
 def read_metric_log(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file, and keep the last line of each step.
 
-    A run that resumed from a checkpoint has written some steps twice.
+    A run that resumed from a checkpoint may have written some steps twice.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for text in path.read_text().splitlines():

@@ -1,21 +1,21 @@
-"""The policy for values that are not finite: skip the step on every rank, stop after five skips."""
+"""The policy for values that are not finite: skip the step, and stop after five skips in a row."""
 
 from post_dist.errors import InputError
 
 LIMIT_IN_A_ROW = 5
-"""One skipped step may be an unlucky batch; five in a row are a diverged run."""
+"""A single skipped step may be an unlucky batch. Five in a row mean that the run has diverged."""
 
 
 class NonFiniteGuard:
     """Counts skipped steps.
 
-    Private tuning does not use it. Whether an example's gradient is finite is private, so the
-    mechanism counts such a gradient as zero and takes its step like any other.
+    Private tuning does not use it. Whether an example's gradient is finite is private. The private
+    mechanism counts a gradient that is not finite as zero and takes every step.
 
     Args:
         label: name of the run, for the message.
         hint: what the user can change.
-        unit: what is counted: steps, or micro-batches where a step may lose one of several.
+        unit: what is skipped and counted, `steps` or `micro-batches`.
 
     Attributes:
         skipped: number of skipped steps so far.
@@ -31,17 +31,17 @@ class NonFiniteGuard:
         self.skipped = 0
 
     def record(self, step: int, *, finite: bool, where: str = "") -> None:
-        """Note the outcome of a step, which must be the same on every rank.
+        """Record the outcome of a step, which must be the same on every rank.
 
         Args:
             step: number of the step.
-            finite: whether the step could be taken.
-            where: which ranks saw the value, for the message.
+            finite: whether all values of the step were finite.
+            where: the ranks with a value that is not finite, for the message.
 
         Raises:
             InputError: the last five steps were all skipped.
         """
-        # One good step ends a series of bad ones.
+        # One good step resets the count.
         if finite:
             self._in_a_row = 0
             return

@@ -1,4 +1,7 @@
-"""The optimizers that a run file can name. To add one, add a line here and to `OptimizerName`."""
+"""The optimizers that a run file can name.
+
+To add an optimizer, add it to `_FACTORIES` here and to `OptimizerName` in the schema.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +16,7 @@ Groups = Iterable[dict[str, Any]]
 
 
 def _distillation_adamw(groups: Groups) -> Optimizer:
-    """Make AdamW with the settings of POST's distill/train.py."""
+    """Make AdamW with the settings of distill/train.py in POST's code."""
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
 
 
@@ -25,10 +28,10 @@ _FACTORIES: dict[OptimizerName, Callable[[Groups], Optimizer]] = {
 
 
 def make_optimizer(name: OptimizerName, groups: Groups) -> Optimizer:
-    """Make an optimizer by the name that a run file gives it.
+    """Make an optimizer by its name in the run file.
 
     Args:
-        name: a key of the table above.
+        name: name of the optimizer.
         groups: parameter groups as torch takes them, each with `params` and `lr`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Numeric precision: which one a device runs, and what each one means to torch."""
+"""Numeric precision: choose it for a device, and map it to a dtype of torch."""
 
 import logging
 
@@ -37,6 +37,6 @@ def choose_precision(engine: Engine, device: torch.device) -> Precision:
 def _has_bf16_instructions(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # Without these a CPU emulates bf16, and is slower than with fp32.
+    # Without these instructions a CPU emulates bf16, which is slower than fp32.
     instructions = torch.cpu.get_capabilities()
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

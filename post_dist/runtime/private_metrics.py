@@ -1,6 +1,6 @@
-"""Metrics that were computed from private data. They stay in the owner's run folder.
+"""Metrics of private data, which stay in the owner's run folder.
 
-No tracker can be handed them: trackers take `PublicMetrics`, and nothing here makes one.
+They cannot reach a tracker. Trackers accept only `PublicMetrics`, and this module creates none.
 """
 
 from post_dist.artifacts.run_folder import RunFolder

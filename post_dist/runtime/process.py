@@ -1,4 +1,4 @@
-"""How work ends: its exit code, and one message for what it raised."""
+"""Turn the end of a command into an exit code, and its error into one message."""
 
 import sys
 import traceback
@@ -13,7 +13,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
     """Run a command or a job, and return the exit code that its process should end with.
 
     A `PostDistError` becomes one message on standard error. The message of any other exception may
-    quote private data, so only its type and its traceback are printed.
+    quote private data. Only its type and its traceback are printed.
 
     Returns:
         0, the code of a `SystemExit`, the code of a `PostDistError`, or 1 for any other exception.
@@ -25,7 +25,8 @@ def exit_code_of(work: Callable[[], object]) -> int:
             return end.code
         return int(end.code is not None)
     except PostDistError as error:
-        # Slurm ends the other tasks now; a signal to this one must not replace its exit code.
+        # When one task has failed, Slurm signals the others. A signal must not replace the exit
+        # code of this one.
         leave_quietly()
         print(f"post-dist: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""The progress of a stage: a bar with the time left on a terminal, plain log lines elsewhere."""
+"""Show the progress of a stage: a bar on a terminal, and log lines elsewhere."""
 
 import logging
 import sys
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 15.0
 
 Advance = Callable[[str], None]
-"""Counts one more of the total as done, and shows a short text."""
+"""Function that counts one more item as done and shows a short text."""
 
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Iterator[Advance]:
-    """Yield a function that counts one more of `total` as done and shows a short text beside it.
+    """Yield a function that counts one more item as done and shows a short text next to the count.
 
-    It also tells the watchdog that the process makes progress.
+    Each call also tells the watchdog that the process makes progress.
 
     Args:
-        label: what is being done.
-        total: how many there are.
-        done: how many were done before.
-        show: False on all ranks but the first.
+        label: name of the work.
+        total: number of items.
+        done: number of items that are already done.
+        show: whether to show progress; False on all ranks but rank 0.
     """
     phase(f"{label}, {done} of {total} done")
     with _display(label, total, done, show=show) as display:
@@ -53,7 +53,7 @@ def progress(label: str, total: int, done: int = 0, *, show: bool = True) -> Ite
 @contextmanager
 def _display(label: str, total: int, done: int, *, show: bool) -> Iterator[Advance]:
     """Yield a function that updates what the user sees."""
-    # A log file would be spoiled by a bar, so it gets lines.
+    # A bar works only on a terminal, so a log file gets lines.
     if not show:
         yield lambda text: None
     elif sys.stderr.isatty():
@@ -77,7 +77,7 @@ def _bar() -> Progress:
 
 
 def _lines(label: str, total: int, done: int) -> Advance:
-    """Return a function that logs a line now and then, with the time left."""
+    """Return a function that logs a line every 15 seconds, with the time left."""
     first = done
     start = time.monotonic()
     last_line = start
@@ -89,7 +89,7 @@ def _lines(label: str, total: int, done: int) -> Advance:
         if now - last_line < _SECONDS_BETWEEN_LINES and done != total:
             return
         last_line = now
-        # Those that were done before this process started say nothing of its speed.
+        # Only items of this process count for its speed.
         seconds_each = (now - start) / (done - first)
         seconds_left = seconds_each * (total - done)
         shown_text = f"{text} " if text else ""

@@ -1,4 +1,4 @@
-"""How a command, a job or an API call joins the ranks of its launcher, and leaves them."""
+"""Join the ranks of the launcher for a command, a job or an API call, and leave them again."""
 
 import os
 from typing import TYPE_CHECKING
@@ -11,34 +11,33 @@ if TYPE_CHECKING:
 
 
 class _Joined:
-    """The ranks that this process has joined, and how long it may stand still among them."""
+    """The ranks that this process has joined, and the time limit of its watchdog."""
 
     world: "World | None" = None
     hang_timeout_seconds = 0.0
 
 
 def this_rank() -> int:
-    """Return the rank that the launcher gave this process; 0 without a launcher. Loads no torch."""
+    """Return this process's rank from the launcher, or 0 without one. It does not load torch."""
     return int(os.environ.get("RANK") or 0)
 
 
 def join_ranks(config: RunConfig) -> "World":
     """Load torch, join the other ranks, and start the watchdog.
 
-    A second call in the same process seeds it again and keeps the process group.
+    A second call in the same process seeds the process again and keeps the process group.
 
     Raises:
         EnvironmentFault: the launcher's variables contradict each other, or there are too few GPUs.
     """
-    # Waiting OpenMP threads give up their core instead of spinning on it. Beside one other busy
+    # Waiting OpenMP threads should give up their core instead of spinning. With another busy
     # process on two cores, spinning made a tuning step eighteen times slower (15 s against 0.8 s).
-    # libgomp reads this variable when torch is loaded.
+    # libgomp reads this variable when torch is loaded, so it is set before these imports.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Everything below loads torch.
     from post_dist.runtime.distributed import start
     from post_dist.runtime.logs import speak
 
-    # The watchdog is on before the first collective, in which a missing rank would be waited for.
+    # The watchdog starts before the first collective, which would wait for a missing rank.
     limit_seconds = config.engine.hang_timeout_seconds
     speak(this_rank())
     watch(this_rank(), limit_seconds)
@@ -49,12 +48,12 @@ def join_ranks(config: RunConfig) -> "World":
 
 
 def leave_ranks() -> None:
-    """Take the process group down once all ranks are here. Does nothing before `join_ranks`."""
+    """Wait for all ranks and destroy the process group. Without `join_ranks` it does nothing."""
     world = _Joined.world
     if world is None:
         return
     _Joined.world = None
-    # A rank that never comes must not be waited for without end.
+    # The watchdog ends the wait for a rank that never comes.
     watch(world.rank, _Joined.hang_timeout_seconds)
     try:
         world.leave()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a rate is a function of the step alone, so checkpoints hold no state."""
+"""Learning-rate schedules. A rate is a function of the step, so checkpoints need no schedule."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ class Schedule:
     """A linear warm-up to the full learning rate, followed by a decay.
 
     Attributes:
-        shape: `constant` keeps the rate; `cosine` and `linear` decay to zero after the last step.
+        shape: `constant` keeps the rate. `cosine` and `linear` decay it, to zero after the last
+            step.
         warmup_fraction: fraction of all steps over which the rate rises, 0 to 1.
         steps: number of steps of the run.
     """
@@ -27,7 +28,7 @@ class Schedule:
         """Return the fraction of the full learning rate at a step, counted from 0."""
         warmup = round(self.warmup_fraction * self.steps)
         if self.shape == "linear":
-            # The first step already runs at the full rate when there is no warm-up.
+            # Without warm-up, the first step runs at the full rate.
             warmup = max(1, warmup)
             decay = (self.steps - step) / max(1, self.steps - warmup)
             return min((step + 1) / warmup, decay)
@@ -35,7 +36,7 @@ class Schedule:
             return (step + 1) / warmup
         if self.shape == "constant":
             return 1.0
-        # Half a period of the cosine, from 1 to 0.
+        # Decay from 1 to 0 along half a period of the cosine.
         progress = (step - warmup) / max(1, self.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -44,8 +45,8 @@ class ScheduledRates:
     """Sets the learning rate of every parameter group of an optimizer, step by step.
 
     Args:
-        optimizer: its groups hold the full learning rates when this object is made.
-        schedule: which fraction of them a step uses.
+        optimizer: the optimizer. Its groups must hold the full learning rates at this time.
+        schedule: the fraction of the full learning rates at each step.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Engine settings against the layout of the ranks: shard groups, offload and devices."""
+"""Check engine settings against the layout of the ranks: shard groups, offload and devices."""
 
 from post_dist.config.schema import Engine
 from post_dist.conflicts import Conflict, Layout
@@ -33,7 +33,7 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
 
 
 def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
-    """Check that a device runs `engine.precision`, which is all that an unsharded stage needs."""
+    """Check that a device supports `engine.precision`. A stage without shards needs no more."""
     if engine.precision != "fp16" or device != "cpu":
         return []
     return [
@@ -45,8 +45,8 @@ def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
 
 
 def _group_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
-    """Check that the ranks divide into shard groups, and that these have something to offload."""
-    # The schema refuses `shard_group: 1` with offload, but `node` and `all` may come to 1 as well.
+    """Check that the ranks divide into shard groups, and that offload has shards to move."""
+    # The schema refuses `shard_group: 1` with offload, but `node` and `all` may also mean 1 rank.
     size = shard_group_size(engine, layout)
     if layout.ranks % size:
         return [

@@ -1,9 +1,9 @@
-"""Requests to stop, and the end of a process.
+"""Handle requests to stop, and end the process.
 
-Slurm sends SIGUSR2 before a time limit, whoever ends a job sends SIGTERM, and Ctrl-C is SIGINT. The
-signal handler only sets a flag. An exception in its place, as Python raises for Ctrl-C, is lost
-where a library swallows what its callbacks raise. All ranks look at the flag together between two
-steps, save, and leave with exit code 6, so that the same command resumes.
+Slurm sends SIGUSR2 before a time limit and SIGTERM when it cancels a job. Ctrl-C sends SIGINT. The
+signal handler only sets a flag. It raises no exception, because some libraries swallow those that
+are raised in their callbacks. Between two steps, all ranks check the flag together. They then save
+their state and leave with exit code 6. The same command resumes the run.
 """
 
 import atexit
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from post_dist.errors import Interrupted
 
-if TYPE_CHECKING:  # the import loads torch, and a signal may come before that is done
+if TYPE_CHECKING:  # this import loads torch, but the handlers must be ready before that
     from post_dist.runtime.distributed import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 _requested: list[str] = []
-"""Names of the signals so far."""
+"""Names of the signals that this process has received."""
 
 
 def listen() -> None:
@@ -36,10 +36,10 @@ def listen() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take the three signals as requests to stop while the body runs, and no longer.
+    """Treat the three signals as requests to stop while the body runs.
 
-    A command listens from its start to its end; then this changes nothing. Python allows signal
-    handlers in the main thread only, so a call from another thread cannot be stopped this way.
+    Within a command this changes nothing, because a command listens from start to end. Python
+    allows signal handlers only in the main thread, so a call from another thread does not listen.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is _request:
@@ -52,33 +52,33 @@ def listening() -> Iterator[None]:
     finally:
         _requested.clear()
         for number, handler in before.items():
-            if handler is not None:  # None: it was set by C code, and cannot be set again
+            if handler is not None:  # a handler from C code is None and cannot be restored
                 signal.signal(number, handler)
 
 
 def leave_quietly() -> None:
-    """Ignore further requests, once the exit code of this process is decided.
+    """Ignore further signals, because the exit code of this process is decided.
 
-    When one task has left, Slurm ends the others. If one of them died of that signal, its exit code
-    would hide that of all others.
+    When one task has left, Slurm sends a signal to the others. If a task died of that signal, its
+    exit code would hide the exit codes of all others.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process now, without tearing down the interpreter around the threads of libraries.
+    """End this process now, without the normal shutdown of the interpreter.
 
-    A thread that needs the interpreter during the teardown aborts the process ("terminate called
-    without an active exception", about once in a hundred jobs of two ranks). Slurm would then take
-    a finished job for a failed one.
+    During that shutdown, a library's thread that needs the interpreter aborts the process. The
+    message is "terminate called without an active exception". It happened in about one of a hundred
+    jobs with two ranks. Slurm then reports a finished job as failed.
     """
     leave_quietly()
-    # This function may be one of those that atexit runs.
+    # atexit itself may have called this function. It must not call it again.
     atexit.unregister(end_process)
     try:
-        # Removes temporary folders and closes logs. multiprocessing does the same in processes that
-        # it ends this way.
+        # The exit functions remove temporary folders and close logs. multiprocessing also calls
+        # them before `os._exit`.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -87,15 +87,15 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 def stop_requested(world: "World") -> bool:
-    """Whether any rank was asked to stop; the same answer on all. All ranks call it together."""
+    """Return whether any rank was asked to stop. All ranks call it and get the same answer."""
     return world.any(bool(_requested))
 
 
 def stopped(what: str) -> Interrupted:
-    """Return the error to leave with once everything is saved.
+    """Return the error that ends a stopped run, after its state is saved.
 
     Args:
-        what: what was saved, and at which step.
+        what: description of what was saved, and at which step.
     """
     by = f" by {_requested[0]}" if _requested else ""
     return Interrupted(f"stopped{by}: {what}", "the same command resumes from there")

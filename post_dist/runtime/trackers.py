@@ -1,9 +1,11 @@
-"""Trackers: where the public metrics of a provider's run go.
+"""Trackers record the public metrics of a provider's run.
 
-To add one, such as TensorBoard: write a class with a `log` method here, name it in `_trackers`, and
-give the run file a field for it. No stage changes. A tracker can only be handed `PublicMetrics`,
-which only `open_public_metrics` makes. An import contract keeps private tuning away from this
-module; its metrics go through `runtime/private_metrics.py`.
+To add a tracker, such as TensorBoard, write a class with a `log` method here. Add it to `_trackers`
+and add a field for it to the run file. No stage changes.
+
+Trackers accept only `PublicMetrics`, which only the record of `open_public_metrics` creates. An
+import contract keeps private tuning from importing this module. Its metrics go through
+`runtime/private_metrics.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ class PublicMetrics:
 
     Attributes:
         step: number of the step.
-        values: each metric by its name; the mapping is read-only.
+        values: the metrics by name, in a read-only mapping.
     """
 
     step: int
@@ -30,7 +32,7 @@ class PublicMetrics:
 
 
 class Tracker(Protocol):
-    """A place that public metrics are sent to."""
+    """A destination of public metrics."""
 
     def log(self, metrics: PublicMetrics) -> None:
         """Record the metrics of one step."""
@@ -48,10 +50,10 @@ class JsonLines:
 
 
 def open_public_metrics(folder: RunFolder, world: World) -> MetricRecord:
-    """Open everything that records the public metrics of a run. Rank 0 alone records them.
+    """Open all trackers of a run. Only rank 0 records metrics.
 
     Args:
-        folder: the run folder; its `config` is the stage's view of the run file.
+        folder: the run folder, with the run file's settings.
         world: the ranks.
     """
     return _TrackedRecord(_trackers(folder) if world.is_main else ())
@@ -70,7 +72,7 @@ class _TrackedRecord:
 
     def write(self, step: int, **values: MetricValue) -> None:
         """Add the metrics of one step."""
-        # Read-only, so that one tracker cannot change what the next one sees.
+        # The mapping is read-only, so a tracker cannot change what the next one gets.
         metrics = PublicMetrics(step, MappingProxyType(values))
         for tracker in self._trackers:
             tracker.log(metrics)

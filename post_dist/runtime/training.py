@@ -1,4 +1,4 @@
-"""The training loop of every stage: take a step, save when a checkpoint is due, stop when asked."""
+"""The training loop of every stage. It takes steps, saves checkpoints and stops on request."""
 
 import time
 from typing import Protocol
@@ -9,7 +9,7 @@ from post_dist.runtime.stop import stop_requested, stopped
 
 
 class TrainingJob(Protocol):
-    """What the loop trains.
+    """A job that the loop trains.
 
     Attributes:
         label: name of the run in progress bars and messages.
@@ -30,10 +30,10 @@ class TrainingJob(Protocol):
 
 
 class CheckpointPolicy(Protocol):
-    """When the loop saves a checkpoint."""
+    """A rule for when the loop saves a checkpoint."""
 
     def is_due(self, done: int, steps: int, world: World) -> bool:
-        """Whether to save after `done` of `steps` steps.
+        """Return whether to save after `done` of `steps` steps.
 
         All ranks call it together and get the same answer.
         """
@@ -46,15 +46,15 @@ class EverySteps:
         self._interval = interval
 
     def is_due(self, done: int, steps: int, world: World) -> bool:
-        """Whether to save after `done` of `steps` steps."""
+        """Return whether to save after `done` of `steps` steps."""
         return done % self._interval == 0 or done == steps
 
 
 class EverySeconds:
-    """Save when a number of seconds has passed since the last time, but not after the last step.
+    """Save when a number of seconds has passed since the last save.
 
-    The state of a soft prompt is small and a shared disk is slow. The artifact is written right
-    after the last step.
+    After a fast step, saving to a shared disk could take longer than the step. There is no save
+    after the last step, because the artifact follows it at once.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -62,7 +62,7 @@ class EverySeconds:
         self._saved_at = -float("inf")
 
     def is_due(self, done: int, steps: int, world: World) -> bool:
-        """Whether to save after `done` of `steps` steps."""
+        """Return whether to save after `done` of `steps` steps."""
         # The clocks of the ranks differ, so they decide together.
         due = world.any(done < steps and time.monotonic() - self._saved_at > self._seconds)
         if due:
@@ -76,11 +76,12 @@ def run_training(
     """Train a job to its last step.
 
     Args:
-        job: what is trained.
-        first_step: where to start; above 0 after a resume.
+        job: the job to train.
+        first_step: the first step to take; above 0 after a resume.
         world: the ranks, which all call this function.
         policy: when to save a checkpoint.
-        show: whether rank 0 shows progress. A private search must not show how many trials it runs.
+        show: whether rank 0 shows progress. A private search hides it, because the number of its
+            trials is private.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
@@ -88,7 +89,7 @@ def run_training(
     with progress(job.label, job.steps, first_step, show=show and world.is_main) as advance:
         for step in range(first_step, job.steps):
             text = job.take_step(step)
-            # Asked on every step, because all ranks must ask together.
+            # This is a collective, so every rank calls it in every step.
             stop = stop_requested(world)
             if stop or policy.is_due(step + 1, job.steps, world):
                 job.save(step + 1)

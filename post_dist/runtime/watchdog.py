@@ -1,8 +1,8 @@
 """End a process that has made no progress for too long, and report where it was.
 
-When one rank dies or hangs, the others wait in a collective for ever, and a cluster is paid for
-nothing. Every phase of the work reports here. If none has done so within the limit, the process
-names its rank and phase, prints the stacks of its threads, and exits.
+When one rank dies or hangs, the others wait in a collective forever and waste a cluster's time.
+Every phase of the work therefore reports its start here. If no report comes within the limit, the
+process exits. It first prints its rank, its last phase and the stacks of its threads.
 """
 
 import faulthandler
@@ -19,11 +19,11 @@ from post_dist.errors import EnvironmentFault
 log = logging.getLogger(__name__)
 
 _LOOKS_PER_LIMIT = 10
-"""A hang is found at most a tenth of the limit too late."""
+"""Number of checks within the time limit. A hang is found at most a tenth of the limit late."""
 
 
 class _Watch:
-    """What the watching thread looks at."""
+    """The state that the watching thread checks."""
 
     phase = "starting"
     moved = time.monotonic()
@@ -32,15 +32,16 @@ class _Watch:
 
 
 def watch(rank: int, limit_seconds: float) -> None:
-    """Watch this process from now on. One thread does it, however often this is called.
+    """Start to watch this process, or resume after `rest`.
 
     Args:
-        rank: for the message.
-        limit_seconds: how long the process may go without a new phase.
+        rank: number of this rank, for the message.
+        limit_seconds: longest time that the process may take without a new phase. The first call
+            sets it.
     """
     phase("starting")
     _Watch.paused = False
-    # A second command in the same process is watched by the same thread.
+    # A second command in the same process uses the same thread.
     if _Watch.thread is None:
         _Watch.thread = threading.Thread(
             target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog"
@@ -49,12 +50,12 @@ def watch(rank: int, limit_seconds: float) -> None:
 
 
 def rest() -> None:
-    """Stop watching: the command is over."""
+    """Stop watching, at the end of a command."""
     _Watch.paused = True
 
 
 def phase(name: str) -> None:
-    """Report what this process does now, and that it makes progress."""
+    """Report that this process makes progress and begins a phase of its work."""
     _Watch.phase = name
     _Watch.moved = time.monotonic()
 
@@ -81,7 +82,7 @@ def _look(rank: int, limit_seconds: float) -> None:
 
 
 def _end(rank: int, limit_seconds: float) -> None:
-    """Report and exit. The main thread hangs, so nothing can be raised in it."""
+    """Report the hang and exit. The main thread hangs, so no exception can be raised in it."""
     fault = EnvironmentFault(
         f"rank {rank} has made no progress for {limit_seconds:g} s in: {_Watch.phase}",
         "look for a rank that has died or hangs; the same command resumes from the last checkpoint",

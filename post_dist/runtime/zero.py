@@ -23,9 +23,9 @@ class ShardGroup:
     """The ranks that share one copy of a frozen model.
 
     Attributes:
-        size: number of ranks; 1 when each rank has its own copy.
-        reads: whether this rank reads the weights for the others.
-        process_group: torch's process group; None for all ranks.
+        size: number of ranks; 1 if each rank has its own copy.
+        reads: whether this rank reads the weights for its group.
+        process_group: torch's process group; None if there is one rank, or the group has all ranks.
     """
 
     size: int
@@ -39,20 +39,19 @@ def layout_of(engine: Engine, world: World) -> Layout:
     Raises:
         InputError: `engine.shard_group: node` on nodes of different sizes.
     """
-    # Only a group per node asks for nodes of equal size.
-    of_a_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
-    return Layout(world.size, of_a_node, world.device.type)
+    # Only one group per node needs nodes of equal size.
+    ranks_per_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
+    return Layout(world.size, ranks_per_node, world.device.type)
 
 
 @lru_cache
 def shard_group(engine: Engine, world: World) -> ShardGroup:
     """Return this rank's group, by `engine.shard_group`. All ranks call it together.
 
-    It is cached, because torch would make new process groups on every call.
+    The result is cached, because each call would make new process groups in torch.
 
     Raises:
-        InputError: the ranks do not divide into such groups, or a rank by itself would have to
-            offload what it keeps whole.
+        InputError: the engine settings do not suit the ranks (see `engine_conflicts`).
     """
     layout = layout_of(engine, world)
     raise_conflicts("engine", engine_conflicts(engine, layout))
@@ -60,7 +59,7 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
     reads = world.rank % size == 0
     if size in (1, world.size):
         return ShardGroup(size, reads, None)
-    # Every rank takes part in the making of every group, also of those it is not in.
+    # torch needs every rank to create every group, even groups that it does not belong to.
     groups = []
     for first in range(0, world.size, size):
         groups.append(dist.new_group(list(range(first, first + size))))
@@ -70,15 +69,15 @@ def shard_group(engine: Engine, world: World) -> ShardGroup:
 def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
     """Freeze a model that was created in ZeRO-3 shards, and return it ready to run.
 
-    It is the module itself and not a DeepSpeed engine, so that `loss.backward()` reaches tensors
-    that went in, such as a soft prompt. The caller reduces their gradients. Every rank must call
-    the module equally often.
+    The result is the module itself instead of a DeepSpeed engine. `loss.backward()` then reaches
+    its input tensors, such as a soft prompt. The caller averages their gradients over ranks. Every
+    rank must call the module equally often.
 
     Args:
         model: a model that was created under `deepspeed.zero.Init`.
         settings: the DeepSpeed settings of a frozen model.
     """
-    # The engine stays alive through the hooks that it has put on the module.
+    # The hooks on the module keep the engine alive.
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
     return engine.module
 
@@ -86,11 +85,11 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
 def train_sharded(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
-    """Return the engine that trains a model. Its frozen parameters take part in the forward only.
+    """Return the engine that trains a model. Frozen parameters of the model are not updated.
 
     Args:
         model: a whole model.
-        optimizer: over its trained parameters.
+        optimizer: an optimizer over the model's trained parameters.
         settings: the DeepSpeed settings for training.
     """
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -109,9 +108,10 @@ def gathered(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """Gather a sharded weight, and afterwards send every rank the value of the group's first one.
+    """Gather a sharded weight, and give all ranks the value of the first rank afterwards.
 
-    A weight that is not sharded is left alone.
+    The body may change the weight on the group's first rank. A weight that is not sharded is left
+    unchanged.
     """
     if not hasattr(weight, "ds_id"):
         return nullcontext()
@@ -122,9 +122,10 @@ def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """Return the whole state of a model on rank 0 in host memory, gathered from its shards if any.
+    """Return the whole state of a model on rank 0, in host memory.
 
-    All ranks call it together; the others get an empty dictionary.
+    A sharded model is gathered. All ranks call it together, and the other ranks get an empty
+    dictionary.
     """
     weights: dict[str, torch.Tensor] = {}
     with gathered(model):
@@ -136,11 +137,11 @@ def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def shard_share(model: nn.Module) -> float:
-    """Return the fraction of a model's parameters that this rank holds: 1 if it is not sharded."""
+    """Return the fraction of a model's parameters that this rank holds; 1 without sharding."""
     held = 0
     whole = 0
     for parameter in model.parameters():
-        # A sharded parameter itself is empty; DeepSpeed keeps its shard and its size beside it.
+        # A sharded parameter is empty itself. DeepSpeed stores its shard and size as attributes.
         held += getattr(parameter, "ds_tensor", parameter).numel()
         whole += getattr(parameter, "ds_numel", parameter.numel())
     return held / whole

@@ -1,6 +1,6 @@
-"""The conflicts of tuning and transfer over all prompts of one run file.
+"""Find the conflicts of tuning and transfer for all prompts of one run file.
 
-A stage sees one prompt at a time. `plan` and `check` look at all of them before the first starts.
+A stage sees one prompt at a time. `plan` and `check` look at all prompts before any stage starts.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from post_dist.stages.tune.conflicts import conflicts as conflicts_of_tuning
 
 @dataclass(frozen=True)
 class SourcePrompt:
-    """A prompt that is to be transferred.
+    """A prompt that a run transfers.
 
     Attributes:
-        num_virtual_tokens: number of its vectors.
+        num_virtual_tokens: number n of vectors of the prompt.
         task: the task that it was, or will be, tuned for.
     """
 
@@ -35,14 +35,15 @@ def tune_conflicts(
     """Find what keeps the prompts of a run file from being tuned.
 
     Args:
-        config: the run file. Without a private task another party tunes the prompt: no conflict.
+        config: the run file. Without a private task, another party tunes the prompt, and there is
+            no conflict.
         student: the model that prompts are tuned on.
         target: the large model, for the baseline of full prompt tuning; None without a teacher.
         layout: the ranks of the stage.
     """
     if config.private_task is None:
         return []
-    # The baseline of full prompt tuning reads the same texts with the target.
+    # The baseline of full prompt tuning tunes on the target, with the same texts.
     found = conflicts_of_tuning(config, student, layout)
     if target is not None and "full prompt tuning" in config.evaluate.baselines:
         found += conflicts_of_tuning(config, target, layout)
@@ -52,7 +53,9 @@ def tune_conflicts(
 def transfer_conflicts(
     config: RunConfig, models: TransferModels, prompts: Sequence[SourcePrompt], layout: Layout
 ) -> list[Conflict]:
-    """Find what keeps prompts from being transferred, by the run's settings and by the baseline's.
+    """Find what keeps prompts from being transferred.
+
+    The conflicts of the baseline `published transfer` are included if the run file asks for it.
 
     Args:
         config: the run file.
@@ -73,7 +76,7 @@ def transfer_conflicts(
 
 
 def _of_baseline(conflict: Conflict) -> Conflict:
-    """Name the baseline in a conflict that the run file's own settings do not have."""
+    """Name the baseline in a conflict that only the baseline's settings have."""
     return Conflict(
         f"the baseline published transfer: {conflict.message}",
         "leave it out of evaluate.baselines",

@@ -1,4 +1,4 @@
-"""The stages in their order: what each one reads, and which are finished already."""
+"""Run the stages in order. Each reads the results of earlier ones. Finished ones are skipped."""
 
 import logging
 import shutil
@@ -42,9 +42,9 @@ class _NeededPrompt:
     """A prompt on the target that a row of the table needs.
 
     Attributes:
-        variant: the prompt on the student that it belongs to.
+        variant: the prompt on the student that this prompt belongs to.
         row: name of the row.
-        plan: how it is made.
+        plan: how the prompt is made.
     """
 
     variant: PromptVariant
@@ -55,7 +55,7 @@ class _NeededPrompt:
 class Pipeline:
     """Finds or runs the stages of one run file.
 
-    A finished stage is known by its signature and never run again.
+    A finished stage is recognized by its signature and does not run again.
 
     Args:
         config: the run file.
@@ -108,7 +108,8 @@ class Pipeline:
     def evaluate(self) -> RunFolder:
         """Find or make the comparison table, and what its rows need.
 
-        A data owner has no teacher. Without that section the table has the rows of the student.
+        A data owner's run file has no section `teacher`. The table then has only the rows of the
+        student.
 
         Returns:
             The finished folder of the stage.
@@ -131,7 +132,7 @@ class Pipeline:
             prompts = self._with_target_prompts(variants)
             inputs = {"teacher": self._teacher_digest, **inputs}
 
-        # The signature holds the digest of every prompt, so that another prompt is another table.
+        # The signature holds the digest of every prompt, so other prompts give another table.
         folder = run_folder(config, "evaluate", inputs | _prompt_digests(prompts))
 
         def run(unfinished: Sequence[RunFolder]) -> None:
@@ -141,17 +142,17 @@ class Pipeline:
         return folder
 
     def everything(self) -> RunFolder:
-        """Find or run all stages. All inputs are checked first.
+        """Check all inputs, then find or run all stages.
 
         Returns:
             The finished folder of the evaluation.
         """
         self._config.need(*self._config.stages_until("evaluate"))
-        # A wrong label word is found before hours of distillation.
+        # A wrong label word must show before hours of distillation.
         self._world.on_main(partial(_check_inputs, self._config, self.teacher))
         return self.evaluate()
 
-    # The prompts of a table. `evaluate.private_rows` adds a variant for each epsilon.
+    # Prompts of the table. `evaluate.private_rows` adds one variant for each epsilon.
 
     def _prompt_variants(self) -> list[PromptVariant]:
         """Find or tune the prompts on the student that the table compares.
@@ -180,11 +181,11 @@ class Pipeline:
         needed = []
         for variant in variants:
             plans = target_prompts(variant)
-            # The run file's own transfer is trained first, and the baselines after it.
+            # The run file's own transfer comes first. The baselines follow.
             for row in sorted(plans, key=lambda name: name != TransferredPrompt.name):
                 needed.append(_NeededPrompt(variant, row, plans[row]))
 
-        # All transfers are trained beside each other, whichever variant they belong to.
+        # The transfers of all variants are trained together.
         transfers = [prompt for prompt in needed if prompt.plan.made_by == "transfer"]
         folders = self._transfer(
             [(prompt.plan.config, prompt.variant.source) for prompt in transfers]
@@ -194,7 +195,7 @@ class Pipeline:
             for prompt, folder in zip(transfers, folders, strict=True)
         }
 
-        # Collect the prompts of each variant.
+        # Collect the prompts of each variant: transferred, given, or tuned on the target.
         found: dict[str, dict[str, Path]] = {variant.label: {} for variant in variants}
         for prompt in needed:
             place = (prompt.variant.label, prompt.row)
@@ -228,8 +229,8 @@ class Pipeline:
         Args:
             config: the run file, with the privacy plan of this prompt.
             model: folder of the model.
-            model_digest: its hash.
-            model_name: what the prompt's adapter configuration and its card call the model.
+            model_digest: digest of the model.
+            model_name: name of the model in the prompt's adapter configuration and card.
             label: part of the name of the run's folder.
         """
         config.need("tune")
@@ -246,7 +247,7 @@ class Pipeline:
     def _transfer(self, wanted: Sequence[tuple[RunConfig, Path]]) -> list[RunFolder]:
         """Find or make transferred prompts.
 
-        Those that are not finished are trained beside each other.
+        All prompts that are not finished are trained together.
 
         Args:
             wanted: the settings and the source prompt of each.
@@ -295,9 +296,9 @@ class Pipeline:
         if self._config.teacher is None:
             raise InputError("the run file lacks the section teacher")
         fetch = partial(model_folder, self._config.teacher)
-        with unwatched("fetching the teacher"):  # the hub's client has time limits of its own
+        with unwatched("fetching the teacher"):  # the hub's client has its own time limits
             self._world.on_main(fetch)
-            folder = self._world.together(fetch)  # each node may have a cache of its own
+            folder = self._world.together(fetch)  # each node may have its own cache
         load_config(folder)
         return folder
 
@@ -307,7 +308,7 @@ class Pipeline:
 
     @cached_property
     def student(self) -> Path:
-        """The student's folder: given in `inputs`, or made by the stage."""
+        """The student's folder: given in `inputs`, or made by the distill stage."""
         return self._config.inputs.student or self.distill().artifact
 
     @cached_property
@@ -317,14 +318,14 @@ class Pipeline:
 
     @cached_property
     def _source_prompts(self) -> tuple[Path, ...]:
-        """Folders of the prompts on the student: given in `inputs`, or made by the stage."""
+        """Folders of the prompts on the student: given in `inputs`, or made by the tune stage."""
         given = self._config.inputs.source_prompt
         if isinstance(given, tuple):
             return given
         return (given or self.tune().artifact,)
 
     def _data_digest(self, section: str) -> str:
-        """Identify the contents of a data section by the file's hash, or by hub name and commit."""
+        """Identify the contents of a data section: a file's hash, or hub name and revision."""
         source: DataSource = getattr(self._config, section)
         if source.path is None:
             return f"{source.hub}@{source.revision}"
@@ -333,16 +334,16 @@ class Pipeline:
     def _run(
         self, folders: Sequence[RunFolder], stage: Callable[[Sequence[RunFolder]], None]
     ) -> None:
-        """Run a stage for those of its folders that are not finished.
+        """Run a stage for each of its folders that is not finished.
 
         Args:
             folders: one folder for each signature.
-            stage: runs the stage for the folders that it is given.
+            stage: runs the stage for a list of folders.
 
         Raises:
             InputError: a folder is not finished, and this command may not run its stage.
         """
-        # Rank 0 decides for all, since other nodes may see a finished folder later.
+        # Rank 0 decides for all ranks, because other nodes may see a finished folder later.
         unfinished = self._world.on_main(
             lambda: [folder for folder in folders if not folder.finished]
         )
@@ -365,14 +366,14 @@ class Pipeline:
                 log.info("%s starts in %s", folder.stage, folder.path)
             stage(unfinished)
             log.info("%s is done in %.0f s", unfinished[0].stage, time.monotonic() - start)
-            # A finished stage is never resumed.
+            # A finished stage never resumes, so its checkpoints are deleted.
             if self._world.is_main:
                 for folder in unfinished:
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def _prompt_digests(prompts: Sequence[PromptFolders]) -> dict[str, str]:
-    """Read the digest of every prompt of a table, by the name of its row."""
+    """Return the digest of every prompt of a table, by the name of its row."""
     paths: dict[str, Path] = {}
     for folders in prompts:
         paths["source" + folders.label] = folders.source
@@ -382,7 +383,7 @@ def _prompt_digests(prompts: Sequence[PromptFolders]) -> dict[str, str]:
 
 
 def _digest_of_student(folder: Path, *, given: bool) -> str:
-    """Identify a student: by its manifest, or by its weights if it was not made by the stage."""
+    """Return the digest in a student's manifest, or that of its files if it has no manifest."""
     # A run file may name any model as its student, such as a smaller one of the teacher's family.
     if given and not (folder / FILE_NAME).exists():
         load_config(folder)
@@ -394,7 +395,7 @@ def _digest_of_file(path: Path, section: str) -> str:
     """Hash a data file.
 
     Raises:
-        InputError: it is missing, or no file.
+        InputError: the path is missing, or is not a file.
     """
     if not path.is_file():
         problem = "no file" if path.exists() else "missing"
@@ -403,9 +404,9 @@ def _digest_of_file(path: Path, section: str) -> str:
 
 
 def _check_inputs(config: RunConfig, teacher: Path) -> None:
-    """Check privacy plans, data files, templates and label words before anything is run.
+    """Check privacy plans, data files, templates and label words before any stage runs.
 
-    This also downloads data sets of the hub for all ranks.
+    This also downloads hub data sets for all ranks.
 
     Args:
         config: the run file.

@@ -1,4 +1,4 @@
-"""Whether a soft prompt from another party belongs to a student."""
+"""Check that a soft prompt, which may come from another party, belongs to a student."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +11,7 @@ from post_dist.models.load import tokenizer_fingerprint
 def check_belongs(
     prompt: SoftPromptArtifact, student: ModelFacts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Check that a prompt was tuned on a model like the student.
+    """Check that a prompt was tuned on a model with the student's width and tokenizer.
 
     Args:
         prompt: the soft prompt.

@@ -1,6 +1,6 @@
-"""The training of soft prompts without privacy, for `tune` and `transfer`.
+"""Train soft prompts without privacy, for `tune` and `transfer`.
 
-It knows losses and no data.
+This module sees losses, and never the data that they come from.
 
 Shapes: n prompt tokens, d width.
 """
@@ -21,25 +21,26 @@ from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.training import EverySeconds, run_training
 
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
-"""The state of a prompt is small, but a shared disk is slow: faster steps do not save each time."""
+"""Least time between saves. Writing a small file to a shared disk may take longer than a step."""
 
 StepLosses = Callable[[int], Sequence[torch.Tensor]]
-"""Maps the number of a step to one loss for each prompt, at the present values of the prompts.
+"""Function from the number of a step to one loss for each prompt, at the prompts' current values.
 
-Each rank computes its own part of a step. The mean of a loss over ranks is the loss of the step.
+Each rank computes its part of a step. The mean of a loss over ranks is the loss of the step.
 """
 
 
 @dataclass(frozen=True)
 class PromptRun:
-    """One prompt that is trained, with a folder of its own.
+    """The training of one prompt.
 
     Attributes:
-        parameters: the prompt [n, d] and what is tuned along with it, in fp32; trained in place.
+        parameters: the prompt [n, d] and any other tuned tensors, in fp32. They are trained in
+            place.
         optimizer: the optimizer over the parameters.
         section: number of steps, and schedule of the learning rate.
         folder: folder for checkpoints and metrics.
-        open_metrics: opens the record of the losses: public or private, as the data are.
+        open_metrics: opens the record of the losses. It must be the private one for private data.
         show_loss: whether the loss may appear in progress bars; False if it comes from private
             data.
     """
@@ -52,7 +53,7 @@ class PromptRun:
     show_loss: bool
 
     def take_up(self, resume: str, world: World) -> int:
-        """Restore the newest checkpoint, if there is one.
+        """Restore the newest checkpoint if one exists.
 
         Args:
             resume: `auto`, or `never` to delete earlier checkpoints.
@@ -61,7 +62,7 @@ class PromptRun:
         Returns:
             The step from which training resumes; 0 without a checkpoint.
         """
-        # The optimizer was made over plain tensors. From here on they collect gradients.
+        # The parameters were plain tensors until now. Training needs their gradients.
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         return take_up(self.parameters, self.optimizer, self.folder.checkpoints, resume, world)
@@ -80,12 +81,12 @@ class PromptRun:
 def train_prompts(
     runs: Sequence[PromptRun], losses_at: StepLosses, first_step: int, world: World
 ) -> None:
-    """Train prompts beside each other for a fixed number of steps.
+    """Train prompts together for a fixed number of steps.
 
     The values after the last step are the result.
 
     Args:
-        runs: the prompts; all have the same number of steps and resume at the same one.
+        runs: the prompts; all have the same number of steps and resume at the same step.
         losses_at: computes this rank's part of each prompt's loss.
         first_step: step from which training resumes.
         world: the ranks that take part.
@@ -94,16 +95,16 @@ def train_prompts(
         InputError: five steps of a prompt in a row were not finite.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    # The loop shows progress, saves checkpoints and stops when asked to; the trainer takes steps.
+    # The trainer takes the steps. The loop shows progress, saves checkpoints and handles stops.
     trainer = PromptTrainer(runs, losses_at, world)
     run_training(trainer, first_step, world, EverySeconds(_SECONDS_BETWEEN_CHECKPOINTS))
 
 
 class PromptTrainer:
-    """Takes the steps of one or several prompts beside each other; a `TrainingJob`.
+    """Trains one or several prompts together, as a `TrainingJob`.
 
-    Every rank holds the prompts whole, in fp32, outside ZeRO's shards. Their gradients are averaged
-    over the ranks here.
+    Every rank holds whole prompts in fp32, outside ZeRO's shards. This class averages their
+    gradients over the ranks.
 
     Args:
         runs: the prompts.
@@ -132,15 +133,15 @@ class PromptTrainer:
             step: number of the step, from 0.
 
         Returns:
-            The mean loss, for the progress bar; empty if it must not be shown.
+            The mean loss, for the progress bar; empty if the loss is private.
         """
         for prompt in self._prompts:
             prompt.begin_step(step)
 
-        # The losses have no parameter in common, so that one backward pass serves all prompts.
+        # The losses share no parameter, so one backward pass serves all prompts.
         losses = torch.stack(list(self._losses_at(step)))
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        # A copy is averaged, for the metrics: the averaging is in place.
+        # `World.mean` averages in place, so the metrics get a copy.
         mean_losses = self._world.mean(losses.detach().clone()).tolist()
 
         # One prompt may skip its step while the others take theirs.
@@ -169,16 +170,16 @@ class _TrainedPrompt:
         self._metrics = run.open_metrics(run.folder, world)
 
     def begin_step(self, step: int) -> None:
-        """Set the learning rates of a step, and forget the last gradients."""
+        """Set the learning rates of a step, and clear the last gradients."""
         self._rates.apply(step)
         self.run.optimizer.zero_grad()
 
     def finish_step(self, step: int, loss: float) -> None:
-        """Average the gradients over ranks, and step if they are finite.
+        """Average the gradients over ranks, and take the step if they are finite.
 
         Args:
             step: number of the step.
-            loss: its loss, averaged over ranks.
+            loss: loss of the step, averaged over ranks.
 
         Raises:
             InputError: five steps in a row were not finite.
@@ -186,7 +187,7 @@ class _TrainedPrompt:
         gradients = self.run.gradients
         for gradient in gradients:
             self._world.mean(gradient)
-        # All ranks hold the same mean, so that they decide alike.
+        # All ranks hold the same mean, so they make the same decision.
         finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
         if finite:
             self.run.optimizer.step()

@@ -1,4 +1,4 @@
-"""Whether a soft prompt and a text fit into a model's context together."""
+"""Check that a soft prompt and a text fit into a model's context together."""
 
 from post_dist.conflicts import Conflict
 
@@ -6,11 +6,11 @@ from post_dist.conflicts import Conflict
 def room_conflicts(
     whose: str, context_length: float, num_virtual_tokens: int, max_length: int
 ) -> list[Conflict]:
-    """Compare prompt and text with the context of a model.
+    """Compare the length of prompt and text with the context length of a model.
 
     Args:
         whose: name of the model in the message, such as `the student`.
-        context_length: most tokens that its positions reach.
+        context_length: most tokens that the model can read; infinite if it has no limit.
         num_virtual_tokens: tokens of the soft prompt; 0 without one.
         max_length: most tokens of a text with its response.
     """

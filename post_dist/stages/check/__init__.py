@@ -1,1 +1,1 @@
-"""`post-dist check`: everything that keeps a run file from running, without weights."""
+"""`post-dist check`: find everything that keeps a run file from running, without its weights."""

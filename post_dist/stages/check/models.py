@@ -1,4 +1,4 @@
-"""A model as far as its config.json and its tokenizer tell, for the check of a run file."""
+"""Read config.json and tokenizer of a model, without its weights, for the check of a run file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from post_dist.stages.check.report import Findings
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model as far as config.json and tokenizer tell.
+    """What config.json and the tokenizer tell about a model.
 
     Attributes:
-        facts: its facts, or None where config.json is wrong. A student that is still to be cut has
-            those of its teacher, with fewer layers.
-        tokenizer: its tokenizer, or None where that is missing.
+        facts: facts of the model, or None if config.json cannot be used. A student that does not
+            exist yet has the facts of its teacher, with fewer layers.
+        tokenizer: tokenizer of the model, or None if it cannot be loaded.
     """
 
     facts: ModelFacts | None
@@ -29,22 +29,22 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
 
     Args:
         folder: the model, in Hugging Face format.
-        stage: the first stage that needs it.
-        findings: collects what is wrong with it.
+        stage: the first stage that needs the model.
+        findings: collects the problems.
     """
-    # A folder that is not there has one error, not one for each of its files.
+    # A missing folder is one error, not one for each of its files.
     facts = findings.attempt(stage, lambda: read_facts(folder))
     if not folder.is_dir():
         return CheckedModel(None, None)
     tokenizer = findings.attempt(stage, lambda: load_tokenizer(folder))
-    # Weights may still be on their way, so their absence is no conflict.
+    # Weights may be downloaded later, so their absence is no conflict.
     if not any(folder.glob("*.safetensors")):
         findings.not_checked.append(f"weights: there are no safetensors in {folder}")
     return CheckedModel(facts, tokenizer)
 
 
 def same_tokenizer(one: CheckedModel, other: CheckedModel) -> bool:
-    """Whether two models read the same vocabulary; unknown tokenizers are taken to be the same."""
+    """Return whether two models have the same tokenizer; a missing one counts as the same."""
     if one.tokenizer is None or other.tokenizer is None or one.tokenizer is other.tokenizer:
         return True
     return tokenizer_fingerprint(one.tokenizer) == tokenizer_fingerprint(other.tokenizer)

@@ -1,4 +1,4 @@
-"""What a check of a run file finds, and how it collects it."""
+"""The report of a check, and the class that collects its findings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from post_dist.errors import EnvironmentFault, PostDistError
 _Result = TypeVar("_Result")
 
 LabelTokens = dict[str, dict[str, str]]
-"""For each class, its label words and the tokens that they become."""
+"""Maps each class to its label words, and each word to its token."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StageConflict:
     Attributes:
         stage: name of the stage, or `run file`.
         message: what is wrong.
-        hint: what to change; empty where the message says it.
+        hint: what to change; empty if the message says it already.
     """
 
     stage: str
@@ -48,9 +48,9 @@ class CheckReport:
     """What a check found.
 
     Attributes:
-        stages: the stages that this run file can run, which were checked.
-        conflicts: what keeps them from running.
-        label_words: for `student` and `teacher`, the tokens of the label words in its tokenizer.
+        stages: the stages that this run file can run. Only these were checked.
+        conflicts: what keeps the stages from running.
+        label_words: for `student` and `teacher`, the token of each label word in its tokenizer.
         epsilon: the cost of each private plan.
         not_checked: what could not be checked, and why.
     """
@@ -72,7 +72,7 @@ class Findings:
     """Collects what the checks find."""
 
     conflicts: dict[str, StageConflict] = field(default_factory=dict)
-    """By message: several stages read the same task, and one line about it is enough."""
+    """Conflicts by message. Several stages may find the same conflict; the first one is kept."""
     not_checked: list[str] = field(default_factory=list)
 
     def add(self, stage: str, found: Sequence[Conflict]) -> None:
@@ -82,9 +82,10 @@ class Findings:
             self.conflicts.setdefault(conflict.message, known)
 
     def attempt(self, stage: str, work: Callable[[], _Result]) -> _Result | None:
-        """Do a piece of work; keep its error as a conflict and return None.
+        """Do a piece of work and return its result, or None if it raises an error.
 
-        What this machine cannot reach, such as the hub, is not the run file's fault.
+        An error becomes a conflict. An `EnvironmentFault`, such as an unreachable hub, is not the
+        run file's fault. It becomes an entry of `not_checked`.
         """
         try:
             return work()

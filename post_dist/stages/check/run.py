@@ -1,8 +1,8 @@
 """Check a run file against its models, data and prompts, without weights and without a GPU.
 
-Every check runs by itself, so that all that is wrong is found at once. The rules are those that the
-stages raise. A private file is read here on its owner's machine: nothing of its cells, no count and
-no share leaves this module.
+The checks are independent, so one call finds every problem. They apply the same rules as the
+stages. A private file is read on its owner's machine. Its values, counts and class shares never
+leave this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ _LARGEST_CORPUS_BYTES = 1 << 28
 
 
 def check_run(config: RunConfig) -> CheckReport:
-    """Check what a run file wants, as far as config.json, tokenizers and local data tell.
+    """Check a run file against config.json, tokenizers, prompts and local data.
 
     Args:
         config: the run file.
@@ -67,7 +67,7 @@ class _Check:
 
     def run(self) -> None:
         """Find the stages that the run file can run, and check each of them."""
-        # A file without any stage is a mistake; one without some stages has another party run them.
+        # A run file may leave some stages to another party. One without any stage is a mistake.
         self.stages = self._runnable_stages()
         if not self.stages:
             nothing = Conflict(
@@ -77,7 +77,7 @@ class _Check:
             self.findings.add("run file", [nothing])
         self._teacher = self._read_teacher()
         self._student = self._read_student()
-        # Without a cluster section nobody knows on how many ranks a stage will run.
+        # Without a cluster section, the number of ranks of a stage is unknown.
         if "cluster" not in self.config.model_fields_set:
             self.findings.not_checked.append(
                 "engine settings on several ranks: the run file has no section cluster"
@@ -92,7 +92,7 @@ class _Check:
             checks[stage]()
 
     def _runnable_stages(self) -> list[Stage]:
-        """List the stages whose sections are there. The others belong to another party."""
+        """List the stages whose sections the run file has. Another party runs the others."""
         found: list[Stage] = []
         for stage in self.config.stages_until("evaluate"):
             try:
@@ -114,9 +114,9 @@ class _Check:
         return None if folder is None else read_model(folder, self.stages[0], self.findings)
 
     def _read_student(self) -> CheckedModel | None:
-        """Read the student that is given, or derive the one that will be cut from the teacher."""
+        """Read the given student, or derive the facts of the one that distillation will make."""
         given = self.config.inputs.student
-        # Its manifest is not checked here: that hashes the weights.
+        # The manifest is not checked, because that would hash the weights.
         if given is not None and self.stages:
             return read_model(given, self.stages[0], self.findings)
         if "distill" not in self.stages or self._teacher is None:
@@ -128,12 +128,12 @@ class _Check:
             try:
                 layers = len(stand_in_layers(section, facts.layers))
             except InputError:
-                layers = facts.layers  # a conflict of distillation
+                layers = facts.layers  # the check of distillation reports this error
             facts = replace(facts, layers=layers)
         return replace(self._teacher, facts=facts)
 
     def _layout(self, stage: Stage) -> Layout:
-        """Return the ranks of a stage by the cluster section; one GPU where there is none."""
+        """Return the ranks of a stage by the cluster section, or one GPU without that section."""
         if "cluster" not in self.config.model_fields_set:
             return Layout(ranks=1, ranks_per_node=1, device="cuda")
         asked = self.config.cluster.for_stage(stage)
@@ -147,7 +147,7 @@ class _Check:
         if self._teacher is not None and self._teacher.facts is not None:
             found = distill_conflicts(config, self._teacher.facts, self._layout("distill"))
             self.findings.add("distill", found)
-        # Whether the text is long enough is known only when it is tokenized.
+        # Whether the text is long enough shows only when it is tokenized, which takes too long.
         corpus = config.corpus
         if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
             return
@@ -181,7 +181,7 @@ class _Check:
         if public_task is None:
             return
         if public_task.visibility != "public" or self._is_readable("public_task", public_task):
-            # A private task is refused before its file is opened.
+            # A task that is not public is refused before its file is opened.
             self.findings.attempt("transfer", lambda: load_public_texts(public_task, "public_task"))
         # Both models read the public text, in the template of the public task or of the prompt.
         prompts = self._source_prompts("transfer")
@@ -217,7 +217,7 @@ class _Check:
     def _prompted_models(self) -> list[PromptedModel]:
         """List the models of the evaluation, each with its longest prompt."""
         lengths = [prompt.num_virtual_tokens for prompt in self._source_prompts("evaluate")]
-        # A prompt for the target may be given as well. The others are as long as their source.
+        # A given prompt for the target has its own length. All others are as long as their source.
         given = self.config.inputs.target_prompt
         on_target = None
         if given is not None:
@@ -233,7 +233,7 @@ class _Check:
         return found
 
     def _source_prompts(self, stage: Stage) -> list[SourcePrompt]:
-        """Read the prompts that are given, or describe the one that the run file tunes.
+        """Read the given prompts, or describe the one that the run file tunes.
 
         Args:
             stage: the stage that reads them.
@@ -290,7 +290,7 @@ class _Check:
                 self.findings.attempt(stage, bind)
 
     def _readers(self) -> list[tuple[str, CheckedModel]]:
-        """List the models that read a task: one of those that share a tokenizer."""
+        """List the models that read a task, with one entry for models that share a tokenizer."""
         found = []
         if self._student is not None:
             found.append(("student", self._student))
@@ -303,26 +303,26 @@ class _Check:
     # ----------------------------------------------------------------------------- data and cost
 
     def _check_examples(self, stage: Stage, task: Task, splits: Sequence[str]) -> None:
-        """Read the splits of the private task. What they hold is not kept."""
+        """Read the splits of the private task for errors. Their contents are not kept."""
         if not self._is_readable("private_task", task):
             return
         for split in splits:
             self.findings.attempt(stage, partial(_read_split, task, split))
 
     def _is_readable(self, where: str, source: DataSource, at_most: int | None = None) -> bool:
-        """Whether a source can be read in seconds: a local file, and not too large.
+        """Return whether a source can be read in seconds: a local file that is not too large.
 
         Args:
-            where: section of the run file.
+            where: name of the section in the run file.
             source: the section.
-            at_most: bytes of the largest file that is read.
+            at_most: most bytes of a file that is read; None for no limit.
         """
         if source.path is None:
             self.findings.not_checked.append(f"{where}: {source.hub} is not fetched from the hub")
             return False
-        # A missing file is the reader's to name.
-        large = at_most is not None and source.path.is_file()
-        if large and source.path.stat().st_size > (at_most or 0):
+        # A missing file passes here, because reading it gives the better error.
+        size_matters = at_most is not None and source.path.is_file()
+        if size_matters and source.path.stat().st_size > (at_most or 0):
             self.findings.not_checked.append(f"{where}: {source.path} is too large to be read now")
             return False
         return True
@@ -334,7 +334,7 @@ class _Check:
             return
         from post_dist.privacy.accounting import account, private_plan  # takes a second
 
-        # Each plan by itself: a target that no noise reaches does not hide the other plans.
+        # Plans are computed one by one, so a target that no noise reaches does not hide the others.
         for section in sections:
             run = self.config.model_copy(update={"privacy": section})
             plan = self.findings.attempt("tune", partial(private_plan, run))
@@ -350,12 +350,12 @@ def _read_split(task: Task, split: str) -> None:
     """Read a split of the private task.
 
     Raises:
-        InputError: it cannot be read. The reader's hint names the columns of the file. In a file
-            without a header these are cells of its first example, so this hint replaces it.
+        InputError: it cannot be read. The reader's hint may name the columns of the file. In a file
+            without a header, these are values of the first example. Another hint replaces it.
     """
     try:
         load_examples(task, split, "private_task")
     except InputError as error:
-        other = "compare the file with text, label_column and labels of private_task"
-        hint = other if error.hint else ""
+        safe_hint = "compare the file with text, label_column and labels of private_task"
+        hint = safe_hint if error.hint else ""
         raise InputError(error.args[0], hint) from None

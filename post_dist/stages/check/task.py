@@ -1,4 +1,4 @@
-"""The template and the label words of a task in one tokenizer, for the check of a run file."""
+"""Bind the template and the label words of a task to a tokenizer, for the check of a run file."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,24 +35,24 @@ def label_tokens(
     tokenizer: PreTrainedTokenizerBase,
     findings: Findings,
 ) -> LabelTokens:
-    """Find the token of each label word, and collect the words that do not work.
+    """Find the token of each label word, and collect an error for each word that cannot be used.
 
     Args:
         stage: the stage that reads the task.
         words: the label words of each class.
-        task: says whether words of several tokens are allowed.
+        task: the task, which says whether words of several tokens are allowed.
         tokenizer: the tokenizer that reads the words.
-        findings: collects what is wrong.
+        findings: collects the errors.
 
     Returns:
-        The words that work, with their tokens.
+        The words that can be used, with their tokens.
     """
 
     def bind(*classes: Sequence[str]) -> Verbalizer:
         wanted = tuple(tuple(of_class) for of_class in classes)
         return Verbalizer(wanted, tokenizer, allow_multi_token=task.allow_multi_token)
 
-    # Each word by itself, so that all long ones are named.
+    # Each word is bound alone, so every word of several tokens is named.
     found: LabelTokens = {label: {} for label in words}
     for label, of_class in words.items():
         for word in of_class:
@@ -60,6 +60,6 @@ def label_tokens(
             if single is not None:
                 token = single.token_ids[0][0]
                 found[label][word] = str(tokenizer.convert_ids_to_tokens(token))
-    # Two classes that share a token are found among the words that are sound.
+    # The usable words are bound together, to find two classes that share a token.
     findings.attempt(stage, lambda: bind(*map(tuple, found.values())))
     return found

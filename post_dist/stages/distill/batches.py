@@ -1,4 +1,4 @@
-"""What the models read in a step: tokens, labels and positions.
+"""Batches of the corpus as the models read them: tokens, labels and positions.
 
 Shapes: B sequences, T tokens.
 """
@@ -38,7 +38,7 @@ class DistillationText:
     Args:
         corpus: the packed sequences.
         masking: masks the text of a masked model; None for a causal model.
-        device: where the batches go.
+        device: device of the batches.
     """
 
     def __init__(self, corpus: Corpus, masking: Masking | None, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class DistillationText:
         """Return the held-out sequences of a micro-batch."""
         first = self.corpus.num_training_sequences
         numbers = [first + row for row in rank_batch.rows]
-        # Places below 0, which training does not use: no mask is drawn twice.
+        # Training uses places from 0. Negative places give the held-out split masks of its own.
         places = [-1 - row for row in rank_batch.rows]
         return self._read(numbers, self.corpus.held_out(rank_batch), places)
 
@@ -70,7 +70,7 @@ class DistillationText:
             input_ids_BT = sequences_BT.to(self._device)
             labels_BT = next_token_labels(sequences_BT).to(self._device)
             return Batch(numbers, input_ids_BT, labels_BT, self.corpus.positions(input_ids_BT))
-        # A masked model reads packed documents together: it has no positions to keep them apart.
+        # A masked model reads packed documents together. Its positions cannot keep them apart.
         masked_BT, labels_BT = self._masking(sequences_BT, places)
         return Batch(numbers, masked_BT.to(self._device), labels_BT.to(self._device), None)
 
@@ -78,7 +78,7 @@ class DistillationText:
 def masking_for(
     teacher: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> Masking | None:
-    """Return how the text of a masked teacher is masked, or None for a causal one."""
+    """Return the masking of the text for a masked teacher, or None for a causal one."""
     if not teacher.masked:
         return None
     return Masking(tokenizer.mask_token_id, len(tokenizer), config.distill.mask_share, config.seed)

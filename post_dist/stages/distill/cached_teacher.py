@@ -1,7 +1,7 @@
-"""A signal source that reads files, and the code that fills them by running the teacher once.
+"""A signal source that reads files, and the code that writes them by running the teacher once.
 
 A file holds the signals of a few sequences by their numbers. It depends on no batch size, rank or
-epoch, so another student of the same teacher reads it too. One rank writes a file, and the file
+epoch, so another student of the same teacher can read it too. Each file is written by one rank and
 gets its name when it is complete.
 
 Shapes: B sequences, T tokens.
@@ -33,11 +33,11 @@ from post_dist.stages.distill.signal_maker import SignalMaker, read_signal
 log = logging.getLogger(__name__)
 
 _SEQUENCES_A_FILE = 64
-"""Sequences in one file: few enough to lose little in an interruption."""
+"""Sequences in one file: few enough that an interruption loses little work."""
 _OPEN_FILES = 256
-"""Files that a reader keeps open; a process may open 1,024 by default."""
+"""Files that a reader keeps open. The usual limit of a process is 1,024 open files."""
 _NUMBERS = "numbers"
-"""The tensor of a file that holds the numbers of its sequences."""
+"""Name of the tensor that holds the numbers of a file's sequences."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class CachedTeacher:
 
     Args:
         places: where the signal of each sequence is, by the sequence's number.
-        names: the tensors to read.
-        device: where the signals go.
+        names: names of the tensors to read.
+        device: device of the returned signals.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class CachedTeacher:
         parts = []
         for place in places:
             # A slice reads only this sequence from the disk.
-            rows = self._open(place.file).get_slice(name)
-            parts.append(rows[place.index : place.index + 1])
+            sequences = self._open(place.file).get_slice(name)
+            parts.append(sequences[place.index : place.index + 1])
         return torch.cat(parts)
 
 
 def cache_teacher(
     folder: Path, teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World
 ) -> CachedTeacher:
-    """Run the teacher over every sequence that training will read and no file holds yet.
+    """Run the teacher over every sequence that training will read and that no file holds yet.
 
     Args:
-        folder: where the folders of files are, one for each teacher, corpus and kind of signal.
+        folder: parent of the cache folders, one for each teacher, corpus and kind of signal.
         teacher_digest: digest of the teacher's files.
         maker: computes the signals; all ranks run it equally often.
         corpus: the sequences.
@@ -112,12 +112,12 @@ def cache_teacher(
         Interrupted: a rank was asked to stop; complete files are kept.
     """
     cache = folder / f"teacher-signals-{_signature(teacher_digest, maker, corpus, world)[:8]}"
-    # Another run may be adding files now, and all ranks must see the same ones: rank 0 looks.
+    # Another run may be adding files now. Only rank 0 looks, so all ranks see the same files.
     places = world.on_main(partial(_find_places, cache))
     section = maker.section
     read = corpus.numbers_of_first(section.steps * section.batch_size)
     missing = [number for number in read if number not in places]
-    # After a complete earlier run, the teacher never runs.
+    # The teacher does not run if earlier runs have written all signals.
     if missing:
         log.info(
             "teacher signals: %d sequences to run, %d are in %s", len(missing), len(places), cache
@@ -144,9 +144,9 @@ def _fill(
 ) -> None:
     """Write the signals of the missing sequences, a file at a time."""
     micro_batch_size = maker.section.micro_batch_size_per_gpu
-    # Whole micro-batches are dealt to the ranks, equally many to each.
+    # Every rank gets equally many whole micro-batches.
     own = rank_batches(missing, micro_batch_size, world.rank, world.size)
-    # Rounded up to whole micro-batches.
+    # A file holds whole micro-batches, so their number is rounded up.
     batches_a_file = -(-_SEQUENCES_A_FILE // micro_batch_size)
     with progress("teacher signals", len(own), show=world.is_main) as advance:
         for start in range(0, len(own), batches_a_file):
@@ -159,11 +159,11 @@ def _fill(
                 if batch.counted:
                     numbers += batch.rows
                     parts.append(made)
-            # A rank that cannot write stops all of them, or the others would wait in a collective.
+            # If one rank cannot write, all stop. Else the others would wait in a collective.
             world.together(partial(_write, cache, numbers, parts))
             for _ in batches:
                 advance("")
-            # Between files, so that nothing written is lost.
+            # The run stops only between files, so no finished signal is lost.
             if stop_requested(world):
                 raise stopped("the teacher signals written so far are kept")
 
@@ -182,7 +182,7 @@ def _write(cache: Path, numbers: list[int], parts: list[dict[str, torch.Tensor]]
     if not numbers:
         return
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    # The file says itself what it holds, so no index can disagree with it.
+    # Each file lists its own sequences, so there is no index that could disagree with it.
     tensors[_NUMBERS] = torch.tensor(numbers)
     file = cache / f"{numbers[0]:010d}-{uuid4().hex[:8]}.safetensors"
     write_file(file, lambda partial_file: save_file(tensors, partial_file))
@@ -195,7 +195,7 @@ def _find_places(cache: Path) -> dict[int, _Place]:
         InputError: a file cannot be read.
     """
     places: dict[int, _Place] = {}
-    # A complete name begins with a digit; a file that is being written has a dot before it.
+    # Complete files start with a digit. A file that is still being written starts with a dot.
     for file in sorted(cache.glob("[0-9]*.safetensors")):
         try:
             with _open_file(file) as tensors:

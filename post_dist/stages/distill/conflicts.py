@@ -1,4 +1,4 @@
-"""What distillation cannot do with a run file, a teacher and a layout of ranks."""
+"""The conflicts of distillation: settings that do not suit the teacher, the ranks or each other."""
 
 from post_dist.config.schema import RunConfig, Student
 from post_dist.config.sources import Corpus
@@ -11,7 +11,7 @@ from post_dist.runtime.shard_group import engine_conflicts
 
 
 def required_sections(config: RunConfig) -> tuple[Corpus, Student]:
-    """Return the sections of the run file without a default that distillation reads.
+    """Return the sections that distillation reads and that have no default.
 
     Raises:
         InputError: one of them is missing.
@@ -30,13 +30,13 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
         layout: the ranks of the stage.
 
     Returns:
-        All conflicts, the engine's first.
+        All conflicts, those of the engine first.
     """
     try:
         corpus, student = required_sections(config)
     except InputError as error:
         return [Conflict(error.args[0], error.hint)]
-    # All of them at once: a user then fixes the run file in one go.
+    # All conflicts are listed at once, so a user can fix the run file in one go.
     found = engine_conflicts(config.engine, layout)
     found += layer_conflicts(student, teacher.layers)
     found += _training_conflicts(config, student, teacher)
@@ -46,7 +46,7 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
 
 
 def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts) -> list[Conflict]:
-    """Check which parts of the student are trained."""
+    """Check that the chosen parts of the student can be trained."""
     found = []
     if config.engine.zero_stage == 3 and not student.freeze_head:
         found.append(
@@ -78,7 +78,7 @@ def _cache_conflicts(config: RunConfig, teacher: ModelFacts) -> list[Conflict]:
     cache = config.distill.cache
     if cache == "none":
         return []
-    # The masks of a masked model change in each epoch, so no kind of cache helps it.
+    # The masks of a masked model change in each epoch, so a cache cannot help.
     if teacher.masked:
         return [
             Conflict(
@@ -117,7 +117,7 @@ def _corpus_conflicts(corpus: Corpus, teacher: ModelFacts) -> list[Conflict]:
                 "lower corpus.sequence_length",
             )
         )
-    # Without max_tokens, the number of sequences is known only when the text is tokenized.
+    # Without max_tokens, the number of sequences is known only after the text is tokenized.
     if corpus.max_tokens is not None:
         sequences = corpus.max_tokens // corpus.sequence_length
         if sequences <= corpus.held_out_sequences:

@@ -1,4 +1,4 @@
-"""Judge a student on the held-out split of the corpus.
+"""Evaluate a student on the held-out split of the corpus.
 
 Shapes: B sequences, N sequences of all ranks, T tokens, d width, V vocabulary, K terms.
 """
@@ -25,23 +25,23 @@ def held_out_metrics(
     micro_batch_size: int,
     world: World,
 ) -> dict[str, float]:
-    """Measure a student on the held-out split. All ranks call it.
+    """Compute the metrics of a student on the held-out split. All ranks call it.
 
-    A low KL divergence or unexplained share does not predict a good transfer (docs/method.md). The
-    metrics tell how distillation went.
+    The metrics tell how distillation went. A low KL divergence or unexplained share does not
+    predict a good transfer (docs/method.md).
 
     Args:
         engine: the engine of the student.
-        teacher: the teacher itself; a cache holds no held-out sequences.
+        teacher: the teacher itself, because a cache holds no held-out sequences.
         text: the corpus.
         micro_batch_size: most sequences in one forward pass of a rank.
         world: the ranks.
 
     Returns:
-        The mean of each term, and two metrics of the position that a prompt would be read at:
+        The mean of each loss term, and two metrics at the position where the model would answer:
         `last_position_kl_nats` and `unexplained_share`.
     """
-    # Like a training step without its backward pass; the last positions are kept besides.
+    # Each pass is a training step without its backward pass. The last positions are also kept.
     term_means = []
     student_last = []
     teacher_last = []
@@ -52,13 +52,13 @@ def held_out_metrics(
             batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal
         )
         term_means.append(micro_batch.weight * terms.stacked())
-        # A rank without sequences of its own runs with the others, and counts none.
+        # A rank that has run out of sequences repeats one, which does not count.
         positions_B = _last_positions(batch, is_masked=text.is_masked)[: micro_batch.counted]
         sequences_B = torch.arange(micro_batch.counted, device=positions_B.device)
         student_last.append(student_BTd[sequences_B, positions_B].float())
         teacher_last.append(signal.hidden[sequences_B, positions_B].float())
 
-    # The ranks have unequal numbers of sequences: the weights make the mean exact.
+    # The ranks may have unequal numbers of sequences. The weights make the mean exact.
     means_K = world.mean(torch.stack(term_means).mean(dim=0)).tolist()
     metrics = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
     student_Nd = world.concatenate(torch.cat(student_last))
@@ -78,8 +78,8 @@ def _last_positions(batch: Batch, *, is_masked: bool) -> torch.Tensor:
 
 
 def _kl_of(model: DistillationModel, student_Bd: torch.Tensor, teacher_Bd: torch.Tensor) -> float:
-    """Compute the KL divergence in nats between the predictions of hidden states."""
-    # A sharded head is gathered once, for both models' hidden states.
+    """Compute KL(teacher || student) in nats from the hidden states of both."""
+    # A sharded head is gathered once, for the hidden states of both models.
     dtype = next(model.parameters()).dtype
     with gathered(model):
         teacher_BV = model.teacher_logits(teacher_Bd.to(dtype))

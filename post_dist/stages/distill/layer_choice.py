@@ -26,14 +26,14 @@ def choose_layers(
         micro_batch_size: most sequences in one forward pass of a rank.
         world: the ranks.
     """
-    # A rule or a list needs no measurement.
+    # A named rule or a list of layers needs no measurement.
     if section.layers != "auto":
         layers = listed_layers(section, len(teacher.layers))
         rule = section.layers if isinstance(section.layers, str) else "listed"
         log.info("student: layers %s (%s)", list(layers), rule)
         return layers
 
-    # The first sequences in the reading order, of which each rank measures its part.
+    # Measure on the first sequences that training reads. Each rank takes its part of them.
     sample = []
     for batch in corpus.step_batches(0, _SEQUENCES, micro_batch_size, world):
         sample.append((corpus.training(batch).to(world.device), batch.weight))

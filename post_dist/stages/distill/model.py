@@ -29,11 +29,11 @@ from post_dist.runtime.zero import train_sharded
 class DistillationModel(nn.Module):
     """The student with its loss.
 
-    The loss is part of the module so that logits are computed a few positions at a time within the
-    engine's forward pass, where a sharded head is gathered.
+    Logits are computed for a few positions at a time, which needs the head several times. The loss
+    is part of the module because a sharded head is gathered within the engine's forward pass.
 
     Args:
-        student: the student, with the teacher's weights, before any training.
+        student: the student before any training, with the teacher's weights.
         section: the section `distill` of the run file.
         head_is_frozen: whether the student's head is not trained.
     """
@@ -41,18 +41,17 @@ class DistillationModel(nn.Module):
     def __init__(self, student: LanguageModel, section: Distill, *, head_is_frozen: bool) -> None:
         super().__init__()
         self.student = student
-        # The student's head starts as a copy of the teacher's, and stays one while it is frozen. A
-        # head that is trained leaves it, so the teacher's is copied before the first step.
+        # The student's head starts as a copy of the teacher's. While frozen, it serves both models.
+        # Training changes it, so a trained head needs a copy for the teacher before the first step.
         self.teacher_head: nn.Module | None = None
         if not head_is_frozen:
             self.teacher_head = copy.deepcopy(student.head_module).requires_grad_(False)
         self._section = section
 
     def teacher_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's logits [..., V] of its last hidden states [..., d].
+        """Return the teacher's logits [..., V] for its last hidden states [..., d].
 
-        They come from the copy of the teacher's head in this module. The head of the teacher
-        itself never runs.
+        They come from this module's copy of the teacher's head. The teacher's own head never runs.
         """
         if self.teacher_head is None:
             return self.student.head(hidden)
@@ -76,7 +75,7 @@ class DistillationModel(nn.Module):
         Returns:
             The loss, its terms, and the student's last hidden states [B, T, d].
         """
-        # With a frozen lower block, the teacher has run it already.
+        # The teacher has already run the layers of a frozen lower block.
         if teacher.below is None:
             hidden_BTd = self.student(input_ids_BT, position_ids=positions_BT)
         else:
@@ -92,7 +91,7 @@ class DistillationModel(nn.Module):
         return loss, terms, hidden_BTd
 
     def _heads(self) -> Heads:
-        # Frozen parameters get no gradient, which saves a product as large as the head's own.
+        # No gradient is computed for a frozen head. That saves a product as large as its forward.
         trained = []
         for parameter in self.student.head_module.parameters():
             if parameter.requires_grad:
@@ -100,8 +99,8 @@ class DistillationModel(nn.Module):
         return Heads(self.student.head, self.teacher_logits, tuple(trained))
 
     def _loss_settings(self, length: int) -> LossSettings:
-        # The number of pieces follows from settings alone, never from this rank's number of
-        # sequences: all ranks must gather a sharded head equally often.
+        # All ranks must gather a sharded head equally often. The number of pieces therefore follows
+        # from settings alone, not from this rank's number of sequences.
         most_positions = self._section.micro_batch_size_per_gpu * length
         return LossSettings(
             weights=weights_of(self._section),
@@ -120,14 +119,14 @@ def student_engine(
     """Make the DeepSpeed engine that trains a student. All ranks call it.
 
     Args:
-        student: the whole student on this rank's device; it is changed.
+        student: the whole student on this rank's device. It is modified.
         config: the run file, for its sections `distill` and `engine`.
         student_section: the run file's section `student`.
-        precision: of the student's weights.
+        precision: precision of the student's weights.
         world: the ranks.
     """
     section = config.distill
-    # Freezing comes first: it looks at the embeddings, which leave with the lower block.
+    # Freezing comes first, because it needs the embeddings, which are removed with the lower block.
     freeze(student, student_section)
     take_out_lower_block(student, section.layers_in_teacher(student_section))
     if config.engine.activation_checkpointing:
@@ -136,7 +135,7 @@ def student_engine(
     # Only trained parameters go to the optimizer, which keeps moments for each of them.
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer("adamw", [{"params": trained, "lr": section.learning_rate}])
-    # DeepSpeed must know after how many micro-batches it steps the optimizer.
+    # DeepSpeed steps the optimizer after this number of micro-batches.
     micro_batches = rank_batches(
         range(section.batch_size), section.micro_batch_size_per_gpu, world.rank, world.size
     )

@@ -13,19 +13,19 @@ from post_dist.models.lower_block import forward_with_below
 
 
 class OnlineTeacher:
-    """Runs the trunk of the teacher for each batch. It keeps nothing.
+    """Runs the teacher without its head for each batch, and stores nothing.
 
-    The head of the teacher is loaded with the model, but it never runs here. The student starts
-    with a copy of it, and `DistillationModel.teacher_logits` uses that copy. A sharded head would
-    have to be gathered for every piece of positions.
+    The teacher's head is loaded with the model but never runs here. The student starts with a copy
+    of it, and `DistillationModel.teacher_logits` uses that copy. The teacher's own head may be
+    sharded and would have to be gathered for every piece of positions.
 
     Args:
         teacher: the teacher, perhaps sharded.
-        lower_layers: number of first layers that the student shares and does not run again.
+        lower_layers: number of first layers that the student shares and does not run itself.
     """
 
     def __init__(self, teacher: LanguageModel, lower_layers: int) -> None:
-        # Named for the part that runs: without an answer position, the model skips its head.
+        # Without an answer position the model skips its head, so only the trunk runs.
         self._trunk = teacher
         self._lower_layers = lower_layers
 

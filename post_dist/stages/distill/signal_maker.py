@@ -1,6 +1,6 @@
-"""Make the signals that a cache keeps.
+"""Compute the signals that a cache stores.
 
-`signal_format.py` decides what is kept.
+`signal_format.py` decides what is stored.
 
 Shapes: B sequences, T tokens, N = B T positions, d width, V vocabulary.
 """
@@ -26,7 +26,7 @@ from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
 
 _SEED_FACTOR = 1_000_003
-"""A prime, so that different seeds and sequences do not give the same generator."""
+"""A prime. It keeps different pairs of seed and sequence from giving the same generator."""
 
 
 class SignalMaker:
@@ -46,7 +46,7 @@ class SignalMaker:
         self._dtype = teacher.model.dtype
         self._seed = seed
         self._lower_layers = section.layers_in_teacher(student)
-        # One code path for both sources: what is cached is computed as in a step.
+        # A cached signal comes from the same code as a signal during training.
         self._online = OnlineTeacher(teacher, self._lower_layers)
         exact = exact_product(facts_of(teacher), fp32=self._dtype == torch.float32)
         self.names = kept_names(section, student, exact_product=exact)
@@ -54,9 +54,9 @@ class SignalMaker:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the signals depend on besides teacher and corpus. It names the cache's folder."""
-        # Only what this kind of signal depends on: a student that needs the same signal then
-        # finds the folder of another student.
+        """All settings that the signals depend on. The name of the cache folder depends on them."""
+        # Only settings of this kind of signal count. Another student that needs the same signal can
+        # then use the same folder.
         settings: dict[str, Any] = {"names": self.names, "dtype": str(self._dtype)}
         if "entropy" in self.names:
             settings["temperature"] = self.section.temperature
@@ -81,45 +81,45 @@ class SignalMaker:
             input_ids_BT: their tokens.
             positions_BT: positions of the tokens where documents are kept apart, else None.
         """
-        # The head and the samples treat every position alike, so the batch axis is dropped.
+        # Head and samples treat every position independently, so the batch axis is flattened.
         online = self._online.signals_of(numbers, input_ids_BT, positions_BT)
         flat = online.map(lambda tensor: tensor.flatten(0, 1))
         tensors = flat.tensors()
         if self._head is not None:
             tensors |= self._softened(flat.hidden, numbers, input_ids_BT.shape[1]).tensors()
-        # Hidden states are computed in any case, and kept only where a term compares them.
+        # Hidden states are always computed, and stored only if they are listed.
         kept = {}
         for name in self.names:
             kept[name] = tensors[name].unflatten(0, input_ids_BT.shape).cpu()
         if "samples" in kept:
-            # Four bytes a token; no vocabulary needs more.
+            # int32 holds the tokens of any vocabulary in half the space.
             kept["samples"] = kept["samples"].int()
         return kept
 
     def _softened(
         self, hidden_Nd: torch.Tensor, numbers: Sequence[int], length: int
     ) -> TeacherSignal:
-        """Compute the signal that stands for the teacher's softened distribution."""
+        """Compute the signal that replaces the teacher's softened distribution."""
         head = cast(_WholeHead, self._head)
         temperature = self.section.temperature
         if "product" in self.names:
             return project_teacher(hidden_Nd, head, temperature, head.weight_Vd)
-        # A sequence's draws depend on its number alone, not on the batch that it is in.
+        # A sequence's samples depend on its number alone, not on its batch.
         uniform = [self._uniform(number, length) for number in numbers]
         uniform_N = torch.cat(uniform).to(hidden_Nd.device)
         return sample_teacher(hidden_Nd, head, len(head.weight_Vd), temperature, uniform_N, SAMPLES)
 
     def _uniform(self, number: int, length: int) -> torch.Tensor:
-        """Draw one uniform number for each token of a sequence, by its number alone."""
+        """Draw one uniform number for each token of the sequence with this number."""
         generator = torch.Generator().manual_seed(self._seed * _SEED_FACTOR + number)
         return torch.rand(length, generator=generator)
 
 
 class _WholeHead:
-    """A copy of the teacher's head that is whole on this rank.
+    """A whole copy of the teacher's head on this rank.
 
-    Ranks may use it unequally often. A sharded head would be gathered at each use, and ranks that
-    use it less often would let the others wait for ever.
+    Ranks may use it unequally often. A sharded head is gathered at each use, so ranks with more
+    uses would wait forever for the others.
     """
 
     def __init__(self, teacher: LanguageModel) -> None:
@@ -140,6 +140,6 @@ class _WholeHead:
 def read_signal(tensors: dict[str, torch.Tensor]) -> TeacherSignal:
     """Build the signal from the tensors of `SignalMaker.make`."""
     if "samples" in tensors:
-        # Indices must be int64 in torch; the file has int32.
+        # torch needs indices in int64. The file holds int32.
         tensors = tensors | {"samples": tensors["samples"].long()}
     return signal_of_tensors(tensors)

@@ -1,4 +1,4 @@
-"""Where a training step gets the teacher's signal from.
+"""The interface from which a training step gets the teacher's signal.
 
 `OnlineTeacher` runs the teacher in every step. `CachedTeacher` reads files that were written once.
 
@@ -14,7 +14,7 @@ from post_dist.losses.signals import TeacherSignal
 
 
 class SignalSource(Protocol):
-    """Gives the teacher's signal for sequences of the corpus."""
+    """A source of the teacher's signal for sequences of the corpus."""
 
     def signals_of(
         self,

@@ -1,4 +1,4 @@
-"""Stage 1, run by the provider: distill the large LLM into a student that can be handed out."""
+"""Stage 1, run by the provider: distill the large LLM into a student for data owners."""
 
 import logging
 from dataclasses import dataclass
@@ -55,21 +55,23 @@ class _Teacher:
 def distill(
     folder: RunFolder, teacher_folder: Path, teacher_digest: str, world: World, resume: str
 ) -> None:
-    """Train a student and leave it in `folder.artifact`. All ranks call it.
+    """Train a student and write it to `folder.artifact`. All ranks call it.
+
+    The artifact's manifest also gets the metrics of the held-out split.
 
     Args:
-        folder: the run folder; its manifest also gets the metrics of the held-out split.
+        folder: the run folder.
         teacher_folder: the large LLM in Hugging Face format.
         teacher_digest: digest of its files.
         world: the ranks.
-        resume: `auto` continues from the newest checkpoint, `never` deletes checkpoints first.
+        resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
         InputError: the run file does not suit the teacher or the ranks, or training diverges.
-        EnvironmentFault: the student does not read back as it was written.
+        EnvironmentFault: the written student differs from the trained one.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    # Refuse what cannot run before any weights are loaded.
+    # Refuse conflicting settings before any weights are loaded.
     config = folder.config
     facts = read_facts(teacher_folder)
     raise_conflicts("distill", conflicts(config, facts, layout_of(config.engine, world)))
@@ -109,11 +111,11 @@ def distill(
     job = DistillationJob(student_step, folder, world)
     run_training(job, first_step, world, EverySteps(section.checkpoint_every_steps))
 
-    # Judge the student on the held-out split, which a cache does not cover.
+    # Evaluate the student on the held-out split, which a cache does not cover.
     metrics = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
-    # Write it, from rank 0: the weights that were trained, and those that were not.
+    # Gather the trained weights on rank 0, which writes the artifact.
     trained = full_weights(student, world)
     settings = {
         "layers": layers,
@@ -123,7 +125,7 @@ def distill(
         "held_out": metrics,
     }
 
-    # A second copy of the student is loaded, on rank 0 only.
+    # Rank 0 loads a second copy of the student, which also holds the weights that were not trained.
     def write() -> None:
         whole = _whole_student(untrained, precision, trained)
         _write_artifact(folder.artifact, teacher, whole, precision, settings)
@@ -132,12 +134,12 @@ def distill(
 
 
 def _write_untrained(folder: RunFolder, teacher: _Teacher, corpus: Corpus, world: World) -> Path:
-    """Write the untrained student, unless an earlier start has; return its folder."""
+    """Write the untrained student unless an earlier start has written it, and return its folder."""
     untrained = folder.checkpoints / "untrained"
     if world.on_main(untrained.exists):
         return untrained
     _, student_section = required_sections(folder.config)
-    # The choice is made once. A resumed run keeps it, because its checkpoints fit no other.
+    # Layers are chosen once. A resumed run keeps them, because its checkpoints need these layers.
     micro_batch_size = folder.config.distill.micro_batch_size_per_gpu
     layers = choose_layers(student_section, teacher.model, corpus, micro_batch_size, world)
 
@@ -159,7 +161,7 @@ def _whole_student(
     The trained weights lack the frozen lower block, which ran in the teacher.
     """
     whole = load_whole(untrained, precision, torch.device("cpu")).model
-    # `full_weights` names them as `LanguageModel` does, which holds the transformers model.
+    # The names begin with `model.`, the attribute of `LanguageModel` with the transformers model.
     weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
     whole.load_state_dict(weights, strict=False)
     return whole
@@ -213,13 +215,13 @@ def _write_student_card(folder: Path, settings: dict[str, Any]) -> None:
 def _check_reads_back(
     artifact: Path, precision: Precision, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Load a student as its user will, before it gets its name, and compare every weight.
+    """Load a written student as its user will, and compare every weight.
 
     Raises:
-        EnvironmentFault: the files do not hold what was trained, or it is not finite.
+        EnvironmentFault: a weight differs from the trained one, or is not finite.
     """
     phase("reading the student back")
-    # On the CPU: the GPU still holds the teacher.
+    # The student is loaded on the CPU, because the GPU still holds the teacher.
     loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
     for name, tensor in sorted(weights.items()):
         if name not in loaded or not torch.equal(loaded[name], tensor):

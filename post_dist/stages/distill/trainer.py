@@ -1,4 +1,4 @@
-"""Train the student: one optimizer step, and the job that the training loop runs.
+"""Train the student: its optimizer step, and the job that the training loop runs.
 
 Shapes: K terms of the loss.
 """
@@ -32,7 +32,7 @@ _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, TeacherSignal]
 
 
 class StudentStep:
-    """Takes optimizer steps on the student, at the learning rate that its optimizer is set to.
+    """Takes optimizer steps on the student, at the optimizer's current learning rate.
 
     Args:
         engine: the engine of the student (see `student_engine`).
@@ -59,7 +59,7 @@ class StudentStep:
 
     @property
     def skipped(self) -> int:
-        """Number of micro-batches without a finite loss so far, whose gradient was left out."""
+        """Number of micro-batches so far that were skipped because their loss was not finite."""
         return self._stand_in.guard.skipped
 
     def take(self, step: int) -> torch.Tensor:
@@ -69,21 +69,22 @@ class StudentStep:
             step: number of the step, which fixes the batch.
 
         Returns:
-            The mean of each term over the batch before the step, [K] in the order of `TERMS`.
+            The mean of each loss term over the batch, before the step changes the student. Shape
+            [K], in the order of `TERMS`.
         """
         sums_K = torch.zeros(len(TERMS), device=self._world.device)
         micro_batches = self._text.corpus.step_batches(
             step, self.section.batch_size, self.section.micro_batch_size_per_gpu, self._world
         )
         for micro_batch in micro_batches:
-            # Each phase is named for the watchdog, which reports where a rank hangs.
+            # The watchdog reports the last phase when a rank hangs.
             batch = self._text.training(micro_batch)
             phase(f"distill step {step}: the teacher's forward")
             signal = self._source.signals_of(batch.numbers, batch.input_ids_BT, batch.positions_BT)
             phase(f"distill step {step}: the student's forward")
             inputs = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal)
             loss, terms = self._stand_in.forward(self.engine, inputs, step)
-            # The weights average the ranks' unequal micro-batches to the mean over the batch.
+            # Micro-batches of ranks may differ in size. The weight makes the mean exact.
             sums_K += micro_batch.weight * terms.stacked()
             phase(f"distill step {step}: the backward pass")
             self.engine.backward(micro_batch.weight * loss)
@@ -96,8 +97,8 @@ class StudentStep:
 class _StandIn:
     """Replaces a micro-batch whose loss is not finite by the last good one, with weight zero.
 
-    A sharded model needs equal numbers of forward and backward passes on all ranks, so all ranks
-    replace their micro-batch when one rank must.
+    A sharded model needs equally many forward and backward passes on all ranks. If one rank must
+    replace its micro-batch, all ranks replace theirs.
     """
 
     def __init__(self, world: World) -> None:
@@ -117,7 +118,7 @@ class _StandIn:
             InputError: there is no good micro-batch yet, or five in a row had to be replaced.
         """
         loss, terms, _ = engine(*inputs)
-        # All ranks learn of it, in one small collective for each micro-batch.
+        # One small collective for each micro-batch tells all ranks which losses are not finite.
         is_bad_1 = (~loss.detach().isfinite()).int()[None]
         bad_ranks = self._world.concatenate(is_bad_1).nonzero().flatten().tolist()
         if not bad_ranks:
@@ -125,7 +126,7 @@ class _StandIn:
             self._last_good = inputs
             return loss, terms
 
-        # Named by rank, so that a user can look at that rank's host and log.
+        # The message names the ranks, so a user can look at their hosts and logs.
         where = f"on rank {', '.join(map(str, bad_ranks))}"
         log.warning(
             "distill step %d: the loss is not finite %s: a micro-batch is skipped", step, where
@@ -165,9 +166,9 @@ class DistillationJob:
 
     def take_step(self, step: int) -> str:
         """Take one optimizer step and log its metrics. All ranks call it."""
-        # The rate follows from the step alone, so a resumed run needs no saved schedule.
+        # The rate is a function of the step, so a checkpoint needs no schedule.
         self._rates.apply(step)
-        # One transfer from the device for all terms.
+        # `tolist` copies all terms from the device at once.
         means_K = self._student_step.take(step).tolist()
         means = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
         self._metrics.write(

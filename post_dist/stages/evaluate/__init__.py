@@ -1,1 +1,1 @@
-"""The comparison of all ways to use a prompt."""
+"""The evaluation: a table that compares all ways to use a prompt."""

@@ -33,7 +33,7 @@ class EvaluationSplit:
     Attributes:
         task: the section of the run file.
         examples: texts with their classes or responses.
-        digest: hash of everything that decides the answers to them, but for model, prompt and task.
+        digest: hash of everything else that the answers depend on besides model, prompt and task.
     """
 
     task: Task
@@ -59,14 +59,14 @@ class EvaluatedModel:
 class CachedAnswers:
     """Computes a model's answers with each of several prompts, once for all tables of a run.
 
-    The answers are stored in a folder, so that a later table or a resumed run reads them. They are
-        answers to private examples: the folder must stay with their owner.
+    The answers are stored in a folder. A later table or a resumed run reads them from there. They
+    belong to private examples, so the folder must stay with the data owner.
 
     Args:
         evaluated: the model.
         split: the examples.
         cache: folder for the answers.
-        batch_size: number of examples that each rank runs at once.
+        batch_size: number of examples in a rank's forward pass.
         world: the ranks.
     """
 
@@ -80,13 +80,12 @@ class CachedAnswers:
     ) -> None:
         self._model = evaluated.model
         self._tokenizer = load_tokenizer(evaluated.folder)
-        # The answers are computed from the prompt's values; the text that it started from is not
-        # read.
+        # Answers depend on the prompt's values, not on the text that it was initialized from.
         task = PromptTask.of_section(split.task, init_text="")
         self._reader = TaskReader(task, self._tokenizer, masked=evaluated.model.masked)
         self._examples = split.examples
         self._encoded = self._reader.encode(split.examples.texts)
-        # A data file may move, and a task may be renamed, without another answer.
+        # Path and name of the task do not change the answers, so they are not part of the key.
         settings = split.task.model_dump(mode="json", exclude={"path", "name"})
         self._key = {"model": evaluated.digest, "rows": split.digest, "task": settings}
         self._cache = cache
@@ -99,7 +98,7 @@ class CachedAnswers:
         return self._reader.generates
 
     def accepts(self, prompt: SoftPromptArtifact) -> bool:
-        """Return whether this model can use a prompt that was tuned on another one."""
+        """Return whether this model can use a prompt that was tuned on another model."""
         same_width = prompt.embeddings.shape[1] == self._model.width
         return same_width and prompt.manifest.tokenizer == tokenizer_fingerprint(self._tokenizer)
 
@@ -109,8 +108,8 @@ class CachedAnswers:
         All ranks call this method together.
 
         Args:
-            prompt: the soft prompt; None for none.
-            label: name of the pass in progress bars.
+            prompt: the soft prompt, or None.
+            label: name of the forward pass in progress bars.
 
         Returns:
             Class scores [N, C] without the class biases of the prompt's task; or the tokens [N, R]
@@ -123,7 +122,7 @@ class CachedAnswers:
         if not world.on_main(file.exists):
             computed = self._compute(prompt, label)
             world.on_main(lambda: self._store(file, computed))
-        # Rank 0 reads the file for all: other nodes may see a new file only later.
+        # Rank 0 reads the file for all ranks, because other nodes may see a new file only later.
         stored = load_file(file)["answers"] if world.is_main else torch.empty(0)
         return world.from_main(stored)
 
@@ -134,11 +133,11 @@ class CachedAnswers:
             answers: class scores [N, C], or tokens [N, R] of responses.
 
         Returns:
-            See `classification_metrics` and `response_metrics`.
+            The result of `classification_metrics` or `response_metrics`.
         """
         if not self.generates:
             return classification_metrics(answers.numpy(), np.array(self._examples.classes))
-        # Responses are compared as text, since the data holds text.
+        # The wanted responses are text, so the tokens are decoded.
         responses = []
         for tokens in answers.tolist():
             generated = [token for token in tokens if token != NO_TOKEN]
@@ -160,6 +159,6 @@ class CachedAnswers:
 
     def _store(self, file: Path, computed: torch.Tensor) -> None:
         with writing(file):
-            # Nobody but the owner may read answers to private examples.
+            # Only the owner may read answers to private examples.
             self._cache.mkdir(mode=0o700, exist_ok=True)
         write_file(file, lambda partial: save_file({"answers": computed}, partial))

@@ -1,4 +1,4 @@
-"""What an evaluation cannot do with a run file, its prompts and its models."""
+"""The conflicts of an evaluation: prompts and examples that do not suit the models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def conflicts(config: RunConfig, models: Sequence[PromptedModel]) -> list[Confli
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-    # Engine settings are checked where a sharded model is loaded: a data owner loads none.
+    # Engine settings are checked when a sharded model is loaded, because a data owner loads none.
     found: list[Conflict] = []
     longest = task.max_length + task.response_length
     for model in models:

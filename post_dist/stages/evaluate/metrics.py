@@ -15,12 +15,12 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
     """Compute accuracy and AUC of class scores.
 
-    AUC depends on the ranking of the examples alone. Next to it, accuracy shows what a biased
-    threshold costs.
+    AUC depends only on the ranking of the examples. Accuracy also depends on the threshold between
+    the classes, so a biased threshold lowers it.
 
     Args:
         scores_NC: class scores.
-        classes_N: the right classes.
+        classes_N: the correct classes.
 
     Returns:
         `accuracy_micro`, `accuracy_macro`, `interval_95` of the micro accuracy, `auc` and `n`. The
@@ -28,26 +28,26 @@ def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict
         occurs.
     """
     predicted_N = scores_NC.argmax(axis=1)
-    right_N = predicted_N == classes_N
+    correct_N = predicted_N == classes_N
     return {
-        "accuracy_micro": float(right_N.mean()),
+        "accuracy_micro": float(correct_N.mean()),
         "accuracy_macro": float(balanced_accuracy_score(classes_N, predicted_N)),
-        "interval_95": wilson_interval(int(right_N.sum()), len(right_N)),
+        "interval_95": wilson_interval(int(correct_N.sum()), len(correct_N)),
         "auc": _mean_auc(scores_NC, classes_N),
-        "n": len(right_N),
+        "n": len(correct_N),
     }
 
 
 def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
-    """Compare generated responses with the wanted ones.
+    """Compare generated responses with those of the data.
 
     Args:
         generated: responses of a model.
-        wanted: the response that each example has in the data.
+        wanted: the response to each example in the data.
 
     Returns:
-        `exact_match`, which ignores differences in white space, with its `interval_95`; the mean F1
-        of `rouge_1` and `rouge_l`, with stemming; and `n`.
+        `exact_match`, which ignores differences in white space, and its `interval_95`; `rouge_1`
+        and `rouge_l`, mean F1 scores with stemming; and the number of examples `n`.
     """
     # Stemming makes "films" match "film", as is usual for ROUGE.
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
@@ -78,20 +78,20 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     Returns:
         Lower and upper end.
     """
-    # Wilson's interval stays within 0 and 1, and holds for proportions near them.
+    # Unlike the normal approximation, Wilson's interval stays valid for proportions near 0 and 1.
     interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
     return (float(interval.low), float(interval.high))
 
 
 def _mean_auc(scores_NC: np.ndarray, classes_N: np.ndarray) -> float | None:
     """Compute the mean AUC over the classes that occur, each against all others."""
-    # AUC compares examples of a class with others, so that one class alone has none.
+    # AUC compares examples of a class with all others, so it needs at least two classes.
     present = np.unique(classes_N)
     if len(present) < 2:
         return None
     areas = []
     for index in present:
-        # How far a class leads the best of the others orders the examples for it.
+        # Rank the examples by the margin of this class over the best of the others.
         others = np.delete(scores_NC, index, axis=1).max(axis=1)
         margin_N = scores_NC[:, index] - others
         areas.append(roc_auc_score(classes_N == index, margin_N))

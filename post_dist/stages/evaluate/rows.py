@@ -1,9 +1,8 @@
 """The rows of the comparison table: the name of each, the prompt that it needs, and its scores.
 
-To add a baseline, write a subclass of `Row` and put it into `ROWS`. If users should have to ask for
-it, add its name to `Evaluate.baselines` in the run file's schema, and test for that name in
-`is_wanted`. The pipeline asks each row which prompt to train for it, and the evaluation asks it for
-its scores.
+To add a baseline, write a subclass of `Row` and put it into `ROWS`. For an optional baseline, also
+add its name to `Evaluate.baselines` in the schema and test for that name in `is_wanted`. The
+pipeline asks each row which prompt to train for it. The evaluation asks each row for its scores.
 
 Shapes: N examples, C classes, R tokens of a response.
 """
@@ -30,8 +29,8 @@ class PromptVariant:
     A table with several epsilons has one variant for each.
 
     Attributes:
-        label: what the names of its rows end with, such as `, epsilon 4`; empty for the run file's
-            own prompt.
+        label: suffix of the names of its rows, such as `, epsilon 4`; empty for the run file's own
+            prompt.
         config: the run file, with the privacy plan of this prompt.
         source: folder of the prompt on the student.
         given_target: folder of a transferred prompt that the run file names; None if it must be
@@ -52,7 +51,7 @@ class TargetPrompt:
         made_by: `transfer` trains it from the source prompt, and `tune` from the private data.
             `given` reads a folder.
         config: the run file to train with.
-        folder: the folder of a given prompt.
+        folder: the folder of a given prompt; otherwise None.
     """
 
     made_by: Literal["transfer", "tune", "given"]
@@ -62,11 +61,11 @@ class TargetPrompt:
 
 @dataclass(frozen=True)
 class RowInputs:
-    """What the rows of one prompt variant are computed from.
+    """The inputs of all rows of one prompt variant.
 
     Attributes:
         config: the run file.
-        label: what the names of the rows end with.
+        label: suffix of the names of the rows.
         student: answers of the student.
         target: answers of the target; None for a data owner, who has none.
         source: the prompt on the student.
@@ -89,8 +88,7 @@ class TableEntry:
         name: name of the line, which ends with the label of its prompt variant.
         answers: class scores [N, C], or tokens [N, R] of responses.
         measured_by: the model that gave the answers; it computes their metrics.
-        epsilon: epsilon of the prompt; None where no private data was used, or no privacy is
-            claimed.
+        epsilon: epsilon of the prompt; None if no private data was used or no privacy is claimed.
     """
 
     name: str
@@ -104,7 +102,7 @@ class Row(ABC):
 
     Attributes:
         name: name of the row in the table.
-        once: whether the table has it once, and not for each prompt variant.
+        once: whether the table has the row once, instead of once for each prompt variant.
     """
 
     name: ClassVar[str]
@@ -115,12 +113,12 @@ class Row(ABC):
         return True
 
     def target_prompt(self, variant: PromptVariant) -> TargetPrompt | None:
-        """Return how the pipeline gets this row's prompt on the target; None if it needs none."""
+        """Return how the pipeline gets this row's prompt on the target, or None without one."""
         return None
 
     @abstractmethod
     def entries(self, inputs: RowInputs) -> list[TableEntry]:
-        """Compute the lines of this row; none where the row does not apply."""
+        """Compute the lines of this row. The list is empty if the row does not apply."""
 
 
 class WithoutPrompt(Row):
@@ -133,7 +131,7 @@ class WithoutPrompt(Row):
         """Compute the answers without a prompt."""
         if inputs.target is None:
             return [TableEntry("student", inputs.student.answers(None, "student"), inputs.student)]
-        # The label of a pass is the name of its row, as users see it in the table.
+        # Progress bars name a forward pass by its row in the table.
         answers = inputs.target.answers(None, self.name)
         return [TableEntry(self.name, answers, inputs.target)]
 
@@ -157,7 +155,8 @@ class DirectTransfer(Row):
         """Compute the answers, if the prompt fits the target's width and tokenizer."""
         if inputs.target is None or not inputs.target.accepts(inputs.source):
             return []
-        # The biases are part of the owner's prompt, so the line without them is left out.
+        # Keep only the first line. The owner's prompt includes its biases, so the line without them
+        # would be a different prompt.
         return _prompt_entries(self.name, inputs, inputs.target, inputs.source)[:1]
 
 
@@ -172,7 +171,7 @@ class TargetPromptRow(Row):
 
 
 class PublishedTransfer(TargetPromptRow):
-    """The prompt after the transfer of the paper."""
+    """The prompt after a transfer with the loss of the paper."""
 
     name = "published transfer"
 
@@ -182,12 +181,12 @@ class PublishedTransfer(TargetPromptRow):
 
     def target_prompt(self, variant: PromptVariant) -> TargetPrompt:
         """Ask for a transfer with the paper's loss."""
-        # Steps, batch size and learning rate stay those of the run file, for a fair comparison.
+        # For a fair comparison, steps, batch size and learning rate are those of the run file.
         return TargetPrompt("transfer", with_published_transfer(variant.config))
 
 
 class TransferredPrompt(TargetPromptRow):
-    """The prompt after the transfer of the run file."""
+    """The prompt after the transfer with the run file's settings."""
 
     name = "transferred"
 
@@ -199,9 +198,9 @@ class TransferredPrompt(TargetPromptRow):
 
 
 class ProxyTuning(Row):
-    """The target, with the change that the prompt makes on the student added to its scores.
+    """The target's scores plus the change in scores that the prompt makes on the student.
 
-    It needs no training, but the student runs beside the target at inference (Liu et al. 2024).
+    It needs no training, but both models run at inference (Liu et al. 2024).
     """
 
     name = "proxy-tuning"
@@ -210,8 +209,8 @@ class ProxyTuning(Row):
         """Combine the class scores of both models; a task that generates text has none."""
         if inputs.target is None or inputs.student.generates:
             return []
-        # The class biases are part of the change that the prompt makes. All answers are cached, so
-        # that asking for those of other rows again costs nothing.
+        # The first entry has the class biases, which are part of the change that the prompt makes.
+        # The answers are cached, so they are not computed again.
         (prompted, *_) = StudentPrompt().entries(inputs)
         scores_NC = proxy_logits(
             inputs.student.answers(None, "student"),
@@ -226,7 +225,8 @@ class ProxyTuning(Row):
 class FullPromptTuning(TargetPromptRow):
     """A prompt that was tuned on the target with the private data.
 
-    The threat model forbids it. It bounds what a transfer can reach.
+    The threat model forbids it, because the target would see the data. It serves as a reference
+    for what a transfer can reach.
     """
 
     name = "full prompt tuning"
@@ -254,7 +254,7 @@ ROWS: tuple[Row, ...] = (
 
 def target_prompts(variant: PromptVariant) -> dict[str, TargetPrompt]:
     """Collect the prompts on the target that one variant needs, by the name of their row."""
-    # A row that the run file does not ask for costs no training.
+    # Rows that the run file does not ask for are not trained.
     needed = {}
     for row in ROWS:
         if not row.is_wanted(variant.config):
@@ -269,9 +269,8 @@ def table_entries(inputs: RowInputs, *, first: bool) -> list[TableEntry]:
     """Compute all lines of one prompt variant.
 
     Args:
-        inputs: what they are computed from.
-        first: whether this is the first variant of the table; rows that the table has once come
-            with it.
+        inputs: the inputs of the rows.
+        first: whether this is the first variant of the table. Rows with `once` belong to it.
 
     Returns:
         The lines, in the order of the table.
@@ -295,9 +294,9 @@ def _prompt_entries(
         prompt: the prompt in front of each example.
 
     Returns:
-        One line, or two if the prompt's task has class biases: with and without them.
+        One line; or two lines, with and without class biases, if the prompt's task has them.
     """
-    # Answers are cached without biases: they depend on the prompt's vectors alone.
+    # Cached answers are without biases, because they depend only on the prompt's vectors.
     name += inputs.label
     answers = model.answers(prompt, name)
     biases = prompt.task.class_biases

@@ -1,4 +1,4 @@
-"""The comparison table: every way to use a prompt, on one split, by the same metrics."""
+"""Compare all ways to use a prompt in one table, on one split and with the same metrics."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ class ModelFolders:
 
     Attributes:
         student: folder of the student.
-        target: folder of the target; None for a data owner, who gets the student's rows.
+        target: folder of the target. It is None for a data owner, who gets only the student's rows.
     """
 
     student: Path
@@ -56,7 +56,7 @@ class PromptFolders:
     """A prompt that was tuned on the student, and the prompts on the target that belong to it.
 
     Attributes:
-        label: what the names of its rows end with, such as `, epsilon 4`.
+        label: suffix of the names of its rows, such as `, epsilon 4`.
         source: folder of the prompt on the student.
         on_target: folders of the prompts on the target, by the name of their row.
     """
@@ -82,12 +82,12 @@ def evaluate(
     inputs: Mapping[str, str],
     world: World,
 ) -> None:
-    """Compute all rows and leave `table.json` in `folder.artifact`.
+    """Compute all rows and write `table.json` to `folder.artifact`.
 
     Args:
-        folder: the run's folder.
+        folder: the run folder.
         models: student and target.
-        prompts: the prompts; each one has rows of its own.
+        prompts: the prompts, each with its own rows.
         inputs: digests of `student` and `private_task`, and of `teacher` if there is a target.
         world: the ranks.
 
@@ -100,7 +100,7 @@ def evaluate(
     if task is None or task.template is None:
         raise InputError("the run file lacks the section private_task", "add it")
 
-    # Whatever can be refused is refused here, before the split is read and weights are loaded.
+    # Check the prompts before the split is read and weights are loaded.
     prompt_sets = [_read(folders) for folders in prompts]
     _check(folder, models, prompt_sets, task)
 
@@ -108,7 +108,7 @@ def evaluate(
     split = _load_split(folder, task, inputs["private_task"], world)
     student, target = _load_models(folder, models, inputs, split, world)
 
-    # Compute the lines, one prompt after the other.
+    # Compute the lines of each prompt in turn.
     rows: list[dict[str, Any]] = []
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
     for prompt_set in prompt_sets:
@@ -124,7 +124,7 @@ def evaluate(
         rows += [_table_row(entry) for entry in entries]
         parents |= _parents(prompt_set, entries)
 
-    # Readers of the table learn how often its test split was read before.
+    # The table tells its readers how many evaluations have read the test split.
     table: dict[str, Any] = {"task": task.name, "split": config.evaluate.split}
     if test_readings:
         table["test_readings"] = test_readings
@@ -141,7 +141,7 @@ def _read(folders: PromptFolders) -> _PromptSet:
 def _check(
     folder: RunFolder, models: ModelFolders, prompt_sets: Sequence[_PromptSet], task: Task
 ) -> None:
-    """Refuse prompts of another student or task, and examples that do not fit behind them."""
+    """Refuse prompts of another student or task, and examples that are too long for the models."""
     student = read_facts(models.student)
     student_tokenizer = load_tokenizer(models.student)
     for prompt_set in prompt_sets:
@@ -149,13 +149,13 @@ def _check(
             _check_classes(prompt.task, task)
         check_belongs(prompt_set.source, student, student_tokenizer)
 
-    # The longest prompt in front of each model decides whether the examples fit behind it.
+    # Examples must fit into the context behind the longest prompt of each model.
     source_lengths = [len(prompt_set.source.embeddings) for prompt_set in prompt_sets]
     prompted = [PromptedModel("the student", student, max(source_lengths))]
     if models.target is not None:
         target = read_facts(models.target)
         target_lengths = [0]
-        # The target reads the source prompts too where they fit it: the row of direct transfer.
+        # In the row of direct transfer, the target also reads the source prompts if they fit.
         if target.width == student.width:
             target_lengths += source_lengths
         for prompt_set in prompt_sets:
@@ -165,10 +165,10 @@ def _check(
 
 
 def _check_classes(prompt_task: PromptTask, task: Task) -> None:
-    """Check that the class biases of a prompt are added to the scores of the same classes.
+    """Check that the class biases of a prompt belong to the classes of the run file.
 
     Raises:
-        ArtifactRefused: the run file has other label words, or the same in another order.
+        ArtifactRefused: the run file has other label words, or the same words in another order.
     """
     if prompt_task.class_biases and prompt_task.label_words != tuple(task.labels.values()):
         raise ArtifactRefused(
@@ -179,14 +179,14 @@ def _check_classes(prompt_task: PromptTask, task: Task) -> None:
 
 
 def _count_test_reading(folder: RunFolder, task: Task, world: World) -> int:
-    """Note that this evaluation reads the test split.
+    """Record that this evaluation reads the test split.
 
     Returns:
-        How many evaluations have read it so far; 0 for another split.
+        The number of evaluations that have read it, including this one; 0 for another split.
     """
     if folder.config.evaluate.split != "test":
         return 0
-    # Each reading makes the test split a worse estimate: choices are made by its numbers.
+    # If settings are chosen by test results, these overestimate the quality on new data.
     runs = folder.path.parent
     readings = world.on_main(lambda: count_split_read(task, runs, folder.path.name))
     if readings > 1:
@@ -199,11 +199,11 @@ def _count_test_reading(folder: RunFolder, task: Task, world: World) -> int:
 
 
 def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -> EvaluationSplit:
-    """Load the examples of the split, with a digest of what decides the answers to them."""
+    """Load the examples of the split, with a digest of everything that their answers depend on."""
     config = folder.config
     split = config.evaluate.split
     examples = world.on_main(lambda: load_examples(task, split, "private_task"))
-    # Answers in another precision differ in rounding, so they are stored apart.
+    # Answers depend on the precision through rounding, so it is part of the digest.
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
     return EvaluationSplit(task, examples, digest)
@@ -219,11 +219,11 @@ def _load_models(
     """Load student and target, with the answers that earlier tables of the same run have stored."""
     config = folder.config
     precision = choose_precision(config.engine, world.device)
-    # All tables of a run share the folder of answers, which lies beside theirs.
+    # All tables of a run share one folder of answers, next to their own folders.
     cache = folder.path.parent / "answers"
     batch_size = config.evaluate.batch_size
 
-    # Each rank holds the student whole. The target is loaded straight into shards.
+    # Each rank holds the whole student. The target is loaded directly into shards.
     student_model = load_whole(models.student, precision, world.device)
     student = EvaluatedModel(student_model, models.student, inputs["student"])
     student_answers = CachedAnswers(student, split, cache, batch_size, world)
@@ -236,18 +236,18 @@ def _load_models(
 
 
 def _table_row(entry: TableEntry) -> dict[str, Any]:
-    """Compute the metrics of one line of the table."""
+    """Return one line of the table: its name, its metrics and its epsilon."""
     metrics = entry.measured_by.metrics(entry.answers)
     return {"name": entry.name, **metrics, "epsilon": entry.epsilon}
 
 
 def _parents(prompt_set: _PromptSet, entries: Sequence[TableEntry]) -> dict[str, str]:
-    """Return the digest of each prompt that the lines of a variant used, by the name of its row."""
+    """Return the digest of each prompt that the rows of a variant used, by the name of the row."""
     source = prompt_set.source.manifest.digest
     parents = {StudentPrompt.name + prompt_set.label: source}
     for name, prompt in prompt_set.on_target.items():
         parents[name + prompt_set.label] = prompt.manifest.digest
-    # The source prompt is a parent a second time where the target could read it unchanged.
+    # If the target could read the source prompt unchanged, it is also the parent of that row.
     direct = DirectTransfer.name + prompt_set.label
     if any(entry.name == direct for entry in entries):
         parents[direct] = source
@@ -255,7 +255,7 @@ def _parents(prompt_set: _PromptSet, entries: Sequence[TableEntry]) -> dict[str,
 
 
 def _write(folder: RunFolder, table: Mapping[str, Any], parents: Mapping[str, str]) -> None:
-    """Write the artifact."""
+    """Write the artifact with the table."""
 
     def fill(artifact: Path) -> None:
         (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")

@@ -1,7 +1,6 @@
-"""Build the objective of each prompt: run the forwards that need no training, once.
+"""Build the objective of each prompt: run the forwards that do not depend on training, once.
 
-Shapes: N public examples, B examples of a batch, K scores, C classes, V vocabulary, R tokens of a
-response, n prompt tokens, d width.
+Shapes: N public examples, C classes, R tokens of a response, n prompt tokens, d width.
 """
 
 import logging
@@ -26,9 +25,10 @@ from post_dist.stages.transfer.public_statistics import alpha_by_agreement, clas
 log = logging.getLogger(__name__)
 
 _INFERENCE_FACTOR = 4
-"""Examples that a rank runs at once here, for each one that it trains on in a step.
+"""Examples in one forward here, for each example of a rank's training batch.
 
-A forward without gradients holds the activations of one layer; a training step holds those of all.
+A forward without gradients holds the activations of one layer. A training step holds those of all
+layers.
 """
 
 
@@ -36,8 +36,8 @@ A forward without gradients holds the activations of one layer; a training step 
 class Tokenizers:
     """The tokenizers of student and target.
 
-    They may differ where class scores are compared: each model then has its own tokens for the
-        label words.
+    They may differ if the loss compares class scores. Each model then has its own tokens for the
+    label words.
 
     Attributes:
         student: the student's tokenizer.
@@ -56,7 +56,7 @@ class PublicExamples:
         texts: the texts.
         responses: a response to each text, for prompts that generate text; empty for a task with
             classes.
-        template: template for the texts; None for that of each prompt's own task.
+        template: template for the texts; None to use the template of each prompt's own task.
     """
 
     texts: list[str]
@@ -65,16 +65,16 @@ class PublicExamples:
 
 
 class ObjectiveBuilder:
-    """Builds the objectives of all prompts that one student and one target share.
+    """Builds the objectives of all prompts for one pair of student and target.
 
-    Outputs without a prompt are computed once for all prompts with the same task. They are kept for
-    the lifetime of the builder.
+    Outputs without a prompt are computed once for all prompts with the same task. The builder keeps
+    them.
 
     Args:
         models: student and target.
         tokenizers: their tokenizers.
         public: the public examples.
-        world: the ranks, which build together.
+        world: the ranks, which all build.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class ObjectiveBuilder:
             section.objective,
             section.scores,
         )
-        # The public text may need a template of its own, such as one for another kind of review.
-        # Everything else of the task is the owner's: label words, lengths and class biases.
+        # The public text may need its own template, such as one for another kind of review. Label
+        # words, lengths and class biases are those of the prompt's owner.
         task = replace(task, template=self._public.template or task.template)
         student = self._reading(
             "student", self._models.student, self._tokenizers.student, task, section
@@ -118,15 +118,15 @@ class ObjectiveBuilder:
             "target", self._models.target, self._tokenizers.target, task, section
         )
 
-        # The three forwards that do not depend on the prompt that is trained. All ranks run them in
-        # this order, since a sharded target needs all of them at once.
+        # Run the three forwards that do not depend on the trained prompt. All ranks run them in the
+        # same order, because each forward of a sharded target needs all ranks.
         outputs = FixedOutputs(
             source=self._unprompted_outputs(student),
             source_prompted=student.outputs(source_nd, "student + prompt"),
             target=self._unprompted_outputs(target),
         )
 
-        # Statistics of the classes. A task that generates text has none.
+        # Compute statistics of the classes. A task that generates text has none.
         statistics: dict[str, float] = {}
         if student.reader.num_classes:
             prompted_NC = student.class_scores(outputs.source_prompted, prompted=True)
@@ -134,7 +134,7 @@ class ObjectiveBuilder:
             if section.alpha == "auto":
                 alpha = resolve_alpha(student, target, outputs, prompted_NC)
                 statistics["alpha"] = alpha
-                # The artifact's manifest names the number, so that a reader need not recompute it.
+                # The artifact's manifest then holds the number instead of `auto`.
                 section = section.model_copy(update={"alpha": alpha})
             log.info("transfer: statistics of the public text: %s", _listed(statistics))
 
@@ -162,7 +162,7 @@ class ObjectiveBuilder:
 
     def _unprompted_outputs(self, reading: "PublicReading") -> torch.Tensor:
         """Compute a model's outputs without a prompt, once for all prompts with the same task."""
-        # These parts of the task matter with a prompt only.
+        # Initial text and class biases have no effect without a prompt.
         task = replace(reading.reader.task, init_text="", class_biases=())
         key = (reading.name, reading.section.scores, task)
         if key not in self._unprompted_cache:
@@ -180,7 +180,7 @@ class PublicReading:
         reader: the task, bound to the model's tokenizer.
         examples: the public texts, encoded by `reader`.
         section: settings of the loss.
-        world: the ranks, which compute together.
+        world: the ranks, which all compute.
     """
 
     name: str
@@ -191,25 +191,27 @@ class PublicReading:
     world: World
 
     def outputs(self, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
-        """Compute what is stored of the model's outputs for all public examples.
+        """Compute the outputs to store for all public examples.
 
         Args:
-            prompt_nd: soft prompt [n, d]; None for none.
-            label: name of the pass in progress bars.
+            prompt_nd: soft prompt [n, d], or None.
+            label: name of the forward pass in progress bars.
 
         Returns:
-            Class scores [N, C] with the task's class biases where there is a prompt; or hidden
-            states [N, d]; or, for a task that generates text, hidden states [N, R, d].
+            One of three kinds. Class scores [N, C], which include the task's class biases if there
+            is a prompt. Hidden states [N, d]. For a task that generates text, hidden states
+            [N, R, d].
         """
-        # Without gradients a rank can run more examples at once than in a training step.
+        # Without gradients, more examples fit into one forward than in a training step.
         trained_at_once = -(-self.section.batch_size // self.world.size)
         run = InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
         if self.reader.generates:
             return map_batches(
                 self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
             )
-        # Class scores are small and final. For logits over the vocabulary the hidden states in
-        # front of the head are stored, and the biases are added when the head has run.
+        # Class scores are small, so they are stored with their biases. Logits over the vocabulary
+        # are large, so the hidden states in front of the head are stored instead. The biases are
+        # then added after the head has run.
         by_classes = self.section.scores == "classes"
         biases = () if prompt_nd is None else self.reader.task.class_biases
 
@@ -241,21 +243,21 @@ class PublicReading:
 
         Args:
             stored: outputs of this model, as `outputs` returns them.
-            prompted: whether they were computed with the prompt, whose class biases then count.
+            prompted: whether they were computed with the prompt. Its class biases are then added.
 
         Returns:
             Class scores [N, C], on the CPU.
         """
         if self.section.scores == "classes":
             return stored
-        # Hidden states are stored. The logits of the label words alone are computed from them, in
-        # batches: the hidden states of all examples need not fit on the device.
+        # Hidden states are stored. Compute only the logits of the label words from them. Batches
+        # limit the device memory that this takes.
         head = self.model.head_of(self.reader.verbalizer.tokens)
         device = self.model.model.device
         logits = [head(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
         scores_NC = self.reader.verbalizer.scores_of_tokens(torch.cat(logits))
         biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
-        # Without biases a single zero is added to every class.
+        # Without biases, add zero to every class.
         return scores_NC + torch.tensor([biases or [0.0]])
 
 
@@ -265,12 +267,12 @@ def resolve_alpha(
     outputs: FixedOutputs,
     source_prompted_NC: torch.Tensor,
 ) -> float:
-    """Replace `alpha: auto` by the number that the public text suggests.
+    """Choose the number for `alpha: auto` from the public text.
 
     Args:
         student: the student on the public examples.
-        target: the target on them.
-        outputs: their stored outputs.
+        target: the target on the public examples.
+        outputs: the stored outputs of both.
         source_prompted_NC: class scores of the student with the source prompt.
 
     Returns:
@@ -285,11 +287,12 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     """Compute the offsets of the proxy's class scores, if the settings ask for them.
 
     Returns:
-        [C], or [1] of zero.
+        Offsets [C], or a single zero [1] without offsets.
     """
     if not section.match_class_shares:
         return torch.zeros(1)
-    # The proxy adds up the class biases of two models. The prompted student knows the right shares.
+    # The proxy adds up the preferences of two models for some classes. The offsets correct its
+    # class shares to those of the prompted student.
     proxy_NC = proxy_logits(
         outputs.source, outputs.source_prompted, outputs.target, section.proxy_lambda
     )

@@ -1,4 +1,4 @@
-"""What the transfer cannot do with its settings, a prompt and two models."""
+"""The conflicts of a transfer: settings that do not suit the prompt, the models or the ranks."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class TransferModels:
     Attributes:
         student: facts of the model that the prompt was tuned on.
         target: facts of the large model that it is transferred to.
-        same_tokenizer: whether both read the same vocabulary.
+        same_tokenizer: whether both have the same tokenizer.
     """
 
     student: ModelFacts
@@ -50,7 +50,7 @@ def conflicts(
         return [Conflict("the run file lacks the section public_task", "add it")]
     found = engine_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
-    # Both models read the public text behind a prompt of the same length.
+    # In both models the public text follows a prompt of the same length.
     longest = task.max_length + task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):
         found += room_conflicts(whose, facts.context_length, num_virtual_tokens, longest)
@@ -60,7 +60,7 @@ def conflicts(
 
 
 def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict]:
-    """Check that what the settings compare can be compared between the two models."""
+    """Check that the outputs which the settings compare are comparable between the two models."""
     student = models.student
     target = models.target
     found = []
@@ -71,7 +71,7 @@ def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict
                 "choose a student of the target's kind",
             )
         )
-    # A prompt that starts from text needs nothing of the student's embeddings.
+    # A prompt that starts from text alone does not use the student's embeddings.
     if student.width != target.width and section.trained_share:
         found.append(
             Conflict(
@@ -80,7 +80,7 @@ def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict
                 "set transfer.trained_share: 0, so that the prompt starts from text",
             )
         )
-    # Class scores can be compared across tokenizers: each model has its own label words.
+    # Class scores can be compared across tokenizers, because each model tokenizes the label words.
     if section.scores == "vocabulary" and not models.same_tokenizer:
         found.append(
             Conflict(
@@ -93,7 +93,7 @@ def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict
 
 
 def _generation_conflicts(section: Transfer, public_task: Task) -> list[Conflict]:
-    """Check that a prompt which generates text can learn from the public examples."""
+    """Check the settings for a prompt that generates text."""
     found = []
     if public_task.response_column is None:
         found.append(

@@ -1,16 +1,15 @@
-"""What a soft prompt for the target learns: its loss, from outputs that are computed once.
+"""The loss of a soft prompt for the target, from outputs that are computed once.
 
-The published loss needs four forwards in every step: the student and the target, each with and
-without a prompt. Three of them do not depend on the prompt that is trained. `ObjectiveBuilder` runs
-them once, before the first step, and this module reads them.
+The published loss compares four outputs: those of the student and the target, each with and without
+a prompt. Three of them do not depend on the trained prompt. `ObjectiveBuilder` computes these once,
+before the first step, and this module reads them.
 
 Class scores are stored as they are. Logits over a vocabulary, [N, V], would take too much memory.
 The hidden states [N, d] in front of the head are stored instead, and the head runs in each step.
 
-Shapes: N public examples, B examples of a step, K scores (vocabulary or classes), C classes, V
-vocabulary, R tokens of a response, n prompt tokens, d width. For a prompt that generates text, B
-counts response tokens and not examples wherever losses are computed: each token has scores of its
-own.
+Shapes: N public examples, B examples of a step, K scores (vocabulary or classes), C classes,
+V vocabulary, R tokens of a response, d width. For a prompt that generates text, each response token
+has its own scores. In the loss, B then counts response tokens instead of examples.
 """
 
 from collections.abc import Mapping
@@ -43,10 +42,10 @@ class ModelPair:
 
 @dataclass(frozen=True)
 class FixedOutputs:
-    """Outputs for the public examples that do not depend on the prompt that is trained.
+    """Outputs for the public examples that do not depend on the trained prompt.
 
-    Each tensor holds class scores [N, C], hidden states [N, d], or, for a prompt that generates
-    text, hidden states [N, R, d].
+    Each tensor holds class scores [N, C] or hidden states [N, d]. For a prompt that generates text,
+    it holds hidden states [N, R, d].
 
     Attributes:
         source: outputs of the student without a prompt.
@@ -68,8 +67,8 @@ class TransferObjective:
         reader: the prompt's task, bound to the target's tokenizer.
         examples: public texts in the template, with their responses if the task generates text.
         outputs: outputs that are computed once.
-        offsets: [K], added to the proxy's scores; [1] of zero where none are needed.
-        statistics: what the public text says about the models, by name.
+        offsets: offsets [C] that are added to the proxy's scores, or a single zero [1].
+        statistics: statistics of the models on the public text, by name.
     """
 
     section: Transfer
@@ -81,7 +80,7 @@ class TransferObjective:
 
     @property
     def stores_hidden(self) -> bool:
-        """Whether `outputs` holds hidden states, so that each step runs the heads."""
+        """Whether `outputs` holds hidden states. Each step then runs the heads."""
         return self.section.scores == "vocabulary"
 
     @property
@@ -95,7 +94,7 @@ class TransferObjective:
 
     @cached_property
     def response_mask(self) -> torch.Tensor:
-        """Where the examples' responses have a token, [N, R]."""
+        """Mask [N, R] that is true where a response has a token."""
         return self.reader.responses(self.examples) != NO_TOKEN
 
     def batch_at(self, step: int, seed: int) -> list[int]:
@@ -127,24 +126,24 @@ class TransferObjective:
                 tokens, example by example.
             target_BV: logits of the target without a prompt at the same positions; None where class
                 scores are stored.
-            student: its head runs where hidden states are stored.
+            student: the student, whose head runs if hidden states are stored.
 
         Returns:
             The loss, a scalar in fp32.
         """
-        # What the student gives, from before the first step: class scores, or hidden states.
+        # Read the student's stored outputs: class scores or hidden states.
         device = prompted_BV.device
         source_BK = self.select(chosen, self.outputs.source).to(device)
         source_prompted_BK = self.select(chosen, self.outputs.source_prompted).to(device)
 
         # Bring all four outputs to the same K scores.
         if target_BV is None:
-            # Class scores are stored; only the trained prompt's logits are not reduced yet.
+            # The stored outputs are class scores already. Only the trained prompt gives logits.
             target_BK = self.select(chosen, self.outputs.target).to(device)
             prompted_BK = self.reader.scores(prompted_BV)
         else:
-            # Models of one family and tokenizer may pad their embeddings to different sizes.
-            # No text has the tokens beyond the smaller one.
+            # Models with one tokenizer may pad their vocabularies to different sizes. The tokens
+            # beyond the smaller size occur in no text.
             common = min(student.vocabulary_size, target_BV.shape[1])
             target_BK = target_BV.detach()[:, :common]
             prompted_BK = prompted_BV[:, :common]
@@ -153,7 +152,7 @@ class TransferObjective:
                 source_BK = student.head(source_BK)[:, :common]
                 prompted_logits = student.head(source_prompted_BK)
                 biases = self.reader.task.class_biases
-                # The biases raise the label words, as they do when the owner uses the prompt.
+                # The class biases are part of the source prompt, so they raise its label words.
                 lifted = self.reader.verbalizer.lift(prompted_logits, biases)
                 source_prompted_BK = lifted[:, :common]
 
@@ -175,7 +174,7 @@ class TransferObjective:
         return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)
 
     def _token_weights(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
-        """Compute the weight of each response token, such that all examples weigh the same.
+        """Compute the weight of each response token, so that all examples have the same weight.
 
         Returns:
             Weights [B] that sum to 1; None for a task with classes, where each example has one

@@ -1,4 +1,4 @@
-"""The settings of the row `published transfer`: the paper's loss and start, for the comparison."""
+"""Settings of the baseline `published transfer`: the loss and the initial prompt of the paper."""
 
 from post_dist.config.schema import RunConfig
 
@@ -12,6 +12,6 @@ _SETTINGS = {
 
 
 def with_published_transfer(config: RunConfig) -> RunConfig:
-    """Return the run with the paper's transfer, whatever the run file chooses for its own."""
+    """Return the run file with the transfer settings of the paper."""
     section = config.transfer.model_copy(update=_SETTINGS)
     return config.model_copy(update={"transfer": section})

@@ -1,7 +1,7 @@
 """Stage 3, run by the provider: transfer soft prompts from the student to the large LLM.
 
-The stage reads public text alone. It is given no private section of the run file, and it reads no
-label column.
+The stage reads only public text. It gets no private section of the run file, and it reads no label
+column.
 
 Shapes: n prompt tokens, d width.
 """
@@ -46,11 +46,11 @@ from post_dist.stages.transfer.step_losses import transfer_losses
 
 @dataclass(frozen=True)
 class TransferRequest:
-    """One soft prompt that is to be transferred.
+    """A request to transfer one soft prompt.
 
     Attributes:
-        folder: the folder of this transfer, with its settings.
-        prompt_folder: the soft prompt that was tuned on the student.
+        folder: the run folder of this transfer, with its settings.
+        prompt_folder: folder of the soft prompt that was tuned on the student.
     """
 
     folder: RunFolder
@@ -63,7 +63,7 @@ class TransferJob:
 
     Attributes:
         source: the prompt that was tuned on the student.
-        objective: what the new prompt learns.
+        objective: loss of the new prompt.
         run: the new prompt with its optimizer and its folder.
         first_step: step from which training resumes.
     """
@@ -76,7 +76,7 @@ class TransferJob:
 
 @dataclass(frozen=True)
 class _BatchShape:
-    """What jobs must have in common to be trained beside each other."""
+    """The properties that jobs must share to be trained together."""
 
     num_virtual_tokens: int
     max_response_length: int
@@ -92,17 +92,17 @@ def transfer(
     world: World,
     resume: str,
 ) -> None:
-    """Train a prompt for the target for each request, and leave it in its `folder.artifact`.
+    """Train a prompt for the target for each request, and write it to the request's artifact.
 
-    Prompts of the same shape are trained beside each other. They share one gathering of the
-    target's weights in each step.
+    Prompts of the same shape are trained together. They gather the target's weights once in each
+    step.
 
     Args:
-        requests: what is transferred. All share teacher, student, public task, engine and seed.
-        teacher_folder: the target.
-        student_folder: the model that the source prompts were tuned on.
+        requests: the prompts to transfer. All share teacher, student, public task, engine and seed.
+        teacher_folder: folder of the target.
+        student_folder: folder of the model that the source prompts were tuned on.
         world: the ranks.
-        resume: `auto` resumes from a checkpoint; `never` starts anew.
+        resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
         ArtifactRefused: a prompt fails its checks, or does not belong to the student.
@@ -114,7 +114,7 @@ def transfer(
     if public_task is None:
         raise InputError("the run file lacks the section public_task", "add it")
 
-    # Whatever can be refused is refused here, before weights are loaded.
+    # Check prompts and settings before weights are loaded.
     texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
     sources = [read_prompt(request.prompt_folder) for request in requests]
     tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(teacher_folder))
@@ -125,7 +125,7 @@ def transfer(
     target = load_sharded(teacher_folder, config.engine, precision, world)
     models = ModelPair(student, target)
 
-    # Run the forwards that need no training, for each prompt.
+    # Prepare each prompt: its objective, its initial values and its optimizer.
     public = PublicExamples(texts, responses, public_task.template)
     builder = ObjectiveBuilder(models, tokenizers, public, world)
     jobs = []
@@ -136,7 +136,7 @@ def transfer(
         run = _prompt_run(start_nd, request.folder)
         jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))
 
-    # Train the prompts, and write each group as soon as it is done.
+    # Train the prompts. Each group is written as soon as it is trained.
     writer = partial(
         _write,
         model_name=_model_name(config.teacher, teacher_folder),
@@ -157,7 +157,7 @@ def _check(
     world: World,
 ) -> None:
     """Refuse prompts that are not the student's, and settings that do not suit the models."""
-    # Facts of a model come from its config.json alone, in a second.
+    # The facts of a model come from its config.json, so reading them takes a second.
     student_tokenizer = tokenizer_fingerprint(tokenizers.student)
     target_tokenizer = tokenizer_fingerprint(tokenizers.target)
     models = TransferModels(
@@ -165,7 +165,7 @@ def _check(
         target=read_facts(teacher_folder),
         same_tokenizer=student_tokenizer == target_tokenizer,
     )
-    # A prompt of another student is refused as an artifact, with an exit code of its own.
+    # A prompt of another student is not a conflict of settings. It has its own error and exit code.
     for source in sources:
         check_belongs(source, models.student, tokenizers.student)
 
@@ -190,22 +190,22 @@ def _start(
 ) -> torch.Tensor:
     """Compute the initial values [n, d] of the prompt on the target, in fp32.
 
-    `transfer.trained_share` blends two starts: the target's embeddings of a text (0), and the
-        source prompt (1).
+    `transfer.trained_share` interpolates between the target's embeddings of a text (0) and the
+    source prompt (1).
     """
-    # All ranks gather the embeddings of a sharded target together.
+    # A sharded target needs all ranks to gather its embeddings.
     start_nd = prompt_from_text(
         models.target, tokenizers.target, source.task.init_text, len(source_nd)
     )
-    # A source prompt of another width can only have a share of zero.
+    # The conflicts allow another width of the source prompt only with a share of 0.
     if section.trained_share:
         start_nd = torch.lerp(start_nd, source_nd, section.trained_share)
     return start_nd.to(source_nd.device, torch.float32).clone()
 
 
 def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
-    """Prepare the training of a prompt. Its losses come from public text and may be shown."""
-    # The published transfer uses Adam too.
+    """Prepare the training of a prompt. Its losses come from public text, so they are public."""
+    # Adam is also the optimizer of the published transfer.
     section = folder.config.transfer
     optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
     return PromptRun(
@@ -231,21 +231,21 @@ def _groups(jobs: Sequence[TransferJob], at_once: int) -> list[list[TransferJob]
         )
         by_shape.setdefault(shape, []).append(job)
 
-    # Each prompt needs the memory of its own examples, so that the run file limits a group.
+    # Each prompt needs memory for its own examples, so the run file limits the size of a group.
     groups = []
-    for alike in by_shape.values():
-        for start in range(0, len(alike), at_once):
-            groups.append(alike[start : start + at_once])
+    for same_shape in by_shape.values():
+        for start in range(0, len(same_shape), at_once):
+            groups.append(same_shape[start : start + at_once])
     return groups
 
 
 def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: World) -> None:
-    """Train the prompts of one group beside each other."""
+    """Train the prompts of one group together."""
     objectives = [job.objective for job in jobs]
     prompts = [job.run.parameters[0] for job in jobs]
 
     def losses_at(step: int) -> list[torch.Tensor]:
-        # The weight corrects for ranks with fewer examples: the mean over ranks is the loss.
+        # Ranks may have unequal numbers of examples. The weights make the mean over ranks exact.
         own = [_rank_batch(objective, step, seed, world) for objective in objectives]
         losses = transfer_losses(models, objectives, prompts, [batch.rows for batch in own])
         return [batch.weight * loss for batch, loss in zip(own, losses, strict=True)]
@@ -256,13 +256,13 @@ def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: Wor
 def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World) -> RankBatch:
     """Return this rank's part of the examples of a step."""
     chosen = objective.batch_at(step, seed)
-    # A rank runs its part of a batch at once, so there is one part.
+    # A rank runs its whole part of the batch at once.
     (batch,) = rank_batches(chosen, objective.section.batch_size, world.rank, world.size)
     return batch
 
 
 def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
-    """Return the target's name for the adapter's configuration: hub name, or name of its folder."""
+    """Return the target's name for the adapter configuration: its hub or folder name."""
     if teacher is None or Path(teacher.path).is_absolute():
         return teacher_folder.name
     return teacher.path
@@ -278,7 +278,7 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
     """
     source = job.source
     settings = job.objective.section.model_dump(mode="json")
-    # The loss has taught the new prompt what the source prompt's class biases do.
+    # The class biases were part of the loss, so the new prompt has learned their effect.
     task = replace(source.task, class_biases=())
 
     def write_own_card(artifact: Path) -> None:
@@ -294,8 +294,8 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
             tag="prompt-tuning",
         )
 
-    # The new prompt is computed from the source prompt and public text, so that the epsilon of the
-    # source prompt holds for it too.
+    # The new prompt depends on private data only through the source prompt. By post-processing, the
+    # epsilon of the source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
     provenance = Provenance(
         model_name=model_name,

@@ -1,10 +1,9 @@
 """The losses of one training step, for several prompts at once.
 
-A model in ZeRO-3 shards gathers its weights for every forward. Prompts that are trained beside each
-other share one forward and one backward pass of the target, and so one gathering.
+A model in ZeRO-3 shards gathers its weights for every forward. Prompts that are trained together
+share one forward and one backward pass. The target's weights are then gathered less often.
 
-Shapes: G prompts, B examples of each prompt, R tokens of a response, M hidden states, V vocabulary,
-n prompt tokens, d width.
+Shapes: G prompts, B examples, R tokens of a response, V vocabulary, n prompt tokens, d width.
 """
 
 from collections.abc import Sequence
@@ -25,15 +24,16 @@ def transfer_losses(
 
     Args:
         models: student and target.
-        objectives: one for each prompt; their prompts generate text, or none does.
-        prompts: the prompts [n, d] that are trained, all of one length, on the target's device.
-        chosen: for each prompt the indices of its B examples.
+        objectives: the objective of each prompt. Either all of their tasks generate text, or none.
+        prompts: the trained prompts [n, d], all of one length, on the target's device.
+        chosen: for each prompt, the indices of its examples; equally many for all.
 
     Returns:
-        For each prompt its mean loss, a scalar.
+        The mean loss of each prompt, a scalar.
     """
-    # Hidden states of the target without a prompt, for objectives on the vocabulary. Its head turns
-    # them into logits in the same call as the prompted ones, which gathers a sharded head once.
+    # Objectives on the vocabulary need logits of the target without a prompt, from stored hidden
+    # states. They go through the head together with the prompted ones. A sharded head is then
+    # gathered once.
     unprompted: list[torch.Tensor | None] = []
     for objective, indices in zip(objectives, chosen, strict=True):
         if objective.stores_hidden:
@@ -45,14 +45,14 @@ def transfer_losses(
 
     logits = _logits(models, objectives, prompts, chosen, unprompted_hidden)
 
-    # The logits stand in the order of the prompts: first all prompted ones, then the others.
+    # Split the logits: first the prompted ones of all prompts in order, then the unprompted ones.
     prompted_counts = _prompted_counts(objectives, chosen)
     unprompted_counts = [len(hidden) for hidden in unprompted_hidden]
     parts = list(logits.split(prompted_counts + unprompted_counts))
     prompted_parts = parts[: len(objectives)]
     unprompted_parts = iter(parts[len(objectives) :])
 
-    # Each objective compares its own part of the logits.
+    # Compute each loss from its own part of the logits.
     losses = []
     for index, objective in enumerate(objectives):
         target_BV = next(unprompted_parts) if objective.stores_hidden else None
@@ -71,24 +71,24 @@ def _logits(
     """Run the target on the examples of all prompts.
 
     Returns:
-        Its logits at the answers or response tokens of all prompts in turn, followed by those of
-        `unprompted_hidden`.
+        Logits over the vocabulary: those at the answers or response tokens of each prompt in turn,
+        followed by those of `unprompted_hidden`.
     """
     prompts_Gnd = torch.stack(list(prompts))
     device = prompts_Gnd.device
     target = models.target
     reader = objectives[0].reader
 
-    # All tasks share the target's tokenizer, so that any reader pads the examples of all.
+    # All tasks share the target's tokenizer, so one reader can pad the examples of all prompts.
     examples = []
     for objective, indices in zip(objectives, chosen, strict=True):
         examples += [objective.examples[index] for index in indices]
     batch = reader.collate(examples).to(device)
-    # The examples of a prompt follow each other, and all prompts have the same number of them.
+    # All prompts have equally many examples. Those of the first prompt come first, and so on.
     prompt_of_each_example = prompts_Gnd.repeat_interleave(len(chosen[0]), dim=0)
 
-    # A response has several tokens, so that the hidden states of all positions are computed, and
-    # the head runs on those that predict a token of a response.
+    # A response has several tokens, so the model returns hidden states at all its positions. The
+    # head then runs only where there is a token to predict.
     if reader.generates:
         length = reader.task.max_response_length
         hidden_BRd = response_hidden(target, batch, length, prompt=prompt_of_each_example)
@@ -99,8 +99,8 @@ def _logits(
         mask_BR = torch.cat(masks).to(device)
         return target.head(torch.cat([hidden_BRd[mask_BR], *unprompted_hidden]))
 
-    # A task with classes has one answer for each example. Where the model's family allows it, the
-    # prompt runs once for all examples that follow it (see models/shared_prompt.py).
+    # A task with classes has one answer for each example. If the model family supports it, each
+    # prompt runs once for all of its examples (see models/shared_prompt.py).
     logits: torch.Tensor = target(
         batch.input_ids,
         batch.attention_mask,
@@ -115,7 +115,7 @@ def _logits(
 def _prompted_counts(
     objectives: Sequence[TransferObjective], chosen: Sequence[list[int]]
 ) -> list[int]:
-    """Count the logits of each prompt: one for each example, or one for each response token."""
+    """Count the prompted logits of each prompt: one for each example or response token."""
     counts = []
     for objective, indices in zip(objectives, chosen, strict=True):
         if objective.reader.generates:

@@ -41,7 +41,9 @@ _SEEDED = (
     "A soft prompt that is NOT private: it was tuned with noise from a seed, "
     "which can be subtracted."
 )
-_OPEN = "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+_NOT_PRIVATE = (
+    "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+)
 
 
 def tune(
@@ -58,12 +60,12 @@ def tune(
     reveal the private data.
 
     Args:
-        folder: the run's folder.
+        folder: the run folder.
         model_folder: the student, or the target for the baseline of full prompt tuning.
         parents: digests of the parent artifacts; here only of that model.
         model_name: name of that model in the adapter's configuration.
         world: the ranks.
-        resume: `auto` or `never`.
+        resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
         InputError: the run file, the model and the data do not fit together.
@@ -121,10 +123,10 @@ def _train(
         return tune_privately(folder, task, world, resume)
     num_virtual_tokens = folder.config.tune.num_virtual_tokens
     log.info("tune: %d prompt tokens on %s, without privacy", num_virtual_tokens, model_name)
-    return _tune_openly(folder, task, world, resume), None
+    return _tune_without_privacy(folder, task, world, resume), None
 
 
-def _tune_openly(
+def _tune_without_privacy(
     folder: RunFolder, task: TuningTask, world: World, resume: str
 ) -> list[torch.Tensor]:
     """Tune without privacy. The losses go to a file that only the owner can read."""
@@ -213,7 +215,7 @@ def _write_card(
     rows = folder.config.tune.model_dump(exclude_none=True)
     notes = {}
     if statement is None:
-        summary = _OPEN
+        summary = _NOT_PRIVATE
         rows["epsilon"] = "none: tuned without differential privacy"
     else:
         summary = _PRIVATE
