@@ -2,7 +2,7 @@
 
 A sampler is one object, so that the examples that a step draws and the event that is accounted
 cannot drift apart. To add a sampler, write a class with the interface of `Sampler` here, add its
-field to the section `privacy` of `config/schema.py`, and choose it in `PrivacyPlan.sampler`.
+field to `config/privacy.py`, and choose it in `PrivacyPlan.sampler`.
 """
 
 from dataclasses import dataclass

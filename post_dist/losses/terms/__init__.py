@@ -7,7 +7,7 @@ from post_dist.losses.terms.cross_entropy import LabelCrossEntropy
 from post_dist.losses.terms.kl import TeacherKl
 
 TERMS: tuple[Term, ...] = (TeacherKl(), LabelCrossEntropy(), HiddenCosine())
-"""To add a term, add it here and its weight to `Distill` in config/schema.py."""
+"""To add a term, add it here and its weight to `Distill` in config/stages.py."""
 
 # The two kinds are computed differently: with the logits of a piece, or by autograd.
 LOGIT_TERMS = tuple(term for term in TERMS if isinstance(term, LogitTerm))
