@@ -147,7 +147,7 @@ class PrivacyCost:
         true_positive_rate_at_1_percent_false: upper bound on the true positive rate of any
             membership inference attack at a false positive rate of 1%.
         mean_trials: expected number of trials of a private search, or None.
-        private: False if the noise comes from a seed: whoever knows the seed can subtract it.
+        private: False if the noise comes from a seed, with which anybody can subtract it.
     """
 
     epsilon: float

@@ -75,8 +75,8 @@ def published_transfer_step(
     """Compute the loss of POST's utils/transfer.py.
 
     It runs four forward passes. Each computes the logits [B, n+T, V] of all positions and uses one
-    of them per example. This version does less work than that code, which also back-propagates
-    through the prompted student, and runs the other forward passes with autograd on.
+    of them per example. POST's code does more work: it also back-propagates through the
+    prompted student, and runs the other forward passes with autograd on.
 
     Args:
         student: the student.

@@ -74,7 +74,7 @@ def bench_scale(
     """
     sections = RequiredSections.of_run(config)
     precision = choose_precision(config.engine, world.device)
-    # The host of a straggler tells which node to take out of the cluster.
+    # Report the host of a straggler, so that its node can be taken out of the cluster.
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
     # On one rank, strong and weak scaling are the same.

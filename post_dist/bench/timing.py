@@ -1,7 +1,7 @@
 """Time and memory of steps.
 
 Variants of a step take turns: the first repeat of every variant, then the second of every variant.
-A minute in which the machine is slow then slows all of them alike.
+A minute in which the machine is slow then slows all of them.
 """
 
 import ctypes
@@ -74,9 +74,9 @@ def time_steps(
 
     Returns:
         `device`: its name. `rows`: for each variant the median seconds per step, the amount per
-        second, the interquartile range of the times, and the peak memory in MiB, without what was
-        held before the step. `ratios` and `memory_ratios`: each variant's time and memory, divided
-        by the baseline's.
+        second, the interquartile range of the times, and the peak memory in MiB. Memory that was
+        held before the step does not count. `ratios` and `memory_ratios`: each variant's time and
+        memory, divided by the baseline's.
     """
     # The first call of a step compiles kernels and fills caches.
     for step in steps.values():

@@ -65,8 +65,8 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         `settings` holds the precision and the shapes.
 
     Raises:
-        InputError: the run file has no private task with classes, the student is a masked model, or
-            prompt and text do not fit into its context.
+        InputError: the run file has no private task with classes, or the student does not suit: it
+            is a masked model, or its context is too short for prompt and text.
     """
     task = config.private_task
     if task is None or task.response_column is not None:

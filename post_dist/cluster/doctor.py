@@ -155,7 +155,7 @@ def _slurm(folder: Path) -> Iterator[Finding]:
     cure = "" if answers else "slurmctld does not answer: ask whoever runs the cluster"
     yield Finding("Slurm", answers, _run("sinfo", "--version").stdout.strip(), cure)
 
-    # Accounting tells how a job ended that has left the queue.
+    # Accounting records how a job ended after it has left the queue.
     accounting = _run("sacct", "--noheader", "--starttime=now")
     if accounting.returncode == 0:
         yield Finding("accounting", True, "answers")

@@ -1,4 +1,4 @@
-"""The work of each task of a job: it runs a stage of a run file, at the rank that submitit tells.
+"""The work of each task of a job: run a stage of a run file. submitit gives the task its rank.
 
 The pickle of a job holds only the name of its class and its fields. So a job runs the code and the
 run file that it finds when it starts.

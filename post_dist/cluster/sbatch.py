@@ -19,7 +19,7 @@ AFTER = (
     "exit $code",
 )
 SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
-"""Tasks get the environment of the batch script, even where sbatch was told `--export=NONE`."""
+"""Tasks get the environment of the batch script, even if sbatch ran with `--export=NONE`."""
 
 
 def job_parameters(

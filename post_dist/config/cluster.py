@@ -58,8 +58,8 @@ class Cluster(Resources):
     setup: tuple[str, ...] = ()
     """Shell lines that a job runs first, such as `module load cuda`."""
     signal_seconds: PositiveInt = 120
-    """Seconds before the time limit at which a job is told to save. Slurm then queues the job
-    again, and it resumes."""
+    """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
+    job again, and it resumes."""
     # The fields that differ for a stage.
     distill: Resources = Resources()
     """Resources of `distill`, where they differ."""

@@ -46,7 +46,7 @@ def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
 def layer_flops(size: ModelSize, layer: LayerSize, tokens: float, keys: float) -> float:
     """Count the operations of a layer's forward pass: two for each weight and token, and attention.
 
-    Masked positions count as well, because the kernels compute them.
+    Masked positions count too, because the kernels compute them.
 
     Args:
         size: the model.
@@ -79,8 +79,8 @@ def distill_flops(
 
     The backward pass of a trained layer costs two forward passes: the gradients of its input and of
     its weights. This holds for the lowest layer too, because its norm is trained. The loss knows
-    the gradient of the logits in closed form. So the head takes one more product for the gradient
-    of its input, and another one for the gradient of its weights if they are trained.
+    the gradient of the logits in closed form. So the head takes one more product, for the gradient
+    of its input. A trained head takes another one, for the gradient of its weights.
 
     Args:
         teacher: runs forward, with its head.
@@ -93,7 +93,7 @@ def distill_flops(
         Operations of `teacher`, `student_forward` and `student_backward`.
     """
     tokens = sequences * length
-    # The teacher's logits are computed from its hidden states, so its head counts as well.
+    # The teacher's logits are computed from its hidden states, so its head counts too.
     teacher_forward = forward_flops(teacher, sequences, length) + head_flops(teacher, tokens)
     forward = forward_flops(student, sequences, length)
     head = head_flops(student, tokens)
@@ -142,8 +142,8 @@ def transfer_flops(
 ) -> dict[str, float]:
     """Count the operations of one rank's step of the transfer of one prompt.
 
-    Where examples share the prompt, the layers see n + B T tokens, and the last layer's queries and
-    MLP see the B answers alone. Otherwise all layers see B (n + T) tokens. The backward pass runs
+    If examples share the prompt, the layers see n + B T tokens. The queries and the MLP of the last
+    layer see only the B answers. Otherwise all layers see B (n + T) tokens. The backward pass runs
     through the layers once, for gradients of the input only: no weight is trained.
 
     Args:
@@ -153,7 +153,7 @@ def transfer_flops(
         length: tokens T of each example.
         prompt: tokens n of the prompt.
         by_classes: whether class scores are compared. Otherwise the logits of the unprompted target
-            are computed as well, in one product with those of the prompted one.
+            are computed too, in one product with those of the prompted one.
         responses: tokens of one response, each of which has logits. 0 for a task with classes,
             where an example has one answer.
 

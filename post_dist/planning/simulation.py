@@ -97,7 +97,7 @@ def simulate(run: Run, seed: int) -> Outcome:
             continue
 
         # The failure undoes the steps since the last checkpoint. A step that had ended when the
-        # failure came during its checkpoint is lost as well.
+        # failure came during its checkpoint is lost too.
         survived = int((saved <= next_failure).sum())
         kept = survived // run.interval * run.interval
         step_ended = saved[survived] - run.save * saves[survived] <= next_failure

@@ -38,7 +38,7 @@ def page_plots(runs: Path, table: Mapping[str, Any]) -> list[Plot]:
         runs: the folder of one run file, with a folder for each of its stages.
         table: the table of the evaluation (see `read_table`).
     """
-    # The owner's metric logs have another name: a page may be shown to the other party.
+    # The owner's metric logs have another name and stay out: the other party may see the page.
     plots = [accuracy_plot(table)]
     for path in sorted(runs.glob("*/metrics.jsonl")):
         plots.append(loss_plot(path.parent.name, read_metric_log(path)))
