@@ -1,12 +1,12 @@
-"""The demo from Python, a cell at a time, as in a notebook.
+"""Run the demo from Python, one cell at a time, as in a notebook.
 
     make demo                                # fetches the demo's model and data into demo/
     python examples/notebook.py demo/demo.yaml [section.field=value ...]
 
-A notebook opens this file with its `# %%` cells. What is finished is not run again.
+Editors and notebooks show each `# %%` as a cell. A finished stage is not run again.
 """
 
-# %% What is to be run: one file, checked before anything is loaded.
+# %% The run file, checked before anything is loaded.
 import sys
 
 import post_dist
@@ -16,7 +16,7 @@ settings = sys.argv[2:]
 config = post_dist.load_run(run_file, settings)
 print(f"{config.name}: {config.tune.num_virtual_tokens} prompt tokens on {config.teacher.path}")
 
-# %% What it costs in privacy. `privacy.enabled=true` tunes with this noise.
+# %% The privacy cost. With `privacy.enabled=true`, `tune` uses this noise.
 if config.privacy.enabled:
     cost = post_dist.account(config)
     print(f"epsilon {cost.epsilon:.2f} at delta {cost.delta:g}, by {cost.accountant}")

@@ -1,4 +1,4 @@
-"""`python -m post_dist`, which is also what the deepspeed launcher and torchrun start."""
+"""`python -m post_dist`: the module that torchrun and the deepspeed launcher start."""
 
 from post_dist.cli import main
 

@@ -3,21 +3,21 @@
     import post_dist
 
     config = post_dist.load_run("run.yaml", ["privacy.target_epsilon=8"])
-    cost = post_dist.account(config)           # before anything is run
+    cost = post_dist.account(config)           # before any run
     student = post_dist.distill(config)        # provider
     prompt = post_dist.tune(config)            # owner
     post_dist.transfer(config)                 # provider
     print(post_dist.evaluate(config))          # the table
 
-A stage needs what the stages before it have made, or what `inputs` in the run file gives. A
-finished stage is not run again: its result is returned. An interrupted one resumes from its last
-checkpoint.
+A stage needs the results of the earlier stages, or the artifacts that the run file names in
+`inputs`. A finished stage is not run again: its result is returned. An interrupted stage resumes
+from its last checkpoint.
 
 In a script that torchrun or another launcher starts, all ranks call the same functions and get the
 same results. The process group stays up between calls; end such a script with
 `torch.distributed.destroy_process_group()`.
 
-Importing this module loads no torch. What a user can mend is raised as a subclass of
+Importing this module does not load torch. Errors that a user can fix are raised as subclasses of
 `PostDistError`, with a hint.
 """
 
@@ -56,7 +56,7 @@ class StudentResult:
     Attributes:
         path: the run folder, with settings, metrics and logs.
         artifact: the student, a folder that `from_pretrained` of transformers loads.
-        held_out: how well it reproduces its teacher on held-out public text, by metric.
+        held_out: metrics of the student on held-out public text, by name.
     """
 
     path: Path
@@ -74,8 +74,8 @@ class PromptResult:
     Attributes:
         path: the run folder, with settings, metrics and logs.
         artifact: the prompt, a folder that `PeftModel.from_pretrained` loads.
-        epsilon: the privacy loss that it claims, or None without differential privacy.
-        delta: the probability that goes with epsilon, or None.
+        epsilon: the epsilon that the prompt claims, or None without differential privacy.
+        delta: the delta of that epsilon, or None.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class TransferResult:
     """The prompts for the large LLM.
 
     Attributes:
-        prompts: one for each source prompt, in the order of `inputs.source_prompt`.
+        prompts: one prompt for each source prompt, in the order of `inputs.source_prompt`.
     """
 
     prompts: tuple[PromptResult, ...]
@@ -109,7 +109,7 @@ class EvaluationResult:
         path: the run folder.
         artifact: the folder that holds `table.json`.
         table: the object that `post-dist evaluate --json` prints: `task`, `split` and `rows`.
-        report: the HTML page, or None where only the table was asked for.
+        report: the HTML page, or None if no page was written.
     """
 
     path: Path
@@ -124,7 +124,7 @@ class EvaluationResult:
 
     @property
     def place(self) -> str:
-        """Where to look: the page, or the table's file."""
+        """A line that names the report page, or the table's file if there is no page."""
         if self.report is not None:
             return f"report: {self.report}"
         return f"table: {self.artifact / 'table.json'}"
@@ -132,20 +132,22 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class PrivacyCost:
-    """What a plan of private tuning costs.
+    """The privacy cost of a plan for private tuning.
 
     Attributes:
-        epsilon: the privacy loss at `delta`.
-        delta: the probability that epsilon may be exceeded.
-        noise_multiplier: sigma, the standard deviation of the noise over the clipping norm.
+        epsilon: epsilon of the plan at `delta`.
+        delta: delta of the (epsilon, delta) guarantee.
+        noise_multiplier: sigma, the standard deviation of the noise divided by the clipping norm.
         sampling_probability: q, the probability of each training example to be in a step's batch.
         steps: number of steps.
-        accountant: what computed epsilon.
-        cross_checks: epsilon of the other accountants, by their names.
-        epsilon_at_delta: epsilon at stricter deltas.
-        true_positive_rate_at_1_percent_false: upper bound for any membership attack.
+        accountant: name of the accountant that computed epsilon.
+        cross_checks: epsilon by other accountants, by their names. For a private search, this is
+            the epsilon of one trial.
+        epsilon_at_delta: epsilon at stricter deltas, by delta.
+        true_positive_rate_at_1_percent_false: upper bound on the true positive rate of any
+            membership inference attack at a false positive rate of 1%.
         mean_trials: expected number of trials of a private search, or None.
-        private: False for noise from a seed, which can be subtracted again.
+        private: False if the noise comes from a seed, with which anybody can subtract it.
     """
 
     epsilon: float
@@ -169,13 +171,14 @@ def load_run(
     Args:
         path: the YAML file; relative paths in it are read from its folder.
         overrides: strings such as `transfer.alpha=0.5`, as `--set` takes them.
-        output: folder for the run folders, instead of the run file's own.
+        output: folder for the run folders; replaces `output` of the run file.
 
     Returns:
-        The checked settings, frozen.
+        The checked settings. They cannot be changed.
 
     Raises:
-        InputError: the file is missing, is not YAML, or breaks the schema. It names every error.
+        InputError: the file is missing, is not YAML, or breaks the schema. The message lists every
+            error.
 
     Examples:
         >>> from post_dist.config.assets import asset
@@ -198,8 +201,8 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
 
     Raises:
         InputError: a section or a file is missing, or the settings do not fit the teacher.
-        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
-        Interrupted: the run was asked to stop, and has saved.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the run was asked to stop; its state is saved.
     """
 
     def run(stages: "Pipeline", world: "World") -> StudentResult:
@@ -214,17 +217,19 @@ def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
     """Tune a soft prompt on the student with the private data (the owner's stage).
 
     Args:
-        config: a run file with the section `private_task`; `privacy.enabled` makes it DP-SGD.
+        config: a run file with the section `private_task`. With `privacy.enabled`, tuning is
+            DP-SGD.
         resume: what to do with an unfinished run of the same settings.
 
     Returns:
         The prompt on the student.
 
     Raises:
-        InputError: the student is not there yet, or a section or a file is missing or wrong.
-        PrivacyRefused: the ledger of the data set or the accountants do not allow the run.
-        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
-        Interrupted: the run was asked to stop, and has saved.
+        InputError: the student does not exist yet, or a section or a file is missing or wrong.
+        PrivacyRefused: the ledger of the data set does not allow the run, or the accountants
+            disagree.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the run was asked to stop; its state is saved.
     """
 
     def run(stages: "Pipeline", world: "World") -> PromptResult:
@@ -246,9 +251,10 @@ def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
 
     Raises:
         ArtifactRefused: a source prompt fails its checks, or does not belong to these models.
-        InputError: student or prompt is not there yet, or a section or a file is missing or wrong.
-        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
-        Interrupted: the run was asked to stop, and has saved.
+        InputError: the student or the prompt does not exist yet, or a section or a file is missing
+            or wrong.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the run was asked to stop; its state is saved.
     """
 
     def run(stages: "Pipeline", world: "World") -> TransferResult:
@@ -263,17 +269,18 @@ def evaluate(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     """Compare zero-shot, the prompts and the baselines on one split.
 
     Args:
-        config: a run file with `private_task`, and `teacher` unless the owner evaluates alone.
+        config: a run file with the section `private_task`. Without `teacher`, only the student is
+            evaluated.
         resume: what to do with an unfinished run of the same settings.
 
     Returns:
-        The table. Its report page is written by `pipeline`.
+        The table. Only `pipeline` also writes the report page.
 
     Raises:
         ArtifactRefused: a prompt fails its checks, or does not belong to these models or this task.
-        InputError: a stage before is not finished, or a section or a file is missing or wrong.
-        EnvironmentFault: the disk is full, the folder is in use, or another rank has left.
-        Interrupted: the run was asked to stop, and has saved.
+        InputError: an earlier stage is not finished, or a section or a file is missing or wrong.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the run was asked to stop; its state is saved.
     """
 
     def run(stages: "Pipeline", world: "World") -> EvaluationResult:
@@ -294,7 +301,7 @@ def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
         The table, and its page in `report`.
 
     Raises:
-        PostDistError: see the stages.
+        PostDistError: any error of the functions `distill`, `tune`, `transfer` and `evaluate`.
     """
 
     def run(stages: "Pipeline", world: "World") -> EvaluationResult:
@@ -305,16 +312,19 @@ def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
 
 
 def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
-    """Compute what private tuning costs, before anything is run. Reads no data and no model.
+    """Compute the privacy cost of private tuning, before any run.
+
+    It reads no data and no model.
 
     Args:
         plan: a plan, or a run file whose `privacy` gives a noise multiplier or a target epsilon.
 
     Returns:
-        Epsilon by three accountants that agree, and the noise multiplier for the target.
+        Epsilon with its cross-checks, and the noise multiplier that meets a target epsilon.
 
     Raises:
-        InputError: the run file says too little, or no noise reaches its target.
+        InputError: the run file lacks a number that the plan needs, or no noise multiplier reaches
+            its target epsilon.
         PrivacyRefused: the accountants disagree.
 
     Examples:
@@ -328,7 +338,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     """
     from post_dist.privacy import accounting
 
-    # A run file may name a target epsilon: then the noise multiplier is searched for first.
+    # If the run file gives a target epsilon, this first searches for the noise multiplier.
     if isinstance(plan, RunConfig):
         plan = accounting.private_plan(plan)
     cost = accounting.account(plan)
@@ -348,16 +358,17 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
 
 
 def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
-    """Read a soft prompt that may come from anyone, and check it.
+    """Read a soft prompt from an untrusted folder, and check it.
 
     Args:
-        folder: what `tune` or `transfer` has left, such as `runs/demo/tune-1a2b3c4d/artifact`.
+        folder: artifact of `tune` or `transfer`, such as `runs/demo/tune-1a2b3c4d/artifact`.
 
     Returns:
         The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
 
     Raises:
-        ArtifactRefused: wrong kind, hash, size, header, dtype or shape; or values out of range.
+        ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, or a value is out of
+            range.
 
     Examples:
         >>> load_prompt("received/prompt")
@@ -376,9 +387,9 @@ def _with_stages(
     resume: Resume,
     run: Callable[["Pipeline", "World"], _Result],
 ) -> _Result:
-    """Join the ranks, run some stages, and say in the user's terms why they could not go on."""
+    """Join the ranks and run stages; raise Ctrl-C and a lost rank as errors with a hint."""
     with listening():
-        # The order counts: the environment is set before torch is loaded, and DeepSpeed reads it.
+        # The order matters: `join_ranks` sets variables that torch reads when it is loaded.
         world = join_ranks(config)
         from post_dist.stages.pipeline import Pipeline
 
@@ -391,8 +402,8 @@ def _with_stages(
             leave_ranks()
             raise
         except RuntimeError as error:
-            # A collective that loses its connection raises a RuntimeError. Only that one is the
-            # user's business; any other is a fault of this package.
+            # A collective that loses its connection raises a RuntimeError. Any other RuntimeError
+            # is a bug of this package, and its traceback is needed.
             if not world.lost_a_rank(error):
                 raise
             raise EnvironmentFault(
@@ -400,7 +411,7 @@ def _with_stages(
                 f"look at the log of that rank; {_RESUMES}",
             ) from None
         finally:
-            # The watchdog would end a notebook that waits for its user.
+            # Otherwise the watchdog would end a notebook that waits between two cells.
             rest()
 
 
@@ -411,7 +422,7 @@ def _student_result(folder: "RunFolder") -> StudentResult:
 
 
 def _prompt_result(folder: "RunFolder") -> PromptResult:
-    # Read with all checks: a prompt that was changed after it was tuned is not handed on.
+    # All checks run: a prompt that was changed after tuning is refused.
     prompt = load_prompt(folder.artifact)
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
     return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)

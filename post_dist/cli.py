@@ -1,4 +1,4 @@
-"""The command line: its commands, and how each ends. Loads no torch before a stage runs."""
+"""The command line: the list of commands, and their exit codes. It loads torch only for a stage."""
 
 from typing import Annotated
 
@@ -15,8 +15,8 @@ from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tun
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.stop import end_process
 
-# Exceptions are left to `exit_code_of`: typer's own page would print local variables, private data
-# among them.
+# `exit_code_of` handles exceptions. typer's own traceback would print local variables, which may
+# hold private data.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -61,7 +61,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Take the option that the deepspeed launcher inserts; LOCAL_RANK says the same."""
+    """Accept the option that the deepspeed launcher inserts. LOCAL_RANK has the same value."""
 
 
 def run_command() -> int:

@@ -1,4 +1,4 @@
-"""Checks an artifact of someone else: hashes, lineage, shapes, finite values, its epsilon."""
+"""Check an artifact from the other party: hashes, lineage, shapes, finite values, epsilon."""
 
 import re
 from pathlib import Path
@@ -15,22 +15,22 @@ _PARENTS = {
     "soft prompt": {"model"},
     "evaluation": {"teacher", "student"},
 }
-"""What the lineage of each kind must name."""
+"""For each kind of artifact, the parents that its lineage must name."""
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Look for everything that is wrong with an artifact.
+    """Check an artifact, and list every problem.
 
     Nothing in the folder is executed or trusted.
 
     Returns:
-        `{"ok", "kind", "problems"}`; the kind is None for a folder that is no artifact.
+        `{"ok", "kind", "problems"}`; `kind` is None if the manifest cannot be used.
     """
     try:
         manifest = read_any_manifest(folder)
     except ArtifactRefused as error:
         return {"ok": False, "kind": None, "problems": [str(error)]}
-    # A problem with the contents does not hide one with the lineage: all of them are listed.
+    # List all problems: a problem with the contents must not hide one with the lineage.
     problems = _lineage_problems(manifest)
     try:
         if manifest.kind == "soft prompt":
@@ -53,7 +53,7 @@ def _lineage_problems(manifest: Manifest) -> list[str]:
 
 
 def _prompt_problems(folder: Path) -> list[str]:
-    """Read a prompt with its checks, and compute its epsilon again from its own statement."""
+    """Read a prompt with its checks, and recompute epsilon from its privacy statement."""
     prompt = read_prompt(folder)
     if prompt.privacy is None:
         return []
@@ -61,7 +61,7 @@ def _prompt_problems(folder: Path) -> list[str]:
 
 
 def _weight_problems(folder: Path) -> list[str]:
-    """Look for weights of a student that are not finite or do not fit its configuration."""
+    """Find weights of a student that are not finite or do not fit its configuration."""
     import torch
 
     from post_dist.models.load import load_whole

@@ -1,1 +1,1 @@
-"""Benchmarks of a stage beside its peers, of a step on many ranks, and of the machine itself."""
+"""Benchmarks: a stage beside other implementations, a step on many ranks, and the machine."""

@@ -1,4 +1,4 @@
-"""`post-dist bench distill`: a distillation step beside its peers, on the run file's corpus.
+"""`post-dist bench distill`: a distillation step beside other implementations.
 
 Shapes: B sequences, T tokens, d width, K terms of the loss.
 """
@@ -44,7 +44,7 @@ from post_dist.stages.distill.signals import SignalSource
 from post_dist.stages.distill.trainer import StudentStep
 
 _STEPS = 10
-"""Steps whose batches are cached, and repeated; `time_steps` takes fewer."""
+"""Number of steps whose signals are cached. Their batches are repeated after that."""
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 _CACHES: tuple[Literal["none", "hidden", "sampled"], ...] = ("none", "hidden", "sampled")
 
@@ -56,7 +56,7 @@ PeerLoss = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What all ways to take a step share.
+    """The inputs that all ways to take a step share.
 
     Attributes:
         folder: a temporary folder, with the untrained student in `student`.
@@ -72,7 +72,7 @@ class _Inputs:
 
 
 def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict[str, Any]:
-    """Measure time and memory of a whole step, AdamW's part included.
+    """Measure time and memory of a whole step, including AdamW's update.
 
     The learning rate is 0, so that every way sees the same batches and the same student.
 
@@ -82,7 +82,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         world: the ranks.
 
     Returns:
-        The result of `time_steps`, with `settings`, the sizes of the models, and `max_difference`,
+        The result of `time_steps`, with `settings` and the sizes of the models. `max_difference` is
         the largest relative difference of an fp32 loss from the published distiller's.
 
     Raises:
@@ -103,7 +103,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         write_student(student_folder, teacher_folder, layers, tokenizer)
         corpus = build_corpus(corpus_section, tokenizer, folder / "corpus.npy", config.seed, world)
         inputs = _Inputs(folder, teacher_folder, corpus, world)
-        # Both precisions are measured in one run, interleaved, so that a slow minute slows both.
+        # Both precisions are measured in turns, so that a slow minute of the machine slows both.
         ways = [_Ways(config, precision, inputs) for precision in _PRECISIONS]
 
         steps = _interleaved([way.steps() for way in ways])
@@ -125,7 +125,7 @@ def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) 
     """Return the run file with a kind of cache, and the number of steps that the cache covers."""
     changes: dict[str, Any] = {"cache": cache, "steps": _STEPS, "learning_rate": 0.0}
     if cache == "sampled":
-        # Samples keep no hidden states, so the terms that compare them are left out.
+        # A cache of samples has no hidden states, so the terms that compare them are left out.
         for term in hidden_terms_in_use(config.distill):
             changes[term.weight_field] = 0.0
     return config.model_copy(update={"distill": config.distill.model_copy(update=changes)})
@@ -153,12 +153,12 @@ def _max_difference(first_losses: dict[str, float]) -> float:
 class _Ways:
     """The ways to take a step at one precision.
 
-    Each trains a student of its own, at a learning rate of 0.
+    Each way trains its own student, at a learning rate of 0.
 
     Args:
         config: the run file.
-        precision: of all models.
-        inputs: what all ways share.
+        precision: precision of all models.
+        inputs: the inputs that all ways share.
     """
 
     def __init__(self, config: RunConfig, precision: Precision, inputs: _Inputs) -> None:
@@ -224,7 +224,7 @@ class _Ways:
         student = self.student()
         freeze(student, self._student_section)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        # A rate of 0 costs as much as any other, and keeps all ways at the same student.
+        # A learning rate of 0 costs as much as any other, and does not change the student.
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         taken = 0
 
@@ -271,7 +271,7 @@ class _Ways:
 
 
 def _head(model: LanguageModel) -> Head:
-    """Return the head; as a module where it is a plain matrix, whose weight Liger reads."""
+    """Return the head. A plain matrix is returned as a module, because Liger reads its weight."""
     if model.has_linear_head:
         return model.head_module
     return model.head

@@ -23,9 +23,9 @@ from post_dist.runtime.precision import DTYPES, choose_precision
 
 _REPEATS = 5
 _MATRIX_SIZES = {"cuda": 4096, "cpu": 1024}
-"""Rows of the square matrices whose product is timed. A larger one takes a CPU minutes."""
+"""Size n of the n x n matrices whose product is timed. Larger ones take minutes on a CPU."""
 _RECEIVED_BYTES = tuple(1 << power for power in range(12, 27, 2))
-"""Sizes of the timed collectives: 4 KiB to 64 MiB that each rank receives."""
+"""Bytes that each rank receives in the timed collectives: 4 KiB to 64 MiB."""
 _FP32_BYTES = 4
 _GIB = 2**30
 
@@ -63,8 +63,8 @@ def measure_fabric(world: World) -> dict[str, Any]:
     """Measure the machine. All ranks call this function together.
 
     Returns:
-        `device` and `ranks`. `hardware`, an entry of a hardware file: its rates are those that were
-        reached, so all its shares are 1. `collectives`, for each link the received bytes and the
+        `device` and `ranks`. `hardware`: an entry of a hardware file. Its rates are the measured
+        ones, so all its shares are 1. `collectives`: for each link, the received bytes and the
         seconds of each timed collective.
     """
     # Every rank computes at the same time, as in training: the ranks of a node share its power.
@@ -161,7 +161,7 @@ def _measure_link(world: World, ranks: int) -> _Link:
     """
     if ranks == 1:
         return _FREE_LINK
-    # All ranks must take part in making every group, also in those that they are not members of.
+    # All ranks must take part in making every group, even a group that they do not belong to.
     groups = []
     for first in range(0, world.size, ranks):
         groups.append(dist.new_group(list(range(first, first + ranks))))
@@ -215,7 +215,7 @@ def fit_link(received: Sequence[float], seconds: Sequence[float]) -> tuple[float
         seconds: time of each collective.
 
     Returns:
-        Latency in seconds, at least 0; and bandwidth in bytes per second.
+        Latency in seconds, at least 0, and bandwidth in bytes per second.
     """
     sizes = np.asarray(received, dtype=float)
     times = np.asarray(seconds)

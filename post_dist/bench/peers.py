@@ -1,4 +1,4 @@
-"""Baselines that the stages are measured against, written from what each project describes.
+"""Baselines for the benchmarks of the stages, written from each project's description.
 
 Shapes: B examples, T tokens, P unmasked positions, n prompt tokens, d width, V vocabulary.
 """
@@ -74,9 +74,9 @@ def published_transfer_step(
 ) -> torch.Tensor:
     """Compute the loss of POST's utils/transfer.py.
 
-    It runs four forwards. Each computes the logits [B, n+T, V] of all positions, of which one per
-    example is used. This version is more generous than that code, which also back-propagates
-    through the prompted student, and runs the other forwards with autograd on.
+    It runs four forward passes. Each computes the logits [B, n+T, V] of all positions and uses one
+    of them per example. POST's code does more work: it also back-propagates through the
+    prompted student, and runs the other forward passes with autograd on.
 
     Args:
         student: the student.
@@ -105,10 +105,10 @@ def cached_transfer_step(
     prompt_nd: torch.Tensor,
     section: Transfer,
 ) -> torch.Tensor:
-    """Compute the same loss as one would write it with PEFT and care.
+    """Compute the published loss with less work, as an experienced PEFT user would write it.
 
-    The constant logits are cached, and examples are padded to the longest of a batch. The head
-    still runs at all positions.
+    The constant logits are cached, and examples are padded to the longest one of the batch. The
+    head still runs at all positions.
 
     Args:
         target: the target.
@@ -159,7 +159,7 @@ def published_distillation_loss(
 ) -> torch.Tensor:
     """Compute the loss of POST's distill/distiller.py, which is that of DistilGPT2.
 
-    It computes the logits [B, T, V] of both models, and copies those that are no padding.
+    It computes the logits [B, T, V] of both models, and copies those that are not padding.
 
     Args:
         student_BTd: last hidden states of the student.
@@ -234,9 +234,9 @@ def liger_distillation_loss(
 ) -> torch.Tensor:
     """Compute the published loss with Liger's fused projection and divergence.
 
-    Liger is used as it comes: compiled, and 1,024 positions at a time. It leaves out the divergence
-        at positions without a label. The last position of each sequence is such a one, so its
-        divergence is added here.
+    Liger runs with its defaults: compiled, and 1,024 positions at a time. It leaves out the
+    divergence at positions without a label. The last position of each sequence has no label, so
+    its divergence is added here.
 
     Args:
         student_BTd: last hidden states of the student.
@@ -308,9 +308,9 @@ def _with_other_terms(
 
 
 class HookedPrompt(nn.Module):
-    """A prompt that Opacus' hooks see once per example: each example looks up the embedding itself.
+    """A prompt that is looked up once per example, so that Opacus' hooks see each example.
 
-    PEFT looks it up once for the whole batch, and the hooks then record one gradient. See
+    PEFT looks up the prompt once for the whole batch, and the hooks then record one gradient. See
     tests/privacy/test_gradients.py.
 
     Args:
@@ -359,8 +359,8 @@ class OpacusHooks:
 class LowRank(nn.Module):
     """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021).
 
-    It consists of linear layers, which Opacus' hooks know. The trained ones are fp32, whatever the
-    frozen one is.
+    It consists of linear layers, which Opacus' hooks know. The trained layers are fp32, whatever
+    the precision of the frozen one.
 
     Args:
         frozen: the frozen layer.
@@ -415,7 +415,7 @@ class OpacusLora:
         self._verbalizer = verbalizer
 
     def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
-        """Return each example's gradient of each parameter, [B, ...], at its present value."""
+        """Return the gradients [B, ...] of each parameter, one for each example."""
         logits_BV = self._model(batch.input_ids, batch.attention_mask, None, batch.answer)
         scores_BC = self._verbalizer.scores(logits_BV)
         loss = functional.cross_entropy(scores_BC, classes_B, reduction="sum")

@@ -40,7 +40,7 @@ _WARM_UP_STEPS = 2
 _STRAGGLER_RATIO = 1.15
 """A rank whose computation takes this many times the median rank's is reported as a straggler."""
 _PARTS = ("compute", "wait", *COLLECTIVE_KINDS)
-"""Parts of a step that its collectives tell apart. Reading the inputs is timed by itself."""
+"""Parts of a step that are separated by its collectives. Reading the inputs is timed separately."""
 
 
 def bench_scale(
@@ -48,9 +48,9 @@ def bench_scale(
 ) -> dict[str, Any]:
     """Measure a step of distill and a step of transfer. All ranks call this function together.
 
-    Steps are first timed as they are. Then they run again with every collective awaited where it is
-    called, which shows where each rank's time goes. Those steps take longer if communication
-    otherwise runs beside computation.
+    Ordinary steps are timed first. Then steps run with every collective awaited where it is called,
+    which shows where each rank spends its time. These steps take longer if communication otherwise
+    overlaps with computation.
 
     Args:
         config: the run file.
@@ -59,22 +59,22 @@ def bench_scale(
         steps: number of steps to measure; at least 2.
 
     Returns:
-        The device, the ranks and the engine's settings; and `rows`, one for each stage and scaling:
+        The device, the ranks, the engine's settings, and `rows`, one for each stage and scaling:
 
         - `step_seconds`: median time of the slowest rank; `interval`: its interquartile range.
-        - `tokens_per_second` or `samples_per_second`: units of all ranks.
+        - `tokens_per_second` or `samples_per_second`: rate of all ranks together.
         - `received_bytes`: bytes that this rank receives in a step, by kind of collective.
         - `straggler`: the rank that computes longer than the others, or None.
         - `per_rank`: seconds of `compute`, of `input`, of the collectives `gather`, `reduce` and
-          `control`, and of `wait` (for other ranks). `peak_memory_gib` counts from what the rank
-          held without the models.
+          `control`, and of `wait` (for other ranks). `peak_memory_gib` leaves out what the rank
+          held before the models were loaded.
 
     Raises:
         InputError: a section is missing, or the folder `output` cannot be written to.
     """
     sections = RequiredSections.of_run(config)
     precision = choose_precision(config.engine, world.device)
-    # Hosts name a straggler, so that its node can be taken out.
+    # Report the host of a straggler, so that its node can be taken out of the cluster.
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
     # On one rank, strong and weak scaling are the same.
@@ -102,7 +102,7 @@ def bench_scale(
                 workload = workload_class(grown(config, factor), inputs)
                 row = _measure(workload, without_models_mib, hosts, steps, world)
                 rows.append({"scaling": scaling} | row)
-                # The next workload's memory is counted from what is held without this one.
+                # Release this workload, so that the next one's memory does not include it.
                 workload.close()
                 del workload
     return {
@@ -143,7 +143,7 @@ def _measure(
     steps: int,
     world: World,
 ) -> dict[str, Any]:
-    """Return a workload's row of the table that `bench_scale` describes."""
+    """Measure a workload, and return its row (see `bench_scale`)."""
     # DeepSpeed traces the order of parameters in the first step and prefetches by it afterwards.
     for step in range(_WARM_UP_STEPS):
         workload.take_step(step)
@@ -155,7 +155,7 @@ def _measure(
     slowest_S = _from_all_ranks(own_seconds_S, world).amax(dim=0).tolist()
     lower_quartile, median, upper_quartile = statistics.quantiles(slowest_S, n=4)
 
-    # Parts of the step, from separate runs that await each collective.
+    # Parts of the step come from separate steps, which await each collective.
     input_seconds = statistics.median(
         _seconds(workload.load_inputs, step, world) for step in range(steps)
     )
@@ -198,8 +198,8 @@ def _straggler(parts_WP: torch.Tensor, hosts: Sequence[str]) -> str | None:
 def _split_step(workload: Workload, step: int, input_seconds: float, world: World) -> _StepSplit:
     """Take a step with every collective awaited, and split its time into parts.
 
-    The last rank to enter a collective does not wait for another rank. So the shortest time over
-    all ranks is what the collective takes, and the rest of a rank's time in it is waiting.
+    The last rank to enter a collective does not wait for another rank. So the collective itself
+    takes the shortest time over all ranks, and the rest of a rank's time in it is waiting.
     """
     with CollectiveTimer(world.device) as timer:
         seconds = _seconds(workload.take_step, step, world)
@@ -233,7 +233,7 @@ def _from_all_ranks(values: list[float], world: World) -> torch.Tensor:
 
 
 def _seconds(take: Callable[[int], object], step: int, world: World) -> float:
-    """Return the time that this rank takes for a step which all ranks begin together."""
+    """Return the time that this rank takes for a step that all ranks begin together."""
     # Without the barrier, a rank would wait in the first collective for those that start late.
     wait_for(world.device)
     world.barrier()

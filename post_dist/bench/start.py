@@ -1,4 +1,4 @@
-"""Starts a benchmark: joins the ranks, finds the models of the run file, and measures."""
+"""Start a benchmark: join the ranks, find the models of the run file, and measure."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ BenchStage = Literal["distill", "tune", "transfer"]
 
 
 def bench_stage(stage: BenchStage, config: RunConfig) -> dict[str, Any]:
-    """Measure a step of a stage beside its peers, on one device.
+    """Compare a step of a stage with other implementations, on one device.
 
     Raises:
         InputError: there are several ranks, or a section is missing.
@@ -22,7 +22,7 @@ def bench_stage(stage: BenchStage, config: RunConfig) -> dict[str, Any]:
             f"bench {stage} compares ways to run a step on one device",
             "start it without a launcher",
         )
-    # A pipeline that may run no stage finds the models, and refuses where one is not finished.
+    # A pipeline that may not run a stage only finds models. It raises if one is not finished.
     from post_dist.stages.pipeline import Pipeline
 
     stages = Pipeline(config, world, frozenset())
@@ -40,11 +40,11 @@ def bench_stage(stage: BenchStage, config: RunConfig) -> dict[str, Any]:
 
 
 def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, Any]:
-    """Measure a step of distill and of transfer on the ranks of a launcher; all of them call it.
+    """Measure a step of distill and of transfer. All ranks of a launcher call it.
 
     Args:
         config: the run file.
-        write: the file in which rank 0 keeps the measurement for `post-dist report`.
+        write: the file to which rank 0 writes the measurement, for `post-dist report`.
 
     Raises:
         InputError: a section is missing, or the file cannot be written.
@@ -60,7 +60,7 @@ def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, An
 
 
 def bench_fabric(write: Path | None = None) -> dict[str, Any]:
-    """Measure what the machine reaches, between the ranks of a launcher; all of them call it.
+    """Measure the rates that the machine reaches. All ranks of a launcher call it.
 
     Args:
         write: the hardware file that rank 0 writes for `post-dist plan --hardware`.

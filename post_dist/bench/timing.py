@@ -1,7 +1,7 @@
 """Time and memory of steps.
 
 Variants of a step take turns: the first repeat of every variant, then the second of every variant.
-A minute in which the machine is slow then slows all of them alike.
+A minute in which the machine is slow then slows all of them.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ _MIB = 2**20
 
 @dataclass
 class _Measurement:
-    """What was measured of one variant of a step.
+    """The measurement of one variant of a step.
 
     Attributes:
-        peak_memory_mib: peak memory above what was held before the step.
+        peak_memory_mib: peak memory in MiB, without what was held before the step.
         seconds: time of each repeat.
     """
 
@@ -37,7 +37,7 @@ class _Measurement:
     seconds: list[float] = field(default_factory=list)
 
     def table_row(self, name: str, amount: int, unit: str) -> dict[str, Any]:
-        """Return the variant's row of the table that `time_steps` describes."""
+        """Return the variant's row of the table (see `time_steps`)."""
         median = statistics.median(self.seconds)
         lower_quartile, _, upper_quartile = statistics.quantiles(self.seconds, n=4)
         return {
@@ -62,7 +62,7 @@ class _Measurement:
 def time_steps(
     steps: Mapping[str, Callable[[], object]], amount: int, unit: str, device: torch.device
 ) -> dict[str, Any]:
-    """Measure several variants of a step beside each other.
+    """Measure several variants of a step in turns.
 
     Each variant runs once to warm up, once for its memory, and seven times for its time.
 
@@ -73,10 +73,10 @@ def time_steps(
         device: device that the steps use.
 
     Returns:
-        `device`, its name. `rows`, one for each variant: the median of seconds per step, the amount
-        per second, the peak memory above what was held before the step (MiB), and the interquartile
-        range of the times. `ratios` and `memory_ratios`, each variant's time and memory over the
-        baseline's.
+        `device`: its name. `rows`: for each variant the median seconds per step, the amount per
+        second, the interquartile range of the times, and the peak memory in MiB. Memory that was
+        held before the step does not count. `ratios` and `memory_ratios`: each variant's time and
+        memory, divided by the baseline's.
     """
     # The first call of a step compiles kernels and fills caches.
     for step in steps.values():
@@ -94,7 +94,7 @@ def time_steps(
         for name, step in steps.items():
             measurements[name].seconds.append(seconds_of(step, device))
 
-    # Ratios are over the first variant.
+    # The first variant is the baseline of the ratios.
     baseline = next(iter(measurements.values()))
     rows = []
     time_ratios = {}
@@ -128,12 +128,12 @@ def _processor_name() -> str:
 
 
 def slug(device: str) -> str:
-    """Return a device's name as it is written in file names."""
+    """Return a device's name in the form for file names."""
     return re.sub("[^a-z0-9]+", "-", device.lower())
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return how long a piece of work takes, the GPU's part included."""
+    """Return the seconds that a piece of work takes, including its kernels on the GPU."""
     # Kernels that an earlier call queued must not count.
     wait_for(device)
     start = time.perf_counter()
@@ -149,7 +149,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def _step_memory_mib(step: Callable[[], object], device: torch.device) -> float:
-    """Return the peak memory of a step above what was held before it, in MiB."""
+    """Return the peak memory of a step in MiB, without what was held before it."""
     held_mib = watch_memory(device)
     step()
     return peak_memory_mib(device) - held_mib
@@ -159,7 +159,7 @@ def watch_memory(device: torch.device) -> float:
     """Free unused memory and start a new measurement of the peak.
 
     Returns:
-        Memory held now, in MiB.
+        The memory held now, in MiB.
 
     Raises:
         EnvironmentFault: the device is a CPU, and the system has no /proc.

@@ -1,4 +1,4 @@
-"""`post-dist bench transfer`: a step of the transfer beside the published loop.
+"""`post-dist bench transfer`: a transfer step beside the published loop.
 
 All variants see the same batches of the run file's public text.
 
@@ -32,10 +32,11 @@ from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
 
 MAX_EXAMPLES = 256
-"""Public examples that the benchmark draws its batches from."""
+"""Maximum number of public examples from which the benchmark draws its batches."""
 
 _NOISE = 0.1
-"""Noise on the source prompt, over its own standard deviation, so that it is not plain text."""
+"""Noise on the source prompt, as a fraction of the prompt's standard deviation. With it, the prompt
+is not plain text."""
 
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 _VARIANTS = ("published loop", "ours", "cached, plain torch")
@@ -60,8 +61,8 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
 
     Returns:
         The result of `time_steps` and three more entries. `max_difference` is the largest relative
-        difference of loss and gradient from the published loop, among the variants in fp32. `once`
-        describes what is computed before the first step. `settings` holds the shapes.
+        difference of loss or gradient from the published loop, among the variants in fp32. `once`
+        describes the work before the first step. `settings` holds the shapes.
 
     Raises:
         InputError: the run file has no public task.
@@ -81,7 +82,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
             steps[f"{name} {precision}"] = bench.step_of(setting, loss_of)
         objective = setting.objective
 
-    # The table compares precisions of one variant first, and ratios are over its first row.
+    # Rows of one variant follow each other. The first row of the table is the baseline.
     ordered = {}
     for variant in _VARIANTS:
         for precision in _PRECISIONS:
@@ -106,14 +107,14 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
 
 @dataclass(frozen=True)
 class _Setting:
-    """What the variants of one precision share.
+    """The models and data that the variants of one precision share.
 
     Attributes:
         objective: loss and examples.
         models: the student, and the target as the stage loads it.
         whole_target: the target without ZeRO.
         source_nd: the source prompt.
-        seconds: time of the forwards before the first step.
+        seconds: time of the forward passes before the first step.
         device: device of the models.
     """
 
@@ -125,7 +126,7 @@ class _Setting:
     device: torch.device
 
     def variants(self) -> dict[str, LossOf]:
-        """Return how each variant computes its loss, by name."""
+        """Return the loss function of each variant, by name."""
         return {
             "published loop": self._published_loss,
             "ours": self._our_loss,
@@ -148,7 +149,7 @@ class _Setting:
         return loss
 
     def _cached_loss(self) -> LossOf:
-        """Compute the logits that do not depend on the prompt once, for use in each step."""
+        """Compute the constant logits once, and return a loss function that uses them."""
         # Logits of all examples over the vocabulary, which the stage itself does not store: they
         # take too much memory for a real number of examples.
         outputs = self.objective.outputs
@@ -204,7 +205,7 @@ class _TransferBench:
         )
 
     def prepare(self, precision: Precision) -> _Setting:
-        """Load the models and run the forwards that need no training."""
+        """Load the models, and run the forward passes that come before training."""
         # The target is loaded as the stage loads it, and whole for the variants without ZeRO.
         device = self._world.device
         models = ModelPair(
@@ -271,7 +272,7 @@ def _max_difference(steps: Mapping[str, Step]) -> float:
     Returns:
         The largest relative difference of loss or gradient.
     """
-    # Every variant takes its first step, so that all go on from the same batch.
+    # Every variant takes its first step here, so that all of them continue with the same batch.
     first = {name: step() for name, step in steps.items()}
     baseline = first[f"{_VARIANTS[0]} fp32"]
     differences = []

@@ -40,7 +40,7 @@ _PLAN = PrivacyPlan(
     delta=1e-5,
     expected_batch_size=1.0,
 )
-"""Some valid plan. The cost of a step does not depend on its values."""
+"""A valid plan. The cost of a step does not depend on its values."""
 
 _Step = Callable[[], torch.Tensor]
 _GradientsAt = Callable[[torch.Tensor], torch.Tensor]
@@ -59,14 +59,14 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         world: a single rank.
 
     Returns:
-        The object that `time_steps` returns, with two more entries. `max_difference` is the largest
-        relative difference between gradients that should be equal: each example's gradient from
-        that of the plain private step, and the non-private gradient from the sum over examples.
+        The result of `time_steps` and two more entries. `max_difference` is the largest relative
+        difference between gradients that should be equal. It compares each example's gradient with
+        that of the plain private step, and the non-private gradient with the sum over examples.
         `settings` holds the precision and the shapes.
 
     Raises:
-        InputError: the run file has no private task with classes, the student is a masked model, or
-            prompt and text do not fit into its context.
+        InputError: the run file has no private task with classes, or the student does not suit: it
+            is a masked model, or its context is too short for prompt and text.
     """
     task = config.private_task
     if task is None or task.response_column is not None:
@@ -80,7 +80,7 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
             "bench tune compares ways to share a prefix, and a masked model has no prefix to share",
             "bench a causal student",
         )
-    # The task's words are needed for the loss, not its data.
+    # The loss needs the task's label words, but not its data.
     init_text = config.tune.init_text
     reader = TaskReader(PromptTask.of_section(task, init_text), tokenizer, masked=False)
     found = room_conflicts(
@@ -120,14 +120,14 @@ def _random_batch(batch_size: int, reader: TaskReader, seed: int) -> tuple[Batch
 class _StepVariants:
     """Private and ordinary steps on one batch.
 
-    Each step trains a prompt of its own with Adam at learning rate 0, so that repeats are equal.
+    Each step trains its own prompt with Adam at a learning rate of 0, so that repeats are equal.
 
     Args:
         model: the frozen student.
         reader: the task, bound to the student's tokenizer.
         batch: examples on the model's device.
         classes_B: classes of the examples.
-        start_nd: prompt that every step is taken at.
+        start_nd: value of the prompt in every step.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _StepVariants:
 
     def steps(self) -> dict[str, _Step]:
         """Return the steps by name. The first is the baseline of the ratios."""
-        # The hooks are registered once: they keep their copy of the prompt.
+        # The hooks are registered once. They have their own copy of the prompt.
         hooks = OpacusHooks(self._model, self._verbalizer, self._start_nd)
         return {
             "ordinary non-private": self._ordinary(self._plain_losses),
@@ -163,7 +163,7 @@ class _StepVariants:
         batch_size = len(self._classes_B)
 
         def step() -> torch.Tensor:
-            # Training divides by the batch size; the caller compares sums, so it is undone below.
+            # Training takes the mean. The caller compares sums, so multiply by the batch size.
             optimizer.zero_grad()
             losses_at(prompt_nd).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -214,7 +214,7 @@ def _max_difference(steps: dict[str, _Step]) -> float:
     differences = []
     for name in ("opacus hooks", "dp shared prefix"):
         differences.append(_relative_difference(steps[name](), expected_Bnd))
-    # A non-private step has the sum alone; it is compared as a batch of one.
+    # A non-private step gives only the sum, which is compared as a batch of one.
     expected_sum_Bnd = expected_Bnd.sum(dim=0)[None]
     for name in ("ordinary non-private", "non-private shared prefix"):
         differences.append(_relative_difference(steps[name]()[None], expected_sum_Bnd))

@@ -43,7 +43,7 @@ from post_dist.stages.transfer.step_losses import transfer_losses
 class RequiredSections:
     """The optional sections of the run file that `bench scale` needs.
 
-    Of `private_task`, it needs the template and the label words alone.
+    Only the template and the label words of `private_task` are used.
     """
 
     corpus: CorpusSection
@@ -72,13 +72,13 @@ class RequiredSections:
 def untrained_student(
     config: RunConfig, sections: RequiredSections, teacher_folder: Path, world: World
 ) -> Iterator[tuple[Path, Corpus]]:
-    """Write an untrained student and the corpus for as long as the context is entered.
+    """Write an untrained student and the corpus to a folder that exists within the context.
 
     A step on an untrained student costs as much as a step on a trained one.
 
     Args:
         config: the run file.
-        sections: its sections.
+        sections: its required sections.
         teacher_folder: folder of the teacher that the student is cut from.
         world: all ranks. Their nodes must share the folder `output`.
 
@@ -106,7 +106,7 @@ def untrained_student(
             sections.corpus, tokenizer, scratch / "corpus.npy", config.seed, world
         )
         yield student_folder, corpus
-        # Rank 0 deletes the folder only when no rank reads from it.
+        # Rank 0 deletes the folder only when no rank reads from it any more.
         world.barrier()
     finally:
         if world.is_main:
@@ -121,7 +121,7 @@ def _make_scratch(output: Path) -> str:
 
 @dataclass(frozen=True)
 class WorkloadInputs:
-    """What both workloads read.
+    """The inputs of both workloads.
 
     Attributes:
         sections: sections of the run file.
@@ -142,7 +142,7 @@ class WorkloadInputs:
     world: World
 
     def load_student(self) -> LanguageModel:
-        """Load the student whole, as every rank holds it."""
+        """Load the whole student, which every rank holds."""
         return load_whole(self.student_folder, self.precision, self.world.device)
 
 
@@ -179,7 +179,7 @@ class Workload(ABC):
 
 
 class DistillWorkload(Workload):
-    """A step of the optimizer on the student, for which the teacher is run in the same step.
+    """An optimizer step of the student, including the teacher's forward pass.
 
     Args:
         config: the run file.
@@ -207,7 +207,7 @@ class DistillWorkload(Workload):
         self._student_step = StudentStep(self._engine, text, source, config.distill, inputs.world)
 
     def take_step(self, step: int) -> None:
-        """Ask the teacher, back-propagate, and update the student."""
+        """Run the teacher, back-propagate, and update the student."""
         self._student_step.take(step)
 
     def load_inputs(self, step: int) -> None:
@@ -219,19 +219,19 @@ class DistillWorkload(Workload):
             self._corpus.training(micro_batch).to(self._world.device)
 
     def close(self) -> None:
-        """Let DeepSpeed's engine go, which registers itself in global state."""
+        """Release DeepSpeed's engine, which registers itself in global state."""
         self._engine.destroy()
 
 
 class TransferWorkload(Workload):
     """The gradient of a soft prompt for the target, averaged over all ranks.
 
-    The models' answers without that prompt are computed once, when the workload is made. They are
+    Outputs that do not depend on that prompt are computed once, when the workload is made. They are
     not part of the step.
 
     Args:
-        config: the run file. No private example is read: the private task gives its template and
-            label words.
+        config: the run file. Only the template and label words of the private task are used, and no
+            private example is read.
         inputs: models. The prompt starts from the words of `tune.init_text`.
     """
 

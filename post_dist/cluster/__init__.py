@@ -1,1 +1,1 @@
-"""Slurm: what is submitted, how jobs are followed, and what a machine lacks."""
+"""Slurm: submit jobs, follow them, and check what a machine lacks."""

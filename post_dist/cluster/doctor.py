@@ -1,4 +1,4 @@
-"""Looks for what a machine lacks for post_dist: one line for each thing, with its cure."""
+"""Check a machine for what post_dist needs: one finding for each thing, with its cure."""
 
 import os
 import platform
@@ -15,20 +15,20 @@ from pathlib import Path
 _FREE_GIB = 20
 _CLOCK_SECONDS = 5.0
 _LOCK_SECONDS = 600.0
-"""A compiler that DeepSpeed has started has ended by then."""
+"""No compilation takes longer, so an older compiler lock is abandoned."""
 _SLURM_SECONDS = 30
-"""How long a command of Slurm may take to answer."""
+"""Time limit of a Slurm command."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        ok: whether it will do.
-        found: what is there.
-        cure: what to do about it; empty when nothing is to be done.
+        name: what was checked.
+        ok: whether it is good enough.
+        found: what was found.
+        cure: what to do about it; empty if nothing needs to be done.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Look at this machine and at the folder that is to hold the runs."""
+    """Check this machine and the folder for the runs."""
     findings: list[Finding] = []
     checks: list[Callable[[Path], Iterator[Finding]]] = [_python, _torch, _deepspeed, _slurm, _disk]
     for check in checks:
@@ -47,16 +47,16 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def build_ops() -> list[str]:
-    """Compile what DeepSpeed would compile in the middle of a job, as far as this machine allows.
+    """Compile the DeepSpeed ops that a job would otherwise compile, if this machine can.
 
     Returns:
-        The names of what was built.
+        The names of the compiled ops.
     """
     _use_own_cache()
     import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
 
-    # Offload to NVMe needs the first, quantized gathers the second, which needs CUDA.
+    # NVMe offload needs the first op. Quantized gathers need the second, which needs CUDA.
     builders = [AsyncIOBuilder()]
     if torch.cuda.is_available():
         builders.append(QuantizerBuilder())
@@ -69,7 +69,7 @@ def build_ops() -> list[str]:
 
 
 def op_cache() -> Path:
-    """Return where DeepSpeed keeps what it compiles: beside the environment that uses it."""
+    """Return the folder for compiled ops: it belongs to the Python environment that uses them."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
@@ -79,7 +79,7 @@ def _use_own_cache() -> None:
 
 
 def _path_with_ninja() -> str:
-    """Return the search path with the environment's own folder, which holds ninja, first."""
+    """Return PATH with this environment's own folder first, because it holds ninja."""
     return f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 
 
@@ -92,7 +92,7 @@ def _python(folder: Path) -> Iterator[Finding]:
 def _torch(folder: Path) -> Iterator[Finding]:
     import torch
 
-    # A driver without CUDA in torch is a wrong installation; neither of them is a CPU machine.
+    # A driver without CUDA in torch means a wrong torch build. With neither, this is a CPU machine.
     yield Finding("torch", True, torch.__version__)
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -114,7 +114,7 @@ def _torch(folder: Path) -> Iterator[Finding]:
 def _deepspeed(folder: Path) -> Iterator[Finding]:
     yield Finding("deepspeed", True, version("deepspeed"))
     yield _ops()
-    # Without a compiler everything but two options works, so this is no fault.
+    # Without a compiler, all but two options work, so this is not an error.
     missing = []
     for tool in ("g++", "ninja"):
         if shutil.which(tool, path=_path_with_ninja()) is None:
@@ -127,8 +127,8 @@ def _deepspeed(folder: Path) -> Iterator[Finding]:
 
 
 def _ops() -> Finding:
-    """Look for the lock of a killed compiler, and for what is compiled already."""
-    # torch's lock has no owner: a compiler that was killed leaves it for good.
+    """Look for the lock of a killed compiler, and list the compiled ops."""
+    # torch's lock has no owner, so a killed compiler leaves it forever.
     cache = op_cache()
     for lock in cache.glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
@@ -149,13 +149,13 @@ def _slurm(folder: Path) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("Slurm", True, "none: use torchrun, deepspeed, or submit --local")
         return
-    # The commands may be there while the controller is not.
+    # The Slurm commands may be installed although no controller answers.
     ping = _run("scontrol", "ping")
     answers = ping.returncode == 0 and " is UP" in ping.stdout
     cure = "" if answers else "slurmctld does not answer: ask whoever runs the cluster"
     yield Finding("Slurm", answers, _run("sinfo", "--version").stdout.strip(), cure)
 
-    # Accounting tells the end of a job that has left the queue.
+    # Accounting records how a job ended after it has left the queue.
     accounting = _run("sacct", "--noheader", "--starttime=now")
     if accounting.returncode == 0:
         yield Finding("accounting", True, "answers")
@@ -181,13 +181,13 @@ def _disk(folder: Path) -> Iterator[Finding]:
             "give a folder that every node may write to",
         )
         return
-    # On a cluster, a folder in memory or in a container is this node's own.
+    # On a cluster, other nodes do not see a folder in memory or in a container.
     kind = _run("stat", "--file-system", "--format=%T", str(folder)).stdout.strip()
     local = shutil.which("sbatch") is not None and kind in ("tmpfs", "overlayfs")
     cure = "other nodes do not see it: give a shared folder" if local else ""
     yield Finding("folder", not local, f"{folder.resolve()} ({kind})", cure)
 
-    # One student's checkpoints fill a small disk in the middle of a run.
+    # One student's checkpoints can fill a small disk in the middle of a run.
     free_gib = shutil.disk_usage(folder).free / 2**30
     cure = ""
     if free_gib < _FREE_GIB:
@@ -196,7 +196,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         )
     yield Finding("space", not cure, f"{free_gib:.0f} GiB free", cure)
 
-    # The newest table and abandoned locks are told by file times, which the server gives.
+    # File times tell which table is newest and which lock is abandoned. The file server sets them.
     right = abs(seconds_off) < _CLOCK_SECONDS
     found = f"{seconds_off:+.1f} s between the folder's server and this machine"
     yield Finding("clock", right, found, "" if right else "start NTP on both")
@@ -206,7 +206,7 @@ def _clock_difference(folder: Path) -> float:
     """Write a file, and return how many seconds the clock of the folder's server is ahead."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".post_dist-doctor-") as file:
-        # The server stamps the file when it is flushed, so the time is taken just before.
+        # The server sets the file's time when it is flushed, so take our time just before.
         now = time.time()
         file.write(b"x")
         file.flush()

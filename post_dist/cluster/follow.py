@@ -1,7 +1,7 @@
-"""Follows jobs to their end.
+"""Follow jobs to their end.
 
-Slurm decides whether a job is over, and is asked several times: a job whose node died is called
-failed for some seconds and then runs again.
+If a node dies, Slurm reports its job as failed for some seconds, and then runs the job again. So a
+job counts as over only after several such answers in a row.
 """
 
 import subprocess
@@ -14,9 +14,9 @@ from post_dist.errors import EnvironmentFault
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _LOOKS_TO_BELIEVE = 4
-"""How many times in a row a job must be called over.
+"""Number of times in a row that Slurm must report a job as over.
 
-Slurm calls a job NODE_FAIL for about four seconds before it queues it again.
+Slurm reports NODE_FAIL for about four seconds before it queues the job again.
 """
 _IN_QUEUE = {
     "PENDING",
@@ -30,17 +30,17 @@ _IN_QUEUE = {
     "SIGNALING",
 }
 _NOT_OVER = {"", "RUNNING", "PENDING", "COMPLETING"}
-"""States that accounting, which lags, still gives for a job that has left the queue."""
+"""States that accounting may still report for a job that has left the queue, because it lags."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What Slurm says of a job.
+    """The state of a job, as Slurm reports it.
 
     Attributes:
-        name: such as RUNNING or FAILED; empty when nothing is known.
-        nodes: where it runs.
-        exit_code: as Slurm writes it, such as 2:0.
+        name: the state, such as RUNNING or FAILED; empty if Slurm does not know the job.
+        nodes: the nodes that the job runs on.
+        exit_code: the exit code as Slurm writes it, such as 2:0.
         queued: whether the job is still in the queue.
     """
 
@@ -54,13 +54,13 @@ def follow(jobs: Iterable[Submitted], say: Callable[[str], None]) -> None:
     """Wait until all jobs are over.
 
     Args:
-        jobs: in the order in which they are to end.
+        jobs: the jobs, in the order in which they should end.
         say: called with one line for each change of a job's state.
 
     Raises:
-        EnvironmentFault: one of them did not succeed.
+        EnvironmentFault: a job did not succeed.
     """
-    # All jobs are followed to their end, also those that wait for one that has failed.
+    # Follow every job to its end, even a job that depends on a failed one.
     failed = []
     for job in jobs:
         state = _until_over(job, say)
@@ -75,15 +75,15 @@ def follow(jobs: Iterable[Submitted], say: Callable[[str], None]) -> None:
 
 
 def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
-    """Look at a job until it has been over for several looks in a row; return its last state."""
+    """Poll a job until it was over several times in a row, and return its last state."""
     told = State("")
     looks_over = 0
     while True:
-        # One look that finds the job in the queue starts the count again.
+        # If the job is back in the queue, the count starts again.
         state = _state(job.job_id)
         looks_over = 0 if state.queued else looks_over + 1
         believed = looks_over >= _LOOKS_TO_BELIEVE
-        # An end is told when it is believed, and every other change at once.
+        # Report an end only when it is confirmed, and every other change at once.
         if state != told and (state.queued or believed):
             say(f"{job.stage} (job {job.job_id}): {_place(state)}")
             told = state
@@ -99,22 +99,22 @@ def _place(state: State) -> str:
 
 
 def _state(job_id: str) -> State:
-    """Ask the queue, then accounting, then the controller's memory."""
-    # The queue is the newest source, and knows only what is not over.
+    """Return the state of a job by the queue, by accounting, or by the controller's memory."""
+    # The queue is the most recent source, but knows only jobs that are not over.
     queue = _ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T|%N")
     if queue:
         name, _, nodes = queue.splitlines()[0].partition("|")
         if name in _IN_QUEUE:
             return State(name, nodes, queued=True)
 
-    # Accounting keeps what is over, and may lag some seconds behind.
+    # Accounting keeps finished jobs, and may lag some seconds behind.
     columns = ["--allocations", "--noheader", "--parsable2", "--format", "State,ExitCode"]
     accounted = _ask("sacct", *columns, "--jobs", job_id)
     if accounted:
         name, exit_code = accounted.splitlines()[0].split("|")
         return State(name.split()[0], exit_code=exit_code)
 
-    # Without accounting, slurmctld remembers a job for some minutes.
+    # Without accounting, slurmctld remembers a finished job for some minutes.
     fields = {}
     for part in _ask("scontrol", "show", "job", "--oneliner", job_id).split():
         name, _, value = part.partition("=")
@@ -123,5 +123,5 @@ def _state(job_id: str) -> State:
 
 
 def _ask(*command: str) -> str:
-    """Return the output of a Slurm command; empty when it fails, as for a job that has left."""
+    """Return the output of a Slurm command; empty if it fails, as for an unknown job."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,7 @@
-"""What runs in each task of a job: a stage of a run file, whose rank submitit tells.
+"""The work of each task of a job: run a stage of a run file. submitit gives the task its rank.
 
-The pickle of a job holds its class's name and fields, no code and no state. A job therefore runs
-the code and the run file that it finds when it starts.
+The pickle of a job holds only the name of its class and its fields. So a job runs the code and the
+run file that it finds when it starts.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import end_process, listen
 
 SUBMITTER = "POST_DIST_SUBMITTER"
-"""Environment variable: the process that waits for a job on this machine."""
+"""Environment variable with the id of the process that waits for a job on this machine."""
 _SECONDS_BETWEEN_REQUESTS = 5.0
 Command = Literal["distill", "tune", "transfer", "evaluate", "pipeline"]
 _RUNS: dict[Command, Callable[[RunConfig], object]] = {
@@ -45,9 +45,9 @@ class RunSource:
     """Where a job reads its settings from.
 
     Attributes:
-        path: the run file, absolute.
-        overrides: as `--set` takes them.
-        output: folder for the run folders, absolute, or None for the run file's own.
+        path: absolute path of the run file.
+        overrides: changes of fields, as `--set` takes them.
+        output: absolute path that replaces `output` of the run file, or None.
     """
 
     path: str
@@ -58,7 +58,7 @@ class RunSource:
     def of_command(
         cls, run: Path, overrides: list[str] | None = None, output: Path | None = None
     ) -> "RunSource":
-        """Return what the options of a command name, with absolute paths.
+        """Make a source from the options of a command, with absolute paths.
 
         Args:
             run: the run file.
@@ -80,51 +80,51 @@ class RunSource:
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """What the tasks of a job do; submitit calls it in each of them.
+    """The work of a job. submitit calls this object in each task.
 
     Attributes:
-        source: where the settings are.
+        source: where the job reads its settings from.
     """
 
     source: RunSource
 
     @abstractmethod
     def work(self) -> None:
-        """Do it; what it raises becomes the exit code of the task."""
+        """Do the work of a task. An exception becomes the exit code of the task."""
 
     def __call__(self) -> int:
         """Do the work, and end the task with the exit code that a command line would have."""
         environment = JobEnvironment()
         on_this_machine = environment.cluster == "local"
-        # All GPUs of a node stay visible to its tasks: a rank uses the one with its local number.
+        # All GPUs of a node stay visible to its tasks. A rank uses the GPU with its local rank.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if on_this_machine:
-            os.environ["MASTER_ADDR"] = "127.0.0.1"  # the name of a laptop often leads nowhere
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name often does not resolve
             _stop_with_submitter()
         code = exit_code_of(self.work)
         if code:
-            # Where no Slurm tells the exit code, the submitter reads it in submitit's result file.
+            # Without Slurm, the submitter reads the exit code from submitit's result file.
             if on_this_machine:
                 with temporary_save_path(environment.paths.result_pickle) as note:
                     cloudpickle_dump(("success", code), note)
             end_process(code)
-        # The work is done and saved; submitit's own note follows, and then the end of this process.
+        # The work is saved. submitit still writes its result file; then this process ends.
         atexit.register(end_process, 0)
         return 0
 
 
 @dataclass(frozen=True)
 class StageJob(Job):
-    """A job that runs one stage, or the pipeline with all that is not finished.
+    """A job that runs one stage, or the pipeline.
 
     Attributes:
-        command: which of them.
+        command: the stage, or `pipeline`.
     """
 
     command: Command
 
     def work(self) -> None:
-        """Run it, and print the result on rank 0."""
+        """Run the command, and print the result on rank 0."""
         listen()
         result = _RUNS[self.command](self.source.load())
         if this_rank() == 0:
@@ -137,13 +137,13 @@ class ScaleJob(Job):
     """A job that measures a step on its ranks.
 
     Attributes:
-        write: the file for the measurement, absolute.
+        write: absolute path of the file for the measurement.
     """
 
     write: str
 
     def work(self) -> None:
-        """Measure, and write the file on rank 0."""
+        """Measure the step, and write the file on rank 0."""
         from post_dist.bench.start import bench_scale_of
 
         bench_scale_of(self.source.load(), Path(self.write))
@@ -151,12 +151,12 @@ class ScaleJob(Job):
 
 
 def _stop_with_submitter() -> None:
-    """Ask this process to stop when the process that waits for it has ended: nobody else would."""
+    """Send this process SIGTERM once the process that waits for it has ended."""
     submitter = os.environ.get(SUBMITTER)
     if submitter is None or not hasattr(os, "pidfd_open"):  # Linux has it
         return
 
-    # A descriptor of the process: once it has ended, its number may be given to another process.
+    # Watch a descriptor, not the id: the id of an ended process may go to another process.
     def wait() -> None:
         try:
             process = os.pidfd_open(int(submitter))

@@ -1,4 +1,4 @@
-"""The text of a batch job that submitit sends.
+"""The parameters and the text of the batch jobs that submitit sends.
 
 The files in `slurm/` have the same form, for people who call sbatch themselves.
 """
@@ -11,26 +11,26 @@ from post_dist.config.cluster import Cluster, ClusterStage
 
 BEFORE = ("trap 'cancelled=1' TERM",)
 AFTER = (
-    # A rank that has saved because time is up ends with 6, and the job is queued again. The batch
-    # script does it after all its tasks have ended: a task that called scontrol would be killed by
-    # that very requeue.
+    # Exit code 6 means that the ranks have saved because time is up, so the job is queued again.
+    # The batch script does this after all tasks have ended. The requeue would kill a task that
+    # called scontrol itself.
     "code=$?",
     'if [[ $code == 6 && -z ${cancelled:-} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi',
     "exit $code",
 )
 SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
-"""Tasks get the environment of the batch script, even where sbatch was told `--export=NONE`."""
+"""Tasks get the environment of the batch script, even if sbatch ran with `--export=NONE`."""
 
 
 def job_parameters(
     cluster: Cluster, stage: ClusterStage, after: str | None = None
 ) -> dict[str, Any]:
-    """Return what submitit is told about a stage's job.
+    """Return submitit's parameters for the job of a stage.
 
     Args:
-        cluster: the run file's section.
-        stage: which stage.
-        after: the job that must succeed first; if it does not, this one is cancelled.
+        cluster: the run file's section `cluster`.
+        stage: the stage.
+        after: id of the job that must succeed first. If it fails, this job is cancelled.
     """
     asked = cluster.for_stage(stage)
     resources = {
@@ -47,7 +47,7 @@ def job_parameters(
         "constraint": asked.constraint,
         "dependency": None if after is None else f"afterok:{after}",
     }
-    # What the run file does not say is left to the cluster's own defaults.
+    # Fields that the run file leaves out keep the cluster's defaults.
     parameters: dict[str, Any] = {}
     for name, value in resources.items():
         if value is not None:
@@ -57,11 +57,11 @@ def job_parameters(
     parameters["teardown"] = list(AFTER)
     # Since Slurm 22.05, srun ignores the --cpus-per-task of sbatch.
     parameters["srun_args"] = [*SRUN, f"--cpus-per-task={asked.cpus_per_task}"]
-    # One log for each task, in the order in which the lines were written.
+    # One log for each task, with all lines in the order in which they were written.
     parameters["stderr_to_stdout"] = True
     parameters["wckey"] = None
     more: dict[str, Any] = {"requeue": True}
-    # Without this, a job whose predecessor failed would wait in the queue for good.
+    # Otherwise a job whose predecessor failed would wait in the queue forever.
     if after is not None:
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more

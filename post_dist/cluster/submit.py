@@ -1,7 +1,7 @@
-"""Submits stages to Slurm through submitit, or runs them on this machine.
+"""Submit stages to Slurm through submitit, or run them on this machine.
 
-Slurm is asked about all jobs before any of them is queued. In a chain, each job waits for the one
-before.
+Slurm is asked about all jobs before any of them is queued. In a chain, each job waits for the
+previous one.
 """
 
 import os
@@ -29,18 +29,18 @@ _SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
 _UNREACHABLE = re.compile(
     "Could not establish a configuration source|Unable to contact slurm controller|Socket timed out"
 )
-"""What sbatch says when no controller answers."""
+"""Messages of sbatch if no controller answers."""
 _YEAR_MINUTES = 365 * 24 * 60
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A job that is to be submitted.
+    """A job that has not been submitted yet.
 
     Attributes:
-        stage: the stage whose resources it asks for.
-        job: what its tasks do.
-        cluster: the section of the run file.
+        stage: the stage whose resources it requests.
+        job: the work of its tasks.
+        cluster: the run file's section `cluster`.
     """
 
     stage: ClusterStage
@@ -50,13 +50,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that Slurm, or this machine, has taken.
+    """A submitted job.
 
     Attributes:
-        stage: which stage.
-        job_id: Slurm's number, or the process on this machine.
-        log: where rank 0 writes.
-        job: submitit's.
+        stage: name of the stage.
+        job_id: Slurm's job id, or the process id on this machine.
+        log: log file of rank 0.
+        job: submitit's object for the job.
     """
 
     stage: ClusterStage
@@ -66,17 +66,18 @@ class Submitted:
 
 
 def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list[Planned]:
-    """Plan the jobs for a command, in their order.
+    """Plan the jobs of a command, in the order of the stages.
 
-    `pipeline` makes one for each stage whose result is not given in `inputs`.
+    `pipeline` gets one job for each stage whose result is not given in `inputs`.
 
     Args:
         config: the run file as it is now.
-        source: where each job reads it again.
+        source: where each job reads the run file again.
         command: a stage, or `pipeline`.
 
     Raises:
-        InputError: the run file lacks a section that a job needs, or no noise reaches its epsilon.
+        InputError: the run file lacks a section that a job needs, or no noise multiplier reaches
+            its target epsilon.
     """
     last: ClusterStage = "evaluate" if command == "pipeline" else command
     stages = config.stages_until(last)
@@ -87,11 +88,11 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
 
     from post_dist.privacy.accounting import private_plans  # takes a second
 
-    # A target epsilon out of reach would be found only after hours of distillation.
+    # Otherwise an unreachable target epsilon would be found only after hours of distillation.
     private_plans(config)
     planned = []
     for stage in stages:
-        # The last job also runs what the rows of the comparison need beyond the three stages.
+        # The last job also runs the baselines that the table's rows need.
         job = StageJob(source, "pipeline" if stage == "evaluate" else stage)
         planned.append(Planned(stage, job, config.cluster))
     return planned
@@ -103,9 +104,9 @@ def scale_jobs(
     """Plan jobs that measure a step, one for each number of nodes.
 
     Returns:
-        The jobs, and the file that each will leave.
+        The jobs, and the file that each will write.
     """
-    # The node must write where this process looks for the result.
+    # Each node must write to the folder in which the user looks for the result.
     here = RunSource(source.path, source.overrides, str(config.output.resolve()))
     planned = []
     results = []
@@ -120,14 +121,14 @@ def scale_jobs(
 
 
 def job_folder(config: RunConfig) -> Path:
-    """Return where submitit keeps logs and pickles; every node must see it."""
+    """Return the folder for submitit's logs and pickles. Every node must see it."""
     return config.output / config.name / "slurm"
 
 
 def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     """Return the batch file of each job as submitit would send it.
 
-    The job before has no number yet, so the text names its stage instead.
+    The previous job has no id yet, so the text names its stage instead.
     """
     folder = job_folder(config)
     command = _SUBMITIT.format(python=shlex.quote(sys.executable), folder=shlex.quote(str(folder)))
@@ -148,7 +149,7 @@ def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
 
     Raises:
         EnvironmentFault: there is no Slurm here, or it does not answer.
-        InputError: Slurm refuses one of them.
+        InputError: Slurm refuses a job.
     """
     if shutil.which("sbatch") is None:
         raise EnvironmentFault(
@@ -162,12 +163,12 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
 
     Args:
         config: the run file.
-        jobs: what to queue.
-        chained: whether each job waits for the one before.
+        jobs: the jobs to queue.
+        chained: whether each job waits for the previous one.
 
     Raises:
         InputError: the folder for their logs cannot be written to.
-        EnvironmentFault: Slurm cannot take them.
+        EnvironmentFault: Slurm does not accept a job.
     """
     executor = submitit.SlurmExecutor(job_folder(config))
     submitted: list[Submitted] = []
@@ -179,7 +180,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
             executor.update_parameters(**job_parameters(planned.cluster, planned.stage, after))
             submitted.append(_submit(executor, planned))
     except BaseException as error:  # Ctrl-C too must leave nothing in the queue
-        # A chain that is not whole is of no use to anybody.
+        # An incomplete chain is useless, so its jobs are cancelled.
         for earlier in submitted:
             earlier.job.cancel(check=False)
         if not isinstance(error, FailedJobError | FailedSubmissionError):
@@ -197,23 +198,23 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
 def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     """Run the jobs one after the other on this machine, without a time limit.
 
-    Each has as many tasks as it would have on one node. The tasks stop when this process ends.
+    Each job has as many tasks as on one node. The tasks stop when this process ends.
 
     Raises:
-        InputError: one asks for several nodes, or the folder for their logs cannot be written to.
-        EnvironmentFault: one of them failed.
-        Interrupted: one of them was stopped, and has saved.
+        InputError: a job requests several nodes, or the folder for the logs cannot be written to.
+        EnvironmentFault: a job failed.
+        Interrupted: a job was stopped; its state is saved.
     """
-    # Refused before the first job runs.
+    # Check all jobs before the first one runs.
     for planned in jobs:
         nodes = planned.cluster.for_stage(planned.stage).nodes
         if nodes > 1:
             raise InputError(f"cluster.{planned.stage}.nodes is {nodes}; --local has one node")
-    # The lines of `setup` run in bash, as in a batch file. submitit's own way is the system's
-    # shell, which may not know `module`.
+    # The lines of `setup` run in bash, as in a batch file. submitit would use the system's shell,
+    # which may not know `module`.
     setup = "\n".join([*config.cluster.setup, 'exec "$@"'])
     python = shlex.join(["bash", "-c", setup, "bash", sys.executable])
-    # submitit's processes outlive the one that starts them, unless they know whom to look for.
+    # submitit's processes outlive the process that starts them. Tell them which process to watch.
     os.environ[SUBMITTER] = str(os.getpid())
     with writing(job_folder(config)):
         executor = submitit.LocalExecutor(job_folder(config), python=python)
@@ -250,7 +251,7 @@ def _try_job(config: RunConfig, planned: Planned) -> str:
     answer = lines[-1] if lines else asked.stdout.strip()
     if asked.returncode == 0:
         return answer.removeprefix("sbatch: ")
-    # A controller that is away is no fault of the run file.
+    # A controller that does not answer is not an error of the run file.
     if _UNREACHABLE.search(asked.stderr):
         raise EnvironmentFault(
             f"Slurm does not answer: {answer}", "ask whoever runs the cluster, or try again"
@@ -265,12 +266,12 @@ def _wait_here(submitted: Submitted) -> None:
     """Wait for a job of this machine to end.
 
     Raises:
-        EnvironmentFault: it failed.
-        Interrupted: it was stopped, and has saved.
+        EnvironmentFault: the job failed.
+        Interrupted: the job was stopped; its state is saved.
     """
     job = submitted.job
     job.wait()
-    # A task that was killed leaves no result file, and submitit an exception in its place.
+    # A killed task leaves no result file. submitit reports that as an exception.
     codes = [EnvironmentFault.exit_code]
     if job.exception() is None:
         codes = job.results()

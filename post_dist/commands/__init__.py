@@ -1,1 +1,1 @@
-"""The commands: each parses its options, calls the API, and prints."""
+"""The commands. Each one parses its options, calls the API, and prints the result."""

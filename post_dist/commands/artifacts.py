@@ -1,4 +1,4 @@
-"""The commands for the demo's files, for checking artifacts, and for reports."""
+"""The commands `init`, `verify` and `report`: demo files, artifacts and reports."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write it; made if missing.")
+        Path, typer.Argument(metavar="DIR", help="Folder for the files; created if missing.")
     ],
 ) -> None:
-    """Write the demo's run file and its fetching script, to start your own from."""
+    """Write the demo's run file and download script, as a start for your own run."""
     try:
-        # All or nothing: no file is written if one of them would be overwritten.
+        # All or nothing: if one file would be overwritten, none is written.
         folder.mkdir(parents=True, exist_ok=True)
         for name in _DEMO_FILES:
             if (folder / name).exists():
@@ -39,7 +39,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")],
     json_: AsJson = False,
 ) -> None:
-    """Check an artifact: hashes, lineage, shapes, finite values, and its epsilon computed again."""
+    """Check an artifact: hashes, lineage, shapes, finite values, and its recomputed epsilon."""
     from post_dist.verify import verify as check
 
     result = check(folder)
@@ -52,21 +52,21 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH...", help="Folders of runs, or files that `bench scale --write` has made."
+            metavar="PATH...", help="Run folders such as runs/demo, or files of `bench scale`."
         ),
     ],
     json_: AsJson = False,
 ) -> None:
-    """Write the pages of finished runs again; merge `bench scale` files into a table and a plot."""
+    """Rewrite the pages of finished runs. Merge `bench scale` files into a table and a plot."""
     from post_dist.report import finished_evaluation, write_report
 
-    # A wrong path is found before the first page is written.
+    # Check all paths before the first page is written.
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} is not there")
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
-    # Folders are runs, and files are measurements; both may be given at once.
+    # Folders are runs, and files are measurements. A user may give both.
     pages = [str(write_report(finished_evaluation(folder))) for folder in folders]
     result: dict[str, Any] = {"reports": pages}
     if files:
@@ -75,7 +75,7 @@ def report(
         print(json.dumps(result))
     else:
         _print_report(result)
-    # The plot comes last: a table that is printed is not lost where the plot cannot be written.
+    # The plot comes last: if it cannot be written, the table is already printed.
     if files:
         from post_dist.planning.scaling import draw
 
@@ -85,7 +85,7 @@ def report(
 
 
 def _merge_measurements(files: list[Path]) -> dict[str, Any]:
-    """Merge what `bench scale` has measured on several numbers of ranks."""
+    """Merge the measurements of `bench scale` on different numbers of ranks."""
     from post_dist.planning.scaling import measured
 
     return {"scaling": measured(files), "figure": str(files[0].with_name("scaling.png"))}

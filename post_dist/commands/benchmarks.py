@@ -1,4 +1,4 @@
-"""The commands that measure a stage beside its peers, a step on many ranks, and the machine."""
+"""The `bench` commands: stages beside other implementations, steps on many ranks, the machine."""
 
 import json
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ from post_dist.runtime.ranks import leave_ranks, this_rank
 
 bench = typer.Typer(
     no_args_is_help=True,
-    help="Measure a stage beside its peers, its step on many ranks, or the machine itself.",
+    help="Compare a stage with other implementations, time many ranks, or measure the machine.",
 )
 
 
 @bench.command()
 def distill(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Measure time and memory of a distillation step beside the published distiller's."""
+    """Compare time and memory of a distillation step with the published distiller's."""
     _beside_peers("distill", run, set_, json_)
 
 
 @bench.command()
 def tune(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Measure time and memory of a tuning step beside its peers', private ones too."""
+    """Compare time and memory of private and ordinary tuning steps."""
     _beside_peers("tune", run, set_, json_)
 
 
 @bench.command()
 def transfer(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Measure time and memory of a transfer step beside the published loop's."""
+    """Compare time and memory of a transfer step with the published loop's."""
     _beside_peers("transfer", run, set_, json_)
 
 
@@ -43,11 +43,11 @@ def transfer(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> Non
 def fabric(
     write: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The hardware file to write, for `plan --hardware`."),
+        typer.Option(metavar="FILE", help="Write a hardware file, for `plan --hardware`."),
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Measure matrix products, memory, and collectives between the ranks of a launcher."""
+    """Measure matrix products, memory copies and collectives on the ranks of a launcher."""
     _end_with(bench_fabric(write), json_)
 
 
@@ -56,17 +56,19 @@ def scale(
     run: RunFile,
     write: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the measurement as JSON, for `report`."),
+        typer.Option(metavar="FILE", help="Write the measurement as JSON, for `report`."),
     ] = None,
     submit: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Measure in jobs under Slurm, one for each N nodes."),
+        typer.Option(
+            metavar="N,N,...", help="Measure in Slurm jobs, one for each number of nodes."
+        ),
     ] = None,
     set_: Overrides = None,
     output: Output = None,
     json_: AsJson = False,
 ) -> None:
-    """Measure a step of distill and of transfer: where its time goes on each rank of a launcher."""
+    """Time a step of distill and of transfer, and tell where each rank spends it."""
     config = load_run(run, set_, output)
     if submit is None:
         _end_with(bench_scale_of(config, write), json_)
@@ -96,7 +98,7 @@ def _submit_scale(
     from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import scale_jobs, submit_jobs, try_jobs
 
-    # All jobs are tried before the first is queued. They do not wait for each other.
+    # Ask Slurm about all jobs before the first is queued. The jobs do not wait for each other.
     jobs, results = scale_jobs(config, RunSource.of_command(run, overrides), nodes)
     try_jobs(config, jobs)
     submitted = submit_jobs(config, jobs, chained=False)
@@ -120,7 +122,7 @@ def _beside_peers(stage: BenchStage, run: Path, overrides: list[str] | None, as_
 
 
 def _end_with(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print a measurement on rank 0, and leave the other ranks."""
+    """Print a measurement on rank 0, then take down the process group."""
     if this_rank() == 0:
         print_numbers(result, as_json)
     leave_ranks()

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from post_dist.stages.check.report import CheckReport, StageConflict
 
 _ITEM = "  - "
-"""How the errors of a run file begin in the message of `load_run`."""
+"""The start of each error's line in the message of `load_run`."""
 
 
 def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     """Check a run file with its models, data and prompts; needs no weights and no GPU."""
-    # Errors of the run file are conflicts like the others, in the same form.
+    # Errors of the run file are reported in the same form as conflicts.
     try:
         config = load_run(run, set_, None)
     except InputError as error:
@@ -37,10 +37,10 @@ def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
 
 
 def _unreadable(error: InputError) -> "CheckReport":
-    """Report the errors of a run file that cannot be loaded; each of its lines is a conflict."""
+    """Report the errors of a run file that cannot be loaded, one conflict for each error."""
     from post_dist.stages.check.report import CheckReport, StageConflict
 
-    # The first line names the file, and each of the others a field.
+    # The first line names the file. Each other line names a field.
     message = str(error.args[0])
     head, *items = message.split(f"\n{_ITEM}")
     messages = items or [head]

@@ -1,4 +1,4 @@
-"""The commands for jobs under Slurm, and for what this machine lacks."""
+"""The commands `submit`, for Slurm jobs, and `doctor`, for what this machine lacks."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from post_dist.cluster.doctor import Finding
     from post_dist.cluster.job import Command
 
-# typer needs an enumeration; jobs hold plain words, which their pickle can name.
+# typer needs an enumeration. Jobs hold plain strings, because jobs are pickled.
 _COMMANDS: "dict[Submittable, Command]" = {
     Submittable.distill: "distill",
     Submittable.tune: "tune",
@@ -36,30 +36,30 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     set_: Overrides = None,
     output: Output = None,
     print_: Annotated[
-        bool, typer.Option("--print", help="Print the batch files, and submit nothing.")
+        bool, typer.Option("--print", help="Print the batch files, but submit nothing.")
     ] = False,
     test_only: Annotated[
         bool,
         typer.Option(
-            "--test-only", help="Ask Slurm when each job would start, and submit nothing."
+            "--test-only", help="Ask Slurm when each job would start, but submit nothing."
         ),
     ] = False,
     local: Annotated[
-        bool, typer.Option("--local", help="Run on this machine, in processes of submitit.")
+        bool, typer.Option("--local", help="Run the jobs on this machine, without Slurm.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the jobs to their end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the jobs have ended.")] = False,
     json_: AsJson = False,
 ) -> None:
-    """Start stages under Slurm, with what `cluster` in the run file asks for."""
+    """Run stages as Slurm jobs, with the resources of the run file's section `cluster`."""
     from post_dist.cluster.follow import follow
     from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
 
     config = load_run(run, set_, output)
-    # What cannot succeed is refused here, before it waits in a queue.
+    # A job that would fail is refused here, before it waits in a queue.
     jobs = planned_jobs(config, RunSource.of_command(run, set_, output), _COMMANDS[command])
     stages = [planned.stage for planned in jobs]
-    # Three ways that submit nothing, or nothing to Slurm.
+    # --print and --test-only submit nothing. --local does not need Slurm.
     if print_:
         _print_answers(stages, "batch_file", job_texts(config, jobs), json_)
         return
@@ -71,7 +71,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
             _print_answers(stages, "answer", answers, json_)
             return
         submitted = submit_jobs(config, jobs)
-    # Job numbers are printed at once, also where the jobs are then followed for hours.
+    # Print the job ids now: with --wait, this command may run for hours.
     if json_:
         told = [
             {"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted
@@ -86,19 +86,19 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
 
 
 def doctor(
-    folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where the runs are to be.")
-    ] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for the runs.")] = Path(
+        "runs"
+    ),
     build: Annotated[
         bool,
-        typer.Option("--build", help="Also compile what DeepSpeed would compile inside a job."),
+        typer.Option("--build", help="First compile what DeepSpeed would compile inside a job."),
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Look at this machine, and say what it lacks and what to do about it."""
+    """List what this machine lacks for post_dist, and what to do about it."""
     from post_dist.cluster.doctor import build_ops, examine
 
-    # Built first, so that the findings tell of what has been built.
+    # Build first, so that the findings list the new ops.
     built = build_ops() if build else []
     findings = examine(folder)
     all_well = all(finding.ok for finding in findings)
@@ -113,12 +113,12 @@ def doctor(
 
 
 def _print_answers(stages: Sequence[str], name: str, answers: Sequence[str], as_json: bool) -> None:
-    """Print one text for each stage, in words or as one JSON object.
+    """Print one text for each stage, as plain text or as one JSON object.
 
     Args:
-        stages: of the jobs.
-        name: what the texts are called in JSON; batch files are printed without their stage.
-        answers: the texts.
+        stages: the stage of each job.
+        name: key of the texts in JSON. A `batch_file` is printed without its stage.
+        answers: the text of each job.
         as_json: whether to print JSON.
     """
     jobs = []

@@ -17,12 +17,12 @@ class Resume(StrEnum):
 
     @property
     def mode(self) -> Literal["auto", "never"]:
-        """The word that the API takes."""
+        """The value that the API takes."""
         return "auto" if self is Resume.auto else "never"
 
 
 class Submittable(StrEnum):
-    """What can be submitted."""
+    """What `submit` can start: a stage, or the pipeline."""
 
     distill = "distill"
     tune = "tune"
@@ -40,11 +40,11 @@ Overrides = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="Folder for the runs, instead of the run file's own."),
+    typer.Option("--output", help="Folder for the runs; replaces `output` of the run file."),
 ]
 ResumeOption = Annotated[
     Resume,
-    typer.Option("--resume", help="Resume from a checkpoint (auto), or start the stage anew."),
+    typer.Option("--resume", help="auto: resume from the last checkpoint. never: start over."),
 ]
 AsJson = Annotated[
     bool,
@@ -59,16 +59,16 @@ def counts(option: str, text: str) -> list[int]:
 
     Args:
         option: the option's name, for the message.
-        text: its value.
+        text: the option's value.
 
     Raises:
-        InputError: the text is something else.
+        InputError: the text has another form.
     """
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = [0]
-    # A text without numbers was read as a zero above.
+    # Text that is not a number became a zero above, so it is refused here too.
     if min(numbers) < 1:
         raise InputError(f"{option} {text}: not numbers above zero", "write them as 8,64,512")
     return numbers

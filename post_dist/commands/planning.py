@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def plan(  # noqa: PLR0913 - typer reads the options from parameters
     run: RunFile,
-    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each; default as the hardware file says.")
+        int | None, typer.Option(min=1, help="GPUs on each node; default: from the hardware file.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the hardware file.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="Name of the GPU in the hardware file.")] = "h100",
     hardware: Annotated[
-        Path | None, typer.Option(help="A hardware file whose entries come before ours.")
+        Path | None, typer.Option(help="Your hardware file; it replaces entries of the same name.")
     ] = None,
     sweep: Annotated[
         str | None,
@@ -37,14 +37,14 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     output: Output = None,
     json_: AsJson = False,
 ) -> None:
-    """Plan the run on a cluster: memory, bytes, time, conflicts. Needs no GPU and no weights."""
+    """Estimate memory, bytes, time and conflicts on a cluster. Needs no GPU and no weights."""
     config = load_run(run, set_, output)
     from post_dist.models.load import config_folder
     from post_dist.models.size import size_of
     from post_dist.planning.hardware import Machine, read_hardware
     from post_dist.planning.scaling import draw
 
-    # The hardware file is read before the model: a misspelt GPU costs no download.
+    # Read the hardware file before the model: a misspelled GPU should not cost a download.
     if config.teacher is None:
         raise InputError("plan needs the section `teacher`")
     described = read_hardware(gpu, hardware)
@@ -56,7 +56,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
         print(json.dumps(result))
     else:
         _print_plan(result)
-    # The plot comes after the table, which is not lost where the plot cannot be written.
+    # The plot comes last: if it cannot be written, the table is already printed.
     if sweep:
         title = f"{config.name} on {gpu} (a model, not a measurement)"
         draw(result["sweep"], title, Path(result["figure"]))
@@ -76,7 +76,7 @@ def _plan(
     precision = _precision(config, machine.hardware)
     result = plan_run(config, teacher, machine, precision)
     result["long_run"] = goodput(result["stages"][0])
-    # Both are computed only where they are asked for or needed: each plans the run many times.
+    # Both are computed only on demand, because each plans the run many times.
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, sweep)
         result["figure"] = str(config.output / config.name / "plan.png")

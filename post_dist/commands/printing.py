@@ -1,4 +1,4 @@
-"""How a command that answers with numbers prints them."""
+"""Print the numbers that a command computes, as text or as JSON."""
 
 import json
 import math
@@ -7,10 +7,12 @@ from typing import Any
 
 
 def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
-    """Print one JSON object, or a line for each number. JSON has no infinity, so that becomes null.
+    """Print one JSON object, or a line for each number.
+
+    JSON has no infinity, so infinity becomes null.
 
     Args:
-        numbers: by their names.
+        numbers: the values, by name.
         as_json: whether to print JSON.
     """
     if as_json:

@@ -1,4 +1,4 @@
-"""The commands for what a run costs in privacy: planned, spent, and audited."""
+"""The commands for the privacy cost of a run: planned, spent, and audited."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +24,12 @@ def budget(
     delta: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="The delta of the sum; the smallest of the runs' by default."
+            min=0, max=1, help="Delta of the total; default: the smallest delta of the runs."
         ),
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Add up the privacy that all runs have spent of a data set, stopped and discarded ones too."""
+    """Add up what all runs have spent on a data set, including stopped and discarded runs."""
     from post_dist.privacy.ledger import budget_of
 
     print_numbers(budget_of(ledger, delta), json_)
@@ -40,7 +40,7 @@ def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     from post_dist.privacy.audit import audit as audit_plan
 
     result = audit_plan(api.load_run(run, set_ or ()))
-    # The result is printed in any case; what it means decides the exit code.
+    # Print the result in any case. The checks below decide the exit code.
     print_numbers(result, json_)
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
         raise PrivacyRefused(

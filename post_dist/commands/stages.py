@@ -1,4 +1,4 @@
-"""The commands for the three stages, the evaluation, and all of them in a row."""
+"""The commands for the three stages, the evaluation, and the whole pipeline."""
 
 import json
 from typing import Any
@@ -79,7 +79,7 @@ def evaluate(
 def _end_with(
     result: StudentResult | PromptResult | TransferResult | EvaluationResult, as_json: bool
 ) -> None:
-    """Print the result on rank 0, and leave the other ranks."""
+    """Print the result on rank 0, then take down the process group."""
     if this_rank() == 0:
         if as_json:
             print(json.dumps(_json_object(result)))
@@ -94,7 +94,7 @@ def _end_with(
 def _json_object(
     result: StudentResult | PromptResult | TransferResult | EvaluationResult,
 ) -> dict[str, Any]:
-    # The names of the keys are those that scripts rely on.
+    # Scripts rely on the names of these keys.
     if isinstance(result, EvaluationResult):
         table = dict(result.table)
         if result.report is not None:

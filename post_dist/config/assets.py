@@ -11,10 +11,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def asset(name: str) -> Path:
     """Return the path of a shipped file or folder, such as `ds_configs/train.json`.
 
-    A wheel has them in `post_dist/_assets`. In a checkout they are beside the package.
+    A wheel has the files in `post_dist/_assets`. In a checkout they are beside the package.
 
     Raises:
-        EnvironmentFault: the installation lacks it.
+        EnvironmentFault: the installation lacks the file.
     """
     for root in (_PACKAGE / "_assets", _PACKAGE.parent):
         path = root / name

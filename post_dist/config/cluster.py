@@ -14,23 +14,31 @@ class Resources(Section):
 
     # Size of the job.
     nodes: PositiveInt = 1
+    """Number of nodes."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """GPUs on each node, with one task per GPU; 0 for a cluster without GPUs."""
     tasks_per_node: PositiveInt | None = None
-    """Tasks on each node; default gpus_per_node, or 1."""
+    """Tasks on each node. Default: `gpus_per_node`, or 1 without GPUs."""
     cpus_per_task: PositiveInt = 1
+    """CPU cores for each task."""
     memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = None
-    """Memory of each node, such as 64G; default the partition's."""
+    """Memory of each node, such as 64G. Without a unit, Slurm reads megabytes. Default: the
+    partition's."""
     time_minutes: PositiveInt = 60
-    # Where Slurm runs the job; each one is an option of sbatch with the same name.
+    """Time limit of the job, in minutes."""
+    # Where Slurm runs the job. Each field is the option of sbatch with the same name.
     partition: str | None = None
+    """Partition of the cluster. Default: the cluster's."""
     account: str | None = None
+    """Account that is charged for the job. Default: the user's."""
     qos: str | None = None
+    """Quality of service. Default: the cluster's."""
     constraint: str | None = None
+    """Features that the nodes must have, such as `a100`. Default: none."""
 
     @model_validator(mode="after")
     def _one_task_a_gpu(self) -> "Resources":
-        # Each task drives one GPU, and a GPU without a task would be paid for in vain.
+        # Each task uses one GPU. A GPU without a task would be idle.
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ValueError(
                 f"tasks_per_node ({self.tasks_per_node}) must be gpus_per_node "
@@ -45,18 +53,22 @@ class Resources(Section):
 
 
 class Cluster(Resources):
-    """The resources of every stage, and for each stage what differs."""
+    """The resources of all stages, and the fields that differ for one stage."""
 
     setup: tuple[str, ...] = ()
     """Shell lines that a job runs first, such as `module load cuda`."""
     signal_seconds: PositiveInt = 120
-    """How long before the time limit a job is told to save. Slurm then queues it again, and it
-    resumes."""
-    # What differs for each stage.
+    """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
+    job again, and it resumes."""
+    # The fields that differ for a stage.
     distill: Resources = Resources()
+    """Resources of `distill`, where they differ."""
     tune: Resources = Resources()
+    """Resources of `tune`, where they differ. Tuning always has one node and one task."""
     transfer: Resources = Resources()
+    """Resources of `transfer`, where they differ."""
     evaluate: Resources = Resources()
+    """Resources of `evaluate`, where they differ."""
 
     @model_validator(mode="after")
     def _stages_add_up(self) -> "Cluster":
@@ -75,15 +87,15 @@ class Cluster(Resources):
         return self
 
     def for_stage(self, stage: ClusterStage) -> Resources:
-        """Return what a stage requests.
+        """Return the resources that a stage requests.
 
         Tuning always gets one task on one node, so that only one process sees the private data.
 
         Raises:
-            ValueError: the section requests more than that for tuning.
+            ValueError: `cluster.tune` requests more than one node, task or GPU.
         """
         own: Resources = getattr(self, stage)
-        # Only the fields that the stage sets itself take the place of the common ones.
+        # Only the fields that the stage sets itself replace the common ones.
         fields = self.model_dump(include=set(Resources.model_fields))
         fields |= own.model_dump(exclude_unset=True)
         if stage == "tune":

@@ -9,13 +9,15 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
 
 _SWAP_BLOCK = 1 << 16
-"""Elements. DeepSpeed pads each shard on disk to whole pages; this is a multiple of them."""
+"""Buffer sizes are multiples of this number of elements. It is a multiple of the page size to which
+DeepSpeed pads each shard on disk."""
 
 _SWAP_BUFFERS = 8
-"""Shards that are on their way between disk and memory at once."""
+"""Number of shards that are copied between disk and memory at once."""
 
 _LARGEST_BUCKET = 500_000_000
-"""Elements: DeepSpeed's default. It allocates the whole bucket, 1 GiB in bf16, for any model."""
+"""Maximum bucket size in elements; DeepSpeed's default. DeepSpeed allocates the whole bucket (1 GiB
+in bf16) for any model."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -28,10 +30,10 @@ def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) ->
     """Return the settings for a frozen large model: ZeRO-3 without an optimizer.
 
     Args:
-        engine: the layout.
+        engine: the run file's section `engine`.
         precision: precision of the weights.
-        largest_shard: elements in the largest shard of a weight. The buffers between disk and
-            memory must have room for it.
+        largest_shard: number of elements in the largest shard of a weight. The buffers between disk
+            and memory must have room for it.
     """
     settings = preset("frozen")
     zero = settings["zero_optimization"]
@@ -62,11 +64,11 @@ def training_settings(
     """Return the settings for the student's engine.
 
     Args:
-        engine: the layout: ZeRO stage and optimizer offload.
+        engine: the run file's section `engine`, for ZeRO stage and optimizer offload.
         precision: precision of the forward and backward passes.
         trained: number of trained elements, which sets the size of the reduction bucket.
-        micro_batch_size: sequences in one forward on one GPU.
-        accumulation_steps: micro-batches in one step on one GPU.
+        micro_batch_size: number of sequences in one forward pass on one GPU.
+        accumulation_steps: number of micro-batches in one step on one GPU.
         max_grad_norm: norm to which the gradient of a step is clipped.
     """
     settings = preset("train")
@@ -75,7 +77,7 @@ def training_settings(
     zero["reduce_bucket_size"] = bucket_elements(trained)
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        # DeepSpeed would otherwise demand its own Adam, which it compiles at the first start.
+        # Otherwise DeepSpeed requires its own Adam, which it compiles at the first start.
         settings["zero_force_ds_cpu_optimizer"] = False
     settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     settings["gradient_accumulation_steps"] = accumulation_steps
@@ -84,7 +86,7 @@ def training_settings(
 
 
 def bucket_elements(trained: int) -> int:
-    """Return how many elements' gradients ZeRO collects in one buffer and reduces at once."""
+    """Return the number of gradient elements that ZeRO reduces at once from one buffer."""
     return min(trained, _LARGEST_BUCKET)
 
 

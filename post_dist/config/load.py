@@ -11,7 +11,7 @@ from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import InputError
 
 _INTERNAL_PLACES = ("function-", "literal[", "tuple[", "constrained-")
-"""How pydantic names the alternatives of a union in the place of an error."""
+"""Prefixes of the names that pydantic gives to the alternatives of a union, in an error's place."""
 
 
 def load_run(
@@ -21,11 +21,12 @@ def load_run(
 
     Args:
         path: the YAML file; relative paths in it are read from its folder.
-        overrides: `section.field=value` strings, the value in YAML.
-        output: folder for the run folders, instead of the file's own.
+        overrides: `section.field=value` strings; each value is YAML.
+        output: folder for the run folders; replaces `output` of the file.
 
     Raises:
-        InputError: the file is missing, is not YAML, or breaks the schema. It names each place.
+        InputError: the file is missing, is not YAML, or breaks the schema. The message lists every
+            error.
     """
     # Overrides and --output change the raw fields, so they are checked like the file.
     fields = _read_sections(path)
@@ -61,7 +62,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
     keys = place.split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: not of the form section.field=value")
-    # Walk down to the section, creating what is not there.
+    # Walk down to the section, and create each section that is missing.
     section = fields
     for key in keys[:-1]:
         inner = section.get(key, {})
@@ -74,8 +75,8 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _message(path: Path, error: ValidationError) -> str:
-    """Return one line for each place that is wrong, under a line that counts them."""
-    # For a field of several types pydantic reports one error a type. They make one line.
+    """Return a line with the number of errors, and one line for each wrong place."""
+    # For a field of several types, pydantic reports one error for each type. They share one line.
     by_place: dict[tuple[str, bool], list[Any]] = {}
     for problem in error.errors(include_url=False):
         is_unknown_key = problem["type"] == "extra_forbidden"
@@ -86,13 +87,13 @@ def _message(path: Path, error: ValidationError) -> str:
 
 
 def _place(problem: Any) -> str:
-    """Return where in the file a problem is, without pydantic's names for union alternatives."""
+    """Return the place of a problem in the file, without pydantic's names of union alternatives."""
     parts = map(str, problem["loc"])
     return ".".join(part for part in parts if not part.startswith(_INTERNAL_PLACES))
 
 
 def _describe(problems: list[Any]) -> str:
-    """Describe what is wrong at one place and what would be right."""
+    """Describe what is wrong at one place, and which values are allowed."""
     problem = problems[0]
     place = _place(problem)
     if problem["type"] == "extra_forbidden":
@@ -104,7 +105,7 @@ def _describe(problems: list[Any]) -> str:
         message += f" or {alternative['msg'].removeprefix('Input should be ')}"
     message = f"{message[:1].lower()}{message[1:]}"
 
-    # A rule of ours quotes what it needs. For pydantic's own rules the value found is added.
+    # Messages of our own rules quote the value where it helps. Add it to pydantic's own messages.
     given = problem.get("input")
     is_scalar = isinstance(given, str | int | float | bool | None)
     if is_scalar and problem["type"] != "value_error":
@@ -113,7 +114,7 @@ def _describe(problems: list[Any]) -> str:
 
 
 def _describe_unknown_key(place: str, location: tuple[int | str, ...]) -> str:
-    # Most unknown keys are misspelled.
+    # Most unknown keys are misspelled, so suggest the nearest allowed key.
     allowed = sorted(_fields_at(location[:-1]))
     message = f"{place}: unknown key"
     near = difflib.get_close_matches(str(location[-1]), allowed, n=1)

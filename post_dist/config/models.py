@@ -12,15 +12,15 @@ class Teacher(Section):
     """The provider's large LLM: the teacher in distillation, the target in transfer."""
 
     path: str
-    """A folder in Hugging Face format, or a hub name."""
+    """A folder in Hugging Face format, or a hub name such as `org/model`."""
     revision: str | None = None
-    """Commit of a hub model; required with a hub name, so that a run always means the same
+    """Commit of a hub model; required with a hub name. A run file then always means the same
     model."""
 
     @field_validator("path")
     @classmethod
     def _local_folder_beside_run_file(cls, path: str, info: ValidationInfo) -> str:
-        # A hub name such as `org/model` looks like a relative path, so a folder must exist.
+        # A hub name looks like a relative path. It is a folder if the folder exists.
         local = beside_run_file(Path(path), info)
         is_local = local.exists() or path.startswith((".", "/", "~"))
         return str(local) if is_local else path
@@ -39,14 +39,19 @@ class Student(Section):
 
     # Which layers are copied.
     layers: Literal["first_last", "even", "auto"] | tuple[int, ...] = "first_last"
+    """The teacher's layers that are copied. `first_last`: half from its beginning, half from its
+    end. `even`: at equal distances. `auto`: all but those whose removal harms the teacher least, as
+    measured on the corpus. A list gives the numbers of the layers, from 0."""
     num_layers: PositiveInt | None = None
-    """Number of layers; required unless `layers` is a list."""
+    """Number of layers of the student; required unless `layers` is a list."""
     # What is not trained.
     frozen_lower_layers: Annotated[int, Field(ge=0)] = 0
     """Number of the student's first layers that are not trained. They must be the teacher's own
-    first layers, and run once for both models."""
+    first layers. In training they run once for both models."""
     freeze_embeddings: bool = True
+    """Do not train the embeddings."""
     freeze_head: bool = True
+    """Do not train the head. A model with tied embeddings needs the same value for both."""
 
     @model_validator(mode="after")
     def _layers_and_number_agree(self) -> "Student":
@@ -83,33 +88,39 @@ class Student(Section):
 
 
 class Engine(Section):
-    """The layout of the models over the ranks by DeepSpeed. Only `precision` changes results."""
+    """How DeepSpeed lays out the models over the ranks.
+
+    Only `precision` and `quantized_gathers` change results by more than rounding.
+    """
 
     # How models are split over the ranks.
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage of the student. Frozen large models always use ZeRO-3."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of weights and activations. `auto` is bf16 on devices with bf16 instructions, and
+    fp32 on others. fp16 needs a GPU."""
     shard_group: Literal["all", "node"] | PositiveInt = "all"
-    """Number of ranks that share one copy of a frozen large model: all, those of a node, or a
-    number of neighbors. With 1, each rank has its own copy."""
+    """Ranks that share one copy of a frozen large model: all ranks, those of a node, or a number of
+    neighbors. With 1, each rank has its own copy."""
     quantized_gathers: bool = False
-    """ZeRO++: frozen weights are sent as int8, which changes them a little. GPUs only."""
+    """Send frozen weights as int8 (ZeRO++), which changes them a little. GPUs only."""
     # What is moved out of the memory of the GPUs, or recomputed to save it.
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the shards of frozen large models are kept while they are not needed."""
+    """Where the shards of frozen large models stay between uses: on the GPU (`none`), in host
+    memory (`cpu`), or on a disk (`nvme`)."""
     nvme_folder: FilePath | None = None
-    """A folder on each node's own disk, for `offload: nvme`."""
+    """A folder on each node's own disk; required with `offload: nvme`."""
     offload_optimizer: bool = False
-    """Keep and step the student's optimizer in host memory; needs zero_stage 1 or more."""
+    """Keep and step the student's optimizer in host memory; needs `zero_stage` 1 or more."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     # When a rank counts as lost.
     hang_timeout_seconds: PositiveFloat = 1800.0
-    """A process without progress for this long reports its phase and stack, and exits."""
+    """Seconds without progress after which a process reports its phase and stack, and exits."""
 
     @model_validator(mode="after")
     def _layout_is_possible(self) -> "Engine":
-        # Offloading to a disk needs a place on it.
+        # Offloading to a disk needs a folder on it.
         if (self.offload == "nvme") != (self.nvme_folder is not None):
             raise ValueError("offload: nvme and nvme_folder go together")
         if self.offload_optimizer and self.zero_stage == 0:

@@ -1,4 +1,4 @@
-"""Names of the numeric precisions and the size of one number, without importing torch."""
+"""Names of the numeric precisions, and the bytes of one number. Imports no torch."""
 
 from typing import Literal
 

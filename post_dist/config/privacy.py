@@ -11,43 +11,46 @@ class Privacy(Section):
     """The plan of a private run. It is public: nothing here may be computed from private data."""
 
     enabled: bool = False
+    """Tune with differential privacy (DP-SGD)."""
 
     # The noise: give one of these.
     target_epsilon: PositiveFloat | None = None
-    """Choose the least noise that meets this epsilon; otherwise give `noise_multiplier`."""
+    """Use the least noise that meets this epsilon. Give this field or `noise_multiplier`."""
     noise_multiplier: Annotated[float, Field(ge=0.2)] | None = None
-    """sigma: standard deviation of the noise, divided by `max_grad_norm`. Below 0.2 the epsilon is
-    too large to be of use."""
+    """sigma: standard deviation of the noise, divided by `max_grad_norm`. Below 0.2, epsilon is too
+    large to be useful."""
     # The data set, by public numbers.
     declared_examples: Annotated[int, Field(gt=1, le=10**9)] | None = None
-    """A public number of training examples. `target_delta` and the sampling probability follow
-    from it."""
+    """A public number of training examples. It sets the defaults of `target_delta` and
+    `sampling_probability`."""
     target_delta: Annotated[float, Field(ge=1e-10, lt=1)] | None = None
-    """Default declared_examples^-1.1. Below 1e-10 the rounding errors of the accountants are of the
-    same size, and the accountants no longer agree."""
+    """delta at which epsilon is stated. Default: declared_examples^-1.1. Below 1e-10, rounding
+    errors are as large as delta, and the accountants no longer agree."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
-    """q: probability of each example to be in a step. Default expected_batch_size /
+    """q: probability that an example is in a step's batch. Default: expected_batch_size /
     declared_examples."""
     expected_batch_size: PositiveFloat | None = None
-    """Divisor of the noisy sum of gradients; default tune.batch_size."""
-    # The training. The defaults are those of `tune`.
+    """Divisor of the noisy sum of gradients. Default: `tune.batch_size`."""
+    # The training. Most defaults are those of `tune`.
     steps: PositiveInt | None = None
-    """Steps of the private run; default tune.steps."""
+    """Number of steps of the private run. Default: `tune.steps`."""
     learning_rate: PositiveFloat | None = None
-    """Learning rate of the private run; default tune.learning_rate."""
+    """Learning rate of the private run. Default: `tune.learning_rate`."""
     max_grad_norm: PositiveFloat = 1.0
     """C: the Euclidean norm to which each example's gradient is clipped."""
     # The ledger of the data set.
     max_total_epsilon: PositiveFloat | None = None
-    """Refuse a run that would take the total of all runs on this data set past this epsilon."""
+    """Limit on the total epsilon of all runs on this data set. A run that would exceed it is
+    refused. Default: no limit."""
     ledger: FilePath | None = None
     """File that records what the data set has spent. Default: beside a local data file, with
-    `.ledger.jsonl` at the end of its name."""
+    `.ledger.jsonl` added to its name."""
     noise_source: Literal["system", "seeded"] = "system"
-    """`seeded` repeats its noise, for tests: a run with it is NOT private."""
+    """`system`: noise from the operating system's entropy. `seeded`: repeatable noise for tests. A
+    seeded run is NOT private."""
 
     def for_target(self, epsilon: float) -> "Privacy":
-        """Return this plan, enabled, with the noise that meets an epsilon."""
+        """Return this plan with privacy enabled and another target epsilon."""
         changes = {"enabled": True, "target_epsilon": epsilon, "noise_multiplier": None}
         return Privacy.model_validate(self.model_dump() | changes)
 

@@ -1,6 +1,6 @@
-"""The run file as a whole, and what each stage sees of it.
+"""The run file as a whole, and the sections that each stage sees.
 
-A stage sees only the sections that it reads (`RunConfig.view`), so the provider's stages cannot
+A stage sees only the sections that it reads (`RunConfig.view`). So the provider's stages cannot
 reach the private task.
 """
 
@@ -61,14 +61,16 @@ _GENERAL_FIELDS = ("name", "output", "seed", "inputs")
 
 
 class Inputs(Section):
-    """Artifacts that came from the other party. The stage that would make one is skipped."""
+    """Artifacts from the other party. The stage that would make one is skipped."""
 
     student: FilePath | None = None
-    """A distilled student, or any model folder: a smaller model of the teacher's family, or one
-    with another tokenizer."""
+    """Folder of a distilled student, or of any other model. It may be a smaller model of the
+    teacher's family, or have another tokenizer."""
     source_prompt: FilePath | tuple[FilePath, ...] | None = None
-    """One prompt, or for `transfer` the prompts of several owners."""
+    """Folder of a prompt that was tuned on the student. For `transfer`, it may be a list of the
+    prompts of several owners."""
     target_prompt: FilePath | None = None
+    """Folder of a prompt for the large LLM, for `evaluate`."""
 
 
 class RunConfig(Section):
@@ -76,24 +78,40 @@ class RunConfig(Section):
 
     # The run, and what it starts from.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the run. Its stages write to `output/name`."""
     output: FilePath = Field(default=Path("runs"), validate_default=True)
+    """Folder for all runs. Default: `runs` beside the run file."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything random but the noise and the sampling of private tuning."""
     inputs: Inputs = Inputs()
+    """Artifacts from the other party."""
     # Models and data.
     teacher: Teacher | None = None
+    """The provider's large LLM."""
     student: Student | None = None
+    """How the student is cut from the teacher."""
     corpus: Corpus | None = None
+    """Public text for distillation."""
     private_task: Task | None = None
+    """The owner's task and labeled examples."""
     public_task: Task | None = None
+    """Public text for the transfer. Its labels are not read."""
     # The stages.
     distill: Distill = Distill()
+    """Settings of distillation."""
     privacy: Privacy = Privacy()
+    """The plan of private tuning."""
     tune: Tune = Tune()
+    """Settings of tuning."""
     transfer: Transfer = Transfer()
+    """Settings of the transfer."""
     evaluate: Evaluate = Evaluate()
+    """Settings of the comparison table."""
     # Where they run.
     engine: Engine = Engine()
+    """Precision, and layout of the models over the ranks."""
     cluster: Cluster = Cluster()
+    """Resources of Slurm jobs."""
 
     @model_validator(mode="after")
     def _private_task_is_whole(self) -> "RunConfig":
@@ -141,8 +159,8 @@ class RunConfig(Section):
                 f"exceeds privacy.declared_examples ({declared})"
             )
 
-        # With a limit on the number of examples, adding one removes another. That is twice the
-        # change that the privacy plan counts on.
+        # With a limit on the number of examples, adding one can remove another. That is twice the
+        # change that the privacy plan assumes.
         is_private = self.privacy.enabled or bool(self.evaluate.private_rows)
         has_limit = self.private_task is not None and self.private_task.max_rows is not None
         if is_private and has_limit:
@@ -156,7 +174,7 @@ class RunConfig(Section):
                 "a search that looks at private scores is not free"
             )
 
-        # Each of these is a plan of its own, and is checked like the run file's.
+        # Each of these epsilons makes a plan of its own, with the same checks.
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)
         return self
@@ -167,13 +185,14 @@ class RunConfig(Section):
         return [self.privacy, *map(self.privacy.for_target, self.evaluate.private_rows)]
 
     def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
-        """Return a stage, after those on whose results it builds and that `inputs` does not give.
+        """Return the stages that must run for a stage, in order; the stage itself comes last.
 
-        A data owner without a teacher evaluates without a transfer.
+        Stages whose results `inputs` gives are left out. A data owner without a teacher evaluates
+        without a transfer.
         """
         inputs = self.inputs
         needs_no_transfer = self.teacher is None and not self.evaluate.baselines
-        # The input that takes the place of each stage.
+        # Whether an input replaces the stage.
         given = {
             "distill": bool(inputs.student),
             "tune": bool(inputs.source_prompt),
@@ -183,12 +202,12 @@ class RunConfig(Section):
         return (*(earlier for earlier in before if not given[earlier]), stage)
 
     def need(self, *stages: Stage) -> None:
-        """Check that the sections are there that these stages read and no default fills in.
+        """Check that the run file has all sections that these stages read.
 
-        A data owner may evaluate without a teacher, unless something was or will be trained on it.
+        A data owner may evaluate without a teacher, unless a prompt was or will be trained on it.
 
         Raises:
-            InputError: some are missing.
+            InputError: sections without a default are missing.
         """
         # A dict keeps the order and holds each section once.
         read = dict.fromkeys(section for stage in stages for section in STAGE_SECTIONS[stage])

@@ -1,4 +1,4 @@
-"""What all sections of the run file share: their base class and the types of their fields."""
+"""The base class of all sections of the run file, and common types of their fields."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +7,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 
 def beside_run_file(path: Path, info: ValidationInfo) -> Path:
-    """Read a relative path from the folder of the run file, not from the working directory."""
+    """Resolve a relative path from the folder of the run file, not from the working directory."""
     folder = (info.context or {}).get("folder", Path())
     try:
         return (folder / path.expanduser()).resolve()
     except RuntimeError as error:
-        # There is no such user, or the links run in a loop.
+        # The home folder's user does not exist, or symbolic links form a loop.
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -23,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and every unknown key is an error."""
+    """Base class of all sections. Sections are frozen, and every unknown key is an error."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False

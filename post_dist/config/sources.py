@@ -1,4 +1,4 @@
-"""The run file's sections that name data: files, hub data sets, and the tasks made of them."""
+"""The run file's sections for data: files, hub data sets, and tasks."""
 
 from functools import cache
 from pathlib import Path
@@ -28,16 +28,20 @@ class DataSource(Section):
 
     # Where the examples are.
     path: FilePath | None = None
+    """A local file. Give this field or `hub`."""
     hub: str | None = None
+    """Name of a data set on the hub."""
     hub_config: str | None = None
+    """Configuration of the hub data set, if it has several."""
     revision: str | None = None
     """Commit of a hub data set; required with `hub`."""
     hub_split: str = "train"
-    # What is read of them.
+    """Split of the hub data set to read."""
+    # What is read from each example.
     text: str = "{text}"
-    """How the columns of an example make its text, such as '{title} {content}'."""
+    """Template that makes an example's text from its columns, such as '{title} {content}'."""
     max_rows: PositiveInt | None = None
-    """Use at most this number of examples."""
+    """Maximum number of examples. Default: all."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
@@ -59,46 +63,55 @@ class Corpus(DataSource):
     """The provider's public text for distillation."""
 
     sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of one sequence. Documents are packed into sequences of this length."""
     max_tokens: PositiveInt | None = None
+    """Maximum number of tokens to use. Default: all."""
     held_out_sequences: PositiveInt = 64
-    """Sequences kept out of training. The student is judged on them."""
+    """Number of sequences kept out of training, for the student's metrics."""
     separate_documents: bool = True
-    """Keep packed documents apart: in a causal model, a token attends to its own document only."""
+    """Keep packed documents apart: in a causal model, a token attends only to its own document."""
 
 
 class Task(DataSource):
-    """A labelled task. A known `name` fills in the missing fields from the named tasks."""
+    """A task with labeled examples. A name from named_tasks.yaml fills in the missing fields."""
 
     name: str
+    """Name of the task, in tables and reports; or a named task such as `sst2`."""
     visibility: Literal["private", "public"]
+    """`private` for `private_task`; `public` for `public_task`. The provider's stages refuse a
+    private task."""
     # What the model reads and answers.
     template: str | None = None
-    """What the model reads: holds {text}, and {mask} for a masked model. A public task without a
-    template takes the prompt's."""
+    """The input of the model: it holds {text}, and {mask} for a masked model. A public task without
+    a template uses the prompt's."""
     label_column: str = "label"
+    """Column with the labels."""
     labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """For each value of the label column, its label words."""
+    """Label words for each value of the label column."""
     allow_multi_token: bool = False
-    """Score a label word of several tokens by its first token."""
+    """Score a label word of several tokens by its first token. Otherwise it is refused."""
     response_column: str | None = None
     """Column with the text to generate. The task then has no classes."""
     max_response_length: PositiveInt = 32
-    """Most tokens of one response, the end-of-text token included. A longer one is cut at its
-    end."""
+    """Maximum number of tokens of a response, including the end-of-text token. A longer response is
+    cut at its end."""
     # How long a text may be.
     max_length: Annotated[int, Field(ge=8)] = 128
-    """Most tokens of one templated text. A longer text is cut at its beginning; the template stays
-    whole."""
+    """Maximum number of tokens of a text in its template. A longer text is cut at its beginning;
+    the template is kept whole."""
     # How the examples are split.
     test_hub_split: str | None = None
-    """Hub split to use as the test split. Without it, the test examples are drawn by hash."""
+    """Hub split to use as the test split. Without it, a hash of the text chooses test examples."""
     validation_share: Fraction = 0.1
+    """Fraction of the texts in the validation split, chosen by a hash of the text."""
     test_share: Fraction = 0.1
+    """Fraction of the texts in the test split. Not used with `test_hub_split`."""
     split_salt: str = "post_dist"
+    """Salt of the hash. Another salt gives other splits."""
 
     @property
     def response_length(self) -> int:
-        """Most tokens of a response; 0 for a task with classes."""
+        """Maximum number of tokens of a response; 0 for a task with classes."""
         return self.max_response_length if self.response_column is not None else 0
 
     @model_validator(mode="before")
@@ -123,7 +136,7 @@ class Task(DataSource):
     def _template_places(cls, template: str | None) -> str | None:
         if template is None:
             return None
-        # A second {text} would make it unclear which one is cut when the text is too long.
+        # With a second {text}, it would be unclear which one to cut when the text is too long.
         found = placeholders(template)
         if found.count("text") != 1 or set(found) - {"text", "mask"} or found.count("mask") > 1:
             raise ValueError("must hold {text} once, and besides it at most one {mask}")
@@ -157,6 +170,6 @@ def placeholders(template: str) -> list[str]:
 
 @cache
 def named_tasks() -> dict[str, dict[str, Any]]:
-    """Return the tasks that the paper names, with their sources, templates and label words."""
+    """Return the paper's tasks by name, with their sources, templates and label words."""
     tasks: dict[str, dict[str, Any]] = read_yaml(_NAMED_TASKS.read_text(), str(_NAMED_TASKS))
     return tasks

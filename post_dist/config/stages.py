@@ -11,61 +11,81 @@ OptimizerName = Literal["adam", "adamw", "sgd"]
 
 
 class Distill(Section):
-    """Stage 1. Weights and optimizer default to the paper's (Table 8, and its code)."""
+    """Stage 1, distillation.
+
+    Loss weights and optimizer settings default to the paper's (Table 8, and its code).
+    """
 
     steps: PositiveInt = 10_000
+    """Number of optimizer steps."""
     batch_size: PositiveInt = 32
     """Sequences in a step, over all ranks. The number of GPUs does not change what is learned."""
     micro_batch_size_per_gpu: PositiveInt = 8
-    """Most sequences in one forward pass. The rest of a rank's batch is accumulated."""
+    """Maximum number of sequences in one forward pass on one GPU. A larger batch takes several
+    passes, whose gradients are accumulated."""
     learning_rate: PositiveFloat = 2.5e-4
+    """Highest learning rate of AdamW, after the warm-up. It then decays linearly to zero."""
     warmup_share: Fraction = 0.05
+    """Fraction of the steps in which the learning rate rises from zero."""
     max_grad_norm: PositiveFloat = 5.0
+    """Norm to which the gradient of a step is clipped."""
     # The loss: the soft targets, the language modeling loss and the cosine of hidden states.
     temperature: PositiveFloat = 2.0
+    """Temperature of teacher and student in the soft-target loss."""
     alpha_ce: Annotated[float, Field(ge=0)] = 5.0
+    """Weight of the soft-target loss: the KL divergence from the teacher's softened distribution
+    to the student's."""
     alpha_lm: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of the language modeling loss: the cross-entropy of the corpus's tokens."""
     alpha_cos: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cosine loss on the last hidden states."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Fraction of the tokens that a masked model must fill in."""
+    """Fraction of the tokens that a masked model must predict."""
     # What is kept on disk.
     checkpoint_every_steps: PositiveInt = 500
+    """Number of steps between checkpoints."""
     cache: Literal["none", "hidden", "sampled"] = "none"
-    """Run the teacher once over the corpus and keep its outputs. `hidden` keeps hidden states:
-    exact, some KB a token. `sampled` keeps samples of its softened distribution: unbiased, 116
-    bytes a token. Later epochs and other students of this teacher then never run it. With `hidden`,
-    those students must freeze the same number of lower layers."""
+    """Run the teacher once over the corpus and keep its outputs on disk. Later epochs and other
+    students of this teacher then do not run it. `hidden` keeps hidden states: exact, some KB per
+    token. `sampled` keeps samples of its softened distribution: unbiased, 116 bytes per token.
+    Students that share a `hidden` cache must freeze the same number of lower layers."""
 
     def layers_in_teacher(self, student: Student) -> int:
         """Return the number of frozen layers that run in the teacher only.
 
-        With sampled outputs it is 0: the hidden states after those layers are too large to keep.
+        It is 0 with `cache: sampled`, which does not keep the hidden states after these layers.
         """
         return 0 if self.cache == "sampled" else student.frozen_lower_layers
 
 
 class PromptTraining(Section):
-    """What tuning and transfer share: how a soft prompt is trained."""
+    """The training of a soft prompt, in tuning and transfer."""
 
     steps: PositiveInt
+    """Number of optimizer steps."""
     batch_size: PositiveInt
     """Examples in a step, over all ranks."""
     learning_rate: PositiveFloat
+    """Highest learning rate, after the warm-up."""
     schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: `constant`, or a `cosine` decay to zero."""
     warmup_share: Fraction = 0.05
+    """Fraction of the steps in which the learning rate rises from zero."""
 
 
 class Search(Section):
     """A private search over settings.
 
-    It runs a random number of trials and keeps the best one by a noisy score.
+    It runs a random number of trials and keeps the one with the best noisy score.
     """
 
     mean_trials: Annotated[float, Field(gt=1)]
-    """Mean of the logarithmic distribution from which the number of trials is drawn."""
+    """Mean number of trials. The number is drawn from a logarithmic distribution."""
     # The candidates: a trial draws one value from each list.
     learning_rate: tuple[PositiveFloat, ...] = ()
+    """Learning rates to try. Default: only that of the private run."""
     max_grad_norm: tuple[PositiveFloat, ...] = ()
+    """Clipping norms to try. Default: only `privacy.max_grad_norm`."""
     score_noise_multiplier: PositiveFloat = 10.0
     """Standard deviation of the noise on a trial's score. The score is the number of validation
     examples that the trial classifies correctly."""
@@ -80,23 +100,28 @@ class Search(Section):
 
 
 class Tune(PromptTraining):
-    """Stage 2. In a private run `batch_size` is the expected batch size, not a count."""
+    """Stage 2, tuning. In a private run, `batch_size` is the expected batch size."""
 
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
+    """Number of vectors of the prompt."""
     init_text: str = "Predict if the sentiment of this text is positive or negative"
+    """The prompt starts from the embeddings of this text, repeated or cut to its length."""
     # The training.
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
     optimizer: OptimizerName = "adam"
+    """Optimizer of the prompt."""
     class_bias: bool = False
-    """Tune one bias per class along with the prompt. Under privacy it is part of the clipped
-    gradient and gets noise."""
+    """Tune one bias per class along with the prompt. In a private run, its gradient is clipped and
+    gets noise together with the prompt's."""
     micro_batch_size_per_gpu: PositiveInt = 8
-    """Examples of full length in one forward pass of private tuning. A pass of shorter examples
-    holds as many as give the same number of tokens. Each pass is padded with copies."""
+    """Number of examples of full length in one forward pass of private tuning. A pass of shorter
+    examples holds more of them, with about as many tokens. Copies fill up a pass that is not
+    full."""
     search: Search | None = None
+    """Choose the learning rate or the clipping norm privately; needs `privacy.enabled`."""
 
     @field_validator("init_text")
     @classmethod
@@ -107,34 +132,35 @@ class Tune(PromptTraining):
 
 
 class Transfer(PromptTraining):
-    """Stage 3: train a prompt for the large LLM on public text.
-
-    `published` is (1-alpha) L1 + alpha L2 of the paper. `proxy` is the KL divergence to the
-    proxy-tuned distribution.
-    """
+    """Stage 3, transfer: train a prompt for the large LLM on public text."""
 
     # The loss.
     objective: Literal["published", "proxy"] = "published"
+    """`published`: the paper's loss, (1-alpha) L1 + alpha L2. `proxy`: the KL divergence to the
+    proxy-tuned distribution."""
     scores: Literal["vocabulary", "classes"] = "vocabulary"
-    """Compare the whole vocabulary, or only the scores of the task's classes."""
+    """Compare logits of the whole vocabulary, or only the scores of the task's classes."""
     alpha: Fraction | Literal["auto"] = 0.5
-    """`auto` derives it from how often the models agree on the public text."""
+    """Weight of L2 in the published loss. `auto` estimates it from how often the models agree on
+    the public text."""
     temperature: PositiveFloat = 2.0
+    """Temperature of the distributions that the loss compares."""
     proxy_lambda: PositiveFloat = 1.0
-    """lambda in z_t(x) + lambda (z_s(p_s+x) - z_s(x)); also used by the training-free baseline of
-    the evaluation."""
+    """lambda of the proxy-tuned logits z_t(x) + lambda (z_s(p_s+x) - z_s(x)). The table row
+    `proxy-tuning` uses it too."""
     match_class_shares: bool = False
     """Shift the proxy's class scores until their mean probabilities on the public text equal those
     of the prompted student."""
     # The training.
     trained_share: Fraction = 0.0
-    """Where the prompt starts: 0 from text, 1 from the tuned prompt, or between."""
+    """Start of the prompt: 0 for the embeddings of the initial text, 1 for the tuned prompt. Values
+    between blend the two."""
     steps: PositiveInt = 5000
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     prompts_at_once: PositiveInt = 4
-    """Number of prompts that are trained together. Each one needs memory for its own examples."""
+    """Maximum number of prompts that are trained together. Each needs memory for its examples."""
 
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":
@@ -147,8 +173,10 @@ class Evaluate(Section):
     """The comparison table."""
 
     split: Literal["train", "validation", "test"] = "test"
+    """Split of the private task to evaluate on."""
     batch_size: PositiveInt = 32
+    """Number of examples that each rank runs at once."""
     baselines: tuple[Literal["published transfer", "full prompt tuning"], ...] = ()
-    """Table rows that need a training run of their own."""
+    """Table rows that need a training run of their own. Default: none of them."""
     private_rows: tuple[PositiveFloat, ...] = ()
-    """Also tune and transfer with each of these target epsilons. Each one gets table rows."""
+    """Target epsilons. For each of them a prompt is tuned and transferred, and gets table rows."""

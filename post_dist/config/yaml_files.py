@@ -1,4 +1,4 @@
-"""YAML as its users mean it: `no` is a word, `1e-3` is a number, and no key appears twice.
+"""Read YAML as users mean it: `no` is a word, `1e-3` is a number, and duplicate keys are errors.
 
 PyYAML follows YAML 1.1, where `no` is a boolean and `1e-3` is a string. The loader here changes
 those two rules and refuses duplicate keys. tests/unit/test_yaml_files.py records what it accepts.
@@ -32,8 +32,8 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose a mapping and refuse duplicate keys.
 
-        This runs before `<<` brings in the keys of another mapping. The mapping's own keys may
-        override those.
+        This runs before `<<` adds the keys of another mapping, which the mapping's own keys may
+        override.
         """
         node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _use_own_rules_for_bool_and_float() -> None:
-    """Replace the patterns by which `_Loader` knows a boolean and a float without a tag."""
+    """Replace the patterns by which `_Loader` recognizes booleans and floats."""
     replaced = (_BOOL_TAG, _FLOAT_TAG)
     own: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
@@ -69,10 +69,10 @@ def read_yaml(text: str, where: str) -> Any:
 
     Args:
         text: the document.
-        where: where it comes from, for the message.
+        where: the source of the document, for the message.
 
     Raises:
-        InputError: it is not valid YAML, has a duplicate key or is nested too deeply.
+        InputError: the text is not valid YAML, has a duplicate key, or is nested too deeply.
     """
     try:
         return yaml.load(text, Loader=_Loader)

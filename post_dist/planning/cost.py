@@ -46,7 +46,7 @@ def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
 def layer_flops(size: ModelSize, layer: LayerSize, tokens: float, keys: float) -> float:
     """Count the operations of a layer's forward pass: two for each weight and token, and attention.
 
-    Masked positions count as well, because the kernels compute them.
+    Masked positions count too, because the kernels compute them.
 
     Args:
         size: the model.
@@ -78,9 +78,9 @@ def distill_flops(
     """Count the operations of one rank's step of distillation.
 
     The backward pass of a trained layer costs two forward passes: the gradients of its input and of
-    its weights. This holds for the lowest layer too, because its norm is trained. The loss has the
-    gradient of the logits in closed form, so the head takes one more product for its input, and
-    another one for its weights if they are trained.
+    its weights. This holds for the lowest layer too, because its norm is trained. The loss knows
+    the gradient of the logits in closed form. So the head takes one more product, for the gradient
+    of its input. A trained head takes another one, for the gradient of its weights.
 
     Args:
         teacher: runs forward, with its head.
@@ -93,7 +93,7 @@ def distill_flops(
         Operations of `teacher`, `student_forward` and `student_backward`.
     """
     tokens = sequences * length
-    # The teacher's logits are computed from its hidden states, so its head counts as well.
+    # The teacher's logits are computed from its hidden states, so its head counts too.
     teacher_forward = forward_flops(teacher, sequences, length) + head_flops(teacher, tokens)
     forward = forward_flops(student, sequences, length)
     head = head_flops(student, tokens)
@@ -126,7 +126,7 @@ def transfer_tokens(
 
 
 def _repeats_prompt(target: ModelSize, responses: int) -> bool:
-    """Whether every example has the prompt in front of it, instead of sharing one run of it."""
+    """Return whether each example runs the prompt itself, instead of sharing one run of it."""
     return bool(responses) or not target.shares_prompt
 
 
@@ -142,8 +142,8 @@ def transfer_flops(
 ) -> dict[str, float]:
     """Count the operations of one rank's step of the transfer of one prompt.
 
-    Where examples share the prompt, the layers see n + B T tokens, and the last layer's queries and
-    MLP see the B answers alone. Otherwise all layers see B (n + T) tokens. The backward pass runs
+    If examples share the prompt, the layers see n + B T tokens. The queries and the MLP of the last
+    layer see only the B answers. Otherwise all layers see B (n + T) tokens. The backward pass runs
     through the layers once, for gradients of the input only: no weight is trained.
 
     Args:
@@ -153,7 +153,7 @@ def transfer_flops(
         length: tokens T of each example.
         prompt: tokens n of the prompt.
         by_classes: whether class scores are compared. Otherwise the logits of the unprompted target
-            are computed as well, in one product with those of the prompted one.
+            are computed too, in one product with those of the prompted one.
         responses: tokens of one response, each of which has logits. 0 for a task with classes,
             where an example has one answer.
 
@@ -193,10 +193,10 @@ def transfer_flops(
 
 
 def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> float:
-    """Compute what a rank receives to make sharded weights whole: all shards but its own.
+    """Compute the bytes that a rank receives to gather sharded weights: all shards but its own.
 
     Args:
-        weights: number of elements of each weight. Its shards are rounded up to equal sizes.
+        weights: number of elements of each weight. Shards are rounded up to equal sizes.
         group: number of ranks that hold the shards.
         bytes_each: bytes of one element.
     """
@@ -206,9 +206,9 @@ def gathered_bytes(weights: Iterable[int], group: int, bytes_each: float) -> flo
 
 
 def reduced_bytes(numel: float, ranks: int, bytes_each: float) -> float:
-    """Compute what a rank receives in an all-reduce.
+    """Compute the bytes that a rank receives in an all-reduce.
 
-    A ring sends the tensor twice, without the rank's own part (Patarasuk and Yuan 2009).
+    On a ring, the tensor is sent twice, without the rank's own part (Patarasuk and Yuan 2009).
     """
     return 2 * (ranks - 1) / ranks * numel * bytes_each
 
@@ -222,12 +222,12 @@ def distill_bytes(
     zero_stage: int,
     passes: int,
 ) -> dict[str, float]:
-    """Compute what a rank receives in a step of distillation.
+    """Compute the bytes that a rank receives in a step of distillation.
 
     Args:
-        teacher: gathered once a pass, without its head: the student's head is the same.
-        student: the student above its frozen layers. ZeRO-3 gathers it once a pass: what the
-            forward pass leaves serves the backward pass, up to 1e9 weights.
+        teacher: gathered once per pass without its head, because the student has the same head.
+        student: the student above its frozen layers. ZeRO-3 gathers it once per pass: the backward
+            pass uses what the forward pass has gathered, up to 1e9 weights.
         sharding: how weights are spread over the ranks.
         trained: number of elements that are trained.
         zero_stage: ZeRO stage of the student.
@@ -252,7 +252,7 @@ def distill_bytes(
 
 
 def transfer_bytes(target: ModelSize, prompt: int, sharding: Sharding) -> dict[str, float]:
-    """Compute what a rank receives in a step of the transfer.
+    """Compute the bytes that a rank receives in a step of the transfer.
 
     The target is gathered once for the forward pass and, without its embeddings, once for the
     backward pass. The gradient of the prompt is reduced in fp32.
@@ -276,19 +276,19 @@ def transfer_bytes(target: ModelSize, prompt: int, sharding: Sharding) -> dict[s
 
 
 _FORWARD_PASSES = 2
-"""Passes over a layer's activations: they are written, and read by the next operation."""
+"""Passes over a layer's activations: they are written, and the next operation reads them."""
 _BACKWARD_PASSES = 3
-"""The activations are read again, and their gradient is written and read."""
+"""Passes in the backward pass: activations are read, and their gradient is written and read."""
 _LOGIT_PASSES = 8
 """Passes over the fp32 logits: they are written and read for the maximum, the sum and the
 divergence, and so is their gradient, in part for both models."""
 
 
 def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
-    """Count the elements that a layer keeps of one token for its backward pass.
+    """Count the elements that a layer keeps for each token for its backward pass.
 
-    These are the inputs of norms, projections and products, and the two factors of the gate, after
-    arXiv 2205.05198, section 4.1. Attention is fused and keeps no [T, T]. A layer that is not
+    These are the inputs of norms, projections and products, and the two factors of the gate (see
+    arXiv 2205.05198, section 4.1). Attention is fused and keeps no [T, T]. A layer that is not
     `trained` does not keep the inputs of its products: only gradients of weights need them.
     """
     kept = 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
@@ -299,24 +299,24 @@ def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
 
 
 def forward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
-    """Compute what norms, rotations, gates and sums move through memory in a forward pass."""
+    """Compute the bytes that norms, rotations, gates and sums move in a forward pass."""
     return _FORWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
 def backward_pass_bytes(size: ModelSize, tokens: float, bytes_each: float) -> float:
-    """Compute what norms, rotations, gates and sums move through memory in a backward pass."""
+    """Compute the bytes that norms, rotations, gates and sums move in a backward pass."""
     return _BACKWARD_PASSES * activation_elements(size) * len(size.layers) * tokens * bytes_each
 
 
 def logit_bytes(size: ModelSize, positions: float) -> float:
-    """Compute what the loss moves through memory for the logits of some positions."""
+    """Compute the bytes that the loss moves through memory for the logits of some positions."""
     return _LOGIT_PASSES * 4 * size.vocabulary * positions
 
 
 def optimizer_bytes(numel: float, bytes_each: float) -> float:
-    """Compute what Adam moves through memory to step some weights.
+    """Compute the bytes that Adam moves through memory to update some weights.
 
-    It reads and writes three fp32 values of each, reads the gradient and writes the weight.
+    For each weight it reads and writes three fp32 values, reads the gradient and writes the weight.
     """
     return (2 * ADAM_BYTES + 2 * bytes_each) * numel
 

@@ -30,12 +30,12 @@ class _Work:
     """What one rank runs in a step.
 
     Attributes:
-        student: how the student is cut from the teacher.
+        student: the run file's section `student`.
         passes: number of micro-batches.
         sequences_at_once: sequences of one micro-batch.
         length: tokens of one sequence.
         teacher_share: share of the sequences that the teacher runs over; 1 without a cache.
-        kept_bytes: bytes of the teacher's signal that are kept of a token; 0 without a cache.
+        kept_bytes: bytes of the teacher's signal that are cached for each token; 0 without a cache.
     """
 
     student: Student
@@ -87,8 +87,8 @@ class _Seconds:
     signals: float
 
     def of_step(self, *, overlap: bool) -> float:
-        """Compute the time of a step, where collectives may overlap with computation."""
-        # Without overlap, everything waits for everything.
+        """Compute the time of a step, with or without overlap of collectives and computation."""
+        # Without overlap, all parts run one after the other.
         if not overlap:
             return (
                 self.teacher
@@ -175,7 +175,7 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
 
 
 def _conflicts(inputs: PlanInputs) -> list[Conflict]:
-    """List what the stage refuses, and idle GPUs."""
+    """List the settings that the stage refuses, and idle GPUs."""
     machine = inputs.machine
     batch_size = inputs.config.distill.batch_size
     found = conflicts(inputs.config, inputs.models.teacher.facts, machine.layout)
@@ -211,8 +211,8 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
 def _teacher_share(inputs: PlanInputs, corpus: Corpus) -> float:
     """Compute the share of the steps' sequences that a cached teacher runs over.
 
-    The teacher runs once over each sequence of the corpus. A corpus of unknown size is taken to
-    have a new sequence for each place in a step.
+    The teacher runs once over each sequence of the corpus. If the size of the corpus is unknown,
+    the plan assumes that no step repeats a sequence.
     """
     section = inputs.config.distill
     # Later epochs read what the first one kept.
@@ -235,7 +235,7 @@ def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:
     )
     flops["teacher"] *= work.teacher_share
     if inputs.config.distill.cache == "sampled":
-        # Samples keep nothing of the frozen layers, so the student runs them itself.
+        # A cache of samples has no hidden states, so the student runs its frozen layers itself.
         whole = cost.forward_flops(models.student, work.sequences, work.length)
         upper = cost.forward_flops(models.upper, work.sequences, work.length)
         flops["student_forward"] += whole - upper
@@ -253,7 +253,7 @@ def _traffic(inputs: PlanInputs, work: _Work) -> _Traffic:
         zero_stage=inputs.config.engine.zero_stage,
         passes=work.passes,
     )
-    # The teacher's part is set apart, because a cached teacher runs over a share of the sequences.
+    # The teacher is counted separately, because a cached teacher runs over some sequences only.
     trunk = models.teacher.without_one_table
     of_teacher = work.passes * cost.gathered_bytes(trunk.weights, inputs.group, inputs.bytes_each)
     return _Traffic(
@@ -298,7 +298,7 @@ def _seconds(
 
 
 def _passed_bytes(inputs: PlanInputs, work: _Work) -> float:
-    """Compute the bytes that a step moves through a GPU's memory, beside matrix products."""
+    """Compute the bytes that a step moves through a GPU's memory, without matrix products."""
     models = inputs.models
     each = inputs.bytes_each
     tokens = work.tokens_at_once

@@ -20,41 +20,54 @@ class Link(Section):
     """A link between GPUs."""
 
     gb_per_second: PositiveFloat
-    """Into one GPU, while it sends as much."""
+    """Rate into one GPU in GB/s, while the GPU sends at the same rate."""
     latency_us: Annotated[float, Field(ge=0)] = 0.0
-    """Time that each collective takes beside its bytes."""
+    """Fixed time of each collective in microseconds, without the transfer of its bytes."""
     gpus: PositiveInt = 1
-    """Number of GPUs that the link connects: those of one node."""
+    """Number of GPUs that the link connects; for `node`, the GPUs of one node."""
 
 
 class Host(Section):
     """The machine that holds a node's GPUs."""
 
     memory_gib: PositiveFloat
+    """Memory of the host, in GiB."""
     gb_per_second: PositiveFloat
-    """From host memory to one GPU."""
+    """Rate from host memory to one GPU, in GB/s."""
 
 
 class Reached(Section):
-    """The share of each peak rate that a program reaches."""
+    """The fraction of each peak rate that a program reaches."""
 
     compute: ReachedShare
+    """Of `teraflops`."""
     memory: ReachedShare
+    """Of `memory_gb_per_second`."""
     node: ReachedShare
+    """Of the rate of the link `node`."""
     network: ReachedShare
+    """Of the rate of the link `network`."""
     host: ReachedShare
+    """Of the rate from host memory to a GPU."""
 
 
 class Hardware(Section):
     """One kind of GPU with its links and its host."""
 
     memory_gib: PositiveFloat
+    """Memory of one GPU, in GiB."""
     teraflops: dict[Precision, PositiveFloat]
+    """Peak rate of matrix products at each precision, in 10^12 operations per second."""
     memory_gb_per_second: PositiveFloat
+    """Peak rate of one GPU's memory, in GB/s."""
     node: Link
+    """The link between the GPUs of one node."""
     network: Link
+    """The link between nodes."""
     host: Host
+    """The machine that holds the GPUs."""
     share: Reached
+    """The fraction of each peak rate that a program reaches."""
     overlap: bool
     """Whether collectives run at the same time as computation."""
 
@@ -72,21 +85,21 @@ class Hardware(Section):
         return self.teraflops[precision] * 1e12 * self.share.compute
 
     def bytes_per_second(self, link: LinkName) -> float:
-        """Return the rate that a collective reaches, into one GPU."""
+        """Return the rate into one GPU that a collective reaches."""
         found: Link = getattr(self, link)
         share: float = getattr(self.share, link)
         return found.gb_per_second * 1e9 * share
 
     def host_bytes_per_second(self) -> float:
-        """Return the rate that copies from host memory to one GPU reach."""
+        """Return the rate of copies from host memory to one GPU."""
         return self.host.gb_per_second * 1e9 * self.share.host
 
     def memory_bytes_per_second(self) -> float:
-        """Return the rate that passes over a GPU's memory reach."""
+        """Return the rate of passes over a GPU's memory."""
         return self.memory_gb_per_second * 1e9 * self.share.memory
 
     def latency_seconds(self, link: LinkName) -> float:
-        """Return the time that each collective takes beside its bytes."""
+        """Return the fixed time of a collective, without the transfer of its bytes."""
         found: Link = getattr(self, link)
         return found.latency_us * 1e-6
 
@@ -112,7 +125,7 @@ class Machine:
 
     @property
     def layout(self) -> Layout:
-        """The ranks as the rules of the stages see them."""
+        """The layout of the ranks, for the conflict rules of the stages."""
         return Layout(self.ranks, self.gpus_per_node, device="cuda")
 
     def link(self, ranks: int) -> LinkName:
@@ -137,16 +150,17 @@ class Machine:
 
 
 def read_hardware(name: str, file: Path | None) -> Hardware:
-    """Read the entry of a GPU from the user's hardware file, or from the one that is shipped.
+    """Read the entry of a GPU from the user's hardware file, or from the shipped one.
 
     Args:
         name: name of the GPU.
         file: the user's file; its entries replace shipped ones of the same name.
 
     Raises:
-        InputError: there is no entry of this name, or the file does not have the form of ours.
+        InputError: there is no entry of this name, or the file has another form than the shipped
+            one.
     """
-    # The user's entries come on top of the shipped ones.
+    # The user's entries replace shipped ones of the same name.
     shipped = Path(__file__).parent / "hardware.yaml"
     entries = read_yaml(shipped.read_text(), str(shipped))
     if file is not None:
@@ -165,7 +179,7 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     try:
         return Hardware.model_validate(entries[name])
     except ValidationError as error:
-        # One wrong field is enough to name: the file is short.
+        # The file is short, so naming one wrong field is enough.
         first = error.errors()[0]
         place = ".".join(str(part) for part in (name, *first["loc"]))
         raise InputError(f"{file or name}: {place}: {first['msg']}") from None

@@ -1,4 +1,4 @@
-"""What every stage of a plan is computed from: run file, model sizes, machine and precision."""
+"""The inputs of a plan: run file, model sizes, machine and precision."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Models:
 
     Attributes:
         teacher: the large model: the teacher of distillation and the target of the transfer.
-        student: the student as it is cut from the teacher.
+        student: the student, with all its layers.
         upper: the student above its frozen layers.
         trained: number of the student's elements that are trained.
     """
@@ -38,11 +38,11 @@ def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     section = config.student
     if section is None:
         raise InputError("plan needs the sections `teacher` and `student`")
-    # `layers: auto` is decided in the run; a stand-in of as many layers costs the same.
+    # `layers: auto` chooses layers in the run. Other layers of the same number cost the same.
     student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
     upper = student.above(section.frozen_lower_layers)
-    # All layers above the frozen ones are trained, and head and embeddings where the run file asks
-    # for it. The final norm counts with the embeddings, as `models.student.freeze` has it.
+    # All layers above the frozen ones are trained. Head and embeddings are trained if the run file
+    # asks for it. The final norm counts with the embeddings, as in `models.student.freeze`.
     trained = sum(sum(layer.weights) for layer in upper.layers)
     if not section.freeze_head:
         trained += upper.head
@@ -92,8 +92,8 @@ class PlanInputs:
         return flops / seconds / (self.machine.hardware.teraflops[self.precision] * 1e12)
 
     def text_lengths(self) -> tuple[int, int]:
-        """Return most tokens of a text, and of its response; the latter is 0 for classes."""
-        # A provider plans without the private task; its public one reads texts of a like length.
+        """Return the maximum number of tokens of a text, and of its response (0 for classes)."""
+        # A provider plans without the private task. Its public task has texts of similar length.
         task = self.config.private_task or self.config.public_task
         if task is None:
             return 128, 0

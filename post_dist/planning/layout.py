@@ -1,4 +1,4 @@
-"""How a frozen model is laid out over the ranks, and what the layout costs."""
+"""The layout of a frozen model over the ranks, and its cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from post_dist.planning.inputs import PlanInputs
 from post_dist.planning.memory import GIB
 
 _REPLICATE_BELOW = 0.4
-"""A frozen model, or its part, that takes no more than this share of a GPU fits beside the rest."""
+"""A frozen model or a shard of it fits if it takes at most this fraction of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GroupAdvice:
 def advised_group(size: ModelSize, machine: Machine, bytes_each: int) -> GroupAdvice:
     """Find the smallest shard group that fits.
 
-    A smaller group receives less, and the links inside a node are the fastest.
+    In a smaller group, each rank receives fewer bytes. The links inside a node are the fastest.
 
     Args:
         size: the frozen model.
@@ -80,7 +80,7 @@ def offloaded_bytes(inputs: PlanInputs) -> float:
 
 
 def idle_conflicts(stage: str, batch_size: int, ranks: int) -> list[Conflict]:
-    """Find GPUs that get no example of a batch. The run allows it, but it wastes them."""
+    """Find GPUs that get no example of a batch. The stage runs, but these GPUs are wasted."""
     if batch_size >= ranks:
         return []
     message = f"{stage}.batch_size {batch_size} leaves {ranks - batch_size} of {ranks} GPUs idle"
@@ -88,5 +88,5 @@ def idle_conflicts(stage: str, batch_size: int, ranks: int) -> list[Conflict]:
 
 
 def nonzero(**parts: float) -> dict[str, float]:
-    """Return the parts that are not 0, for parts that only some runs have."""
+    """Return the parts that are not 0. Only some runs have these parts."""
     return {name: value for name, value in parts.items() if value}

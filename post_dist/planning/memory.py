@@ -1,6 +1,6 @@
 """Memory of a GPU by part, in GiB.
 
-Some parts exist only during a part of a step. The fullest moment of a step decides what fits.
+Some parts exist only at some moments of a step. The run fits if its fullest moment fits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from post_dist.planning import cost
 
 GIB = 2**30
 GATHERED = ("gathered_weights", "weights_on_their_way")
-"""The parts of `frozen_memory` that exist during a forward pass alone."""
+"""The parts of `frozen_memory` that exist only during a forward pass."""
 
 
 def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) -> dict[str, float]:
@@ -21,7 +21,7 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
 
     Args:
         size: the model.
-        engine: says whether shards are offloaded.
+        engine: the run file's section `engine`, which may offload shards.
         group: number of ranks that share one copy of the model.
         bytes_each: bytes of one weight.
 
@@ -33,7 +33,7 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
     offloaded = engine.offload != "none"
     shard = 0.0 if offloaded else cost.shard_bytes(size, group, bytes_each)
     held = {"frozen_weights": shard / GIB}
-    # A whole copy on each rank needs no DeepSpeed, which is what gathers and prefetches.
+    # With a whole copy on each rank, DeepSpeed is not used, so nothing is gathered or prefetched.
     if group == 1 and not offloaded:
         return held
     # DeepSpeed keeps up to `max_live` gathered weights beside the layer that runs.
@@ -50,7 +50,7 @@ def student_memory(
     """Compute the memory of the student that is trained.
 
     Args:
-        engine: ZeRO stage, activation checkpointing and offload of the optimizer.
+        engine: gives ZeRO stage, activation checkpointing and offload of the optimizer.
         student: the student above its frozen layers.
         trained: number of elements that are trained.
         ranks: number of all ranks.
@@ -75,7 +75,7 @@ def student_memory(
     kept = student.width if engine.activation_checkpointing else in_a_layer
     activations = (len(student.layers) * kept + in_a_layer) * tokens * bytes_each
 
-    # DeepSpeed keeps no second copy of fp32 weights where it shards nothing.
+    # At ZeRO-0 in fp32, DeepSpeed keeps no second copy of the weights.
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
     optimizer = 0.0 if engine.offload_optimizer else of_adam * trained / optimizer_shards
 
@@ -98,10 +98,10 @@ def fullest(memory: Mapping[str, float], moments: Sequence[Sequence[str]]) -> fl
 
     Args:
         memory: GiB of each part.
-        moments: for each moment, the parts that exist then. A part that no moment names always
+        moments: for each moment, the parts that exist then. A part that is in no moment always
             exists.
     """
-    # Parts that no moment names are held all the time.
+    # Parts that are in no moment exist all the time.
     passing = {part for moment in moments for part in moment}
     always = 0.0
     for part, gib in memory.items():

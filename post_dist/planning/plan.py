@@ -1,7 +1,7 @@
 """`post-dist plan`: what each stage of a run file needs on a cluster, before a job is queued.
 
 Every number comes from a formula (`cost.py`) and the hardware (`hardware.yaml`). It is a model, not
-a measurement. Configurations alone suffice: no weights, no GPU.
+a measurement. A plan needs only configurations: no weights and no GPU.
 """
 
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ def plan_run(
 
     Returns:
         `stages`, each with the memory of the fullest GPU, operations, bytes, seconds of a step and
-        hours. `conflicts`: what cannot work. `hours` and `gpu_hours`, what is `not_counted` in
-        them, and `assumptions`.
+        hours. `conflicts` of all stages. `hours` and `gpu_hours` in total, and what is
+        `not_counted` in them. `assumptions`: the rates that the plan uses.
     """
-    # The same inputs serve all stages, so that they are planned for one machine and precision.
+    # All stages are planned for the same machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
     stages = [stage_numbers(plan(inputs), machine) for plan in _STAGES]
-    # The name of the stage comes first, because a plan prints all conflicts in one list.
+    # Each conflict starts with its stage, because a plan prints all conflicts in one list.
     conflicts = []
     for stage in stages:
         for conflict in stage["conflicts"]:
@@ -66,7 +66,7 @@ def plan_run(
 
 
 def _assumptions(hardware: Hardware, precision: Precision) -> dict[str, float]:
-    """Return the rates that the plan rests on."""
+    """Return the rates that the plan assumes."""
     return {
         "teraflops_reached": hardware.flops_per_second(precision) / 1e12,
         "gb_per_second_in_a_node": hardware.bytes_per_second("node") / 1e9,
@@ -110,7 +110,7 @@ class _Change:
 def nearest_that_fits(
     config: RunConfig, teacher: ModelSize, machine: Machine, precision: Precision
 ) -> dict[str, str] | None:
-    """Find the first of a few changes, cheapest first, with which the run fits into memory.
+    """Find the cheapest of a few changes with which the run fits into memory.
 
     A change that causes another conflict is skipped.
 
@@ -121,9 +121,9 @@ def nearest_that_fits(
         precision: precision of weights and activations.
 
     Returns:
-        What to set, or None when none of the changes suffices.
+        The options to set, or None if no change is enough.
     """
-    # Conflicts that the run has already are not held against a change.
+    # A conflict that the run already has does not rule out a change.
     known = set(plan_run(config, teacher, machine, precision)["conflicts"])
     for change in _changes(config, machine):
         found = plan_run(change.apply(config), teacher, change.machine, precision)
@@ -140,7 +140,7 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
         if size < config.distill.micro_batch_size_per_gpu:
             yield _Change("distill", {"micro_batch_size_per_gpu": size}, machine)
 
-    # Recomputation costs a forward pass, gathering costs bandwidth, offload costs the host's link.
+    # Recomputation costs a forward pass, gathering costs bandwidth, offload loads the host's link.
     recompute: dict[str, Any] = {"activation_checkpointing": True}
     yield _Change("engine", recompute, machine)
     in_node: dict[str, Any] = {"shard_group": "node"}

@@ -1,8 +1,8 @@
 """How a step scales with the number of GPUs, planned or measured.
 
-Strong scaling keeps the batch, weak scaling keeps each GPU's part of it. A row has `scaling`,
-`gpus` and `conflicts`, and for distill and transfer the seconds of a step and the efficiency: the
-rate per GPU over the rate per GPU on the fewest GPUs.
+Strong scaling keeps the batch size. Weak scaling keeps each GPU's part of the batch. A row has
+`scaling`, `gpus` and `conflicts`. For distill and transfer it also has the seconds of a step and
+the efficiency: the rate per GPU, divided by the rate per GPU on the fewest GPUs.
 """
 
 import json
@@ -32,7 +32,7 @@ class _Point:
 
     Attributes:
         gpus: number of GPUs.
-        stages: by name, the numbers of a step, planned or measured.
+        stages: for each stage the numbers of a step, planned or measured.
     """
 
     gpus: int
@@ -59,7 +59,7 @@ def planned(
         The rows of strong scaling, then those of weak scaling.
 
     Raises:
-        InputError: a number is more than one node, but not a number of whole nodes.
+        InputError: a number exceeds one node and is not a multiple of a node's GPUs.
     """
     # A number of GPUs is a part of one node, or several whole nodes.
     in_node = machine.gpus_per_node
@@ -94,9 +94,9 @@ def measured(files: Sequence[Path]) -> list[_Row]:
         The rows of strong scaling, then those of weak scaling.
 
     Raises:
-        InputError: a file is not one of these.
+        InputError: a file is not such a measurement.
     """
-    # Anything may be wrong with a file that a user names, and all of it means the same.
+    # Any error while reading means the same: a file is not a measurement.
     try:
         found = [json.loads(file.read_text()) for file in files]
         found.sort(key=lambda each: int(each["ranks"]))
@@ -138,7 +138,7 @@ def _rows(
     points: Sequence[_Point],
     conflicts: Callable[[str, _Numbers], list[str]],
 ) -> list[_Row]:
-    """Make a row for each number of GPUs; the efficiency is relative to the first."""
+    """Make a row for each number of GPUs. The efficiency is relative to the first."""
     # The point with the fewest GPUs comes first, and all others are compared with it.
     first = points[0]
     rows = []

@@ -2,7 +2,7 @@
 
 A step ends with its slowest rank. A failure undoes all steps since the last checkpoint. It also
 costs the time to notice it, to wait in the queue again and to load the checkpoint. Goodput is the
-share of the time that went into steps which were kept.
+fraction of the time that was spent on steps that were kept.
 """
 
 import math
@@ -17,13 +17,14 @@ GPU_HOURS_BETWEEN_FAILURES = 50_700.0
 _RESTART_SECONDS = 600.0
 """Time from a failure to the next step: to notice it, to wait in the queue, to load the state."""
 _JITTER = 0.02
-"""Standard deviation of a GPU's step over its mean."""
+"""Standard deviation of a GPU's step time, divided by its mean."""
 _STRAGGLER = 1.2
-"""How many times as long the slow GPU takes in `goodput_with_a_gpu_1.2_times_as_slow`."""
+"""Slowdown of the slow GPU in `goodput_with_a_gpu_1.2_times_as_slow`."""
 STORAGE_GB_PER_SECOND = 2.0
-"""Rate of the shared folder that checkpoints are written to."""
+"""Rate in GB/s of the shared folder that checkpoints are written to."""
 _HOPELESS = 10
-"""A run that takes this many times as long as its steps saves too rarely to come to an end."""
+"""The simulation gives up after this many times the duration of the steps: the run saves too rarely
+to finish."""
 _CANDIDATES = 24
 """Intervals that `best_interval` tries, each the one before divided by the square root of 2."""
 
@@ -39,9 +40,9 @@ class Run:
         save: time that all ranks wait for a checkpoint.
         interval: steps between two checkpoints.
         restart: time from a failure to the first step that is repeated.
-        hours_between_failures: mean GPU-hours between failures; infinite for none.
-        jitter: standard deviation of a rank's step over its mean.
-        straggler: how many times as long one rank takes; 1 for no straggler.
+        hours_between_failures: mean GPU-hours between failures; infinite for no failures.
+        jitter: standard deviation of a rank's step time, divided by its mean.
+        straggler: slowdown of one slow rank; 1 for no straggler.
     """
 
     step: float
@@ -61,7 +62,7 @@ class Outcome:
 
     Attributes:
         seconds: time from the beginning to the end.
-        goodput: share of it in steps that were kept, each counted at `Run.step`.
+        goodput: fraction of this time in steps that were kept, each counted at `Run.step`.
         failures: number of failures.
         lost_steps: number of steps that were repeated.
     """
@@ -96,7 +97,7 @@ def simulate(run: Run, seed: int) -> Outcome:
             continue
 
         # The failure undoes the steps since the last checkpoint. A step that had ended when the
-        # failure came during its checkpoint is lost as well.
+        # failure came during its checkpoint is lost too.
         survived = int((saved <= next_failure).sum())
         kept = survived // run.interval * run.interval
         step_ended = saved[survived] - run.save * saves[survived] <= next_failure
@@ -113,8 +114,8 @@ def simulate(run: Run, seed: int) -> Outcome:
 def _step_seconds(run: Run, count: int, source: np.random.Generator) -> np.ndarray:
     """Draw the time of the slowest rank at each of some steps.
 
-    The largest of W normal values is the normal quantile of U^(1/W). So one draw suffices for any
-    number of ranks.
+    The largest of W normal values is the normal quantile of U^(1/W), where U is uniform. So one
+    draw is enough for any number of ranks.
     """
     slowest = np.zeros(count)
     if run.jitter:
@@ -140,7 +141,7 @@ def best_interval(run: Run) -> tuple[int, float]:
         The interval, and its mean goodput.
     """
     steps_between_failures = run.hours_between_failures * 3600 / run.ranks / run.step
-    # Beyond two mean times between failures, an interval hardly ever ends.
+    # An interval longer than two mean times between failures hardly ever ends.
     longest = min(run.steps, 2 * steps_between_failures)
     candidates = {max(1, round(longest / 2 ** (power / 2))) for power in range(_CANDIDATES)}
     goodputs = {}
@@ -157,7 +158,7 @@ def goodput(stage: dict[str, Any]) -> dict[str, float]:
         stage: the plan of distillation.
 
     Returns:
-        The goodput, also with one slow GPU, and the assumptions.
+        The goodput, the goodput with one slow GPU, and the assumptions.
     """
     save = stage["checkpoint_gib"] * 2**30 / (STORAGE_GB_PER_SECOND * 1e9)
     run = Run(
@@ -170,8 +171,8 @@ def goodput(stage: dict[str, Any]) -> dict[str, float]:
         hours_between_failures=GPU_HOURS_BETWEEN_FAILURES,
         jitter=_JITTER,
     )
-    # Where few of the simulated runs meet a failure, never to save would look best. Young's
-    # interval does not depend on what the seeds drew.
+    # If few of the simulated runs have a failure, it would look best never to save. Young's
+    # interval does not depend on the simulated failures.
     young = round(young_interval(save, run.ranks) / run.step)
     interval = min(best_interval(run)[0], max(1, young))
     chosen = replace(run, interval=interval)
@@ -187,7 +188,7 @@ def goodput(stage: dict[str, Any]) -> dict[str, float]:
 
 
 def young_interval(save_seconds: float, ranks: int) -> float:
-    """Compute the seconds between checkpoints that cost least, with what failures undo.
+    """Compute the interval in seconds at which checkpoints and repeated steps together cost least.
 
     This is sqrt(2 x time of a save x time between failures) (Young 1974).
     """

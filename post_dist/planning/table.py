@@ -33,7 +33,7 @@ _TOTALS = {
     "cached teacher signals, GiB": "teacher_signals_gib",
     "save every, s": "checkpoint_interval_seconds",
 }
-"""Titles of table rows, and where a stage has the number."""
+"""Titles of table rows, each with the place of its number in a stage's plan."""
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -43,7 +43,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         title=f"{plan['gpus']} x {plan['gpu']}, {plan['precision']}: a model, not a measurement"
     )
     table.add_column("", no_wrap=True)
-    # One column for each stage, so that a part stands in one row for all of them.
+    # One column for each stage, so that the rows compare the stages.
     for stage in stages:
         table.add_column(stage["stage"], justify="right", no_wrap=True)
     for title, cells in _plan_rows(stages).items():
@@ -87,7 +87,7 @@ def _plan_rows(stages: list[_Stage]) -> dict[str, list[str]]:
     def add(title: str, place: str) -> None:
         rows[title] = [_cell(_at(stage, place)) for stage in stages]
 
-    # From memory over traffic to time: what does not fit need not be fast.
+    # Memory comes first, then traffic, then time: a stage that does not fit need not be fast.
     for part in _parts(stages, "memory_gib"):
         add(f"{part.replace('_', ' ')}, GiB", f"memory_gib.{part}")
     for title, place in _LAYOUT.items():
@@ -113,7 +113,7 @@ def _parts(stages: list[_Stage], name: str) -> list[str]:
 
 
 def _at(stage: _Stage, place: str) -> Any:
-    """Look up a number at `name` or at `mapping.name`; None where the stage does not have it."""
+    """Return the number at `name` or at `mapping.name`, or None if the stage does not have it."""
     first, _, second = place.partition(".")
     value = stage.get(first)
     if not second:

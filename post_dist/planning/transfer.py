@@ -24,17 +24,17 @@ from post_dist.stages.transfer.conflicts import TransferModels
 
 _LOGIT_COPIES_OF_CLASSES = 3
 _LOGIT_COPIES_OF_VOCABULARY = 8
-"""Copies of the fp32 logits that live together, by what is compared."""
+"""Number of copies of the fp32 logits that exist at once, for classes and for the vocabulary."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that trains some prompts side by side.
+    """The estimate of a step that trains some prompts side by side.
 
     Attributes:
-        seconds: duration.
+        seconds: duration of the step.
         memory_gib: memory of one GPU by part.
-        numbers: its other numbers, by their names in the plan's JSON.
+        numbers: all other numbers, by their names in the plan's JSON.
     """
 
     seconds: float
@@ -48,9 +48,9 @@ class _Work:
 
     Attributes:
         by_classes: for each prompt, whether class scores are compared.
-        examples: examples of one prompt.
-        length: most tokens of an example, with its response.
-        response: most tokens of a response; 0 for classes.
+        examples: number of examples of one prompt.
+        length: maximum number of tokens of an example, with its response.
+        response: maximum number of tokens of a response; 0 for classes.
     """
 
     by_classes: Sequence[bool]
@@ -99,7 +99,7 @@ def _prompts(config: RunConfig) -> list[bool]:
     """Return, for each prompt that is transferred, whether class scores are compared."""
     own = config.transfer.scores == "classes"
     sources = config.inputs.source_prompt
-    # The prompts of several owners have no baselines: their private data is not here.
+    # The prompts of several owners have no baselines, because their private data are not here.
     if isinstance(sources, tuple):
         return [own] * len(sources)
     of_each_source = [own]
@@ -109,10 +109,10 @@ def _prompts(config: RunConfig) -> list[bool]:
 
 
 def _conflicts(inputs: PlanInputs) -> list[Conflict]:
-    """List what the stage refuses, and idle GPUs.
+    """List the settings that the stage refuses, and idle GPUs.
 
-    The plan knows the prompts of other owners only by their number, and the student by its layers.
-    So the prompts are taken to have the run file's own task, and the student the same tokenizer.
+    The plan knows only the number of other owners' prompts and the student's layers. So it assumes
+    that the prompts have the run file's own task, and that the student has the same tokenizer.
     """
     config = inputs.config
     machine = inputs.machine
@@ -143,7 +143,7 @@ def _work(inputs: PlanInputs, by_classes: Sequence[bool]) -> _Work:
 
 
 def _step(inputs: PlanInputs, work: _Work) -> _Step:
-    """Estimate a step. Each prompt has its own examples; one gathering of the target serves all."""
+    """Estimate a step. Each prompt has its own examples; the target is gathered once for all."""
     hardware = inputs.machine.hardware
     machine = inputs.machine
     target = inputs.models.teacher
@@ -202,7 +202,7 @@ def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:
 
 
 def _passed_bytes(inputs: PlanInputs, work: _Work, tokens: float) -> float:
-    """Compute the bytes that a step moves through a GPU's memory, beside matrix products."""
+    """Compute the bytes that a step moves through a GPU's memory, without matrix products."""
     target = inputs.models.teacher
     forward = cost.forward_pass_bytes(target, tokens, inputs.bytes_each)
     backward = cost.backward_pass_bytes(target, tokens, inputs.bytes_each)
@@ -215,7 +215,7 @@ def _memory(inputs: PlanInputs, work: _Work, tokens: float) -> dict[str, float]:
     Args:
         inputs: models and engine.
         work: what one rank runs.
-        tokens: tokens that the target's layers see.
+        tokens: number of tokens that the target's layers see.
     """
     engine = inputs.config.engine
     each = inputs.bytes_each
@@ -223,8 +223,7 @@ def _memory(inputs: PlanInputs, work: _Work, tokens: float) -> dict[str, float]:
     in_a_layer = cost.activation_elements(target, trained=False)
     # With checkpointing, only the input of each layer is kept, and one layer is recomputed.
     kept = target.width if engine.activation_checkpointing else in_a_layer
-    # Where the vocabulary is compared, logits of the unprompted target and of the student are alive
-    # as well.
+    # If the vocabulary is compared, logits of the unprompted target and of the student also exist.
     copies = 0
     for classes in work.by_classes:
         copies += _LOGIT_COPIES_OF_CLASSES if classes else _LOGIT_COPIES_OF_VOCABULARY

@@ -16,7 +16,7 @@ class _Prompt:
     """One prompt that is tuned.
 
     Attributes:
-        batch_size: examples of a step; in a private run, the expected number.
+        batch_size: number of examples in a step; in a private run, the expected number.
         steps: number of steps.
     """
 
@@ -28,7 +28,8 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     """Estimate prompt tuning: forward and backward passes of examples that share the prompt.
 
     Raises:
-        InputError: a privacy plan of the run file says too little, or no noise reaches its target.
+        InputError: a privacy plan of the run file lacks a number, or no noise multiplier reaches
+            its target epsilon.
     """
     config = inputs.config
     section = config.tune
@@ -97,7 +98,7 @@ def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:
     length = section.num_virtual_tokens + text + response
     micro = section.micro_batch_size_per_gpu
     kept = len(student.layers) * cost.activation_elements(student, trained=False)
-    # Three fp32 copies of the logits live together: themselves, their softmax and their gradient.
+    # Three fp32 tensors exist at once: the logits, their softmax and their gradient.
     logits = 3 * micro * (response or 1) * student.vocabulary * 4
     return {
         "student_weights": student.parameters * each / GIB,

@@ -3,7 +3,7 @@
 One object does both, so that drawing and accounting always match. To add a sampler:
 
 1. Write a class with the interface of `Sampler` here.
-2. Add its field to the section `privacy` of `config/schema.py`.
+2. Add its field to the section `privacy` in `config/privacy.py`.
 3. Choose it in `PrivacyPlan.sampler`.
 """
 

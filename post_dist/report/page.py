@@ -17,10 +17,10 @@ _TEMPLATE = "page.html.j2"
 
 
 def finished_evaluation(runs: Path) -> Path:
-    """Return the run folder of the newest evaluation among those of one run's stages.
+    """Return the folder of the newest finished evaluation of a run, such as `runs/demo`.
 
     Raises:
-        InputError: none is finished.
+        InputError: no evaluation is finished.
     """
     tables = list(runs.glob("evaluate-*/artifact/table.json"))
     if not tables:
@@ -28,7 +28,7 @@ def finished_evaluation(runs: Path) -> Path:
             f"{runs} holds no finished evaluation",
             "give the folder runs/NAME that `post-dist pipeline` has written",
         )
-    # A table with other settings has a folder of its own beside the older ones.
+    # An evaluation with other settings has a folder of its own, so there may be several.
     newest = max(tables, key=lambda path: path.stat().st_mtime)
     return newest.parent.parent
 
@@ -47,7 +47,7 @@ def write_report(evaluation: Path) -> Path:
     # Imported here: most commands write no page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # Names of tasks and of rows come from run files: they are escaped.
+    # Names of tasks and rows come from run files, so they are escaped.
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )

@@ -1,4 +1,4 @@
-"""The plots of the report page, as PNG images that the page holds within itself."""
+"""The plots of the report page, as PNG images that are embedded in the page."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _DOTS_PER_INCH = 110
 _CURVES = ("loss", "ce", "lm", "cos")
-"""What is drawn of a stage's metric log: the loss, and the terms of the distillation loss."""
+"""The metrics of a stage's log that are drawn: the loss, and the terms of the distillation loss."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Plot:
     """One image.
 
     Attributes:
-        name: what it shows, for readers who do not see it.
+        name: what the plot shows; the alternative text of the image.
         png: the image in base64.
     """
 
@@ -36,9 +36,9 @@ def page_plots(runs: Path, table: Mapping[str, Any]) -> list[Plot]:
 
     Args:
         runs: the folder of one run file, with a folder for each of its stages.
-        table: the object of the evaluation.
+        table: the table of the evaluation (see `read_table`).
     """
-    # The owner's metric logs have another name: a page may be shown to the other party.
+    # The owner's metric logs have another name and stay out: the other party may see the page.
     plots = [accuracy_plot(table)]
     for path in sorted(runs.glob("*/metrics.jsonl")):
         plots.append(loss_plot(path.parent.name, read_metric_log(path)))
@@ -76,7 +76,7 @@ def loss_plot(name: str, lines: Sequence[Mapping[str, Any]]) -> Plot:
 
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     axes = figure.subplots()
-    # Stages log different terms: each curve is drawn where the log has it.
+    # Stages log different terms, so a curve is drawn only if the log has it.
     steps = [line["step"] for line in lines]
     for key in _CURVES:
         if lines and key in lines[0]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDTH = 130
-"""Columns that the widest table takes, whatever the terminal's width."""
+"""Width of a printed table in characters. The widest table needs this many."""
 _CLASS_COLUMNS = {
     "accuracy %": "accuracy_micro",
     "95% interval": "interval_95",
@@ -42,7 +42,10 @@ def has_classes(table: Mapping[str, Any]) -> bool:
 
 
 def table_title(table: Mapping[str, Any]) -> str:
-    """Return the task and the split, and how often the test split was read if more than once."""
+    """Return a title with the task and the split.
+
+    If the test split was read more than once, the title says how often.
+    """
     title = f"{table['task']}, {table['split']} split"
     readings = table.get("test_readings", 1)
     if readings > 1:
@@ -96,7 +99,7 @@ def markdown_table(table: Mapping[str, Any]) -> str:
 
 
 def print_wide(table: "Table") -> None:
-    """Print a table whole, however narrow the terminal is."""
+    """Print a table at full width, even on a narrow terminal."""
     from rich.console import Console
 
     console = Console()

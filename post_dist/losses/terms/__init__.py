@@ -7,7 +7,7 @@ from post_dist.losses.terms.cross_entropy import LabelCrossEntropy
 from post_dist.losses.terms.kl import TeacherKl
 
 TERMS: tuple[Term, ...] = (TeacherKl(), LabelCrossEntropy(), HiddenCosine())
-"""All terms. To add one, list it here and add its weight to `Distill` in config/schema.py."""
+"""All terms. To add one, list it here and add its weight to `Distill` in config/stages.py."""
 
 # The two kinds are computed differently: piece by piece from the logits, or by autograd.
 LOGIT_TERMS = tuple(term for term in TERMS if isinstance(term, LogitTerm))

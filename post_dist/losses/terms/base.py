@@ -37,7 +37,7 @@ class Term:
     """One term of the distillation loss.
 
     To add a term, write its class in a file of this package, and list it in `TERMS`. Then add its
-    weight to the section `distill` in config/schema.py.
+    weight to the section `distill` in config/stages.py.
 
     Attributes:
         metric: name of the term in `metrics.jsonl` and in the student's manifest.

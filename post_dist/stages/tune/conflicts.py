@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Conflicts between a run file and a model that prevent prompt tuning."""
-=======
-"""The conflicts of prompt tuning: settings that do not suit the model or the device."""
->>>>>>> w-lang2
 
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
@@ -17,11 +13,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     Args:
         config: the run file.
         model: facts of the student, or of the target for the baseline of full prompt tuning.
-<<<<<<< HEAD
         layout: the ranks; only the device matters.
-=======
-        layout: the ranks. Only their device counts, because tuning runs in one process.
->>>>>>> w-lang2
 
     Returns:
         All conflicts.
@@ -29,15 +21,9 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     task = config.private_task
     if task is None or task.template is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-<<<<<<< HEAD
     # Tuning runs in one process without shards, so only the precision can conflict.
     found = precision_conflicts(config.engine, layout.device)
     # Private tuning pads every example of a masked model by at least one token.
-=======
-    # Tuning shards no model, so the precision is the only engine setting that matters.
-    found = precision_conflicts(config.engine, layout.device)
-    # In private tuning, every example of a masked model gets at least one token of padding.
->>>>>>> w-lang2
     private = any(section.enabled for section in config.all_privacy)
     padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding
