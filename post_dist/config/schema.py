@@ -191,7 +191,7 @@ class RunConfig(Section):
         without a transfer.
         """
         inputs = self.inputs
-        needs_no_transfer = self.teacher is None and not self.evaluate.baselines
+        needs_no_transfer = self.teacher is None and not self.evaluate.trains_on_teacher
         # Whether an input replaces the stage.
         given = {
             "distill": bool(inputs.student),
@@ -212,7 +212,8 @@ class RunConfig(Section):
         # A dict keeps the order and holds each section once.
         read = dict.fromkeys(section for stage in stages for section in STAGE_SECTIONS[stage])
         trains_on_teacher = "distill" in stages or "transfer" in stages
-        if not trains_on_teacher and not self.evaluate.baselines and not self.inputs.target_prompt:
+        trains_on_teacher = trains_on_teacher or self.evaluate.trains_on_teacher
+        if not trains_on_teacher and not self.inputs.target_prompt:
             read.pop("teacher", None)
         missing = [section for section in read if getattr(self, section) is None]
         if missing:

@@ -180,3 +180,8 @@ class Evaluate(Section):
     """Table rows that need a training run of their own. Default: none of them."""
     private_rows: tuple[PositiveFloat, ...] = ()
     """Target epsilons. For each of them a prompt is tuned and transferred, and gets table rows."""
+
+    @property
+    def trains_on_teacher(self) -> bool:
+        """Whether a baseline trains a prompt on the large LLM; all of today's do."""
+        return bool(self.baselines)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from post_dist.models import families
+from post_dist.models.agreement import agree
 from post_dist.models.last_layer import run_at
-from post_dist.models.model_checks import agree
 from post_dist.models.shared_prompt import PACKABLE, Packing
 from post_dist.runtime.zero import gathered
 

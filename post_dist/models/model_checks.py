@@ -3,27 +3,13 @@
 Shapes: T tokens.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from transformers import PretrainedConfig
 
 from post_dist.errors import InputError
+from post_dist.models.agreement import agree
 from post_dist.models.families import scales_logits
-
-if TYPE_CHECKING:  # language_model imports this file
-    from post_dist.models.language_model import LanguageModel
-
-_RELATIVE_TOLERANCE = 1e-2
-"""Relative difference that rounding in bf16 explains. A real difference is far larger."""
-
-
-def agree(ours: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether two results of a model are equal up to rounding in half precision."""
-    largest = float(expected.abs().max())
-    return torch.allclose(
-        ours, expected, rtol=_RELATIVE_TOLERANCE, atol=_RELATIVE_TOLERANCE * largest
-    )
+from post_dist.models.language_model import LanguageModel
 
 
 def check_no_scale(config: PretrainedConfig) -> None:
@@ -39,7 +25,7 @@ def check_no_scale(config: PretrainedConfig) -> None:
         raise _changed_logits(config.get_text_config().model_type)
 
 
-def check_split(model: "LanguageModel") -> None:
+def check_split(model: LanguageModel) -> None:
     """Check that trunk and head, run separately, give the same logits as the model's own forward.
 
     Raises:
@@ -54,7 +40,7 @@ def check_split(model: "LanguageModel") -> None:
         raise _changed_logits(type(model.model).__name__)
 
 
-def check_documents_apart(model: "LanguageModel") -> None:
+def check_documents_apart(model: LanguageModel) -> None:
     """Check that a document gives the same outputs after another document and at the front.
 
     All ranks of a sharded model must call it together.

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DOTS_PER_INCH = 110
-_CURVES = ("loss", "ce", "lm", "cos")
-"""The metrics of a stage's log that are drawn: the loss, and the terms of the distillation loss."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,15 @@ def loss_plot(name: str, lines: Sequence[Mapping[str, Any]]) -> Plot:
     """Draw the loss of a stage, and its terms, against the step."""
     from matplotlib.figure import Figure
 
+    from post_dist.losses.terms import METRIC_LABELS  # loads torch
+
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     axes = figure.subplots()
     # Stages log different terms, so a curve is drawn only if the log has it.
     steps = [line["step"] for line in lines]
-    for key in _CURVES:
-        if lines and key in lines[0]:
-            axes.plot(steps, [line[key] for line in lines], label=key)
+    for metric, label in METRIC_LABELS.items():
+        if lines and metric in lines[0]:
+            axes.plot(steps, [line[metric] for line in lines], label=label)
     axes.set_title(name, fontsize=10)
     axes.set_xlabel("step")
     axes.legend()

@@ -439,8 +439,8 @@ MUTANTS = [
     Mutant(
         "first of two labels kept",
         "data.tasks",
-        "if text not in disputed",
-        "",
+        "del answer_of[text]",
+        "pass",
         "one_row_of_the_file_is_one_example_at_most",
     ),
     Mutant(

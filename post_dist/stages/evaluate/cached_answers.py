@@ -68,6 +68,9 @@ class CachedAnswers:
         cache: folder for the answers.
         batch_size: number of examples in a rank's forward pass.
         world: the ranks.
+
+    Attributes:
+        examples: the examples of the split, with their classes or responses.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class CachedAnswers:
         # Answers depend on the prompt's values, not on the text that it was initialized from.
         task = PromptTask.of_section(split.task, init_text="")
         self._reader = TaskReader(task, self._tokenizer, masked=evaluated.model.masked)
-        self._examples = split.examples
+        self.examples = split.examples
         self._encoded = self._reader.encode(split.examples.texts)
         # Path and name of the task do not change the answers, so they are not part of the key.
         settings = split.task.model_dump(mode="json", exclude={"path", "name"})
@@ -136,13 +139,13 @@ class CachedAnswers:
             The result of `classification_metrics` or `response_metrics`.
         """
         if not self.generates:
-            return classification_metrics(answers.numpy(), np.array(self._examples.classes))
+            return classification_metrics(answers.numpy(), np.array(self.examples.classes))
         # The wanted responses are text, so the tokens are decoded.
         responses = []
         for tokens in answers.tolist():
             generated = [token for token in tokens if token != NO_TOKEN]
             responses.append(str(self._tokenizer.decode(generated)))
-        return response_metrics(responses, self._examples.responses)
+        return response_metrics(responses, self.examples.responses)
 
     def _compute(self, prompt: SoftPromptArtifact | None, label: str) -> torch.Tensor:
         prompt_nd = None if prompt is None else prompt.embeddings.to(self._world.device)
