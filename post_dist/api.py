@@ -22,6 +22,7 @@ Importing this module does not load torch. Errors that a user can fix are raised
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import EnvironmentFault, Interrupted
+from post_dist.runtime.launcher import remove_launcher_variables
 from post_dist.runtime.ranks import join_ranks, leave_ranks
 from post_dist.runtime.stop import listening
 from post_dist.runtime.watchdog import rest
@@ -413,6 +415,8 @@ def _with_stages(
         finally:
             # Otherwise the watchdog would end a notebook that waits between two cells.
             rest()
+            if world.launcher == "none":
+                remove_launcher_variables(os.environ)
 
 
 def _student_result(folder: "RunFolder") -> StudentResult:

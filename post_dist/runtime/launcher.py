@@ -1,7 +1,7 @@
 """Find out which launcher started this process, by the environment variables that it sets."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from post_dist.errors import EnvironmentFault
 
@@ -73,3 +73,13 @@ def _checked_world_size(environment: Mapping[str, str]) -> int:
     if not 0 <= rank < size:
         raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
     return size
+
+
+def remove_launcher_variables(environment: MutableMapping[str, str]) -> None:
+    """Remove the variables of `environment_of_one_process` again.
+
+    A process that is started later, such as `post-dist` from a notebook, would take them for its
+    own and join a group that is not its own.
+    """
+    for name in _TORCHRUN:
+        environment.pop(name, None)

@@ -1,6 +1,7 @@
 """The Python API on small models: the notebook's script, interruptions, and two ranks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def test_results_are_typed_and_a_finished_stage_gives_the_same(tmp_path: Path) -
     assert "zero-shot" in str(evaluation)
     assert post_dist.distill(config) == student
     assert watchdog._Watch.paused, "a notebook that waits for its user does not hang"
+    assert "MASTER_PORT" not in os.environ, "a command from the notebook has a group of its own"
 
 
 def test_ctrl_c_saves_and_the_next_call_resumes(tmp_path: Path) -> None:
