@@ -86,13 +86,16 @@ def test_ctrl_c_saves_and_the_next_call_resumes(tmp_path: Path) -> None:
 
 
 TWO_STAGES = """
+import os
 import sys
+from pathlib import Path
 import torch
 import post_dist
 config = post_dist.load_run(sys.argv[1])
 student = post_dist.distill(config)
 prompt = post_dist.tune(config)
-print(student.artifact, prompt.artifact, flush=True)
+result = Path(sys.argv[2], f"rank{os.environ['RANK']}.txt")
+result.write_text(f"{student.artifact} {prompt.artifact}")
 torch.distributed.destroy_process_group()
 """
 
@@ -103,13 +106,13 @@ def test_all_ranks_of_a_launcher_get_the_results(tmp_path: Path) -> None:
     script.write_text(TWO_STAGES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, "--master-port=29671", script, run],
+        [*launcher, "--master-port=29671", script, run, tmp_path],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, other = done.stdout.splitlines()
-    assert one == other
+    one = (tmp_path / "rank0.txt").read_text()
+    assert one == (tmp_path / "rank1.txt").read_text()
     assert [Path(path).is_dir() for path in one.split()] == [True, True]
