@@ -340,7 +340,7 @@ def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     assert room_conflicts("the model", model.context_length, 28, 100) == []
     (conflict,) = room_conflicts("the model", model.context_length, 40, 100)
-    assert "do not fit into the context of the model (128)" in conflict.message
+    assert f"the context of the model ({model.context_length})" in conflict.message
 
 
 @pytest.mark.parametrize(
