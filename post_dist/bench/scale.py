@@ -125,7 +125,7 @@ def write_scale(path: Path, measured: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _StepSplit:
-    """Where the time of one step goes.
+    """The time of one step by its parts.
 
     Attributes:
         seconds_WP: seconds of each part, in the order of `_PARTS`, on each rank.

@@ -42,7 +42,7 @@ _RUNS: dict[Command, Callable[[RunConfig], object]] = {
 
 @dataclass(frozen=True)
 class RunSource:
-    """Where a job reads its settings from.
+    """The source of a job's settings.
 
     Attributes:
         path: absolute path of the run file.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from post_dist.data.seeded import seeded_generator
+
 NO_LABEL = -100
 """Marks a position without a label, as in torch and transformers."""
 
@@ -14,8 +16,6 @@ _MASKED = 0.8
 """Fraction of the chosen tokens that become the mask token (BERT's rule)."""
 _MASKED_OR_REPLACED = 0.9
 """The next tenth becomes random tokens, and the last tenth stays unchanged (BERT's rule)."""
-_SEED_FACTOR = 1_000_003
-"""A prime. It keeps different pairs of seed and place from giving the same generator."""
 
 
 def next_token_labels(input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Masking:
         self, input_ids_T: torch.Tensor, place: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The order of these draws must not change, or a seed would give other masks.
-        generator = torch.Generator().manual_seed(self._seed * _SEED_FACTOR + place)
+        generator = seeded_generator(self._seed, place)
         count = max(1, round(self._fraction * len(input_ids_T)))
         chosen = torch.rand(input_ids_T.shape, generator=generator).topk(count).indices
         draw = torch.rand(count, generator=generator)

@@ -40,9 +40,9 @@ class Reached(Section):
     """The fraction of each peak rate that a program reaches."""
 
     compute: ReachedShare
-    """Of `teraflops`."""
+    """Fraction of `teraflops`."""
     memory: ReachedShare
-    """Of `memory_gb_per_second`."""
+    """Fraction of `memory_gb_per_second`."""
     node: ReachedShare
     """Of the rate of the link `node`."""
     network: ReachedShare

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from post_dist.config.schema import Distill, Student
+from post_dist.data.seeded import seeded_generator
 from post_dist.losses.signals import (
     TeacherSignal,
     project_teacher,
@@ -24,9 +25,6 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.zero import gathered
 from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
-
-_SEED_FACTOR = 1_000_003
-"""A prime. It keeps different pairs of seed and sequence from giving the same generator."""
 
 
 class SignalMaker:
@@ -111,7 +109,7 @@ class SignalMaker:
 
     def _uniform(self, number: int, length: int) -> torch.Tensor:
         """Draw one uniform number for each token of the sequence with this number."""
-        generator = torch.Generator().manual_seed(self._seed * _SEED_FACTOR + number)
+        generator = seeded_generator(self._seed, number)
         return torch.rand(length, generator=generator)
 
 
