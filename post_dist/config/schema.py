@@ -220,6 +220,17 @@ class RunConfig(Section):
             plural = "s" if len(missing) > 1 else ""
             raise InputError(f"the run file lacks the section{plural} {', '.join(missing)}")
 
+    def need_task(self, role: Literal["private_task", "public_task"]) -> Task:
+        """Return the section of a task.
+
+        Raises:
+            InputError: the run file lacks it.
+        """
+        task: Task | None = getattr(self, role)
+        if task is None:
+            raise InputError(f"the run file lacks the section {role}")
+        return task
+
     def view(self, stage: Stage) -> "RunConfig":
         """Return the run file without the sections that `stage` does not read."""
         kept = {name: getattr(self, name) for name in (*_GENERAL_FIELDS, *STAGE_SECTIONS[stage])}

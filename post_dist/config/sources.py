@@ -43,6 +43,11 @@ class DataSource(Section):
     max_rows: PositiveInt | None = None
     """Maximum number of examples. Default: all."""
 
+    @property
+    def text_columns(self) -> list[str]:
+        """Names of the columns in `text`, in order."""
+        return placeholders(self.text)
+
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
         if (self.path is None) == (self.hub is None):

@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus as CorpusSection
-from post_dist.config.sources import placeholders
 from post_dist.data.order import RankBatch, rank_batches, shuffled_rows
-from post_dist.data.sources import read_columns, texts_of
+from post_dist.data.sources import read_rows
 from post_dist.errors import InputError
 from post_dist.files import write_file
 from post_dist.runtime.distributed import World
@@ -139,9 +138,10 @@ def build_corpus(
         InputError: the text is too short.
     """
     # Every rank would do the same work, so rank 0 tokenizes and the others wait.
-    world.on_main(partial(_write_packed, section, tokenizer, path))
-    separator = _separator(tokenizer) if section.separate_documents else None
-    corpus = Corpus(path, section.held_out_sequences, seed, separator)
+    separator = _separator(tokenizer)
+    world.on_main(partial(_write_packed, section, tokenizer, separator, path))
+    kept_apart = separator if section.separate_documents else None
+    corpus = Corpus(path, section.held_out_sequences, seed, kept_apart)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -151,11 +151,13 @@ def build_corpus(
     return corpus
 
 
-def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def _write_packed(
+    section: CorpusSection, tokenizer: PreTrainedTokenizerBase, separator: int, path: Path
+) -> None:
     if path.exists():
         return
     # A later start reads this file, so its text cannot differ from that of the first start.
-    sequences = _pack(section, tokenizer)
+    sequences = _pack(section, tokenizer, separator)
     if len(sequences) <= section.held_out_sequences:
         raise InputError(
             f"corpus: the text makes {len(sequences)} sequences, "
@@ -165,14 +167,13 @@ def _write_packed(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, pa
     write_file(path, lambda file: np.save(file, sequences))
 
 
-def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, separator: int) -> np.ndarray:
     """Return the packed sequences of the text as int32, one in each row."""
     with unwatched("reading the corpus"):
-        table = read_columns(section, placeholders(section.text), section.hub_split, "corpus")
-    texts = texts_of(table, section.text)[: section.max_rows]
+        rows = read_rows(section, section.hub_split, "corpus")
+    texts = rows.texts[: section.max_rows]
 
     # An array takes four bytes for each token, a list of Python integers nine times as many.
-    separator = _separator(tokenizer)
     parts: list[np.ndarray] = []
     wanted = section.max_tokens or float("inf")
     made = 0

@@ -3,8 +3,8 @@
 The label column is never read, so the provider's stage sees no labels.
 """
 
-from post_dist.config.sources import Task, placeholders
-from post_dist.data.sources import read_columns, texts_of
+from post_dist.config.sources import Task
+from post_dist.data.sources import read_rows
 from post_dist.errors import InputError, PrivacyRefused
 
 
@@ -28,20 +28,11 @@ def load_public_texts(task: Task, where: str) -> tuple[list[str], list[str]]:
             f"{where} is private; the provider's stages read public text alone",
             "give a task with `visibility: public`",
         )
-    # A text may be composed of several columns. The column of responses may be one of them.
-    columns = placeholders(task.text)
-    if task.response_column:
-        columns.append(task.response_column)
-    without_repeats = list(dict.fromkeys(columns))
-    table = read_columns(task, without_repeats, task.hub_split, where)
-
+    rows = read_rows(task, task.hub_split, where, task.response_column)
     # For a text with several responses, the first one is kept.
-    texts = texts_of(table, task.text)
-    responses = [""] * len(texts)
-    if task.response_column:
-        responses = table[task.response_column].map(str).tolist()
+    responses = rows.answers or [""] * len(rows.texts)
     response_of: dict[str, str] = {}
-    for text, response in zip(texts, responses, strict=True):
+    for text, response in zip(rows.texts, responses, strict=True):
         if text:
             response_of.setdefault(text, response.strip())
     if not response_of:

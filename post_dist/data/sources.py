@@ -8,13 +8,14 @@ To add a file type, write a function and add a line to `_READERS`.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pyarrow import parquet
 
-from post_dist.config.sources import DataSource, placeholders
+from post_dist.config.sources import DataSource
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
@@ -54,22 +55,39 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 """The reader of each file type. A reader raises ValueError for a file that is not of its type."""
 
 
-def read_columns(
-    source: DataSource, columns: list[str], hub_split: str, where: str
-) -> pd.DataFrame:
-    """Read the named columns of a source, and drop rows with a missing value.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source that have no missing value.
+
+    Attributes:
+        texts: the text of each row, composed from its columns.
+        answers: the value in the answer column of each row; empty if no answers were read.
+    """
+
+    texts: list[str]
+    answers: list[str]
+
+
+def read_rows(
+    source: DataSource, hub_split: str, where: str, answer_column: str | None = None
+) -> Rows:
+    """Read the texts of a source, and drop rows with a missing value.
 
     Args:
-        source: the file or hub data set.
-        columns: names of the columns to read.
+        source: the file or hub data set. Its field `text` says how a text is composed.
         hub_split: split of a hub data set; a file is always read whole.
         where: the run file's section, for messages.
+        answer_column: column of labels or responses; None reads only texts.
 
     Raises:
         InputError: the file or a column is missing, or no row is left. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
     table = _read_table(source, hub_split, where)
+    names = source.text_columns
+    columns = list(names)
+    if answer_column is not None:
+        columns.append(answer_column)
     for column in columns:
         if column not in table.columns:
             raise InputError(
@@ -77,25 +95,17 @@ def read_columns(
                 f"columns: {', '.join(map(str, table.columns))}",
             )
     # An example without text or label cannot be used.
-    table = table[columns].dropna()
+    table = table.dropna(subset=columns)
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
-    return table
 
-
-def texts_of(table: pd.DataFrame, text: str) -> list[str]:
-    """Return the text of each row, composed from its columns.
-
-    Args:
-        table: the columns that `text` names.
-        text: format of the text, such as '{title} {content}'.
-    """
     # Values are converted to strings first, so 30 and "30" give the same text.
-    names = placeholders(text)
     texts = []
     for values in table[names].map(str).itertuples(index=False):
-        texts.append(text.format(**dict(zip(names, values, strict=True))).strip())
-    return texts
+        texts.append(source.text.format(**dict(zip(names, values, strict=True))).strip())
+    if answer_column is None:
+        return Rows(texts, [])
+    return Rows(texts, table[answer_column].map(str).tolist())
 
 
 def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:

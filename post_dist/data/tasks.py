@@ -6,8 +6,8 @@ The provider's stages do not import this file.
 import hashlib
 from dataclasses import dataclass
 
-from post_dist.config.sources import Task, placeholders
-from post_dist.data.sources import read_columns, texts_of
+from post_dist.config.sources import Task
+from post_dist.data.sources import read_rows
 from post_dist.errors import InputError
 
 
@@ -43,16 +43,12 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             the number of the row, and never its contents.
     """
     answer_column = task.response_column or task.label_column
-    # The text may also use the answer column, but each column is read once.
-    columns = list(dict.fromkeys([*placeholders(task.text), answer_column]))
-    table = read_columns(task, columns, _hub_split(task, split), where)
-    texts = texts_of(table, task.text)
-    written_answers = table[answer_column].map(str).tolist()
+    rows = read_rows(task, _hub_split(task, split), where, answer_column)
 
     # Rows of other splits are checked too, so every run finds a wrong label.
     answer_of: dict[str, int | str] = {}
     disputed = set()
-    for row, (text, written) in enumerate(zip(texts, written_answers, strict=True), start=1):
+    for row, (text, written) in enumerate(zip(rows.texts, rows.answers, strict=True), start=1):
         answer = _answer(task, written, row, where)
         if not text or not _belongs(task, text, split):
             continue

@@ -59,11 +59,13 @@ class ModelSettings:
     """Settings with which a model is created.
 
     Attributes:
+        config: the model's own configuration.
         auto_class: class of transformers for causal or for masked language models.
         masked: whether the model is a masked language model.
         arguments: keyword arguments for `from_pretrained` or `from_config`.
     """
 
+    config: PretrainedConfig
     auto_class: Any
     masked: bool
     arguments: dict[str, Any]
@@ -192,12 +194,14 @@ def model_settings(folder: Path, precision: Precision, device: torch.device) -> 
     Raises:
         InputError: the folder does not hold a model.
     """
-    masked = is_masked(load_config(folder))
+    config = load_config(folder)
+    masked = is_masked(config)
     # On a CPU, fused attention in bf16 has a backward pass six times slower than plain matrix
     # products (measured with a batch of 16 x 40). On other devices transformers chooses: fused
     # attention in families that have it, so not in Gemma 2 and BLOOM.
     attention = "eager" if device.type == "cpu" else None
     return ModelSettings(
+        config=config,
         auto_class=AutoModelForMaskedLM if masked else AutoModelForCausalLM,
         masked=masked,
         arguments={

@@ -26,7 +26,7 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import check_none_missing, load_config, load_whole, model_settings
+from post_dist.models.load import check_none_missing, load_whole, model_settings
 from post_dist.models.model_checks import check_no_scale
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World
@@ -71,11 +71,10 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
 def _load_shards(
     folder: Path, engine: Engine, precision: Precision, group: ShardGroup, device: torch.device
 ) -> LanguageModel:
-    config = load_config(folder)
-    check_no_scale(config)
+    settings = model_settings(folder, precision, device)
+    check_no_scale(settings.config)
     largest_shard = math.ceil(_largest_weight(folder) / group.size)
     zero_settings = frozen_settings(engine, precision, largest_shard)
-    settings = model_settings(folder, precision, device)
 
     # `from_config` can open zero.Init itself, but only for all ranks and not for a group. The dtype
     # comes only from DeepSpeed's settings, because DeepSpeed 0.19.8 turns any argument `dtype` into
@@ -87,7 +86,7 @@ def _load_shards(
     # was then 2.6 shards instead of 1.5.
     with memory_given_back_at_once():
         with no_init_weights(), prevent_arange_dtype_change(), created_in_shards:
-            model = settings.auto_class.from_config(config, **settings.arguments)
+            model = settings.auto_class.from_config(settings.config, **settings.arguments)
         model.tie_weights()
         _fill(model, folder, reads=group.reads)
     language_model = LanguageModel(model, masked=settings.masked).eval()

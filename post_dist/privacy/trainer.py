@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from post_dist.config.schema import RunConfig
-from post_dist.errors import InputError
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.gradients import micro_gradients
 from post_dist.privacy.ledger import LedgerRun
@@ -106,11 +105,8 @@ class PrivateTrainer:
             InputError: the data have no validation examples.
             Interrupted: the run was asked to stop.
         """
-        section = self.config.private_task
-        if section is None:
-            raise InputError("the run file lacks the section private_task", "add it")
         # Read the examples for each trial, so that they are in memory only while it is scored.
-        validation = validation_task(self.task, section)
+        validation = validation_task(self.task, self.config.need_task("private_task"))
         size = self.config.tune.micro_batch_size_per_gpu
         return count_right(validation, parameters, size, self.run.world)
 

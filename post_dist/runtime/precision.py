@@ -6,8 +6,6 @@ import torch
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
-from post_dist.conflicts import raise_conflicts
-from post_dist.runtime.shard_group import precision_conflicts
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +19,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 def choose_precision(engine: Engine, device: torch.device) -> Precision:
     """Resolve `engine.precision` for a device; `auto` is bf16 on devices with bf16 instructions.
 
-    Raises:
-        InputError: fp16 on a CPU.
+    `precision_conflicts` says which precisions a device does not support.
     """
-    raise_conflicts("engine", precision_conflicts(engine, device.type))
     if engine.precision != "auto":
         return engine.precision
     has_bf16 = _has_bf16_instructions(device)

@@ -3,13 +3,14 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest
+from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
@@ -23,16 +24,16 @@ from post_dist.models.load import is_masked, load_config, load_tokenizer, model_
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.watchdog import unwatched
-from post_dist.stages.distill.stage import distill
+from post_dist.stages.distill.stage import distill, refuse_distillation
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
     TargetPrompt,
     TransferredPrompt,
     target_prompts,
 )
-from post_dist.stages.evaluate.stage import ModelFolders, PromptFolders, evaluate
-from post_dist.stages.transfer.stage import TransferRequest, transfer
-from post_dist.stages.tune.stage import tune
+from post_dist.stages.evaluate.stage import ModelFolders, PromptSet, evaluate, refuse_evaluation
+from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer, transfer
+from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +83,10 @@ class Pipeline:
         self._config.need("distill")
         inputs = {"teacher": self._teacher_digest, "corpus": self._data_digest("corpus")}
         folder = run_folder(self._config, "distill", inputs)
-
-        def run(unfinished: Sequence[RunFolder]) -> None:
-            distill(folder, self.teacher, self._teacher_digest, self._world, self._resume)
-
-        self._run([folder], run)
+        if self._unfinished([folder]):
+            refuse_distillation(folder.config, self.teacher, self._world)
+            with self._running([folder]):
+                distill(folder, self.teacher, self._teacher_digest, self._world, self._resume)
         return folder
 
     def tune(self) -> RunFolder:
@@ -126,7 +126,9 @@ class Pipeline:
         }
         if config.teacher is None:
             models = ModelFolders(self.student, None)
-            prompts = [PromptFolders(variant.label, variant.source, {}) for variant in variants]
+            prompts = [
+                PromptSet(variant.label, read_prompt(variant.source), {}) for variant in variants
+            ]
         else:
             models = ModelFolders(self.student, self.teacher)
             prompts = self._with_target_prompts(variants)
@@ -134,11 +136,10 @@ class Pipeline:
 
         # The signature holds the digest of every prompt, so other prompts give another table.
         folder = run_folder(config, "evaluate", inputs | _prompt_digests(prompts))
-
-        def run(unfinished: Sequence[RunFolder]) -> None:
-            evaluate(folder, models, prompts, inputs, self._world)
-
-        self._run([folder], run)
+        if self._unfinished([folder]):
+            refuse_evaluation(folder.config, models, prompts, self._world)
+            with self._running([folder]):
+                evaluate(folder, models, prompts, inputs, self._world)
         return folder
 
     def everything(self) -> RunFolder:
@@ -176,7 +177,7 @@ class Pipeline:
             variants.append(PromptVariant(f", epsilon {epsilon:g}", with_epsilon, prompt))
         return variants
 
-    def _with_target_prompts(self, variants: Sequence[PromptVariant]) -> list[PromptFolders]:
+    def _with_target_prompts(self, variants: Sequence[PromptVariant]) -> list[PromptSet]:
         """Find or make the prompts on the target that the rows of the table need."""
         needed = []
         for variant in variants:
@@ -196,7 +197,9 @@ class Pipeline:
         }
 
         # Collect the prompts of each variant: transferred, given, or tuned on the target.
-        found: dict[str, dict[str, Path]] = {variant.label: {} for variant in variants}
+        found: dict[str, dict[str, SoftPromptArtifact]] = {
+            variant.label: {} for variant in variants
+        }
         for prompt in needed:
             place = (prompt.variant.label, prompt.row)
             if place in transferred:
@@ -205,9 +208,9 @@ class Pipeline:
                 artifact = prompt.plan.folder
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
-            found[prompt.variant.label][prompt.row] = artifact
+            found[prompt.variant.label][prompt.row] = read_prompt(artifact)
         return [
-            PromptFolders(variant.label, variant.source, found[variant.label])
+            PromptSet(variant.label, read_prompt(variant.source), found[variant.label])
             for variant in variants
         ]
 
@@ -215,33 +218,30 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        return self._tune(config, self.student, self._student_digest, "the student", label="")
+        student = TunedModel(self.student, self._student_digest, "the student")
+        return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the target, for the baseline of full prompt tuning."""
-        return self._tune(config, self.teacher, self._teacher_digest, "the target", label="target")
+        target = TunedModel(self.teacher, self._teacher_digest, "the target")
+        return self._tune(config, target, label="target")
 
-    def _tune(
-        self, config: RunConfig, model: Path, model_digest: str, model_name: str, *, label: str
-    ) -> RunFolder:
+    def _tune(self, config: RunConfig, model: TunedModel, *, label: str) -> RunFolder:
         """Find or tune a prompt on a model.
 
         Args:
             config: the run file, with the privacy plan of this prompt.
-            model: folder of the model.
-            model_digest: digest of the model.
-            model_name: name of the model in the prompt's adapter configuration and card.
+            model: the model.
             label: part of the name of the run's folder.
         """
         config.need("tune")
-        inputs = {"model": model_digest, "private_task": self._data_digest("private_task")}
+        inputs = {"model": model.digest, "private_task": self._data_digest("private_task")}
         folder = run_folder(config, "tune", inputs, label=label)
-
-        def run(unfinished: Sequence[RunFolder]) -> None:
-            parents = {"model": model_digest}
-            tune(folder, model, parents, model_name, self._world, self._resume)
-
-        self._run([folder], run)
+        if self._unfinished([folder]):
+            refuse_tuning(folder.config, model.folder, self._world)
+            private_task = config.need_task("private_task")
+            with self._running([folder]):
+                tune(folder, private_task, model, self._world, self._resume)
         return folder
 
     def _transfer(self, wanted: Sequence[tuple[RunConfig, Path]]) -> list[RunFolder]:
@@ -265,23 +265,18 @@ class Pipeline:
         }
         requests = []
         for config, prompt in wanted:
-            source_digest = read_manifest(prompt, "soft prompt").digest
-            folder = run_folder(config, "transfer", inputs | {"source prompt": source_digest})
-            requests.append(TransferRequest(folder, prompt))
+            source = read_prompt(prompt)
+            digests = inputs | {"source prompt": source.manifest.digest}
+            requests.append(TransferRequest(run_folder(config, "transfer", digests), source))
 
         # Two rows of a table may need the same prompt. It is trained once.
         by_folder = {request.folder.path: request for request in requests}
-
-        def run(unfinished: Sequence[RunFolder]) -> None:
-            transfer(
-                [by_folder[folder.path] for folder in unfinished],
-                self.teacher,
-                self.student,
-                self._world,
-                self._resume,
-            )
-
-        self._run([request.folder for request in by_folder.values()], run)
+        unfinished = self._unfinished([request.folder for request in by_folder.values()])
+        if unfinished:
+            missing = [by_folder[folder.path] for folder in unfinished]
+            refuse_transfer(missing, self.teacher, self.student, self._world)
+            with self._running(unfinished):
+                transfer(missing, self.teacher, self.student, self._world, self._resume)
         return [request.folder for request in requests]
 
     # Inputs of the stages, each with a digest for the signatures.
@@ -331,14 +326,11 @@ class Pipeline:
             return f"{source.hub}@{source.revision}"
         return self._world.on_main(partial(_digest_of_file, source.path, section))
 
-    def _run(
-        self, folders: Sequence[RunFolder], stage: Callable[[Sequence[RunFolder]], None]
-    ) -> None:
-        """Run a stage for each of its folders that is not finished.
+    def _unfinished(self, folders: Sequence[RunFolder]) -> list[RunFolder]:
+        """Return the folders whose stage still has to run.
 
         Args:
-            folders: one folder for each signature.
-            stage: runs the stage for a list of folders.
+            folders: folders of one stage, one for each signature.
 
         Raises:
             InputError: a folder is not finished, and this command may not run its stage.
@@ -355,31 +347,36 @@ class Pipeline:
                     f"{folder.stage} is not finished for these settings ({folder.path})",
                     f"run `post-dist {folder.stage}` first, or give its artifact in `inputs`",
                 )
-        if not unfinished:
-            return
+        return unfinished
 
+    @contextmanager
+    def _running(self, folders: Sequence[RunFolder]) -> Iterator[None]:
+        """Hold the folders while a stage runs in them, and write its log there.
+
+        The folders are made only now, so a stage that was refused leaves nothing behind.
+        """
         start = time.monotonic()
         with ExitStack() as held:
-            for folder in unfinished:
+            for folder in folders:
                 self._world.on_main(partial(held.enter_context, folder.held()))
                 held.enter_context(log_file(folder.path, self._world.rank))
                 log.info("%s starts in %s", folder.stage, folder.path)
-            stage(unfinished)
-            log.info("%s is done in %.0f s", unfinished[0].stage, time.monotonic() - start)
+            yield
+            log.info("%s is done in %.0f s", folders[0].stage, time.monotonic() - start)
             # A finished stage never resumes, so its checkpoints are deleted.
             if self._world.is_main:
-                for folder in unfinished:
+                for folder in folders:
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _prompt_digests(prompts: Sequence[PromptFolders]) -> dict[str, str]:
+def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
     """Return the digest of every prompt of a table, by the name of its row."""
-    paths: dict[str, Path] = {}
-    for folders in prompts:
-        paths["source" + folders.label] = folders.source
-        for row, path in folders.on_target.items():
-            paths[row + folders.label] = path
-    return {name: read_manifest(path, "soft prompt").digest for name, path in paths.items()}
+    digests = {}
+    for prompt_set in prompts:
+        digests["source" + prompt_set.label] = prompt_set.source.manifest.digest
+        for row, prompt in prompt_set.on_target.items():
+            digests[row + prompt_set.label] = prompt.manifest.digest
+    return digests
 
 
 def _digest_of_student(folder: Path, *, given: bool) -> str:

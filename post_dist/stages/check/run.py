@@ -13,15 +13,14 @@ from pathlib import Path
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
-from post_dist.config.sources import DataSource, Task, placeholders
+from post_dist.config.sources import DataSource, Task
 from post_dist.conflicts import Conflict, Layout
 from post_dist.data.public_text import load_public_texts
-from post_dist.data.sources import read_columns
+from post_dist.data.sources import read_rows
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
-from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.models import CheckedModel, read_model, same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
 from post_dist.stages.check.task import bind_template, label_tokens
@@ -151,10 +150,7 @@ class _Check:
         corpus = config.corpus
         if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
             return
-        columns = placeholders(corpus.text)
-        self.findings.attempt(
-            "distill", lambda: read_columns(corpus, columns, corpus.hub_split, "corpus")
-        )
+        self.findings.attempt("distill", lambda: read_rows(corpus, corpus.hub_split, "corpus"))
 
     def _check_tune(self) -> None:
         config = self.config
@@ -202,10 +198,8 @@ class _Check:
 
     def _check_evaluate(self) -> None:
         config = self.config
-        if config.teacher is not None:
-            found = engine_conflicts(config.engine, self._layout("evaluate"))
-            self.findings.add("evaluate", found)
-        self.findings.add("evaluate", evaluate_conflicts(config, self._prompted_models()))
+        layout = self._layout("evaluate")
+        self.findings.add("evaluate", evaluate_conflicts(config, self._prompted_models(), layout))
         task = config.private_task
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)

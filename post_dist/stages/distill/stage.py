@@ -12,6 +12,7 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.precision import Precision
+from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.errors import EnvironmentFault
@@ -52,12 +53,25 @@ class _Teacher:
     tokenizer: PreTrainedTokenizerBase
 
 
+def refuse_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
+    """Refuse a run file that does not suit the teacher or the ranks. All ranks call it.
+
+    It reads the teacher's configuration, and no weights.
+
+    Raises:
+        InputError: there are conflicts; the message lists all of them.
+    """
+    layout = layout_of(config.engine, world)
+    raise_conflicts("distill", conflicts(config, read_facts(teacher_folder), layout))
+
+
 def distill(
     folder: RunFolder, teacher_folder: Path, teacher_digest: str, world: World, resume: str
 ) -> None:
     """Train a student and write it to `folder.artifact`. All ranks call it.
 
-    The artifact's manifest also gets the metrics of the held-out split.
+    `refuse_distillation` comes first. The artifact's manifest also gets the metrics of the held-out
+    split.
 
     Args:
         folder: the run folder.
@@ -67,14 +81,11 @@ def distill(
         resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
-        InputError: the run file does not suit the teacher or the ranks, or training diverges.
+        InputError: the corpus cannot be used, or training diverges.
         EnvironmentFault: the written student differs from the trained one.
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    # Refuse conflicting settings before any weights are loaded.
     config = folder.config
-    facts = read_facts(teacher_folder)
-    raise_conflicts("distill", conflicts(config, facts, layout_of(config.engine, world)))
     corpus_section, student_section = required_sections(config)
     section = config.distill
     first_step = start_step(folder.checkpoints, resume, world)
@@ -84,10 +95,10 @@ def distill(
     tokenizer = load_tokenizer(teacher_folder)
     model = load_sharded(teacher_folder, config.engine, precision, world)
     teacher = _Teacher(teacher_folder, teacher_digest, model, tokenizer)
-    percent = 100 * shard_share(model)
-    log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
     if corpus_section.separate_documents and not model.masked:
         check_documents_apart(model)
+    percent = 100 * shard_share(model)
+    log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
     corpus = build_corpus(
         corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world
     )

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from post_dist.config.schema import RunConfig
-from post_dist.conflicts import Conflict
+from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.runtime.shard_group import engine_conflicts, precision_conflicts
 from post_dist.stages.room import room_conflicts
 
 
@@ -24,21 +25,24 @@ class PromptedModel:
     num_virtual_tokens: int
 
 
-def conflicts(config: RunConfig, models: Sequence[PromptedModel]) -> list[Conflict]:
+def conflicts(config: RunConfig, models: Sequence[PromptedModel], layout: Layout) -> list[Conflict]:
     """Find what keeps an evaluation from running.
 
     Args:
-        config: the run file; its section `private_task` must be there.
+        config: the run file.
         models: the student, and the target if there is one.
+        layout: the ranks. A data owner loads no sharded model, so only their device matters then.
 
     Returns:
         All conflicts.
     """
     task = config.private_task
-    if task is None or task.template is None:
+    if task is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
-    # Engine settings are checked when a sharded model is loaded, because a data owner loads none.
-    found: list[Conflict] = []
+    if config.teacher is None:
+        found = precision_conflicts(config.engine, layout.device)
+    else:
+        found = engine_conflicts(config.engine, layout)
     longest = task.max_length + task.response_length
     for model in models:
         found += room_conflicts(

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from post_dist.artifacts.manifest import write_artifact
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
-from post_dist.conflicts import raise_conflicts
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.split_reads import count_split_read
 from post_dist.data.tasks import load_examples
-from post_dist.errors import ArtifactRefused, InputError
+from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.zero import layout_of
 from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
 from post_dist.stages.evaluate.rows import (
@@ -52,37 +54,72 @@ class ModelFolders:
 
 
 @dataclass(frozen=True)
-class PromptFolders:
+class PromptSet:
     """A prompt that was tuned on the student, and the prompts on the target that belong to it.
 
     Attributes:
         label: suffix of the names of its rows, such as `, epsilon 4`.
-        source: folder of the prompt on the student.
-        on_target: folders of the prompts on the target, by the name of their row.
+        source: the prompt on the student.
+        on_target: the prompts on the target, by the name of their row.
     """
 
     label: str
-    source: Path
-    on_target: Mapping[str, Path]
-
-
-@dataclass(frozen=True)
-class _PromptSet:
-    """The prompts of `PromptFolders`, read and checked."""
-
-    label: str
     source: SoftPromptArtifact
-    on_target: dict[str, SoftPromptArtifact]
+    on_target: Mapping[str, SoftPromptArtifact]
+
+
+def refuse_evaluation(
+    config: RunConfig, models: ModelFolders, prompts: Sequence[PromptSet], world: World
+) -> None:
+    """Refuse prompts of another student or task, and settings that do not suit the models.
+
+    It reads the configurations and tokenizers of the models, and no weights. All ranks call it.
+
+    Args:
+        config: the run file.
+        models: student and target.
+        prompts: the prompts, each with its own rows.
+        world: the ranks.
+
+    Raises:
+        ArtifactRefused: a prompt does not belong to the student, or to this task.
+        InputError: there are conflicts; the message lists all of them.
+    """
+    student = read_facts(models.student)
+    student_tokenizer = load_tokenizer(models.student)
+    for prompt_set in prompts:
+        for prompt in (prompt_set.source, *prompt_set.on_target.values()):
+            _check_classes(prompt.task, config.need_task("private_task"))
+        check_belongs(prompt_set.source, student, student_tokenizer)
+
+    # Examples must fit into the context behind the longest prompt of each model.
+    source_lengths = [len(prompt_set.source.embeddings) for prompt_set in prompts]
+    prompted = [PromptedModel("the student", student, max(source_lengths))]
+    # A data owner loads no sharded model, so only the precision matters.
+    layout = Layout(device=world.device.type)
+    if models.target is not None:
+        layout = layout_of(config.engine, world)
+        target = read_facts(models.target)
+        target_lengths = [0]
+        # In the row of direct transfer, the target also reads the source prompts if they fit.
+        if target.width == student.width:
+            target_lengths += source_lengths
+        for prompt_set in prompts:
+            target_lengths += [len(prompt.embeddings) for prompt in prompt_set.on_target.values()]
+        prompted.append(PromptedModel("the target", target, max(target_lengths)))
+    raise_conflicts("evaluate", conflicts(config, prompted, layout))
 
 
 def evaluate(
     folder: RunFolder,
     models: ModelFolders,
-    prompts: Sequence[PromptFolders],
+    prompts: Sequence[PromptSet],
     inputs: Mapping[str, str],
     world: World,
 ) -> None:
     """Compute all rows and write `table.json` to `folder.artifact`.
+
+    `refuse_evaluation` comes first.
 
     Args:
         folder: the run folder.
@@ -92,18 +129,10 @@ def evaluate(
         world: the ranks.
 
     Raises:
-        ArtifactRefused: a prompt does not belong to the student, or to this task.
-        InputError: prompts and examples do not fit into a model's context.
+        InputError: the split is empty, or a file of the task cannot be read.
     """
     config = folder.config
-    task = config.private_task
-    if task is None or task.template is None:
-        raise InputError("the run file lacks the section private_task", "add it")
-
-    # Check the prompts before the split is read and weights are loaded.
-    prompt_sets = [_read(folders) for folders in prompts]
-    _check(folder, models, prompt_sets, task)
-
+    task = config.need_task("private_task")
     test_readings = _count_test_reading(folder, task, world)
     split = _load_split(folder, task, inputs["private_task"], world)
     student, target = _load_models(folder, models, inputs, split, world)
@@ -111,7 +140,7 @@ def evaluate(
     # Compute the lines of each prompt in turn.
     rows: list[dict[str, Any]] = []
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
-    for prompt_set in prompt_sets:
+    for prompt_set in prompts:
         row_inputs = RowInputs(
             config=config,
             label=prompt_set.label,
@@ -130,38 +159,6 @@ def evaluate(
         table["test_readings"] = test_readings
     table["rows"] = rows
     world.on_main(lambda: _write(folder, table, parents))
-
-
-def _read(folders: PromptFolders) -> _PromptSet:
-    """Read the prompts of one variant."""
-    on_target = {name: read_prompt(path) for name, path in folders.on_target.items()}
-    return _PromptSet(folders.label, read_prompt(folders.source), on_target)
-
-
-def _check(
-    folder: RunFolder, models: ModelFolders, prompt_sets: Sequence[_PromptSet], task: Task
-) -> None:
-    """Refuse prompts of another student or task, and examples that are too long for the models."""
-    student = read_facts(models.student)
-    student_tokenizer = load_tokenizer(models.student)
-    for prompt_set in prompt_sets:
-        for prompt in (prompt_set.source, *prompt_set.on_target.values()):
-            _check_classes(prompt.task, task)
-        check_belongs(prompt_set.source, student, student_tokenizer)
-
-    # Examples must fit into the context behind the longest prompt of each model.
-    source_lengths = [len(prompt_set.source.embeddings) for prompt_set in prompt_sets]
-    prompted = [PromptedModel("the student", student, max(source_lengths))]
-    if models.target is not None:
-        target = read_facts(models.target)
-        target_lengths = [0]
-        # In the row of direct transfer, the target also reads the source prompts if they fit.
-        if target.width == student.width:
-            target_lengths += source_lengths
-        for prompt_set in prompt_sets:
-            target_lengths += [len(prompt.embeddings) for prompt in prompt_set.on_target.values()]
-        prompted.append(PromptedModel("the target", target, max(target_lengths)))
-    raise_conflicts("evaluate", conflicts(folder.config, prompted))
 
 
 def _check_classes(prompt_task: PromptTask, task: Task) -> None:
@@ -241,7 +238,7 @@ def _table_row(entry: TableEntry) -> dict[str, Any]:
     return {"name": entry.name, **metrics, "epsilon": entry.epsilon}
 
 
-def _parents(prompt_set: _PromptSet, entries: Sequence[TableEntry]) -> dict[str, str]:
+def _parents(prompt_set: PromptSet, entries: Sequence[TableEntry]) -> dict[str, str]:
     """Return the digest of each prompt that the rows of a variant used, by the name of the row."""
     source = prompt_set.source.manifest.digest
     parents = {StudentPrompt.name + prompt_set.label: source}

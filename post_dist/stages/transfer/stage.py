@@ -18,7 +18,6 @@ from post_dist.artifacts.prompt import (
     PromptContents,
     Provenance,
     SoftPromptArtifact,
-    read_prompt,
     write_prompt,
 )
 from post_dist.artifacts.run_folder import RunFolder
@@ -26,7 +25,6 @@ from post_dist.config.schema import Teacher, Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
-from post_dist.errors import InputError
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
@@ -50,11 +48,11 @@ class TransferRequest:
 
     Attributes:
         folder: the run folder of this transfer, with its settings.
-        prompt_folder: folder of the soft prompt that was tuned on the student.
+        source: the soft prompt that was tuned on the student.
     """
 
     folder: RunFolder
-    prompt_folder: Path
+    source: SoftPromptArtifact
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,46 @@ class _BatchShape:
     first_step: int
 
 
+def refuse_transfer(
+    requests: Sequence[TransferRequest], teacher_folder: Path, student_folder: Path, world: World
+) -> None:
+    """Refuse prompts of another student, and settings that do not suit the models or the ranks.
+
+    It reads the configurations and tokenizers of the models, and no weights. All ranks call it.
+
+    Args:
+        requests: the prompts to transfer.
+        teacher_folder: folder of the target.
+        student_folder: folder of the model that the source prompts were tuned on.
+        world: the ranks.
+
+    Raises:
+        ArtifactRefused: a prompt does not belong to the student.
+        InputError: there are conflicts; the message lists all of them.
+    """
+    student_tokenizer = load_tokenizer(student_folder)
+    target_tokenizer = tokenizer_fingerprint(load_tokenizer(teacher_folder))
+    models = TransferModels(
+        student=read_facts(student_folder),
+        target=read_facts(teacher_folder),
+        same_tokenizer=tokenizer_fingerprint(student_tokenizer) == target_tokenizer,
+    )
+    # A prompt of another student is not a conflict of settings. It has its own error and exit code.
+    for request in requests:
+        check_belongs(request.source, models.student, student_tokenizer)
+
+    layout = layout_of(requests[0].folder.config.engine, world)
+    # Several prompts usually have the same conflicts. Each is listed once.
+    found: dict[Conflict, None] = {}
+    for request in requests:
+        source = request.source
+        num_virtual_tokens = len(source.embeddings)
+        found |= dict.fromkeys(
+            conflicts(request.folder.config, models, num_virtual_tokens, source.task, layout)
+        )
+    raise_conflicts("transfer", list(found))
+
+
 def transfer(
     requests: Sequence[TransferRequest],
     teacher_folder: Path,
@@ -94,8 +132,8 @@ def transfer(
 ) -> None:
     """Train a prompt for the target for each request, and write it to the request's artifact.
 
-    Prompts of the same shape are trained together. They gather the target's weights once in each
-    step.
+    `refuse_transfer` comes first. Prompts of the same shape are trained together. They gather the
+    target's weights once in each step.
 
     Args:
         requests: the prompts to transfer. All share teacher, student, public task, engine and seed.
@@ -105,21 +143,14 @@ def transfer(
         resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
-        ArtifactRefused: a prompt fails its checks, or does not belong to the student.
-        InputError: the settings do not suit the models or the public task.
+        InputError: the public task cannot be used, or training diverges.
         PrivacyRefused: the public task is marked private.
     """
     config = requests[0].folder.config
-    public_task = config.public_task
-    if public_task is None:
-        raise InputError("the run file lacks the section public_task", "add it")
-
-    # Check prompts and settings before weights are loaded.
+    public_task = config.need_task("public_task")
+    # Read the public texts first, so that mistakes in a file are reported within seconds.
     texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
-    sources = [read_prompt(request.prompt_folder) for request in requests]
     tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(teacher_folder))
-    _check(requests, sources, student_folder, teacher_folder, tokenizers, world)
-
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
     target = load_sharded(teacher_folder, config.engine, precision, world)
@@ -129,7 +160,8 @@ def transfer(
     public = PublicExamples(texts, responses, public_task.template)
     builder = ObjectiveBuilder(models, tokenizers, public, world)
     jobs = []
-    for request, source in zip(requests, sources, strict=True):
+    for request in requests:
+        source = request.source
         source_nd = source.embeddings.to(world.device)
         objective = builder.build(source.task, source_nd, request.folder.config.transfer)
         start_nd = _start(models, tokenizers, source, source_nd, request.folder.config.transfer)
@@ -146,39 +178,6 @@ def transfer(
         _train(group, models, config.seed, world)
         for job in group:
             world.on_main(partial(writer, job))
-
-
-def _check(
-    requests: Sequence[TransferRequest],
-    sources: Sequence[SoftPromptArtifact],
-    student_folder: Path,
-    teacher_folder: Path,
-    tokenizers: Tokenizers,
-    world: World,
-) -> None:
-    """Refuse prompts that are not the student's, and settings that do not suit the models."""
-    # The facts of a model come from its config.json, so reading them takes a second.
-    student_tokenizer = tokenizer_fingerprint(tokenizers.student)
-    target_tokenizer = tokenizer_fingerprint(tokenizers.target)
-    models = TransferModels(
-        student=read_facts(student_folder),
-        target=read_facts(teacher_folder),
-        same_tokenizer=student_tokenizer == target_tokenizer,
-    )
-    # A prompt of another student is not a conflict of settings. It has its own error and exit code.
-    for source in sources:
-        check_belongs(source, models.student, tokenizers.student)
-
-    config = requests[0].folder.config
-    layout = layout_of(config.engine, world)
-    # Several prompts usually have the same conflicts. Each is listed once.
-    found: dict[Conflict, None] = {}
-    for request, source in zip(requests, sources, strict=True):
-        num_virtual_tokens = len(source.embeddings)
-        found |= dict.fromkeys(
-            conflicts(request.folder.config, models, num_virtual_tokens, source.task, layout)
-        )
-    raise_conflicts("transfer", list(found))
 
 
 def _start(

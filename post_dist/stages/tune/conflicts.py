@@ -19,7 +19,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
         All conflicts.
     """
     task = config.private_task
-    if task is None or task.template is None:
+    if task is None:
         return [Conflict("the run file lacks the section private_task", "add it")]
     # Tuning runs in one process without shards, so only the precision can conflict.
     found = precision_conflicts(config.engine, layout.device)

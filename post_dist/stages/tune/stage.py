@@ -4,7 +4,7 @@ Shapes: B examples of a batch, n prompt tokens, d width.
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.order import rows_of_like_length
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
-from post_dist.errors import InputError
 from post_dist.models.classifier import BIAS_SCALE, PromptInput
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
@@ -46,60 +46,79 @@ _NOT_PRIVATE = (
 )
 
 
+@dataclass(frozen=True)
+class TunedModel:
+    """The model that a prompt is tuned on.
+
+    Attributes:
+        folder: the student, or the target for the baseline of full prompt tuning.
+        digest: digest of its files.
+        name: its name in the adapter's configuration and on the model card.
+    """
+
+    folder: Path
+    digest: str
+    name: str
+
+
+def refuse_tuning(config: RunConfig, model_folder: Path, world: World) -> None:
+    """Refuse a run file that does not suit the model. It reads the model's configuration alone.
+
+    Args:
+        config: the run file.
+        model_folder: the student, or the target for the baseline of full prompt tuning.
+        world: the ranks; only their device matters.
+
+    Raises:
+        InputError: there are conflicts; the message lists all of them.
+    """
+    layout = Layout(device=world.device.type)
+    raise_conflicts("tune", conflicts(config, read_facts(model_folder), layout))
+
+
 def tune(
-    folder: RunFolder,
-    model_folder: Path,
-    parents: dict[str, str],
-    model_name: str,
-    world: World,
-    resume: str,
+    folder: RunFolder, private_task: Task, model: TunedModel, world: World, resume: str
 ) -> None:
-    """Tune a prompt on a model and write it to `folder.artifact`.
+    """Tune a prompt on a model and write it to `folder.artifact`. `refuse_tuning` comes first.
 
     Private data stay in one process, so only rank 0 tunes. Without `privacy.enabled` the prompt may
     reveal the private data.
 
     Args:
         folder: the run folder.
-        model_folder: the student, or the target for the baseline of full prompt tuning.
-        parents: digests of the parent artifacts; here only of that model.
-        model_name: name of that model in the adapter's configuration.
+        private_task: the task and its examples.
+        model: the model.
         world: the ranks.
         resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
     Raises:
-        InputError: the run file, the model and the data do not fit together.
+        InputError: the model and the data do not fit together.
         PrivacyRefused: the accountants disagree, or the budget of the data does not allow the run.
     """
     # A world of one rank: collective calls in the training loop must not wait for other ranks.
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
-        _refuse_conflicts(folder, model_folder, alone)
-        task = _load_task(folder, model_folder, alone)
-        parameters, statement = _train(folder, task, model_name, alone, resume)
-        _write(folder, task, parameters, statement, parents, model_name)
+        task = _load_task(private_task, folder.config, model.folder, alone)
+        parameters, statement = _train(folder, task, model.name, alone, resume)
+        settings = _settings(folder.config, private_task)
+        _write(folder, task, parameters, statement, settings, model)
 
     world.on_main(tune_alone)
 
 
-def _refuse_conflicts(folder: RunFolder, model_folder: Path, world: World) -> None:
-    """Raise the conflicts between run file and model before weights are loaded."""
-    layout = Layout(ranks=1, ranks_per_node=1, device=world.device.type)
-    raise_conflicts("tune", conflicts(folder.config, read_facts(model_folder), layout))
-
-
-def _load_task(folder: RunFolder, model_folder: Path, world: World) -> TuningTask:
-    """Load the model and the training examples."""
-    section = folder.config.tune
-    task_section = _task_section(folder)
+def _load_task(
+    private_task: Task, config: RunConfig, model_folder: Path, world: World
+) -> TuningTask:
+    """Load the training examples and the model."""
+    section = config.tune
     # Load the data before the model, so that mistakes in a file are reported within a second.
     tokenizer = load_tokenizer(model_folder)
-    loaded = load_examples(task_section, "train", "private_task")
-    precision = choose_precision(folder.config.engine, world.device)
+    loaded = load_examples(private_task, "train", "private_task")
+    precision = choose_precision(config.engine, world.device)
     model = load_whole(model_folder, precision, world.device)
     # The reader binds the task to the model's tokenizer.
-    prompt_task = PromptTask.of_section(task_section, section.init_text)
+    prompt_task = PromptTask.of_section(private_task, section.init_text)
     reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
@@ -165,8 +184,8 @@ def _write(
     task: TuningTask,
     parameters: list[torch.Tensor],
     statement: dict[str, Any] | None,
-    parents: dict[str, str],
-    model_name: str,
+    settings: dict[str, Any],
+    model: TunedModel,
 ) -> None:
     """Write the artifact: the prompt, its task, its privacy statement and its model card."""
     # The task carries the biases, in units of the class scores.
@@ -176,27 +195,26 @@ def _write(
         prompt_task = replace(prompt_task, class_biases=biases)
 
     def card(artifact: Path) -> None:
-        _write_card(artifact, folder, statement, model_name)
+        _write_card(artifact, folder.config, statement, model.name)
 
     contents = PromptContents(parameters[0], prompt_task, statement)
     provenance = Provenance(
-        model_name=model_name,
+        model_name=model.name,
         tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
-        parents=parents,
-        config=_settings(folder),
+        parents={"model": model.digest},
+        config=settings,
     )
     write_prompt(folder.artifact, contents, provenance, card)
 
 
-def _settings(folder: RunFolder) -> dict[str, Any]:
+def _settings(config: RunConfig, private_task: Task) -> dict[str, Any]:
     """Return the settings for the artifact's manifest.
 
     They must not include the number of examples, which is private.
     """
-    config = folder.config
     # The rule of the split is public. The number of examples in each split is private.
     rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
-    split = {"hash": "sha256", **_task_section(folder).model_dump(include=rule)}
+    split = {"hash": "sha256", **private_task.model_dump(include=rule)}
     settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
     # The path of the ledger stays with the owner.
     if config.privacy.enabled:
@@ -205,14 +223,14 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
 
 
 def _write_card(
-    artifact: Path, folder: RunFolder, statement: dict[str, Any] | None, model_name: str
+    artifact: Path, config: RunConfig, statement: dict[str, Any] | None, model_name: str
 ) -> None:
     """Write the model card.
 
     The card of a private prompt includes the plan and the privacy statement.
     """
     # Settings first, then the statement: where both have the same key, the statement wins.
-    rows = folder.config.tune.model_dump(exclude_none=True)
+    rows = config.tune.model_dump(exclude_none=True)
     notes = {}
     if statement is None:
         summary = _NOT_PRIVATE
@@ -222,7 +240,7 @@ def _write_card(
         if not statement["private"]:
             summary = _SEEDED
         hidden = {"enabled", "ledger"}
-        rows |= folder.config.privacy.model_dump(exclude=hidden, exclude_none=True)
+        rows |= config.privacy.model_dump(exclude=hidden, exclude_none=True)
         claims = dict(statement)
         notes["What epsilon does not cover"] = claims.pop("not_covered")
         rows |= claims
@@ -235,11 +253,3 @@ def _write_card(
         tag="prompt-tuning",
         notes=notes,
     )
-
-
-def _task_section(folder: RunFolder) -> Task:
-    """Return the section `private_task`, which `conflicts` has checked before."""
-    section = folder.config.private_task
-    if section is None:
-        raise InputError("the run file lacks the section private_task", "add it")
-    return section
