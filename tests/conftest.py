@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "dist")]
 
 import leave_nothing  # noqa: E402, F401 - starts the guardian of this run
+import started  # noqa: E402
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -24,14 +25,17 @@ Run = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="session")
 def post_dist() -> Run:
-    """Start `post-dist` as a user does, in a process of its own or under a launcher."""
+    """Run `post-dist` in a process of its own, or under a launcher."""
 
     def run(
         *arguments: object, launcher: tuple[str, ...] = (), timeout: float = 300
     ) -> subprocess.CompletedProcess:
-        program = (*launcher, "post_dist") if launcher else (sys.executable, "-m", "post_dist")
+        # A process that has looked for GPUs cannot be forked.
+        if not launcher and not torch.cuda.is_available():
+            return started.run(*arguments, timeout=timeout)
+        launcher = launcher or (sys.executable, "-m")
         return subprocess.run(
-            [*program, *map(str, arguments)],
+            [*launcher, "post_dist", *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,4 +1,4 @@
-"""Prepare one rank, then run its command line: `prepared_rank.py PREPARATION ARGUMENT...`."""
+"""What `started.run_ranks` can do in a rank before its command line runs."""
 
 import errno
 import hashlib
@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from post_dist.cli import main
 from post_dist.runtime.schedule import Schedule
 from post_dist.stages.distill import stage as distill_stage
 
@@ -95,13 +94,8 @@ def given_no_whole_model() -> None:
 
 
 PREPARATIONS: dict[str, Callable[[], object]] = {
-    "nothing": lambda: None,
     "stopped at its third step": stopped_at_its_third_step,
     "on a node that remembers what it missed": lambda: NfsClient().start(),
     "allowed to hash prompts alone": allowed_to_hash_prompts_alone,
     "given no whole model": given_no_whole_model,
 }
-
-if __name__ == "__main__":
-    PREPARATIONS[sys.argv.pop(1)]()
-    main()

@@ -1,42 +1,31 @@
 """What ranks tell each other: a stop or refusal of rank 0, its view of the disk, its progress."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from started import rank_variables, run_ranks
 
 
 def two_ranks(
     *arguments: object, prepare: tuple[str, str] = ("nothing", "nothing")
 ) -> tuple[list[int], list[str]]:
     """Run the command line on two ranks; return their exit codes and standard errors."""
-    program = str(Path(__file__).with_name("prepared_rank.py"))
-    return two_processes(*([program, preparation, *map(str, arguments)] for preparation in prepare))
+    ranks = run_ranks(*arguments, preparations=prepare)
+    return [rank.returncode for rank in ranks], [rank.stderr for rank in ranks]
 
 
-def two_processes(*programs: list[str]) -> tuple[list[int], list[str]]:
-    """Run two programs as ranks, without a launcher that would end one after the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def two_processes(program: list[str]) -> tuple[list[int], list[str]]:
+    """Run a program as two ranks, without a launcher that would end one after the other."""
     running = []
-    for rank, program in enumerate(programs):
-        ranks = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = os.environ | ranks | {"OMP_NUM_THREADS": "1"}
+    for variables in rank_variables(2):
         running.append(
             subprocess.Popen(
                 [sys.executable, *program],
-                env=environment,
+                env=os.environ | variables,
                 stderr=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,
@@ -143,12 +132,12 @@ world.leave()
 
 
 def test_who_waits_for_rank_0_is_not_ended_while_that_works() -> None:
-    codes, said = two_processes(*2 * [["-c", WATCHED, "works"]])
+    codes, said = two_processes(["-c", WATCHED, "works"])
     assert codes == [0, 0], said
 
 
 def test_a_rank_0_that_hangs_is_ended_by_its_own_watchdog_and_the_others_follow() -> None:
-    codes, said = two_processes(*2 * [["-c", WATCHED, "hangs"]])
+    codes, said = two_processes(["-c", WATCHED, "hangs"])
     assert codes[0] == 3, said
     assert "rank 0 has made no progress for 4 s in: part 0" in said[0]
     assert codes[1] not in (0, 3), (

@@ -35,14 +35,17 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     ]
     settings += [
         "tune.steps=2",
+        "tune.batch_size=4",
         "transfer.steps=2",
-        "public_task.max_rows=32",
+        "transfer.batch_size=4",
+        "public_task.max_rows=8",
         "evaluate.baselines=[]",
     ]
     settings += [
         "evaluate.split=validation",
-        "private_task.validation_share=0.008",
+        "private_task.validation_share=0.003",
         "privacy.steps=2",
+        "privacy.expected_batch_size=8",
         "evaluate.private_rows=[1]",
         "tune.class_bias=true",
     ]

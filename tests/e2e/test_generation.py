@@ -5,7 +5,6 @@ The loss is taken at every token of the responses. The table holds exact matches
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from started import run_ranks
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.schema import Transfer
@@ -149,24 +149,13 @@ def losses_of(metrics: Path) -> list[float]:
 
 
 def test_two_prompts_beside_each_other_and_two_ranks_learn_the_same(
-    run: Path, student: Path, prompt: Path, main: Callable, post_dist: Callable
+    run: Path, student: Path, prompt: Path, main: Callable
 ) -> None:
     command = ("transfer", run, f"--set=inputs.student={student}", "--json")
-    two_ranks = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29781",
-        "-m",
+    ranks = run_ranks(
+        *command, f"--set=inputs.source_prompt={prompt}", f"--output={run.parent / 'two'}"
     )
-    done = post_dist(
-        *command,
-        f"--set=inputs.source_prompt={prompt}",
-        f"--output={run.parent / 'two'}",
-        launcher=two_ranks,
-    )
-    assert done.returncode == 0, done.stderr
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     code, _, err = main(
         *command,
         f"--set=inputs.source_prompt=[{prompt}, {prompt}]",

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from started import Command
 
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import read_prompt
@@ -233,10 +234,7 @@ def test_a_stopped_stage_resumes_and_ends_as_if_it_had_not_been_stopped(
     )
     assert straight.returncode == 0, straight.stderr
 
-    command = [sys.executable, "-m", "post_dist", stage, str(folder / "run.yaml"), *options]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+    process = Command(stage, folder / "run.yaml", *options)
     while process.poll() is None and not list(folder.glob("runs/tiny/*/checkpoints/step-*")):
         time.sleep(0.02)
     process.send_signal(getattr(signal, by))
@@ -255,9 +253,9 @@ def test_a_stopped_stage_resumes_and_ends_as_if_it_had_not_been_stopped(
     assert (made / weights).read_bytes() == (expected / weights).read_bytes()
 
 
-def interrupt(command: list[str], when: Callable[[], bool]) -> tuple[int, str]:
+def interrupt(command: list[object], when: Callable[[], bool]) -> tuple[int, str]:
     """Start a run and press Ctrl-C when a condition holds; return exit code and standard error."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Command(*command)
     while process.poll() is None and not when():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -266,17 +264,8 @@ def interrupt(command: list[str], when: Callable[[], bool]) -> tuple[int, str]:
 
 
 def test_an_interrupted_run_resumes_or_starts_anew_as_asked(finished: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "post_dist",
-        "distill",
-        str(finished / "run.yaml"),
-        "--set",
-        "distill.steps=3000",
-        "--output",
-        str(tmp_path),
-    ]
+    options = ("--set=distill.steps=3000", f"--output={tmp_path}")
+    command = ["distill", finished / "run.yaml", *options]
 
     def steps() -> list[int]:
         return [

@@ -1,10 +1,7 @@
 """Cached teacher signals: as good as the teacher, for any batch, number of ranks and student."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from started import Command, run_ranks
 
 from post_dist.runtime.metric_log import read_metric_log
 
@@ -69,28 +67,11 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(
     for other in ("--set=student.layers=[0, 2]", "--set=distill.batch_size=3"):
         _, said = distilled(main, run, tmp_path, *options, other)
         assert RAN not in said
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29741",
-        "-m",
-        "post_dist",
-    ]
     # In the other folder, two ranks fill the files.
     for folder in (tmp_path, tmp_path / "elsewhere"):
-        done = subprocess.run(
-            [*command, "distill", run, f"--output={folder}", *options, "--set=distill.steps=7"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert (RAN in done.stderr) == (folder != tmp_path)
+        ranks = run_ranks("distill", run, f"--output={folder}", *options, "--set=distill.steps=7")
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks
+        assert (RAN in ranks[0].stderr) == (folder != tmp_path)
     one = next(tmp_path.glob("tiny/teacher-signals-*"))
     two = next((tmp_path / "elsewhere").glob("tiny/teacher-signals-*"))
     assert one.name == two.name
@@ -177,19 +158,7 @@ def test_signals_written_before_an_interruption_are_kept(main: Callable, tmp_pat
         "--set=distill.steps=1",
     )
     slow, fast = (f"--set=distill.micro_batch_size_per_gpu={size}" for size in (1, 200))
-    command = [
-        sys.executable,
-        "-m",
-        "post_dist",
-        "distill",
-        run,
-        f"--output={tmp_path}",
-        *options,
-        slow,
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = Command("distill", run, f"--output={tmp_path}", *options, slow)
     while not list(tmp_path.glob("tiny/teacher-signals-*/0*.safetensors")):
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.01)
@@ -208,20 +177,9 @@ def test_signals_written_before_an_interruption_are_kept(main: Callable, tmp_pat
 
 
 def test_two_students_may_fill_one_folder_at_once(run: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "post_dist",
-        "distill",
-        run,
-        f"--output={tmp_path}",
-        FP32,
-        "--set=distill.cache=hidden",
-    ]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    options = (f"--output={tmp_path}", FP32, "--set=distill.cache=hidden")
     both = [
-        subprocess.Popen([*command, f"--set=student.layers=[0, {layer}]"], **options)
-        for layer in (2, 3)
+        Command("distill", run, *options, f"--set=student.layers=[0, {layer}]") for layer in (2, 3)
     ]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said

@@ -1,11 +1,8 @@
 """Wrong inputs: one clear error each, its exit code, no traceback, and nothing half-written."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,7 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from started import Command
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.files import file_digest
@@ -775,11 +773,8 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PO
 def test_a_launcher_that_contradicts_itself_is_refused(
     base: Path, variables: dict[str, str], message: str
 ) -> None:
-    command = [sys.executable, "-m", "post_dist", "distill", str(base / "run.yaml")]
-    environment = os.environ | variables
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 3
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    command = Command("distill", base / "run.yaml", variables=variables)
+    _, err = command.communicate()
+    assert command.returncode == 3
+    assert message in err
+    assert "Traceback" not in err

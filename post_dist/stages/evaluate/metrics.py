@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -49,6 +48,9 @@ def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[st
         `exact_match`, which ignores differences in white space, and its `interval_95`; `rouge_1`
         and `rouge_l`, mean F1 scores with stemming; and the number of examples `n`.
     """
+    # Few tasks generate text, and this package takes two seconds to import.
+    from rouge_score.rouge_scorer import RougeScorer
+
     # Stemming makes "films" match "film", as is usual for ROUGE.
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     exact = []

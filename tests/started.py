@@ -1,0 +1,131 @@
+"""Start `post-dist` in a process of its own that has the libraries loaded already.
+
+A new interpreter spends about ten seconds of a core on importing torch, transformers and DeepSpeed.
+A fork server imports them once for each worker of pytest. Tests of launchers and of imports start
+new interpreters, as users do.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["post_dist.privacy.private_run", "post_dist.stages.pipeline"])
+
+
+class Command:
+    """A running `post-dist` command.
+
+    Args:
+        arguments: its command line, without the name of the program.
+        variables: environment variables to set, besides those of this process.
+        preparation: what `prepared_rank.py` does before the command, by its name.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        variables: Mapping[str, str] | None = None,
+        preparation: str = "nothing",
+    ) -> None:
+        self.arguments = [str(argument) for argument in arguments]
+        self._said = tempfile.TemporaryDirectory()
+        environment = os.environ | (variables or {})
+        self._process = _SERVER.Process(
+            target=_run,
+            args=(self.arguments, dict(environment), Path(self._said.name), preparation),
+        )
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while the command runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the command runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the command has ended."""
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait for the end; return standard output and standard error."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            self._process.kill()
+            self._process.join()
+            raise subprocess.TimeoutExpired(self.arguments, timeout, *self._read())
+        return self._read()
+
+    def _read(self) -> tuple[str, str]:
+        folder = Path(self._said.name)
+        return (folder / "out").read_text(), (folder / "err").read_text()
+
+
+def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a `post-dist` command to its end."""
+    command = Command(*arguments)
+    out, err = command.communicate(timeout)
+    return subprocess.CompletedProcess(command.arguments, command.returncode, out, err)
+
+
+def run_ranks(
+    *arguments: object, preparations: Sequence[str] = ("nothing", "nothing")
+) -> list[subprocess.CompletedProcess]:
+    """Run a `post-dist` command on ranks, without a launcher that would end one after the other.
+
+    Args:
+        arguments: the command line.
+        preparations: what `prepared_rank.py` does before the command, for each rank.
+    """
+    ranks = []
+    for rank, variables in enumerate(rank_variables(len(preparations))):
+        ranks.append(Command(*arguments, variables=variables, preparation=preparations[rank]))
+    # Both run already, so they are waited for one after the other.
+    ended = []
+    for rank in ranks:
+        out, err = rank.communicate(200)
+        ended.append(subprocess.CompletedProcess(rank.arguments, rank.returncode, out, err))
+    return ended
+
+
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """Return the environment variables that a launcher would set for each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = []
+    for rank in range(ranks):
+        variables.append(
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+        )
+    return variables
+
+
+def _run(arguments: list[str], environment: dict[str, str], said: Path, preparation: str) -> None:
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["post-dist", *arguments]
+    from post_dist.cli import main
+
+    if preparation != "nothing":
+        from prepared_rank import PREPARATIONS
+
+        PREPARATIONS[preparation]()
+    main()
