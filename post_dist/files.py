@@ -124,7 +124,7 @@ def writing(destination: Path) -> Iterator[None]:
                 "free some space, then run the same command again to resume",
             ) from None
         raise InputError(
-            f"cannot write {destination}: {reason}", "choose another --output"
+            f"cannot write {destination}: {reason}", "choose another place that you may write to"
         ) from None
 
 

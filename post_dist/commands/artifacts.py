@@ -63,7 +63,7 @@ def report(
     # Check all paths before the first page is written.
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path} is not there")
+            raise InputError(f"{path} does not exist")
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
     # Folders are runs, and files are measurements. A user may give both.

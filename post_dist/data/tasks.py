@@ -58,7 +58,7 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     for text in disputed:
         del answer_of[text]
     if not answer_of:
-        raise InputError(f"{where}: no row falls into the {split} split")
+        raise InputError(f"{where}: the {split} split is empty")
 
     kept = list(answer_of)
     if task.max_rows is not None:
@@ -105,7 +105,7 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
     if written not in labels:
         raise InputError(
             f"{where}: row {row} has a label in column '{task.label_column}' "
-            "that is not in the verbalizer",
+            f"that is not in {where}.labels",
             f"{where}.labels has {', '.join(labels)}",
         )
     return labels.index(written)

@@ -96,8 +96,7 @@ def head_name(model: PreTrainedModel) -> str:
     names = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     if model.base_model is model or len(names) != 1:
         raise InputError(
-            f"{type(model).__name__} is not one trunk with one head, "
-            "so its head cannot be told apart",
+            f"{type(model).__name__}: the model is not made of one trunk and one head",
             "use a model of another family",
         )
     return names[0]
@@ -117,7 +116,8 @@ def layer_list_name(model: PreTrainedModel) -> str:
             found.append(name)
     if len(found) != 1:
         raise InputError(
-            f"{type(model).__name__} keeps its {wanted} layers in {len(found)} lists, not in one",
+            f"{type(model).__name__}: {len(found)} module lists have {wanted} entries, so the "
+            "list of its layers is unknown",
             "use a model of another family",
         )
     return found[0]

@@ -251,7 +251,7 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
     if missing:
         raise InputError(
             f"{folder} lacks weights, such as {min(missing)}",
-            "get the whole model; the missing weights would be left random",
+            "get the whole model; missing weights would keep random values",
         )
 
 

@@ -49,8 +49,8 @@ def layer_conflicts(section: Student, num_teacher_layers: int) -> list[Conflict]
     if max(wanted, highest + 1) > num_teacher_layers:
         return [
             Conflict(
-                f"student.layers asks for {wanted} layers, up to layer {highest}; "
-                f"the teacher has 0 to {num_teacher_layers - 1}",
+                f"student.layers asks for {wanted} layers, up to number {highest}; "
+                f"the teacher has layers 0 to {num_teacher_layers - 1}",
                 "lower student.num_layers, or list other layers in student.layers",
             )
         ]

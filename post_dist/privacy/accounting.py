@@ -207,7 +207,7 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
     if excess(most) > 0:
         raise InputError(
             f"privacy.target_epsilon: no noise multiplier up to {_MOST_SIGMA:g} reaches {target:g}",
-            "take fewer steps",
+            "set fewer steps, a smaller sampling_probability or a larger target_epsilon",
         )
     # Raise sigma from 1 until the target is met.
     high = 0.0
@@ -220,7 +220,7 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
             raise InputError(
                 f"privacy.target_epsilon: {target:g} is met with a noise multiplier "
                 f"below {_LEAST_SIGMA:g}",
-                "take a smaller target, or give a noise_multiplier",
+                "set a smaller target_epsilon, or set noise_multiplier",
             )
         high = low
         low = max(least, low - _BRACKET_STEP)

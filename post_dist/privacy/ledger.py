@@ -186,7 +186,7 @@ class LedgerRun:
         # The steps so far were charged by the old plan, so the plan cannot change on a restart.
         if own.plan != plan:
             raise PrivacyRefused(
-                f"{path} has this run with another plan than the one it would resume with",
+                f"{path} records this run with another privacy plan",
                 "start anew with --resume never",
             )
         # The cap is checked for all steps of the plan before the first one is taken.
@@ -254,8 +254,8 @@ class LedgerRun:
         total = composed_epsilon([*others, *own.plans()], self._plan.delta)
         if total > self._cap:
             raise PrivacyRefused(
-                f"this run would take the data set to epsilon {total:.3f} "
-                f"(delta {self._plan.delta:.3g}), past its cap of {self._cap:g}",
+                f"this run would raise the epsilon of the data set to {total:.3f} "
+                f"(delta {self._plan.delta:.3g}), above its cap of {self._cap:g}",
                 f"see `post-dist budget {self._path}`",
             )
 
@@ -317,7 +317,9 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise PrivacyRefused(f"another run spends from {path}", "wait until it has ended") from None
+        raise PrivacyRefused(
+            f"another run holds the privacy ledger {path}", "wait until it has ended"
+        ) from None
     except OSError as error:
         raise EnvironmentFault(
             f"{path} cannot be locked: {error.strerror}",
@@ -354,7 +356,7 @@ def _spendings(lines: list[str], path: Path) -> dict[str, Spending]:
             row = json.loads(line)
             if row["previous"] != previous:
                 raise ArtifactRefused(
-                    f"{path}: row {number} does not follow from the row before it",
+                    f"{path}: row {number} breaks the chain of hashes; the ledger was changed",
                     "restore the ledger from a copy",
                 )
             _add_row(runs, row)

@@ -63,5 +63,5 @@ def count_right(
         matches_B = scores_BC.argmax(dim=1) == micro_batch.targets
         right += int(matches_B[: micro_batch.counted].sum())
         if stop_requested(world):
-            raise stopped("the score of a trial starts again next time")
+            raise stopped("the next start scores the trial again")
     return right

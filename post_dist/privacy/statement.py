@@ -91,10 +91,10 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     except (TypeError, ValueError, OverflowError):
         raise _not_computable() from None
     if true > _MOST_EPSILON:
-        return [f"its own numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
+        return [f"its numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
     # A claim above the computed epsilon is allowed, because it promises less.
     if true > claim + _TOLERANCE:
-        return [f"it claims epsilon {claim:.4f}, but its own numbers give {true:.4f}"]
+        return [f"it claims epsilon {claim:.4f}, but its numbers give {true:.4f}"]
     return []
 
 

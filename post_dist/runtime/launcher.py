@@ -24,7 +24,7 @@ def find_launcher(environment: Mapping[str, str]) -> str:
         if in_slurm_step and slurm_tasks > 1:
             raise EnvironmentFault(
                 f"Slurm started {slurm_tasks} tasks, but RANK and WORLD_SIZE are not set: "
-                "each would think it is alone",
+                "each task would run alone",
                 "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
                 "MASTER_ADDR MASTER_PORT in each task",
             )
@@ -34,7 +34,8 @@ def find_launcher(environment: Mapping[str, str]) -> str:
     missing = sorted(set(_TORCHRUN) - set(given))
     if missing:
         raise EnvironmentFault(
-            f"{', '.join(given)} set, but not {', '.join(missing)}", "set all of them or none"
+            f"{', '.join(given)} are set, but {', '.join(missing)} are not",
+            "set all of them or none",
         )
     # torchrun inside a Slurm job sets its own variables in addition to those of Slurm.
     size = _checked_world_size(environment)
@@ -71,7 +72,7 @@ def _checked_world_size(environment: Mapping[str, str]) -> int:
     except ValueError:
         raise EnvironmentFault("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
     if not 0 <= rank < size:
-        raise EnvironmentFault(f"RANK={rank} does not lie within WORLD_SIZE={size}")
+        raise EnvironmentFault(f"RANK={rank} is not below WORLD_SIZE={size}")
     return size
 
 

@@ -75,7 +75,7 @@ def test_all_ranks_are_refused_with_rank_0(distilled: Path, tmp_path: Path) -> N
         "tune", distilled, *(f"--set={setting}" for setting in settings), f"--output={tmp_path}"
     )
     assert codes == [5, 5], said
-    assert "past its cap" in said[0]
+    assert "above its cap" in said[0]
     assert "another rank failed" in said[1]
     assert not list(tmp_path.glob("tiny/*/artifact"))
 

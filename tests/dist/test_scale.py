@@ -159,7 +159,7 @@ def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> N
     ("path", "message"),
     [
         ("other.json", "not all of these files are measurements"),
-        ("none.json", "none.json is not there"),
+        ("none.json", "none.json does not exist"),
         (".", "holds no finished evaluation"),
     ],
 )

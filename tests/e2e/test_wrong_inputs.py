@@ -360,10 +360,10 @@ CASES = [
     Case(
         "label outside the verbalizer",
         2,
-        "row 1 has a label .* not in the verbalizer",
+        "row 1 has a label .* not in private_task.labels",
         write("private.csv", "text,label\nsecret,9\n"),
     ),
-    Case("split empty", 2, "no row falls into the test split", put("private_task.test_share", 0)),
+    Case("split empty", 2, "the test split is empty", put("private_task.test_share", 0)),
     Case("shares too large", 2, "leave nothing to train on", put("private_task.test_share", 0.95)),
     Case("one class", 2, "two classes or more", put("private_task.labels", {"0": ["bad"]})),
     Case("two sources", 2, "give either", put("private_task.hub", "org/data")),
@@ -757,7 +757,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PO
     [
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            "RANK, WORLD_SIZE set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+            "RANK, WORLD_SIZE are set, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not",
         ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "Slurm started 4 tasks"),
         (
@@ -766,7 +766,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PO
         ),
         (
             TORCHRUN | {"RANK": "3"},
-            "RANK=3 does not lie within WORLD_SIZE=2",
+            "RANK=3 is not below WORLD_SIZE=2",
         ),
     ],
 )

@@ -162,7 +162,7 @@ def test_nothing_of_an_example_reaches_a_file_or_the_screen(
 ) -> None:
     """Nothing of the examples leaks, even from a run that fails.
 
-    The second run fails because the label of the canary is not in the verbalizer. Lengths do not
+    The second run fails because the label of the canary is not among the labels. Lengths do not
     leak either, though some texts are longer than the model's context.
     """
     rows = tiny.sentences(200, 1)
@@ -210,7 +210,7 @@ def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
     assert tune(main, folder, capped)[0] == 0
     code, out, err = tune(main, folder, capped, "--set=tune.learning_rate=0.02")
     assert (code, out) == (5, "")
-    assert "past its cap of 9" in err
+    assert "above its cap of 9" in err
     assert len(list(folder.glob("runs/tiny/tune-*/artifact"))) == 1
     assert len(budget(main, folder)["runs"]) == 1
     shutil.rmtree(next(folder.glob("runs/tiny/tune-*/artifact")))
@@ -223,7 +223,7 @@ def test_two_runs_cannot_spend_from_one_ledger_at_once(folder: Path, main: Calla
         fcntl.flock(held, fcntl.LOCK_EX)
         code, _, err = tune(main, folder)
     assert code == 5
-    assert "another run spends from" in err
+    assert "another run holds the privacy ledger" in err
 
 
 def test_a_ledger_that_was_changed_is_refused(folder: Path, main: Callable) -> None:

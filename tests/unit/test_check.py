@@ -139,7 +139,7 @@ def test_nothing_of_a_private_file_is_printed(run: Path, main: Callable) -> None
     private.write_text("\n".join([*rows, "last secret,secretlabel"]) + "\n")
     code, out, err = main("check", run)
     assert code == 2
-    assert "has a label in column 'label' that is not in the verbalizer" in out
+    assert "has a label in column 'label' that is not in private_task.labels" in out
     assert "secret" not in out + err
     assert "37" not in out
 
@@ -148,7 +148,7 @@ def test_a_split_without_examples_is_a_conflict(run: Path, main: Callable) -> No
     options = ("--set=private_task.test_share=0", "--set=evaluate.split=test")
     code, report = checked(main, run, *options)
     assert code == 2
-    assert messages(report) == ["evaluate: private_task: no row falls into the test split"]
+    assert messages(report) == ["evaluate: private_task: the test split is empty"]
 
 
 def test_an_owner_checks_the_stages_that_are_hers(
@@ -251,4 +251,6 @@ def test_a_run_file_without_a_stage_is_a_conflict(run: Path, main: Callable) -> 
     without(run, "teacher", "private_task")
     code, report = checked(main, run)
     assert code == 2
-    assert messages(report) == ["run file: the run file has the sections of no stage"]
+    assert messages(report) == [
+        "run file: the run file has no complete set of sections for any stage"
+    ]

@@ -51,11 +51,15 @@ def test_a_run_file_that_fits_has_no_conflict(run: Path) -> None:
     [
         (["student.freeze_head=false"], {"tied": True}, "embeddings and head are one tensor"),
         ([], {"scales_attention_by_layer": True}, "scales attention by the number of the layer"),
-        (["student.num_layers=9"], {}, "asks for 9 layers, up to layer 8; the teacher has 0 to 3"),
+        (
+            ["student.num_layers=9"],
+            {},
+            "asks for 9 layers, up to number 8; the teacher has layers 0 to 3",
+        ),
         (
             ["student.layers=auto", "student.num_layers=9"],
             {},
-            "asks for 9 layers, up to layer 8; the teacher has 0 to 3",
+            "asks for 9 layers, up to number 8; the teacher has layers 0 to 3",
         ),
         (
             ["student.layers=[1, 2]", "student.frozen_lower_layers=1"],

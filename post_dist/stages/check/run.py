@@ -70,7 +70,7 @@ class _Check:
         self.stages = self._runnable_stages()
         if not self.stages:
             nothing = Conflict(
-                "the run file has the sections of no stage",
+                "the run file has no complete set of sections for any stage",
                 "`post-dist init DIR` writes a whole run file",
             )
             self.findings.add("run file", [nothing])

@@ -15,7 +15,7 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.corpus import Corpus, build_corpus
-from post_dist.errors import EnvironmentFault
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import write_folder
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
@@ -229,19 +229,21 @@ def _check_reads_back(
     """Load a written student as its user will, and compare every weight.
 
     Raises:
-        EnvironmentFault: a weight differs from the trained one, or is not finite.
+        InputError: a trained weight is not finite.
+        EnvironmentFault: a weight differs from the trained one.
     """
     phase("reading the student back")
     # The student is loaded on the CPU, because the GPU still holds the teacher.
     loaded = load_whole(artifact, precision, torch.device("cpu")).model.state_dict()
     for name, tensor in sorted(weights.items()):
+        # NaN differs from itself, so this comes before the comparison.
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"distill: the trained weight {name} holds values that are not finite",
+                "lower distill.learning_rate",
+            )
         if name not in loaded or not torch.equal(loaded[name], tensor):
             raise EnvironmentFault(
                 f"{artifact} does not read back as it was written: {name} differs",
-                "check the disk",
-            )
-        if not bool(tensor.isfinite().all()):
-            raise EnvironmentFault(
-                f"{artifact} does not read back as it was written: {name} is not finite",
                 "check the disk",
             )
