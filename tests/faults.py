@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+# DeepSpeed's engine imports it, which takes 3 s. A forked command has it loaded already.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
 
 def die() -> None:
     """End as a process does that the system kills."""

@@ -15,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["post_dist.privacy.private_run", "post_dist.stages.pipeline"])
+_SERVER.set_forkserver_preload(
+    [
+        "post_dist.privacy.private_run",
+        "post_dist.stages.pipeline",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it: 3 s
+        "matplotlib.figure",  # for the report
+    ]
+)
 
 
 class Command:
