@@ -28,23 +28,25 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     )
     assert fetched.returncode == 0, fetched.stderr
     settings = [
-        "distill.steps=2",
+        "distill.steps=1",
         "distill.batch_size=4",
         "corpus.max_tokens=10000",
-        "corpus.held_out_sequences=8",
+        "corpus.held_out_sequences=4",
     ]
     settings += [
-        "tune.steps=2",
+        "tune.steps=1",
         "tune.batch_size=4",
-        "transfer.steps=2",
+        "transfer.steps=1",
         "transfer.batch_size=4",
         "public_task.max_rows=8",
+        "public_task.max_length=32",
+        "private_task.max_length=32",
         "evaluate.baselines=[]",
     ]
     settings += [
         "evaluate.split=validation",
         "private_task.validation_share=0.003",
-        "privacy.steps=2",
+        "privacy.steps=1",
         "privacy.expected_batch_size=8",
         "evaluate.private_rows=[1]",
         "tune.class_bias=true",
