@@ -286,11 +286,13 @@ CASES = [
         "no usable tokenizer",
         both(drop("teacher/tokenizer.json"), drop("teacher/tokenizer_config.json")),
     ),
-    Case("too many layers", 2, "the teacher has 0 to 3", put("student.num_layers", 9), DISTILL),
+    Case(
+        "too many layers", 2, "the teacher has layers 0 to 3", put("student.num_layers", 9), DISTILL
+    ),
     Case(
         "layer out of range",
         2,
-        "the teacher has 0 to 3",
+        "the teacher has layers 0 to 3",
         put("student", {"layers": [0, 7]}),
         DISTILL,
     ),
