@@ -1,5 +1,6 @@
 """What all tests share: one thread, and helpers that run the command line."""
 
+import gc
 import logging
 import os
 import signal
@@ -21,6 +22,11 @@ import started  # noqa: E402
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 Run = Callable[..., subprocess.CompletedProcess]
+
+
+def pytest_collection_finish() -> None:
+    """Take the libraries out of the garbage that DeepSpeed collects with each of its engines."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Helpers to kill runs: die at a chosen call, and run the command line in a forked process."""
 
+import gc
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ def fork_command(
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
+    gc.freeze()
     prepare()
     from post_dist import cli
 

@@ -5,6 +5,7 @@ A fork server imports them once for each worker of pytest. Tests of launchers an
 new interpreters, as users do.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -129,6 +130,8 @@ def _run(arguments: list[str], environment: dict[str, str], said: Path, preparat
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["post-dist", *arguments]
+    # DeepSpeed collects garbage with each of its engines. The libraries are none.
+    gc.freeze()
     from post_dist.cli import main
 
     if preparation != "nothing":

@@ -33,7 +33,7 @@ def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
     program = [*torchrun(ranks, 29620), HERE / "scaled_ranks.py", folder, *options]
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": import_path()}
     done = subprocess.run(
-        program, capture_output=True, text=True, timeout=280, check=False, env=os.environ | own
+        program, capture_output=True, text=True, timeout=380, check=False, env=os.environ | own
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -43,6 +43,7 @@ def import_path() -> str:
     return os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "group", "options"), [(2, 2, []), (4, 2, ["engine.shard_group=2"])]
 )
