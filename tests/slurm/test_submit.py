@@ -229,10 +229,10 @@ def test_a_time_limit_in_the_middle_does_not_end_the_run(slurm: Cluster, tmp_pat
     assert steps_of(tmp_path, "distill") == list(range(LONG["distill"]["steps"]))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, str]) -> None:
     folder = chained[0]
-    with followed(slurm, folder / "run.yaml", "transfer", "--set", "transfer.steps=400") as (
+    with followed(slurm, folder / "run.yaml", "transfer", "--set", "transfer.steps=250") as (
         waiting,
         job,
     ):
@@ -245,7 +245,7 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
         )
         assert waiting.poll() is None, "a dead node is no end"
         slurm.start_node(victim)
-        output = waiting.communicate(timeout=150)[1]
+        output = waiting.communicate(timeout=270)[1]
     assert waiting.returncode == 0, output + logs(folder)
     assert output.count("COMPLETED") == 1
     assert "resuming from step" in logs(folder)
