@@ -300,7 +300,7 @@ def test_layer_rules() -> None:
     assert listed_layers(Student(layers="first_last", num_layers=4), 48) == (0, 1, 46, 47)
     assert listed_layers(Student(layers="even", num_layers=4), 10) == (0, 3, 6, 9)
     assert listed_layers(Student(layers=(0, 5)), 6) == (0, 5)
-    with pytest.raises(InputError, match="the teacher has 0 to 5"):
+    with pytest.raises(InputError, match="the teacher has layers 0 to 5"):
         listed_layers(Student(layers=(0, 6)), 6)
     assert listed_layers(Student(layers="first_last", num_layers=4, frozen_lower_layers=2), 48)[
         :2
