@@ -8,6 +8,7 @@ new interpreters, as users do.
 import gc
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -27,12 +28,13 @@ _SERVER.set_forkserver_preload(
 
 
 class Command:
-    """A running `post-dist` command.
+    """A running `post-dist` command, or a running script.
 
     Args:
         arguments: its command line, without the name of the program.
         variables: environment variables to set, besides those of this process.
         preparation: what `prepared_rank.py` does before the command, by its name.
+        script: a Python script to run in place of `post-dist`.
     """
 
     def __init__(
@@ -40,13 +42,14 @@ class Command:
         *arguments: object,
         variables: Mapping[str, str] | None = None,
         preparation: str = "nothing",
+        script: Path | None = None,
     ) -> None:
         self.arguments = [str(argument) for argument in arguments]
         self._said = tempfile.TemporaryDirectory()
         environment = os.environ | (variables or {})
         self._process = _SERVER.Process(
             target=_run,
-            args=(self.arguments, dict(environment), Path(self._said.name), preparation),
+            args=(self.arguments, dict(environment), Path(self._said.name), preparation, script),
         )
         self._process.start()
 
@@ -105,6 +108,21 @@ def run_ranks(
     return ended
 
 
+def run_script(script: Path, ranks: int, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script on ranks; return the exit code and the output of rank 0.
+
+    Raises:
+        AssertionError: a rank failed.
+    """
+    started = []
+    for variables in rank_variables(ranks):
+        started.append(Command(*arguments, variables=variables, script=script))
+    said = [command.communicate(380) for command in started]
+    for command, (_, err) in zip(started, said, strict=True):
+        assert command.returncode == 0, err[-3000:]
+    return subprocess.CompletedProcess(started[0].arguments, 0, *said[0])
+
+
 def rank_variables(ranks: int) -> list[dict[str, str]]:
     """Return the environment variables that a launcher would set for each rank."""
     with socket.socket() as probe:
@@ -124,7 +142,13 @@ def rank_variables(ranks: int) -> list[dict[str, str]]:
     return variables
 
 
-def _run(arguments: list[str], environment: dict[str, str], said: Path, preparation: str) -> None:
+def _run(
+    arguments: list[str],
+    environment: dict[str, str],
+    said: Path,
+    preparation: str,
+    script: Path | None,
+) -> None:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
@@ -132,6 +156,10 @@ def _run(arguments: list[str], environment: dict[str, str], said: Path, preparat
     sys.argv = ["post-dist", *arguments]
     # DeepSpeed collects garbage with each of its engines. The libraries are none.
     gc.freeze()
+    if script is not None:
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+        return
     from post_dist.cli import main
 
     if preparation != "nothing":

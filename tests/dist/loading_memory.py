@@ -1,4 +1,4 @@
-"""Run by torchrun: measure each rank's peak memory while a model is loaded into shards."""
+"""Run on ranks: measure each rank's peak memory while a model is loaded into shards."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by torchrun: the gradient of a prompt through a target in ZeRO-3 shards. Rank 0 saves it."""
+"""Run on ranks: the gradient of a prompt through a target in ZeRO-3 shards. Rank 0 saves it."""
 
 import json
 import sys

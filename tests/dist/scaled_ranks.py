@@ -1,4 +1,4 @@
-"""Run by a launcher: `bench scale` with several settings in one process, as JSON.
+"""Run on ranks: `bench scale` with several settings in one process, as JSON.
 
     scaled_ranks.py FOLDER [KEY=VALUE]...
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: the head of a target in ZeRO-3 shards. Each rank saves its logits.
+"""Run on ranks: the head of a target in ZeRO-3 shards. Each rank saves its logits.
 
 It also tries to load a model that scales its logits behind its head, which must be refused.
 """

@@ -1,14 +1,13 @@
 """`post-dist bench scale` on real ranks: where the time goes, and the plan's bytes."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from started import run_script
 
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
@@ -30,17 +29,8 @@ def torchrun(ranks: int, port: int) -> list[str]:
 
 
 def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
-    program = [*torchrun(ranks, 29620), HERE / "scaled_ranks.py", folder, *options]
-    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": import_path()}
-    done = subprocess.run(
-        program, capture_output=True, text=True, timeout=380, check=False, env=os.environ | own
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(HERE / "scaled_ranks.py", ranks, folder, *options)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def import_path() -> str:
-    return os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.mark.timeout(400)

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from started import run_script
 from torch.nn import functional
 
 from post_dist.cluster.doctor import op_cache
@@ -24,31 +22,7 @@ from post_dist.models.student import freeze, write_student
 from post_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
-PORTS = iter(range(29700, 29800))
-
-
-def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        str(next(PORTS)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
+HERE = Path(__file__).parent
 
 LAYOUTS = {
     "all ranks": {},
@@ -86,9 +60,9 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
                 "DeepSpeed's disk reader is not compiled: run `post-dist doctor --build`, "
                 "which takes minutes and needs libaio"
             )
-    torchrun(
+    run_script(
+        HERE / "prompt_gradient.py",
         ranks,
-        Path(__file__).with_name("prompt_gradient.py"),
         folder,
         tmp_path / "inputs",
         tmp_path / "output",
@@ -107,7 +81,7 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
 def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "model", "llama")
     scaled = tiny.write_model(tmp_path / "scaled", "granite")
-    torchrun(2, Path(__file__).with_name("sharded_head.py"), folder, scaled, tmp_path)
+    run_script(HERE / "sharded_head.py", 2, folder, scaled, tmp_path)
     whole = load_whole(folder, "fp32", CPU)
     expected = whole.head(torch.linspace(-1, 1, whole.width)[None])[:, [7, 3, 7]]
     for rank in range(2):
@@ -132,7 +106,7 @@ def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: P
         tmp_path / "model", max_shard_size="100MB"
     )
     tiny.tokenizer("llama").save_pretrained(tmp_path / "model")
-    torchrun(2, Path(__file__).with_name("loading_memory.py"), tmp_path / "model", tmp_path)
+    run_script(HERE / "loading_memory.py", 2, tmp_path / "model", tmp_path)
     whole = load_whole(tmp_path / "model", "fp32", CPU)
     with torch.no_grad():
         expected = whole(torch.arange(4, 12)[None], answer=torch.tensor([7]))[0, :5]
@@ -251,7 +225,7 @@ def test_distillation_is_a_plain_loop_s_step_by_step(
     for name, value in engine.items():
         settings[f"engine.{name}"] = value
     options = [f"--set={key}={value}" for key, value in settings.items()]
-    torchrun(ranks, Path(__file__).with_name("few_logits.py"), "distill", run, *options)
+    run_script(HERE / "few_logits.py", ranks, "distill", run, *options)
     (metrics,) = tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     ours = [5 * line["ce"] + 2 * line["lm"] + line["cos"] for line in lines]

@@ -780,3 +780,11 @@ def test_a_launcher_that_contradicts_itself_is_refused(
     assert command.returncode == 3
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_refused_stage_leaves_no_folder(base: Path, main: Callable, tmp_path: Path) -> None:
+    options = ("--set=student.num_layers=9", f"--output={tmp_path / 'runs'}")
+    code, _, err = main("distill", base / "run.yaml", *options)
+    assert code == 2, err
+    assert "asks for 9 layers" in err
+    assert not (tmp_path / "runs").exists()
