@@ -60,7 +60,7 @@ class Command:
 
     def poll(self) -> int | None:
         """Return the exit code, or None while the command runs."""
-        return self._process.exitcode
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the command has ended."""
@@ -89,21 +89,26 @@ def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess
 
 
 def run_ranks(
-    *arguments: object, preparations: Sequence[str] = ("nothing", "nothing")
+    *arguments: object,
+    preparations: Sequence[str] = ("nothing", "nothing"),
+    script: Path | None = None,
 ) -> list[subprocess.CompletedProcess]:
-    """Run a `post-dist` command on ranks, without a launcher that would end one after the other.
+    """Run a command on ranks, without a launcher that would end one after the other.
 
     Args:
         arguments: the command line.
         preparations: what `prepared_rank.py` does before the command, for each rank.
+        script: a Python script to run in place of `post-dist`.
     """
     ranks = []
-    for rank, variables in enumerate(rank_variables(len(preparations))):
-        ranks.append(Command(*arguments, variables=variables, preparation=preparations[rank]))
-    # Both run already, so they are waited for one after the other.
+    for preparation, variables in zip(preparations, rank_variables(len(preparations)), strict=True):
+        ranks.append(
+            Command(*arguments, variables=variables, preparation=preparation, script=script)
+        )
+    # All run already, so they are waited for one after the other.
     ended = []
     for rank in ranks:
-        out, err = rank.communicate(200)
+        out, err = rank.communicate(380)
         ended.append(subprocess.CompletedProcess(rank.arguments, rank.returncode, out, err))
     return ended
 
@@ -114,13 +119,10 @@ def run_script(script: Path, ranks: int, *arguments: object) -> subprocess.Compl
     Raises:
         AssertionError: a rank failed.
     """
-    started = []
-    for variables in rank_variables(ranks):
-        started.append(Command(*arguments, variables=variables, script=script))
-    said = [command.communicate(380) for command in started]
-    for command, (_, err) in zip(started, said, strict=True):
-        assert command.returncode == 0, err[-3000:]
-    return subprocess.CompletedProcess(started[0].arguments, 0, *said[0])
+    ended = run_ranks(*arguments, preparations=["nothing"] * ranks, script=script)
+    for rank in ended:
+        assert rank.returncode == 0, rank.stderr[-3000:]
+    return ended[0]
 
 
 def rank_variables(ranks: int) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@
 With the setting `slow rank`, the last rank sleeps in every matrix product.
 """
 
-import gc
 import json
 import sys
 import time
@@ -34,8 +33,6 @@ def main() -> None:
     folder = Path(sys.argv[1])
     options = sys.argv[2:]
     world = start(0)
-    # Each engine of DeepSpeed collects garbage several times. The libraries are none.
-    gc.freeze()
     found = {}
     for name, settings in SETTINGS.items():
         # Four ranks on two cores are slow.

@@ -87,9 +87,10 @@ def refuse_evaluation(
     """
     student = read_facts(models.student)
     student_tokenizer = load_tokenizer(models.student)
+    task = config.need_task("private_task")
     for prompt_set in prompts:
         for prompt in (prompt_set.source, *prompt_set.on_target.values()):
-            _check_classes(prompt.task, config.need_task("private_task"))
+            _check_classes(prompt.task, task)
         check_belongs(prompt_set.source, student, student_tokenizer)
 
     # Examples must fit into the context behind the longest prompt of each model.
