@@ -88,7 +88,7 @@ class Student(Section):
 
 
 class Engine(Section):
-    """How DeepSpeed lays out the models over the ranks.
+    """The layout of the models over the ranks, by DeepSpeed.
 
     Only `precision` and `quantized_gathers` change results by more than rounding.
     """
@@ -106,8 +106,8 @@ class Engine(Section):
     """Send frozen weights as int8 (ZeRO++), which changes them a little. GPUs only."""
     # What is moved out of the memory of the GPUs, or recomputed to save it.
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the shards of frozen large models stay between uses: on the GPU (`none`), in host
-    memory (`cpu`), or on a disk (`nvme`)."""
+    """Place of the shards of frozen large models between uses: the GPU (`none`), host memory
+    (`cpu`), or a disk (`nvme`)."""
     nvme_folder: FilePath | None = None
     """A folder on each node's own disk; required with `offload: nvme`."""
     offload_optimizer: bool = False

@@ -89,7 +89,7 @@ class RunConfig(Section):
     teacher: Teacher | None = None
     """The provider's large LLM."""
     student: Student | None = None
-    """How the student is cut from the teacher."""
+    """The student, which is cut from the teacher."""
     corpus: Corpus | None = None
     """Public text for distillation."""
     private_task: Task | None = None

@@ -18,7 +18,7 @@ arXiv 1910.02054, section 3). A checkpoint holds exactly these."""
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights of a step are spread over the ranks.
+    """The division of the weights of a step among the ranks.
 
     Attributes:
         ranks: number of all ranks.

@@ -44,11 +44,11 @@ class Reached(Section):
     memory: ReachedShare
     """Fraction of `memory_gb_per_second`."""
     node: ReachedShare
-    """Of the rate of the link `node`."""
+    """Fraction of the rate of the link `node`."""
     network: ReachedShare
-    """Of the rate of the link `network`."""
+    """Fraction of the rate of the link `network`."""
     host: ReachedShare
-    """Of the rate from host memory to a GPU."""
+    """Fraction of the rate from host memory to a GPU."""
 
 
 class Hardware(Section):

@@ -79,7 +79,7 @@ class PlanInputs:
 
     @property
     def sharding(self) -> Sharding:
-        """How weights are spread over the ranks."""
+        """The division of the weights among the ranks."""
         return Sharding(self.machine.ranks, self.group, self.bytes_each)
 
     @property
