@@ -38,6 +38,8 @@ def test_nothing_is_left(tmp_path: Path, number: signal.Signals, workers: int) -
     environment = os.environ | {name: value, "PYTHONPATH": str(TESTS)}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-p", "leave_nothing", f"-n{workers}", "-s"]
+    # Where this run is in the background of a shell, SIGINT is ignored, also by its children.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     run = subprocess.Popen(
         [*command, str(tmp_path)],
         cwd=tmp_path,
@@ -46,6 +48,7 @@ def test_nothing_is_left(tmp_path: Path, number: signal.Signals, workers: int) -
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         wait_until((tmp_path / "ready").exists)
         assert len(processes_with(mark)) >= 5, "pytest, its guardian, bash and three sleeps"
