@@ -44,7 +44,7 @@ _MOST_SIGMA = 200.0
 _BRACKET_STEP = 0.5
 
 # PLD may exceed the upper end of PRV by twice PRV's own error in epsilon.
-_PRV_ABOVE = 0.02
+PRV_ABOVE = 0.02
 
 # PLD may fall short of the upper end of PRV by five times PRV's error. The largest gap measured
 # was 0.013.
@@ -53,23 +53,32 @@ FALSE_POSITIVE_RATE = 0.01
 
 
 @dataclass(frozen=True)
-class Account:
-    """Privacy cost of a plan.
+class Cost:
+    """What one run, or several on the same data, reveal at most.
 
     Attributes:
         epsilon: the published epsilon, at the plan's delta.
         accountant: name of the accountant that computed `epsilon`.
-        cross_checks: epsilon by `rdp` and `prv`. For a search these are epsilons of one trial, and
-            `pld` is included.
         epsilon_at: epsilon at stricter deltas, by the name of the delta.
         true_positive_rate: upper bound for any attack at a false positive rate of 1%.
     """
 
     epsilon: float
     accountant: str
-    cross_checks: dict[str, float]
     epsilon_at: dict[str, float]
     true_positive_rate: float
+
+
+@dataclass(frozen=True)
+class Account(Cost):
+    """Privacy cost of a plan, on which three accountants agree.
+
+    Attributes:
+        cross_checks: epsilon by `rdp` and `prv`. For a search these are epsilons of one trial, and
+            `pld` is included.
+    """
+
+    cross_checks: dict[str, float]
 
 
 def private_plan(config: RunConfig) -> PrivacyPlan:
@@ -120,16 +129,37 @@ def account(plan: PrivacyPlan) -> Account:
         "prv": _prv_epsilon(trial),
     }
     _check_agreement(checks)
-    if plan.mean_trials is not None:
-        return _account_of_search(plan, checks)
-    # The privacy profile on a grid of epsilon bounds the power of any attack.
-    epsilons = [float(epsilon) for epsilon in np.linspace(0, 20, 401)]
-    profile = [(epsilon, float(accountant.get_delta(epsilon))) for epsilon in epsilons]
-    return Account(
-        epsilon=checks.pop("pld"),
-        accountant=f"PLD (dp-accounting, discretisation {_FINE:g})",
-        cross_checks=checks,
-        epsilon_at=_epsilon_at(accountant, plan),
+    # The published epsilon of a single run is that of PLD, so it is no cross-check.
+    if plan.mean_trials is None:
+        checks.pop("pld")
+    return Account(**vars(cost_of([plan], plan)), cross_checks=checks)
+
+
+def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
+    """Compute what runs on the same data reveal together.
+
+    Args:
+        plans: one private plan for each run, or for each part of what a run has spent.
+        stated_for: the plan whose delta and declared examples the numbers refer to.
+    """
+    accountant: PrivacyAccountant
+    # Only RDP composes searches.
+    if any(plan.mean_trials is not None for plan in plans):
+        name = "RDP of repeat-and-select (dp-accounting)"
+        accountant = _rdp(plans)
+        # Each delta gives one point of the privacy profile.
+        deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
+        profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
+    else:
+        name = f"PLD (dp-accounting, discretisation {_FINE:g})"
+        accountant = pld = _pld(tuple(plans), _FINE)
+        epsilons = [float(epsilon) for epsilon in np.linspace(0, 20, 401)]
+        profile = [(epsilon, float(pld.get_delta(epsilon))) for epsilon in epsilons]
+    # The privacy profile bounds the power of any attack.
+    return Cost(
+        epsilon=float(accountant.get_epsilon(stated_for.delta)),
+        accountant=name,
+        epsilon_at=_epsilon_at(accountant, stated_for),
         true_positive_rate=_true_positive_rate(profile),
     )
 
@@ -236,26 +266,11 @@ def _check_agreement(checks: dict[str, float]) -> None:
     pld = checks["pld"]
     prv = checks["prv"]
     # RDP is an upper bound. PRV is an estimate with a known error.
-    near_prv = prv - _PRV_BELOW <= pld <= prv + _PRV_ABOVE
+    near_prv = prv - _PRV_BELOW <= pld <= prv + PRV_ABOVE
     if pld > checks["rdp"] or not near_prv:
         raise PrivacyRefused(
             f"the accountants disagree on epsilon: {checks}", "report this plan as a bug"
         )
-
-
-def _account_of_search(plan: PrivacyPlan, checks: dict[str, float]) -> Account:
-    """Compute the total cost of a search; `checks` are the cross-checks of one trial."""
-    # Each delta gives one point of the privacy profile.
-    accountant = _rdp([plan])
-    deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
-    profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
-    return Account(
-        epsilon=float(accountant.get_epsilon(plan.delta)),
-        accountant="RDP of repeat-and-select (dp-accounting)",
-        cross_checks=checks,
-        epsilon_at=_epsilon_at(accountant, plan),
-        true_positive_rate=_true_positive_rate(profile),
-    )
 
 
 def _epsilon_at(accountant: PrivacyAccountant, plan: PrivacyPlan) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from post_dist.errors import ArtifactRefused
-from post_dist.privacy.accounting import account, composed_epsilon, rdp_epsilon
+from post_dist.privacy.accounting import PRV_ABOVE, account, cost_of, rdp_epsilon
 from post_dist.privacy.ledger import Spending
 from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
 
@@ -20,6 +20,16 @@ _NOT_COVERED = [
 ]
 _SEEDED = "everything: the noise came from a seed and can be subtracted"
 
+_NOT_COVERED_0_1_0 = [
+    "the choice of template, label words, prompt length and other settings, where the private data "
+    "were looked at for it",
+    "the scores of `post-dist evaluate` on the private data",
+    "other prompts from the same data: `post-dist budget` adds them up",
+    "several rows of one person: the unit is one row, after repeated texts were dropped",
+    "the time that the run took, for whoever can watch the machine",
+]
+"""The wording of version 0.1.0."""
+
 # Two machines agree on epsilon more closely than this.
 _TOLERANCE = 1e-3
 
@@ -32,6 +42,7 @@ _LEAST_TRIALS = 1.001
 _MOST_TRIALS = 10**4
 _MOST_EPSILON = 200.0
 _LEAST_PROBABILITY = 1e-300
+_MOST_DELTA = 0.01
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
@@ -40,21 +51,19 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
     Repeated steps raise epsilon.
     """
     plan = spending.plan
-    cost = account(plan)
-    # Repeated steps cost more than the plan, so epsilon is computed from what was spent.
-    epsilon = cost.epsilon
-    if spending.repeated_steps:
-        epsilon = composed_epsilon(spending.plans(), plan.delta)
+    planned = account(plan)
+    # Repeated steps cost more than the plan, so all numbers are computed from what was spent.
+    cost = cost_of(spending.plans(), plan) if spending.repeated_steps else planned
     statement = {
         "private": plan.private,
-        "epsilon": epsilon,
+        "epsilon": cost.epsilon,
         **asdict(plan),
         "steps_repeated": {str(times): count for times, count in spending.repeated_steps.items()},
         "unit": UNIT,
         "neighbouring_relation": RELATION,
         "sampling": plan.sampler.name,
         "accountant": cost.accountant,
-        "cross_checks": cost.cross_checks,
+        "cross_checks": planned.cross_checks,
         "epsilon_at_delta": cost.epsilon_at,
         "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
         "not_covered": _NOT_COVERED,
@@ -69,7 +78,7 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
 
 
 def statement_problems(statement: dict[str, Any]) -> list[str]:
-    """Recompute epsilon from the numbers of a statement, and describe claims that do not hold.
+    """Recompute a statement from its plan, and describe the claims that do not hold.
 
     Args:
         statement: contents of an untrusted `privacy.json`.
@@ -78,24 +87,82 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         ArtifactRefused: numbers are missing, or no accountant can take them.
     """
     claim, plan, repeated = _parse(statement)
+    problems = _word_problems(statement, plan)
     # A prompt with seeded noise must not claim an epsilon.
     if not plan.private:
-        if claim is None:
-            return []
-        return ["its noise came from a seed, yet it claims an epsilon"]
+        if claim is not None:
+            problems.append("its noise came from a seed, yet it claims an epsilon")
+        return problems
     if claim is None:
-        return ["it claims no epsilon"]
+        return [*problems, "it claims no epsilon"]
     # Numbers within the bounds may still overflow in an accountant.
     try:
-        true = _epsilon_of(plan, repeated)
+        computed = _numbers(plan, repeated)
     except (TypeError, ValueError, OverflowError):
         raise _not_computable() from None
-    if true > _MOST_EPSILON:
-        return [f"its numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"]
-    # A claim above the computed epsilon is allowed, because it promises less.
-    if true > claim + _TOLERANCE:
-        return [f"it claims epsilon {claim:.4f}, but its numbers give {true:.4f}"]
-    return []
+    if computed is None:
+        promise = f"its numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"
+        return [*problems, promise]
+    return problems + _delta_problems(plan) + _number_problems(statement, computed)
+
+
+def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
+    """Describe the words of a statement that do not follow from its plan."""
+    problems = []
+    words = {
+        "private": plan.private,
+        "unit": UNIT,
+        "neighbouring_relation": RELATION,
+        "sampling": plan.sampler.name,
+    }
+    for name, true in words.items():
+        if statement.get(name) != true:
+            problems.append(f"its `{name}` is not {true!r}")
+    # A reader must see everything that the guarantee leaves out.
+    known = (_NOT_COVERED, _NOT_COVERED_0_1_0) if plan.private else ([_SEEDED],)
+    if statement.get("not_covered") not in known:
+        problems.append("its `not_covered` leaves something out, or is not worded by post_dist")
+    return problems
+
+
+def _delta_problems(plan: PrivacyPlan) -> list[str]:
+    """Describe a delta that is too large to protect anybody."""
+    problems = []
+    # With a delta above 1 / N, publishing one example at random would keep the promise.
+    examples = plan.declared_examples
+    if examples is not None and plan.delta >= 1 / examples:
+        problems.append(f"its delta {plan.delta:.3g} is not below 1 / {examples} examples")
+    if plan.delta > _MOST_DELTA:
+        problems.append(f"its delta {plan.delta:.3g} is above {_MOST_DELTA:g}")
+    return problems
+
+
+def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> list[str]:
+    """Compare the numbers of a statement with computed ones.
+
+    A claim above the computed number is allowed, because it promises less.
+    """
+    problems = []
+    for name, number in computed.items():
+        for label, claimed, least in _pairs(name, statement.get(name), number):
+            if isinstance(least, str):
+                if claimed != least:
+                    problems.append(f"its {label} is not {least!r}")
+            elif not _is_between(claimed, 0, math.inf):
+                problems.append(f"its {label} is no number")
+            elif claimed < least - _TOLERANCE:
+                problems.append(
+                    f"it claims {label} {claimed:.4f}, but its numbers give {least:.4f}"
+                )
+    return problems
+
+
+def _pairs(name: str, claimed: Any, computed: Any) -> list[tuple[str, Any, float]]:
+    """Return label, claim and computed value of each number in an entry of a statement."""
+    if not isinstance(computed, dict):
+        return [(name, claimed, computed)]
+    given = claimed if isinstance(claimed, dict) else {}
+    return [(f"{name} {key}", given.get(key), number) for key, number in computed.items()]
 
 
 def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[int, int]]:
@@ -121,14 +188,27 @@ def _not_computable() -> ArtifactRefused:
     return ArtifactRefused("privacy.json lacks the numbers that its epsilon is computed from")
 
 
-def _epsilon_of(plan: PrivacyPlan, repeated: Mapping[int, int]) -> float:
-    """Compute the epsilon of a plan with repeated steps. It is infinite above `_MOST_EPSILON`."""
+def _numbers(plan: PrivacyPlan, repeated: Mapping[int, int]) -> dict[str, Any] | None:
+    """Compute the numbers of a statement; None above an epsilon of `_MOST_EPSILON`."""
     begun = {1: plan.steps - sum(repeated.values()), **repeated}
     plans = plan.spent(begun)
     # RDP is fast for any numbers, so it first rejects claims that promise nothing.
     if rdp_epsilon(plans, plan.delta) > _MOST_EPSILON:
-        return math.inf
-    return composed_epsilon(plans, plan.delta)
+        return None
+    cost = cost_of(plans, plan)
+    trial = replace(plan, mean_trials=None)
+    pld = cost_of([trial], plan).epsilon
+    # PRV takes minutes for some numbers, so its place beside PLD is checked instead.
+    cross_checks = {"rdp": rdp_epsilon([trial], plan.delta), "prv": max(0.0, pld - PRV_ABOVE)}
+    if plan.mean_trials is not None:
+        cross_checks["pld"] = pld
+    return {
+        "epsilon": cost.epsilon,
+        "accountant": cost.accountant,
+        "cross_checks": cross_checks,
+        "epsilon_at_delta": cost.epsilon_at,
+        "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
+    }
 
 
 def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:

@@ -351,6 +351,11 @@ def statements_hold_what_was_charged() -> None:
     repeated = ONCE | {(0, 2): {"a", "b"}}
     twice = statement.privacy_statement(spending_of(plan, repeated))
     assert twice["epsilon"] > claim["epsilon"] + 1e-3, "a repeated step is not in the claim"
+    for delta, epsilon in claim["epsilon_at_delta"].items():
+        at_delta = twice["epsilon_at_delta"][delta]
+        assert at_delta > epsilon + 1e-3, f"a repeated step is not in the claim at {delta}"
+    rate = "true_positive_rate_at_1_percent_false"
+    assert twice[rate] > claim[rate] + 1e-5, "a repeated step is not in the bound of attacks"
     assert statement.statement_problems(claim) == []
     assert statement.statement_problems(twice) == []
     worse = {
@@ -359,7 +364,21 @@ def statements_hold_what_was_charged() -> None:
         "steps": 60,
         "sampling_probability": 0.2,
         "steps_repeated": {"2": 5},
+        "epsilon_at_delta": dict.fromkeys(claim["epsilon_at_delta"], 0.5),
+        rate: 0.01,
+        "cross_checks": claim["cross_checks"] | {"rdp": 0.5},
+        "accountant": "another one",
+        "private": False,
+        "unit": "one person",
+        "neighbouring_relation": "replace one",
+        "sampling": "without replacement",
+        "not_covered": claim["not_covered"][1:],
+        "delta": 0.02,
     }
+    for name in claim:
+        missing = {key: value for key, value in claim.items() if key != name}
+        with suppress(part("errors").ArtifactRefused):
+            assert statement.statement_problems(missing), f"{name} may be missing"
     for field, better in worse.items():
         problems = statement.statement_problems(claim | {field: better})
         assert problems, f"a false {field} was not detected"
