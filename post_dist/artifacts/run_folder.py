@@ -1,14 +1,23 @@
-"""The folder of a stage's run, `runs/<name>/<stage>-<first 8 digits of its signature>/`."""
+"""The folder of a stage's run, `runs/<name>/<stage>-<first 8 digits of its signature>/`.
+
+The signature covers the contents of the private data, and the name of a folder is printed and seen
+by others. A plain hash would confirm a guess of the data. So the signature of a private stage is
+keyed, with a random key that stays in `runs/<name>/`.
+"""
 
 import fcntl
+import hashlib
+import hmac
 import json
 import logging
 import os
 import platform
+import secrets
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +25,7 @@ from typing import IO, Any
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.config.yaml_files import write_yaml
-from post_dist.errors import EnvironmentFault
+from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.files import digest_of, writing
 
 log = logging.getLogger(__name__)
@@ -25,6 +34,9 @@ _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "pef
 
 _WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
 """Fields that do not change the result of a stage. Files count by digest, not by path."""
+
+_NAME_KEY = ".name_key"
+_KEY_BYTES = 32
 
 _LAYOUT = {
     "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
@@ -45,11 +57,13 @@ class RunFolder:
         path: path of the folder.
         stage: name of the stage.
         config: the sections of the run file that the stage may read.
+        name_key: key of the folder's name; None for a stage without private data.
     """
 
     path: Path
     stage: Stage
     config: RunConfig
+    name_key: bytes | None = field(default=None, repr=False)
 
     @property
     def artifact(self) -> Path:
@@ -60,6 +74,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder from which an unfinished run resumes. It is deleted when the run finishes."""
         return self.path / "checkpoints"
+
+    @property
+    def private(self) -> bool:
+        """Whether the stage reads private data."""
+        return self.config.private_task is not None
 
     @property
     def finished(self) -> bool:
@@ -79,6 +98,8 @@ class RunFolder:
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.name_key is not None:
+                _keep_name_key(self.path.parent, self.name_key)
             lock = (self.path / "lock").open("w")
         # The file stays open while the body runs, because closing it releases the lock.
         with lock:
@@ -101,9 +122,12 @@ class RunFolder:
 
     def _describe(self) -> None:
         """Write the settings and the environment of the run."""
-        # Other users must not read losses and batch sizes of the private stages.
-        if self.config.private_task is not None:
+        # Other users must not read losses and batch sizes of the private stages, and must not put
+        # another folder in the place of this one.
+        if self.private:
             self.path.chmod(0o700)
+            around = self.path.parent
+            around.chmod(stat.S_IMODE(around.stat().st_mode) & ~0o022)
         environment = {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
@@ -134,9 +158,44 @@ def run_folder(
     signature = digest_of(
         {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
     )
-    # The name reveals nothing about private data, because it has only the start of the signature.
     title = f"{stage}-{label}" if label else stage
-    return RunFolder(config.output / config.name / f"{title}-{signature[:8]}", stage, view)
+    around = config.output / config.name
+    folder = RunFolder(around / f"{title}-{signature[:8]}", stage, view)
+    # Version 0.1.0 did not key its names. Its runs are still found.
+    if not folder.private or folder.path.exists():
+        return folder
+    key = _name_key(around)
+    keyed = hmac.new(key, signature.encode(), hashlib.sha256).hexdigest()
+    return replace(folder, path=around / f"{title}-{keyed[:8]}", name_key=key)
+
+
+def _name_key(around: Path) -> bytes:
+    """Return the key of the folders in `runs/<name>/`: the kept one, or a new one.
+
+    Raises:
+        ArtifactRefused: the file does not hold a key.
+    """
+    path = around / _NAME_KEY
+    if not path.exists():
+        return secrets.token_bytes(_KEY_BYTES)
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise ArtifactRefused(f"{path} does not hold a key", "give another --output")
+    return key
+
+
+def _keep_name_key(around: Path, key: bytes) -> None:
+    """Write a new key into `runs/<name>/`, for its owner alone.
+
+    Raises:
+        EnvironmentFault: another process has written another key at the same time.
+    """
+    path = around / _NAME_KEY
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
+    if path.read_bytes() != key:
+        raise EnvironmentFault(f"another process has just started in {around}", "start again")
 
 
 def _influential(value: object) -> object:

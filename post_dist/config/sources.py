@@ -44,6 +44,11 @@ class DataSource(Section):
     """Maximum number of examples. Default: all."""
 
     @property
+    def is_private(self) -> bool:
+        """Whether the examples are private, so that no message may quote from the file."""
+        return False
+
+    @property
     def text_columns(self) -> list[str]:
         """Names of the columns in `text`, in order."""
         return placeholders(self.text)
@@ -113,6 +118,11 @@ class Task(DataSource):
     """Fraction of the texts in the test split. Not used with `test_hub_split`."""
     split_salt: str = "post_dist"
     """Salt of the hash. Another salt gives other splits."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the examples are private, so that no message may quote from the file."""
+        return self.visibility == "private"
 
     @property
     def response_length(self) -> int:

@@ -9,10 +9,12 @@ To add a file type, write a function and add a line to `_READERS`.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
@@ -38,7 +40,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    return _as_written(parquet.read_table(path).to_pydict())
+    return _arrow_as_written(parquet.read_table(path))
 
 
 def _read_lines(path: Path) -> pd.DataFrame:
@@ -90,9 +92,12 @@ def read_rows(
         columns.append(answer_column)
     for column in columns:
         if column not in table.columns:
+            raise _no_column(source, table, column, where)
+        if any(isinstance(value, list | dict) for value in table[column]):
+            # One more row could add a key to the mappings of all other rows.
             raise InputError(
-                f"{where}: there is no column '{column}'",
-                f"columns: {', '.join(map(str, table.columns))}",
+                f"{where}: column '{column}' holds lists or mappings",
+                "write each value as text or as a number",
             )
     # An example without text or label cannot be used.
     table = table.dropna(subset=columns)
@@ -108,6 +113,14 @@ def read_rows(
     return Rows(texts, table[answer_column].map(str).tolist())
 
 
+def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str) -> InputError:
+    message = f"{where}: there is no column '{column}' among {len(table.columns)} columns"
+    if source.is_private:
+        # In a file without a header, the names of the columns are the first example.
+        return InputError(message, "name the columns in the first line of the file")
+    return InputError(message, f"columns: {', '.join(map(str, table.columns))}")
+
+
 def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
     if source.path:
         return _read_file(source.path, where)
@@ -117,6 +130,34 @@ def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
 def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:
     """Make a table whose columns have no data type."""
     return pd.DataFrame(rows, dtype=object)
+
+
+def _arrow_as_written(table: pyarrow.Table) -> pd.DataFrame:
+    """Undo what the data type of a column has done to its values.
+
+    Raises:
+        ValueError: a column of integers holds one that a column of numbers could not.
+    """
+    columns = {}
+    for name, values in zip(table.column_names, table.columns, strict=True):
+        columns[name] = [_value_as_written(value) for value in values.to_pylist()]
+    return _as_written(columns)
+
+
+def _value_as_written(value: object) -> object:
+    """Return a value of an Arrow column as it would be in a column of its own.
+
+    A missing value turns a column of integers into one of floating-point numbers. A value with
+    more decimals gives all values of a decimal column as many.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Decimal):
+        return format(value.normalize(), "f")
+    # Above this number, a column with a missing value would round it.
+    if isinstance(value, int) and abs(value) > 2**53:
+        raise ValueError("an integer above 2^53")
+    return value
 
 
 def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
@@ -162,4 +203,4 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
         raise EnvironmentFault(
             f"{where}.hub: cannot load {source.hub} ({split}): {error}"
         ) from None
-    return _as_written(rows.with_format("arrow")[:].to_pydict())
+    return _arrow_as_written(rows.with_format("arrow")[:])

@@ -130,9 +130,28 @@ def destroy_key(path: Path, source: RandomSource) -> None:
 
 
 def _read(path: Path) -> RandomSource:
-    """Read a key file."""
+    """Read a key file.
+
+    Raises:
+        ArtifactRefused: the file is not the owner's alone, or holds no key.
+    """
     try:
-        fields = json.loads(path.read_text())
+        # A link could lead to a file that somebody else has written.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            status = os.fstat(file.fileno())
+            text = file.read()
+    except OSError as error:
+        raise ArtifactRefused(
+            f"cannot read the key {path}: {error.strerror}", "start anew with --resume never"
+        ) from None
+    # Whoever knows the key can subtract the noise, and whoever wrote it knows it.
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ArtifactRefused(
+            f"the key {path} can be read or was written by others",
+            "start anew with --resume never",
+        )
+    try:
+        fields = json.loads(text)
         return RandomSource(str(fields["run"]), bytes.fromhex(fields["key"]))
     except (ValueError, KeyError, TypeError):
         raise ArtifactRefused(

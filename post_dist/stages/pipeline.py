@@ -23,6 +23,7 @@ from post_dist.files import fingerprint
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
+from post_dist.runtime.private_process import owner_only
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.distill.stage import distill, refuse_distillation
 from post_dist.stages.evaluate.rows import (
@@ -135,7 +136,7 @@ class Pipeline:
             inputs = {"teacher": self._teacher_digest, **inputs}
 
         # The signature holds the digest of every prompt, so other prompts give another table.
-        folder = run_folder(config, "evaluate", inputs | _prompt_digests(prompts))
+        folder = self._private_folder(config, "evaluate", inputs | _prompt_digests(prompts))
         if self._unfinished([folder]):
             refuse_evaluation(folder.config, models, prompts, self._world)
             with self._running([folder]):
@@ -236,7 +237,7 @@ class Pipeline:
         """
         config.need("tune")
         inputs = {"model": model.digest, "private_task": self._data_digest("private_task")}
-        folder = run_folder(config, "tune", inputs, label=label)
+        folder = self._private_folder(config, "tune", inputs, label)
         if self._unfinished([folder]):
             refuse_tuning(folder.config, model.folder, self._world)
             private_task = config.need_task("private_task")
@@ -326,6 +327,12 @@ class Pipeline:
             return f"{source.hub}@{source.revision}"
         return self._world.on_main(partial(_digest_of_file, source.path, section))
 
+    def _private_folder(
+        self, config: RunConfig, stage: Stage, inputs: dict[str, str], label: str = ""
+    ) -> RunFolder:
+        """Return the folder of a private stage. Rank 0 names it, because its key may be new."""
+        return self._world.on_main(partial(run_folder, config, stage, inputs, label))
+
     def _unfinished(self, folders: Sequence[RunFolder]) -> list[RunFolder]:
         """Return the folders whose stage still has to run.
 
@@ -357,6 +364,8 @@ class Pipeline:
         """
         start = time.monotonic()
         with ExitStack() as held:
+            if any(folder.private for folder in folders):
+                held.enter_context(owner_only())
             for folder in folders:
                 self._world.on_main(partial(held.enter_context, folder.held()))
                 held.enter_context(log_file(folder.path, self._world.rank))

@@ -319,6 +319,12 @@ def write_parquet(path: Path, rows: list[Row]) -> None:
     parquet.write_table(pyarrow.table(dict(zip(COLUMNS, columns, strict=True))), path)
 
 
+def write_parquet_by_pandas(path: Path, rows: list[Row]) -> None:
+    import pandas as pd
+
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(path)
+
+
 def write_csv(path: Path, rows: list[Row]) -> None:
     lines = [f"{age},{note},{label}\n" for age, note, label in rows]
     path.write_text("age,note,label\n" + "".join(lines))
@@ -352,12 +358,14 @@ def one_row_of_the_file_is_one_example_at_most() -> None:
         added += [(age, note, 0), (age, note, 1)]
     missing = (None, "e", 1)
     odd = [(3.5, "e", 1), ("old", "e", 1), (True, "e", 1), (30, "e", None)]
-    kinds = {
-        "csv": (write_csv, added),
-        "jsonl": (write_json_lines, [*added, missing, *odd]),
-        "parquet": (write_parquet, [*added, missing]),
-    }
-    for ending, (write, more) in kinds.items():
+    numbers = [(30.5, "e", 1), (30, "e", None)]
+    kinds = [
+        ("csv", write_csv, added),
+        ("jsonl", write_json_lines, [*added, missing, *odd]),
+        ("parquet", write_parquet, [*added, missing]),
+        ("parquet", write_parquet_by_pandas, [*added, missing, *numbers]),
+    ]
+    for ending, write, more in kinds:
         base = examples(ending, write, rows)
         assert base == {("30 a", 0), ("31 b", 1), ("32 c", 0), ("33 d", 1)}
         for row in more:

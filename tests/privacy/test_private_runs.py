@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -201,6 +202,54 @@ def post_dist_as_main(post_dist: Callable) -> Callable:
         return done.returncode, done.stdout, done.stderr
 
     return call
+
+
+def test_what_a_private_stage_writes_is_for_its_owner_alone(folder: Path, main: Callable) -> None:
+    before = os.umask(0)
+    try:
+        code, out, err = tune(main, folder)
+        assert code == 0, err
+        options = (f"--set=inputs.source_prompt={artifact(out)}", "--set=evaluate.baselines=[]")
+        owner = (f"--set=inputs.student={folder / 'student'}", "--set=teacher=null", *options)
+        code, out, err = main("evaluate", folder / "run.yaml", *owner, "--json")
+        assert code == 0, err
+    finally:
+        os.umask(before)
+    runs = folder / "runs/tiny"
+    assert runs.stat().st_mode & 0o022 == 0
+    written = [path for name in ("tune-*", "evaluate-*", "answers") for path in runs.glob(name)]
+    assert len(written) == 3
+    written += [path for place in written for path in place.rglob("*")]
+    written.append(folder / "private.csv.ledger.jsonl")
+    for path in written:
+        allowed = 0o700 if path.is_dir() else 0o600
+        assert path.stat().st_mode & 0o777 & ~allowed == 0, path
+
+
+def test_a_file_without_a_header_tells_nothing(folder: Path, main: Callable) -> None:
+    rows = (folder / "private.csv").read_text().splitlines()[1:]
+    (folder / "private.csv").write_text("\n".join(rows))
+    code, out, err = tune(main, folder)
+    assert code == 2
+    assert "there is no column 'text' among 2 columns" in err
+    words = set(re.findall(r"[a-z]{4,}", rows[0])) - {"text"}
+    assert words
+    assert not words & set(re.findall(r"[a-z]{4,}", out + err))
+
+
+@pytest.mark.parametrize("kind", ["readable by others", "a link"])
+def test_a_key_that_others_may_know_is_refused(folder: Path, main: Callable, kind: str) -> None:
+    code, _, err = tune(main, folder, "--set=privacy.max_total_epsilon=0.01")
+    assert code == 5, err
+    (key,) = folder.glob("runs/tiny/tune-*/randomness.json")
+    if kind == "a link":
+        key.rename(folder / "elsewhere.json")
+        key.symlink_to(folder / "elsewhere.json")
+    else:
+        key.chmod(0o644)
+    code, _, err = tune(main, folder)
+    assert code == 4
+    assert "randomness.json" in err
 
 
 def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(

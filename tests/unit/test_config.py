@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from post_dist.artifacts.run_folder import run_folder
+from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.assets import asset
 from post_dist.config.deepspeed import frozen_settings, training_settings
 from post_dist.config.load import load_run
 from post_dist.config.schema import Engine, RunConfig, Stage
 from post_dist.config.sources import named_tasks
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError
 
 MINIMAL = "name: run\nteacher: {path: /model}\n"
 TASK = """
@@ -165,3 +165,23 @@ def test_a_stage_s_signature_follows_what_it_reads_and_nothing_else(tmp_path: Pa
     assert folder(first, "transfer") != folder(other_transfer, "transfer")
     assert folder(first, "distill") != folder(other_seed, "distill")
     assert folder(first, "distill") != folder(first, "distill", teacher="1")
+
+
+def test_the_name_of_a_private_folder_says_nothing_of_the_data(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL + TASK.format(labels="{a: [no], b: [yes]}"))
+    elsewhere = config.model_copy(update={"output": tmp_path / "elsewhere"})
+
+    def folder(config: RunConfig, data: str) -> RunFolder:
+        return run_folder(config, "tune", {"private_task": data})
+
+    with folder(config, "a").held():
+        pass
+    assert folder(config, "a").path == folder(config, "a").path
+    assert folder(config, "a").path != folder(config, "b").path
+    # Without the key, nobody can compute the name from a guess of the data.
+    assert folder(elsewhere, "a").path.name != folder(config, "a").path.name
+    key = config.output / config.name / ".name_key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.write_bytes(b"short")
+    with pytest.raises(ArtifactRefused, match="does not hold a key"):
+        folder(config, "a")
