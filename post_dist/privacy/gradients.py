@@ -11,7 +11,7 @@ vector-Jacobian product carries the gradients of all examples back to the prompt
 Shapes: B examples, n prompt tokens, d width, C classes, R tokens of a response.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -109,7 +109,7 @@ def micro_gradients(
     task: TuningTask,
     parameters: Sequence[torch.Tensor],
     examples: Sequence[int],
-    longest_size: int,
+    sizes: Mapping[int, int],
     device: torch.device,
 ) -> Iterator[list[torch.Tensor]]:
     """Yield the gradients of a step's examples, one micro-batch of a fixed shape at a time.
@@ -118,7 +118,7 @@ def micro_gradients(
         task: holds the model and the examples.
         parameters: current values of the prompt, and of the biases if they are tuned.
         examples: indices of the examples of the step; may be empty.
-        longest_size: number of examples in a micro-batch of the longest examples.
+        sizes: number of examples in a micro-batch of each padded length.
         device: the model's device.
 
     Yields:
@@ -130,7 +130,7 @@ def micro_gradients(
         return
     # The prefix is computed once for the whole step.
     gradients = task_gradients(task, parameters)
-    for micro_batch in micro_batches(task, examples, longest_size, device):
+    for micro_batch in micro_batches(task, examples, sizes, device):
         found = gradients(micro_batch.batch, micro_batch.targets)
         yield [part[: micro_batch.counted] for part in found]
 

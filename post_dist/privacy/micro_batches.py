@@ -1,12 +1,12 @@
 """Micro-batches of fixed shapes, which the privacy of steps and scores depends on.
 
 Rounding in a kernel depends on the shapes of its inputs. Here an example's own length fixes both
-the length of its micro-batch and the number of examples in it. So its gradient and its class scores
-depend on that example alone, bit for bit. Otherwise adding one example could change the gradients
-of other examples. The clipping norm would then not bound the change of the sum.
+the length of its micro-batch and the number of examples in it. Otherwise adding one example could
+change the gradients of other examples. The clipping norm would then not bound the change of the
+sum. `batch_sizes` checks that also the place in a micro-batch changes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,22 +34,18 @@ class MicroBatch:
 
 
 def micro_batches(
-    task: TuningTask, examples: Sequence[int], longest_size: int, device: torch.device
+    task: TuningTask, examples: Sequence[int], sizes: Mapping[int, int], device: torch.device
 ) -> Iterator[MicroBatch]:
     """Split examples into micro-batches whose shapes depend only on each example's own length.
-
-    Every micro-batch has about as many tokens as `longest_size` of the longest examples.
 
     Args:
         task: holds the examples.
         examples: indices of the examples of a step.
-        longest_size: number of examples in a micro-batch of the longest examples.
+        sizes: number of examples in a micro-batch of each padded length.
         device: device of the micro-batches.
     """
-    longest = padded_length(task)
     for length, group in sorted(_groups_by_length(task, examples).items()):
-        # Shorter examples come in larger micro-batches, so that all need about the same memory.
-        size = longest_size * longest // length
+        size = sizes[length]
         for start in range(0, len(group), size):
             chosen = group[start : start + size]
             # Copies fill up the last micro-batch, so that it has the same shape as the others.
@@ -57,6 +53,20 @@ def micro_batches(
             filled = chosen + copies
             batch = task.reader.collate([task.examples[example] for example in filled], length)
             yield MicroBatch(len(chosen), batch.to(device), task.targets[filled].to(device))
+
+
+def planned_sizes(task: TuningTask, longest_size: int) -> dict[int, int]:
+    """Return the number of examples in a micro-batch of each padded length.
+
+    Shorter examples come in larger micro-batches, so that all need about the same memory.
+
+    Args:
+        task: its template limits the length of an example.
+        longest_size: number of examples in a micro-batch of the longest examples.
+    """
+    longest = padded_length(task)
+    lengths = [*range(LENGTH_STEP, longest, LENGTH_STEP), longest]
+    return {length: longest_size * longest // length for length in lengths}
 
 
 def padded_length(task: TuningTask) -> int:

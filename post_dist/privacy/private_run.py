@@ -13,8 +13,8 @@ import torch
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.batch_sizes import independent_sizes
 from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
-from post_dist.privacy.model_check import check_model
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import run_search
@@ -47,7 +47,7 @@ def tune_privately(
     # The plan and the model are checked before the ledger is opened.
     plan = private_plan(config)
     _log_cost(plan)
-    check_model(config.tune, task)
+    sizes = independent_sizes(config.tune, task)
     key_file = folder.path / "randomness.json"
     ledger_file = ledger_path(config)
     # The lock is held for the whole run: two runs must not spend one budget at the same time.
@@ -61,7 +61,7 @@ def tune_privately(
         ledger = LedgerRun(ledger_file, descriptor, source.run, plan, cap)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
-        trainer = PrivateTrainer(task, config, run)
+        trainer = PrivateTrainer(task, config, run, sizes)
         learning_rate = config.privacy.learning_rate or config.tune.learning_rate
         settings = TrialSettings(learning_rate, plan.max_grad_norm)
         if config.tune.search is None:

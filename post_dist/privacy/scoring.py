@@ -5,13 +5,14 @@ The count is private. The search adds noise before it uses the count.
 Shapes: B examples, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from post_dist.config.sources import Task
 from post_dist.data.tasks import load_examples
+from post_dist.data.template import Batch
 from post_dist.models.classifier import BIAS_SCALE
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.micro_batches import micro_batches
@@ -32,8 +33,21 @@ def validation_task(task: TuningTask, section: Task) -> TuningTask:
 
 
 @torch.no_grad()
+def class_scores(
+    task: TuningTask, batch: Batch, parameters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the class scores [B, C] of a micro-batch, with the biases if they are tuned."""
+    # Run the whole head as `evaluate` does: a head of a few tokens may round differently.
+    logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
+    scores_BC = task.reader.scores(logits_BV)
+    if len(parameters) > 1:
+        scores_BC = scores_BC + BIAS_SCALE * parameters[1]
+    return scores_BC
+
+
+@torch.no_grad()
 def count_right(
-    task: TuningTask, parameters: Sequence[torch.Tensor], longest_size: int, world: World
+    task: TuningTask, parameters: Sequence[torch.Tensor], sizes: Mapping[int, int], world: World
 ) -> int:
     """Count the examples that the tuned parameters classify correctly.
 
@@ -43,22 +57,17 @@ def count_right(
     Args:
         task: holds the model and the examples to classify.
         parameters: the prompt, and the bias parameters if they are tuned.
-        longest_size: number of examples in a micro-batch of the longest examples.
+        sizes: number of examples in a micro-batch of each padded length.
         world: this process.
 
     Raises:
         Interrupted: the run was asked to stop.
     """
     right = 0
-    for micro_batch in micro_batches(task, range(len(task.examples)), longest_size, world.device):
+    for micro_batch in micro_batches(task, range(len(task.examples)), sizes, world.device):
         # This tells the watchdog that the run is alive, but not how many batches there are.
         phase("scoring a trial")
-        batch = micro_batch.batch
-        # Run the whole head as `evaluate` does: a head of a few tokens may round differently.
-        logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
-        scores_BC = task.reader.scores(logits_BV)
-        if len(parameters) > 1:
-            scores_BC = scores_BC + BIAS_SCALE * parameters[1]
+        scores_BC = class_scores(task, micro_batch.batch, parameters)
         # Copies that fill up a micro-batch are cut off before the count.
         matches_B = scores_BC.argmax(dim=1) == micro_batch.targets
         right += int(matches_B[: micro_batch.counted].sum())

@@ -8,7 +8,7 @@ the same and costs nothing. If the sum differs (another machine, other kernels),
 independent, and the ledger charges the step again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,16 @@ class PrivateTrainer:
         task: the model, the training examples and the initial prompt.
         config: the run file.
         run: plan, randomness, ledger and checkpoints.
+        sizes: number of examples in a micro-batch of each padded length.
     """
 
-    def __init__(self, task: TuningTask, config: RunConfig, run: PrivateRun) -> None:
+    def __init__(
+        self, task: TuningTask, config: RunConfig, run: PrivateRun, sizes: Mapping[int, int]
+    ) -> None:
         self.task = task
         self.config = config
         self.run = run
+        self.sizes = sizes
 
     def train(self, settings: TrialSettings, trial: int, checkpoints: Path) -> list[torch.Tensor]:
         """Train from the start, or from the last checkpoint, for all steps of the plan.
@@ -107,15 +111,13 @@ class PrivateTrainer:
         """
         # Read the examples for each trial, so that they are in memory only while it is scored.
         validation = validation_task(self.task, self.config.need_task("private_task"))
-        size = self.config.tune.micro_batch_size_per_gpu
-        return count_right(validation, parameters, size, self.run.world)
+        return count_right(validation, parameters, self.sizes, self.run.world)
 
     def micro_gradients(
         self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
     ) -> Iterator[list[torch.Tensor]]:
         """Yield the per-example gradients of a step's examples, one micro-batch at a time."""
-        size = self.config.tune.micro_batch_size_per_gpu
-        return micro_gradients(self.task, parameters, examples, size, self.run.world.device)
+        return micro_gradients(self.task, parameters, examples, self.sizes, self.run.world.device)
 
 
 class PrivateTrial:

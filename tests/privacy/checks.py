@@ -136,6 +136,15 @@ def keys_come_from_the_operating_system_and_go() -> None:
             assert path.stat().st_mode & 0o77 == 0
         again = randomness.open_source(paths[0], "system", 0)
         assert again == sources[0], "a run that resumes keeps its key"
+        paths[1].chmod(0o640)
+        link = place / "link.json"
+        link.symlink_to(paths[2])
+        for known in (paths[1], link):
+            try:
+                randomness.open_source(known, "system", 0)
+            except part("errors").ArtifactRefused:
+                continue
+            raise AssertionError(f"{known.name}: a key that others may know was used")
         randomness.destroy_key(paths[0], sources[0])
         assert sources[0].key.hex() not in paths[0].read_text()
         assert randomness.open_source(paths[0], "system", 0).run == sources[0].run

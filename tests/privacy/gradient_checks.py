@@ -154,7 +154,8 @@ def step_sum(
     prompt_nd = task.start_nd.float().repeat(virtual_tokens // 6, 1)
     parameters = [prompt_nd, torch.tensor([0.2, -0.1])]
     gradients = part("privacy.gradients")
-    pieces = list(gradients.micro_gradients(task, parameters, examples, 4, CPU))
+    sizes = part("privacy.micro_batches").planned_sizes(task, 4)
+    pieces = list(gradients.micro_gradients(task, parameters, examples, sizes, CPU))
     counted = sum(len(piece[0]) for piece in pieces)
     assert counted == len(examples), "an example was dropped or taken twice"
     shapes = [parameter.shape for parameter in parameters]
@@ -234,13 +235,15 @@ def attention_as_on_a_gpu(model: Any) -> Iterator[None]:
 
 def compute_gradients(task: Any, examples: list[int]) -> None:
     gradients = part("privacy.gradients")
-    list(gradients.micro_gradients(task, [task.start_nd.float()], examples, 2, CPU))
+    sizes = part("privacy.micro_batches").planned_sizes(task, 2)
+    list(gradients.micro_gradients(task, [task.start_nd.float()], examples, sizes, CPU))
 
 
 def compute_score(task: Any, examples: list[int]) -> None:
     encoded = [task.examples[example] for example in examples]
     chosen = replace(task, examples=encoded, targets=task.targets[examples])
-    part("privacy.scoring").count_right(chosen, [task.start_nd.float()], 2, WORLD)
+    sizes = part("privacy.micro_batches").planned_sizes(task, 2)
+    part("privacy.scoring").count_right(chosen, [task.start_nd.float()], sizes, WORLD)
 
 
 def an_example_s_calls_are_its_own() -> None:
@@ -276,18 +279,92 @@ def a_score_counts_each_example_once() -> None:
     task = tuning_task("llama", torch.float32)
     count_right = part("privacy.scoring").count_right
     parameters = [task.start_nd.float(), torch.tensor([0.2, -0.1])]
+    sizes = part("privacy.micro_batches").planned_sizes(task, 4)
     right = [classified_correctly(task, parameters, example) for example in range(7)]
     for examples in ([0], [0, 1, 2], list(range(7))):
         encoded = [task.examples[example] for example in examples]
         chosen = replace(task, examples=encoded, targets=task.targets[examples])
         expected = sum(right[example] for example in examples)
-        assert count_right(chosen, parameters, 4, WORLD) == expected
+        assert count_right(chosen, parameters, sizes, WORLD) == expected
         # With the other class of two as the target, exactly the other examples are right.
         flipped = replace(chosen, targets=1 - chosen.targets)
-        assert count_right(flipped, parameters, 4, WORLD) == len(examples) - expected
+        assert count_right(flipped, parameters, sizes, WORLD) == len(examples) - expected
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Function that changes the output of a layer for all examples of a batch."""
+
+
+@contextmanager
+def changed_layer(model: Any, change: Change) -> Iterator[None]:
+    """Change the output of one layer, also in copies of the model."""
+    hook = model.layers[1].mlp.register_forward_hook(lambda module, given, out: change(out))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def mix_examples(out: torch.Tensor) -> torch.Tensor:
+    return out - 0.1 * out.mean(dim=0, keepdim=True)
+
+
+def round_the_last_differently(out: torch.Tensor) -> torch.Tensor:
+    """Change the last place of large batches by a rounding error, as some kernels do."""
+    if len(out) <= 4 or not out.requires_grad:
+        return out
+    return torch.cat([out[:-1], out[-1:] * (1 + 2.0**-23)])
+
+
+def round_the_last_score_differently(out: torch.Tensor) -> torch.Tensor:
+    if len(out) <= 4 or torch.is_grad_enabled():
+        return out
+    return torch.cat([out[:-1], out[-1:] * (1 + 2.0**-23)])
+
+
+def no_place_in_a_micro_batch_counts() -> None:
+    from post_dist.config.schema import Tune
+    from post_dist.data.task_reader import TaskReader
+
+    sizes = part("privacy.batch_sizes")
+    task = tuning_task("llama", torch.float32)
+    short = replace(task.reader.task, max_length=16)
+    task = replace(task, reader=TaskReader(short, task.reader.tokenizer, masked=False))
+    plain = {"micro_batch_size_per_gpu": 12, "num_virtual_tokens": 6}
+    search = {"search": {"mean_trials": 2, "learning_rate": [0.1]}}
+
+    def chosen(change: Change, **more: Any) -> dict[int, int]:
+        with changed_layer(task.model, change):
+            return sizes.independent_sizes(Tune.model_validate(plain | more), task)
+
+    planned = {16: 12}
+    fours = {16: 4}
+    assert chosen(torch.Tensor.clone) == planned
+    assert chosen(mix_examples) == {16: 1}, "examples change each other"
+    assert chosen(round_the_last_differently) == fours, "a last bit was not noticed"
+    assert chosen(round_the_last_score_differently) == planned
+    assert chosen(round_the_last_score_differently, **search) == fours, "a score's bit differs"
+
+    # Rounding changes no zero, so a student of zeros shows no difference with made-up texts.
+    weight = task.model.layers[1].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    weight.data.zero_()
+    try:
+        found = chosen(round_the_last_differently)
+    finally:
+        weight.data.copy_(kept)
+    assert found == fours, "weights that show no rounding hid a difference"
+
+    passes = iter(range(10_000))
+    try:
+        chosen(lambda out: out * (1 + 1e-6 * next(passes)))
+    except part("errors").InputError:
+        return
+    raise AssertionError("a model that remembers examples was accepted")
 
 
 CHECKS: list[Callable[[], None]] = [
+    no_place_in_a_micro_batch_counts,
     gradients_are_each_example_s_own,
     one_example_moves_a_real_step_by_the_norm_at_most,
     an_example_s_calls_are_its_own,
