@@ -19,8 +19,8 @@ Run `make demo` first: it fetches the model and the reviews. A seed of `table` t
 two cores. The other parts take from minutes to hours.
 
 Results go to utility-DEVICE.json. A measurement that is in the file is not repeated, so the program
-may be stopped at any time. Several processes may share a GPU if each has its own ledger and output:
-`--set privacy.ledger=FILE --output FOLDER`.
+may be stopped at any time. Several processes may share a GPU if each has its own ledger, anchors
+and output: `--set privacy.ledger=FILE --set privacy.ledger_anchors=FOLDER --output FOLDER`.
 """
 
 import argparse

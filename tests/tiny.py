@@ -181,6 +181,7 @@ tune: {{num_virtual_tokens: 5, steps: 6, batch_size: 8, learning_rate: 0.01}}
 transfer: {{steps: 6, batch_size: 8}}
 evaluate: {{baselines: [published transfer, full prompt tuning]}}
 engine: {{precision: fp32}}
+privacy: {{ledger_anchors: anchors}}
 """
     )
     return run

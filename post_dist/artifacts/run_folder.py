@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 
-_WITHOUT_INFLUENCE = {"path", "ledger", "max_total_epsilon"}
+_WITHOUT_INFLUENCE = {"path", "ledger", "ledger_anchors", "max_total_epsilon"}
 """Fields that do not change the result of a stage. Files count by digest, not by path."""
 
 _NAME_KEY = ".name_key"

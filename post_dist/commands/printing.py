@@ -9,17 +9,14 @@ from typing import Any
 def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
     """Print one JSON object, or a line for each number.
 
-    JSON has no infinity, so infinity becomes null.
+    JSON has no infinity and no NaN, so they become null.
 
     Args:
         numbers: the values, by name.
         as_json: whether to print JSON.
     """
     if as_json:
-        finite = {}
-        for name, value in numbers.items():
-            finite[name] = None if value == math.inf else value
-        print(json.dumps(finite))
+        print(json.dumps(_finite(numbers), allow_nan=False))
         return
     # A list, such as the problems of an artifact, has a line for each entry.
     for name, value in numbers.items():
@@ -29,3 +26,14 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
             print(f"{name}: {value:.6g}")
         else:
             print(f"{name}: {value}")
+
+
+def _finite(value: Any) -> Any:
+    """Replace infinity and NaN with None, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -27,11 +27,19 @@ def budget(
             min=0, max=1, help="Delta of the total; default: the smallest delta of the runs."
         ),
     ] = None,
+    cap: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-3, max=1e3, help="Change the limit on the total epsilon, stated at --delta."
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Add up what all runs have spent on a data set, including stopped and discarded runs."""
-    from post_dist.privacy.ledger import budget_of
+    from post_dist.privacy.budget import budget_of, change_cap
 
+    if cap is not None:
+        change_cap(ledger, cap, delta)
     print_numbers(budget_of(ledger, delta), json_)
 
 

@@ -16,9 +16,9 @@ class Privacy(Section):
     # The noise: give one of these.
     target_epsilon: PositiveFloat | None = None
     """Use the least noise that meets this epsilon. Give this field or `noise_multiplier`."""
-    noise_multiplier: Annotated[float, Field(ge=0.2)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0.2, le=1e4)] | None = None
     """sigma: standard deviation of the noise, divided by `max_grad_norm`. Below 0.2, epsilon is too
-    large to be useful."""
+    large to be useful. Above 10,000, the noise is larger than the exact sums can hold."""
     # The data set, by public numbers.
     declared_examples: Annotated[int, Field(gt=1, le=10**9)] | None = None
     """A public number of training examples. It sets the defaults of `target_delta` and
@@ -41,10 +41,14 @@ class Privacy(Section):
     # The ledger of the data set.
     max_total_epsilon: PositiveFloat | None = None
     """Limit on the total epsilon of all runs on this data set. A run that would exceed it is
-    refused. Default: no limit."""
+    refused. The first run writes the limit and its delta into the ledger, and `post-dist budget
+    LEDGER --cap` changes it. Default: the limit of the ledger, or none."""
     ledger: FilePath | None = None
     """File that records what the data set has spent. Default: beside a local data file, with
     `.ledger.jsonl` added to its name."""
+    ledger_anchors: FilePath | None = None
+    """Folder that remembers where each ledger ends, so that removed rows are noticed. Default:
+    `post_dist/ledgers` in `$XDG_STATE_HOME` or `~/.local/state`."""
     noise_source: Literal["system", "seeded"] = "system"
     """`system`: noise from the operating system's entropy. `seeded`: repeatable noise for tests. A
     seeded run is NOT private."""

@@ -21,6 +21,22 @@ RELATION = "add or remove one"
 LOGARITHMIC = 0.0
 """Shape 0 of the truncated negative binomial distribution (arXiv 2110.03620): logarithmic."""
 
+_BOUNDS = {
+    "noise_multiplier": (0.2, 1e4),
+    "sampling_probability": (1e-12, 1),
+    "steps": (1, 10**6),
+    "max_grad_norm": (1e-6, 1e6),
+    "delta": (1e-12, 1),
+    "expected_batch_size": (1e-6, 1e9),
+    "declared_examples": (2, 10**9),
+    "mean_trials": (1.001, 1e4),
+    "score_noise_multiplier": (0.2, 1e4),
+}
+"""Numbers outside these bounds give no useful guarantee, overflow, or take hours to compute."""
+
+_MAY_BE_NONE = {"declared_examples", "mean_trials", "score_noise_multiplier"}
+_INTEGERS = {"steps", "declared_examples"}
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -61,6 +77,27 @@ class PrivacyPlan:
     def sampler(self) -> Sampler:
         """The sampler that draws the examples of each step and defines the accounting."""
         return PoissonSampler(self.sampling_probability)
+
+    def out_of_bounds(self) -> list[str]:
+        """Return what the accountants cannot take, as the name and the allowed range of each field.
+
+        A plan may come from a file that others can change, so values may have any type.
+        """
+        problems = []
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            # True and False do not count as numbers.
+            kinds = (int,) if name in _INTEGERS else (int, float)
+            if type(value) not in kinds or not least <= value <= most:
+                problems.append(f"{name} must be from {least:g} to {most:g}")
+        if self.noise_source not in ("system", "seeded"):
+            problems.append("noise_source must be system or seeded")
+        # A search gives both of these numbers, and a single run gives neither.
+        if (self.mean_trials is None) != (self.score_noise_multiplier is None):
+            problems.append("mean_trials and score_noise_multiplier must be given together")
+        return problems
 
     def trial_event(self) -> DpEvent:
         """Describe one training run, with its score in a search, for the accountants."""
@@ -111,7 +148,8 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
     """Return the plan that a run file declares, with a given noise multiplier.
 
     Raises:
-        InputError: the section `privacy` lacks a number that the plan needs.
+        InputError: the section `privacy` lacks a number that the plan needs, or no accountant can
+            take a number.
     """
     section = config.privacy
     # All defaults follow from declared numbers, never from the data.
@@ -130,7 +168,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
             "privacy: give declared_examples, or both target_delta and sampling_probability"
         )
     search = config.tune.search
-    return PrivacyPlan(
+    plan = PrivacyPlan(
         noise_multiplier=noise_multiplier,
         sampling_probability=sampling_probability,
         steps=section.steps or config.tune.steps,
@@ -142,3 +180,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         mean_trials=None if search is None else search.mean_trials,
         score_noise_multiplier=None if search is None else search.score_noise_multiplier,
     )
+    problems = plan.out_of_bounds()
+    if problems:
+        raise InputError(f"privacy: {'; '.join(problems)}", "see `post-dist privacy RUN.yaml`")
+    return plan

@@ -14,7 +14,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.batch_sizes import independent_sizes
-from post_dist.privacy.ledger import LedgerRun, ledger_path, lock_ledger
+from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import run_search
@@ -49,16 +49,15 @@ def tune_privately(
     _log_cost(plan)
     sizes = independent_sizes(config.tune, task)
     key_file = folder.path / "randomness.json"
-    ledger_file = ledger_path(config)
+    anchor = anchor_of(config)
     # The lock is held for the whole run: two runs must not spend one budget at the same time.
-    with lock_ledger(ledger_file) as descriptor:
+    with lock_ledger(anchor) as open_ledger:
         if resume == "never":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
             key_file.unlink(missing_ok=True)
         # An unfinished run resumes with its key, and so with its name in the ledger.
         source = open_source(key_file, plan.noise_source, config.seed)
-        cap = config.privacy.max_total_epsilon
-        ledger = LedgerRun(ledger_file, descriptor, source.run, plan, cap)
+        ledger = LedgerRun(open_ledger, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
         trainer = PrivateTrainer(task, config, run, sizes)

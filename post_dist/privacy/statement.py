@@ -7,8 +7,8 @@ from typing import Any
 
 from post_dist.errors import ArtifactRefused
 from post_dist.privacy.accounting import PRV_ABOVE, account, cost_of, rdp_epsilon
-from post_dist.privacy.ledger import Spending
 from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
+from post_dist.privacy.spending import Spending
 
 _NOT_COVERED = [
     "the choice of template, label words, prompt length and other settings, where it was made by "
@@ -33,15 +33,10 @@ _NOT_COVERED_0_1_0 = [
 # Two machines agree on epsilon more closely than this.
 _TOLERANCE = 1e-3
 
-# Numbers outside these bounds give no useful guarantee, or take hours to compute.
-_LEAST_NOISE = 0.2
-_MOST_NOISE = 1e4
-_MOST_STEPS = 10**6
+# More repeats of one step, or more repeated steps, take long to compute.
 _MOST_TIMES = 100
-_LEAST_TRIALS = 1.001
-_MOST_TRIALS = 10**4
+_MOST_STEPS_OF_A_SEARCH = 10**6
 _MOST_EPSILON = 200.0
-_LEAST_PROBABILITY = 1e-300
 _MOST_DELTA = 0.01
 
 
@@ -213,26 +208,15 @@ def _numbers(plan: PrivacyPlan, repeated: Mapping[int, int]) -> dict[str, Any] |
 
 def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
     """Return whether an accountant can take untrusted numbers in reasonable time."""
-    counts = (plan.steps, *repeated.values())
-    if not all(type(count) is int and 1 <= count <= _MOST_STEPS for count in counts):
+    if plan.out_of_bounds():
+        return False
+    if not all(type(count) is int and count >= 1 for count in repeated.values()):
         return False
     if not all(1 < times <= _MOST_TIMES for times in repeated):
         return False
     # A single run cannot repeat more steps than the plan has. A search has several runs.
-    if plan.mean_trials is None and sum(repeated.values()) > plan.steps:
-        return False
-    # Zero is not allowed, because accountants take the logarithm.
-    probabilities = (plan.sampling_probability, plan.delta)
-    if not all(_is_between(value, _LEAST_PROBABILITY, 1) for value in probabilities):
-        return False
-    if not _is_between(plan.noise_multiplier, _LEAST_NOISE, _MOST_NOISE):
-        return False
-    # A search gives both of these numbers, and a single run gives neither.
-    if plan.mean_trials is None and plan.score_noise_multiplier is None:
-        return True
-    return _is_between(plan.mean_trials, _LEAST_TRIALS, _MOST_TRIALS) and _is_between(
-        plan.score_noise_multiplier, _LEAST_NOISE, _MOST_NOISE
-    )
+    most = plan.steps if plan.mean_trials is None else _MOST_STEPS_OF_A_SEARCH
+    return sum(repeated.values()) <= most
 
 
 def _is_between(number: object, least: float, most: float) -> bool:

@@ -125,8 +125,11 @@ def test_a_private_run_repeats_itself_bit_for_bit(tmp_path: Path, post_dist: Cal
     settings = [*PRIVATE, "privacy.noise_source=seeded", f"inputs.student={student}", bf16]
     digests = set()
     for place in ("one", "other"):
-        ledger = f"privacy.ledger={tmp_path / place}.jsonl"
-        folder = run_stage(post_dist, "tune", run, tmp_path / place, [*settings, ledger])
+        places = [
+            f"privacy.ledger={tmp_path / place}.jsonl",
+            f"privacy.ledger_anchors={tmp_path / place}.anchors",
+        ]
+        folder = run_stage(post_dist, "tune", run, tmp_path / place, [*settings, *places])
         weights = folder / "artifact" / "adapter_model.safetensors"
         digests.add(hashlib.sha256(weights.read_bytes()).hexdigest())
     assert len(digests) == 1

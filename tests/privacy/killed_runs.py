@@ -27,6 +27,7 @@ from faults import at_call, die, fork_command
 from post_dist.privacy import gradients, ledger, trainer
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.sampling import PoissonSampler
+from post_dist.privacy.spending import read_ledger
 
 STEPS = 6
 
@@ -94,6 +95,7 @@ def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) 
         "privacy.declared_examples=160",
         "privacy.noise_source=seeded",
         f"privacy.ledger={output}.ledger",
+        f"privacy.ledger_anchors={output}.anchors",
         f"tune.steps={STEPS}",
         "tune.class_bias=true",
     ]
@@ -107,7 +109,7 @@ def outcome(output: Path) -> Outcome:
     """Read what a finished run left."""
     (weights,) = output.glob("tiny/tune-*/artifact/adapter_model.safetensors")
     biases = json.loads((weights.parent / "task.json").read_text())["class_biases"]
-    spendings = list(ledger.read_ledger(Path(f"{output}.ledger")).values())
+    spendings = list(read_ledger(Path(f"{output}.ledger")).runs.values())
     charged = sum(spending.charged_steps for spending in spendings)
     taken = sum(len(spending.intents) for spending in spendings)
     prompt = weights.read_bytes() + json.dumps(biases).encode()

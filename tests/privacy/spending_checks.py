@@ -1,231 +1,16 @@
-"""Checks of the training loop, ledger, accounting and claim, like those of `checks.py`."""
+"""Checks of the accounting and the claim, like those of `checks.py`."""
 
-import json
 import math
-import os
-import resource
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
-from privacy.checks import CPU, folder, fresh_source, part, plan_of
+from privacy.checks import part, plan_of
 from scipy import stats
-
-from post_dist.runtime.distributed import World
-
-# --- the loop, the ledger, a restart ---
-
-
-class ToyTask:
-    """20 examples and a parameter of 50 numbers, in place of a model's task."""
-
-    def __init__(self) -> None:
-        self.examples = range(20)
-
-    def parameters(self, section: Any) -> list[torch.Tensor]:
-        return [torch.zeros(50)]
-
-    def optimizer(
-        self, section: Any, parameters: list[torch.Tensor], learning_rate: float
-    ) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=learning_rate)
-
-
-def toy_gradients(examples: Sequence[int], scale: float) -> Iterator[list[torch.Tensor]]:
-    """Yield micro-batches of two. The gradient of example e has its weight in coordinate e."""
-    for start in range(0, len(examples), 2):
-        chunk = examples[start : start + 2]
-        gradients = torch.zeros(len(chunk), 50)
-        gradients[torch.arange(len(chunk)), torch.tensor(chunk)] = scale
-        yield [gradients]
-
-
-def train_toy(
-    place: Path,
-    source: Any,
-    plan: Any,
-    *,
-    cap: float | None = None,
-    scale: float = 1.0,
-    finish: bool = True,
-) -> torch.Tensor:
-    """Train 50 numbers privately in a folder; resumes from what it finds there."""
-    from post_dist.config.schema import RunConfig
-
-    trainer = part("privacy.trainer")
-    ledger = part("privacy.ledger")
-
-    class ToyTrainer(trainer.PrivateTrainer):
-        def micro_gradients(
-            self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
-        ) -> Iterator[list[torch.Tensor]]:
-            return toy_gradients(examples, scale)
-
-    config = RunConfig.model_validate({"name": "toy", "tune": {"schedule": "constant"}})
-    with ledger.lock_ledger(place / "ledger.jsonl") as descriptor:
-        held = ledger.LedgerRun(place / "ledger.jsonl", descriptor, source.run, plan, cap)
-        checkpoints = place / "checkpoints" / source.run
-        world = World(0, 1, 0, "none", CPU)
-        run = trainer.PrivateRun(plan, source, held, checkpoints, "toy", world)
-        settings = trainer.TrialSettings(0.1, plan.max_grad_norm)
-        (parameter,) = ToyTrainer(ToyTask(), config, run).train(settings, 0, checkpoints)
-        if finish:
-            held.finish()
-    return parameter.detach()
-
-
-def spendings(place: Path) -> dict[str, Any]:
-    return part("privacy.ledger").read_ledger(place / "ledger.jsonl")
-
-
-def every_step_is_charged_and_noised_also_when_empty() -> None:
-    trainer = part("privacy.trainer")
-    save = trainer.save_tensors
-    states = []
-
-    def watched(checkpoints: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        states.append(tensors["0"].detach().clone())
-        save(checkpoints, step, tensors)
-
-    with folder() as place:
-        plan = plan_of(sampling_probability=1e-9, steps=4)
-        with mock.patch.object(trainer, "save_tensors", watched):
-            train_toy(place, fresh_source(), plan)
-        assert len(states) == 4, "a step without examples was skipped"
-        for before, after in pairwise([torch.zeros(50), *states]):
-            assert not torch.equal(before, after)
-        assert spendings(place)["run"].charged_steps == 4
-
-
-def intents_are_on_disk_before_the_noise() -> None:
-    source = fresh_source()
-    kind = type(source)
-    normal = kind.normal
-    fsync = os.fsync
-    intents = []
-    flushes = []
-    synced = []
-
-    with folder() as place:
-
-        def watched_normal(self: Any, count: int, *purpose: object) -> np.ndarray:
-            if purpose and purpose[0] == "noise":
-                lines = (place / "ledger.jsonl").read_text().splitlines()
-                steps = [line for line in lines if json.loads(line)["row"] == "step"]
-                intents.append(len(steps))
-                flushes.append(len(synced))
-            return normal(self, count, *purpose)
-
-        def watched_fsync(descriptor: int) -> None:
-            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("ledger.jsonl"):
-                synced.append(descriptor)
-            fsync(descriptor)
-
-        with (
-            mock.patch.object(kind, "normal", watched_normal),
-            mock.patch.object(os, "fsync", watched_fsync),
-        ):
-            train_toy(place, source, plan_of())
-    assert intents == [1, 2, 3, 4, 5, 6]
-    assert flushes == [2, 3, 4, 5, 6, 7], "an intent was not flushed"
-
-
-def a_restart_repeats_or_pays() -> None:
-    with folder() as place:
-        source = fresh_source()
-        plan = plan_of()
-        kept = place / "checkpoints" / "run"
-        straight = train_toy(place, source, plan)
-        assert spendings(place)["run"].charged_steps == 6
-
-        shutil.rmtree(kept)
-        again = train_toy(place, source, plan)
-        assert torch.equal(again, straight), "the same run again must be the same"
-        charged = spendings(place)["run"].charged_steps
-        assert charged == 6, "a repeated step was charged though its noise is the same"
-
-        shutil.rmtree(kept)
-        train_toy(place, source, plan, scale=0.01)
-        charged = spendings(place)["run"].charged_steps
-        assert charged > 6, "steps on another gradient were not charged"
-
-
-def a_budget_adds_up_all_runs_and_holds_its_cap() -> None:
-    errors = part("errors")
-    accounting = part("privacy.accounting")
-    with folder() as place:
-        ledger = place / "ledger.jsonl"
-        plan = plan_of(sampling_probability=0.05)
-        one = accounting.account(plan).epsilon
-        train_toy(place, fresh_source("a"), plan)
-        train_toy(place, fresh_source("b"), plan, finish=False)
-        budget = part("privacy.ledger").budget_of(ledger, None)
-        assert [run["finished"] for run in budget["runs"]] == [True, False]
-        assert one < budget["epsilon"] < 2 * one + 0.01
-        together = accounting.account(replace(plan, steps=12)).epsilon
-        assert abs(budget["epsilon"] - together) < 1e-3
-        before = ledger.read_text()
-        try:
-            train_toy(place, fresh_source("c"), plan, cap=budget["epsilon"] + 0.01)
-        except errors.PrivacyRefused:
-            assert ledger.read_text() == before
-        else:
-            raise AssertionError("a run exceeded the cap")
-
-
-def a_checkpoint_ahead_of_its_ledger_is_charged() -> None:
-    """As after an older copy of the ledger was put back."""
-    with folder() as place:
-        source = fresh_source()
-        plan = plan_of()
-        path = place / "ledger.jsonl"
-        train_toy(place, source, plan, finish=False)
-        opened_and_two_steps = path.read_text().splitlines(keepends=True)[:3]
-        path.write_text("".join(opened_and_two_steps))
-        assert spendings(place)["run"].charged_steps == 2
-        train_toy(place, source, plan)
-        charged = spendings(place)["run"].charged_steps
-        assert charged == 6, "steps that the checkpoint has taken are not in the ledger"
-
-
-def a_run_keeps_its_plan() -> None:
-    with folder() as place:
-        source = fresh_source()
-        train_toy(place, source, plan_of(), finish=False)
-        try:
-            train_toy(place, source, plan_of(noise_multiplier=0.3))
-        except part("errors").PrivacyRefused:
-            return
-        raise AssertionError("a run resumed with less noise than it had started with")
-
-
-def a_full_disk_stops_a_step_before_its_noise() -> None:
-    ledger = part("privacy.ledger")
-    with folder() as place, ledger.lock_ledger(place / "ledger.jsonl") as descriptor:
-        run = ledger.LedgerRun(place / "ledger.jsonl", descriptor, "run", plan_of(), None)
-        before = (place / "ledger.jsonl").read_bytes()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
-        try:
-            run.intend(0, 0, "a" * 64)
-        except part("errors").EnvironmentFault:
-            pass
-        else:
-            raise AssertionError("a step started though its intent is not whole on the disk")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (place / "ledger.jsonl").read_bytes() == before, "half a row was left"
-
-
-# --- accounting and claims ---
 
 GOLDEN = [
     (0.0152, 1973, 0.8, 4.9e-6, 6.99, 7.74),
@@ -329,7 +114,7 @@ def the_plan_is_declared_and_never_counted() -> None:
 
 
 def spending_of(plan: Any, intents: dict[tuple[int, int], set[str]]) -> Any:
-    return part("privacy.ledger").Spending(plan, "", intents)
+    return part("privacy.spending").Spending(plan, "", intents)
 
 
 ONCE = {(0, step): {"a"} for step in range(6)}
@@ -450,13 +235,6 @@ def untrusted_statements_are_refused_soon() -> None:
 
 
 CHECKS: list[Callable[[], None]] = [
-    every_step_is_charged_and_noised_also_when_empty,
-    intents_are_on_disk_before_the_noise,
-    a_restart_repeats_or_pays,
-    a_budget_adds_up_all_runs_and_holds_its_cap,
-    a_checkpoint_ahead_of_its_ledger_is_charged,
-    a_run_keeps_its_plan,
-    a_full_disk_stops_a_step_before_its_noise,
     accountants_give_the_known_numbers,
     the_library_composes_as_by_hand,
     calibration_meets_its_target_from_below,

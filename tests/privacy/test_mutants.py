@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from privacy import checks, gradient_checks, spending_checks
+from privacy import checks, gradient_checks, ledger_checks, spending_checks
 
 MODULES = (
     "privacy.randomness",
     "privacy.sampling",
     "privacy.plan",
     "privacy.accounting",
+    "privacy.spending",
+    "privacy.anchor",
     "privacy.ledger",
+    "privacy.budget",
     "privacy.mechanism",
     "data.sources",
     "data.tasks",
@@ -413,16 +416,16 @@ MUTANTS = [
     ),
     Mutant(
         "budget of finished runs alone",
-        "privacy.ledger",
-        "        plans += spending.plans()\n",
-        "        plans += spending.plans() if spending.finished else []\n",
+        "privacy.spending",
+        "                plans += spending.plans()\n",
+        "                plans += spending.plans() if spending.finished else []\n",
         "a_budget_adds_up_all_runs_and_holds_its_cap",
     ),
     Mutant(
         "cap compared with this run alone",
         "privacy.ledger",
-        "composed_epsilon([*others, *own.plans()]",
-        "composed_epsilon(own.plans()",
+        "plans = [*others, *own.at_the_end().plans()]",
+        "plans = own.at_the_end().plans()",
         "a_budget_adds_up_all_runs_and_holds_its_cap",
     ),
     Mutant(
@@ -593,8 +596,9 @@ def planted(mutant: Mutant) -> Iterator[None]:
 
 
 CHECKS = {}
-for check in [*checks.CHECKS, *gradient_checks.CHECKS, *spending_checks.CHECKS]:
-    CHECKS[check.__name__] = check
+for module in (checks, gradient_checks, ledger_checks, spending_checks):
+    for check in module.CHECKS:
+        CHECKS[check.__name__] = check
 TRIED: list[str] = []
 KILLED: list[str] = []
 SLOW = {

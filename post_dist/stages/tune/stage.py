@@ -216,9 +216,10 @@ def _settings(config: RunConfig, private_task: Task) -> dict[str, Any]:
     rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
     split = {"hash": "sha256", **private_task.model_dump(include=rule)}
     settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
-    # The path of the ledger stays with the owner.
+    # The paths of the ledger and its anchor stay with the owner.
     if config.privacy.enabled:
-        settings["privacy"] = config.privacy.model_dump(mode="json", exclude={"ledger"})
+        places = {"ledger", "ledger_anchors"}
+        settings["privacy"] = config.privacy.model_dump(mode="json", exclude=places)
     return settings
 
 
@@ -239,7 +240,7 @@ def _write_card(
         summary = _PRIVATE
         if not statement["private"]:
             summary = _SEEDED
-        hidden = {"enabled", "ledger"}
+        hidden = {"enabled", "ledger", "ledger_anchors"}
         rows |= config.privacy.model_dump(exclude=hidden, exclude_none=True)
         claims = dict(statement)
         notes["What epsilon does not cover"] = claims.pop("not_covered")

@@ -1,0 +1,258 @@
+"""The anchor of a ledger: what the ledger must hold, remembered outside it.
+
+The chain of hashes in a ledger shows a changed row. It does not show rows that were removed at the
+end, an emptied file, or a chain that was computed anew. So the number of rows and the hash of the
+last one are also kept in a folder of the owner's home. The anchor also knows the data files by
+their contents, so copies and links of a file share one ledger.
+
+Not noticed: a change of both the ledger and the anchor, the last row alone if the machine lost
+power between the two writes, and other contents, such as a file with one more example.
+"""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from post_dist.config.schema import RunConfig
+from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
+from post_dist.files import file_digest, write_file
+from post_dist.privacy.spending import NO_ROW, ledger_lines, row_hash
+from post_dist.runtime.private_process import owner_only
+
+log = logging.getLogger(__name__)
+
+_NO_ROWS = ""
+
+
+@dataclass(frozen=True)
+class AnchorRecord:
+    """The contents of an anchor.
+
+    Attributes:
+        ledger: path of the ledger.
+        rows: number of rows that the ledger had at least.
+        first: hash of the first row, which tells a moved ledger from another one.
+        last: hash of row number `rows`.
+        salt: random, so that equal data have other digests in other anchors.
+        data: salted digests of the data files that the ledger belongs to.
+    """
+
+    ledger: str
+    rows: int
+    first: str
+    last: str
+    salt: str
+    data: tuple[str, ...]
+
+    def knows(self, digest: str) -> bool:
+        """Return whether a data file with this digest belongs to the ledger."""
+        return self._salted(digest) in self.data
+
+    def with_data(self, digest: str) -> "AnchorRecord":
+        """Return the record, with a data file added."""
+        return replace(self, data=(*self.data, self._salted(digest)))
+
+    def _salted(self, digest: str) -> str:
+        # A plain digest would confirm a guess of the data to whoever reads the anchor.
+        return hmac.new(self.salt.encode(), digest.encode(), hashlib.sha256).hexdigest()
+
+
+class Anchor:
+    """The anchor of one ledger.
+
+    Args:
+        file: its file.
+        record: the contents of the file.
+    """
+
+    def __init__(self, file: Path, record: AnchorRecord) -> None:
+        self.file = file
+        self.record = record
+
+    @property
+    def ledger(self) -> Path:
+        """Path of the ledger."""
+        return Path(self.record.ledger)
+
+    def check(self, lines: Sequence[str]) -> None:
+        """Check that a ledger still begins with all rows that it had.
+
+        Args:
+            lines: the complete lines of the ledger.
+
+        Raises:
+            ArtifactRefused: rows are missing or were changed.
+        """
+        rows = self.record.rows
+        if rows == 0:
+            return
+        if len(lines) < rows or row_hash(lines[rows - 1]) != self.record.last:
+            raise ArtifactRefused(
+                f"{self.ledger} had {rows} rows, and they are no longer all there: it was cut or "
+                f"changed, or it is an older copy",
+                f"restore the ledger; {self.file} remembers it",
+            )
+
+    def advance(self, rows: int, first: str, last: str) -> None:
+        """Remember the rows of the ledger.
+
+        Args:
+            rows: number of rows.
+            first: hash of the first row.
+            last: hash of the last row.
+        """
+        self.write(replace(self.record, rows=rows, first=first, last=last))
+
+    def write(self, record: AnchorRecord) -> None:
+        """Replace the contents of the anchor."""
+        text = json.dumps(asdict(record))
+        write_file(self.file, lambda partial: partial.write_text(text))
+        self.record = record
+
+
+def anchor_folder(config: RunConfig) -> Path:
+    """Return the folder of the anchors: that of the run file, or one in the owner's home."""
+    return config.privacy.ledger_anchors or default_anchor_folder()
+
+
+def default_anchor_folder() -> Path:
+    """Return `post_dist/ledgers` in the folder for state of the XDG base directories."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        around = Path(state) if state else Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise InputError(
+            "this account has no home folder for the anchors of ledgers",
+            "set privacy.ledger_anchors to a folder that stays with the owner",
+        ) from None
+    return around / "post_dist" / "ledgers"
+
+
+def find_anchor(folder: Path, ledger: Path, data: Path | None, *, may_move: bool) -> Anchor:
+    """Return the anchor of a ledger; a new one if neither the ledger nor the data are known.
+
+    Args:
+        folder: the folder of the anchors.
+        ledger: where the run file expects the ledger.
+        data: the local data file, if there is one.
+        may_move: whether the ledger of known data is used wherever it is.
+
+    Raises:
+        PrivacyRefused: the data have another ledger, or theirs is missing.
+        InputError: the folder cannot be written to, or the data file cannot be read.
+    """
+    digest = None if data is None else file_digest(data)
+    ledger = ledger.resolve()
+    with owner_only(), _locked(folder):
+        anchors = _anchors(folder)
+        anchor = _match(anchors, ledger, digest)
+        if anchor is None:
+            file = folder / f"{secrets.token_hex(8)}.json"
+            salt = secrets.token_hex(16)
+            anchor = Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
+        record = _placed(anchor, ledger, may_move=may_move)
+        if digest is not None and not record.knows(digest):
+            record = record.with_data(digest)
+        anchor.write(record)
+    return anchor
+
+
+def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
+    """Return the anchor of a ledger, if there is one. Nothing is written."""
+    if not folder.is_dir():
+        return None
+    return _match(_anchors(folder), ledger.resolve(), None)
+
+
+def _match(anchors: Sequence[Anchor], ledger: Path, digest: str | None) -> Anchor | None:
+    """Return the anchor that knows the data; else that of the path; else that of a moved ledger."""
+    if digest is not None:
+        for anchor in anchors:
+            if anchor.record.knows(digest):
+                return anchor
+    for anchor in anchors:
+        if anchor.ledger == ledger:
+            return anchor
+    first = _first_row(ledger)
+    for anchor in anchors:
+        if first != _NO_ROWS and anchor.record.first == first:
+            return anchor
+    return None
+
+
+def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:
+    """Return the record of an anchor, with the place where the ledger is now.
+
+    Raises:
+        PrivacyRefused: the data have another ledger, or theirs is missing.
+    """
+    record = anchor.record
+    if anchor.ledger == ledger or record.rows == 0:
+        return replace(record, ledger=str(ledger))
+    # A ledger that was moved keeps its first row.
+    if not anchor.ledger.exists():
+        if _first_row(ledger) == record.first:
+            return replace(record, ledger=str(ledger))
+        raise PrivacyRefused(
+            f"the privacy ledger of these data, {anchor.ledger}, is missing",
+            f"restore it; {anchor.file} remembers its {record.rows} rows",
+        )
+    if not may_move:
+        raise PrivacyRefused(
+            f"these data have their privacy ledger at {anchor.ledger}, not at {ledger}",
+            "set privacy.ledger to that file, or remove the setting",
+        )
+    log.info("tune: the privacy ledger of these data is %s", anchor.ledger)
+    return record
+
+
+def _first_row(ledger: Path) -> str:
+    """Return the hash of a ledger's first row."""
+    lines = ledger_lines(ledger) if ledger.is_file() else []
+    return row_hash(lines[0]) if lines else _NO_ROWS
+
+
+def _anchors(folder: Path) -> list[Anchor]:
+    """Read all anchors of a folder.
+
+    Raises:
+        ArtifactRefused: a file is not an anchor.
+    """
+    anchors = []
+    for file in sorted(folder.glob("[0-9a-f]*.json")):
+        try:
+            fields = json.loads(file.read_text())
+            anchors.append(Anchor(file, AnchorRecord(**fields | {"data": tuple(fields["data"])})))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ArtifactRefused(
+                f"{file} is not the anchor of a privacy ledger", "restore it from a copy"
+            ) from None
+    return anchors
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder of the anchors, and keep other runs from adding one at the same time.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"cannot write the anchors of privacy ledgers to {folder}: {error.strerror}",
+            "set privacy.ledger_anchors to a folder that stays with the owner",
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,100 @@
+"""The budget of a data set: what its runs have spent together, and the cap on it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from post_dist.errors import InputError
+from post_dist.privacy.accounting import composed_epsilon
+from post_dist.privacy.anchor import default_anchor_folder, find_anchor, known_anchor
+from post_dist.privacy.ledger import lock_ledger
+from post_dist.privacy.spending import Cap, DataSpending, Spending, ledger_lines, spending_of
+
+# The delta at which the budget of an empty ledger is stated.
+_DEFAULT_DELTA = 1e-6
+
+
+def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
+    """Return what the runs of a ledger have spent, each alone and all together.
+
+    Args:
+        path: the ledger.
+        delta: the delta at which to state epsilon. None takes that of the cap, or else the smallest
+            delta of the runs.
+
+    Raises:
+        InputError: the file cannot be read.
+        ArtifactRefused: the ledger was changed.
+    """
+    lines = ledger_lines(path)
+    anchor = known_anchor(default_anchor_folder(), path)
+    if anchor is not None:
+        anchor.check(lines)
+    spending = spending_of(lines, path)
+    # Epsilons at different deltas cannot be compared, so all runs are stated at one delta.
+    if delta is None:
+        delta = _usual_delta(spending)
+    runs = [_budget_row(run, alone, delta) for run, alone in spending.runs.items()]
+    total = composed_epsilon(spending.plans(), delta)
+    cap = spending.cap
+    return {
+        "ledger": str(path),
+        "epsilon": total,
+        "delta": delta,
+        "private": total < math.inf,
+        "cap": None if cap is None else cap.epsilon,
+        "cap_delta": None if cap is None else cap.delta,
+        "anchor": None if anchor is None else str(anchor.file),
+        "runs": runs,
+    }
+
+
+def change_cap(path: Path, epsilon: float, delta: float | None) -> None:
+    """Change the cap of a ledger. The change is a row of the ledger.
+
+    Args:
+        path: the ledger.
+        epsilon: the new limit.
+        delta: the delta at which the limit is meant. None keeps the delta of the old one.
+
+    Raises:
+        InputError: there is no such ledger, or delta is not between 0 and 1.
+        PrivacyRefused: a run holds the ledger.
+        ArtifactRefused: the ledger was changed.
+    """
+    if delta is not None and not 0 < delta < 1:
+        raise InputError(f"--delta must be between 0 and 1, not {delta:g}")
+    if not path.is_file():
+        raise InputError(f"there is no privacy ledger {path}", "the first private run makes it")
+    anchor = find_anchor(default_anchor_folder(), path, None, may_move=False)
+    with lock_ledger(anchor) as ledger:
+        ledger.set_cap(Cap(epsilon, delta or _usual_delta(ledger.spending)))
+
+
+def _usual_delta(spending: DataSpending) -> float:
+    """Return the delta of the cap, or else the smallest delta of the runs."""
+    if spending.cap is not None:
+        return spending.cap.delta
+    deltas = [run.plan.delta for run in spending.runs.values()]
+    return min(deltas, default=_DEFAULT_DELTA)
+
+
+def _budget_row(run: str, spending: Spending, delta: float) -> dict[str, Any]:
+    """Return the row of the budget for one run."""
+    plan = spending.plan
+    epsilon = None
+    if plan.private:
+        epsilon = composed_epsilon(spending.plans(), delta)
+    return {
+        "run": run,
+        "opened": spending.opened,
+        "finished": spending.finished,
+        "steps_charged": spending.charged_steps,
+        "steps_repeated": spending.charged_steps - len(spending.intents),
+        "steps_planned": plan.steps,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_probability": plan.sampling_probability,
+        "search": plan.mean_trials is not None,
+        "private": plan.private,
+        "epsilon": epsilon,
+    }

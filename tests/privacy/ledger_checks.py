@@ -1,0 +1,408 @@
+"""Checks of the training loop, the ledger and a restart, like those of `checks.py`."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from privacy.checks import CPU, folder, fresh_source, part, plan_of
+
+from post_dist.runtime.distributed import World
+
+
+class ToyTask:
+    """20 examples and a parameter of 50 numbers, in place of a model's task."""
+
+    def __init__(self) -> None:
+        self.examples = range(20)
+
+    def parameters(self, section: Any) -> list[torch.Tensor]:
+        return [torch.zeros(50)]
+
+    def optimizer(
+        self, section: Any, parameters: list[torch.Tensor], learning_rate: float
+    ) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=learning_rate)
+
+
+def toy_gradients(examples: Sequence[int], scale: float) -> Iterator[list[torch.Tensor]]:
+    """Yield micro-batches of two. The gradient of example e has its weight in coordinate e."""
+    for start in range(0, len(examples), 2):
+        chunk = examples[start : start + 2]
+        gradients = torch.zeros(len(chunk), 50)
+        gradients[torch.arange(len(chunk)), torch.tensor(chunk)] = scale
+        yield [gradients]
+
+
+def open_ledger(place: Path) -> AbstractContextManager[Any]:
+    """Open the ledger of a folder, which also holds the anchors."""
+    anchor = part("privacy.anchor").find_anchor(
+        place / "anchors", place / "ledger.jsonl", None, may_move=True
+    )
+    return part("privacy.ledger").lock_ledger(anchor)
+
+
+def train_toy(
+    place: Path,
+    source: Any,
+    plan: Any,
+    *,
+    cap: float | None = None,
+    scale: float = 1.0,
+    finish: bool = True,
+) -> torch.Tensor:
+    """Train 50 numbers privately in a folder; resumes from what it finds there."""
+    from post_dist.config.schema import RunConfig
+
+    trainer = part("privacy.trainer")
+    ledger = part("privacy.ledger")
+
+    class ToyTrainer(trainer.PrivateTrainer):
+        def micro_gradients(
+            self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
+        ) -> Iterator[list[torch.Tensor]]:
+            return toy_gradients(examples, scale)
+
+    config = RunConfig.model_validate({"name": "toy", "tune": {"schedule": "constant"}})
+    with open_ledger(place) as opened:
+        held = ledger.LedgerRun(opened, source.run, plan, cap)
+        checkpoints = place / "checkpoints" / source.run
+        world = World(0, 1, 0, "none", CPU)
+        run = trainer.PrivateRun(plan, source, held, checkpoints, "toy", world)
+        settings = trainer.TrialSettings(0.1, plan.max_grad_norm)
+        (parameter,) = ToyTrainer(ToyTask(), config, run, {}).train(settings, 0, checkpoints)
+        if finish:
+            held.finish()
+    return parameter.detach()
+
+
+def spendings(place: Path) -> dict[str, Any]:
+    return part("privacy.spending").read_ledger(place / "ledger.jsonl").runs
+
+
+def every_step_is_charged_and_noised_also_when_empty() -> None:
+    trainer = part("privacy.trainer")
+    save = trainer.save_tensors
+    states = []
+
+    def watched(checkpoints: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        states.append(tensors["0"].detach().clone())
+        save(checkpoints, step, tensors)
+
+    with folder() as place:
+        plan = plan_of(sampling_probability=1e-9, steps=4)
+        with mock.patch.object(trainer, "save_tensors", watched):
+            train_toy(place, fresh_source(), plan)
+        assert len(states) == 4, "a step without examples was skipped"
+        for before, after in pairwise([torch.zeros(50), *states]):
+            assert not torch.equal(before, after)
+        assert spendings(place)["run"].charged_steps == 4
+
+
+def intents_are_on_disk_before_the_noise() -> None:
+    source = fresh_source()
+    kind = type(source)
+    normal = kind.normal
+    fsync = os.fsync
+    intents = []
+    flushes = []
+    synced = []
+
+    with folder() as place:
+
+        def watched_normal(self: Any, count: int, *purpose: object) -> np.ndarray:
+            if purpose and purpose[0] == "noise":
+                lines = (place / "ledger.jsonl").read_text().splitlines()
+                steps = [line for line in lines if json.loads(line)["row"] == "step"]
+                intents.append(len(steps))
+                flushes.append(len(synced))
+            return normal(self, count, *purpose)
+
+        def watched_fsync(descriptor: int) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("ledger.jsonl"):
+                synced.append(descriptor)
+            fsync(descriptor)
+
+        with (
+            mock.patch.object(kind, "normal", watched_normal),
+            mock.patch.object(os, "fsync", watched_fsync),
+        ):
+            train_toy(place, source, plan_of())
+    assert intents == [1, 2, 3, 4, 5, 6]
+    assert flushes == [3, 4, 5, 6, 7, 8], "an intent was not flushed"
+
+
+def a_restart_repeats_or_pays() -> None:
+    with folder() as place:
+        source = fresh_source()
+        plan = plan_of()
+        kept = place / "checkpoints" / "run"
+        straight = train_toy(place, source, plan)
+        assert spendings(place)["run"].charged_steps == 6
+
+        shutil.rmtree(kept)
+        again = train_toy(place, source, plan)
+        assert torch.equal(again, straight), "the same run again must be the same"
+        charged = spendings(place)["run"].charged_steps
+        assert charged == 6, "a repeated step was charged though its noise is the same"
+
+        shutil.rmtree(kept)
+        train_toy(place, source, plan, scale=0.01)
+        charged = spendings(place)["run"].charged_steps
+        assert charged > 6, "steps on another gradient were not charged"
+
+
+def a_budget_adds_up_all_runs_and_holds_its_cap() -> None:
+    errors = part("errors")
+    accounting = part("privacy.accounting")
+    with folder() as place:
+        ledger = place / "ledger.jsonl"
+        plan = plan_of(sampling_probability=0.05)
+        one = accounting.account(plan).epsilon
+        train_toy(place, fresh_source("a"), plan)
+        train_toy(place, fresh_source("b"), plan, finish=False)
+        budget = part("privacy.budget").budget_of(ledger, None)
+        assert [run["finished"] for run in budget["runs"]] == [True, False]
+        assert one < budget["epsilon"] < 2 * one + 0.01
+        together = accounting.account(replace(plan, steps=12)).epsilon
+        assert abs(budget["epsilon"] - together) < 1e-3
+        before = ledger.read_text()
+        try:
+            train_toy(place, fresh_source("c"), plan, cap=budget["epsilon"] + 0.01)
+        except errors.PrivacyRefused:
+            assert ledger.read_text() == before
+        else:
+            raise AssertionError("a run exceeded the cap")
+
+
+def a_checkpoint_ahead_of_its_ledger_is_charged() -> None:
+    """As after an older copy of the ledger was put back, and its anchor was lost."""
+    with folder() as place:
+        source = fresh_source()
+        plan = plan_of()
+        path = place / "ledger.jsonl"
+        train_toy(place, source, plan, finish=False)
+        cap_opened_and_two_steps = path.read_text().splitlines(keepends=True)[:4]
+        path.write_text("".join(cap_opened_and_two_steps))
+        shutil.rmtree(place / "anchors")
+        assert spendings(place)["run"].charged_steps == 2
+        train_toy(place, source, plan)
+        charged = spendings(place)["run"].charged_steps
+        assert charged == 6, "steps that the checkpoint has taken are not in the ledger"
+
+
+def a_run_keeps_its_plan() -> None:
+    with folder() as place:
+        source = fresh_source()
+        train_toy(place, source, plan_of(), finish=False)
+        try:
+            train_toy(place, source, plan_of(noise_multiplier=0.3))
+        except part("errors").PrivacyRefused:
+            return
+        raise AssertionError("a run resumed with less noise than it had started with")
+
+
+def a_full_disk_stops_a_step_before_its_noise() -> None:
+    ledger = part("privacy.ledger")
+    with folder() as place, open_ledger(place) as opened:
+        run = ledger.LedgerRun(opened, "run", plan_of(), None)
+        before = (place / "ledger.jsonl").read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+        try:
+            run.intend(0, 0, "a" * 64)
+        except part("errors").EnvironmentFault:
+            pass
+        else:
+            raise AssertionError("a step started though its intent is not whole on the disk")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (place / "ledger.jsonl").read_bytes() == before, "half a row was left"
+
+
+def refused(call: Callable[[], object], error: str, word: str) -> bool:
+    """Return whether a call is refused with an error of this name, and says this word."""
+    try:
+        call()
+    except getattr(part("errors"), error) as found:
+        return word in str(found)
+    return False
+
+
+def a_run_is_admitted_by_what_it_will_have_spent() -> None:
+    """A repeated step must leave room for the steps that are still to come."""
+    accounting = part("privacy.accounting")
+    plan = plan_of(sampling_probability=0.05)
+    cap = accounting.account(plan).epsilon + 0.02
+    with folder() as place:
+        with open_ledger(place) as opened:
+            run = part("privacy.ledger").LedgerRun(opened, "run", plan, cap)
+            run.intend(0, 0, "a")
+        before = (place / "ledger.jsonl").read_text()
+        with open_ledger(place) as opened:
+            run = part("privacy.ledger").LedgerRun(opened, "run", plan, cap)
+            run.intend(0, 0, "a")
+            repeat = partial(run.intend, 0, 0, "b")
+            assert refused(repeat, "PrivacyRefused", "above its cap"), "a repeat passed the cap"
+            assert run.spending.charged_steps == 1
+        assert (place / "ledger.jsonl").read_text() == before
+
+
+def the_cap_belongs_to_the_data() -> None:
+    """Neither another delta nor another run file passes it."""
+    ledger = part("privacy.ledger")
+    plan = plan_of(sampling_probability=0.05)
+    cap = part("privacy.accounting").account(plan).epsilon + 0.02
+    with folder() as place:
+        train_toy(place, fresh_source("a"), plan, cap=cap)
+        first = json.loads((place / "ledger.jsonl").read_text().splitlines()[0])
+        assert (first["row"], first["epsilon"], first["delta"]) == ("cap", cap, plan.delta)
+
+        def start(cap: float | None, **changes: Any) -> Callable[[], object]:
+            def call() -> None:
+                with open_ledger(place) as opened:
+                    ledger.LedgerRun(opened, "b", replace(plan, **changes), cap)
+
+            return call
+
+        for changes in ({}, {"delta": 0.5}, {"noise_source": "seeded"}):
+            for cap_again in (cap, None):
+                call = start(cap_again, **changes)
+                assert refused(call, "PrivacyRefused", "above its cap"), f"{changes} passed the cap"
+        assert refused(start(cap + 9), "PrivacyRefused", "but privacy.max_total_epsilon is")
+        # The command changes it, and leaves a row.
+        with open_ledger(place) as opened:
+            opened.set_cap(part("privacy.spending").Cap(cap + 9, plan.delta))
+        start(cap + 9)()
+        lines = (place / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in lines].count("cap") == 2
+
+
+def a_ledger_keeps_all_its_rows() -> None:
+    """Cut, emptied, replaced by an older copy, computed anew, with a run that begins twice."""
+    with folder() as place:
+        path = place / "ledger.jsonl"
+        train_toy(place, fresh_source("a"), plan_of())
+        older = path.read_text()
+        train_toy(place, fresh_source("b"), plan_of())
+        lines = path.read_text().splitlines(keepends=True)
+        opened_twice = [*lines, chained(lines, json.loads(lines[1]))]
+        damaged = {
+            "cut": "".join(lines[:-1]),
+            "emptied": "",
+            "replaced by an older copy": older,
+            "computed anew": "".join(computed_anew(lines[:5])),
+            "opened twice": "".join(opened_twice),
+        }
+        for name, text in damaged.items():
+            path.write_text(text)
+            start = partial(train_toy, place, fresh_source("c"), plan_of())
+            assert refused(start, "ArtifactRefused", "restore"), f"a ledger that was {name}"
+            assert path.read_text() == text
+        path.unlink()
+        assert refused(start, "ArtifactRefused", "restore"), "a ledger that was deleted"
+        path.write_text("".join(lines))
+        train_toy(place, fresh_source("c"), plan_of())
+
+
+def chained(lines: Sequence[str], row: dict[str, Any]) -> str:
+    """Return a row as the next line of a ledger."""
+    last = hashlib.sha256(lines[-1].rstrip("\n").encode()).hexdigest()
+    return json.dumps(row | {"previous": last}) + "\n"
+
+
+def computed_anew(lines: Sequence[str]) -> list[str]:
+    """Return a ledger with other times, whose chain of hashes holds."""
+    written = [json.dumps(json.loads(lines[0]) | {"set": "1970-01-01"}) + "\n"]
+    for line in lines[1:]:
+        written.append(chained(written, json.loads(line)))
+    return written
+
+
+def copies_of_the_data_share_a_ledger() -> None:
+    anchor = part("privacy.anchor")
+    with folder() as place:
+        data = place / "a" / "private.csv"
+        data.parent.mkdir()
+        data.write_text("text,label\nx,0\n")
+
+        def find(data: Path, ledger: Path | None = None) -> Any:
+            beside = data.with_name(f"{data.name}.ledger.jsonl")
+            return anchor.find_anchor(
+                place / "anchors", ledger or beside, data, may_move=ledger is None
+            )
+
+        found = find(data)
+        with part("privacy.ledger").lock_ledger(found) as opened:
+            part("privacy.ledger").LedgerRun(opened, "run", plan_of(), None)
+        elsewhere = place / "b"
+        elsewhere.mkdir()
+        copies = [elsewhere / name for name in ("copy.csv", "link.csv", "hard.csv")]
+        shutil.copy(data, copies[0])
+        copies[1].symlink_to(data)
+        copies[2].hardlink_to(data)
+        for copy in copies:
+            assert find(copy).ledger == found.ledger, f"{copy.name} has a ledger of its own"
+        other = partial(find, data, place / "fresh.jsonl")
+        assert refused(other, "PrivacyRefused", "their privacy ledger at")
+        # A renamed file whose ledger stayed, and one whose ledger went with it.
+        renamed = data.rename(elsewhere / "renamed.csv")
+        assert find(renamed).ledger == found.ledger
+        found.ledger.rename(elsewhere / "renamed.csv.ledger.jsonl")
+        assert find(renamed).ledger.parent == elsewhere
+        # More examples at the same place are the same data set.
+        renamed.write_text("text,label\nx,0\ny,1\n")
+        assert find(renamed).ledger.parent == elsewhere
+        find(renamed).ledger.unlink()
+        assert refused(partial(find, copies[0]), "PrivacyRefused", "is missing")
+
+
+def no_plan_of_a_ledger_breaks_the_accountants() -> None:
+    bad = [
+        {"noise_multiplier": 1e300},
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": "1"},
+        {"steps": 10**9},
+        {"steps": True},
+        {"delta": 1.5},
+        {"sampling_probability": 2},
+        {"max_grad_norm": -1.0},
+        {"mean_trials": 3.0},
+        {"noise_source": "none"},
+        {"more": 1},
+    ]
+    for changes in bad:
+        with folder() as place:
+            row = {"row": "opened", "run": "a", "opened": "", "plan": asdict(plan_of()) | changes}
+            start = part("privacy.spending").NO_ROW
+            path = place / "ledger.jsonl"
+            path.write_text(json.dumps(row | {"previous": start}) + "\n")
+            read = partial(part("privacy.budget").budget_of, path, None)
+            assert refused(read, "ArtifactRefused", "is not a ledger row"), f"{changes} was read"
+
+
+CHECKS: list[Callable[[], None]] = [
+    every_step_is_charged_and_noised_also_when_empty,
+    intents_are_on_disk_before_the_noise,
+    a_restart_repeats_or_pays,
+    a_budget_adds_up_all_runs_and_holds_its_cap,
+    a_checkpoint_ahead_of_its_ledger_is_charged,
+    a_run_keeps_its_plan,
+    a_full_disk_stops_a_step_before_its_noise,
+    a_run_is_admitted_by_what_it_will_have_spent,
+    the_cap_belongs_to_the_data,
+    a_ledger_keeps_all_its_rows,
+    copies_of_the_data_share_a_ledger,
+    no_plan_of_a_ledger_breaks_the_accountants,
+]
