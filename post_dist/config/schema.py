@@ -174,6 +174,15 @@ class RunConfig(Section):
                 "a search that looks at private scores is not free"
             )
 
+        # One person may have any number of validation examples, which the score's noise does not
+        # cover.
+        has_users = self.private_task is not None and self.private_task.user_column is not None
+        if self.tune.search is not None and has_users:
+            raise ValueError(
+                "tune.search does not go with private_task.user_column: "
+                "the score of a trial counts examples, not people"
+            )
+
         # Each of these epsilons makes a plan of its own, with the same checks.
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)

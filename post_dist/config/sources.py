@@ -102,6 +102,9 @@ class Task(DataSource):
     """Score a label word of several tokens by its first token. Otherwise it is refused."""
     response_column: str | None = None
     """Column with the text to generate. The task then has no classes."""
+    user_column: str | None = None
+    """Column that names the person of each example. Private tuning then protects all examples of a
+    person together, and all of them are in one split."""
     max_response_length: PositiveInt = 32
     """Maximum number of tokens of a response, including the end-of-text token. A longer response is
     cut at its end."""
@@ -164,6 +167,8 @@ class Task(DataSource):
                 raise ValueError(f"labels.{label} has an empty list or word")
         if self.response_column is not None and "{mask}" in (self.template or ""):
             raise ValueError("response_column is for causal models; {mask} is for masked ones")
+        if self.user_column is not None and not self.is_private:
+            raise ValueError("user_column is for private_task; public texts need no protection")
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")
         return self

@@ -64,14 +64,20 @@ class Rows:
     Attributes:
         texts: the text of each row, composed from its columns.
         answers: the value in the answer column of each row; empty if no answers were read.
+        users: the value in the user column of each row; empty if no users were read.
     """
 
     texts: list[str]
     answers: list[str]
+    users: list[str]
 
 
 def read_rows(
-    source: DataSource, hub_split: str, where: str, answer_column: str | None = None
+    source: DataSource,
+    hub_split: str,
+    where: str,
+    answer_column: str | None = None,
+    user_column: str | None = None,
 ) -> Rows:
     """Read the texts of a source, and drop rows with a missing value.
 
@@ -79,7 +85,8 @@ def read_rows(
         source: the file or hub data set. Its field `text` says how a text is composed.
         hub_split: split of a hub data set; a file is always read whole.
         where: the run file's section, for messages.
-        answer_column: column of labels or responses; None reads only texts.
+        answer_column: column of labels or responses; None reads no answers.
+        user_column: column with the person of each row; None reads no users.
 
     Raises:
         InputError: the file or a column is missing, or no row is left. Values are never quoted.
@@ -87,9 +94,7 @@ def read_rows(
     """
     table = _read_table(source, hub_split, where)
     names = source.text_columns
-    columns = list(names)
-    if answer_column is not None:
-        columns.append(answer_column)
+    columns = [*names, *(column for column in (answer_column, user_column) if column is not None)]
     for column in columns:
         if column not in table.columns:
             raise _no_column(source, table, column, where)
@@ -108,9 +113,12 @@ def read_rows(
     texts = []
     for values in table[names].map(str).itertuples(index=False):
         texts.append(source.text.format(**dict(zip(names, values, strict=True))).strip())
-    if answer_column is None:
-        return Rows(texts, [])
-    return Rows(texts, table[answer_column].map(str).tolist())
+    return Rows(texts, _strings(table, answer_column), _strings(table, user_column))
+
+
+def _strings(table: pd.DataFrame, column: str | None) -> list[str]:
+    """Return the values of a column as strings; none without a column."""
+    return [] if column is None else table[column].map(str).tolist()
 
 
 def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str) -> InputError:

@@ -4,6 +4,7 @@ The provider's stages do not import this file.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from post_dist.config.sources import Task
@@ -19,11 +20,13 @@ class Examples:
         texts: the texts.
         classes: for a task with classes, the index of each text's class among the task's labels.
         responses: for a task that generates text, the response to each text.
+        users: for a task with a user column, the number of each text's user.
     """
 
     texts: list[str]
     classes: list[int]
     responses: list[str]
+    users: list[int]
 
 
 def load_examples(task: Task, split: str, where: str) -> Examples:
@@ -32,6 +35,9 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     A text with two different labels or responses is left out. One row more or less in the file then
     adds or removes at most one example. Private tuning relies on that. If the first of two labels
     were kept, one row could replace an example. A replacement counts as two changes.
+
+    With a user column, a text is kept once for each user, and a user's labels never dispute those
+    of another. All rows of one user more or less in the file then change no other user's examples.
 
     Args:
         task: the task.
@@ -43,40 +49,55 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             the number of the row, and never its contents.
     """
     answer_column = task.response_column or task.label_column
-    rows = read_rows(task, _hub_split(task, split), where, answer_column)
+    rows = read_rows(task, _hub_split(task, split), where, answer_column, task.user_column)
+    # Without a user column, all rows are those of one nameless user.
+    users = rows.users or [""] * len(rows.texts)
 
     # Rows of other splits are checked too, so every run finds a wrong label.
-    answer_of: dict[str, int | str] = {}
+    answer_of: dict[tuple[str, str], int | str] = {}
     disputed = set()
-    for row, (text, written) in enumerate(zip(rows.texts, rows.answers, strict=True), start=1):
+    numbered = enumerate(zip(users, rows.texts, rows.answers, strict=True), start=1)
+    for row, (user, text, written) in numbered:
         answer = _answer(task, written, row, where)
-        if not text or not _belongs(task, text, split):
+        # The examples of a user are not divided.
+        if not text or not _belongs(task, user or text, split):
             continue
-        if answer_of.setdefault(text, answer) != answer:
-            disputed.add(text)
+        if answer_of.setdefault((user, text), answer) != answer:
+            disputed.add((user, text))
     # Disputed texts are removed at the end. Otherwise a third row could add the text again.
-    for text in disputed:
-        del answer_of[text]
+    for key in disputed:
+        del answer_of[key]
     if not answer_of:
         raise InputError(f"{where}: the {split} split is empty")
 
     kept = list(answer_of)
     if task.max_rows is not None:
         # Texts are selected by hash, because files are often sorted by class.
-        kept = sorted(kept, key=lambda text: _place(text, task))[: task.max_rows]
+        kept = sorted(kept, key=lambda key: _place(key[1], task))[: task.max_rows]
+    answers = [answer_of[key] for key in kept]
     # An example has either a class or a response, so one of the two lists is empty.
-    if task.response_column is not None:
-        return Examples(kept, [], [str(answer_of[text]) for text in kept])
-    return Examples(kept, [int(answer_of[text]) for text in kept], [])
+    generates = task.response_column is not None
+    return Examples(
+        texts=[text for _, text in kept],
+        classes=[] if generates else [int(answer) for answer in answers],
+        responses=[str(answer) for answer in answers] if generates else [],
+        users=[] if task.user_column is None else _numbered(user for user, _ in kept),
+    )
 
 
-def split_of(text: str, task: Task) -> str:
-    """Return the split of a text, by the sha256 of salt and text. It never changes.
+def _numbered(users: Iterable[str]) -> list[int]:
+    """Return a number for each name, in the order in which the names first appear."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(user, len(numbers)) for user in users]
+
+
+def split_of(unit: str, task: Task) -> str:
+    """Return the split of a text or of a user, by the sha256 of salt and unit. It never changes.
 
     A task with a separate test set is divided into train and validation only.
     """
     # The place does not depend on the shares, so a larger share only adds examples to a split.
-    place = _place(text, task)
+    place = _place(unit, task)
     test_share = 0.0 if task.test_hub_split is not None else task.test_share
     if place < test_share:
         return "test"
@@ -91,10 +112,10 @@ def _hub_split(task: Task, split: str) -> str:
     return task.hub_split
 
 
-def _belongs(task: Task, text: str, split: str) -> bool:
-    """Return whether a text belongs to a split. All of a separate test set is the test split."""
+def _belongs(task: Task, unit: str, split: str) -> bool:
+    """Return whether a text or user belongs to a split. A separate test set is the test split."""
     has_own_test_set = task.test_hub_split is not None
-    return (has_own_test_set and split == "test") or split_of(text, task) == split
+    return (has_own_test_set and split == "test") or split_of(unit, task) == split
 
 
 def _answer(task: Task, written: str, row: int, where: str) -> int | str:
@@ -111,8 +132,8 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
     return labels.index(written)
 
 
-def _place(text: str, task: Task) -> float:
-    """Return the place of a text, a fixed pseudo-random number from 0 to 1."""
+def _place(unit: str, task: Task) -> float:
+    """Return the place of a text or of a user, a fixed pseudo-random number from 0 to 1."""
     # The first 64 bits of the digest, as a fraction of their range.
-    digest = hashlib.sha256(f"{task.split_salt}\n{text}".encode()).digest()
+    digest = hashlib.sha256(f"{task.split_salt}\n{unit}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64

@@ -18,7 +18,7 @@ from post_dist.models import families
 from post_dist.models.agreement import agree
 from post_dist.models.last_layer import run_at
 from post_dist.models.shared_prompt import PACKABLE, Packing
-from post_dist.runtime.zero import gathered
+from post_dist.runtime.gathering import gathered
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Function from hidden states [..., d] to logits [..., K]."""

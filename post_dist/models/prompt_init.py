@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.models.language_model import LanguageModel
-from post_dist.runtime.zero import gathered
+from post_dist.runtime.gathering import gathered
 
 
 def prompt_from_text(

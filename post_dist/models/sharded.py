@@ -29,9 +29,11 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import check_none_missing, load_whole, model_settings
 from post_dist.models.model_checks import check_no_scale
 from post_dist.runtime.allocator import memory_given_back_at_once
-from post_dist.runtime.distributed import World
+from post_dist.runtime.distributed import World, prepare_deepspeed
+from post_dist.runtime.gathering import gathered_from_reader
+from post_dist.runtime.rank_layout import ShardGroup, shard_group
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import ShardGroup, freeze_sharded, gathered_from_reader, shard_group
+from post_dist.runtime.zero import freeze_sharded
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
     if group.size == 1 and (world.size > 1 or engine.offload == "none"):
         model = load_whole(folder, precision, world.device)
     else:
+        prepare_deepspeed(world)
         model = _load_shards(folder, engine, precision, group, world.device)
     if engine.activation_checkpointing:
         model.checkpoint_activations()

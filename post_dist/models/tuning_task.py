@@ -4,7 +4,9 @@ Shapes: B examples of a batch, N examples, n prompt tokens, d width, C classes, 
 response.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,6 +30,7 @@ class TuningTask:
         examples: the encoded texts, with their responses where the task generates text.
         targets: the classes [N], or the tokens of the responses [N, R].
         start_nd: the initial prompt.
+        users: the number of each example's user; empty if every example is a unit of its own.
     """
 
     model: LanguageModel
@@ -35,6 +38,17 @@ class TuningTask:
     examples: list[Encoded]
     targets: torch.Tensor
     start_nd: torch.Tensor
+    users: Sequence[int] = ()
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """The examples of each unit of privacy: one example, or all examples of a user."""
+        if not self.users:
+            return [[example] for example in range(len(self.examples))]
+        units: list[list[int]] = [[] for _ in range(max(self.users) + 1)]
+        for example, user in enumerate(self.users):
+            units[user].append(example)
+        return units
 
     def parameters(self, section: Tune) -> list[torch.Tensor]:
         """Return new fp32 parameters: the prompt [n, d], and zero biases [C] if they are tuned."""

@@ -51,6 +51,10 @@ PRV_ABOVE = 0.02
 _PRV_BELOW = 0.05
 FALSE_POSITIVE_RATE = 0.01
 
+# Sizes of the groups of examples for which epsilon is stated, and the largest one worth stating.
+_GROUP_SIZES = (2, 4, 8)
+_MOST_GROUP_EPSILON = 200.0
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -162,6 +166,28 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
         epsilon_at=_epsilon_at(accountant, stated_for),
         true_positive_rate=_true_positive_rate(profile),
     )
+
+
+def group_epsilons(plans: Sequence[PrivacyPlan], delta: float) -> dict[str, float]:
+    """Compute epsilon for groups of examples, such as all examples of one person.
+
+    Args:
+        plans: see `cost_of`.
+        delta: the delta at which to state epsilon.
+
+    Returns:
+        Epsilon by the size of the group. Empty for a search, which no accountant composes for
+        groups.
+    """
+    if any(plan.mean_trials is not None for plan in plans):
+        return {}
+    epsilons = {}
+    for size in _GROUP_SIZES:
+        accountant = PLDAccountant(value_discretization_interval=_COARSE)
+        for plan, count in Counter(plans).items():
+            accountant.compose(plan.group_event(size), count)
+        epsilons[str(size)] = float(accountant.get_epsilon(delta))
+    return {size: epsilon for size, epsilon in epsilons.items() if epsilon <= _MOST_GROUP_EPSILON}
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:

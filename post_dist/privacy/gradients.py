@@ -25,6 +25,9 @@ from post_dist.privacy.micro_batches import micro_batches
 # Sharing the prefix is slower for shorter prompts (measured on a CPU, texts of 40 tokens).
 _SHARE_FROM_TOKENS = 20
 
+# Users whose sums of gradients are in memory at the same time.
+_USERS_AT_ONCE = 64
+
 
 class ExampleGradients:
     """Computes gradients with respect to each example's own copy of the tuned parameters.
@@ -105,34 +108,64 @@ def task_gradients(task: TuningTask, parameters: Sequence[torch.Tensor]) -> Exam
     return ExampleGradients(task.model, task.reader.verbalizer, parameters, share_prefix=share)
 
 
-def micro_gradients(
+def unit_gradients(
     task: TuningTask,
     parameters: Sequence[torch.Tensor],
-    examples: Sequence[int],
+    units: Sequence[int],
     sizes: Mapping[int, int],
     device: torch.device,
 ) -> Iterator[list[torch.Tensor]]:
-    """Yield the gradients of a step's examples, one micro-batch of a fixed shape at a time.
+    """Yield the gradients of a step's units, some of them at a time.
 
     Args:
         task: holds the model and the examples.
         parameters: current values of the prompt, and of the biases if they are tuned.
-        examples: indices of the examples of the step; may be empty.
+        units: numbers of the units of the step: examples, or users; may be empty.
         sizes: number of examples in a micro-batch of each padded length.
         device: the model's device.
 
     Yields:
-        The gradients [B, ...] of each parameter for the examples of a micro-batch, without those
-        of the copies that fill it up.
+        The gradients [B, ...] of each parameter for B units.
     """
     # A step without examples needs no prefix.
-    if not examples:
+    if not units:
         return
     # The prefix is computed once for the whole step.
     gradients = task_gradients(task, parameters)
+    if not task.users:
+        for _, found in _micro_gradients(task, gradients, units, sizes, device):
+            yield found
+        return
+    for start in range(0, len(units), _USERS_AT_ONCE):
+        users = units[start : start + _USERS_AT_ONCE]
+        examples = [example for user in users for example in task.units[user]]
+        totals = []
+        for parameter in parameters:
+            totals.append(parameter.new_zeros(len(users), *parameter.shape, dtype=torch.float64))
+        row_of = {user: row for row, user in enumerate(users)}
+        # One example after the other, in the order of the user's own examples, so that the rounding
+        # of a user's sum depends on no other user.
+        for chosen, found in _micro_gradients(task, gradients, examples, sizes, device):
+            for place, example in enumerate(chosen):
+                for total, part in zip(totals, found, strict=True):
+                    total[row_of[task.users[example]]] += part[place]
+        yield totals
+
+
+def _micro_gradients(
+    task: TuningTask,
+    gradients: ExampleGradients,
+    examples: Sequence[int],
+    sizes: Mapping[int, int],
+    device: torch.device,
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Yield examples and their gradients, one micro-batch of a fixed shape at a time.
+
+    The gradients of the copies that fill up a micro-batch are left out.
+    """
     for micro_batch in micro_batches(task, examples, sizes, device):
         found = gradients(micro_batch.batch, micro_batch.targets)
-        yield [part[: micro_batch.counted] for part in found]
+        yield micro_batch.examples, [part[: micro_batch.counted] for part in found]
 
 
 def sharing_is_faster(model: LanguageModel, num_virtual_tokens: int) -> bool:

@@ -151,6 +151,14 @@ class LedgerRun:
                 f"{ledger.path} records this run with another privacy plan",
                 "start anew with --resume never",
             )
+        # One example more can move a user's clipped sum by 2 C, so the two costs do not add up.
+        others = {other.plan.unit for other in ledger.spending.runs.values()}
+        if others - {plan.unit}:
+            raise PrivacyRefused(
+                f"{ledger.path} counts what runs reveal of {', '.join(sorted(others))}, "
+                f"and this run protects {plan.unit}",
+                "keep to one setting of private_task.user_column for these data",
+            )
         # A run is admitted only if all its steps fit below the cap.
         self._check_cap(own)
         # The cap stands in the first row, so that it is older than anything that was spent.

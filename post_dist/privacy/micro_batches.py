@@ -23,14 +23,19 @@ class MicroBatch:
     """Examples of a step, filled up to a fixed number and padded to a fixed length.
 
     Attributes:
-        counted: number of real examples. The rest are copies of the last one.
+        examples: indices of the real examples. The rest are copies of the last one.
         batch: the examples and the copies.
         targets: the classes or responses of the examples and the copies.
     """
 
-    counted: int
+    examples: list[int]
     batch: Batch
     targets: torch.Tensor
+
+    @property
+    def counted(self) -> int:
+        """Number of real examples."""
+        return len(self.examples)
 
 
 def micro_batches(
@@ -52,7 +57,7 @@ def micro_batches(
             copies = chosen[-1:] * (size - len(chosen))
             filled = chosen + copies
             batch = task.reader.collate([task.examples[example] for example in filled], length)
-            yield MicroBatch(len(chosen), batch.to(device), task.targets[filled].to(device))
+            yield MicroBatch(chosen, batch.to(device), task.targets[filled].to(device))
 
 
 def planned_sizes(task: TuningTask, longest_size: int) -> dict[int, int]:

@@ -2,9 +2,9 @@
 
 The sampler, clipping, noise and accounting all follow from it. This module does not import torch.
 
-Two data sets are neighbors if one has one more example than the other. Under this relation the
-number of examples is itself private. So every number in the plan is declared in the run file, and
-none is counted from the data.
+Two data sets are neighbors if one has one more unit than the other: one more example, or one more
+user with all their examples. Under this relation the number of units is itself private. So every
+number in the plan is declared in the run file, and none is counted from the data.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 from post_dist.privacy.sampling import PoissonSampler, Sampler
 
-UNIT = "one example"
+ONE_EXAMPLE = "one example"
+ONE_USER = "one user"
 RELATION = "add or remove one"
 LOGARITHMIC = 0.0
 """Shape 0 of the truncated negative binomial distribution (arXiv 2110.03620): logarithmic."""
@@ -55,6 +56,7 @@ class PrivacyPlan:
         declared_examples: the public number of examples, if the run file declares one.
         mean_trials: mean number of training runs in a search; None for a single run.
         score_noise_multiplier: standard deviation of the noise on a trial's score.
+        unit: what neighbors differ in: one example, or all examples of one user.
     """
 
     noise_multiplier: float
@@ -67,6 +69,7 @@ class PrivacyPlan:
     declared_examples: int | None = None
     mean_trials: float | None = None
     score_noise_multiplier: float | None = None
+    unit: str = ONE_EXAMPLE
 
     @property
     def private(self) -> bool:
@@ -94,6 +97,8 @@ class PrivacyPlan:
                 problems.append(f"{name} must be from {least:g} to {most:g}")
         if self.noise_source not in ("system", "seeded"):
             problems.append("noise_source must be system or seeded")
+        if self.unit not in (ONE_EXAMPLE, ONE_USER):
+            problems.append(f"unit must be {ONE_EXAMPLE} or {ONE_USER}")
         # A search gives both of these numbers, and a single run gives neither.
         if (self.mean_trials is None) != (self.score_noise_multiplier is None):
             problems.append("mean_trials and score_noise_multiplier must be given together")
@@ -113,6 +118,21 @@ class PrivacyPlan:
         if self.mean_trials is None:
             return self.trial_event()
         return dp_event.RepeatAndSelectDpEvent(self.trial_event(), self.mean_trials, LOGARITHMIC)
+
+    def group_event(self, size: int) -> DpEvent:
+        """Describe one training run for data sets that differ in a group of `size` examples."""
+        return self.sampler.group_event(self.noise_multiplier, self.steps, size)
+
+    def warnings(self) -> list[str]:
+        """Return what weakens the guarantee although the plan may run."""
+        examples = self.declared_examples
+        # With a delta of 1 / N, publishing one example at random would keep the promise.
+        if examples is None or self.delta < 1 / examples:
+            return []
+        return [
+            f"delta {self.delta:.2g} is not below 1 / {examples}: the guarantee allows that an "
+            "example is revealed in full"
+        ]
 
     def spent(self, begun: Mapping[int, int]) -> list["PrivacyPlan"]:
         """Return what a run has spent of this plan, as plans whose steps were all taken.
@@ -168,6 +188,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
             "privacy: give declared_examples, or both target_delta and sampling_probability"
         )
     search = config.tune.search
+    has_users = config.private_task is not None and config.private_task.user_column is not None
     plan = PrivacyPlan(
         noise_multiplier=noise_multiplier,
         sampling_probability=sampling_probability,
@@ -179,6 +200,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         declared_examples=declared,
         mean_trials=None if search is None else search.mean_trials,
         score_noise_multiplier=None if search is None else search.score_noise_multiplier,
+        unit=ONE_USER if has_users else ONE_EXAMPLE,
     )
     problems = plan.out_of_bounds()
     if problems:

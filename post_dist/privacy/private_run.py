@@ -83,5 +83,7 @@ def _log_cost(plan: PrivacyPlan) -> None:
         plan.noise_multiplier,
         plan.steps,
     )
+    for warning in plan.warnings():
+        log.warning("tune: %s", warning)
     if not plan.private:
         log.warning("tune: the noise comes from a seed, so the result of this run is NOT private")

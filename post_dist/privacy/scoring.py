@@ -29,7 +29,7 @@ def validation_task(task: TuningTask, section: Task) -> TuningTask:
     """
     loaded = load_examples(section, "validation", "private_task")
     examples = task.reader.encode(loaded.texts)
-    return replace(task, examples=examples, targets=torch.tensor(loaded.classes))
+    return replace(task, examples=examples, targets=torch.tensor(loaded.classes), users=())
 
 
 @torch.no_grad()

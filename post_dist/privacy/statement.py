@@ -6,16 +6,20 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from post_dist.errors import ArtifactRefused
-from post_dist.privacy.accounting import PRV_ABOVE, account, cost_of, rdp_epsilon
-from post_dist.privacy.plan import RELATION, UNIT, PrivacyPlan
+from post_dist.privacy.accounting import PRV_ABOVE, account, cost_of, group_epsilons, rdp_epsilon
+from post_dist.privacy.plan import ONE_USER, RELATION, PrivacyPlan
 from post_dist.privacy.spending import Spending
 
+_SEVERAL_EXAMPLES = (
+    "several examples of one person: the unit is one example, after repeated texts were dropped"
+)
+_SEVERAL_NAMES = "a person who has several names in the user column: the unit is one user"
 _NOT_COVERED = [
     "the choice of template, label words, prompt length and other settings, where it was made by "
     "looking at the private data",
     "the scores of `post-dist evaluate` on the private data",
     "other prompts from the same data: `post-dist budget` adds them up",
-    "several examples of one person: the unit is one example, after repeated texts were dropped",
+    _SEVERAL_EXAMPLES,
     "the time that the run took, for anyone who can watch the machine",
 ]
 _SEEDED = "everything: the noise came from a seed and can be subtracted"
@@ -54,22 +58,32 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
         "epsilon": cost.epsilon,
         **asdict(plan),
         "steps_repeated": {str(times): count for times, count in spending.repeated_steps.items()},
-        "unit": UNIT,
         "neighbouring_relation": RELATION,
         "sampling": plan.sampler.name,
         "accountant": cost.accountant,
         "cross_checks": planned.cross_checks,
         "epsilon_at_delta": cost.epsilon_at,
+        "epsilon_for_groups": group_epsilons(spending.plans(), plan.delta),
         "true_positive_rate_at_1_percent_false": cost.true_positive_rate,
-        "not_covered": _NOT_COVERED,
+        "not_covered": _not_covered(plan),
+        "warnings": plan.warnings(),
     }
     # Noise from a seed protects nothing, so the epsilon of the accountants does not apply.
     if not plan.private:
         statement["epsilon"] = None
         statement["epsilon_at_delta"] = {}
+        statement["epsilon_for_groups"] = {}
         statement["true_positive_rate_at_1_percent_false"] = 1.0
-        statement["not_covered"] = [_SEEDED]
     return statement
+
+
+def _not_covered(plan: PrivacyPlan) -> list[str]:
+    """Return what the guarantee of a plan leaves out."""
+    if not plan.private:
+        return [_SEEDED]
+    if plan.unit != ONE_USER:
+        return _NOT_COVERED
+    return [_SEVERAL_NAMES if line == _SEVERAL_EXAMPLES else line for line in _NOT_COVERED]
 
 
 def statement_problems(statement: dict[str, Any]) -> list[str]:
@@ -98,15 +112,20 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     if computed is None:
         promise = f"its numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"
         return [*problems, promise]
+    # Version 0.1.0 stated no groups.
+    if "epsilon_for_groups" in statement:
+        computed["epsilon_for_groups"] = group_epsilons(_spent(plan, repeated), plan.delta)
     return problems + _delta_problems(plan) + _number_problems(statement, computed)
 
 
 def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
     """Describe the words of a statement that do not follow from its plan."""
     problems = []
+    # Version 0.1.0 gave no warnings.
+    if statement.get("warnings", []) != plan.warnings():
+        problems.append("its `warnings` are not those of its plan")
     words = {
         "private": plan.private,
-        "unit": UNIT,
         "neighbouring_relation": RELATION,
         "sampling": plan.sampler.name,
     }
@@ -114,7 +133,9 @@ def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
         if statement.get(name) != true:
             problems.append(f"its `{name}` is not {true!r}")
     # A reader must see everything that the guarantee leaves out.
-    known = (_NOT_COVERED, _NOT_COVERED_0_1_0) if plan.private else ([_SEEDED],)
+    known = [_not_covered(plan)]
+    if plan.private and plan.unit != ONE_USER:
+        known.append(_NOT_COVERED_0_1_0)
     if statement.get("not_covered") not in known:
         problems.append("its `not_covered` leaves something out, or is not worded by post_dist")
     return problems
@@ -122,14 +143,9 @@ def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
 
 def _delta_problems(plan: PrivacyPlan) -> list[str]:
     """Describe a delta that is too large to protect anybody."""
-    problems = []
-    # With a delta above 1 / N, publishing one example at random would keep the promise.
-    examples = plan.declared_examples
-    if examples is not None and plan.delta >= 1 / examples:
-        problems.append(f"its delta {plan.delta:.3g} is not below 1 / {examples} examples")
-    if plan.delta > _MOST_DELTA:
-        problems.append(f"its delta {plan.delta:.3g} is above {_MOST_DELTA:g}")
-    return problems
+    if plan.delta <= _MOST_DELTA:
+        return []
+    return [f"its delta {plan.delta:.3g} is above {_MOST_DELTA:g}"]
 
 
 def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> list[str]:
@@ -183,10 +199,14 @@ def _not_computable() -> ArtifactRefused:
     return ArtifactRefused("privacy.json lacks the numbers that its epsilon is computed from")
 
 
+def _spent(plan: PrivacyPlan, repeated: Mapping[int, int]) -> list[PrivacyPlan]:
+    """Return what a statement says was spent, as plans whose steps were all taken."""
+    return plan.spent({1: plan.steps - sum(repeated.values()), **repeated})
+
+
 def _numbers(plan: PrivacyPlan, repeated: Mapping[int, int]) -> dict[str, Any] | None:
     """Compute the numbers of a statement; None above an epsilon of `_MOST_EPSILON`."""
-    begun = {1: plan.steps - sum(repeated.values()), **repeated}
-    plans = plan.spent(begun)
+    plans = _spent(plan, repeated)
     # RDP is fast for any numbers, so it first rejects claims that promise nothing.
     if rdp_epsilon(plans, plan.delta) > _MOST_EPSILON:
         return None

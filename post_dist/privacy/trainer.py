@@ -1,11 +1,11 @@
 """Private training: a state machine that can be killed at any point.
 
-    draw examples -> clipped sum -> intent on disk -> noise and step -> state on disk -> next step
+    draw units -> clipped sum -> intent on disk -> noise and step -> state on disk -> next step
 
-After a kill, the step whose state is not on disk is repeated. It draws the same examples. If their
-sum is the same, the ledger already has the intent, and the noise is the same. The outcome is then
-the same and costs nothing. If the sum differs (another machine, other kernels), the noise is
-independent, and the ledger charges the step again.
+After a kill, the step whose state is not on disk is repeated. It draws the same units: examples, or
+users. If their sum is the same, the ledger already has the intent, and the noise is the same. The
+outcome is then the same and costs nothing. If the sum differs (another machine, other kernels), the
+noise is independent, and the ledger charges the step again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ import torch
 
 from post_dist.config.schema import RunConfig
 from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.gradients import micro_gradients
+from post_dist.privacy.gradients import unit_gradients
 from post_dist.privacy.ledger import LedgerRun
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
@@ -113,11 +113,11 @@ class PrivateTrainer:
         validation = validation_task(self.task, self.config.need_task("private_task"))
         return count_right(validation, parameters, self.sizes, self.run.world)
 
-    def micro_gradients(
-        self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
+    def unit_gradients(
+        self, parameters: Sequence[torch.Tensor], units: Sequence[int]
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield the per-example gradients of a step's examples, one micro-batch at a time."""
-        return micro_gradients(self.task, parameters, examples, self.sizes, self.run.world.device)
+        """Yield the gradients of a step's units, some of them at a time."""
+        return unit_gradients(self.task, parameters, units, self.sizes, self.run.world.device)
 
 
 class PrivateTrial:
@@ -177,10 +177,10 @@ class PrivateTrial:
         """Take one private step. The returned text is empty, because the loss is private."""
         self._rates.apply(step)
         # The name (trial, step) draws the same examples again after a kill.
-        total = len(self._trainer.task.examples)
-        examples = self._sampler.draw(self._run.source, total, self._trial, step)
+        total = len(self._trainer.task.units)
+        units = self._sampler.draw(self._run.source, total, self._trial, step)
         # Sums are exact, so the split into micro-batches does not change them.
-        for gradients in self._trainer.micro_gradients(self.parameters, examples):
+        for gradients in self._trainer.unit_gradients(self.parameters, units):
             self._private.accumulate(gradients)
         # A step without examples gets noise like any other step.
         self._private.finish(step, partial(self._run.ledger.intend, self._trial, step))

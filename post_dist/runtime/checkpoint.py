@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a prompt, or the state of a student in one file per rank.
+"""Checkpoints of a run. Those of a prompt are here, those of an engine in engine_checkpoint.py.
 
 Each checkpoint is written to a temporary folder with the sha256 of each of its files. The folder is
 then flushed and renamed. A run resumes from the newest checkpoint with unchanged files. The two
@@ -11,14 +11,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_dist.files import file_digests, put_in_place, write_folder, writing
+from post_dist.files import file_digests, write_folder
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_state import engine_state, restore_engine
-from post_dist.runtime.watchdog import phase
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +54,10 @@ def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> N
     def fill(partial: Path) -> None:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_cpu, partial / _TENSORS)
-        _seal(partial)
+        seal(partial)
 
     write_folder(folder / f"step-{step}", fill)
-    _drop_old(folder)
+    drop_old(folder)
 
 
 def load_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -133,59 +130,6 @@ def take_up(
     return step
 
 
-def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
-    """Save the trained weights and the optimizer of an engine. All ranks call it together.
-
-    Args:
-        folder: the folder of all checkpoints.
-        step: the next step of the run.
-        engine: a training engine.
-        world: the ranks.
-
-    Raises:
-        InputError: a rank cannot write; earlier checkpoints are unchanged.
-        EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
-    """
-    place = folder / f"step-{step}"
-    partial = folder / f".step-{step}.partial"
-    phase(f"writing the checkpoint of step {step}")
-
-    def make_room() -> None:
-        with writing(place):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def write() -> None:
-        tensors = engine_state(engine)
-        if tensors:
-            with writing(place):
-                save_file(tensors, partial / f"rank{world.rank}.safetensors")
-
-    def finish() -> None:
-        with writing(place):
-            _seal(partial)
-            put_in_place(partial, place)
-        _drop_old(folder)
-
-    try:
-        world.on_main(make_room)
-        # This call returns when every rank has written, so rank 0 seals complete files.
-        world.together(write)
-        world.on_main(finish)
-    finally:
-        # After a failure, the temporary folder is of no use.
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Set an engine to the checkpoint at `step`. All ranks call it.
-
-    The number of ranks may differ from that of the run that saved it.
-    """
-    restore_engine(engine, sorted((folder / f"step-{step}").glob("*.safetensors")))
-
-
 def start_step(folder: Path, resume: str, world: World) -> int:
     """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted."""
     # Only rank 0 reads the folder, because other ranks could see it half deleted.
@@ -200,7 +144,7 @@ def start_step(folder: Path, resume: str, world: World) -> int:
     return step
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Write the sha256 of each file of a checkpoint into it."""
     (folder / _SEAL).write_text(json.dumps(file_digests(folder)))
 
@@ -221,6 +165,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _drop_old(folder: Path) -> None:
+def drop_old(folder: Path) -> None:
+    """Delete all checkpoints in a folder but the newest ones."""
     for old in sorted(folder.glob("step-*"), key=_step_of)[:-_KEEP]:
         shutil.rmtree(old)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
-from post_dist.runtime.launcher import environment_of_one_process, find_launcher
+from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
 from post_dist.runtime.watchdog import unwatched
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def _error_of_another_rank(exit_code: int) -> PostDistError:
 
 
 def start(seed: int) -> World:
-    """Join the process group and seed this process. Without a launcher the group has one rank.
+    """Join the other ranks and seed this process. Without a launcher it is the only rank.
 
     Raises:
         EnvironmentFault: the launcher's variables are wrong (see `find_launcher`), or there are
@@ -196,42 +196,58 @@ def start(seed: int) -> World:
     """
     launcher = find_launcher(os.environ)
     if launcher == "none":
-        os.environ |= environment_of_one_process()
+        os.environ |= ENVIRONMENT_OF_ONE_PROCESS
     # DeepSpeed's compiled extensions belong to one Python environment. By default they are in the
     # home folder, where another environment would load them.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    rank = int(os.environ["RANK"])
+    size = int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = _use_device(local_rank)
-    if not dist.is_initialized():
-        import deepspeed  # reads the environment variables from above when it is imported
-
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
-    # Rank and size come from the process group, which another library may have initialized.
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, launcher, device)
+    # Another library may have initialized the process group.
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, local_rank, launcher, _use_device(local_rank))
+    # A process alone needs no group until it shards a model. The private stages never do.
+    if size > 1:
+        prepare_deepspeed(world)
     torch.manual_seed(seed)
-    log.info("rank %d of %d on %s (launcher: %s)", world.rank, world.size, device, launcher)
+    log.info("rank %d of %d on %s (launcher: %s)", rank, size, world.device, launcher)
     return world
 
 
-def _use_device(local_rank: int) -> torch.device:
-    """Choose the device of this process and prepare DeepSpeed for it."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise EnvironmentFault(
-                f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs",
-                "start one process per GPU",
-            )
-        # Each process drives one GPU.
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
+def prepare_deepspeed(world: World) -> None:
+    """Join DeepSpeed's process group, before a model is sharded. All ranks call it.
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # reads the environment
+    The group of a process that is alone is in its memory and opens no port.
+    """
+    import deepspeed  # takes seconds
 
     # Only DeepSpeed's inference all-reduce uses this op. Without it a CPU run compiles nothing, and
     # no killed compiler can leave a lock that hangs every later start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return torch.device("cpu")
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.size == 1 and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
+
+
+def _use_device(local_rank: int) -> torch.device:
+    """Choose the device of this process.
+
+    Raises:
+        EnvironmentFault: there are fewer GPUs than local ranks.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise EnvironmentFault(
+            f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs",
+            "start one process per GPU",
+        )
+    # Each process drives one GPU.
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

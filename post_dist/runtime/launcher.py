@@ -1,12 +1,14 @@
 """Find out which launcher started this process, by the environment variables that it sets."""
 
-import socket
 from collections.abc import Mapping, MutableMapping
 
 from post_dist.errors import EnvironmentFault
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun and the deepspeed launcher set, and that torch reads."""
+
+ENVIRONMENT_OF_ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""Variables for a process that no launcher started. DeepSpeed's engine reads them."""
 
 
 def find_launcher(environment: Mapping[str, str]) -> str:
@@ -48,21 +50,6 @@ def find_launcher(environment: Mapping[str, str]) -> str:
     return "srun" if in_slurm_step else "deepspeed or plain environment"
 
 
-def environment_of_one_process() -> dict[str, str]:
-    """Return the variables of a process group of size 1, on a free port of this machine."""
-    with socket.socket() as probe:
-        # Port 0 lets the system choose a free port.
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def _checked_world_size(environment: Mapping[str, str]) -> int:
     """Return WORLD_SIZE, after a check that the rank lies within it."""
     try:
@@ -77,10 +64,10 @@ def _checked_world_size(environment: Mapping[str, str]) -> int:
 
 
 def remove_launcher_variables(environment: MutableMapping[str, str]) -> None:
-    """Remove the variables of `environment_of_one_process` again.
+    """Remove the variables of `ENVIRONMENT_OF_ONE_PROCESS` again.
 
     A process that is started later, such as `post-dist` from a notebook, would take them for its
     own and join a group that is not its own.
     """
-    for name in _TORCHRUN:
+    for name in ENVIRONMENT_OF_ONE_PROCESS:
         environment.pop(name, None)

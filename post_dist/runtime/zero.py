@@ -1,69 +1,15 @@
 """DeepSpeed engines: ZeRO-3 for a frozen large model, any ZeRO stage for the student."""
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from post_dist.config.schema import Engine
-from post_dist.conflicts import Layout, raise_conflicts
-from post_dist.runtime.distributed import World
-from post_dist.runtime.shard_group import engine_conflicts, shard_group_size
+from post_dist.runtime.distributed import World, prepare_deepspeed
+from post_dist.runtime.gathering import gathered
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """The ranks that share one copy of a frozen model.
-
-    Attributes:
-        size: number of ranks; 1 if each rank has its own copy.
-        reads: whether this rank reads the weights for its group.
-        process_group: torch's process group; None if there is one rank, or the group has all ranks.
-    """
-
-    size: int
-    reads: bool
-    process_group: Any
-
-
-def layout_of(engine: Engine, world: World) -> Layout:
-    """Describe the ranks of this run. All ranks call it together.
-
-    Raises:
-        InputError: `engine.shard_group: node` on nodes of different sizes.
-    """
-    # Only one group per node needs nodes of equal size.
-    ranks_per_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
-    return Layout(world.size, ranks_per_node, world.device.type)
-
-
-@lru_cache
-def shard_group(engine: Engine, world: World) -> ShardGroup:
-    """Return this rank's group, by `engine.shard_group`. All ranks call it together.
-
-    The result is cached, because each call would make new process groups in torch.
-
-    Raises:
-        InputError: the engine settings do not suit the ranks (see `engine_conflicts`).
-    """
-    layout = layout_of(engine, world)
-    raise_conflicts("engine", engine_conflicts(engine, layout))
-    size = shard_group_size(engine, layout)
-    reads = world.rank % size == 0
-    if size in (1, world.size):
-        return ShardGroup(size, reads, None)
-    # torch needs every rank to create every group, even groups that it does not belong to.
-    groups = []
-    for first in range(0, world.size, size):
-        groups.append(dist.new_group(list(range(first, first + size))))
-    return ShardGroup(size, reads, groups[world.rank // size])
 
 
 def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
@@ -83,7 +29,7 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
 
 
 def train_sharded(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World
 ) -> deepspeed.DeepSpeedEngine:
     """Return the engine that trains a model. Frozen parameters of the model are not updated.
 
@@ -91,34 +37,11 @@ def train_sharded(
         model: a whole model.
         optimizer: an optimizer over the model's trained parameters.
         settings: the DeepSpeed settings for training.
+        world: the ranks, which all call this function.
     """
+    prepare_deepspeed(world)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
-
-
-def gathered(module: nn.Module) -> AbstractContextManager[None]:
-    """Gather the parameters of a module on every rank while the body reads them.
-
-    All ranks enter it together.
-    """
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        list(module.parameters())
-    )
-    return context
-
-
-def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """Gather a sharded weight, and give all ranks the value of the first rank afterwards.
-
-    The body may change the weight on the group's first rank. A weight that is not sharded is left
-    unchanged.
-    """
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        [weight], modifier_rank=0
-    )
-    return context
 
 
 def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:

@@ -1,4 +1,8 @@
-"""Run the stages in order. Each reads the results of earlier ones. Finished ones are skipped."""
+"""Run the stages in order. Each reads the results of earlier ones. Finished ones are skipped.
+
+The stages that shard models are imported where they run. They load DeepSpeed, which the private
+stages do without.
+"""
 
 import logging
 import shutil
@@ -25,7 +29,6 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.private_process import owner_only
 from post_dist.runtime.watchdog import unwatched
-from post_dist.stages.distill.stage import distill, refuse_distillation
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
     TargetPrompt,
@@ -33,7 +36,6 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import ModelFolders, PromptSet, evaluate, refuse_evaluation
-from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer, transfer
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class Pipeline:
         Returns:
             The finished folder of the stage.
         """
+        from post_dist.stages.distill.stage import distill, refuse_distillation
+
         self._config.need("distill")
         inputs = {"teacher": self._teacher_digest, "corpus": self._data_digest("corpus")}
         folder = run_folder(self._config, "distill", inputs)
@@ -258,6 +262,8 @@ class Pipeline:
         """
         if not wanted:
             return []
+        from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer, transfer
+
         self._config.need("transfer")
         inputs = {
             "teacher": self._teacher_digest,

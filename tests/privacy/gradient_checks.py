@@ -155,7 +155,7 @@ def step_sum(
     parameters = [prompt_nd, torch.tensor([0.2, -0.1])]
     gradients = part("privacy.gradients")
     sizes = part("privacy.micro_batches").planned_sizes(task, 4)
-    pieces = list(gradients.micro_gradients(task, parameters, examples, sizes, CPU))
+    pieces = list(gradients.unit_gradients(task, parameters, examples, sizes, CPU))
     counted = sum(len(piece[0]) for piece in pieces)
     assert counted == len(examples), "an example was dropped or taken twice"
     shapes = [parameter.shape for parameter in parameters]
@@ -236,7 +236,7 @@ def attention_as_on_a_gpu(model: Any) -> Iterator[None]:
 def compute_gradients(task: Any, examples: list[int]) -> None:
     gradients = part("privacy.gradients")
     sizes = part("privacy.micro_batches").planned_sizes(task, 2)
-    list(gradients.micro_gradients(task, [task.start_nd.float()], examples, sizes, CPU))
+    list(gradients.unit_gradients(task, [task.start_nd.float()], examples, sizes, CPU))
 
 
 def compute_score(task: Any, examples: list[int]) -> None:

@@ -25,7 +25,7 @@ class ToyTask:
     """20 examples and a parameter of 50 numbers, in place of a model's task."""
 
     def __init__(self) -> None:
-        self.examples = range(20)
+        self.units = [[example] for example in range(20)]
 
     def parameters(self, section: Any) -> list[torch.Tensor]:
         return [torch.zeros(50)]
@@ -69,10 +69,10 @@ def train_toy(
     ledger = part("privacy.ledger")
 
     class ToyTrainer(trainer.PrivateTrainer):
-        def micro_gradients(
-            self, parameters: Sequence[torch.Tensor], examples: Sequence[int]
+        def unit_gradients(
+            self, parameters: Sequence[torch.Tensor], units: Sequence[int]
         ) -> Iterator[list[torch.Tensor]]:
-            return toy_gradients(examples, scale)
+            return toy_gradients(units, scale)
 
     config = RunConfig.model_validate({"name": "toy", "tune": {"schedule": "constant"}})
     with open_ledger(place) as opened:

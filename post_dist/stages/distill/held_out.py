@@ -11,7 +11,7 @@ from post_dist.data.masking import NO_LABEL
 from post_dist.losses.divergence import softened_kl, unexplained_share
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.distributed import World
-from post_dist.runtime.zero import gathered
+from post_dist.runtime.gathering import gathered
 from post_dist.stages.distill.batches import Batch, DistillationText
 from post_dist.stages.distill.model import DistillationModel
 from post_dist.stages.distill.online_teacher import OnlineTeacher

@@ -148,4 +148,4 @@ def student_engine(
         max_grad_norm=section.max_grad_norm,
     )
     model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
-    return train_sharded(model, optimizer, settings)
+    return train_sharded(model, optimizer, settings, world)

@@ -22,7 +22,7 @@ from post_dist.losses.signals import (
 )
 from post_dist.models.facts import facts_of
 from post_dist.models.language_model import LanguageModel
-from post_dist.runtime.zero import gathered
+from post_dist.runtime.gathering import gathered
 from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
 

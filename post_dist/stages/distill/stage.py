@@ -23,12 +23,14 @@ from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerpr
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import write_student
-from post_dist.runtime.checkpoint import load_engine, start_step
+from post_dist.runtime.checkpoint import start_step
 from post_dist.runtime.distributed import World
+from post_dist.runtime.engine_checkpoint import load_engine
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import full_weights, layout_of, shard_share
+from post_dist.runtime.zero import full_weights, shard_share
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.cached_teacher import cache_teacher
 from post_dist.stages.distill.conflicts import conflicts, required_sections

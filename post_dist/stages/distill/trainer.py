@@ -14,8 +14,8 @@ from post_dist.errors import InputError
 from post_dist.losses.distillation import TermValues
 from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import TERMS
-from post_dist.runtime.checkpoint import save_engine
 from post_dist.runtime.distributed import World
+from post_dist.runtime.engine_checkpoint import save_engine
 from post_dist.runtime.nonfinite import NonFiniteGuard
 from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.trackers import open_public_metrics

@@ -20,10 +20,9 @@ from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.zero import layout_of
+from post_dist.runtime.rank_layout import layout_of
 from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
 from post_dist.stages.evaluate.rows import (
@@ -227,6 +226,9 @@ def _load_models(
     student_answers = CachedAnswers(student, split, cache, batch_size, world)
     if models.target is None:
         return student_answers, None
+
+    # Loads DeepSpeed, which an owner who evaluates the student alone does without.
+    from post_dist.models.sharded import load_sharded
 
     target_model = load_sharded(models.target, config.engine, precision, world)
     target = EvaluatedModel(target_model, models.target, inputs["teacher"])

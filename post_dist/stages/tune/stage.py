@@ -28,14 +28,16 @@ from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.private_metrics import open_private_metrics
+from post_dist.runtime.private_process import offline
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.tune.conflicts import conflicts
 
 log = logging.getLogger(__name__)
 
 _PRIVATE = (
-    "A soft prompt that was tuned with differential privacy. The guarantee, and what it covers, "
-    "is below and in `privacy.json`."
+    "A soft prompt that was tuned with differential privacy: epsilon {epsilon:.4g} at delta "
+    "{delta:.2g}. The unit is {unit}, and two data sets are neighbors by the relation "
+    "{neighbouring_relation}. What this covers, and what not, is below and in `privacy.json`."
 )
 _SEEDED = (
     "A soft prompt that is NOT private: it was tuned with noise from a seed, "
@@ -100,7 +102,8 @@ def tune(
 
     def tune_alone() -> None:
         task = _load_task(private_task, folder.config, model.folder, alone)
-        parameters, statement = _train(folder, task, model.name, alone, resume)
+        with offline():
+            parameters, statement = _train(folder, task, model.name, alone, resume)
         settings = _settings(folder.config, private_task)
         _write(folder, task, parameters, statement, settings, model)
 
@@ -124,7 +127,7 @@ def _load_task(
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
     # The prompt starts from the embeddings of a text.
     start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
-    return TuningTask(model, reader, examples, targets, start_nd)
+    return TuningTask(model, reader, examples, targets, start_nd, loaded.users)
 
 
 def _train(
@@ -237,13 +240,14 @@ def _write_card(
         summary = _NOT_PRIVATE
         rows["epsilon"] = "none: tuned without differential privacy"
     else:
-        summary = _PRIVATE
-        if not statement["private"]:
-            summary = _SEEDED
+        summary = _PRIVATE.format(**statement) if statement["private"] else _SEEDED
         hidden = {"enabled", "ledger", "ledger_anchors"}
         rows |= config.privacy.model_dump(exclude=hidden, exclude_none=True)
         claims = dict(statement)
         notes["What epsilon does not cover"] = claims.pop("not_covered")
+        warnings = claims.pop("warnings")
+        if warnings:
+            notes["Warning"] = warnings
         rows |= claims
     write_card(
         artifact,
