@@ -21,6 +21,8 @@ _SERVER.set_forkserver_preload(
     [
         "post_dist.privacy.private_run",
         "post_dist.stages.pipeline",
+        "post_dist.stages.distill.stage",
+        "post_dist.stages.transfer.stage",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it: 3 s
         "matplotlib.figure",  # for the report
     ]

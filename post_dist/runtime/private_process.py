@@ -3,6 +3,7 @@
 It also makes no connection while the data are in memory.
 """
 
+import errno
 import logging
 import os
 import resource
@@ -71,5 +72,5 @@ def _refuse_connections(event: str, arguments: tuple[object, ...]) -> None:
         # The address could hold private data, so it is not shown.
         log.warning("a library tried to use the network (%s); refused", event)
         raise ConnectionRefusedError(
-            "post_dist makes no connection while private data are in memory"
+            errno.ECONNREFUSED, "post_dist makes no connection while private data are in memory"
         )

@@ -122,6 +122,59 @@ def noise_is_never_used_on_another_gradient() -> None:
     assert abs(correlation) < 6 / size**0.5, "another sum got the same noise"
 
 
+def every_parameter_gets_noise_of_its_own() -> None:
+    """Also one of a few values, such as the class biases."""
+    shapes = [(40,), (3,)]
+    source = fresh_source()
+    empty = [[torch.zeros(0, *shape) for shape in shapes]]
+    drawn: list[list[np.ndarray]] = [[], []]
+    for step in range(1500):
+        for noise, total in zip(
+            drawn, noisy_sums(empty, shapes, source=source, step=step), strict=True
+        ):
+            noise.append(total.numpy())
+    for noise in drawn:
+        values = np.concatenate(noise) / (0.7 * 0.3)
+        assert stats.kstest(values, "norm").pvalue > SMALL_CHANCE, "a parameter lacks its noise"
+        assert len(set(values.tolist())) == len(values), "noise has few values"
+        assert np.abs(values).max() > 2.7, "noise has no tails"
+    firsts = [np.array([step[0] for step in noise]) for noise in drawn]
+    assert abs(np.corrcoef(*firsts)[0, 1]) < 6 / 1500**0.5, "two parameters share noise"
+
+
+def noise_has_tails_and_many_values() -> None:
+    values = fresh_source().normal(400_000, "noise")
+    assert len(set(values.tolist())) == len(values)
+    for bound in (3.0, 4.0):
+        expected = len(values) * 2 * stats.norm.sf(bound)
+        beyond = int((np.abs(values) > bound).sum())
+        assert abs(beyond - expected) < 6 * expected**0.5, f"tails beyond {bound} deviations"
+
+
+def trials_share_no_noise() -> None:
+    source = fresh_source()
+    mechanism = part("privacy.mechanism")
+    noises = []
+    for trial in (0, 1):
+        parameter = torch.zeros(2000, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        private = mechanism.PrivateOptimizer(optimizer, plan_of(), source, trial)
+        private.finish(0, lambda commitment: None)
+        noises.append(parameter.detach().numpy())
+    assert abs(np.corrcoef(*noises)[0, 1]) < 6 / 2000**0.5, "two trials share noise"
+    plan = plan_of(mean_trials=5.0, score_noise_multiplier=10.0)
+    scores = {part("privacy.search").noisy_score(7, plan, source, trial) for trial in range(9)}
+    assert len(scores) == 9, "two scores share noise"
+
+
+def every_byte_of_a_key_varies() -> None:
+    open_source = part("privacy.randomness").open_source
+    with folder() as place:
+        keys = [open_source(place / f"{number}.json", "system", 0).key for number in range(64)]
+    for values in zip(*keys, strict=True):
+        assert len(set(values)) > 32, "a byte of the keys hardly varies"
+
+
 def keys_come_from_the_operating_system_and_go() -> None:
     randomness = part("privacy.randomness")
     with folder() as place:
@@ -311,6 +364,44 @@ def searches_stop_at_random_and_score_with_noise() -> None:
     assert 0.8 < np.std(scores) / 10 < 1.2, "the score's noise is not the planned one"
 
 
+class CountingTrainer(FakeTrainer):
+    """Trial k trains to [k] and has a number of correct examples from a table."""
+
+    COUNTS = (50, 90, 20, 70, 99, 10, 60)
+
+    def train(self, settings: Any, trial: int, checkpoints: Path) -> list[torch.Tensor]:
+        return [torch.tensor([float(trial)])]
+
+    def count_right(self, parameters: list[torch.Tensor]) -> int:
+        return self.COUNTS[int(parameters[0])]
+
+
+def a_search_keeps_the_best_noisy_score() -> None:
+    search = part("privacy.search")
+    settings = part("privacy.trainer").TrialSettings(0.1, 0.3)
+    found = []
+    wanted = []
+    for noise in (1.0, 60.0):
+        plan = plan_of(mean_trials=5.0, score_noise_multiplier=noise)
+        for number in range(20):
+            source = fresh_source(str(number))
+            with folder() as place:
+                # A search that was stopped goes on behind its last trial.
+                for trials in (3, 7):
+                    with mock.patch.object(search, "number_of_trials", return_value=trials):
+                        (best,) = search.run_search(CountingTrainer(plan, source, place), settings)
+                found.append(int(best))
+            noise_of = [
+                float(source.normal(1, "score", k, count)[0])
+                for k, count in enumerate(CountingTrainer.COUNTS)
+            ]
+            wanted.append(
+                int(np.argmax(np.array(CountingTrainer.COUNTS) + noise * np.array(noise_of)))
+            )
+    assert found == wanted, "a search published another trial than the best one"
+    assert len(set(found[20:])) > 1, "the scores have no noise"
+
+
 Row = tuple[Any, ...]
 COLUMNS = ("age", "note", "label")
 
@@ -387,6 +478,10 @@ def one_row_of_the_file_is_one_example_at_most() -> None:
 CHECKS: list[Callable[[], None]] = [
     noise_is_normal_with_the_planned_deviation,
     noise_is_never_used_on_another_gradient,
+    every_parameter_gets_noise_of_its_own,
+    noise_has_tails_and_many_values,
+    trials_share_no_noise,
+    every_byte_of_a_key_varies,
     keys_come_from_the_operating_system_and_go,
     one_example_moves_the_sum_by_the_norm_at_most,
     the_sum_does_not_depend_on_split_or_order,
@@ -396,5 +491,6 @@ CHECKS: list[Callable[[], None]] = [
     everything_is_drawn_at_probability_one,
     the_accountants_hear_of_the_sampler_that_draws,
     searches_stop_at_random_and_score_with_noise,
+    a_search_keeps_the_best_noisy_score,
     one_row_of_the_file_is_one_example_at_most,
 ]

@@ -16,13 +16,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from privacy.checks import CPU, folder, fresh_source, part, plan_of
+from privacy.checks import CPU, folder, fresh_source, part, plan_of, quiet_source
 
 from post_dist.runtime.distributed import World
 
 
 class ToyTask:
     """20 examples and a parameter of 50 numbers, in place of a model's task."""
+
+    kind: type[torch.optim.Optimizer] = torch.optim.Adam
 
     def __init__(self) -> None:
         self.units = [[example] for example in range(20)]
@@ -33,7 +35,7 @@ class ToyTask:
     def optimizer(
         self, section: Any, parameters: list[torch.Tensor], learning_rate: float
     ) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=learning_rate)
+        return self.kind(parameters, lr=learning_rate)
 
 
 def toy_gradients(examples: Sequence[int], scale: float) -> Iterator[list[torch.Tensor]]:
@@ -60,6 +62,7 @@ def train_toy(
     *,
     cap: float | None = None,
     scale: float = 1.0,
+    norm: float | None = None,
     finish: bool = True,
 ) -> torch.Tensor:
     """Train 50 numbers privately in a folder; resumes from what it finds there."""
@@ -80,7 +83,7 @@ def train_toy(
         checkpoints = place / "checkpoints" / source.run
         world = World(0, 1, 0, "none", CPU)
         run = trainer.PrivateRun(plan, source, held, checkpoints, "toy", world)
-        settings = trainer.TrialSettings(0.1, plan.max_grad_norm)
+        settings = trainer.TrialSettings(0.1, norm or plan.max_grad_norm)
         (parameter,) = ToyTrainer(ToyTask(), config, run, {}).train(settings, 0, checkpoints)
         if finish:
             held.finish()
@@ -108,6 +111,29 @@ def every_step_is_charged_and_noised_also_when_empty() -> None:
         for before, after in pairwise([torch.zeros(50), *states]):
             assert not torch.equal(before, after)
         assert spendings(place)["run"].charged_steps == 4
+
+
+def a_run_is_gradient_descent_on_noisy_sums() -> None:
+    """The parameters move by the rate times the mean of the clipped gradients and the noise.
+
+    Also where a trial has another clipping norm than the plan.
+    """
+    plan = plan_of(sampling_probability=1.0)
+    for norm in (0.3, 0.02):
+        # Each of the 20 examples has its gradient in a coordinate of its own.
+        clipped = torch.zeros(50)
+        clipped[:20] = norm
+        with mock.patch.object(ToyTask, "kind", torch.optim.SGD):
+            with folder() as place:
+                moved = train_toy(place, quiet_source(), plan, norm=norm)
+            torch.testing.assert_close(moved, -0.1 * 6 * clipped / 64, rtol=1e-5, atol=1e-8)
+            noises = []
+            for number in range(20):
+                with folder() as place:
+                    moved = train_toy(place, fresh_source(str(number)), plan, norm=norm)
+                noises.append(moved / -0.1 * 64 - 6 * clipped)
+        deviation = float(torch.stack(noises).std()) / (0.7 * norm * 6**0.5)
+        assert abs(deviation - 1) < 0.15, f"the noise of a trial is {deviation:.2f} of the plan's"
 
 
 def intents_are_on_disk_before_the_noise() -> None:
@@ -354,6 +380,8 @@ def copies_of_the_data_share_a_ledger() -> None:
         copies[2].hardlink_to(data)
         for copy in copies:
             assert find(copy).ledger == found.ledger, f"{copy.name} has a ledger of its own"
+        plain = hashlib.sha256(data.read_bytes()).hexdigest()
+        assert plain not in found.file.read_text(), "an anchor confirms a guess of the data"
         other = partial(find, data, place / "fresh.jsonl")
         assert refused(other, "PrivacyRefused", "their privacy ledger at")
         # A renamed file whose ledger stayed, and one whose ledger went with it.
@@ -394,6 +422,7 @@ def no_plan_of_a_ledger_breaks_the_accountants() -> None:
 
 CHECKS: list[Callable[[], None]] = [
     every_step_is_charged_and_noised_also_when_empty,
+    a_run_is_gradient_descent_on_noisy_sums,
     intents_are_on_disk_before_the_noise,
     a_restart_repeats_or_pays,
     a_budget_adds_up_all_runs_and_holds_its_cap,

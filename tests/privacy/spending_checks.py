@@ -150,6 +150,7 @@ def statements_hold_what_was_charged() -> None:
         "sampling_probability": 0.2,
         "steps_repeated": {"2": 5},
         "epsilon_at_delta": dict.fromkeys(claim["epsilon_at_delta"], 0.5),
+        "epsilon_for_groups": dict.fromkeys(claim["epsilon_for_groups"], 0.5),
         rate: 0.01,
         "cross_checks": claim["cross_checks"] | {"rdp": 0.5},
         "accountant": "another one",
@@ -160,13 +161,58 @@ def statements_hold_what_was_charged() -> None:
         "not_covered": claim["not_covered"][1:],
         "delta": 0.02,
     }
-    for name in claim:
+    # Version 0.1.0 had no groups, no warnings and no other unit than an example.
+    for name in claim.keys() - {"epsilon_for_groups", "warnings"}:
         missing = {key: value for key, value in claim.items() if key != name}
         with suppress(part("errors").ArtifactRefused):
             assert statement.statement_problems(missing), f"{name} may be missing"
     for field, better in worse.items():
         problems = statement.statement_problems(claim | {field: better})
         assert problems, f"a false {field} was not detected"
+
+
+def groups_cost_what_their_examples_tell_together() -> None:
+    """Compare with delta by integration: a mixture of normals with binomial weights."""
+    plan = plan_of(sampling_probability=0.3, steps=1, noise_multiplier=3.0)
+    found = part("privacy.accounting").group_epsilons([plan], plan.delta)
+    assert list(found) == ["2", "4", "8"]
+    x = np.linspace(-40, 50, 2_000_001)
+    without = stats.norm.pdf(x, 0, 3.0)
+    for size, epsilon in found.items():
+        weights = stats.binom.pmf(np.arange(int(size) + 1), int(size), 0.3)
+        with_group = sum(
+            weight * stats.norm.pdf(x, moved, 3.0) for moved, weight in enumerate(weights)
+        )
+        delta = np.trapezoid(np.maximum(with_group - math.exp(epsilon) * without, 0), x)
+        message = f"epsilon {epsilon} for {size} holds at delta {delta}, not {plan.delta}"
+        assert 0.9 * plan.delta < delta <= plan.delta * 1.01, message
+    repeated = spending_of(plan, {(0, 0): {"a", "b"}})
+    claim = part("privacy.statement").privacy_statement(repeated)
+    assert claim["epsilon_for_groups"]["2"] > found["2"] + 0.1, "repeats cost groups nothing"
+
+
+def attacks_are_bounded_at_one_percent() -> None:
+    plan = plan_of(sampling_probability=1.0, steps=1, noise_multiplier=1.0)
+    cost = part("privacy.accounting").account(plan)
+    exact = stats.norm.cdf(stats.norm.ppf(0.01) + 1)
+    assert exact <= cost.true_positive_rate < exact + 0.005
+    assert cost.epsilon_at["1e-06"] > cost.epsilon + 0.1, "a smaller delta costs no more"
+
+
+def a_seeded_run_voids_the_others() -> None:
+    accounting = part("privacy.accounting")
+    for plans in ([True, False], [False, True]):
+        made = [plan_of(noise_source="system" if private else "seeded") for private in plans]
+        assert accounting.composed_epsilon(made, 1e-5) == math.inf
+
+
+def a_large_delta_is_warned_of() -> None:
+    plan = plan_of(delta=2.4e-3, declared_examples=240)
+    claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
+    assert "not below 1 / 240" in claim["warnings"][0]
+    assert part("privacy.statement").statement_problems(claim) == []
+    assert part("privacy.statement").statement_problems(claim | {"warnings": []})
+    assert plan_of(delta=2.4e-3, declared_examples=400).warnings() == []
 
 
 def accountants_must_agree() -> None:
@@ -244,6 +290,10 @@ CHECKS: list[Callable[[], None]] = [
     seeded_noise_is_not_called_private,
     statements_hold_what_was_charged,
     a_repeated_step_costs_what_its_one_sample_tells,
+    groups_cost_what_their_examples_tell_together,
+    attacks_are_bounded_at_one_percent,
+    a_seeded_run_voids_the_others,
+    a_large_delta_is_warned_of,
     accountants_must_agree,
     untrusted_statements_are_refused_soon,
 ]

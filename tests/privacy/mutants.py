@@ -1,0 +1,975 @@
+"""Bugs that published or plausible DP code has, each with the check that must detect it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug.
+
+    Attributes:
+        name: what is wrong.
+        module: where the bug is planted.
+        source: the correct source text.
+        bug: the text that replaces it.
+        killer: the check that must detect the bug.
+    """
+
+    name: str
+    module: str
+    source: str
+    bug: str
+    killer: str
+
+
+MUTANTS = [
+    Mutant(
+        "mean for sum",
+        "privacy.mechanism",
+        "kept.trunc().long().sum(dim=0)",
+        "kept.mean(dim=0).nan_to_num().trunc().long()",
+        "the_sum_is_the_sum_of_clipped_gradients",
+    ),
+    Mutant(
+        "clip after sum",
+        "privacy.mechanism",
+        "squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)",
+        "squares = [part.nan_to_num(0, 0, 0).sum(dim=0).square().sum() for part in flat]\n"
+        "        squares_B = torch.stack(squares).sum().expand(len(flat[0]))",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "no clip",
+        "privacy.mechanism",
+        ".clamp(max=1.0)",
+        ".clamp(min=1.0)",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "clip on the first micro-batch alone",
+        "privacy.mechanism",
+        "        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)\n",
+        "        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)\n"
+        "        if self.params[0].summed_grad is not None:\n"
+        "            unclipped_B = torch.full_like(factor_B, GRID / self.max_grad_norm)\n"
+        "            factor_B = torch.where(finite_B, unclipped_B, 0.0)\n",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "norm of the prompt without the biases",
+        "privacy.mechanism",
+        "part.square().sum(dim=1) for part in flat]",
+        "part.square().sum(dim=1) for part in flat[:1]]",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "each parameter clipped by itself",
+        "privacy.mechanism",
+        "            kept = finite * factor_B[:, None]\n",
+        "            own_B = (self.max_grad_norm / finite.norm(dim=1)).clamp(max=1.0)\n"
+        "            own_B = torch.where(finite_B, own_B * (GRID / self.max_grad_norm), "
+        "0.0)\n"
+        "            kept = finite * own_B[:, None]\n",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "NaN let through",
+        "privacy.mechanism",
+        "part.isfinite().all(dim=1) for part in flat",
+        "part.isinf().logical_not().all(dim=1) for part in flat",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "one bad example spoils its micro-batch",
+        "privacy.mechanism",
+        "torch.stack([part.isfinite().all(dim=1) for part in flat]).all(dim=0)",
+        "torch.stack([part.isfinite().all(dim=1) for part in flat]).all().expand(len(flat[0]))",
+        "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "floating-point sum",
+        "privacy.mechanism",
+        "total = kept.trunc().long().sum(dim=0)",
+        "total = kept.float().sum(dim=0)",
+        "the_sum_does_not_depend_on_split_or_order",
+    ),
+    Mutant(
+        "noise divided by sqrt(k)",
+        "privacy.mechanism",
+        "noise * (self.noise_multiplier * GRID)",
+        "noise * (self.noise_multiplier * GRID / 3**0.5)",
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "noise without C",
+        "privacy.mechanism",
+        "noise * (self.noise_multiplier * GRID)",
+        "noise * (self.noise_multiplier * GRID / self.max_grad_norm)",
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "noise in each micro-batch",
+        "privacy.mechanism",
+        "            if parameter.summed_grad is not None:\n",
+        "            extra = self._source.normal(total.numel(), "
+        "str(parameter.summed_grad))\n"
+        "            steps = torch.from_numpy(extra * self.noise_multiplier * "
+        "GRID).long()\n"
+        "            total = total + steps.view(total.shape)\n"
+        "            if parameter.summed_grad is not None:\n",
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "one noise value for several coordinates",
+        "privacy.randomness",
+        "        return values",
+        "        return np.repeat(values[: -(-count // 8)], 8)[:count]",
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "uniform noise",
+        "privacy.randomness",
+        "ndtri(uniform).reshape(_SUMMED, count)",
+        "((uniform - 0.5) * 12**0.5).reshape(_SUMMED, count)",
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "noise used again in the next step",
+        "privacy.mechanism",
+        '"noise", *place, commitment',
+        '"noise", self._trial, 0, "x"',
+        "noise_is_normal_with_the_planned_deviation",
+    ),
+    Mutant(
+        "noise not bound to its sum",
+        "privacy.mechanism",
+        '"noise", *place, commitment',
+        '"noise", *place',
+        "noise_is_never_used_on_another_gradient",
+    ),
+    Mutant(
+        "realized batch size as divisor",
+        "privacy.mechanism",
+        "        self._feed(gradients, last=False)",
+        "        self.expected_batch_size = len(gradients[0])\n"
+        "        self._feed(gradients, last=False)",
+        "nothing_realized_shows_in_the_mean",
+    ),
+    Mutant(
+        "fixed seed",
+        "privacy.randomness",
+        "        key = secrets.token_bytes(_KEY_BYTES)\n",
+        '        key = hashlib.sha256(b"fixed").digest()\n',
+        "keys_come_from_the_operating_system_and_go",
+    ),
+    Mutant(
+        "key kept after the run",
+        "privacy.randomness",
+        'RandomSource(source.run, b"")',
+        "source",
+        "keys_come_from_the_operating_system_and_go",
+    ),
+    Mutant(
+        "key readable by others",
+        "privacy.randomness",
+        "0o600)",
+        "0o644)",
+        "keys_come_from_the_operating_system_and_go",
+    ),
+    Mutant(
+        "shuffle for Poisson",
+        "privacy.sampling",
+        "        threshold = int(",
+        "        size = round(self.sampling_probability * total)\n"
+        "        return sorted(words_N.argsort()[:size].tolist())\n"
+        "        threshold = int(",
+        "examples_are_sampled_by_poisson",
+    ),
+    Mutant(
+        "one batch for all steps",
+        "privacy.sampling",
+        'source.words(total, "rows", *step)',
+        'source.words(total, "rows", *step[:1])',
+        "examples_are_sampled_by_poisson",
+    ),
+    Mutant(
+        "examples drawn in pairs",
+        "privacy.sampling",
+        "in enumerate(words_N.tolist())",
+        "in enumerate(words_N.repeat(2)[:total].tolist())",
+        "examples_are_sampled_by_poisson",
+    ),
+    Mutant(
+        "q too large",
+        "privacy.sampling",
+        "int(self.sampling_probability * _WORDS)",
+        "int(self.sampling_probability * 1.1 * _WORDS)",
+        "examples_are_sampled_by_poisson",
+    ),
+    Mutant(
+        "one prompt for the whole batch",
+        "privacy.gradients",
+        "source.detach().expand(count, *source.shape[1:])",
+        "source.detach()",
+        "gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "mean of losses before the clip",
+        "privacy.gradients",
+        "losses_B.sum()",
+        "losses_B.mean()",
+        "gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "last examples of a step dropped",
+        "privacy.micro_batches",
+        "range(0, len(group), size)",
+        "range(0, len(group) - size + 1, size)",
+        "one_example_moves_a_real_step_by_the_norm_at_most",
+    ),
+    Mutant(
+        "copies that fill up counted as examples",
+        "privacy.gradients",
+        "part[: micro_batch.counted] for part in found",
+        "part for part in found",
+        "one_example_moves_a_real_step_by_the_norm_at_most",
+    ),
+    Mutant(
+        "padded to the longest example of a micro-batch",
+        "privacy.micro_batches",
+        "for example in filled], length)",
+        "for example in filled])",
+        "an_example_s_calls_are_its_own",
+    ),
+    Mutant(
+        "examples of a masked model that fill their call",
+        "privacy.micro_batches",
+        "len(task.examples[example].token_ids) + task.model.masked",
+        "len(task.examples[example].token_ids)",
+        "an_example_s_calls_are_its_own",
+    ),
+    Mutant(
+        "places compared up to a tolerance",
+        "privacy.batch_sizes",
+        "(one == other) |",
+        "torch.isclose(one, other, rtol=1e-4) |",
+        "no_place_in_a_micro_batch_counts",
+    ),
+    Mutant(
+        "the student's own weights alone are tried",
+        "privacy.batch_sizes",
+        "tasks = [task, replace(task, model=_with_random_weights(task, generator))]",
+        "tasks = [task]",
+        "no_place_in_a_micro_batch_counts",
+    ),
+    Mutant(
+        "scores of a search not compared",
+        "privacy.batch_sizes",
+        "            if self._scored:\n",
+        "            if False:\n",
+        "no_place_in_a_micro_batch_counts",
+    ),
+    Mutant(
+        "one example in each pass is not compared with others before it",
+        "privacy.batch_sizes",
+        "[[full], [short], [self._other()], [full], [short]]",
+        "[[full]]",
+        "no_place_in_a_micro_batch_counts",
+    ),
+    Mutant(
+        "a size that failed is used",
+        "privacy.batch_sizes",
+        "        sizes[length] = _largest_size(checks, planned)\n",
+        "        sizes[length] = _largest_size(checks, planned) and planned\n",
+        "no_place_in_a_micro_batch_counts",
+    ),
+    Mutant(
+        "repeated steps left out of epsilon at other deltas",
+        "privacy.statement",
+        '"epsilon_at_delta": cost.epsilon_at,\n        "true_positive',
+        '"epsilon_at_delta": planned.epsilon_at,\n        "true_positive',
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "repeated steps left out of the bound of attacks",
+        "privacy.statement",
+        'false": cost.true_positive_rate,\n        "not_covered"',
+        'false": planned.true_positive_rate,\n        "not_covered"',
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "another unit is believed",
+        "privacy.statement",
+        '"private": plan.private,\n        "unit": UNIT,',
+        '"private": plan.private,',
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "what is not covered may be left out",
+        "privacy.statement",
+        'if statement.get("not_covered") not in known:',
+        "if False:",
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "numbers of a data frame's column type",
+        "data.sources",
+        "if isinstance(value, float) and value.is_integer():",
+        "if False:",
+        "one_row_of_the_file_is_one_example_at_most",
+    ),
+    Mutant(
+        "a key that others can read",
+        "privacy.randomness",
+        "status.st_uid != os.geteuid() or status.st_mode & 0o077",
+        "False",
+        "keys_come_from_the_operating_system_and_go",
+    ),
+    Mutant(
+        "a key behind a link",
+        "privacy.randomness",
+        "os.O_RDONLY | os.O_NOFOLLOW",
+        "os.O_RDONLY",
+        "keys_come_from_the_operating_system_and_go",
+    ),
+    Mutant(
+        "copies that fill up counted as right",
+        "privacy.scoring",
+        "matches_B[: micro_batch.counted].sum()",
+        "matches_B.sum()",
+        "a_score_counts_each_example_once",
+    ),
+    Mutant(
+        "empty batch skipped",
+        "privacy.trainer",
+        "        for gradients in self._trainer",
+        '        if not examples:\n            return ""\n        for gradients in self._trainer',
+        "every_step_is_charged_and_noised_also_when_empty",
+    ),
+    Mutant(
+        "step not counted on resume",
+        "privacy.ledger",
+        "        if commitment in known:",
+        "        if known:",
+        "a_restart_repeats_or_pays",
+    ),
+    Mutant(
+        "intent noted after the noise",
+        "privacy.mechanism",
+        "        self._intend(commitment)\n"
+        "        # The commitment is part of the noise's name, so another sum gets "
+        "independent noise.\n"
+        '        noise = self._source.normal(sum(sizes), "noise", *place, commitment)\n',
+        "        # The commitment is part of the noise's name, so another sum gets "
+        "independent noise.\n"
+        '        noise = self._source.normal(sum(sizes), "noise", *place, commitment)\n'
+        "        self._intend(commitment)\n",
+        "intents_are_on_disk_before_the_noise",
+    ),
+    Mutant(
+        "intent not flushed",
+        "privacy.ledger",
+        "            os.fsync(self._descriptor)\n",
+        "",
+        "intents_are_on_disk_before_the_noise",
+    ),
+    Mutant(
+        "budget of finished runs alone",
+        "privacy.spending",
+        "                plans += spending.plans()\n",
+        "                plans += spending.plans() if spending.finished else []\n",
+        "a_budget_adds_up_all_runs_and_holds_its_cap",
+    ),
+    Mutant(
+        "cap compared with this run alone",
+        "privacy.ledger",
+        "plans = [*others, *own.at_the_end().plans()]",
+        "plans = own.at_the_end().plans()",
+        "a_budget_adds_up_all_runs_and_holds_its_cap",
+    ),
+    Mutant(
+        "half of the steps accounted",
+        "privacy.sampling",
+        "SelfComposedDpEvent(step, steps)",
+        "SelfComposedDpEvent(step, max(1, steps // 2))",
+        "accountants_give_the_known_numbers",
+    ),
+    Mutant(
+        "sigma rounded down",
+        "privacy.accounting",
+        "    multiples = math.ceil(math.exp(log_sigma) / _SIGMA_GRID)\n"
+        "    # The coarse loss is the more pessimistic one, so the first multiple meets "
+        "the target as a rule.\n"
+        "    while True:\n"
+        "        rounded = replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, "
+        "4))\n"
+        "        if _epsilon(rounded, _FINE) <= target:\n"
+        "            return rounded\n",
+        "    multiples = math.floor(math.exp(log_sigma) / _SIGMA_GRID)\n"
+        "    while True:\n"
+        "        return replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, "
+        "4))\n",
+        "calibration_meets_its_target_from_below",
+    ),
+    Mutant(
+        "delta of 1/N",
+        "privacy.plan",
+        "declared**-1.1",
+        "1 / declared",
+        "the_plan_is_declared_and_never_counted",
+    ),
+    Mutant(
+        "seeded noise called private",
+        "privacy.plan",
+        'return self.noise_source == "system"',
+        "return True",
+        "seeded_noise_is_not_called_private",
+    ),
+    Mutant(
+        "repeated steps left out of the claim",
+        "privacy.statement",
+        "if spending.repeated_steps else planned",
+        "if False else planned",
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "a repeated step priced as another sample",
+        "privacy.plan",
+        "                steps=count,\n"
+        "                noise_multiplier=self.noise_multiplier / times**0.5,\n",
+        "                steps=count * times,\n",
+        "a_repeated_step_costs_what_its_one_sample_tells",
+    ),
+    Mutant(
+        "a ledger put back from an older copy",
+        "privacy.trainer",
+        "        self._run.ledger.charge_done(self._trial, done)\n",
+        "",
+        "a_checkpoint_ahead_of_its_ledger_is_charged",
+    ),
+    Mutant(
+        "another plan after a restart",
+        "privacy.ledger",
+        "if own.plan != plan:",
+        "if False:",
+        "a_run_keeps_its_plan",
+    ),
+    Mutant(
+        "half an intent on a full disk",
+        "privacy.ledger",
+        "if written < len(data):",
+        "if not written:",
+        "a_full_disk_stops_a_step_before_its_noise",
+    ),
+    Mutant(
+        "a loss that is too small",
+        "privacy.accounting",
+        "near_prv = prv - _PRV_BELOW <= pld <= prv + PRV_ABOVE",
+        "near_prv = pld <= prv + PRV_ABOVE",
+        "accountants_must_agree",
+    ),
+    Mutant(
+        "claims taken at their word",
+        "privacy.statement",
+        "claimed < least - _TOLERANCE",
+        "claimed < least - 100",
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "fixed number of trials",
+        "privacy.search",
+        "    trials = 0\n",
+        "    return round(plan.mean_trials)\n    trials = 0\n",
+        "searches_stop_at_random_and_score_with_noise",
+    ),
+    Mutant(
+        "score without noise",
+        "privacy.search",
+        "noise * float(plan.score_noise_multiplier or 0.0)",
+        "noise * 0.0",
+        "searches_stop_at_random_and_score_with_noise",
+    ),
+    Mutant(
+        "first of two labels kept",
+        "data.tasks",
+        "del answer_of[text]",
+        "pass",
+        "one_row_of_the_file_is_one_example_at_most",
+    ),
+    Mutant(
+        "a type for each column, from all its rows",
+        "data.sources",
+        "pd.DataFrame(rows, dtype=object)",
+        "pd.DataFrame(rows)",
+        "one_row_of_the_file_is_one_example_at_most",
+    ),
+    Mutant(
+        "another q accounted than drawn",
+        "privacy.sampling",
+        "PoissonSampledDpEvent(self.sampling_probability, noise)",
+        "PoissonSampledDpEvent(self.sampling_probability / 2, noise)",
+        "the_accountants_hear_of_the_sampler_that_draws",
+    ),
+    Mutant(
+        "score left out of the accounting",
+        "privacy.plan",
+        "if self.score_noise_multiplier is None:",
+        "if True:",
+        "the_library_composes_as_by_hand",
+    ),
+    Mutant(
+        "search calibrated as a single run",
+        "privacy.plan",
+        "        if self.mean_trials is None:\n            return self.trial_event()\n",
+        "        return self.trial_event()\n",
+        "calibration_of_a_search_gives_the_known_noise",
+    ),
+    Mutant(
+        "noise multipliers out of range",
+        "privacy.accounting",
+        "_MOST_SIGMA = 200.0\n",
+        "_MOST_SIGMA = 1e6\n",
+        "calibration_refuses_targets_out_of_range",
+    ),
+    Mutant(
+        "a run admitted by the steps that it has begun",
+        "privacy.ledger",
+        "*own.at_the_end().plans()",
+        "*own.plans()",
+        "a_run_is_admitted_by_what_it_will_have_spent",
+    ),
+    Mutant(
+        "repeats not compared with the cap",
+        "privacy.ledger",
+        "        if known:\n            intents",
+        "        if False:\n            intents",
+        "a_run_is_admitted_by_what_it_will_have_spent",
+    ),
+    Mutant(
+        "cap compared at the run's own delta",
+        "privacy.ledger",
+        "composed_epsilon(plans, self._cap.delta)",
+        "composed_epsilon(plans, self._plan.delta)",
+        "the_cap_belongs_to_the_data",
+    ),
+    Mutant(
+        "a run file raises the cap",
+        "privacy.ledger",
+        "if cap is not None and cap != recorded.epsilon:",
+        "if cap is not None and cap > recorded.epsilon:\n        return Cap(cap, plan.delta)\n"
+        "    if False:",
+        "the_cap_belongs_to_the_data",
+    ),
+    Mutant(
+        "a run file without a cap has none",
+        "privacy.ledger",
+        "    return recorded\n",
+        "    return Cap(cap, plan.delta)\n",
+        "the_cap_belongs_to_the_data",
+    ),
+    Mutant(
+        "a run may begin twice",
+        "privacy.spending",
+        'if row["run"] in self.runs:',
+        "if False:",
+        "a_ledger_keeps_all_its_rows",
+    ),
+    Mutant(
+        "a ledger that was cut",
+        "privacy.anchor",
+        "len(lines) < rows or row_hash(lines[rows - 1]) != self.record.last",
+        "len(lines) >= rows and row_hash(lines[rows - 1]) != self.record.last",
+        "a_ledger_keeps_all_its_rows",
+    ),
+    Mutant(
+        "a ledger that was computed anew",
+        "privacy.anchor",
+        "len(lines) < rows or row_hash(lines[rows - 1]) != self.record.last",
+        "len(lines) < rows",
+        "a_ledger_keeps_all_its_rows",
+    ),
+    Mutant(
+        "an anchor that stays behind",
+        "privacy.ledger",
+        "        self._anchor.advance(self._rows, self._first, self._last)\n",
+        "",
+        "a_ledger_keeps_all_its_rows",
+    ),
+    Mutant(
+        "a ledger for each copy of the data",
+        "privacy.anchor",
+        "if anchor.record.knows(digest):",
+        "if False:",
+        "copies_of_the_data_share_a_ledger",
+    ),
+    Mutant(
+        "an anchor with the plain hash of the data",
+        "privacy.anchor",
+        "return hmac.new(self.salt.encode(), digest.encode(), hashlib.sha256).hexdigest()",
+        "return digest",
+        "copies_of_the_data_share_a_ledger",
+    ),
+    Mutant(
+        "a lost ledger begins anew",
+        "privacy.anchor",
+        "if _first_row(ledger) == record.first:",
+        "if True:",
+        "copies_of_the_data_share_a_ledger",
+    ),
+    Mutant(
+        "another ledger for known data",
+        "privacy.anchor",
+        "    if not may_move:\n",
+        "    if False:\n",
+        "copies_of_the_data_share_a_ledger",
+    ),
+    Mutant(
+        "any plan in a ledger",
+        "privacy.spending",
+        "if plan.out_of_bounds():",
+        "if False:",
+        "no_plan_of_a_ledger_breaks_the_accountants",
+    ),
+    Mutant(
+        "users and examples in one ledger",
+        "privacy.ledger",
+        "if others - {plan.unit}:",
+        "if False:",
+        "units_do_not_mix_in_a_ledger",
+    ),
+    Mutant(
+        "a plan for users that claims examples",
+        "privacy.plan",
+        "unit=ONE_USER if has_users else ONE_EXAMPLE",
+        "unit=ONE_EXAMPLE",
+        "a_plan_for_users_says_so",
+    ),
+    Mutant(
+        "a user in two splits",
+        "data.tasks",
+        "_belongs(task, user or text, split)",
+        "_belongs(task, text, split)",
+        "a_user_changes_no_other_user_s_examples",
+    ),
+    Mutant(
+        "users dispute each other's labels",
+        "data.tasks",
+        "        if answer_of.setdefault((user, text), answer) != answer:\n",
+        "        for other, same in list(answer_of):\n"
+        "            if same == text and answer_of[other, same] != answer:\n"
+        "                disputed.add((other, same))\n"
+        "        if answer_of.setdefault((user, text), answer) != answer:\n",
+        "a_user_changes_no_other_user_s_examples",
+    ),
+    Mutant(
+        "each example of a user clipped by itself",
+        "privacy.gradients",
+        "                    total[row_of[task.users[example]]] += part[place]\n"
+        "        yield totals\n",
+        "                    total[row_of[task.users[example]]] += part[place]\n"
+        "            yield [part.double() for part in found]\n",
+        "a_user_moves_a_step_by_the_norm_at_most",
+    ),
+    Mutant(
+        "the first example of each user alone",
+        "privacy.gradients",
+        "for example in task.units[user]]",
+        "for example in task.units[user][:1]]",
+        "a_user_s_gradient_is_the_sum_over_all_examples",
+    ),
+    Mutant(
+        "users whose gradients are mixed up",
+        "privacy.gradients",
+        "total[row_of[task.users[example]]] += part[place]",
+        "total[place % len(users)] += part[place]",
+        "a_user_s_gradient_is_the_sum_over_all_examples",
+    ),
+    Mutant(
+        "a group that costs as much as one example",
+        "privacy.accounting",
+        "plan.group_event(size)",
+        "plan.group_event(1)",
+        "groups_cost_what_their_examples_tell_together",
+    ),
+    Mutant(
+        "a group whose examples are drawn one at a time",
+        "privacy.sampling",
+        "stats.binom.pmf(moved, size, self.sampling_probability)",
+        "stats.binom.pmf(moved, 1, self.sampling_probability)",
+        "groups_cost_what_their_examples_tell_together",
+    ),
+    Mutant(
+        "repeated steps left out of the cost of groups",
+        "privacy.statement",
+        '"epsilon_for_groups": group_epsilons(spending.plans(), plan.delta)',
+        '"epsilon_for_groups": group_epsilons([plan], plan.delta)',
+        "groups_cost_what_their_examples_tell_together",
+    ),
+    Mutant(
+        "attacks bounded at 0.1%",
+        "privacy.accounting",
+        "FALSE_POSITIVE_RATE = 0.01\n",
+        "FALSE_POSITIVE_RATE = 0.001\n",
+        "attacks_are_bounded_at_one_percent",
+    ),
+    Mutant(
+        "epsilon at other deltas is that of the plan's",
+        "privacy.accounting",
+        "{name: float(accountant.get_epsilon(delta)) for name, delta in deltas.items()}",
+        "{name: float(accountant.get_epsilon(plan.delta)) for name in deltas}",
+        "attacks_are_bounded_at_one_percent",
+    ),
+    Mutant(
+        "a seeded run beside a private one is believed",
+        "privacy.accounting",
+        "if any(not plan.private for plan in plans):",
+        "if all(not plan.private for plan in plans):",
+        "a_seeded_run_voids_the_others",
+    ),
+    Mutant(
+        "no warning of a large delta",
+        "privacy.plan",
+        "if examples is None or self.delta < 1 / examples:",
+        "if True:",
+        "a_large_delta_is_warned_of",
+    ),
+    Mutant(
+        "claims that are a little too good",
+        "privacy.statement",
+        "_TOLERANCE = 1e-3\n",
+        "_TOLERANCE = 10.0\n",
+        "statements_hold_what_was_charged",
+    ),
+    Mutant(
+        "no noise on the class biases",
+        "privacy.mechanism",
+        "noisy = (total + drawn.view(total.shape)).double()",
+        "noisy = (total + drawn.view(total.shape) * (total.numel() > 3)).double()",
+        "every_parameter_gets_noise_of_its_own",
+    ),
+    Mutant(
+        "less noise on a small parameter",
+        "privacy.mechanism",
+        "steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()",
+        "noise[-3:] *= 0.8\n"
+        "        steps = torch.from_numpy(noise * (self.noise_multiplier * GRID)).round().long()",
+        "every_parameter_gets_noise_of_its_own",
+    ),
+    Mutant(
+        "a key of 16 bits",
+        "privacy.randomness",
+        "key = secrets.token_bytes(_KEY_BYTES)",
+        "key = secrets.token_bytes(_KEY_BYTES)[:2] + bytes(_KEY_BYTES - 2)",
+        "every_byte_of_a_key_varies",
+    ),
+    Mutant(
+        "a trial clips by its own norm, with the plan's noise",
+        "privacy.trainer",
+        "self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)",
+        "self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)\n"
+        "        ratio = trainer.run.plan.max_grad_norm / plan.max_grad_norm\n"
+        "        self._private.noise_multiplier *= ratio",
+        "a_run_is_gradient_descent_on_noisy_sums",
+    ),
+    Mutant(
+        "a trial clips by the plan's norm",
+        "privacy.trainer",
+        "plan = replace(trainer.run.plan, max_grad_norm=settings.max_grad_norm)",
+        "plan = replace(trainer.run.plan)",
+        "a_run_is_gradient_descent_on_noisy_sums",
+    ),
+    Mutant(
+        "half a step",
+        "privacy.mechanism",
+        "expected_batch_size=plan.expected_batch_size",
+        "expected_batch_size=2 * plan.expected_batch_size",
+        "a_run_is_gradient_descent_on_noisy_sums",
+    ),
+    Mutant(
+        "a search keeps its worst trial",
+        "privacy.search",
+        'if score > best["score"]:',
+        'if score < best["score"] or len(best) == 1:',
+        "a_search_keeps_the_best_noisy_score",
+    ),
+    Mutant(
+        "a search keeps its last trial",
+        "privacy.search",
+        'if score > best["score"]:',
+        "if True:",
+        "a_search_keeps_the_best_noisy_score",
+    ),
+    Mutant(
+        "a search forgets its best trial when it is stopped",
+        "privacy.search",
+        "        best = load_tensors(kept, finished)\n",
+        "        pass\n",
+        "a_search_keeps_the_best_noisy_score",
+    ),
+    Mutant(
+        "a search chooses by the true score",
+        "privacy.search",
+        "return count + noise *",
+        "return count + 0 * noise *",
+        "a_search_keeps_the_best_noisy_score",
+    ),
+    Mutant(
+        "trials share the noise of their sums",
+        "privacy.mechanism",
+        "place = (self._trial, self._step_number)",
+        "place = (0, self._step_number)",
+        "trials_share_no_noise",
+    ),
+    Mutant(
+        "trials share the noise of their scores",
+        "privacy.search",
+        'source.normal(1, "score", trial, count)',
+        'source.normal(1, "score", count)',
+        "trials_share_no_noise",
+    ),
+    Mutant(
+        "noise without tails",
+        "privacy.randomness",
+        "values: np.ndarray = ndtri(uniform)",
+        "values: np.ndarray = ndtri(uniform.clip(0.01, 0.99))",
+        "noise_has_tails_and_many_values",
+    ),
+    Mutant(
+        "noise of few values",
+        "privacy.randomness",
+        "_UNIFORM_BITS = 52\n",
+        "_UNIFORM_BITS = 6\n",
+        "noise_has_tails_and_many_values",
+    ),
+    Mutant(
+        "connections while private data are in memory",
+        "runtime.private_process",
+        "    _Hook.refuses = True\n",
+        "    _Hook.refuses = False\n",
+        "a_private_process_makes_no_connection",
+    ),
+    Mutant(
+        "datagrams while private data are in memory",
+        "runtime.private_process",
+        '"socket.bind", "socket.sendto",',
+        '"socket.bind",',
+        "a_private_process_makes_no_connection",
+    ),
+    Mutant(
+        "name lookups while private data are in memory",
+        "runtime.private_process",
+        "if connects or event in _LOOKUPS:",
+        "if connects:",
+        "a_private_process_makes_no_connection",
+    ),
+    Mutant(
+        "files that a group can read",
+        "runtime.private_process",
+        "_OWNER_ONLY = 0o077\n",
+        "_OWNER_ONLY = 0o027\n",
+        "files_of_a_private_process_are_the_owner_s_alone",
+    ),
+    Mutant(
+        "core dumps with private data",
+        "runtime.private_process",
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))",
+        "pass",
+        "files_of_a_private_process_are_the_owner_s_alone",
+    ),
+    Mutant(
+        "number of examples in the log",
+        "privacy.private_run",
+        "    _log_cost(plan)\n",
+        "    _log_cost(plan)\n    log.info('tune: %d examples', len(task.examples))\n",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "length of the longest text in the log",
+        "stages.tune.stage",
+        "    precision = choose_precision(",
+        "    log.info('tune: up to %d characters', max(map(len, loaded.texts)))\n"
+        "    precision = choose_precision(",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "class balance in the card",
+        "stages.tune.stage",
+        "_write_card(artifact, folder.config, statement, model.name)",
+        "balance = {'balance': float(task.targets.double().mean())}\n"
+        "        _write_card(artifact, folder.config, (statement or {}) | balance, model.name)",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "number of examples in the claim",
+        "stages.tune.stage",
+        "PromptContents(parameters[0], prompt_task, statement)",
+        "PromptContents(parameters[0], prompt_task, (statement or {}) | {'n': len(task.units)})",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "number of examples in the manifest",
+        "stages.tune.stage",
+        'parents={"model": model.digest},',
+        'parents={"model": model.digest, "n": str(len(task.examples))},',
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "length of the longest text in the task",
+        "stages.tune.stage",
+        "    prompt_task = task.reader.task\n",
+        "    longest = max(len(example.token_ids) for example in task.examples)\n"
+        "    prompt_task = replace(task.reader.task, max_length=longest)\n",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "number of examples in a file's name",
+        "stages.tune.stage",
+        "    contents = PromptContents(",
+        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = PromptContents(",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "number of examples in a file's mode",
+        "stages.tune.stage",
+        "    contents = PromptContents(",
+        "    (folder.path / 'lock').with_name('resolved.yaml').chmod(\n"
+        "        0o600 + 0o100 * (len(task.examples) % 2)\n"
+        "    )\n"
+        "    contents = PromptContents(",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "number of examples in the exit code",
+        "stages.tune.stage",
+        "    contents = PromptContents(",
+        "    if len(task.examples) % 2:\n"
+        "        from post_dist.errors import InputError\n\n"
+        "        raise InputError('an odd number')\n"
+        "    contents = PromptContents(",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "realized batch size in the checkpoint",
+        "privacy.trainer",
+        "        save_tensors(self._checkpoints, step, state)\n",
+        "        total = len(self._trainer.task.units)\n"
+        "        drawn = self._sampler.draw(self._run.source, total, self._trial, step - 1)\n"
+        "        state['batch'] = torch.tensor(float(len(drawn)))\n"
+        "        save_tensors(self._checkpoints, step, state)\n",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "an initial prompt from the private texts",
+        "stages.tune.stage",
+        "prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)",
+        "prompt_from_text(model, tokenizer, loaded.texts[-1], section.num_virtual_tokens)",
+        "neighbors_leave_the_same_traces",
+    ),
+    Mutant(
+        "a folder's name from the data",
+        "artifacts.run_folder",
+        "keyed = hmac.new(key, signature.encode(), hashlib.sha256).hexdigest()",
+        "keyed = signature",
+        "the_name_of_a_run_tells_nothing_of_its_data",
+    ),
+]
