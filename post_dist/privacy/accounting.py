@@ -169,25 +169,48 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
 
 
 def group_epsilons(plans: Sequence[PrivacyPlan], delta: float) -> dict[str, float]:
-    """Compute epsilon for groups of examples, such as all examples of one person.
+    """Compute epsilon for groups of units, such as several examples of one person.
+
+    A mechanism that is (e, d)-private for one unit is private for k units with epsilon k e and
+    delta d (exp(k e) - 1) / (exp(e) - 1) (Vadhan 2017, proof of lemma 2.2). The best pair (e, d) of
+    the mechanism is taken.
 
     Args:
         plans: see `cost_of`.
         delta: the delta at which to state epsilon.
 
     Returns:
-        Epsilon by the size of the group. Empty for a search, which no accountant composes for
-        groups.
+        Epsilon by the size of the group, as far as it is small enough to be worth stating.
     """
-    if any(plan.mean_trials is not None for plan in plans):
-        return {}
-    epsilons = {}
+    accountant = _composed(plans)
+    found = {}
     for size in _GROUP_SIZES:
-        accountant = PLDAccountant(value_discretization_interval=_COARSE)
-        for plan, count in Counter(plans).items():
-            accountant.compose(plan.group_event(size), count)
-        epsilons[str(size)] = float(accountant.get_epsilon(delta))
-    return {size: epsilon for size, epsilon in epsilons.items() if epsilon <= _MOST_GROUP_EPSILON}
+        epsilon = _group_epsilon(accountant, size, delta)
+        if epsilon is not None:
+            found[str(size)] = epsilon
+    return found
+
+
+def _group_epsilon(accountant: PrivacyAccountant, size: int, delta: float) -> float | None:
+    """Return epsilon for a group of units; None above `_MOST_GROUP_EPSILON`."""
+
+    def holds(epsilon: float) -> bool:
+        grown = math.expm1(size * epsilon) / math.expm1(epsilon)
+        return float(accountant.get_delta(epsilon)) * grown <= delta
+
+    # The first of some epsilons that is large enough, and then the least one before it.
+    low = 0.0
+    for high in np.linspace(0, _MOST_GROUP_EPSILON / size, 41)[1:].tolist():
+        if holds(high):
+            for _ in range(12):
+                middle = (low + high) / 2
+                if holds(middle):
+                    high = middle
+                else:
+                    low = middle
+            return float(size * high)
+        low = high
+    return None
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
@@ -204,10 +227,7 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
     # Repeatable noise can be subtracted, which voids the guarantee of all runs.
     if any(not plan.private for plan in plans):
         return math.inf
-    # Only RDP composes searches.
-    if any(plan.mean_trials is not None for plan in plans):
-        return rdp_epsilon(plans, delta)
-    return float(_pld(tuple(plans), _FINE).get_epsilon(delta))
+    return float(_composed(plans).get_epsilon(delta))
 
 
 def rdp_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
@@ -305,6 +325,14 @@ def _epsilon_at(accountant: PrivacyAccountant, plan: PrivacyPlan) -> dict[str, f
     if plan.declared_examples is not None:
         deltas["1 / (100 declared_examples)"] = 1 / (100 * plan.declared_examples)
     return {name: float(accountant.get_epsilon(delta)) for name, delta in deltas.items()}
+
+
+def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
+    """Compose runs by the accountant of their published epsilon. Do not change the result."""
+    # Only RDP composes searches.
+    if any(plan.mean_trials is not None for plan in plans):
+        return _rdp(plans)
+    return _pld(tuple(plans), _FINE)
 
 
 @lru_cache(maxsize=4)

@@ -119,10 +119,6 @@ class PrivacyPlan:
             return self.trial_event()
         return dp_event.RepeatAndSelectDpEvent(self.trial_event(), self.mean_trials, LOGARITHMIC)
 
-    def group_event(self, size: int) -> DpEvent:
-        """Describe one training run for data sets that differ in a group of `size` examples."""
-        return self.sampler.group_event(self.noise_multiplier, self.steps, size)
-
     def warnings(self) -> list[str]:
         """Return what weakens the guarantee although the plan may run."""
         examples = self.declared_examples

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dp_accounting import DpEvent, dp_event
-from scipy import stats
 
 from post_dist.privacy.randomness import RandomSource
 
@@ -44,9 +43,6 @@ class Sampler(Protocol):
 
     def event(self, noise_multiplier: float, steps: int) -> DpEvent:
         """Describe `steps` steps with Gaussian noise for the accountants of dp-accounting."""
-
-    def group_event(self, noise_multiplier: float, steps: int, size: int) -> DpEvent:
-        """Describe the same steps for data sets that differ in a group of `size` examples."""
 
     def opacus_history(self, noise_multiplier: float, steps: int) -> list[tuple[float, float, int]]:
         """Describe the same steps for the accountants of Opacus, as (sigma, q, steps)."""
@@ -85,19 +81,6 @@ class PoissonSampler:
         # dp-accounting composes the subsampled Gaussian mechanism with itself.
         noise = dp_event.GaussianDpEvent(noise_multiplier)
         step = dp_event.PoissonSampledDpEvent(self.sampling_probability, noise)
-        return dp_event.SelfComposedDpEvent(step, steps)
-
-    def group_event(self, noise_multiplier: float, steps: int, size: int) -> DpEvent:
-        """Describe the same steps for data sets that differ in a group of `size` examples.
-
-        A step draws j of them with binomial probability, and they move the sum by j C at most. The
-        bound is tight (arXiv 2401.10294).
-        """
-        moved = range(size + 1)
-        probabilities = stats.binom.pmf(moved, size, self.sampling_probability)
-        step = dp_event.MixtureOfGaussiansDpEvent(
-            noise_multiplier, [float(count) for count in moved], probabilities.tolist()
-        )
         return dp_event.SelfComposedDpEvent(step, steps)
 
     def opacus_history(self, noise_multiplier: float, steps: int) -> list[tuple[float, float, int]]:

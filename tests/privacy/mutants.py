@@ -687,15 +687,15 @@ MUTANTS = [
     Mutant(
         "a group that costs as much as one example",
         "privacy.accounting",
-        "plan.group_event(size)",
-        "plan.group_event(1)",
+        "return float(size * high)",
+        "return float(high)",
         "groups_cost_what_their_examples_tell_together",
     ),
     Mutant(
-        "a group whose examples are drawn one at a time",
-        "privacy.sampling",
-        "stats.binom.pmf(moved, size, self.sampling_probability)",
-        "stats.binom.pmf(moved, 1, self.sampling_probability)",
+        "the delta of one example for a group",
+        "privacy.accounting",
+        "grown = math.expm1(size * epsilon) / math.expm1(epsilon)",
+        "grown = 1.0",
         "groups_cost_what_their_examples_tell_together",
     ),
     Mutant(

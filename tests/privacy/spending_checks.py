@@ -167,15 +167,22 @@ def statements_hold_what_was_charged() -> None:
         with suppress(part("errors").ArtifactRefused):
             assert statement.statement_problems(missing), f"{name} may be missing"
     for field, better in worse.items():
-        problems = statement.statement_problems(claim | {field: better})
-        assert problems, f"a false {field} was not detected"
+        with suppress(part("errors").ArtifactRefused):
+            problems = statement.statement_problems(claim | {field: better})
+            assert problems, f"a false {field} was not detected"
 
 
 def groups_cost_what_their_examples_tell_together() -> None:
-    """Compare with delta by integration: a mixture of normals with binomial weights."""
+    """Compare with delta by integration: a mixture of normals with binomial weights.
+
+    The bound holds for any mechanism, so it is not tight for this one.
+    """
     plan = plan_of(sampling_probability=0.3, steps=1, noise_multiplier=3.0)
     found = part("privacy.accounting").group_epsilons([plan], plan.delta)
     assert list(found) == ["2", "4", "8"]
+    search = replace(plan, mean_trials=3.0, score_noise_multiplier=10.0)
+    of_search = part("privacy.accounting").group_epsilons([search], plan.delta)
+    assert all(of_search[size] > found[size] for size in found)
     x = np.linspace(-40, 50, 2_000_001)
     without = stats.norm.pdf(x, 0, 3.0)
     for size, epsilon in found.items():
@@ -185,7 +192,9 @@ def groups_cost_what_their_examples_tell_together() -> None:
         )
         delta = np.trapezoid(np.maximum(with_group - math.exp(epsilon) * without, 0), x)
         message = f"epsilon {epsilon} for {size} holds at delta {delta}, not {plan.delta}"
-        assert 0.9 * plan.delta < delta <= plan.delta * 1.01, message
+        assert delta <= plan.delta * 1.01, message
+        alone = part("privacy.accounting").account(plan).epsilon
+        assert int(size) * alone < epsilon < 3 * int(size) * alone
     repeated = spending_of(plan, {(0, 0): {"a", "b"}})
     claim = part("privacy.statement").privacy_statement(repeated)
     assert claim["epsilon_for_groups"]["2"] > found["2"] + 0.1, "repeats cost groups nothing"
@@ -207,12 +216,12 @@ def a_seeded_run_voids_the_others() -> None:
 
 
 def a_large_delta_is_warned_of() -> None:
-    plan = plan_of(delta=2.4e-3, declared_examples=240)
+    plan = plan_of(delta=5e-3, declared_examples=240)
     claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
     assert "not below 1 / 240" in claim["warnings"][0]
     assert part("privacy.statement").statement_problems(claim) == []
     assert part("privacy.statement").statement_problems(claim | {"warnings": []})
-    assert plan_of(delta=2.4e-3, declared_examples=400).warnings() == []
+    assert plan_of(delta=5e-3, declared_examples=190).warnings() == []
 
 
 def accountants_must_agree() -> None:
