@@ -205,7 +205,7 @@ class _IndependenceCheck:
 
     def _loudest(self) -> _Probe:
         """Make an example of the token with the largest embedding."""
-        table = self._task.model.model.get_input_embeddings().weight
+        table: torch.Tensor = self._task.model.model.get_input_embeddings().get_parameter("weight")
         return self._probe(len(self._full.token_ids), int(table.float().norm(dim=1).argmax()))
 
     def _batch(self, rows: Sequence[_Probe]) -> tuple[Batch, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -281,14 +282,16 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
     task = replace(source.task, class_biases=())
 
     def write_own_card(artifact: Path) -> None:
-        epsilon: float | str = "none: the source prompt is not private"
-        if source.epsilon is not None:
-            epsilon = source.epsilon
+        claim: dict[str, Any] = {"epsilon": "none: the source prompt is not private"}
+        if source.privacy is not None and source.epsilon is not None:
+            # Epsilon means nothing without the other three.
+            named = ("epsilon", "delta", "unit", "neighbouring_relation")
+            claim = {name: source.privacy[name] for name in named}
         write_card(
             artifact,
             f"Soft prompt for {model_name}",
             "A soft prompt that was transferred from a student with public text alone (POST).",
-            job.objective.section.model_dump() | {"epsilon": epsilon},
+            job.objective.section.model_dump() | claim,
             library="peft",
             tag="prompt-tuning",
         )
