@@ -34,6 +34,10 @@ _FINE = 1e-4
 # `_FINE`.
 _COARSE = 1e-3
 
+# Discretization interval for many different plans. With 60 of them it gives 12.53 for 12.18.
+_COARSEST = 5e-3
+_FEW_PLANS = 3
+
 # A calibrated sigma is rounded up to a multiple of this.
 _SIGMA_GRID = 1e-4
 _LEAST_SIGMA = 0.2
@@ -332,7 +336,11 @@ def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
     # Only RDP composes searches.
     if any(plan.mean_trials is not None for plan in plans):
         return _rdp(plans)
-    return _pld(tuple(plans), _FINE)
+    # A ledger may hold many different plans, and each takes half a second at the fine interval. A
+    # coarser interval only raises epsilon.
+    different = len(set(plans))
+    interval = _FINE if different <= _FEW_PLANS else min(_COARSEST, _COARSE * different / 10)
+    return _pld(tuple(plans), interval)
 
 
 @lru_cache(maxsize=4)

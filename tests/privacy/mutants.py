@@ -299,9 +299,9 @@ MUTANTS = [
     ),
     Mutant(
         "another unit is believed",
-        "privacy.statement",
-        '"private": plan.private,\n        "unit": UNIT,',
-        '"private": plan.private,',
+        "privacy.plan",
+        "if self.unit not in (ONE_EXAMPLE, ONE_USER):",
+        "if False:",
         "statements_hold_what_was_charged",
     ),
     Mutant(
@@ -492,7 +492,7 @@ MUTANTS = [
     Mutant(
         "first of two labels kept",
         "data.tasks",
-        "del answer_of[text]",
+        "del answer_of[key]",
         "pass",
         "one_row_of_the_file_is_one_example_at_most",
     ),

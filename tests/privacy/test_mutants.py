@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -55,27 +56,26 @@ def outcome(tree: Path, check: str) -> str:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return {0: "passed", 1: "failed"}.get(code, "crashed")
     code = 2
+    said = (tree / "said.txt").open("w")
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
     try:
         os.environ["XDG_STATE_HOME"] = str(tree / "state")
-        with (tree / "said.txt").open("w") as said:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
         # The libraries stay loaded. The package and the checks are imported again.
         for name in [*sys.modules]:
             if name.split(".")[0] in ("post_dist", "privacy"):
                 del sys.modules[name]
         sys.path.insert(0, str(tree))
-        run = getattr(__import__(MODULE_OF[check], fromlist=[check]), check)
-        assert Path(sys.modules["post_dist"].__file__).is_relative_to(tree)
-        run()
+        package = import_module(PACKAGE.name)
+        assert Path(package.__file__).is_relative_to(tree)
+        getattr(import_module(MODULE_OF[check]), check)()
         code = 0
     except AssertionError:
-        traceback.print_exc()
         code = 1
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc(file=said)
     finally:
-        sys.stderr.flush()
+        said.flush()
         os._exit(code)
 
 
