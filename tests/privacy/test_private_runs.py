@@ -6,6 +6,9 @@ import math
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +227,59 @@ def test_what_a_private_stage_writes_is_for_its_owner_alone(folder: Path, main: 
     for path in written:
         allowed = 0o700 if path.is_dir() else 0o600
         assert path.stat().st_mode & 0o777 & ~allowed == 0, path
+
+
+TUNE_AND_WATCH = """
+import os, socket, sys
+from pathlib import Path
+from post_dist.privacy import trainer
+
+port = int(sys.argv.pop())
+sockets = set()
+save = trainer.save_tensors
+
+
+def save_and_call_home(*given):
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            sockets.add(os.readlink(link))
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).sendall(b"a secret")
+    except ConnectionError:
+        pass
+    save(*given)
+
+
+trainer.save_tensors = save_and_call_home
+from post_dist.cli import run_command
+
+code = run_command()
+assert not sockets, "a socket was open"
+assert not [name for name in sys.modules if name.split(".")[0] == "deepspeed"]
+sys.exit(code)
+"""
+
+
+def test_tuning_alone_opens_no_port_and_calls_nobody(folder: Path) -> None:
+    """Also where a library tries to report home at each step."""
+    with socket.socket() as home:
+        home.bind(("127.0.0.1", 0))
+        home.listen()
+        home.settimeout(0)
+        port = str(home.getsockname()[1])
+        student = f"--set=inputs.student={folder / 'student'}"
+        command = ["tune", str(folder / "run.yaml"), student, *PRIVATE, port]
+        done = subprocess.run(
+            [sys.executable, "-c", TUNE_AND_WATCH, *command],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("a library tried to use the network") == 6
+        with pytest.raises(BlockingIOError):
+            home.accept()
 
 
 def test_a_file_without_a_header_tells_nothing(folder: Path, main: Callable) -> None:
