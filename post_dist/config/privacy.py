@@ -38,6 +38,10 @@ class Privacy(Section):
     """Learning rate of the private run. Default: `tune.learning_rate`."""
     max_grad_norm: PositiveFloat = 1.0
     """C: the Euclidean norm to which each example's gradient is clipped."""
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Adapt C: after each step it moves toward this quantile of the gradient norms, and
+    `max_grad_norm` is only its first value. The noise on the quantile is part of the plan (arXiv
+    1905.03871). Default: C is fixed."""
     # The ledger of the data set.
     max_total_epsilon: PositiveFloat | None = None
     """Limit on the total epsilon of all runs on this data set. A run that would exceed it is

@@ -11,6 +11,7 @@ mechanism rounded to the grid, and rounding is post-processing.
 Shapes: B examples; "..." is the shape of a parameter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,11 @@ from post_dist.privacy.randomness import RandomSource
 
 GRID = 2.0**30
 """Grid steps per clipping norm C. An int64 then has room for the sum of 2^33 examples."""
+
+# How fast the clipping norm follows its quantile (arXiv 1905.03871), and its bounds.
+_CLIP_RATE = 0.2
+_LEAST_NORM = 1e-6
+_MOST_NORM = 1e6
 
 # Keeps a clipped norm at C or below when fp64 rounds up.
 _SHRINK = 1 - 2.0**-40
@@ -48,12 +54,15 @@ class PrivateOptimizer(DPOptimizer):
     ) -> None:
         super().__init__(
             optimizer,
-            noise_multiplier=plan.noise_multiplier,
+            noise_multiplier=plan.gradient_noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.expected_batch_size,
         )
+        self._plan = plan
         self._source = source
         self._trial = trial
+        # Twice the number of unclipped gradients minus half the number of all.
+        self._unclipped = 0
         self._step_number = 0
         self._intend: Intend = lambda commitment: None
 
@@ -88,7 +97,11 @@ class PrivateOptimizer(DPOptimizer):
         # fp64 holds the norm of any fp32 gradient without overflow.
         flat = [gradient.double().flatten(1) for gradient in self.grad_samples]
         finite_B = _finite_examples(flat)
-        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)
+        # One norm over all parameters: the prompt and the class biases share the clipping norm.
+        norm_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0).sqrt()
+        factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)
+        unclipped_B = finite_B & (norm_B <= self.max_grad_norm)
+        self._unclipped += int((2 * unclipped_B.long() - 1).sum())
         for parameter, gradient in zip(self.params, flat, strict=True):
             # NaN times zero is NaN, so values that are not finite are replaced first.
             finite = torch.where(finite_B[:, None], gradient, 0.0)
@@ -105,6 +118,8 @@ class PrivateOptimizer(DPOptimizer):
         # The commitment is a keyed digest of the exact integer sum.
         place = (self._trial, self._step_number)
         data = b"".join(total.numpy().tobytes() for total in sums)
+        if self._plan.clip_quantile is not None:
+            data += str(self._unclipped).encode()
         commitment = self._source.commitment(data, "sum", *place)
         sizes = [total.numel() for total in sums]
         # The ledger charges the step before its noise exists, so a kill cannot hide spending.
@@ -117,16 +132,24 @@ class PrivateOptimizer(DPOptimizer):
             noisy = (total + drawn.view(total.shape)).double() * (self.max_grad_norm / GRID)
             # Opacus divides by the expected batch size after this.
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
+        if self._plan.clip_quantile is not None:
+            noise = float(self._source.normal(1, "unclipped", *place, commitment)[0])
+            self._adapt(self._unclipped / 2 + noise * self._plan.count_deviation)
+        self._unclipped = 0
 
-    def _grid_factors(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the factors [B] that clip each example's gradient to norm C, in grid steps.
+    def _adapt(self, noisy_count: float) -> None:
+        """Move the clipping norm of the next step toward the plan's quantile.
 
         Args:
-            flat: gradients [B, number of values] of each parameter, in fp64.
+            noisy_count: number of unclipped gradients minus half the number of all, with noise.
         """
-        # One norm over all parameters: the prompt and the class biases share the clipping norm.
-        squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)
-        clip_B = (self.max_grad_norm / squares_B.sqrt()).clamp(max=1.0)
+        fraction = 0.5 + noisy_count / self._plan.expected_batch_size
+        change = math.exp(-_CLIP_RATE * (fraction - float(self._plan.clip_quantile or 0.0)))
+        self.max_grad_norm = min(max(self.max_grad_norm * change, _LEAST_NORM), _MOST_NORM)
+
+    def _grid_factors(self, norm_B: torch.Tensor) -> torch.Tensor:
+        """Return the factors [B] that clip gradients of these norms to norm C, in grid steps."""
+        clip_B = (self.max_grad_norm / norm_B).clamp(max=1.0)
         return clip_B * _SHRINK * (GRID / self.max_grad_norm)
 
     def _feed(self, gradients: Sequence[torch.Tensor], *, last: bool) -> None:

@@ -32,10 +32,11 @@ _BOUNDS = {
     "declared_examples": (2, 10**9),
     "mean_trials": (1.001, 1e4),
     "score_noise_multiplier": (0.2, 1e4),
+    "clip_quantile": (1e-3, 1 - 1e-3),
 }
 """Numbers outside these bounds give no useful guarantee, overflow, or take hours to compute."""
 
-_MAY_BE_NONE = {"declared_examples", "mean_trials", "score_noise_multiplier"}
+_MAY_BE_NONE = {"declared_examples", "mean_trials", "score_noise_multiplier", "clip_quantile"}
 _INTEGERS = {"steps", "declared_examples"}
 
 
@@ -57,6 +58,7 @@ class PrivacyPlan:
         mean_trials: mean number of training runs in a search; None for a single run.
         score_noise_multiplier: standard deviation of the noise on a trial's score.
         unit: what neighbors differ in: one example, or all examples of one user.
+        clip_quantile: the quantile of gradient norms that C follows; None for a fixed C.
     """
 
     noise_multiplier: float
@@ -70,11 +72,33 @@ class PrivacyPlan:
     mean_trials: float | None = None
     score_noise_multiplier: float | None = None
     unit: str = ONE_EXAMPLE
+    clip_quantile: float | None = None
 
     @property
     def private(self) -> bool:
         """Whether the guarantee of the plan holds. It does not if the noise can be repeated."""
         return self.noise_source == "system"
+
+    @property
+    def count_deviation(self) -> float:
+        """Standard deviation of the noise on the number of unclipped gradients of a step.
+
+        A twentieth of the expected batch size, as Andrew et al. choose it (arXiv 1905.03871).
+        """
+        return self.expected_batch_size / 20
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """Noise multiplier of the sum of gradients.
+
+        With `clip_quantile`, a step also publishes how many gradients were not clipped. One unit
+        moves that number, minus half the batch, by 1/2. Sum and number together cost as much as one
+        sum with `noise_multiplier` (theorem 1 of arXiv 1905.03871).
+        """
+        if self.clip_quantile is None:
+            return self.noise_multiplier
+        remaining: float = self.noise_multiplier**-2 - (2 * self.count_deviation) ** -2
+        return float(remaining**-0.5)
 
     @property
     def sampler(self) -> Sampler:
@@ -97,6 +121,10 @@ class PrivacyPlan:
                 problems.append(f"{name} must be from {least:g} to {most:g}")
         if self.noise_source not in ("system", "seeded"):
             problems.append("noise_source must be system or seeded")
+        # The noise on the number of unclipped gradients alone must cost less than the whole plan.
+        adapts = self.clip_quantile is not None and not problems
+        if adapts and 2 * self.count_deviation <= self.noise_multiplier:
+            problems.append("clip_quantile needs an expected batch of 10 times noise_multiplier")
         if self.unit not in (ONE_EXAMPLE, ONE_USER):
             problems.append(f"unit must be {ONE_EXAMPLE} or {ONE_USER}")
         # A search gives both of these numbers, and a single run gives neither.
@@ -197,6 +225,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         mean_trials=None if search is None else search.mean_trials,
         score_noise_multiplier=None if search is None else search.score_noise_multiplier,
         unit=ONE_USER if has_users else ONE_EXAMPLE,
+        clip_quantile=section.clip_quantile,
     )
     problems = plan.out_of_bounds()
     if problems:

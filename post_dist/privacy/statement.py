@@ -185,7 +185,7 @@ def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[i
     # The file comes from the other party: any field may be missing or of any type.
     try:
         claim = statement["epsilon"]
-        plan = PrivacyPlan(**{field.name: statement[field.name] for field in fields(PrivacyPlan)})
+        plan = PrivacyPlan(**_plan_fields(statement))
         repeated = {int(times): count for times, count in statement["steps_repeated"].items()}
         usable = _can_be_computed(plan, repeated)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -193,6 +193,12 @@ def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[i
     if not usable or not (claim is None or _is_between(claim, 0, math.inf)):
         raise _not_computable()
     return claim, plan, repeated
+
+
+def _plan_fields(statement: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the plan in a statement. Version 0.1.0 had no adaptive clipping."""
+    given = {"clip_quantile": None, **statement}
+    return {field.name: given[field.name] for field in fields(PrivacyPlan)}
 
 
 def _not_computable() -> ArtifactRefused:

@@ -23,10 +23,12 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.privacy.scoring import count_right, validation_task
-from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
+from post_dist.runtime.checkpoint import load_tensors, optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
 from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.training import EverySteps, run_training
+
+_CLIPPING_NORM = "clipping_norm"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class PrivateTrial:
         self._optimizer = trainer.task.optimizer(section, self.parameters, settings.learning_rate)
         # The inner optimizer holds the state to save. The private one clips and adds noise.
         self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)
+        self._adapts = plan.clip_quantile is not None
         # The schedule is a function of the step alone, so no learning rate depends on the data.
         schedule = Schedule(section.schedule, section.warmup_share, plan.steps)
         self._rates = ScheduledRates(self._private, schedule)
@@ -169,6 +172,10 @@ class PrivateTrial:
         """
         world = self._run.world
         done = take_up(self.parameters, self._optimizer, self._checkpoints, "auto", world)
+        # An adapted clipping norm is part of the state.
+        if done and self._adapts:
+            saved = load_tensors(self._checkpoints, done)
+            self._private.max_grad_norm = float(saved[_CLIPPING_NORM])
         # If the ledger is a copy older than the checkpoint, it lacks these steps.
         self._run.ledger.charge_done(self._trial, done)
         return done
@@ -189,4 +196,7 @@ class PrivateTrial:
     def save(self, step: int) -> None:
         """Save the state before step `step`."""
         state = optimizer_state(self.parameters, self._optimizer)
+        if self._adapts:
+            norm = torch.tensor(self._private.max_grad_norm, dtype=torch.float64)
+            state[_CLIPPING_NORM] = norm
         save_tensors(self._checkpoints, step, state)

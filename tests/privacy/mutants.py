@@ -33,9 +33,9 @@ MUTANTS = [
     Mutant(
         "clip after sum",
         "privacy.mechanism",
-        "squares_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0)",
+        "norm_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0).sqrt()",
         "squares = [part.nan_to_num(0, 0, 0).sum(dim=0).square().sum() for part in flat]\n"
-        "        squares_B = torch.stack(squares).sum().expand(len(flat[0]))",
+        "        norm_B = torch.stack(squares).sum().sqrt().expand(len(flat[0]))",
         "one_example_moves_the_sum_by_the_norm_at_most",
     ),
     Mutant(
@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "clip on the first micro-batch alone",
         "privacy.mechanism",
-        "        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)\n",
-        "        factor_B = torch.where(finite_B, self._grid_factors(flat), 0.0)\n"
+        "        factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)\n",
+        "        factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)\n"
         "        if self.params[0].summed_grad is not None:\n"
         "            unclipped_B = torch.full_like(factor_B, GRID / self.max_grad_norm)\n"
         "            factor_B = torch.where(finite_B, unclipped_B, 0.0)\n",
@@ -971,5 +971,47 @@ MUTANTS = [
         "keyed = hmac.new(key, signature.encode(), hashlib.sha256).hexdigest()",
         "keyed = signature",
         "the_name_of_a_run_tells_nothing_of_its_data",
+    ),
+    Mutant(
+        "a quantile without noise",
+        "privacy.mechanism",
+        "self._adapt(self._unclipped / 2 + noise * self._plan.count_deviation)",
+        "self._adapt(self._unclipped / 2)",
+        "the_clipping_norm_moves_by_a_noisy_quantile",
+    ),
+    Mutant(
+        "a quantile that costs nothing",
+        "privacy.mechanism",
+        "noise_multiplier=plan.gradient_noise_multiplier",
+        "noise_multiplier=plan.noise_multiplier",
+        "the_clipping_norm_moves_by_a_noisy_quantile",
+    ),
+    Mutant(
+        "the same noise on every quantile",
+        "privacy.mechanism",
+        'self._source.normal(1, "unclipped", *place, commitment)',
+        'self._source.normal(1, "unclipped")',
+        "the_clipping_norm_moves_by_a_noisy_quantile",
+    ),
+    Mutant(
+        "a quantile of all steps so far",
+        "privacy.mechanism",
+        "        self._unclipped = 0\n\n    def _adapt",
+        "\n    def _adapt",
+        "the_clipping_norm_follows_its_quantile",
+    ),
+    Mutant(
+        "gradients that are not finite count as small ones",
+        "privacy.mechanism",
+        "unclipped_B = finite_B & (norm_B <= self.max_grad_norm)",
+        "unclipped_B = ~finite_B | (norm_B <= self.max_grad_norm)",
+        "the_clipping_norm_follows_its_quantile",
+    ),
+    Mutant(
+        "a run that resumes with its first clipping norm",
+        "privacy.trainer",
+        "if done and self._adapts:",
+        "if False:",
+        "an_adaptive_run_resumes_with_its_norm",
     ),
 ]

@@ -162,7 +162,7 @@ def statements_hold_what_was_charged() -> None:
         "delta": 0.02,
     }
     # Version 0.1.0 had no groups, no warnings and no other unit than an example.
-    for name in claim.keys() - {"epsilon_for_groups", "warnings"}:
+    for name in claim.keys() - {"epsilon_for_groups", "warnings", "clip_quantile"}:
         missing = {key: value for key, value in claim.items() if key != name}
         with suppress(part("errors").ArtifactRefused):
             assert statement.statement_problems(missing), f"{name} may be missing"

@@ -6,15 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from privacy import checks, gradient_checks, ledger_checks, spending_checks
+from privacy.all_checks import CHECKS
 from privacy.checks import noisy_sums, quiet_source
 
 
-@pytest.mark.parametrize(
-    "check",
-    [*checks.CHECKS, *gradient_checks.CHECKS, *ledger_checks.CHECKS, *spending_checks.CHECKS],
-    ids=lambda check: check.__name__,
-)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=lambda check: check.__name__)
 def test_mechanism(check: Callable[[], None]) -> None:
     check()
 
