@@ -81,9 +81,8 @@ def an_adaptive_run_resumes_with_its_norm() -> None:
         source = fresh_source()
         straight = train_toy(place, source, plan, scale=0.1)
         shutil.rmtree(place / "checkpoints")
-        with mock.patch.object(trainer, "save_tensors", save_and_die):
-            with suppress(Killed):
-                train_toy(place, source, plan, scale=0.1)
+        with mock.patch.object(trainer, "save_tensors", save_and_die), suppress(Killed):
+            train_toy(place, source, plan, scale=0.1)
         assert torch.equal(train_toy(place, source, plan, scale=0.1), straight)
 
 
