@@ -58,6 +58,8 @@ class PrivateOptimizer(DPOptimizer):
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.expected_batch_size,
         )
+        # Opacus has set it already, without a type.
+        self.max_grad_norm: float = plan.max_grad_norm
         self._plan = plan
         self._source = source
         self._trial = trial
@@ -133,19 +135,21 @@ class PrivateOptimizer(DPOptimizer):
             # Opacus divides by the expected batch size after this.
             parameter.grad = noisy.to(parameter.device, parameter.dtype)
         if self._plan.clip_quantile is not None:
-            noise = float(self._source.normal(1, "unclipped", *place, commitment)[0])
-            self._adapt(self._unclipped / 2 + noise * self._plan.count_deviation)
+            self._adapt_norm(self._plan.clip_quantile, *place, commitment)
         self._unclipped = 0
 
-    def _adapt(self, noisy_count: float) -> None:
-        """Move the clipping norm of the next step toward the plan's quantile.
+    def _adapt_norm(self, quantile: float, *name: object) -> None:
+        """Move the clipping norm of the next step toward a quantile of the gradient norms.
 
         Args:
-            noisy_count: number of unclipped gradients minus half the number of all, with noise.
+            quantile: the quantile.
+            *name: name of the step, for its noise.
         """
+        noise = float(self._source.normal(1, "unclipped", *name)[0])
+        noisy_count = self._unclipped / 2 + noise * self._plan.count_deviation
         fraction = 0.5 + noisy_count / self._plan.expected_batch_size
-        change = math.exp(-_CLIP_RATE * (fraction - float(self._plan.clip_quantile or 0.0)))
-        self.max_grad_norm = min(max(self.max_grad_norm * change, _LEAST_NORM), _MOST_NORM)
+        norm = self.max_grad_norm * math.exp(-_CLIP_RATE * (fraction - quantile))
+        self.max_grad_norm = min(max(norm, _LEAST_NORM), _MOST_NORM)
 
     def _grid_factors(self, norm_B: torch.Tensor) -> torch.Tensor:
         """Return the factors [B] that clip gradients of these norms to norm C, in grid steps."""

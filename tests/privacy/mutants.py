@@ -975,8 +975,8 @@ MUTANTS = [
     Mutant(
         "a quantile without noise",
         "privacy.mechanism",
-        "self._adapt(self._unclipped / 2 + noise * self._plan.count_deviation)",
-        "self._adapt(self._unclipped / 2)",
+        "noisy_count = self._unclipped / 2 + noise * self._plan.count_deviation",
+        "noisy_count = self._unclipped / 2",
         "the_clipping_norm_moves_by_a_noisy_quantile",
     ),
     Mutant(
@@ -989,15 +989,15 @@ MUTANTS = [
     Mutant(
         "the same noise on every quantile",
         "privacy.mechanism",
-        'self._source.normal(1, "unclipped", *place, commitment)',
+        'self._source.normal(1, "unclipped", *name)',
         'self._source.normal(1, "unclipped")',
         "the_clipping_norm_moves_by_a_noisy_quantile",
     ),
     Mutant(
         "a quantile of all steps so far",
         "privacy.mechanism",
-        "        self._unclipped = 0\n\n    def _adapt",
-        "\n    def _adapt",
+        "        self._unclipped = 0\n\n    def _adapt_norm",
+        "\n    def _adapt_norm",
         "the_clipping_norm_follows_its_quantile",
     ),
     Mutant(
