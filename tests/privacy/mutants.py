@@ -286,8 +286,8 @@ MUTANTS = [
     Mutant(
         "repeated steps left out of epsilon at other deltas",
         "privacy.statement",
-        '"epsilon_at_delta": cost.epsilon_at,\n        "true_positive',
-        '"epsilon_at_delta": planned.epsilon_at,\n        "true_positive',
+        '"epsilon_at_delta": cost.epsilon_at,\n        "epsilon_for',
+        '"epsilon_at_delta": planned.epsilon_at,\n        "epsilon_for',
         "statements_hold_what_was_charged",
     ),
     Mutant(
@@ -343,7 +343,7 @@ MUTANTS = [
         "empty batch skipped",
         "privacy.trainer",
         "        for gradients in self._trainer",
-        '        if not examples:\n            return ""\n        for gradients in self._trainer',
+        '        if not units:\n            return ""\n        for gradients in self._trainer',
         "every_step_is_charged_and_noised_also_when_empty",
     ),
     Mutant(

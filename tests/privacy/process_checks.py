@@ -5,6 +5,7 @@ import resource
 import socket
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 from privacy.checks import folder, part
 
@@ -41,9 +42,15 @@ def a_private_process_makes_no_connection() -> None:
 
 
 def files_of_a_private_process_are_the_owner_s_alone() -> None:
+    process = part("runtime.private_process")
     before = os.umask(0)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
     try:
-        with folder() as place, part("runtime.private_process").owner_only():
+        # The limit of this machine may be zero already.
+        with mock.patch.object(process.resource, "setrlimit") as limits, process.owner_only():
+            pass
+        limits.assert_called_once_with(resource.RLIMIT_CORE, (0, hard_limit))
+        with folder() as place, process.owner_only():
             (place / "file").write_text("x")
             (place / "folder").mkdir()
             assert (place / "file").stat().st_mode & 0o777 == 0o600

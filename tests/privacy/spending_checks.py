@@ -218,7 +218,7 @@ def a_seeded_run_voids_the_others() -> None:
 def a_large_delta_is_warned_of() -> None:
     plan = plan_of(delta=5e-3, declared_examples=240)
     claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
-    assert "not below 1 / 240" in claim["warnings"][0]
+    assert ["not below 1 / 240" in warning for warning in claim["warnings"]] == [True]
     assert part("privacy.statement").statement_problems(claim) == []
     assert part("privacy.statement").statement_problems(claim | {"warnings": []})
     assert plan_of(delta=5e-3, declared_examples=190).warnings() == []

@@ -1,0 +1,182 @@
+"""A student whose gradients are rounding, and how far one example then moves a private step.
+
+The two MLPs of a dense Llama cancel each other: the second is the first with its hidden units in
+another order and the opposite sign. In exact arithmetic the prompt has no effect, and its gradient
+is zero. In floating-point numbers it is what rounding leaves. Made large enough to be clipped, it
+has the norm C, and a direction that follows from the order of additions in a matrix product. If
+that order depends on the example's place in a micro-batch, one more example changes all others.
+
+    python tests/privacy/hostile_student.py --trials 2000
+
+prints the largest change for each shape, number of threads and precision.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import tiny
+import torch
+from privacy.checks import CPU, noisy_sums, part, quiet_source
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WIDTH = 576
+TOKENS = 10
+NORM = 1e-6
+"""The clipping norm, below the norm of rounding."""
+
+# The constant coordinate of all embeddings. It makes the norm of a hidden state a constant.
+_CONSTANT = 1e9
+_GAIN = 30.0
+
+
+def write_hostile_student(folder: Path) -> Path:
+    """Write the student. Half of the coordinates feed the MLPs, the other half feed the head."""
+    torch.manual_seed(0)
+    words = tiny.tokenizer("llama")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=1536,
+            num_hidden_layers=2,
+            num_attention_heads=9,
+            num_key_value_heads=9,
+            vocab_size=len(words),
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    half = WIDTH // 2
+    with torch.no_grad():
+        embeddings = model.model.embed_tokens.weight.normal_()
+        embeddings[:, 0] = _CONSTANT
+        # A layer norm divides by the constant, and its scale multiplies by it again.
+        scale = torch.full((WIDTH,), _CONSTANT / WIDTH**0.5)
+        scale[0] = WIDTH**-0.5
+        first, second = model.model.layers
+        for layer in (first, second):
+            layer.input_layernorm.weight.copy_(scale)
+            layer.post_attention_layernorm.weight.copy_(scale)
+            for weight in layer.self_attn.parameters():
+                weight.zero_()
+        model.model.norm.weight.copy_(scale)
+        # The first layer averages all positions, so the prompt reaches the answer.
+        for projection in (first.self_attn.v_proj, first.self_attn.o_proj):
+            projection.weight[1:half, 1:half] = torch.randn(half - 1, half - 1) / half**0.5
+        # The MLPs read the first half and write to the second.
+        gate = torch.zeros(1536, WIDTH)
+        up = torch.zeros(1536, WIDTH)
+        gate[:, 1:half] = torch.randn(1536, half - 1) / half**0.5
+        up[:, 1:half] = torch.randn(1536, half - 1) / half**0.5
+        down = torch.zeros(WIDTH, 1536)
+        down[half:] = _GAIN * torch.randn(WIDTH - half, 1536)
+        order = torch.randperm(1536)
+        for layer, sign, units in ((first, 1.0, torch.arange(1536)), (second, -1.0, order)):
+            layer.mlp.gate_proj.weight.copy_(gate[units])
+            layer.mlp.up_proj.weight.copy_(up[units])
+            layer.mlp.down_proj.weight.copy_(sign * down[:, units])
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, half:] = torch.randn(len(words), WIDTH - half) / WIDTH**0.5
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def hostile_task(folder: Path, precision: str, texts: Sequence[str]) -> Any:
+    """Return a tuning task of the hostile student."""
+    from post_dist.artifacts.task import PromptTask
+    from post_dist.data.task_reader import TaskReader
+    from post_dist.models.load import load_tokenizer, load_whole
+    from post_dist.models.tuning_task import TuningTask
+
+    model = load_whole(folder, precision, CPU)
+    task = PromptTask(
+        template="{text} It was",
+        label_words=(("bad",), ("good",)),
+        max_length=112,
+        allow_multi_token=False,
+        init_text="",
+    )
+    reader = TaskReader(task, load_tokenizer(folder), masked=False)
+    examples = reader.encode(list(texts))
+    table = model.model.get_input_embeddings().weight
+    start_nd = table[torch.arange(20, 20 + TOKENS)].float().clone()
+    return TuningTask(model, reader, examples, torch.zeros(len(texts), dtype=torch.long), start_nd)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How far one example moves the clipped sum of a step.
+
+    Attributes:
+        task: the task of the hostile student.
+        sizes: number of examples in a micro-batch of each padded length.
+    """
+
+    task: Any
+    sizes: Mapping[int, int]
+
+    def sum_of(self, examples: Sequence[int]) -> torch.Tensor:
+        """Return the clipped sum of a step, in units of the clipping norm."""
+        parameters = [self.task.start_nd.float()]
+        gradients = part("privacy.gradients").unit_gradients
+        pieces = gradients(self.task, parameters, list(examples), self.sizes, CPU)
+        shapes = [parameters[0].shape]
+        (total,) = noisy_sums(pieces, shapes, source=quiet_source(), max_grad_norm=NORM)
+        return total / NORM
+
+    def moved(self, examples: Sequence[int], more: int) -> float:
+        """Return how far one example more moves the sum, if it comes first."""
+        return float((self.sum_of([more, *examples]) - self.sum_of(examples)).norm())
+
+
+def texts_of(tokens: int, count: int) -> list[str]:
+    """Return texts that fill a micro-batch of a length."""
+    generator = torch.Generator().manual_seed(tokens)
+    nouns = torch.randint(len(tiny.NOUNS), (count, 200), generator=generator)
+    return [" ".join(tiny.NOUNS[noun] for noun in row[: tokens - 6]) for row in nouns.tolist()]
+
+
+def main() -> None:
+    """Print the largest change of a sum for each shape, number of threads and precision."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=2000)
+    trials = parser.parse_args().trials
+    from post_dist.config.stages import Tune
+
+    with tempfile.TemporaryDirectory() as place:
+        student = write_hostile_student(Path(place))
+        for precision in ("fp32", "bf16"):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                task = hostile_task(student, precision, texts_of(48, 40) + texts_of(112, 40))
+                section = Tune(batch_size=40, micro_batch_size_per_gpu=5)
+                planned = part("privacy.micro_batches").planned_sizes(task, 5)
+                tried = part("privacy.batch_sizes").independent_sizes(section, task)
+                for name, sizes in (("planned sizes", planned), ("tried sizes", tried)):
+                    report(name, Attack(task, sizes), precision, threads, trials)
+
+
+def report(name: str, attack: Attack, precision: str, threads: int, trials: int) -> None:
+    """Print the largest change over some trials."""
+    generator = torch.Generator().manual_seed(threads)
+    largest = 0.0
+    # The planned sizes only show that the attack works.
+    for _ in range(trials if name == "tried sizes" else min(trials, 20)):
+        order = torch.randperm(80, generator=generator).tolist()
+        largest = max(largest, attack.moved(order[1:31], order[0]))
+    print(f"{precision}, {threads} threads, {name}: one example moves the sum by {largest:.7f} C")
+
+
+if __name__ == "__main__":
+    main()
