@@ -55,6 +55,7 @@ def the_clipping_norm_moves_by_a_noisy_quantile() -> None:
             moves.append(math.log(private.max_grad_norm / before))
             noise = (parameter.detach() - start) * 20 / before
             deviations.append(float(noise.square().mean().sqrt()))
+        assert len(set(moves[-5:])) == 5, "two steps share the noise of their quantile"
     # No gradient: half of the expected batch counts as unclipped.
     assert abs(np.mean(moves) - 0.2 * (QUANTILE - 0.5)) < 0.004
     assert abs(np.std(moves) / (0.2 / 20) - 1) < 0.2, "the quantile lacks its noise"
