@@ -6,9 +6,11 @@ round a row differently at another place of its batch, by the shape, the device 
 threads. A student can be built so that its gradients consist of rounding alone: one example then
 moves the sum by several clipping norms.
 
-So every shape that the run may use is tried on the machine that runs, before the first step. Random
-weights are tried too, because a student may hide from random tokens what it does with real ones.
-A size that fails is replaced by a smaller one. The last resort is one example in each pass.
+So every shape that the run may use is tried on the machine that runs, before the first step: with
+the student's weights, and with random ones, because a student may hide from random tokens what it
+does with real ones. Random weights need one layer of each kind, because layers of one kind run the
+same kernels. A size that fails is replaced by a smaller one. The last resort is one example in each
+pass.
 
 Shapes: B examples, T tokens, R tokens of a response.
 """
@@ -16,7 +18,7 @@ Shapes: B examples, T tokens, R tokens of a response.
 import copy
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +26,7 @@ import torch
 from post_dist.config.schema import Tune
 from post_dist.data.template import NO_TOKEN, Batch
 from post_dist.errors import InputError
+from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.gradients import task_gradients
@@ -70,7 +73,8 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
     """
     # The student's owner must not know the probes, or the student could behave for them alone.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
-    tasks = [task, replace(task, model=_with_random_weights(task, generator))]
+    # The cheaper trial comes first, so that most sizes that fail never run the whole student.
+    tasks = [replace(task, model=_with_random_weights(task, generator)), task]
     sizes = {}
     for length, planned in planned_sizes(task, section.micro_batch_size_per_gpu).items():
         checks = [_IndependenceCheck(each, section, length, generator) for each in tasks]
@@ -103,8 +107,21 @@ def _largest_size(checks: Sequence["_IndependenceCheck"], planned: int) -> int:
 
 
 def _with_random_weights(task: TuningTask, generator: torch.Generator) -> LanguageModel:
-    """Return a copy of the model that has the same shapes, and dense random weights."""
-    model = copy.deepcopy(task.model)
+    """Return a copy of the model with dense random weights, and only its first layers.
+
+    The first layers hold at least one layer of each kind.
+    """
+    kinds = _kinds_of_layers(task.model)
+    count = max(kinds.index(kind) for kind in kinds) + 1
+    # The other layers are taken out before the copy, which then needs little memory.
+    layers = task.model.layers
+    above = list(layers[count:])
+    del layers[count:]
+    try:
+        model = copy.deepcopy(task.model)
+    finally:
+        layers.extend(above)
+    model.model.config.num_hidden_layers = count
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * _RANDOM_WEIGHT
@@ -112,6 +129,16 @@ def _with_random_weights(task: TuningTask, generator: torch.Generator) -> Langua
             start = 1.0 if parameter.dim() == 1 else 0.0
             parameter.copy_(noise + start)
     return model
+
+
+def _kinds_of_layers(model: LanguageModel) -> list[Hashable]:
+    """Return what decides the kernels of each layer: its class, its shapes, and its attention."""
+    attention = layer_kinds(model.model.config)
+    kinds: list[Hashable] = []
+    for number, layer in enumerate(model.layers):
+        shapes = tuple(parameter.shape for parameter in layer.parameters())
+        kinds.append((type(layer), shapes, *attention[number : number + 1]))
+    return kinds
 
 
 class _IndependenceCheck:
@@ -159,7 +186,6 @@ class _IndependenceCheck:
         loud = self._loudest()
         patterns = [
             [full, full],  # without padding, some kernels need no mask
-            [full, short],
             [short, full],
             [full, loud],
             [self._other(), short],

@@ -298,7 +298,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 @contextmanager
 def changed_layer(model: Any, change: Change) -> Iterator[None]:
     """Change the output of one layer, also in copies of the model."""
-    hook = model.layers[1].mlp.register_forward_hook(lambda module, given, out: change(out))
+    hook = model.layers[0].mlp.register_forward_hook(lambda module, given, out: change(out))
     try:
         yield
     finally:
@@ -346,7 +346,7 @@ def no_place_in_a_micro_batch_counts() -> None:
     assert chosen(round_the_last_score_differently, **search) == fours, "a score's bit differs"
 
     # Rounding changes no zero, so a student of zeros shows no difference with made-up texts.
-    weight = task.model.layers[1].mlp.down_proj.weight
+    weight = task.model.layers[0].mlp.down_proj.weight
     kept = weight.detach().clone()
     weight.data.zero_()
     try:

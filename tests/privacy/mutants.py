@@ -258,7 +258,7 @@ MUTANTS = [
     Mutant(
         "the student's own weights alone are tried",
         "privacy.batch_sizes",
-        "tasks = [task, replace(task, model=_with_random_weights(task, generator))]",
+        "tasks = [replace(task, model=_with_random_weights(task, generator)), task]",
         "tasks = [task]",
         "no_place_in_a_micro_batch_counts",
     ),
