@@ -18,7 +18,7 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
 from post_dist.config.yaml_files import write_yaml
 from post_dist.files import writing
-from post_dist.runtime.distributed import World
+from post_dist.runtime.distributed import World, prepare_deepspeed
 from post_dist.runtime.precision import DTYPES, choose_precision
 
 _REPEATS = 5
@@ -67,6 +67,8 @@ def measure_fabric(world: World) -> dict[str, Any]:
         ones, so all its shares are 1. `collectives`: for each link, the received bytes and the
         seconds of each timed collective.
     """
+    # The collectives are part of what is measured, also on one rank.
+    prepare_deepspeed(world)
     # Every rank computes at the same time, as in training: the ranks of a node share its power.
     ranks_per_node = world.ranks_of_a_node()
     teraflops = _reached_teraflops(world.device)

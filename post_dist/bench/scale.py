@@ -32,7 +32,7 @@ from post_dist.files import writing
 from post_dist.models.load import load_tokenizer
 from post_dist.models.sharded import load_sharded
 from post_dist.planning.scaling import grown
-from post_dist.runtime.distributed import World
+from post_dist.runtime.distributed import World, prepare_deepspeed
 from post_dist.runtime.precision import choose_precision
 
 MEASURED_STEPS = 5
@@ -74,6 +74,8 @@ def bench_scale(
     """
     sections = RequiredSections.of_run(config)
     precision = choose_precision(config.engine, world.device)
+    # The collectives are part of what is measured, also on one rank.
+    prepare_deepspeed(world)
     # Report the host of a straggler, so that its node can be taken out of the cluster.
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())

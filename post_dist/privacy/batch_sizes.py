@@ -73,11 +73,14 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
     """
     # The student's owner must not know the probes, or the student could behave for them alone.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
-    # The cheaper trial comes first, so that most sizes that fail never run the whole student.
-    tasks = [replace(task, model=_with_random_weights(task, generator)), task]
+    # The cheaper trial comes first and is the larger one. The student itself is run less often.
+    kernels = replace(task, model=_with_random_weights(task, generator))
     sizes = {}
     for length, planned in planned_sizes(task, section.micro_batch_size_per_gpu).items():
-        checks = [_IndependenceCheck(each, section, length, generator) for each in tasks]
+        checks = [
+            _IndependenceCheck(kernels, section, length, generator, all_patterns=True),
+            _IndependenceCheck(task, section, length, generator, all_patterns=False),
+        ]
         sizes[length] = _largest_size(checks, planned)
         if sizes[length] == 0:
             raise InputError(
@@ -149,16 +152,24 @@ class _IndependenceCheck:
         section: says whether biases are tuned, and whether trials are scored.
         length: padded length T of the micro-batch.
         generator: draws the probes.
+        all_patterns: whether to try each place beside more kinds of neighbors.
     """
 
     def __init__(
-        self, task: TuningTask, section: Tune, length: int, generator: torch.Generator
+        self,
+        task: TuningTask,
+        section: Tune,
+        length: int,
+        generator: torch.Generator,
+        *,
+        all_patterns: bool,
     ) -> None:
         self._task = task
         self._scored = section.search is not None
         self._parameters = task.parameters(section)
         self._length = length
         self._generator = generator
+        self._all_patterns = all_patterns
         # Examples of a masked model always have a token of padding.
         most = length - int(task.model.masked)
         self._full = self._probe(most)
@@ -184,12 +195,10 @@ class _IndependenceCheck:
         if size == 1:
             return [[full], [short], [self._other()], [full], [short]]
         loud = self._loudest()
-        patterns = [
-            [full, full],  # without padding, some kernels need no mask
-            [short, full],
-            [full, loud],
-            [self._other(), short],
-        ]
+        patterns = [[full, short], [loud, full]]
+        if self._all_patterns:
+            # Without padding, some kernels need no mask.
+            patterns += [[full, full], [short, self._other()]]
         return [(pair * size)[:size] for pair in patterns]
 
     def _agrees(

@@ -50,6 +50,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         "privacy.expected_batch_size=8",
         "evaluate.private_rows=[1]",
         "tune.class_bias=true",
+        "tune.micro_batch_size_per_gpu=1",
     ]
     done = post_dist(
         "pipeline",

@@ -258,8 +258,8 @@ MUTANTS = [
     Mutant(
         "the student's own weights alone are tried",
         "privacy.batch_sizes",
-        "tasks = [replace(task, model=_with_random_weights(task, generator)), task]",
-        "tasks = [task]",
+        "kernels = replace(task, model=_with_random_weights(task, generator))",
+        "kernels = task",
         "no_place_in_a_micro_batch_counts",
     ),
     Mutant(
