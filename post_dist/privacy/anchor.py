@@ -97,8 +97,8 @@ class Anchor:
         if len(lines) < rows or row_hash(lines[rows - 1]) != self.record.last:
             raise ArtifactRefused(
                 f"{self.ledger} had {rows} rows, and they are no longer all there: it was cut or "
-                f"changed, or it is an older copy",
-                f"restore the ledger; {self.file} remembers it",
+                "changed, or it is an older copy",
+                f"restore the ledger; to forget what was spent, delete {self.file} as well",
             )
 
     def advance(self, rows: int, first: str, last: str) -> None:
@@ -203,7 +203,7 @@ def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:
             return replace(record, ledger=str(ledger))
         raise PrivacyRefused(
             f"the privacy ledger of these data, {anchor.ledger}, is missing",
-            f"restore it; {anchor.file} remembers its {record.rows} rows",
+            f"restore its {record.rows} rows; to forget what was spent, delete {anchor.file}",
         )
     if not may_move:
         raise PrivacyRefused(

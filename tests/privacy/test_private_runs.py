@@ -323,6 +323,27 @@ def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
     assert [run["steps_charged"] for run in budget(main, folder)["runs"]] == [6, 6]
 
 
+def test_the_command_changes_the_cap_and_leaves_a_row(folder: Path, main: Callable) -> None:
+    ledger = folder / "private.csv.ledger.jsonl"
+    assert main("budget", ledger, "--cap", 9)[0] == 2, "there is no ledger yet"
+    assert tune(main, folder, "--set=privacy.max_total_epsilon=9")[0] == 0
+    again = "--set=tune.learning_rate=0.02"
+    code, _, err = tune(main, folder, "--set=privacy.max_total_epsilon=20", again)
+    assert code == 5
+    assert "--cap 20" in err
+    code, out, err = main("budget", ledger, "--cap", 20, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["cap"], told["cap_delta"]) == (20, told["delta"])
+    assert ledger.read_text().count('"row": "cap"') == 2
+    assert tune(main, folder, "--set=privacy.max_total_epsilon=20", again)[0] == 0
+    # The command has made an anchor in the owner's home, so it notices a cut as well.
+    ledger.write_text("\n".join(ledger.read_text().splitlines()[:3]) + "\n")
+    code, _, err = main("budget", ledger)
+    assert code == 4
+    assert "restore the ledger" in err
+
+
 def test_two_runs_cannot_spend_from_one_ledger_at_once(folder: Path, main: Callable) -> None:
     with (folder / "private.csv.ledger.jsonl").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
