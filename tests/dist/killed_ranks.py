@@ -31,7 +31,7 @@ import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from faults import at_call, die, fork_command
 
-from post_dist.runtime import checkpoint
+from post_dist.runtime import engine_checkpoint
 from post_dist.stages.distill import stage as distill_stage
 from post_dist.stages.distill.model import DistillationModel
 
@@ -51,7 +51,7 @@ def undisturbed() -> None:
 
 def in_half_a_shard(number: int) -> None:
     """Die when half of a rank's file of a checkpoint is written."""
-    real = checkpoint.save_file
+    real = engine_checkpoint.save_file
     calls = 0
 
     def save_file(tensors: dict, path: Path) -> None:
@@ -62,7 +62,7 @@ def in_half_a_shard(number: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    checkpoint.save_file = save_file
+    engine_checkpoint.save_file = save_file
 
 
 def in_a_gather(number: int) -> None:
@@ -100,8 +100,8 @@ KILLS: dict[str, Prepare] = {
     ),
     "SIGKILL in the optimizer": after_call(torch.optim.AdamW, "step", random_step),
     "SIGKILL while a shard is written": lambda: in_half_a_shard(random_save()),
-    "SIGKILL before the rename": before_call(checkpoint, "put_in_place", random_save),
-    "SIGKILL after the rename": after_call(checkpoint, "put_in_place", random_save),
+    "SIGKILL before the rename": before_call(engine_checkpoint, "put_in_place", random_save),
+    "SIGKILL after the rename": after_call(engine_checkpoint, "put_in_place", random_save),
 }
 ANOTHER = " *"
 """Marks table rows whose student need not be bit-equal."""

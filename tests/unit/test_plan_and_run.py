@@ -14,7 +14,7 @@ from post_dist.errors import InputError
 from post_dist.models.facts import facts_of, read_facts
 from post_dist.models.load import load_whole
 from post_dist.models.size import size_of
-from post_dist.runtime import checkpoint
+from post_dist.runtime import engine_checkpoint
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "roberta", "opt", "mpt", "bloom", "falcon")
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_as_large_as_planned(
     zero_stage: int,
 ) -> None:
     sizes = []
-    save_file = checkpoint.save_file
+    save_file = engine_checkpoint.save_file
 
     def save_and_measure(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
@@ -158,7 +158,7 @@ def test_a_checkpoint_is_as_large_as_planned(
         header = path.stat().st_size - sizes[-1]
         assert 0 < header < 20_000, "nothing else of any size is in the file"
 
-    monkeypatch.setattr(checkpoint, "save_file", save_and_measure)
+    monkeypatch.setattr(engine_checkpoint, "save_file", save_and_measure)
     run = tiny.write_run(tmp_path)
     settings = (
         f"--set=engine.precision={precision}",
