@@ -319,6 +319,8 @@ def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
     assert len(list(folder.glob("runs/tiny/tune-*/artifact"))) == 1
     assert len(budget(main, folder)["runs"]) == 1
     shutil.rmtree(next(folder.glob("runs/tiny/tune-*/artifact")))
+    assert tune(main, folder, "--resume=never")[0] == 5, "the cap stays without the setting"
+    assert main("budget", folder / "private.csv.ledger.jsonl", "--cap", 30)[0] == 0
     assert tune(main, folder, "--resume=never")[0] == 0
     assert [run["steps_charged"] for run in budget(main, folder)["runs"]] == [6, 6]
 
