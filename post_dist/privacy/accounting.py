@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import numpy as np
 from absl import logging as absl_logging
@@ -161,8 +162,10 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
     else:
         name = f"PLD (dp-accounting, discretisation {_FINE:g})"
         accountant = pld = _pld(tuple(plans), _FINE)
-        epsilons = [float(epsilon) for epsilon in np.linspace(0, 20, 401)]
-        profile = [(epsilon, float(pld.get_delta(epsilon))) for epsilon in epsilons]
+        epsilons = np.linspace(0, 20, 401)
+        # One call for all of them: a call for each takes 14 s.
+        reached: Any = pld.get_delta(epsilons)  # type: ignore[arg-type]
+        profile = list(zip(epsilons.tolist(), reached.tolist(), strict=True))
     # The privacy profile bounds the power of any attack.
     return Cost(
         epsilon=float(accountant.get_epsilon(stated_for.delta)),
