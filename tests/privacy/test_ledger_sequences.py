@@ -149,6 +149,7 @@ def play(place: Path, chance: random.Random) -> Counter:
     return happened
 
 
+@pytest.mark.timeout(1200)
 def test_no_sequence_passes_the_cap(tmp_path: Path) -> None:
     happened: Counter = Counter()
     for number in range(SEQUENCES):
