@@ -1,6 +1,5 @@
 """The commands `init`, `verify` and `report`: demo files, artifacts and reports."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from post_dist.commands.options import AsJson
-from post_dist.commands.printing import print_numbers
+from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.assets import asset
 from post_dist.errors import ArtifactRefused, InputError
 
@@ -72,7 +71,7 @@ def report(
     if files:
         result |= _merge_measurements(files)
     if json_:
-        print(json.dumps(result))
+        print_json(result)
     else:
         _print_report(result)
     # The plot comes last: if it cannot be written, the table is already printed.

@@ -1,6 +1,5 @@
 """The `bench` commands: stages beside other implementations, steps on many ranks, the machine."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from post_dist.bench.start import BenchStage, bench_fabric, bench_scale_of, bench_stage
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
-from post_dist.commands.printing import print_numbers
+from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
@@ -86,7 +85,7 @@ def scale(
         )
     jobs = _submit_scale(config, run, nodes, set_)
     if json_:
-        print(json.dumps({"jobs": jobs}))
+        print_json({"jobs": jobs})
     else:
         _print_jobs(jobs)
 

@@ -1,12 +1,12 @@
 """The command that checks a run file before anything starts."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from post_dist.commands.options import AsJson, Overrides, RunFile
+from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
 from post_dist.errors import InputError
 
@@ -29,7 +29,7 @@ def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
 
         report = check_run(config)
     if json_:
-        print(json.dumps(_as_json(report)))
+        print_json(_as_json(report))
     else:
         print(*_lines(report), sep="\n")
     if not report.ok:

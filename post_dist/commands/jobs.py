@@ -1,6 +1,5 @@
 """The commands `submit`, for Slurm jobs, and `doctor`, for what this machine lacks."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, Submittable
+from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
 from post_dist.errors import EnvironmentFault
 
@@ -76,7 +76,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
         told = [
             {"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted
         ]
-        print(json.dumps({"jobs": told}))
+        print_json({"jobs": told})
     else:
         for job in submitted:
             print(f"{job.stage}: job {job.job_id}, log {job.log}")
@@ -104,7 +104,7 @@ def doctor(
     all_well = all(finding.ok for finding in findings)
     if json_:
         checks = [asdict(finding) for finding in findings]
-        print(json.dumps({"ok": all_well, "checks": checks, "built": built}))
+        print_json({"ok": all_well, "checks": checks, "built": built})
     else:
         for finding in findings:
             print(_line(finding))
@@ -125,7 +125,7 @@ def _print_answers(stages: Sequence[str], name: str, answers: Sequence[str], as_
     for stage, answer in zip(stages, answers, strict=True):
         jobs.append({"stage": stage, name: answer})
     if as_json:
-        print(json.dumps({"jobs": jobs}))
+        print_json({"jobs": jobs})
         return
     for job in jobs:
         if name == "batch_file":

@@ -1,6 +1,5 @@
 """The command that plans a run on a cluster before it is queued."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
+from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
@@ -53,7 +53,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     teacher = size_of(config_folder(config.teacher))
     result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}
     if json_:
-        print(json.dumps(result))
+        print_json(result)
     else:
         _print_plan(result)
     # The plot comes last: if it cannot be written, the table is already printed.

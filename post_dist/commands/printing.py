@@ -9,14 +9,12 @@ from typing import Any
 def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
     """Print one JSON object, or a line for each number.
 
-    JSON has no infinity and no NaN, so they become null.
-
     Args:
         numbers: the values, by name.
         as_json: whether to print JSON.
     """
     if as_json:
-        print(json.dumps(_finite(numbers), allow_nan=False))
+        print_json(numbers)
         return
     # A list, such as the problems of an artifact, has a line for each entry.
     for name, value in numbers.items():
@@ -26,6 +24,11 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
             print(f"{name}: {value:.6g}")
         else:
             print(f"{name}: {value}")
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object. JSON has no infinity and no NaN, so they become null."""
+    print(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

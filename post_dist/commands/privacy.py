@@ -24,7 +24,9 @@ def budget(
     delta: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Delta of the total; default: the smallest delta of the runs."
+            min=0,
+            max=1,
+            help="Delta of the total; default: the cap's, or the smallest of the runs.",
         ),
     ] = None,
     cap: Annotated[

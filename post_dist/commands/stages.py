@@ -1,11 +1,11 @@
 """The commands for the three stages, the evaluation, and the whole pipeline."""
 
-import json
 from typing import Any
 
 from post_dist import api
 from post_dist.api import EvaluationResult, PromptResult, StudentResult, TransferResult
 from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
+from post_dist.commands.printing import print_json
 from post_dist.report.tables import print_wide, terminal_table
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
@@ -82,7 +82,7 @@ def _end_with(
     """Print the result on rank 0, then take down the process group."""
     if this_rank() == 0:
         if as_json:
-            print(json.dumps(_json_object(result)))
+            print_json(_json_object(result))
         elif isinstance(result, EvaluationResult):
             print_wide(terminal_table(result.table))
             print(result.place)

@@ -18,7 +18,7 @@ class Privacy(Section):
     """Use the least noise that meets this epsilon. Give this field or `noise_multiplier`."""
     noise_multiplier: Annotated[float, Field(ge=0.2, le=1e4)] | None = None
     """sigma: standard deviation of the noise, divided by `max_grad_norm`. Below 0.2, epsilon is too
-    large to be useful. Above 10,000, the noise is larger than the exact sums can hold."""
+    large to be useful. Above 10,000, the noise leaves nothing of the gradients."""
     # The data set, by public numbers.
     declared_examples: Annotated[int, Field(gt=1, le=10**9)] | None = None
     """A public number of training examples. It sets the defaults of `target_delta` and

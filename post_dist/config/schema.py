@@ -176,8 +176,7 @@ class RunConfig(Section):
 
         # One person may have any number of validation examples, which the score's noise does not
         # cover.
-        has_users = self.private_task is not None and self.private_task.user_column is not None
-        if self.tune.search is not None and has_users:
+        if self.tune.search is not None and self.protects_users:
             raise ValueError(
                 "tune.search does not go with private_task.user_column: "
                 "the score of a trial counts examples, not people"
@@ -187,6 +186,11 @@ class RunConfig(Section):
         for epsilon in self.evaluate.private_rows:
             self.privacy.for_target(epsilon)
         return self
+
+    @property
+    def protects_users(self) -> bool:
+        """Whether the unit of privacy is a user, and not an example."""
+        return self.private_task is not None and self.private_task.user_column is not None
 
     @property
     def all_privacy(self) -> list[Privacy]:

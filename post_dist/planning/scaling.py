@@ -1,4 +1,4 @@
-"""How a step scales with the number of GPUs, planned or measured.
+"""The scaling of a step with the number of GPUs, planned or measured.
 
 Strong scaling keeps the batch size. Weak scaling keeps each GPU's part of the batch. A row has
 `scaling`, `gpus` and `conflicts`. For distill and transfer it also has the seconds of a step and

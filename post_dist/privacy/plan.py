@@ -212,7 +212,6 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
             "privacy: give declared_examples, or both target_delta and sampling_probability"
         )
     search = config.tune.search
-    has_users = config.private_task is not None and config.private_task.user_column is not None
     plan = PrivacyPlan(
         noise_multiplier=noise_multiplier,
         sampling_probability=sampling_probability,
@@ -224,7 +223,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         declared_examples=declared,
         mean_trials=None if search is None else search.mean_trials,
         score_noise_multiplier=None if search is None else search.score_noise_multiplier,
-        unit=ONE_USER if has_users else ONE_EXAMPLE,
+        unit=ONE_USER if config.protects_users else ONE_EXAMPLE,
         clip_quantile=section.clip_quantile,
     )
     problems = plan.out_of_bounds()

@@ -6,7 +6,14 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from post_dist.errors import ArtifactRefused
-from post_dist.privacy.accounting import PRV_ABOVE, account, cost_of, group_epsilons, rdp_epsilon
+from post_dist.privacy.accounting import (
+    PRV_ABOVE,
+    account,
+    composed_epsilon,
+    cost_of,
+    group_epsilons,
+    rdp_epsilon,
+)
 from post_dist.privacy.plan import ONE_USER, RELATION, PrivacyPlan
 from post_dist.privacy.spending import Spending
 
@@ -218,7 +225,7 @@ def _numbers(plan: PrivacyPlan, repeated: Mapping[int, int]) -> dict[str, Any] |
         return None
     cost = cost_of(plans, plan)
     trial = replace(plan, mean_trials=None)
-    pld = cost_of([trial], plan).epsilon
+    pld = composed_epsilon([trial], plan.delta)
     # PRV takes minutes for some numbers, so its place beside PLD is checked instead.
     cross_checks = {"rdp": rdp_epsilon([trial], plan.delta), "prv": max(0.0, pld - PRV_ABOVE)}
     if plan.mean_trials is not None:

@@ -136,7 +136,8 @@ def every_parameter_gets_noise_of_its_own() -> None:
     for noise in drawn:
         values = np.concatenate(noise) / (0.7 * 0.3)
         assert stats.kstest(values, "norm").pvalue > SMALL_CHANCE, "a parameter lacks its noise"
-        assert len(set(values.tolist())) == len(values), "noise has few values"
+        # Of 60,000 values on a grid of some 3e9, one or two may be equal by chance.
+        assert len(set(values.tolist())) > 0.9999 * len(values), "noise has few values"
         assert np.abs(values).max() > 2.7, "noise has no tails"
     firsts = [np.array([step[0] for step in noise]) for noise in drawn]
     assert abs(np.corrcoef(*firsts)[0, 1]) < 6 / 1500**0.5, "two parameters share noise"

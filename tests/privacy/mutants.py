@@ -640,7 +640,7 @@ MUTANTS = [
     Mutant(
         "a plan for users that claims examples",
         "privacy.plan",
-        "unit=ONE_USER if has_users else ONE_EXAMPLE",
+        "unit=ONE_USER if config.protects_users else ONE_EXAMPLE",
         "unit=ONE_EXAMPLE",
         "a_plan_for_users_says_so",
     ),

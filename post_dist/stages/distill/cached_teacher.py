@@ -42,7 +42,7 @@ _NUMBERS = "numbers"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the signal of one sequence is: the file, and the index in it."""
+    """The place of the signal of one sequence: the file, and the index in it."""
 
     file: Path
     index: int

@@ -45,7 +45,7 @@ class PromptVariant:
 
 @dataclass(frozen=True)
 class TargetPrompt:
-    """How a row gets its prompt on the target.
+    """The way in which a row gets its prompt on the target.
 
     Attributes:
         made_by: `transfer` trains it from the source prompt, and `tune` from the private data.
