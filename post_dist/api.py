@@ -313,6 +313,37 @@ def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     return _with_stages(config, _ALL_STAGES, resume, run)
 
 
+def audit_membership(config: RunConfig, *, shadows: int = 8, rows: int = 1000) -> dict[str, Any]:
+    """Measure how well an attacker tells which private rows a prompt was tuned on (LiRA).
+
+    It tunes shadow prompts with the settings and the epsilon of the run file, each on half of the
+    rows, and transfers them if the run file has `teacher` and `public_task`. The numbers are
+    computed from private rows, and no epsilon covers them. They stay with the owner.
+
+    Args:
+        config: a run file with the section `private_task`, whose student exists.
+        shadows: number of shadow prompts; even, 4 or more.
+        rows: number of rows of the training split in the attack.
+
+    Returns:
+        `student_auc`, its standard error and the true-positive rate at 1% false positives; the
+        same for `transferred`; and the bound on that rate that epsilon gives.
+
+    Raises:
+        InputError: the student does not exist yet, or the task or a number does not suit the
+            attack.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the audit was asked to stop; the same call goes on.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> dict[str, Any]:
+        from post_dist.stages.membership import MembershipAttack, audit_membership
+
+        return audit_membership(config, MembershipAttack(shadows, rows), stages, world)
+
+    return _with_stages(config, frozenset(), "auto", run)
+
+
 def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     """Compute the privacy cost of private tuning, before any run.
 

@@ -1,15 +1,19 @@
 """The commands for the privacy cost of a run: planned, spent, and audited."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from post_dist import api
-from post_dist.commands.options import AsJson, Overrides, RunFile
+from post_dist.commands.options import AsJson, Output, Overrides, RunFile
 from post_dist.commands.printing import print_numbers
+from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PrivacyRefused
+from post_dist.runtime.ranks import leave_ranks, this_rank
+from post_dist.runtime.stop import listen
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
@@ -45,13 +49,51 @@ def budget(
     print_numbers(budget_of(ledger, delta), json_)
 
 
-def audit(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
+class Attack(StrEnum):
+    """What an audit tries."""
+
+    canaries = "canaries"
+    lira = "lira"
+
+
+def audit(
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    attack: Annotated[
+        Attack,
+        typer.Option(
+            help="canaries: a lower bound on epsilon from canaries in the real training step, "
+            "without data. lira: membership inference with shadow prompts on the private data."
+        ),
+    ] = Attack.canaries,
+    shadows: Annotated[
+        int, typer.Option(min=4, help="lira: number of shadow prompts, an even number.")
+    ] = 8,
+    rows: Annotated[
+        int, typer.Option(min=20, help="lira: number of private rows in the attack.")
+    ] = 1000,
+    json_: AsJson = False,
+) -> None:
+    """Attack a plan or its prompts, and print what the attack finds beside the claim."""
+    if attack == Attack.lira:
+        listen()
+        config = api.load_run(run, set_ or (), output)
+        result = api.audit_membership(config, shadows=shadows, rows=rows)
+        if this_rank() == 0:
+            print_numbers(result, json_)
+        leave_ranks()
+    else:
+        _audit_with_canaries(api.load_run(run, set_ or (), output), json_)
+
+
+def _audit_with_canaries(config: RunConfig, as_json: bool) -> None:
     """Measure a lower bound on epsilon with canaries in the real training step."""
     from post_dist.privacy.audit import audit as audit_plan
 
-    result = audit_plan(api.load_run(run, set_ or ()))
+    result = audit_plan(config)
     # Print the result in any case. The checks below decide the exit code.
-    print_numbers(result, json_)
+    print_numbers(result, as_json)
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
         raise PrivacyRefused(
             "the canaries show more than the plan claims",

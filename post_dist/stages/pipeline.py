@@ -29,13 +29,14 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.private_process import owner_only
 from post_dist.runtime.watchdog import unwatched
+from post_dist.stages.evaluate.cached_answers import ModelFolders
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
     TargetPrompt,
     TransferredPrompt,
     target_prompts,
 )
-from post_dist.stages.evaluate.stage import ModelFolders, PromptSet, evaluate, refuse_evaluation
+from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,12 @@ class Pipeline:
         from post_dist.stages.distill.stage import distill, refuse_distillation
 
         self._config.need("distill")
-        inputs = {"teacher": self._teacher_digest, "corpus": self._data_digest("corpus")}
+        inputs = {"teacher": self.teacher_digest, "corpus": self.data_digest("corpus")}
         folder = run_folder(self._config, "distill", inputs)
         if self._unfinished([folder]):
             refuse_distillation(folder.config, self.teacher, self._world)
-            with self._running([folder]):
-                distill(folder, self.teacher, self._teacher_digest, self._world, self._resume)
+            with self.running([folder]):
+                distill(folder, self.teacher, self.teacher_digest, self._world, self._resume)
         return folder
 
     def tune(self) -> RunFolder:
@@ -126,8 +127,8 @@ class Pipeline:
         config.need("evaluate")
         variants = self._prompt_variants()
         inputs = {
-            "student": self._student_digest,
-            "private_task": self._data_digest("private_task"),
+            "student": self.student_digest,
+            "private_task": self.data_digest("private_task"),
         }
         if config.teacher is None:
             models = ModelFolders(self.student, None)
@@ -137,13 +138,13 @@ class Pipeline:
         else:
             models = ModelFolders(self.student, self.teacher)
             prompts = self._with_target_prompts(variants)
-            inputs = {"teacher": self._teacher_digest, **inputs}
+            inputs = {"teacher": self.teacher_digest, **inputs}
 
         # The signature holds the digest of every prompt, so other prompts give another table.
-        folder = self._private_folder(config, "evaluate", inputs | _prompt_digests(prompts))
+        folder = self.private_folder(config, "evaluate", inputs | _prompt_digests(prompts))
         if self._unfinished([folder]):
             refuse_evaluation(folder.config, models, prompts, self._world)
-            with self._running([folder]):
+            with self.running([folder]):
                 evaluate(folder, models, prompts, inputs, self._world)
         return folder
 
@@ -223,12 +224,12 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        student = TunedModel(self.student, self._student_digest, "the student")
+        student = TunedModel(self.student, self.student_digest, "the student")
         return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the target, for the baseline of full prompt tuning."""
-        target = TunedModel(self.teacher, self._teacher_digest, "the target")
+        target = TunedModel(self.teacher, self.teacher_digest, "the target")
         return self._tune(config, target, label="target")
 
     def _tune(self, config: RunConfig, model: TunedModel, *, label: str) -> RunFolder:
@@ -240,12 +241,12 @@ class Pipeline:
             label: part of the name of the run's folder.
         """
         config.need("tune")
-        inputs = {"model": model.digest, "private_task": self._data_digest("private_task")}
-        folder = self._private_folder(config, "tune", inputs, label)
+        inputs = {"model": model.digest, "private_task": self.data_digest("private_task")}
+        folder = self.private_folder(config, "tune", inputs, label)
         if self._unfinished([folder]):
             refuse_tuning(folder.config, model.folder, self._world)
             private_task = config.need_task("private_task")
-            with self._running([folder]):
+            with self.running([folder]):
                 tune(folder, private_task, model, self._world, self._resume)
         return folder
 
@@ -266,9 +267,9 @@ class Pipeline:
 
         self._config.need("transfer")
         inputs = {
-            "teacher": self._teacher_digest,
-            "student": self._student_digest,
-            "public_task": self._data_digest("public_task"),
+            "teacher": self.teacher_digest,
+            "student": self.student_digest,
+            "public_task": self.data_digest("public_task"),
         }
         requests = []
         for config, prompt in wanted:
@@ -282,7 +283,7 @@ class Pipeline:
         if unfinished:
             missing = [by_folder[folder.path] for folder in unfinished]
             refuse_transfer(missing, self.teacher, self.student, self._world)
-            with self._running(unfinished):
+            with self.running(unfinished):
                 transfer(missing, self.teacher, self.student, self._world, self._resume)
         return [request.folder for request in requests]
 
@@ -305,7 +306,8 @@ class Pipeline:
         return folder
 
     @cached_property
-    def _teacher_digest(self) -> str:
+    def teacher_digest(self) -> str:
+        """Digest of the large LLM's files."""
         return self._world.on_main(partial(fingerprint, self.teacher))
 
     @cached_property
@@ -314,7 +316,8 @@ class Pipeline:
         return self._config.inputs.student or self.distill().artifact
 
     @cached_property
-    def _student_digest(self) -> str:
+    def student_digest(self) -> str:
+        """Digest of the student."""
         given = self._config.inputs.student is not None
         return self._world.on_main(partial(_digest_of_student, self.student, given=given))
 
@@ -326,14 +329,14 @@ class Pipeline:
             return given
         return (given or self.tune().artifact,)
 
-    def _data_digest(self, section: str) -> str:
+    def data_digest(self, section: str) -> str:
         """Identify the contents of a data section: a file's hash, or hub name and revision."""
         source: DataSource = getattr(self._config, section)
         if source.path is None:
             return f"{source.hub}@{source.revision}"
         return self._world.on_main(partial(_digest_of_file, source.path, section))
 
-    def _private_folder(
+    def private_folder(
         self, config: RunConfig, stage: Stage, inputs: dict[str, str], label: str = ""
     ) -> RunFolder:
         """Return the folder of a private stage. Rank 0 names it, because its key may be new."""
@@ -363,7 +366,7 @@ class Pipeline:
         return unfinished
 
     @contextmanager
-    def _running(self, folders: Sequence[RunFolder]) -> Iterator[None]:
+    def running(self, folders: Sequence[RunFolder]) -> Iterator[None]:
         """Hold the folders while a stage runs in them, and write its log there.
 
         The folders are made only now, so a stage that was refused leaves nothing behind.

@@ -3,6 +3,7 @@
 Shapes: N examples, C classes, R tokens of a response, n prompt tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import Examples
@@ -21,9 +23,23 @@ from post_dist.files import digest_of, write_file, writing
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.generation import generate_responses
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.runtime.distributed import World
+from post_dist.runtime.precision import choose_precision
 from post_dist.stages.evaluate.metrics import classification_metrics, response_metrics
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """The models of an evaluation.
+
+    Attributes:
+        student: folder of the student.
+        target: folder of the target. It is None for a data owner, who gets only the student's rows.
+    """
+
+    student: Path
+    target: Path | None
 
 
 @dataclass(frozen=True)
@@ -165,3 +181,38 @@ class CachedAnswers:
             # Only the owner may read answers to private examples.
             self._cache.mkdir(mode=0o700, exist_ok=True)
         write_file(file, lambda partial: save_file({"answers": computed}, partial))
+
+
+def load_answers(
+    models: ModelFolders,
+    digests: Mapping[str, str],
+    split: EvaluationSplit,
+    config: RunConfig,
+    cache: Path,
+    world: World,
+) -> tuple[CachedAnswers, CachedAnswers | None]:
+    """Load student and target, with the answers that are stored already.
+
+    Args:
+        models: student and target.
+        digests: digest of `student`, and of `teacher` if there is a target.
+        split: the examples to answer.
+        config: gives the precision, the batch size, and how the target is divided.
+        cache: folder for the answers.
+        world: the ranks.
+    """
+    precision = choose_precision(config.engine, world.device)
+    batch_size = config.evaluate.batch_size
+    # Each rank holds the whole student. The target is loaded directly into shards.
+    student_model = load_whole(models.student, precision, world.device)
+    student = EvaluatedModel(student_model, models.student, digests["student"])
+    student_answers = CachedAnswers(student, split, cache, batch_size, world)
+    if models.target is None:
+        return student_answers, None
+
+    # Loads DeepSpeed, which an owner who evaluates the student alone does without.
+    from post_dist.models.sharded import load_sharded
+
+    target_model = load_sharded(models.target, config.engine, precision, world)
+    target = EvaluatedModel(target_model, models.target, digests["teacher"])
+    return student_answers, CachedAnswers(target, split, cache, batch_size, world)

@@ -19,11 +19,11 @@ from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
-from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.load import load_tokenizer
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
-from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
+from post_dist.stages.evaluate.cached_answers import EvaluationSplit, ModelFolders, load_answers
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
 from post_dist.stages.evaluate.rows import (
     DirectTransfer,
@@ -37,19 +37,6 @@ from post_dist.stages.prompt_origin import check_belongs
 log = logging.getLogger(__name__)
 
 TABLE = "table.json"
-
-
-@dataclass(frozen=True)
-class ModelFolders:
-    """The models of an evaluation.
-
-    Attributes:
-        student: folder of the student.
-        target: folder of the target. It is None for a data owner, who gets only the student's rows.
-    """
-
-    student: Path
-    target: Path | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,10 @@ def evaluate(
     task = config.need_task("private_task")
     test_readings = _count_test_reading(folder, task, world)
     split = _load_split(folder, task, inputs["private_task"], world)
-    student, target = _load_models(folder, models, inputs, split, world)
+    # All tables of a run share one folder of answers, next to their own folders.
+    student, target = load_answers(
+        models, inputs, split, config, folder.path.parent / "answers", world
+    )
 
     # Compute the lines of each prompt in turn.
     rows: list[dict[str, Any]] = []
@@ -204,35 +194,6 @@ def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
     return EvaluationSplit(task, examples, digest)
-
-
-def _load_models(
-    folder: RunFolder,
-    models: ModelFolders,
-    inputs: Mapping[str, str],
-    split: EvaluationSplit,
-    world: World,
-) -> tuple[CachedAnswers, CachedAnswers | None]:
-    """Load student and target, with the answers that earlier tables of the same run have stored."""
-    config = folder.config
-    precision = choose_precision(config.engine, world.device)
-    # All tables of a run share one folder of answers, next to their own folders.
-    cache = folder.path.parent / "answers"
-    batch_size = config.evaluate.batch_size
-
-    # Each rank holds the whole student. The target is loaded directly into shards.
-    student_model = load_whole(models.student, precision, world.device)
-    student = EvaluatedModel(student_model, models.student, inputs["student"])
-    student_answers = CachedAnswers(student, split, cache, batch_size, world)
-    if models.target is None:
-        return student_answers, None
-
-    # Loads DeepSpeed, which an owner who evaluates the student alone does without.
-    from post_dist.models.sharded import load_sharded
-
-    target_model = load_sharded(models.target, config.engine, precision, world)
-    target = EvaluatedModel(target_model, models.target, inputs["teacher"])
-    return student_answers, CachedAnswers(target, split, cache, batch_size, world)
 
 
 def _table_row(entry: TableEntry) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Membership inference: its arithmetic on made-up confidences, and the command on a small run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from post_dist.privacy.membership import attack, balanced_members, confidences
+
+SHADOWS = 8
+ROWS = 2000
+RATE = "true_positive_rate_at_1_percent_false"
+
+
+def made_up(effect: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences that are higher for members by `effect` deviations, and the members."""
+    generator = np.random.default_rng(seed)
+    members = balanced_members(SHADOWS, ROWS, seed)
+    difficulty = 3 * generator.normal(size=ROWS)
+    noise = generator.normal(size=members.shape)
+    return difficulty + effect * members + noise, members
+
+
+def test_each_row_is_in_half_of_the_shadow_prompts_and_each_pair_shares_all_rows() -> None:
+    members = balanced_members(SHADOWS, ROWS, 1)
+    assert (members.sum(axis=0) == SHADOWS // 2).all()
+    assert (members.sum(axis=1) == ROWS // 2).all()
+    assert (members[::2] ^ members[1::2]).all()
+
+
+def test_confidence_is_the_log_odds_of_the_correct_class() -> None:
+    scores = np.log(np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]])) + 4.0
+    found = confidences(scores, np.array([1, 0]))
+    assert np.allclose(found, np.log([0.5 / 0.5, 0.9 / 0.1]))
+
+
+def test_without_an_effect_the_attack_guesses() -> None:
+    # Were each row's own side short of one shadow, the AUC would be 0.47 here.
+    areas = [attack(*made_up(0.0, seed)).auc for seed in range(20)]
+    assert abs(np.mean(areas) - 0.5) < 0.004
+
+
+def test_the_attack_reaches_what_an_attacker_who_knows_the_densities_does() -> None:
+    found = attack(*made_up(1.0))
+    # With known means the AUC of a shift of one deviation is Phi(1 / sqrt 2) = 0.760, and the rate
+    # is Phi(1 - 2.326) = 0.092. The means of three values are off by 0.58 deviations.
+    assert 0.70 < found.auc < 0.76
+    assert 0.04 < found.true_positive_rate < 0.092
+    assert found.auc_error < 0.01
+
+
+def test_confidences_without_any_spread_are_attacked_too() -> None:
+    members = balanced_members(4, 40, 0)
+    assert attack(np.zeros((4, 40)), members).auc == 0.5
+    assert attack(members.astype(float), members).auc == 1.0
+
+
+def lira(main: Callable, run: Path, *settings: str) -> dict:
+    """Audit a run by membership inference."""
+    sets = [f"--set={setting}" for setting in settings]
+    code, out, err = main(
+        "audit", run, "--attack=lira", "--shadows=4", "--rows=40", "--json", *sets
+    )
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_prompt_that_learned_its_rows_is_caught_and_a_private_one_is_not(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = tiny.write_run(tmp_path)
+    # Words without meaning: whatever the prompt learns of them, it learns by heart.
+    rows = [
+        (f"{text} {number * 7919 % 1000}", number % 2)
+        for number, (text, _) in enumerate(tiny.sentences(200, 1))
+    ]
+    tiny.write_csv(tmp_path / "private.csv", rows)
+    tiny.speak_up(tmp_path / "teacher")
+    assert main("distill", run)[0] == 0
+    learning = ("tune.learning_rate=0.1", "tune.steps=200", "tune.num_virtual_tokens=20")
+    plain = lira(main, run, *learning)
+    assert plain["epsilon"] is None
+    assert plain["student_auc"] > 0.6
+    assert "transferred_auc" in plain
+
+    private = lira(
+        main,
+        run,
+        *learning,
+        "privacy.enabled=true",
+        "privacy.target_epsilon=0.5",
+        "privacy.declared_examples=160",
+        "privacy.target_delta=1e-5",
+        "privacy.steps=20",
+    )
+    assert private["epsilon"] <= 0.5
+    assert private["student_auc"] < plain["student_auc"] - 0.05
+    assert private[f"most_{RATE}"] < 0.02
+
+    # Everything but the numbers is deleted.
+    folders = sorted(tmp_path.glob("runs/tiny/tune-membership-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert not (folder / "shadows").exists()
+    # The same question is not asked twice.
+    assert lira(main, run, *learning) == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shadows=5",), "give an even number from 4 on"),
+        (("--set=private_task.user_column=label",), "protects users"),
+        (("--set=inputs.student=nowhere",), "nowhere"),
+    ],
+)
+def test_what_cannot_be_attacked_is_refused(
+    tmp_path: Path, main: Callable, arguments: tuple[str, ...], message: str
+) -> None:
+    run = tiny.write_run(tmp_path)
+    code, _, err = main("audit", run, "--attack=lira", *arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "runs").exists()
