@@ -104,6 +104,14 @@ PRIVATE = {
     "no bias": ["tune.class_bias=false"],
 }
 """Settings of private tuning with about the same number of gradients."""
+CLIPPING = {
+    "C 0.3": ["privacy.max_grad_norm=0.3"],
+    "C 1": [],
+    "C 3": ["privacy.max_grad_norm=3"],
+    "C adapted, from 0.3": ["privacy.max_grad_norm=0.3", "privacy.clip_quantile=0.5"],
+    "C adapted, from 3": ["privacy.max_grad_norm=3", "privacy.clip_quantile=0.5"],
+}
+"""Fixed clipping norms, and the norm that follows the median of the gradient norms."""
 GRADIENTS = {
     "256 x 80": ["privacy.expected_batch_size=256"],
     "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
@@ -183,6 +191,10 @@ def _private(seeded: list[str]) -> list[Experiment]:
     return _private_tuning(seeded, PRIVATE)
 
 
+def _clipping(seeded: list[str]) -> list[Experiment]:
+    return _private_tuning(seeded, CLIPPING)
+
+
 def _gradients(seeded: list[str]) -> list[Experiment]:
     return _private_tuning(seeded, GRADIENTS)
 
@@ -229,6 +241,7 @@ PARTS = {
     "table": _table,
     "upper": _upper_bound,
     "private": _private,
+    "clipping": _clipping,
     "gradients": _gradients,
     "lora": _lora,
     "options": _options,

@@ -92,8 +92,8 @@ def write_hostile_student(folder: Path) -> Path:
     return folder
 
 
-def hostile_task(folder: Path, precision: str, texts: Sequence[str]) -> Any:
-    """Return a tuning task of the hostile student."""
+def hostile_task(folder: Path, precision: str, lengths: Sequence[int]) -> Any:
+    """Return a tuning task of the hostile student, with 40 texts of each length in tokens."""
     from post_dist.artifacts.task import PromptTask
     from post_dist.data.task_reader import TaskReader
     from post_dist.models.load import load_tokenizer, load_whole
@@ -103,12 +103,13 @@ def hostile_task(folder: Path, precision: str, texts: Sequence[str]) -> Any:
     task = PromptTask(
         template="{text} It was",
         label_words=(("bad",), ("good",)),
-        max_length=112,
+        max_length=max(lengths),
         allow_multi_token=False,
         init_text="",
     )
     reader = TaskReader(task, load_tokenizer(folder), masked=False)
-    examples = reader.encode(list(texts))
+    texts = [text for length in lengths for text in texts_of(length, 40)]
+    examples = reader.encode(texts)
     table = model.model.get_input_embeddings().weight
     start_nd = table[torch.arange(20, 20 + TOKENS)].float().clone()
     return TuningTask(model, reader, examples, torch.zeros(len(texts), dtype=torch.long), start_nd)
@@ -135,10 +136,6 @@ class Attack:
         (total,) = noisy_sums(pieces, shapes, source=quiet_source(), max_grad_norm=NORM)
         return total / NORM
 
-    def moved(self, examples: Sequence[int], more: int) -> float:
-        """Return how far one example more moves the sum, if it comes first."""
-        return float((self.sum_of([more, *examples]) - self.sum_of(examples)).norm())
-
 
 def texts_of(tokens: int, count: int) -> list[str]:
     """Return texts that fill a micro-batch of a length."""
@@ -152,30 +149,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
-    from post_dist.config.stages import Tune
-
     with tempfile.TemporaryDirectory() as place:
         student = write_hostile_student(Path(place))
         for precision in ("fp32", "bf16"):
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                task = hostile_task(student, precision, texts_of(48, 40) + texts_of(112, 40))
-                section = Tune(batch_size=40, micro_batch_size_per_gpu=5)
-                planned = part("privacy.micro_batches").planned_sizes(task, 5)
-                tried = part("privacy.batch_sizes").independent_sizes(section, task)
-                for name, sizes in (("planned sizes", planned), ("tried sizes", tried)):
-                    report(name, Attack(task, sizes), precision, threads, trials)
+                planned, tried = attacks(student, precision)
+                # The planned sizes only show that the attack works.
+                for name, attack, count in (
+                    ("planned", planned, min(trials, 20)),
+                    ("tried", tried, trials),
+                ):
+                    moved = largest_change(attack, count, seed=threads)
+                    print(
+                        f"{precision}, {threads} threads, {name} sizes, {count} trials: "
+                        f"one example moves the sum by {moved:.7f} C",
+                        flush=True,
+                    )
 
 
-def report(name: str, attack: Attack, precision: str, threads: int, trials: int) -> None:
-    """Print the largest change over some trials."""
-    generator = torch.Generator().manual_seed(threads)
+def attacks(
+    student: Path, precision: str, lengths: Sequence[int] = (48, 112)
+) -> tuple[Attack, Attack]:
+    """Return the attack with the planned sizes of micro-batches, and with the tried ones."""
+    from post_dist.config.stages import Tune
+
+    task = hostile_task(student, precision, lengths)
+    section = Tune(batch_size=40, micro_batch_size_per_gpu=5)
+    planned = part("privacy.micro_batches").planned_sizes(task, 5)
+    tried = part("privacy.batch_sizes").independent_sizes(section, task)
+    return Attack(task, planned), Attack(task, tried)
+
+
+def largest_change(attack: Attack, trials: int, seed: int) -> float:
+    """Return how far one example moves the sum of 30 others at most, in clipping norms."""
+    generator = torch.Generator().manual_seed(seed)
     largest = 0.0
-    # The planned sizes only show that the attack works.
-    for _ in range(trials if name == "tried sizes" else min(trials, 20)):
-        order = torch.randperm(80, generator=generator).tolist()
-        largest = max(largest, attack.moved(order[1:31], order[0]))
-    print(f"{precision}, {threads} threads, {name}: one example moves the sum by {largest:.7f} C")
+    for trial in range(trials):
+        # One sum is the comparison of ten trials.
+        if trial % 10 == 0:
+            order = torch.randperm(len(attack.task.examples), generator=generator).tolist()
+            examples = order[10:40]
+            base = attack.sum_of(examples)
+        moved = attack.sum_of([order[trial % 10], *examples]) - base
+        largest = max(largest, float(moved.norm()))
+    return largest
 
 
 if __name__ == "__main__":
