@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         pipeline,
         transfer,
         tune,
+        warm_start,
     )
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "pipeline",
     "transfer",
     "tune",
+    "warm_start",
 ]
 
 

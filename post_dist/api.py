@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
-from post_dist.config.schema import RunConfig, Stage
+from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
 from post_dist.errors import EnvironmentFault, Interrupted
 from post_dist.runtime.launcher import remove_launcher_variables
 from post_dist.runtime.ranks import join_ranks, leave_ranks
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Resume = Literal["auto", "never"]
 """auto: resume an unfinished stage from its last checkpoint. never: start it from its beginning."""
 _Result = TypeVar("_Result")
-_ALL_STAGES: frozenset[Stage] = frozenset(("distill", "tune", "transfer", "evaluate"))
+_ALL_STAGES: frozenset[Stage] = frozenset(STAGE_SECTIONS)
 _RESUMES = "the same command resumes from the last checkpoint"
 
 
@@ -213,6 +213,32 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
         return world.on_main(lambda: _student_result(folder))
 
     return _with_stages(config, frozenset(("distill",)), resume, run)
+
+
+def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
+    """Tune a prompt on the student with public text, for private tuning to start from.
+
+    It learns the zero-shot scores of the large LLM. No private data is read.
+
+    Args:
+        config: a run file with the sections `teacher`, `public_task` and `warm_start`. The public
+            task has a template and label words.
+        resume: what to do with an unfinished run of the same settings.
+
+    Returns:
+        The public prompt, which `inputs.public_prompt` takes.
+
+    Raises:
+        InputError: the student does not exist yet, or a section or a file is missing or wrong.
+        EnvironmentFault: the disk is full, the folder is in use, or another rank was lost.
+        Interrupted: the run was asked to stop; its state is saved.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> PromptResult:
+        folder = stages.warm_start()
+        return PromptResult(folder.path, folder.artifact, None, None)
+
+    return _with_stages(config, frozenset(("warm_start",)), resume, run)
 
 
 def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.manifest import Manifest, read_any_manifest
+from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_any_manifest
 from post_dist.artifacts.prompt import PRIVACY, read_prompt
 from post_dist.errors import ArtifactRefused, PostDistError
 from post_dist.privacy.statement import statement_problems
@@ -12,6 +12,7 @@ from post_dist.privacy.statement import statement_problems
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARENTS = {
     "student": {"teacher"},
+    "public prompt": {"teacher", "student"},
     "soft prompt": {"model"},
     "evaluation": {"teacher", "student"},
 }
@@ -33,8 +34,8 @@ def verify(folder: Path) -> dict[str, Any]:
     # List all problems: a problem with the contents must not hide one with the lineage.
     problems = _lineage_problems(manifest)
     try:
-        if manifest.kind == "soft prompt":
-            problems += _prompt_problems(folder)
+        if manifest.kind in ("soft prompt", "public prompt"):
+            problems += _prompt_problems(folder, manifest.kind)
         elif manifest.kind == "student":
             problems += _weight_problems(folder)
     except PostDistError as error:
@@ -52,9 +53,9 @@ def _lineage_problems(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _prompt_problems(folder: Path) -> list[str]:
+def _prompt_problems(folder: Path, kind: ArtifactKind) -> list[str]:
     """Read a prompt with its checks, and recompute epsilon from its privacy statement."""
-    prompt = read_prompt(folder)
+    prompt = read_prompt(folder, kind)
     if prompt.privacy is None:
         return []
     return [f"{PRIVACY}: {problem}" for problem in statement_problems(prompt.privacy)]

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of, file_digest, file_digests, write_folder
 
-ArtifactKind = Literal["student", "soft prompt", "evaluation"]
+ArtifactKind = Literal["student", "public prompt", "soft prompt", "evaluation"]
 
 FILE_NAME = "post_dist.json"
 _SCHEMA_VERSION = 1

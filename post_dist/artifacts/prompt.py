@@ -1,26 +1,36 @@
-"""Read and write a soft prompt as an artifact: PEFT's files, the task and the privacy statement.
+"""Read and write a soft prompt as an artifact: PEFT's files, head, task and privacy statement.
 
 Shapes: n prompt tokens, d width.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from post_dist.artifacts.manifest import Manifest, read_manifest, write_artifact
-from post_dist.artifacts.prompt_reader import KEY, read_embeddings, read_privacy, read_task
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_manifest, write_artifact
+from post_dist.artifacts.prompt_reader import (
+    KEY,
+    read_embeddings,
+    read_head,
+    read_privacy,
+    read_task,
+)
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 
 PRIVACY = "privacy.json"
+PUBLIC_PROMPT: ArtifactKind = "public prompt"
+"""Kind of a prompt that no private data has touched. Only such a prompt may start a tuning."""
 _WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _TASK = "task.json"
+_HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,13 @@ class PromptContents:
         embeddings: the vectors [n, d] of the prompt.
         task: the task that the prompt was tuned for.
         privacy: contents of `privacy.json`; None for a prompt that was tuned without privacy.
+        head: a linear head behind the prompt, if there is one.
     """
 
     embeddings: torch.Tensor
     task: PromptTask
     privacy: dict[str, Any] | None
+    head: LinearHead | None = None
 
     @property
     def epsilon(self) -> float | None:
@@ -51,7 +63,7 @@ class SoftPromptArtifact(PromptContents):
         manifest: the manifest of the folder.
     """
 
-    manifest: Manifest
+    manifest: Manifest = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ def write_prompt(
     contents: PromptContents,
     provenance: Provenance,
     write_card: Callable[[Path], None],
+    kind: ArtifactKind = "soft prompt",
 ) -> None:
     """Write the folder of a prompt atomically, and read it back as its receiver will.
 
@@ -84,6 +97,7 @@ def write_prompt(
         contents: the prompt.
         provenance: the origin of the prompt.
         write_card: writes the model card into a folder.
+        kind: kind of the artifact.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -96,17 +110,20 @@ def write_prompt(
         write_card(folder)
 
     def check(folder: Path) -> None:
-        found = read_prompt(folder)
+        found = read_prompt(folder, kind)
         # The prompt that is read must equal the trained one bit for bit.
         expected = contents.embeddings.detach().float().cpu()
-        if not torch.equal(found.embeddings, expected) or found.task != contents.task:
+        same = torch.equal(found.embeddings, expected) and found.task == contents.task
+        if contents.head is not None and found.head is not None:
+            same = same and torch.equal(found.head.weight, contents.head.weight)
+        if not same or (found.head is None) != (contents.head is None):
             raise EnvironmentFault(
                 f"{folder} does not read back as it was written", "check the disk"
             )
 
     write_artifact(
         destination,
-        "soft prompt",
+        kind,
         fill,
         parents=provenance.parents,
         config=provenance.config,
@@ -116,9 +133,10 @@ def write_prompt(
 
 
 def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) -> None:
-    """Write the files that `PeftModel.from_pretrained` loads, `task.json` and `privacy.json`.
+    """Write the files that `PeftModel.from_pretrained` loads, and what PEFT does not know.
 
-    A prompt without a privacy statement gets no `privacy.json`.
+    That is `task.json`, `privacy.json` for a prompt with a privacy statement, and
+    `head.safetensors` for one with a head.
 
     Args:
         folder: an existing folder.
@@ -129,6 +147,9 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
 
     embeddings_nd = contents.embeddings.detach().to("cpu", torch.float32).contiguous()
     save_file({KEY: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
+    if contents.head is not None:
+        tensors = {name: value.cpu().contiguous() for name, value in vars(contents.head).items()}
+        save_file(tensors, folder / _HEAD, metadata={"format": "pt"})
 
     # PEFT has no task type for masked models. FEATURE_EXTRACTION puts the prompt in front of the
     # text and leaves the head alone.
@@ -148,15 +169,19 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
         (folder / PRIVACY).write_text(json.dumps(contents.privacy, indent=2) + "\n")
 
 
-def read_prompt(folder: Path) -> SoftPromptArtifact:
+def read_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
     """Read the folder of a prompt, which is not trusted.
+
+    Args:
+        folder: the folder.
+        kind: the kind of artifact that it must be.
 
     Raises:
         ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values that are not finite
             or far too large; a task or privacy statement that cannot be read.
     """
     # Check the hashes first. They show whether these are the files that the sender wrote.
-    manifest = read_manifest(folder, "soft prompt")
+    manifest = read_manifest(folder, kind)
     if not {_WEIGHTS, _TASK, _ADAPTER_CONFIG} <= set(manifest.files):
         raise ArtifactRefused(f"{folder} lacks a file of a soft prompt")
     embeddings_nd = read_embeddings(folder / _WEIGHTS)
@@ -164,4 +189,8 @@ def read_prompt(folder: Path) -> SoftPromptArtifact:
     privacy = None
     if PRIVACY in manifest.files:
         privacy = read_privacy(folder / PRIVACY)
-    return SoftPromptArtifact(embeddings_nd, read_task(folder / _TASK), privacy, manifest)
+    task = read_task(folder / _TASK)
+    head = None
+    if _HEAD in manifest.files:
+        head = read_head(folder / _HEAD, embeddings_nd.shape[1], len(task.label_words))
+    return SoftPromptArtifact(embeddings_nd, task, privacy, head, manifest=manifest)

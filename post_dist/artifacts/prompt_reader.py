@@ -1,17 +1,19 @@
 """Read the files of a soft prompt. They are not trusted, so each file is checked before its use.
 
-Shapes: n prompt tokens, d width.
+Shapes: n prompt tokens, d width, C classes.
 """
 
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused
 
@@ -23,10 +25,14 @@ _SMALL_FILE_BYTES = 1 << 16
 """A JSON file or a safetensors header above this size is refused before it is parsed."""
 _HEADER_LENGTH_BYTES = 8
 """A safetensors file starts with the length of its header, as an unsigned 64-bit number."""
-_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_PROMPT_DIMENSIONS = {KEY: 2}
+_HEAD_DIMENSIONS = {"bias": 1, "mean": 1, "scale": 1, "weight": 2}
+"""Number of dimensions of each tensor in a file."""
 _NORM_LIMIT = 1e4
 """Largest Euclidean norm of a prompt vector. Embeddings of the known model families stay below 100.
 """
+_LEAST_SCALE = 1e-9
 _LENGTH_LIMIT = 1 << 20
 """Most tokens of a text or a response; no known model reads more."""
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
@@ -40,14 +46,38 @@ def read_embeddings(path: Path) -> torch.Tensor:
         ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
             large.
     """
-    # Only a file with a valid header is passed to the library.
-    _check_header(path)
-    embeddings_nd = load_file(path)[KEY].float()
-    if not torch.isfinite(embeddings_nd).all():
-        raise ArtifactRefused(f"{path} holds values that are not finite")
+    embeddings_nd = _read_tensors(path, _PROMPT_DIMENSIONS)[KEY].float()
+    if len(embeddings_nd) > MAX_VIRTUAL_TOKENS:
+        raise ArtifactRefused(
+            f"{path}: has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
+        )
     if embeddings_nd.norm(dim=1).max() > _NORM_LIMIT:
         raise ArtifactRefused(f"{path} holds a vector with a norm above {_NORM_LIMIT:g}")
     return embeddings_nd
+
+
+def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
+    """Read a linear head from a safetensors file.
+
+    Args:
+        path: the file.
+        width: width d of the prompt that it belongs to.
+        num_classes: number of classes C of its task.
+
+    Raises:
+        ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
+            large; a scale that is too small.
+    """
+    tensors = _read_tensors(path, _HEAD_DIMENSIONS)
+    head = LinearHead(**{name: tensor.double() for name, tensor in tensors.items()})
+    fits = head.weight.shape == (num_classes, width) and len(head.bias) == num_classes
+    if not fits or len(head.mean) != width or len(head.scale) != width:
+        raise ArtifactRefused(f"{path} does not fit {num_classes} classes and width {width}")
+    if head.scale.min() < _LEAST_SCALE:
+        raise ArtifactRefused(f"{path} holds a scale below {_LEAST_SCALE:g}")
+    if max(value.abs().max() for value in tensors.values()) > _NORM_LIMIT:
+        raise ArtifactRefused(f"{path} holds a value above {_NORM_LIMIT:g}")
+    return head
 
 
 def read_privacy(path: Path) -> dict[str, Any]:
@@ -117,36 +147,64 @@ def _read_small_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _check_header(path: Path) -> None:
-    """Check size, header and shape before a library allocates memory for them."""
+def _read_tensors(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        dimensions: number of dimensions of each tensor that the file must hold.
+
+    Raises:
+        ArtifactRefused: the file holds anything else, or values that are not finite.
+    """
+    # Only a file with a valid header is passed to the library.
+    _check_header(path, dimensions)
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactRefused(f"{path} holds values that are not finite")
+    return tensors
+
+
+def _check_header(path: Path, dimensions: Mapping[str, int]) -> None:
+    """Check size, header and shapes before a library allocates memory for them."""
     header, header_bytes = _read_header(path)
     header.pop("__metadata__", None)  # such as the framework that wrote the file
+    names = ", ".join(dimensions)
+    # The library would load any other tensor as well.
+    if set(header) != set(dimensions):
+        raise ArtifactRefused(f"{path}: does not hold {names} alone")
+    spans = []
+    for name, count in dimensions.items():
+        spans.append(_span(path, header[name], count))
+    # The tensors must fill the file behind the header, without a gap and without overlap.
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ArtifactRefused(f"{path}: its data do not fit its shapes")
+        end = last
+    if path.stat().st_size != _HEADER_LENGTH_BYTES + header_bytes + end:
+        raise ArtifactRefused(f"{path}: its data do not fit its shapes")
+
+
+def _span(path: Path, entry: Any, dimensions: int) -> tuple[int, int]:
+    """Check the entry of one tensor in a header, and return the first and last of its bytes."""
     try:
-        entry = header.pop(KEY)
         dtype = entry["dtype"]
         shape = entry["shape"]
         offsets = entry["data_offsets"]
     except (TypeError, KeyError):
-        raise ArtifactRefused(f"{path}: does not hold one tensor named {KEY}") from None
-    # The library would load any other tensor as well.
-    if header:
-        raise ArtifactRefused(f"{path}: holds more than the one tensor {KEY}")
+        raise ArtifactRefused(f"{path}: has a tensor without dtype, shape or place") from None
     # A hostile dtype may be a list, which cannot be looked up in a dictionary.
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(_DTYPE_BYTES)
         raise ArtifactRefused(f"{path}: has dtype {str(dtype)[:20]}, not one of {known}")
-    if not _is_matrix_shape(shape):
-        raise ArtifactRefused(f"{path}: its shape is not [n, d]")
-    if shape[0] > MAX_VIRTUAL_TOKENS:
-        raise ArtifactRefused(
-            f"{path}: has {shape[0]} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
-        )
-
-    # The header must claim exactly the bytes that follow it.
-    payload_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
-    expected_size = _HEADER_LENGTH_BYTES + header_bytes + payload_bytes
-    if offsets != [0, payload_bytes] or path.stat().st_size != expected_size:
-        raise ArtifactRefused(f"{path}: its data do not fit its shape")
+    if not _is_shape(shape, dimensions):
+        raise ArtifactRefused(f"{path}: has a tensor without {dimensions} dimensions")
+    sound = isinstance(offsets, list) and len(offsets) == 2 and type(offsets[0]) is int
+    if not sound or offsets[1] != offsets[0] + math.prod(shape) * _DTYPE_BYTES[dtype]:
+        raise ArtifactRefused(f"{path}: its data do not fit its shapes")
+    return offsets[0], offsets[1]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -165,12 +223,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise ArtifactRefused(f"{path}: does not hold one tensor named {KEY}")
+        raise ArtifactRefused(f"{path}: its header is not a JSON object")
     return header, header_bytes
 
 
-def _is_matrix_shape(shape: Any) -> bool:
-    if not isinstance(shape, list) or len(shape) != 2:
+def _is_shape(shape: Any, dimensions: int) -> bool:
+    if not isinstance(shape, list) or len(shape) != dimensions:
         return False
     return all(type(length) is int and length > 0 for length in shape)
 

@@ -37,6 +37,19 @@ def distill(
     _end_with(api.distill(config, resume=resume.mode), json_)
 
 
+def warm_start(
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    resume: ResumeOption = Resume.auto,
+    json_: AsJson = False,
+) -> None:
+    """Provider: tune a public prompt on the student, for private tuning to start from."""
+    listen()
+    config = api.load_run(run, set_ or (), output)
+    _end_with(api.warm_start(config, resume=resume.mode), json_, "warm-start")
+
+
 def tune(
     run: RunFile,
     set_: Overrides = None,
@@ -77,12 +90,20 @@ def evaluate(
 
 
 def _end_with(
-    result: StudentResult | PromptResult | TransferResult | EvaluationResult, as_json: bool
+    result: StudentResult | PromptResult | TransferResult | EvaluationResult,
+    as_json: bool,
+    stage: str = "tune",
 ) -> None:
-    """Print the result on rank 0, then take down the process group."""
+    """Print the result on rank 0, then take down the process group.
+
+    Args:
+        result: the result.
+        as_json: whether to print JSON.
+        stage: the stage that made a prompt.
+    """
     if this_rank() == 0:
         if as_json:
-            print_json(_json_object(result))
+            print_json(_json_object(result, stage))
         elif isinstance(result, EvaluationResult):
             print_wide(terminal_table(result.table))
             print(result.place)
@@ -92,7 +113,7 @@ def _end_with(
 
 
 def _json_object(
-    result: StudentResult | PromptResult | TransferResult | EvaluationResult,
+    result: StudentResult | PromptResult | TransferResult | EvaluationResult, stage: str
 ) -> dict[str, Any]:
     # Scripts rely on the names of these keys.
     if isinstance(result, EvaluationResult):
@@ -103,7 +124,7 @@ def _json_object(
     if isinstance(result, StudentResult):
         return {"stage": "distill", "artifact": str(result.artifact)}
     if isinstance(result, PromptResult):
-        return {"stage": "tune", "artifact": str(result.artifact)}
+        return {"stage": stage, "artifact": str(result.artifact)}
     # Prompts of several owners come in the order of `inputs.source_prompt`.
     artifacts = [str(prompt.artifact) for prompt in result.prompts]
     if len(artifacts) == 1:

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from post_dist.config.sections import PositiveInt, Section
 
-ClusterStage = Literal["distill", "tune", "transfer", "evaluate"]
+ClusterStage = Literal["distill", "warm_start", "tune", "transfer", "evaluate"]
 
 
 class Resources(Section):
@@ -63,6 +63,8 @@ class Cluster(Resources):
     # The fields that differ for a stage.
     distill: Resources = Resources()
     """Resources of `distill`, where they differ."""
+    warm_start: Resources = Resources()
+    """Resources of `warm-start`, where they differ."""
     tune: Resources = Resources()
     """Resources of `tune`, where they differ. Tuning always has one node and one task."""
     transfer: Resources = Resources()

@@ -22,6 +22,7 @@ from post_dist.config.stages import (
     Search,
     Transfer,
     Tune,
+    WarmStart,
 )
 from post_dist.errors import InputError
 
@@ -44,12 +45,14 @@ __all__ = [
     "Teacher",
     "Transfer",
     "Tune",
+    "WarmStart",
 ]
 
-Stage = Literal["distill", "tune", "transfer", "evaluate"]
+Stage = Literal["distill", "warm_start", "tune", "transfer", "evaluate"]
 
 STAGE_SECTIONS: dict[Stage, tuple[str, ...]] = {
     "distill": ("teacher", "student", "corpus", "distill", "engine"),
+    "warm_start": ("teacher", "public_task", "warm_start", "engine"),
     "tune": ("private_task", "privacy", "tune", "engine"),
     "transfer": ("teacher", "public_task", "transfer", "engine"),
     "evaluate": ("teacher", "private_task", "transfer", "evaluate", "engine"),
@@ -66,6 +69,9 @@ class Inputs(Section):
     student: FilePath | None = None
     """Folder of a distilled student, or of any other model. It may be a smaller model of the
     teacher's family, or have another tokenizer."""
+    public_prompt: FilePath | None = None
+    """Folder of a public prompt for the student, which `post-dist warm-start` made. Tuning starts
+    from it."""
     source_prompt: FilePath | tuple[FilePath, ...] | None = None
     """Folder of a prompt that was tuned on the student. For `transfer`, it may be a list of the
     prompts of several owners."""
@@ -101,6 +107,8 @@ class RunConfig(Section):
     """Settings of distillation."""
     privacy: Privacy = Privacy()
     """The plan of private tuning."""
+    warm_start: WarmStart | None = None
+    """Settings of the public prompt that tuning starts from. Default: tuning starts from text."""
     tune: Tune = Tune()
     """Settings of tuning."""
     transfer: Transfer = Transfer()
@@ -146,6 +154,37 @@ class RunConfig(Section):
                     f"{field} is for tasks with classes, "
                     "and private_task.response_column makes one that generates text"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_fits_its_start(self) -> "RunConfig":
+        # The provider's run file has no private task, and its section `tune` is not read.
+        start = self.warm_start
+        if start is None or self.private_task is None:
+            return self
+        if start.num_virtual_tokens != self.tune.num_virtual_tokens:
+            raise ValueError(
+                f"warm_start.num_virtual_tokens ({start.num_virtual_tokens}) is not "
+                f"tune.num_virtual_tokens ({self.tune.num_virtual_tokens}): give both the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _head_is_for_classes(self) -> "RunConfig":
+        if self.tune.adapter == "prompt":
+            return self
+        if self.private_task is not None and self.private_task.response_column is not None:
+            raise ValueError("tune.adapter: head is for tasks with classes")
+        if self.transfer.scores != "classes" and self.teacher is not None:
+            raise ValueError(
+                "tune.adapter: head scores the classes and no other word: "
+                "set transfer.scores: classes"
+            )
+        if self.evaluate.baselines:
+            raise ValueError(
+                "tune.adapter: head has nothing in common with the baselines, which tune a prompt: "
+                "remove evaluate.baselines"
+            )
         return self
 
     @model_validator(mode="after")
@@ -208,6 +247,7 @@ class RunConfig(Section):
         # Whether an input replaces the stage.
         given = {
             "distill": bool(inputs.student),
+            "warm_start": self.warm_start is None or bool(inputs.public_prompt),
             "tune": bool(inputs.source_prompt),
             "transfer": bool(inputs.target_prompt) or needs_no_transfer,
         }

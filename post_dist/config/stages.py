@@ -1,13 +1,35 @@
 """The run file's sections for the stages: distill, tune, transfer and evaluate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from post_dist.config.models import Student
 from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Section
 
-OptimizerName = Literal["adam", "adamw", "sgd"]
+OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
+
+_INIT_TEXT = "Predict if the sentiment of this text is positive or negative"
+
+_HEAD_DEFAULTS = {
+    "num_virtual_tokens": 10,
+    "steps": 400,
+    "batch_size": 512,
+    "learning_rate": 1.0,
+    "schedule": "constant",
+    "warmup_share": 0.0,
+    "optimizer": "averaged_sgd",
+}
+"""Settings of the training of a linear head on features of length 1."""
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank; the prompt starts from its words")
+    return text
+
+
+InitText = Annotated[str, AfterValidator(_not_blank)]
 
 
 class Distill(Section):
@@ -99,20 +121,41 @@ class Search(Section):
         return self
 
 
+class WarmStart(PromptTraining):
+    """The public prompt: tuned on public text toward the zero-shot scores of the large LLM."""
+
+    num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 10
+    """Number of vectors of the prompt."""
+    init_text: InitText = _INIT_TEXT
+    """The prompt starts from the embeddings of this text, repeated or cut to its length."""
+    class_shares: tuple[PositiveFloat, ...] = ()
+    """Share of each class among the texts, as far as it is known without private data. The scores
+    of the large LLM are shifted to these shares. Default: equal shares."""
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-2
+
+
 class Tune(PromptTraining):
     """Stage 2, tuning. In a private run, `batch_size` is the expected batch size."""
 
+    # What is tuned.
+    adapter: Literal["prompt", "head"] = "prompt"
+    """`prompt` tunes the vectors of the prompt. `head` keeps a public prompt as it is, and tunes a
+    linear head on the hidden states behind it. These are computed once, so that a step takes
+    milliseconds. A head has its own defaults for the training."""
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     """Number of vectors of the prompt."""
-    init_text: str = "Predict if the sentiment of this text is positive or negative"
+    init_text: InitText = _INIT_TEXT
     """The prompt starts from the embeddings of this text, repeated or cut to its length."""
     # The training.
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
     optimizer: OptimizerName = "adam"
-    """Optimizer of the prompt."""
+    """Optimizer of the prompt or the head. `averaged_sgd` takes the mean of the second half of the
+    steps."""
     class_bias: bool = False
     """Tune one bias per class along with the prompt. In a private run, its gradient is clipped and
     gets noise together with the prompt's."""
@@ -123,12 +166,19 @@ class Tune(PromptTraining):
     search: Search | None = None
     """Choose the learning rate or the clipping norm privately; needs `privacy.enabled`."""
 
-    @field_validator("init_text")
+    @model_validator(mode="before")
     @classmethod
-    def _not_blank(cls, text: str) -> str:
-        if not text.strip():
-            raise ValueError("is blank; the prompt starts from its words")
-        return text
+    def _defaults_of_a_head(cls, fields: Any) -> Any:
+        # pydantic reports a section of another type itself.
+        if isinstance(fields, dict) and fields.get("adapter") == "head":
+            return _HEAD_DEFAULTS | fields
+        return fields
+
+    @model_validator(mode="after")
+    def _a_head_has_its_biases(self) -> "Tune":
+        if self.adapter == "head" and self.class_bias:
+            raise ValueError("class_bias is for adapter: prompt; a head has a bias for each class")
+        return self
 
 
 class Transfer(PromptTraining):

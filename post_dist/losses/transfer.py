@@ -63,21 +63,19 @@ def proxy_logits(
     return target_BK.float() + strength * (source_prompted_BK.float() - source_BK.float())
 
 
-def share_matching_offsets(scores_NC: torch.Tensor, reference_NC: torch.Tensor) -> torch.Tensor:
-    """Find offsets [C] so that class scores plus offsets have the reference's mean probabilities.
+def share_matching_offsets(scores_NC: torch.Tensor, shares_C: torch.Tensor) -> torch.Tensor:
+    """Find offsets [C] so that class scores plus offsets have given mean probabilities.
 
-    Proxy logits also add up the class biases of both models. The prompted student has learned the
-    decision threshold of the task. Its mean class probabilities on public text therefore calibrate
-    the threshold of the proxy, without labels. The offsets minimize a convex function, and
-    iterative scaling finds the minimum.
+    They move the threshold between the classes without labels. The offsets minimize a convex
+    function, and iterative scaling finds the minimum.
 
     Args:
         scores_NC: class scores without offsets.
-        reference_NC: class scores of the reference.
+        shares_C: the mean probability that each class shall have; they sum to 1.
     """
     # In fp64, because fp32 cannot reach the tolerance.
     scores = scores_NC.double()
-    wanted = reference_NC.double().softmax(dim=1).mean(dim=0).log()
+    wanted = shares_C.double().log()
     offsets = torch.zeros_like(wanted)
     for _ in range(_SCALING_ROUNDS):
         step = wanted - (scores + offsets).softmax(dim=1).mean(dim=0).log()

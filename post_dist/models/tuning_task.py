@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.config.schema import Tune
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
@@ -17,7 +18,7 @@ from post_dist.data.verbalizer import Verbalizer
 from post_dist.models.classifier import BIAS_RATE, PromptInput, class_losses
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
-from post_dist.runtime.optimizers import make_optimizer
+from post_dist.runtime.optimizers import averaging_from, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TuningTask:
         targets: the classes [N], or the tokens of the responses [N, R].
         start_nd: the initial prompt.
         users: the number of each example's user; empty if every example is a unit of its own.
+        head: the head behind the prompt to start from; None if the prompt itself is tuned.
     """
 
     model: LanguageModel
@@ -39,6 +41,7 @@ class TuningTask:
     targets: torch.Tensor
     start_nd: torch.Tensor
     users: Sequence[int] = ()
+    head: LinearHead | None = None
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -60,14 +63,34 @@ class TuningTask:
 
     @staticmethod
     def optimizer(
-        section: Tune, parameters: list[torch.Tensor], learning_rate: float
+        section: Tune, parameters: list[torch.Tensor], learning_rate: float, steps: int
     ) -> torch.optim.Optimizer:
         """Create the optimizer of the run file. The class biases have their own learning rate."""
         # One group for each parameter, because each has its own learning rate.
-        groups = [{"params": [parameters[0]], "lr": learning_rate}]
+        groups = [{"params": [parameters[0]], "lr": learning_rate, **averaging_from(steps)}]
         if len(parameters) > 1:
-            groups.append({"params": [parameters[1]], "lr": learning_rate * BIAS_RATE})
+            rate = learning_rate * BIAS_RATE
+            groups.append({"params": [parameters[1]], "lr": rate, **averaging_from(steps)})
         return make_optimizer(section.optimizer, groups)
+
+
+@torch.no_grad()
+def answer_states(task: TuningTask, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model behind the initial prompt.
+
+    Args:
+        task: the model, the prompt and the label words.
+        batch: examples on the model's device.
+
+    Returns:
+        The hidden states [B, d] at the answers, and the class scores [B, C] of the label words.
+    """
+    hidden_Bd = task.model(
+        batch.input_ids, batch.attention_mask, task.start_nd, batch.answer, with_head=False
+    )
+    verbalizer = task.reader.verbalizer
+    scores_BC = verbalizer.scores_of_tokens(task.model.head_of(verbalizer.tokens)(hidden_Bd))
+    return hidden_Bd, scores_BC
 
 
 def example_losses(

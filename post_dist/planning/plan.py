@@ -49,6 +49,8 @@ def plan_run(
         for conflict in stage["conflicts"]:
             conflicts.append(f"{stage['stage']}: {conflict}")
     not_counted = ["the evaluation", "the models' passes over the public text before the transfer"]
+    if config.warm_start is not None:
+        not_counted.append("the warm start")
     if "full prompt tuning" in config.evaluate.baselines:
         not_counted.append("full prompt tuning")
     return {

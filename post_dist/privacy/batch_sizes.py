@@ -18,7 +18,7 @@ Shapes: B examples, T tokens, R tokens of a response.
 import copy
 import logging
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ from post_dist.data.template import NO_TOKEN, Batch
 from post_dist.errors import InputError
 from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.tuning_task import TuningTask
+from post_dist.models.tuning_task import TuningTask, answer_states
 from post_dist.privacy.gradients import task_gradients
 from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes
 from post_dist.privacy.scoring import class_scores
@@ -165,7 +165,8 @@ class _IndependenceCheck:
         all_patterns: bool,
     ) -> None:
         self._task = task
-        self._scored = section.search is not None
+        # A head scores a trial on the hidden states.
+        self._scored = section.search is not None and task.head is None
         self._parameters = task.parameters(section)
         self._length = length
         self._generator = generator
@@ -176,17 +177,26 @@ class _IndependenceCheck:
         self._short = self._probe(max(2, most - LENGTH_STEP + 1))
 
     def passes(self, size: int) -> bool:
-        """Return whether the two probes have the same gradients and scores in all patterns."""
-        gradients = task_gradients(self._task, self._parameters)
+        """Return whether the two probes have the same results in all patterns.
+
+        The results are gradients and scores; for a head, the hidden states that it reads.
+        """
+        results = self._results()
         known: dict[int, list[torch.Tensor]] = {}
         for rows in self._patterns(size):
             batch, targets = self._batch(rows)
-            found = gradients(batch, targets)
+            found = results(batch, targets)
             if self._scored:
                 found.append(class_scores(self._task, batch, self._parameters))
             if not self._agrees(rows, found, known):
                 return False
         return True
+
+    def _results(self) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
+        """Return what the private run computes of a micro-batch."""
+        if self._task.head is not None:
+            return lambda batch, targets: list(answer_states(self._task, batch))
+        return task_gradients(self._task, self._parameters)
 
     def _patterns(self, size: int) -> list[list[_Probe]]:
         """Return micro-batches in which the two probes stand at all places."""

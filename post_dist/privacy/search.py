@@ -39,7 +39,7 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
         # Settings, training and score noise are functions of the key and the trial's number.
         chosen = trial_settings(trainer.config.tune.search, settings, run.source, trial)
         parameters = trainer.train(chosen, trial, run.checkpoints / f"trial-{trial}")
-        score = noisy_score(trainer.count_right(parameters), run.plan, run.source, trial)
+        score = noisy_score(trainer.part.count_right(parameters), run.plan, run.source, trial)
         # The noisy score alone decides. Only the best trial's parameters are kept.
         if score > best["score"]:
             best = {"score": torch.tensor(score, dtype=torch.float64)}

@@ -8,7 +8,6 @@ outcome is then the same and costs nothing. If the sum differs (another machine,
 noise is independent, and the ledger charges the step again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +15,14 @@ from pathlib import Path
 import torch
 
 from post_dist.config.schema import RunConfig
-from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.gradients import unit_gradients
 from post_dist.privacy.ledger import LedgerRun
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.scoring import count_right, validation_task
+from post_dist.privacy.tuned_prompt import TunedPart
 from post_dist.runtime.checkpoint import load_tensors, optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
+from post_dist.runtime.optimizers import result_of
 from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.training import EverySteps, run_training
 
@@ -61,22 +59,18 @@ class PrivateRun:
 
 
 class PrivateTrainer:
-    """Trains and scores the prompt of a tuning task under a privacy plan.
+    """Trains and scores a part of a tuning task under a privacy plan.
 
     Args:
-        task: the model, the training examples and the initial prompt.
+        part: what is trained: the prompt, or a head behind it.
         config: the run file.
         run: plan, randomness, ledger and checkpoints.
-        sizes: number of examples in a micro-batch of each padded length.
     """
 
-    def __init__(
-        self, task: TuningTask, config: RunConfig, run: PrivateRun, sizes: Mapping[int, int]
-    ) -> None:
-        self.task = task
+    def __init__(self, part: TunedPart, config: RunConfig, run: PrivateRun) -> None:
+        self.part = part
         self.config = config
         self.run = run
-        self.sizes = sizes
 
     def train(self, settings: TrialSettings, trial: int, checkpoints: Path) -> list[torch.Tensor]:
         """Train from the start, or from the last checkpoint, for all steps of the plan.
@@ -87,7 +81,7 @@ class PrivateTrainer:
             checkpoints: folder for the trial's state.
 
         Returns:
-            The tuned parameters: the prompt [n, d], and the bias parameters [C] if they are tuned.
+            The tuned parameters, in the order of the part's `parameters`.
 
         Raises:
             PrivacyRefused: the ledger does not allow a step.
@@ -100,26 +94,7 @@ class PrivateTrainer:
         show = self.config.tune.search is None
         # Every step is saved: a repeated step is free only while its sum can be computed again.
         run_training(job, first_step, self.run.world, EverySteps(1), show=show)
-        return job.parameters
-
-    def count_right(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Count the validation examples that tuned parameters classify correctly.
-
-        The count is private.
-
-        Raises:
-            InputError: the data have no validation examples.
-            Interrupted: the run was asked to stop.
-        """
-        # Read the examples for each trial, so that they are in memory only while it is scored.
-        validation = validation_task(self.task, self.config.need_task("private_task"))
-        return count_right(validation, parameters, self.sizes, self.run.world)
-
-    def unit_gradients(
-        self, parameters: Sequence[torch.Tensor], units: Sequence[int]
-    ) -> Iterator[list[torch.Tensor]]:
-        """Yield the gradients of a step's units, some of them at a time."""
-        return unit_gradients(self.task, parameters, units, self.sizes, self.run.world.device)
+        return job.result
 
 
 class PrivateTrial:
@@ -136,7 +111,7 @@ class PrivateTrial:
     Attributes:
         label: name of the run in progress bars and messages.
         steps: number of steps of the plan.
-        parameters: the prompt, and the bias parameters if they are tuned; trained in place.
+        parameters: the parameters of the part, trained in place.
     """
 
     def __init__(
@@ -153,16 +128,23 @@ class PrivateTrial:
         self.label = trainer.run.label
         self.steps = plan.steps
         # Each trial starts with new parameters. `resume` replaces their values after a kill.
-        self.parameters = trainer.task.parameters(section)
+        self.parameters = trainer.part.parameters()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self._optimizer = trainer.task.optimizer(section, self.parameters, settings.learning_rate)
+        self._optimizer = trainer.part.optimizer(
+            self.parameters, settings.learning_rate, plan.steps
+        )
         # The inner optimizer holds the state to save. The private one clips and adds noise.
         self._private = PrivateOptimizer(self._optimizer, plan, self._run.source, trial)
         self._adapts = plan.clip_quantile is not None
         # The schedule is a function of the step alone, so no learning rate depends on the data.
         schedule = Schedule(section.schedule, section.warmup_share, plan.steps)
         self._rates = ScheduledRates(self._private, schedule)
+
+    @property
+    def result(self) -> list[torch.Tensor]:
+        """The values that the training ends with."""
+        return result_of(self.parameters, self._optimizer)
 
     def resume(self) -> int:
         """Load the last checkpoint, if there is one, and charge the steps before it.
@@ -184,10 +166,10 @@ class PrivateTrial:
         """Take one private step. The returned text is empty, because the loss is private."""
         self._rates.apply(step)
         # The name (trial, step) draws the same examples again after a kill.
-        total = len(self._trainer.task.units)
+        total = len(self._trainer.part.units)
         units = self._sampler.draw(self._run.source, total, self._trial, step)
         # Sums are exact, so the split into micro-batches does not change them.
-        for gradients in self._trainer.unit_gradients(self.parameters, units):
+        for gradients in self._trainer.part.gradients(self.parameters, units):
             self._private.accumulate(gradients)
         # A step without examples gets noise like any other step.
         self._private.finish(step, partial(self._run.ledger.intend, self._trial, step))

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
@@ -93,6 +93,29 @@ class Pipeline:
             refuse_distillation(folder.config, self.teacher, self._world)
             with self.running([folder]):
                 distill(folder, self.teacher, self.teacher_digest, self._world, self._resume)
+        return folder
+
+    def warm_start(self) -> RunFolder:
+        """Find or make the public prompt for the student.
+
+        Returns:
+            The finished folder of the stage.
+        """
+        from post_dist.stages.warm_start.stage import (
+            WarmStartModels,
+            refuse_warm_start,
+            warm_start,
+        )
+
+        self._config.need("warm_start")
+        digests = {"teacher": self.teacher_digest, "student": self.student_digest}
+        inputs = digests | {"public_task": self.data_digest("public_task")}
+        folder = run_folder(self._config, "warm_start", inputs)
+        if self._unfinished([folder]):
+            models = WarmStartModels(self.teacher, self.student, digests)
+            refuse_warm_start(folder.config, models, self._world)
+            with self.running([folder]):
+                warm_start(folder, models, self._world, self._resume)
         return folder
 
     def tune(self) -> RunFolder:
@@ -224,7 +247,13 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        student = TunedModel(self.student, self.student_digest, "the student")
+        start = self.public_prompt
+        student = TunedModel(
+            self.student,
+            self.student_digest,
+            "the student",
+            None if start is None else read_prompt(start, PUBLIC_PROMPT),
+        )
         return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
@@ -242,9 +271,11 @@ class Pipeline:
         """
         config.need("tune")
         inputs = {"model": model.digest, "private_task": self.data_digest("private_task")}
+        if model.public_prompt is not None:
+            inputs["public prompt"] = model.public_prompt.manifest.digest
         folder = self.private_folder(config, "tune", inputs, label)
         if self._unfinished([folder]):
-            refuse_tuning(folder.config, model.folder, self._world)
+            refuse_tuning(folder.config, model, self._world)
             private_task = config.need_task("private_task")
             with self.running([folder]):
                 tune(folder, private_task, model, self._world, self._resume)
@@ -320,6 +351,14 @@ class Pipeline:
         """Digest of the student."""
         given = self._config.inputs.student is not None
         return self._world.on_main(partial(_digest_of_student, self.student, given=given))
+
+    @cached_property
+    def public_prompt(self) -> Path | None:
+        """The public prompt that tuning starts from: given, or made; None to start from text."""
+        given = self._config.inputs.public_prompt
+        if given is None and self._config.warm_start is not None:
+            return self.warm_start().artifact
+        return given
 
     @cached_property
     def _source_prompts(self) -> tuple[Path, ...]:

@@ -952,7 +952,7 @@ MUTANTS = [
         "realized batch size in the checkpoint",
         "privacy.trainer",
         "        save_tensors(self._checkpoints, step, state)\n",
-        "        total = len(self._trainer.task.units)\n"
+        "        total = len(self._trainer.part.units)\n"
         "        drawn = self._sampler.draw(self._run.source, total, self._trial, step - 1)\n"
         "        state['batch'] = torch.tensor(float(len(drawn)))\n"
         "        save_tensors(self._checkpoints, step, state)\n",

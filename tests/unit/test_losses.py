@@ -323,8 +323,8 @@ def test_matched_shares_are_the_reference_s(classes: int) -> None:
     generator = torch.Generator().manual_seed(classes)
     scores = 3 * torch.randn(300, classes, generator=generator) + torch.arange(classes)
     reference = torch.randn(300, classes, generator=generator)
-    moved = (scores + share_matching_offsets(scores, reference)).double().softmax(1).mean(0)
     expected = reference.double().softmax(1).mean(0)
+    moved = (scores + share_matching_offsets(scores, expected)).double().softmax(1).mean(0)
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(scores.double().softmax(1).mean(0), moved, atol=0.05)
 

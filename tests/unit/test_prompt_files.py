@@ -101,14 +101,14 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
     [
         ({"prompt_embeddings": torch.full((3, 4), float("nan"))}, "not finite"),
         ({"prompt_embeddings": torch.full((3, 4), 1e30)}, "norm"),
-        ({"prompt_embeddings": torch.zeros(3)}, "shape"),
+        ({"prompt_embeddings": torch.zeros(3)}, "dimensions"),
         ({"prompt_embeddings": torch.zeros(600, 4)}, "600 prompt tokens"),
         ({"prompt_embeddings": torch.zeros(3, 4, dtype=torch.int64)}, "dtype"),
         (
             {"prompt_embeddings": torch.zeros(3, 4), "more": torch.zeros(1)},
-            "more than the one tensor",
+            "does not hold prompt_embeddings alone",
         ),
-        ({"other": torch.zeros(3, 4)}, "does not hold one tensor"),
+        ({"other": torch.zeros(3, 4)}, "does not hold prompt_embeddings alone"),
     ],
 )
 def test_bad_tensors_are_refused(

@@ -30,6 +30,7 @@ from post_dist.stages.evaluate.conflicts import PromptedModel
 from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.transfer.conflicts import TransferModels
+from post_dist.stages.warm_start.conflicts import conflicts as warm_start_conflicts
 
 _LARGEST_CORPUS_BYTES = 1 << 28
 """A larger corpus is not read: parsing it takes more than seconds."""
@@ -83,6 +84,7 @@ class _Check:
             )
         checks: dict[Stage, Callable[[], None]] = {
             "distill": self._check_distill,
+            "warm_start": self._check_warm_start,
             "tune": self._check_tune,
             "transfer": self._check_transfer,
             "evaluate": self._check_evaluate,
@@ -151,6 +153,20 @@ class _Check:
         if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
             return
         self.findings.attempt("distill", lambda: read_rows(corpus, corpus.hub_split, "corpus"))
+
+    def _check_warm_start(self) -> None:
+        config = self.config
+        task = config.public_task
+        student = None if self._student is None else self._student.facts
+        teacher = None if self._teacher is None else self._teacher.facts
+        if student is None or teacher is None:
+            self.findings.not_checked.append("warm_start: the models are not there yet")
+        else:
+            layout = self._layout("warm_start")
+            self.findings.add("warm_start", warm_start_conflicts(config, student, teacher, layout))
+        if task is not None and task.labels and config.warm_start is not None:
+            own = PromptTask.of_section(task, config.warm_start.init_text)
+            self._check_reading("warm_start", own, list(task.labels))
 
     def _check_tune(self) -> None:
         config = self.config

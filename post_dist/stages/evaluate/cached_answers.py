@@ -22,6 +22,7 @@ from post_dist.data.template import NO_TOKEN
 from post_dist.files import digest_of, write_file, writing
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.generation import generate_responses
+from post_dist.models.headed import PromptAndHead, headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.runtime.distributed import World
@@ -131,8 +132,8 @@ class CachedAnswers:
             label: name of the forward pass in progress bars.
 
         Returns:
-            Class scores [N, C] without the class biases of the prompt's task; or the tokens [N, R]
-            of generated responses, padded with NO_TOKEN.
+            Class scores [N, C] with the prompt's head, and without the class biases of its task; or
+            the tokens [N, R] of generated responses, padded with NO_TOKEN.
         """
         world = self._world
         prompt_digest = None if prompt is None else prompt.manifest.digest
@@ -167,6 +168,9 @@ class CachedAnswers:
         prompt_nd = None if prompt is None else prompt.embeddings.to(self._world.device)
         run = InferenceRun(self._batch_size, self._world, label)
         template = self._reader.template
+        if prompt is not None and prompt.head is not None:
+            tuned = PromptAndHead(prompt_nd, prompt.head)
+            return headed_scores(self._model, self._encoded, self._reader, tuned, run)
         if self.generates:
             end_token = self._tokenizer.eos_token_id
             return generate_responses(

@@ -152,8 +152,13 @@ class DirectTransfer(Row):
     name = "direct transfer"
 
     def entries(self, inputs: RowInputs) -> list[TableEntry]:
-        """Compute the answers, if the prompt fits the target's width and tokenizer."""
-        if inputs.target is None or not inputs.target.accepts(inputs.source):
+        """Compute the answers, if the prompt fits the target's width and tokenizer.
+
+        A head fits the hidden states of the student alone, and the prompt is nothing without it.
+        """
+        if inputs.target is None or inputs.source.head is not None:
+            return []
+        if not inputs.target.accepts(inputs.source):
             return []
         # Keep only the first line. The owner's prompt includes its biases, so the line without them
         # would be a different prompt.

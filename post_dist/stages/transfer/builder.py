@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.data.task_reader import TaskReader
@@ -17,6 +18,7 @@ from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
 from post_dist.models.generation import response_hidden
+from post_dist.models.headed import PromptAndHead, headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
@@ -87,7 +89,11 @@ class ObjectiveBuilder:
         self._unprompted_cache: dict[Hashable, torch.Tensor] = {}
 
     def build(
-        self, task: PromptTask, source_nd: torch.Tensor, section: Transfer
+        self,
+        task: PromptTask,
+        source_nd: torch.Tensor,
+        section: Transfer,
+        head: LinearHead | None = None,
     ) -> TransferObjective:
         """Build the objective of one prompt.
 
@@ -95,6 +101,7 @@ class ObjectiveBuilder:
             task: task of the source prompt.
             source_nd: the source prompt [n, d], on the student's device.
             section: settings of the loss.
+            head: the head behind the source prompt, if there is one.
 
         Returns:
             The objective.
@@ -122,7 +129,7 @@ class ObjectiveBuilder:
         # same order, because each forward of a sharded target needs all ranks.
         outputs = FixedOutputs(
             source=self._unprompted_outputs(student),
-            source_prompted=student.outputs(source_nd, "student + prompt"),
+            source_prompted=student.outputs(source_nd, "student + prompt", head),
             target=self._unprompted_outputs(target),
         )
 
@@ -190,12 +197,15 @@ class PublicReading:
     section: Transfer
     world: World
 
-    def outputs(self, prompt_nd: torch.Tensor | None, label: str) -> torch.Tensor:
+    def outputs(
+        self, prompt_nd: torch.Tensor | None, label: str, head: LinearHead | None = None
+    ) -> torch.Tensor:
         """Compute the outputs to store for all public examples.
 
         Args:
             prompt_nd: soft prompt [n, d], or None.
             label: name of the forward pass in progress bars.
+            head: a head behind the prompt, which adds to the class scores.
 
         Returns:
             One of three kinds. Class scores [N, C], which include the task's class biases if there
@@ -214,6 +224,11 @@ class PublicReading:
         # then added after the head has run.
         by_classes = self.section.scores == "classes"
         biases = () if prompt_nd is None else self.reader.task.class_biases
+
+        if head is not None:
+            return headed_scores(
+                self.model, self.examples, self.reader, PromptAndHead(prompt_nd, head), run
+            )
 
         def reduce(outputs: torch.Tensor) -> torch.Tensor:
             if not by_classes:
@@ -291,12 +306,13 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     """
     if not section.match_class_shares:
         return torch.zeros(1)
-    # The proxy adds up the preferences of two models for some classes. The offsets correct its
-    # class shares to those of the prompted student.
+    # The proxy adds up the preferences of two models for some classes. The prompted student has
+    # learned the decision threshold of the task, so the offsets give the proxy its class shares.
+    shares_C = outputs.source_prompted.double().softmax(dim=1).mean(dim=0)
     proxy_NC = proxy_logits(
         outputs.source, outputs.source_prompted, outputs.target, section.proxy_lambda
     )
-    offsets = share_matching_offsets(proxy_NC, outputs.source_prompted)
+    offsets = share_matching_offsets(proxy_NC, shares_C)
     log.info(
         "transfer: class offsets %s match the class shares of the prompted student",
         [round(float(offset), 3) for offset in offsets],

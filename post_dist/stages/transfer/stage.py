@@ -42,6 +42,11 @@ from post_dist.stages.transfer.conflicts import TransferModels, conflicts
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
 
+_HEAD_NEEDS_CLASSES = Conflict(
+    "the source prompt has a head, which scores the classes and no other word",
+    "set transfer.scores: classes",
+)
+
 
 @dataclass(frozen=True)
 class TransferRequest:
@@ -121,6 +126,8 @@ def refuse_transfer(
         found |= dict.fromkeys(
             conflicts(request.folder.config, models, num_virtual_tokens, source.task, layout)
         )
+        if source.head is not None and request.folder.config.transfer.scores != "classes":
+            found[_HEAD_NEEDS_CLASSES] = None
     raise_conflicts("transfer", list(found))
 
 
@@ -164,8 +171,9 @@ def transfer(
     for request in requests:
         source = request.source
         source_nd = source.embeddings.to(world.device)
-        objective = builder.build(source.task, source_nd, request.folder.config.transfer)
-        start_nd = _start(models, tokenizers, source, source_nd, request.folder.config.transfer)
+        section = request.folder.config.transfer
+        objective = builder.build(source.task, source_nd, section, source.head)
+        start_nd = _start(models, tokenizers, source, source_nd, section)
         run = _prompt_run(start_nd, request.folder)
         jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))
 

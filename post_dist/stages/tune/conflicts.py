@@ -1,5 +1,6 @@
 """Conflicts between a run file and a model that prevent prompt tuning."""
 
+from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
@@ -29,4 +30,39 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
     found += room_conflicts("the model", model.context_length, prompt, longest)
+    return found
+
+
+def start_conflicts(config: RunConfig, start: SoftPromptArtifact) -> list[Conflict]:
+    """Find what keeps tuning from starting at a public prompt.
+
+    Args:
+        config: the run file, with the section `private_task`.
+        start: the public prompt.
+    """
+    section = config.tune
+    found = []
+    if len(start.embeddings) != section.num_virtual_tokens:
+        found.append(
+            Conflict(
+                f"tune.num_virtual_tokens is {section.num_virtual_tokens}, and the public prompt "
+                f"has {len(start.embeddings)}",
+                f"set it to {len(start.embeddings)}",
+            )
+        )
+    if start.task.label_words != tuple(config.need_task("private_task").labels.values()):
+        found.append(
+            Conflict(
+                "the public prompt was made for other label words than private_task.labels, or in "
+                "another order",
+                "make it again with these label words",
+            )
+        )
+    if section.adapter == "head" and start.head is None:
+        found.append(
+            Conflict(
+                "inputs.public_prompt has no head to tune",
+                "let `post-dist warm-start` make it",
+            )
+        )
     return found

@@ -4,20 +4,28 @@ Shapes: B examples of a batch, n prompt tokens, d width.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import (
+    PromptContents,
+    Provenance,
+    SoftPromptArtifact,
+    write_prompt,
+)
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
-from post_dist.conflicts import Layout, raise_conflicts
-from post_dist.data.order import rows_of_like_length
+from post_dist.conflicts import Conflict, Layout, raise_conflicts
+from post_dist.data.order import rows_of_like_length, shuffled_rows
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.models.classifier import BIAS_SCALE, PromptInput
@@ -25,12 +33,16 @@ from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.tuning_task import TuningTask, example_losses
+from post_dist.privacy.micro_batches import planned_sizes
+from post_dist.privacy.tuned_head import head_inputs, head_optimizer, head_parameters
 from post_dist.runtime.distributed import World
+from post_dist.runtime.optimizers import result_of
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.private_metrics import open_private_metrics
 from post_dist.runtime.private_process import offline
-from post_dist.stages.prompt_training import PromptRun, train_prompts
-from post_dist.stages.tune.conflicts import conflicts
+from post_dist.stages.prompt_origin import check_belongs
+from post_dist.stages.prompt_training import PromptRun, StepLosses, train_prompts
+from post_dist.stages.tune.conflicts import conflicts, start_conflicts
 
 log = logging.getLogger(__name__)
 
@@ -56,26 +68,41 @@ class TunedModel:
         folder: the student, or the target for the baseline of full prompt tuning.
         digest: digest of its files.
         name: its name in the adapter's configuration and on the model card.
+        public_prompt: the public prompt that tuning starts from; None to start from text.
     """
 
     folder: Path
     digest: str
     name: str
+    public_prompt: SoftPromptArtifact | None = None
 
 
-def refuse_tuning(config: RunConfig, model_folder: Path, world: World) -> None:
-    """Refuse a run file that does not suit the model. It reads the model's configuration alone.
+def refuse_tuning(config: RunConfig, model: TunedModel, world: World) -> None:
+    """Refuse a run file that does not suit the model. It reads no weights.
 
     Args:
         config: the run file.
-        model_folder: the student, or the target for the baseline of full prompt tuning.
+        model: the student, or the target for the baseline of full prompt tuning.
         world: the ranks; only their device matters.
 
     Raises:
+        ArtifactRefused: the public prompt does not belong to the model.
         InputError: there are conflicts; the message lists all of them.
     """
+    facts = read_facts(model.folder)
     layout = Layout(device=world.device.type)
-    raise_conflicts("tune", conflicts(config, read_facts(model_folder), layout))
+    found = conflicts(config, facts, layout)
+    if model.public_prompt is not None:
+        check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
+        found += start_conflicts(config, model.public_prompt)
+    elif config.tune.adapter == "head":
+        found.append(
+            Conflict(
+                "tune.adapter: head needs a public prompt to stand behind",
+                "give inputs.public_prompt, or add the section warm_start",
+            )
+        )
+    raise_conflicts("tune", found)
 
 
 def tune(
@@ -101,7 +128,7 @@ def tune(
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
-        task = _load_task(private_task, folder.config, model.folder, alone)
+        task = _load_task(private_task, folder.config, model, alone)
         with offline():
             parameters, statement = _train(folder, task, model.name, alone, resume)
         settings = _settings(folder.config, private_task)
@@ -111,23 +138,28 @@ def tune(
 
 
 def _load_task(
-    private_task: Task, config: RunConfig, model_folder: Path, world: World
+    private_task: Task, config: RunConfig, tuned: TunedModel, world: World
 ) -> TuningTask:
     """Load the training examples and the model."""
     section = config.tune
     # Load the data before the model, so that mistakes in a file are reported within a second.
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(tuned.folder)
     loaded = load_examples(private_task, "train", "private_task")
     precision = choose_precision(config.engine, world.device)
-    model = load_whole(model_folder, precision, world.device)
+    model = load_whole(tuned.folder, precision, world.device)
     # The reader binds the task to the model's tokenizer.
     prompt_task = PromptTask.of_section(private_task, section.init_text)
     reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
-    # The prompt starts from the embeddings of a text.
-    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
-    return TuningTask(model, reader, examples, targets, start_nd, loaded.users)
+    # The prompt starts from the public one, or from the embeddings of a text.
+    head = None
+    if tuned.public_prompt is not None:
+        start_nd = tuned.public_prompt.embeddings.to(world.device)
+        head = tuned.public_prompt.head if section.adapter == "head" else None
+    else:
+        start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+    return TuningTask(model, reader, examples, targets, start_nd, loaded.users, head)
 
 
 def _train(
@@ -153,22 +185,14 @@ def _tune_without_privacy(
 ) -> list[torch.Tensor]:
     """Tune without privacy. The losses go to a file that only the owner can read."""
     section = folder.config.tune
-    parameters = task.parameters(section)
-    # Batches hold examples of similar length. Private batches are drawn at random instead.
-    lengths = [len(example.token_ids) for example in task.examples]
-    # A shared prompt needs one answer position for each example, but responses have many.
-    shared = not task.reader.generates and task.model.shares_prompt
-    prompt = PromptInput(prompt=parameters[0], shared=shared)
-    bias = parameters[1] if len(parameters) > 1 else None
-
-    def losses_at(step: int) -> list[torch.Tensor]:
-        chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
-        batch = task.reader.collate([task.examples[index] for index in chosen]).to(world.device)
-        targets = task.targets[chosen].to(world.device)
-        losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt, bias)
-        return [losses_B.mean()]
-
-    optimizer = task.optimizer(section, parameters, section.learning_rate)
+    if task.head is None:
+        parameters = task.parameters(section)
+        losses_at = _losses_of_prompt(task, parameters, folder.config, world)
+        optimizer = task.optimizer(section, parameters, section.learning_rate, section.steps)
+    else:
+        parameters = head_parameters(task.head)
+        losses_at = _losses_of_head(task, task.head, parameters, folder.config, world)
+        optimizer = head_optimizer(section, parameters, section.learning_rate, section.steps)
     run = PromptRun(
         parameters,
         optimizer,
@@ -179,7 +203,52 @@ def _tune_without_privacy(
     )
     first = run.take_up(resume, world)
     train_prompts([run], losses_at, first, world)
-    return [parameter.detach() for parameter in parameters]
+    return result_of(parameters, optimizer)
+
+
+def _losses_of_prompt(
+    task: TuningTask, parameters: Sequence[torch.Tensor], config: RunConfig, world: World
+) -> StepLosses:
+    """Return the loss of a step as a function of its number, with a prompt and its biases."""
+    # Batches hold examples of similar length. Private batches are drawn at random instead.
+    lengths = [len(example.token_ids) for example in task.examples]
+    # A shared prompt needs one answer position for each example, but responses have many.
+    shared = not task.reader.generates and task.model.shares_prompt
+    prompt = PromptInput(prompt=parameters[0], shared=shared)
+    bias = parameters[1] if len(parameters) > 1 else None
+
+    def losses_at(step: int) -> list[torch.Tensor]:
+        chosen = rows_of_like_length(step, config.tune.batch_size, lengths, config.seed)
+        batch = task.reader.collate([task.examples[index] for index in chosen]).to(world.device)
+        targets = task.targets[chosen].to(world.device)
+        losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt, bias)
+        return [losses_B.mean()]
+
+    return losses_at
+
+
+def _losses_of_head(
+    task: TuningTask,
+    head: LinearHead,
+    parameters: Sequence[torch.Tensor],
+    config: RunConfig,
+    world: World,
+) -> StepLosses:
+    """Return the loss of a step as a function of its number, with a head."""
+    sizes = planned_sizes(task, config.tune.micro_batch_size_per_gpu)
+    inputs = head_inputs(task, head, sizes, world)
+    features_Nd = torch.from_numpy(inputs.features_Nd).float()
+    scores_NC = torch.from_numpy(inputs.scores_NC).float()
+    weight, bias = parameters
+    count = len(task.examples)
+    size = min(config.tune.batch_size, count)
+
+    def losses_at(step: int) -> list[torch.Tensor]:
+        chosen = shuffled_rows(step * size, size, count, config.seed)
+        scores_BC = scores_NC[chosen] + features_Nd[chosen] @ weight.T + bias
+        return [functional.cross_entropy(scores_BC, task.targets[chosen])]
+
+    return losses_at
 
 
 def _write(
@@ -191,23 +260,42 @@ def _write(
     model: TunedModel,
 ) -> None:
     """Write the artifact: the prompt, its task, its privacy statement and its model card."""
-    # The task carries the biases, in units of the class scores.
-    prompt_task = task.reader.task
-    if len(parameters) > 1:
-        biases = tuple((BIAS_SCALE * parameters[1]).tolist())
-        prompt_task = replace(prompt_task, class_biases=biases)
 
     def card(artifact: Path) -> None:
         _write_card(artifact, folder.config, statement, model.name)
 
-    contents = PromptContents(parameters[0], prompt_task, statement)
+    contents = _contents(task, parameters, statement)
     provenance = Provenance(
         model_name=model.name,
         tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
-        parents={"model": model.digest},
+        parents=_parents(model),
         config=settings,
     )
     write_prompt(folder.artifact, contents, provenance, card)
+
+
+def _parents(model: TunedModel) -> dict[str, str]:
+    """Return the digests of the model, and of the public prompt that tuning started from."""
+    parents = {"model": model.digest}
+    if model.public_prompt is not None:
+        parents["public prompt"] = model.public_prompt.manifest.digest
+    return parents
+
+
+def _contents(
+    task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
+) -> PromptContents:
+    """Return the tuned prompt, or the public prompt with the tuned head."""
+    prompt_task = task.reader.task
+    if task.head is not None:
+        weight, bias = parameters
+        head = task.head.with_values(weight, bias)
+        return PromptContents(task.start_nd, prompt_task, statement, head)
+    # The task carries the biases, in units of the class scores.
+    if len(parameters) > 1:
+        biases = tuple((BIAS_SCALE * parameters[1]).tolist())
+        prompt_task = replace(prompt_task, class_biases=biases)
+    return PromptContents(parameters[0], prompt_task, statement)
 
 
 def _settings(config: RunConfig, private_task: Task) -> dict[str, Any]:

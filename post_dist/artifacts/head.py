@@ -1,0 +1,71 @@
+"""A linear head: class scores from a model's hidden state, behind a soft prompt.
+
+Shapes: B examples, C classes, d width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear classifier on standardized hidden states. Its scores are added to the label words'.
+
+    All tensors are in fp64, so that a step is the same on every machine.
+
+    Attributes:
+        mean: mean [d] of the hidden states of public text.
+        scale: their standard deviation [d].
+        weight: one vector [C, d] for each class.
+        bias: one number [C] for each class.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def untrained(cls, hidden_Nd: torch.Tensor, num_classes: int) -> "LinearHead":
+        """Make a head whose scores are zero.
+
+        Args:
+            hidden_Nd: hidden states of public text, which give mean and scale.
+            num_classes: number of classes C.
+        """
+        hidden = hidden_Nd.double()
+        # A coordinate that never changes says nothing, whatever it is divided by.
+        scale = hidden.std(dim=0).clamp_min(torch.finfo(torch.float32).eps)
+        weight = hidden.new_zeros(num_classes, hidden.shape[1])
+        return cls(hidden.mean(dim=0), scale, weight, hidden.new_zeros(num_classes))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head adds anything to the scores."""
+        return bool(self.weight.any() or self.bias.any())
+
+    def with_values(self, weight: torch.Tensor, bias: torch.Tensor) -> "LinearHead":
+        """Return the head with trained values."""
+        return replace(self, weight=weight.detach().double(), bias=bias.detach().double())
+
+    def features(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
+        """Standardize hidden states, and scale each to length 1.
+
+        Args:
+            hidden_Bd: hidden states, or one [d].
+
+        Returns:
+            Features of the same shape, in fp64.
+        """
+        device = hidden_Bd.device
+        standard = (hidden_Bd.double() - self.mean.to(device)) / self.scale.to(device)
+        lengths = standard.norm(dim=-1, keepdim=True)
+        return standard / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def scores(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
+        """Return what the head adds to the class scores [B, C], in fp32."""
+        device = hidden_Bd.device
+        features_Bd = self.features(hidden_Bd)
+        scores_BC = features_Bd @ self.weight.to(device).T + self.bias.to(device)
+        return scores_BC.float()

@@ -1,0 +1,186 @@
+"""A linear head behind a public prompt, as the part that private tuning trains.
+
+The hidden states behind the prompt do not change during the training. They are computed once, and a
+step then takes milliseconds.
+
+Shapes: B units, N examples, C classes, d width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from post_dist.artifacts.head import LinearHead
+from post_dist.config.schema import RunConfig, Tune
+from post_dist.models.tuning_task import TuningTask, answer_states
+from post_dist.privacy.micro_batches import micro_batches
+from post_dist.privacy.scoring import validation_task
+from post_dist.runtime.distributed import World
+from post_dist.runtime.optimizers import averaging_from, make_optimizer
+from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.watchdog import phase
+
+_GRADIENT_BYTES = 1 << 26
+"""Memory for the gradients of a step that are computed at the same time."""
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a head reads of the examples, in fp64.
+
+    Attributes:
+        features_Nd: features of length 1.
+        scores_NC: class scores of the label words, to which the head adds its own.
+        classes_N: the classes.
+    """
+
+    features_Nd: np.ndarray
+    scores_NC: np.ndarray
+    classes_N: np.ndarray
+
+
+def head_inputs(
+    task: TuningTask, head: LinearHead, sizes: Mapping[int, int], world: World
+) -> HeadInputs:
+    """Run the model on all examples once.
+
+    Micro-batches have fixed shapes, so that no example changes the features of another. There is no
+    progress bar, because the number of examples is private.
+
+    Args:
+        task: the model, the examples and the prompt before them.
+        head: standardizes the hidden states.
+        sizes: number of examples in a micro-batch of each padded length.
+        world: this process.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    count = len(task.examples)
+    features_Nd = np.zeros((count, len(head.mean)))
+    scores_NC = np.zeros((count, len(head.bias)))
+    for micro_batch in micro_batches(task, range(count), sizes, world.device):
+        # This tells the watchdog that the run is alive, but not how many batches there are.
+        phase("reading the examples")
+        hidden_Bd, scores_BC = answer_states(task, micro_batch.batch)
+        for place, example in enumerate(micro_batch.examples):
+            # One example at a time, so that rounding does not depend on its place.
+            features_Nd[example] = head.features(hidden_Bd[place].clone()).cpu().numpy()
+            scores_NC[example] = scores_BC[place].double().cpu().numpy()
+        if stop_requested(world):
+            raise stopped("the next start reads the examples again")
+    return HeadInputs(features_Nd, scores_NC, task.targets.numpy())
+
+
+def head_parameters(head: LinearHead) -> list[torch.Tensor]:
+    """Return new fp32 parameters with the values of a head: weight [C, d] and bias [C]."""
+    return [head.weight.float().clone(), head.bias.float().clone()]
+
+
+def head_optimizer(
+    section: Tune, parameters: Sequence[torch.Tensor], learning_rate: float, steps: int
+) -> torch.optim.Optimizer:
+    """Create the optimizer of the run file."""
+    group = {"params": list(parameters), "lr": learning_rate, **averaging_from(steps)}
+    return make_optimizer(section.optimizer, [group])
+
+
+class TunedHead:
+    """The weight [C, d] and the bias [C] of a head.
+
+    Args:
+        task: the model, the training examples, and the prompt and head to start from.
+        head: the head to start from.
+        config: the run file.
+        sizes: number of examples in a micro-batch of each padded length.
+        world: this process, alone.
+    """
+
+    def __init__(
+        self,
+        task: TuningTask,
+        head: LinearHead,
+        config: RunConfig,
+        sizes: Mapping[int, int],
+        world: World,
+    ) -> None:
+        self._task = task
+        self._head = head
+        self._config = config
+        self._sizes = sizes
+        self._world = world
+        self._inputs = head_inputs(task, head, sizes, world)
+        # Every example is computed at the same place in memory, because kernels may treat the ends
+        # of an array by its address.
+        self._feature_d = np.zeros(len(head.mean))
+
+    @property
+    def units(self) -> Sequence[Sequence[int]]:
+        """The examples of each unit of privacy."""
+        return self._task.units
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return the head to start from."""
+        return head_parameters(self._head)
+
+    def optimizer(
+        self, parameters: list[torch.Tensor], learning_rate: float, steps: int
+    ) -> torch.optim.Optimizer:
+        """Create the optimizer of the run file."""
+        return head_optimizer(self._config.tune, parameters, learning_rate, steps)
+
+    def gradients(
+        self, parameters: Sequence[torch.Tensor], units: Sequence[int]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the gradients of a step's units, some of them at a time.
+
+        The gradient of the cross-entropy is the outer product of the error of the probabilities and
+        the feature.
+        """
+        weight_Cd, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
+        at_once = max(1, _GRADIENT_BYTES // weight_Cd.nbytes)
+        for start in range(0, len(units), at_once):
+            chosen = units[start : start + at_once]
+            weight_BCd = np.zeros((len(chosen), *weight_Cd.shape))
+            bias_BC = np.zeros((len(chosen), len(bias_C)))
+            for row, unit in enumerate(chosen):
+                for example in self.units[unit]:
+                    error_C = self._error(self._inputs, example, weight_Cd, bias_C)
+                    weight_BCd[row] += np.outer(error_C, self._feature_d)
+                    bias_BC[row] += error_C
+            yield [torch.from_numpy(weight_BCd), torch.from_numpy(bias_BC)]
+
+    def count_right(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Count the validation examples that the head classifies correctly.
+
+        Raises:
+            InputError: the data have no validation examples.
+            Interrupted: the run was asked to stop.
+        """
+        weight_Cd, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
+        inputs = self._validation
+        right = 0
+        for example, label in enumerate(inputs.classes_N):
+            error_C = self._error(inputs, example, weight_Cd, bias_C)
+            error_C[label] += 1
+            right += int(error_C.argmax() == label)
+        return right
+
+    @cached_property
+    def _validation(self) -> HeadInputs:
+        validation = validation_task(self._task, self._config.need_task("private_task"))
+        return head_inputs(validation, self._head, self._sizes, self._world)
+
+    def _error(
+        self, inputs: HeadInputs, example: int, weight_Cd: np.ndarray, bias_C: np.ndarray
+    ) -> np.ndarray:
+        """Return an example's probabilities minus its class [C], and keep its feature."""
+        self._feature_d[:] = inputs.features_Nd[example]
+        scores_C = inputs.scores_NC[example] + weight_Cd @ self._feature_d + bias_C
+        error_C: np.ndarray = np.exp(scores_C - scores_C.max())
+        error_C /= error_C.sum()
+        error_C[inputs.classes_N[example]] -= 1
+        return error_C

@@ -1,0 +1,1 @@
+"""The public prompt that private tuning starts from."""
