@@ -21,30 +21,34 @@ from privacy.checks import CPU, folder, fresh_source, part, plan_of, quiet_sourc
 from post_dist.runtime.distributed import World
 
 
-class ToyTask:
-    """20 examples and a parameter of 50 numbers, in place of a model's task."""
+class ToyPart:
+    """20 examples and a parameter of 50 numbers, in place of a prompt.
+
+    The gradient of example e has its weight in coordinate e.
+    """
 
     kind: type[torch.optim.Optimizer] = torch.optim.Adam
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float) -> None:
         self.units = [[example] for example in range(20)]
+        self._scale = scale
 
-    def parameters(self, section: Any) -> list[torch.Tensor]:
+    def parameters(self) -> list[torch.Tensor]:
         return [torch.zeros(50)]
 
     def optimizer(
-        self, section: Any, parameters: list[torch.Tensor], learning_rate: float
+        self, parameters: list[torch.Tensor], learning_rate: float, steps: int
     ) -> torch.optim.Optimizer:
         return self.kind(parameters, lr=learning_rate)
 
-
-def toy_gradients(examples: Sequence[int], scale: float) -> Iterator[list[torch.Tensor]]:
-    """Yield micro-batches of two. The gradient of example e has its weight in coordinate e."""
-    for start in range(0, len(examples), 2):
-        chunk = examples[start : start + 2]
-        gradients = torch.zeros(len(chunk), 50)
-        gradients[torch.arange(len(chunk)), torch.tensor(chunk)] = scale
-        yield [gradients]
+    def gradients(
+        self, parameters: Sequence[torch.Tensor], units: Sequence[int]
+    ) -> Iterator[list[torch.Tensor]]:
+        for start in range(0, len(units), 2):
+            chunk = units[start : start + 2]
+            gradients = torch.zeros(len(chunk), 50)
+            gradients[torch.arange(len(chunk)), torch.tensor(chunk)] = self._scale
+            yield [gradients]
 
 
 def open_ledger(place: Path) -> AbstractContextManager[Any]:
@@ -71,12 +75,6 @@ def train_toy(
     trainer = part("privacy.trainer")
     ledger = part("privacy.ledger")
 
-    class ToyTrainer(trainer.PrivateTrainer):
-        def unit_gradients(
-            self, parameters: Sequence[torch.Tensor], units: Sequence[int]
-        ) -> Iterator[list[torch.Tensor]]:
-            return toy_gradients(units, scale)
-
     config = RunConfig.model_validate({"name": "toy", "tune": {"schedule": "constant"}})
     with open_ledger(place) as opened:
         held = ledger.LedgerRun(opened, source.run, plan, cap)
@@ -84,7 +82,9 @@ def train_toy(
         world = World(0, 1, 0, "none", CPU)
         run = trainer.PrivateRun(plan, source, held, checkpoints, "toy", world)
         settings = trainer.TrialSettings(0.1, norm or plan.max_grad_norm)
-        (parameter,) = ToyTrainer(ToyTask(), config, run, {}).train(settings, 0, checkpoints)
+        (parameter,) = trainer.PrivateTrainer(ToyPart(scale), config, run).train(
+            settings, 0, checkpoints
+        )
         if finish:
             held.finish()
     return parameter.detach()
@@ -123,7 +123,7 @@ def a_run_is_gradient_descent_on_noisy_sums() -> None:
         # Each of the 20 examples has its gradient in a coordinate of its own.
         clipped = torch.zeros(50)
         clipped[:20] = norm
-        with mock.patch.object(ToyTask, "kind", torch.optim.SGD):
+        with mock.patch.object(ToyPart, "kind", torch.optim.SGD):
             with folder() as place:
                 moved = train_toy(place, quiet_source(), plan, norm=norm)
             torch.testing.assert_close(moved, -0.1 * 6 * clipped / 64, rtol=1e-5, atol=1e-8)
