@@ -185,9 +185,10 @@ class Transfer(PromptTraining):
     """Stage 3, transfer: train a prompt for the large LLM on public text."""
 
     # The loss.
-    objective: Literal["published", "proxy"] = "published"
+    objective: Literal["published", "proxy", "ensemble"] = "published"
     """`published`: the paper's loss, (1-alpha) L1 + alpha L2. `proxy`: the KL divergence to the
-    proxy-tuned distribution."""
+    proxy-tuned distribution. `ensemble`: the same without subtracting what the student says without
+    the prompt."""
     scores: Literal["vocabulary", "classes"] = "vocabulary"
     """Compare logits of the whole vocabulary, or only the scores of the task's classes."""
     alpha: Fraction | Literal["auto"] = 0.5
@@ -196,8 +197,8 @@ class Transfer(PromptTraining):
     temperature: PositiveFloat = 2.0
     """Temperature of the distributions that the loss compares."""
     proxy_lambda: PositiveFloat = 1.0
-    """lambda of the proxy-tuned logits z_t(x) + lambda (z_s(p_s+x) - z_s(x)). The table row
-    `proxy-tuning` uses it too."""
+    """lambda of the proxy-tuned logits z_t(x) + lambda (z_s(p_s+x) - z_s(x)). `ensemble` leaves out
+    the last term. The table row `proxy-tuning` uses lambda too."""
     match_class_shares: bool = False
     """Shift the proxy's class scores until their mean probabilities on the public text equal those
     of the prompted student."""
@@ -214,8 +215,10 @@ class Transfer(PromptTraining):
 
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":
-        if self.match_class_shares and (self.objective, self.scores) != ("proxy", "classes"):
-            raise ValueError("match_class_shares needs objective: proxy and scores: classes")
+        if self.match_class_shares and (self.objective == "published" or self.scores != "classes"):
+            raise ValueError(
+                "match_class_shares needs objective: proxy or ensemble, and scores: classes"
+            )
         return self
 
 

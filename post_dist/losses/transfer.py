@@ -45,7 +45,7 @@ def published_transfer_loss(
 
 
 def proxy_logits(
-    source_BK: torch.Tensor,
+    source_BK: torch.Tensor | None,
     source_prompted_BK: torch.Tensor,
     target_BK: torch.Tensor,
     strength: float,
@@ -55,12 +55,15 @@ def proxy_logits(
     Proxy-tuning (Liu et al. 2024) needs no training.
 
     Args:
-        source_BK: logits of the student without a prompt.
+        source_BK: logits of the student without a prompt; None to subtract nothing.
         source_prompted_BK: logits of the student with the tuned prompt.
         target_BK: logits of the large model without a prompt.
         strength: lambda.
     """
-    return target_BK.float() + strength * (source_prompted_BK.float() - source_BK.float())
+    change_BK = source_prompted_BK.float()
+    if source_BK is not None:
+        change_BK = change_BK - source_BK.float()
+    return target_BK.float() + strength * change_BK
 
 
 def share_matching_offsets(scores_NC: torch.Tensor, shares_C: torch.Tensor) -> torch.Tensor:

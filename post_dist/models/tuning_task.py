@@ -65,7 +65,14 @@ class TuningTask:
     def optimizer(
         section: Tune, parameters: list[torch.Tensor], learning_rate: float, steps: int
     ) -> torch.optim.Optimizer:
-        """Create the optimizer of the run file. The class biases have their own learning rate."""
+        """Create the optimizer of the run file. The class biases have their own learning rate.
+
+        Args:
+            section: names the optimizer.
+            parameters: as `parameters` returns them.
+            learning_rate: learning rate of the prompt.
+            steps: number of steps of the training.
+        """
         # One group for each parameter, because each has its own learning rate.
         groups = [{"params": [parameters[0]], "lr": learning_rate, **averaging_from(steps)}]
         if len(parameters) > 1:

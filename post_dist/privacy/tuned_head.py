@@ -83,7 +83,14 @@ def head_parameters(head: LinearHead) -> list[torch.Tensor]:
 def head_optimizer(
     section: Tune, parameters: Sequence[torch.Tensor], learning_rate: float, steps: int
 ) -> torch.optim.Optimizer:
-    """Create the optimizer of the run file."""
+    """Create the optimizer of the run file.
+
+    Args:
+        section: names the optimizer.
+        parameters: as `head_parameters` returns them.
+        learning_rate: the learning rate.
+        steps: number of steps of the training.
+    """
     group = {"params": list(parameters), "lr": learning_rate, **averaging_from(steps)}
     return make_optimizer(section.optimizer, [group])
 

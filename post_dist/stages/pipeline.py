@@ -378,7 +378,14 @@ class Pipeline:
     def private_folder(
         self, config: RunConfig, stage: Stage, inputs: dict[str, str], label: str = ""
     ) -> RunFolder:
-        """Return the folder of a private stage. Rank 0 names it, because its key may be new."""
+        """Return the folder of a private stage. Rank 0 names it, because its key may be new.
+
+        Args:
+            config: the run file.
+            stage: name of the stage.
+            inputs: digest of each input of the stage, by its role.
+            label: part of the folder's name.
+        """
         return self._world.on_main(partial(run_folder, config, stage, inputs, label))
 
     def _unfinished(self, folders: Sequence[RunFolder]) -> list[RunFolder]:

@@ -8,7 +8,14 @@ from unittest import mock
 
 import torch
 from privacy.checks import noisy_sums, part, quiet_source
-from privacy.gradient_checks import WORLD, tuning_task
+from privacy.gradient_checks import (
+    WORLD,
+    Change,
+    changed_layer,
+    mix_examples,
+    round_the_last_score_differently,
+    tuning_task,
+)
 from privacy.user_checks import USERS
 from torch.nn import functional
 
@@ -118,9 +125,25 @@ def a_head_reads_the_prompted_student() -> None:
         )
 
 
+def no_place_counts_for_a_head() -> None:
+    from post_dist.config.stages import Tune
+
+    task = tuned_head()[0]._task
+    section = Tune(adapter="head", micro_batch_size_per_gpu=8)
+
+    def chosen(change: Change) -> set[int]:
+        with changed_layer(task.model, change):
+            return set(part("privacy.batch_sizes").independent_sizes(section, task).values())
+
+    assert max(chosen(torch.Tensor.clone)) > 4
+    assert chosen(mix_examples) == {1}, "examples change each other"
+    assert chosen(round_the_last_score_differently) == {4}, "a last bit was not noticed"
+
+
 CHECKS: list[Callable[[], None]] = [
     a_head_s_gradients_are_those_of_its_loss,
     one_unit_moves_a_head_by_the_norm_at_most,
     no_example_changes_what_a_head_reads_of_another,
     a_head_reads_the_prompted_student,
+    no_place_counts_for_a_head,
 ]

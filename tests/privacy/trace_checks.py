@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import tiny
+import torch
 from privacy.checks import folder, part
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,8 +27,8 @@ from safetensors.torch import load_file
 Rows = list[tuple[str, int, str]]
 """Text, label and user of each row."""
 
-NOISY = re.compile(r"\d+(\.exp_avg(_sq)?)?|clipping_norm")
-"""Tensors of a checkpoint that hold noise: parameters, their moments, and an adapted norm."""
+NOISY = re.compile(r"\d+(\.(exp_avg(_sq)?|ax))?|clipping_norm")
+"""Tensors of a checkpoint that hold noise: parameters, their moments or mean, an adapted norm."""
 
 OWNERS_OWN = {"lock", ".name_key", "randomness.json"}
 
@@ -69,6 +70,9 @@ def neighbors_leave_the_same_traces() -> None:
     compare([rows, more], ["privacy.clip_quantile=0.5"], stop=True)
     compare([rows, of_a_user], [*by_user, *still])
     compare([rows, of_a_user], by_user, stop=True)
+    head = ["inputs.public_prompt=public", "tune.adapter=head"]
+    compare([rows, more, changed], [*head, *still])
+    compare([rows, more], head, stop=True)
 
 
 def compare(data_sets: Sequence[Rows], settings: Sequence[str], *, stop: bool = False) -> None:
@@ -123,6 +127,7 @@ def traces_of(
 def write_run(place: Path, rows: Rows) -> Path:
     """Write a student, private data with users, and a run file."""
     tiny.write_model(place / "student", "llama", layers=2)
+    write_public_prompt(place)
     lines = [f'"{text}",{label},{user}' for text, label, user in rows]
     (place / "private.csv").write_text("\n".join(["text,label,user", *lines, ""]))
     run = place / "run.yaml"
@@ -148,6 +153,25 @@ privacy:
 """
     )
     return run
+
+
+def write_public_prompt(place: Path) -> None:
+    """Write a public prompt for the student, with a head that is not zero."""
+    from post_dist.artifacts.head import LinearHead
+    from post_dist.artifacts.prompt import PUBLIC_PROMPT, PromptContents, Provenance, write_prompt
+    from post_dist.artifacts.task import PromptTask
+    from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+
+    task = PromptTask("{text}", (("bad",), ("good",)), 48, False, "review")
+    values = torch.arange(3 * 64, dtype=torch.float32).view(3, 2, 32) / 100
+    head = LinearHead.untrained(values[2], 2).with_values(values[1] + 1, torch.ones(2))
+    write_prompt(
+        place / "public",
+        PromptContents(torch.cat([values[0], values[2]]), task, None, head),
+        Provenance("tiny", tokenizer_fingerprint(load_tokenizer(place / "student")), {}, {}),
+        lambda artifact: None,
+        PUBLIC_PROMPT,
+    )
 
 
 def tune(run: Path, settings: Sequence[str], *, stop: bool) -> tuple[int, str]:

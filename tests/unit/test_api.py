@@ -22,6 +22,7 @@ NAMES = [
     "StudentResult",
     "TransferResult",
     "account",
+    "audit_membership",
     "distill",
     "evaluate",
     "load_prompt",
@@ -29,6 +30,7 @@ NAMES = [
     "pipeline",
     "transfer",
     "tune",
+    "warm_start",
 ]
 
 

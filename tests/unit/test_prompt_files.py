@@ -134,6 +134,78 @@ def test_a_header_that_claims_terabytes_is_refused_before_it_is_parsed(tmp_path:
         read_prompt(folder)
 
 
+def head_tensors(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a head for two classes and vectors of width 4."""
+    tensors = {
+        "mean": torch.zeros(4),
+        "scale": torch.ones(4),
+        "weight": torch.eye(2, 4),
+        "bias": torch.tensor([0.5, -0.5]),
+    }
+    return {name: value.double() for name, value in (tensors | changes).items()}
+
+
+def write_with_head(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write a prompt of width 4 with a head, without its check."""
+
+    def fill(path: Path) -> None:
+        write_prompt_files(path, open_prompt(torch.randn(3, 4)), "m")
+        save_file(tensors, path / "head.safetensors")
+
+    write_artifact(folder, "soft prompt", fill, parents={"model": "0"}, config={})
+    return folder
+
+
+def test_a_head_adds_to_the_scores_of_standardized_states_of_length_1(tmp_path: Path) -> None:
+    tensors = head_tensors(mean=torch.full((4,), 1.0), scale=torch.full((4,), 2.0))
+    head = read_prompt(write_with_head(tmp_path / "p", tensors)).head
+    # (7 - 1) / 2 = 3 and (9 - 1) / 2 = 4, of length 5.
+    states = torch.tensor([[7.0, 9.0, 1.0, 1.0]])
+    torch.testing.assert_close(head.scores(states), torch.tensor([[0.6 + 0.5, 0.8 - 0.5]]))
+    # A state in the middle of all has no direction.
+    torch.testing.assert_close(head.scores(torch.ones(1, 4)), torch.tensor([[0.5, -0.5]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.full((2, 4), float("nan"))}, "not finite"),
+        ({"weight": torch.full((2, 4), 1e9)}, "above"),
+        ({"mean": torch.full((4,), 1e9)}, "above"),
+        ({"scale": torch.zeros(4)}, "a scale below"),
+        ({"scale": -torch.ones(4)}, "a scale below"),
+        ({"weight": torch.zeros(3, 4)}, "does not fit 2 classes and width 4"),
+        ({"weight": torch.zeros(2, 5)}, "does not fit 2 classes and width 4"),
+        ({"mean": torch.zeros(5)}, "does not fit 2 classes and width 4"),
+        ({"scale": torch.ones(3)}, "does not fit 2 classes and width 4"),
+        ({"bias": torch.zeros(3)}, "does not fit 2 classes and width 4"),
+        ({"bias": torch.zeros(2, 1)}, "dimensions"),
+        ({"more": torch.zeros(1)}, "does not hold bias, mean, scale, weight alone"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    folder = write_with_head(tmp_path / "p", head_tensors(**changes))
+    with pytest.raises(ArtifactRefused, match=message):
+        read_prompt(folder)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    folder = write_with_head(tmp_path / "p", head_tensors())
+    path = folder / "head.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    # Mean and scale read the same bytes, and the file has as many bytes as before.
+    header["scale"]["data_offsets"] = header["mean"]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    sign_again(folder)
+    with pytest.raises(ArtifactRefused, match="do not fit its shapes"):
+        read_prompt(folder)
+
+
 @pytest.mark.parametrize("dtype", [["F32"], {}, None, 32])
 def test_a_dtype_that_is_no_name_is_refused(tmp_path: Path, dtype: object) -> None:
     folder = write(tmp_path / "p", torch.randn(3, 4))

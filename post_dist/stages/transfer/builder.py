@@ -309,9 +309,8 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     # The proxy adds up the preferences of two models for some classes. The prompted student has
     # learned the decision threshold of the task, so the offsets give the proxy its class shares.
     shares_C = outputs.source_prompted.double().softmax(dim=1).mean(dim=0)
-    proxy_NC = proxy_logits(
-        outputs.source, outputs.source_prompted, outputs.target, section.proxy_lambda
-    )
+    base_NC = None if section.objective == "ensemble" else outputs.source
+    proxy_NC = proxy_logits(base_NC, outputs.source_prompted, outputs.target, section.proxy_lambda)
     offsets = share_matching_offsets(proxy_NC, shares_C)
     log.info(
         "transfer: class offsets %s match the class shares of the prompted student",

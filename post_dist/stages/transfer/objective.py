@@ -167,9 +167,10 @@ class TransferObjective:
                 temperature=self.section.temperature,
                 shares_B=weights_B,
             )
-        # The other objective has the prompted target imitate proxy-tuning.
+        # The other objectives have the prompted target imitate proxy-tuning, or the ensemble.
         strength = self.section.proxy_lambda
-        proxy_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, strength)
+        base_BK = None if self.section.objective == "ensemble" else source_BK
+        proxy_BK = proxy_logits(base_BK, source_prompted_BK, target_BK, strength)
         wanted_BK = proxy_BK + self.offsets.to(device)
         return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)
 

@@ -1,0 +1,132 @@
+"""A public warm start, and a head that is tuned behind it: from the student to the table."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, read_prompt
+
+WARM_START = """
+name: tiny
+teacher: {path: teacher}
+inputs: {student: student}
+private_task: &task
+  name: toy
+  visibility: private
+  path: private.csv
+  template: "Review: {text} It was"
+  labels: {0: [bad], 1: [good]}
+  max_length: 48
+public_task: {<<: *task, visibility: public, path: public.csv}
+warm_start: {num_virtual_tokens: 5, steps: 20}
+tune: {adapter: head, num_virtual_tokens: 5, steps: 30, batch_size: 40}
+transfer: {steps: 4, batch_size: 8, objective: proxy, scores: classes}
+engine: {precision: fp32}
+privacy: {enabled: true, target_epsilon: 8, declared_examples: 160, ledger_anchors: anchors}
+"""
+
+
+def write_run(folder: Path) -> Path:
+    """Write two models whose answers depend on the text, data, and a run file with a head."""
+    for name, seed in (("teacher", 0), ("student", 1)):
+        tiny.write_model(folder / name, "llama", seed=seed)
+        tiny.speak_up(folder / name)
+    tiny.write_csv(folder / "private.csv", tiny.sentences(200, 1))
+    tiny.write_csv(folder / "public.csv", tiny.sentences(60, 2))
+    run = folder / "run.yaml"
+    run.write_text(WARM_START)
+    return run
+
+
+def artifact(folder: Path, stage: str) -> Path:
+    """Return the one artifact of a stage."""
+    (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
+    return found
+
+
+def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    code, out, err = main("pipeline", run, "--json")
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    # The prompt alone is not what was tuned, so there is no row of direct transfer.
+    assert list(rows) == ["zero-shot", "student + prompt", "transferred", "proxy-tuning"]
+    assert rows["transferred"]["epsilon"] <= 8
+
+    public = read_prompt(artifact(tmp_path, "warm_start"), PUBLIC_PROMPT)
+    tuned = read_prompt(artifact(tmp_path, "tune"))
+    assert public.privacy is None
+    assert not public.head.trained
+    assert tuned.head.trained
+    # Only the head has seen private data.
+    assert torch.equal(public.embeddings, tuned.embeddings)
+    assert torch.equal(public.head.mean, tuned.head.mean)
+    assert tuned.manifest.parents["public prompt"] == public.manifest.digest
+    assert read_prompt(artifact(tmp_path, "transfer")).head is None
+    for stage in ("warm_start", "tune", "transfer"):
+        code, out, _ = main("verify", artifact(tmp_path, stage), "--json")
+        assert code == 0, out
+
+    # Without privacy, the same head learns the task.
+    sets = ["privacy.enabled=false", "evaluate.split=train", "tune.steps=300"]
+    code, out, err = main("pipeline", run, "--json", *(f"--set={each}" for each in sets))
+    assert code == 0, err
+    rows = {row["name"]: row["accuracy_micro"] for row in json.loads(out)["rows"]}
+    assert rows["student + prompt"] > 0.75
+
+
+def test_a_prompt_that_private_data_have_touched_starts_no_tuning(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    plain = ("--set=privacy.enabled=false", "--set=tune.steps=2")
+    assert main("warm-start", run)[0] == 0
+    assert main("tune", run, *plain)[0] == 0
+    tuned = artifact(tmp_path, "tune")
+    code, _, err = main("tune", run, f"--set=inputs.public_prompt={tuned}")
+    assert code == 4
+    assert "is a soft prompt, not a public prompt" in err
+
+
+def test_a_warm_start_that_says_the_same_of_all_texts_is_not_taken(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    # A random model with small weights answers alike whatever it reads.
+    tiny.write_model(tmp_path / "teacher", "llama")
+    prompts = []
+    for steps in (1, 20):
+        code, out, err = main("warm-start", run, "--json", f"--set=warm_start.steps={steps}")
+        assert code == 0, err
+        assert "the prompt stays as it was initialized" in err
+        assert json.loads(out)["stage"] == "warm-start"
+        prompts.append(read_prompt(Path(json.loads(out)["artifact"]), PUBLIC_PROMPT))
+    assert prompts[0].manifest.config["public_text"]["useful"] is False
+    assert torch.equal(prompts[0].embeddings, prompts[1].embeddings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["warm_start.num_virtual_tokens=7"], "is not tune.num_virtual_tokens (5)"),
+        (["transfer.scores=vocabulary"], "set transfer.scores: classes"),
+        (["tune.class_bias=true"], "a head has a bias for each class"),
+        (["evaluate.baselines=[published transfer]"], "remove evaluate.baselines"),
+        (["warm_start=null"], "needs a public prompt to stand behind"),
+        (["public_task.labels={}"], "public_task has no template or no labels"),
+        (["warm_start.class_shares=[0.2, 0.3, 0.5]"], "3 shares for 2 classes"),
+    ],
+)
+def test_settings_that_do_not_suit_a_head_are_refused(
+    tmp_path: Path, main: Callable, settings: list[str], message: str
+) -> None:
+    run = write_run(tmp_path)
+    code, _, err = main("pipeline", run, *(f"--set={each}" for each in settings))
+    assert code == 2, err
+    assert message in err
