@@ -112,6 +112,24 @@ CLIPPING = {
     "C adapted, from 3": ["privacy.max_grad_norm=3", "privacy.clip_quantile=0.5"],
 }
 """Fixed clipping norms, and the norm that follows the median of the gradient norms."""
+HEAD = [
+    r'public_task.template="Review: {text}\nSentiment:"',
+    "public_task.labels={0: [negative], 1: [positive]}",
+    "public_task.max_length=64",
+    "warm_start={}",
+    "tune.adapter=head",
+    "tune.steps=400",
+    "tune.batch_size=512",
+    "tune.learning_rate=1",
+    "privacy.steps=400",
+    "privacy.expected_batch_size=512",
+    "privacy.learning_rate=1",
+    "transfer.objective=ensemble",
+    "transfer.proxy_lambda=1",
+    "evaluate.baselines=[]",
+]
+"""A linear head behind a public prompt, in place of a tuned prompt."""
+HEAD_EPSILONS = (8, 1)
 GRADIENTS = {
     "256 x 80": ["privacy.expected_batch_size=256"],
     "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
@@ -165,6 +183,11 @@ def _table(seeded: list[str]) -> list[Experiment]:
         Experiment(f"table, public {name}", [*seeded, *CLASS_BIAS, *rows, *changes])
         for name, changes in PUBLIC_TEXTS.items()
     ]
+
+
+def _head(seeded: list[str]) -> list[Experiment]:
+    rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
+    return [Experiment("head", [*seeded, *HEAD, rows])]
 
 
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
@@ -239,6 +262,7 @@ def _settings(changes: Mapping[str, str]) -> Sequence[str]:
 
 PARTS = {
     "table": _table,
+    "head": _head,
     "upper": _upper_bound,
     "private": _private,
     "clipping": _clipping,

@@ -5,6 +5,7 @@
 The parts, and the split that each is measured on:
 
     table       the method and its baselines                                     test
+    head        a head behind a public prompt                                    test
     upper       full prompt tuning of the target                                 test
     lora        DP-LoRA on the student, the data owner's alternative             test
     options     each setting of the transfer added and left out                  validation

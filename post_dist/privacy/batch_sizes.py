@@ -30,7 +30,7 @@ from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, answer_states
 from post_dist.privacy.gradients import task_gradients
-from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes
+from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes, size_of_longest
 from post_dist.privacy.scoring import class_scores
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
     # The cheaper trial comes first and is the larger one. The student itself is run less often.
     kernels = replace(task, model=_with_random_weights(task, generator))
     sizes = {}
-    for length, planned in planned_sizes(task, section.micro_batch_size_per_gpu).items():
+    for length, planned in planned_sizes(task, size_of_longest(section, task)).items():
         checks = [
             _IndependenceCheck(kernels, section, length, generator, all_patterns=True),
             _IndependenceCheck(task, section, length, generator, all_patterns=False),

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from post_dist.config.schema import Tune
 from post_dist.data.template import Batch
 from post_dist.models.tuning_task import TuningTask
+
+_WITHOUT_GRADIENTS = 8
+"""Examples in a pass without gradients, for each example in one with gradients."""
 
 LENGTH_STEP = 16
 """Lengths are rounded up to a multiple of this, so that a step uses few different shapes."""
@@ -58,6 +62,15 @@ def micro_batches(
             filled = chosen + copies
             batch = task.reader.collate([task.examples[example] for example in filled], length)
             yield MicroBatch(chosen, batch.to(device), task.targets[filled].to(device))
+
+
+def size_of_longest(section: Tune, task: TuningTask) -> int:
+    """Return how many of the longest examples a pass holds.
+
+    A head needs no gradient of the model. Its passes keep the activations of one layer at a time.
+    """
+    factor = _WITHOUT_GRADIENTS if task.head is not None else 1
+    return factor * section.micro_batch_size_per_gpu
 
 
 def planned_sizes(task: TuningTask, longest_size: int) -> dict[int, int]:

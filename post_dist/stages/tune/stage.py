@@ -33,7 +33,7 @@ from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.tuning_task import TuningTask, example_losses
-from post_dist.privacy.micro_batches import planned_sizes
+from post_dist.privacy.micro_batches import planned_sizes, size_of_longest
 from post_dist.privacy.tuned_head import head_inputs, head_optimizer, head_parameters
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import result_of
@@ -235,7 +235,7 @@ def _losses_of_head(
     world: World,
 ) -> StepLosses:
     """Return the loss of a step as a function of its number, with a head."""
-    sizes = planned_sizes(task, config.tune.micro_batch_size_per_gpu)
+    sizes = planned_sizes(task, size_of_longest(config.tune, task))
     inputs = head_inputs(task, head, sizes, world)
     features_Nd = torch.from_numpy(inputs.features_Nd).float()
     scores_NC = torch.from_numpy(inputs.scores_NC).float()
