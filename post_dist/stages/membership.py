@@ -121,6 +121,8 @@ def _folder(config: RunConfig, size: MembershipAttack, pipeline: Pipeline) -> Ru
         "private_task": pipeline.data_digest("private_task"),
         "attack": digest_of({"shadows": size.shadows, "rows": size.rows, "transfer": settings}),
     }
+    if pipeline.public_prompt is not None:
+        inputs["public prompt"] = pipeline.public_prompt.manifest.digest
     if _transfers(config):
         inputs["teacher"] = pipeline.teacher_digest
         inputs["public_task"] = pipeline.data_digest("public_task")
@@ -165,6 +167,9 @@ class _Shadows:
         self.task = config.need_task("private_task")
         self.rows = world.on_main(lambda: _choose_rows(self.task, size.rows, config.seed))
         self.members_SN = balanced_members(size.shadows, len(self.rows.texts), config.seed)
+        # The shadows share the student and the public prompt of the run.
+        shared = {"student": pipeline.student, "public_prompt": pipeline.public_prompt_folder}
+        self._inputs = config.inputs.model_copy(update=shared)
         self.models = ModelFolders(pipeline.student, None)
         self.digests = {"student": pipeline.student_digest}
         if _transfers(config):
@@ -186,9 +191,7 @@ class _Shadows:
 
     def transferred(self, prompts: Sequence[Path]) -> list[Path]:
         """Transfer shadow prompts to the large LLM, and return the folders of the results."""
-        inputs = self._config.inputs.model_copy(
-            update={"student": self.models.student, "source_prompt": tuple(prompts)}
-        )
+        inputs = self._inputs.model_copy(update={"source_prompt": tuple(prompts)})
         changes = {"output": self.folder, "name": "transfer", "inputs": inputs}
         config = self._config.model_copy(update=changes)
         folders = Pipeline(config, self._world, frozenset(("transfer",))).transfer()
@@ -205,7 +208,7 @@ class _Shadows:
             "private_task": _task_of(self.task, members),
             "privacy": privacy.model_copy(update={"ledger_anchors": self.folder / "anchors"}),
             "tune": self._config.tune.model_copy(update={"search": None}),
-            "inputs": self._config.inputs.model_copy(update={"student": self.models.student}),
+            "inputs": self._inputs,
         }
         return self._config.model_copy(update=changes)
 

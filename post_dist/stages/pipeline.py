@@ -247,13 +247,7 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        start = self.public_prompt
-        student = TunedModel(
-            self.student,
-            self.student_digest,
-            "the student",
-            None if start is None else read_prompt(start, PUBLIC_PROMPT),
-        )
+        student = TunedModel(self.student, self.student_digest, "the student", self.public_prompt)
         return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
@@ -353,8 +347,14 @@ class Pipeline:
         return self._world.on_main(partial(_digest_of_student, self.student, given=given))
 
     @cached_property
-    def public_prompt(self) -> Path | None:
+    def public_prompt(self) -> SoftPromptArtifact | None:
         """The public prompt that tuning starts from: given, or made; None to start from text."""
+        folder = self.public_prompt_folder
+        return None if folder is None else read_prompt(folder, PUBLIC_PROMPT)
+
+    @cached_property
+    def public_prompt_folder(self) -> Path | None:
+        """The folder of the public prompt."""
         given = self._config.inputs.public_prompt
         if given is None and self._config.warm_start is not None:
             return self.warm_start().artifact
@@ -407,7 +407,8 @@ class Pipeline:
             elif folder.stage not in self._may_run:
                 raise InputError(
                     f"{folder.stage} is not finished for these settings ({folder.path})",
-                    f"run `post-dist {folder.stage}` first, or give its artifact in `inputs`",
+                    f"run `post-dist {folder.stage.replace('_', '-')}` first, or give its artifact "
+                    "in `inputs`",
                 )
         return unfinished
 
