@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "srun ")
 COMMANDS = {
     "distill": "distill",
+    "warm_start": "warm-start",
     "tune": "tune",
     "transfer": "transfer",
     "evaluate": "pipeline",

@@ -33,6 +33,7 @@ class Prompt:
     value: float
     epsilon: float | None = None
     task: Task = field(default_factory=Task)
+    head: object = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def inputs(
     target: Answers | None = Answers(10.0),
     student: Answers = Answers(1.0),
     source: Prompt = Prompt(0.5, 4.0),
+    transfer: Transfer = Transfer(),
 ) -> RowInputs:
-    config = RunConfig(name="a", evaluate=Evaluate(baselines=BASELINES))
+    config = RunConfig(name="a", transfer=transfer, evaluate=Evaluate(baselines=BASELINES))
     on_target = {
         "published transfer": Prompt(0.1, 4.0),
         "transferred": Prompt(0.2, 4.0),
@@ -108,6 +110,20 @@ def test_biases_are_added_and_shown_without_but_not_for_the_direct_transfer() ->
     assert found["direct transfer, x"] == 10.75
     assert "direct transfer, x, without biases" not in found
     assert found["proxy-tuning, x"] == 10.75
+
+
+def test_a_prompt_with_a_head_is_not_used_without_it() -> None:
+    headed = Prompt(0.5, None, Task(), head=object())
+    found = values(table_entries(inputs(source=headed), first=False))
+    assert "student + prompt" in found
+    assert "direct transfer" not in found
+
+
+def test_an_ensemble_subtracts_nothing() -> None:
+    ensemble = Transfer(objective="ensemble", scores="classes", proxy_lambda=2.0)
+    found = values(table_entries(inputs(transfer=ensemble), first=True))
+    assert "proxy-tuning" not in found
+    assert found["ensemble"] == found["zero-shot"] + 2 * found["student + prompt"]
 
 
 def test_rows_that_do_not_apply_are_left_out() -> None:

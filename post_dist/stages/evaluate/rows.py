@@ -205,7 +205,8 @@ class TransferredPrompt(TargetPromptRow):
 class ProxyTuning(Row):
     """The target's scores plus the change in scores that the prompt makes on the student.
 
-    It needs no training, but both models run at inference (Liu et al. 2024).
+    It needs no training, but both models run at inference (Liu et al. 2024). If the transfer aims
+    at the ensemble of both models, so does this row, and has its name.
     """
 
     name = "proxy-tuning"
@@ -217,13 +218,14 @@ class ProxyTuning(Row):
         # The first entry has the class biases, which are part of the change that the prompt makes.
         # The answers are cached, so they are not computed again.
         (prompted, *_) = StudentPrompt().entries(inputs)
+        ensemble = inputs.config.transfer.objective == "ensemble"
         scores_NC = proxy_logits(
-            inputs.student.answers(None, "student"),
+            None if ensemble else inputs.student.answers(None, "student"),
             prompted.answers,
             inputs.target.answers(None, WithoutPrompt.name),
             inputs.config.transfer.proxy_lambda,
         )
-        name = self.name + inputs.label
+        name = ("ensemble" if ensemble else self.name) + inputs.label
         return [TableEntry(name, scores_NC, inputs.student, inputs.source.epsilon)]
 
 
