@@ -81,23 +81,38 @@ class TuningTask:
         return make_optimizer(section.optimizer, groups)
 
 
-@torch.no_grad()
-def answer_states(task: TuningTask, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the model behind the initial prompt.
+class AnswerStates:
+    """Runs the model behind the initial prompt of a task, without gradients.
 
     Args:
         task: the model, the prompt and the label words.
-        batch: examples on the model's device.
-
-    Returns:
-        The hidden states [B, d] at the answers, and the class scores [B, C] of the label words.
     """
-    hidden_Bd = task.model(
-        batch.input_ids, batch.attention_mask, task.start_nd, batch.answer, with_head=False
-    )
-    verbalizer = task.reader.verbalizer
-    scores_BC = verbalizer.scores_of_tokens(task.model.head_of(verbalizer.tokens)(hidden_Bd))
-    return hidden_Bd, scores_BC
+
+    @torch.no_grad()
+    def __init__(self, task: TuningTask) -> None:
+        self._model = task.model
+        self._verbalizer = task.reader.verbalizer
+        # In a causal model the prompt's keys and values are the same for all examples.
+        self._prompt = task.start_nd if task.model.masked else None
+        self._prefix = None if task.model.masked else task.model.prefix_of(task.start_nd)
+        self._logits_of_words = task.model.head_of(self._verbalizer.tokens)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a batch on the model's device.
+
+        Returns:
+            The hidden states [B, d] at the answers, and the class scores [B, C] of the label words.
+        """
+        hidden_Bd = self._model(
+            batch.input_ids,
+            batch.attention_mask,
+            self._prompt,
+            batch.answer,
+            self._prefix,
+            with_head=False,
+        )
+        return hidden_Bd, self._verbalizer.scores_of_tokens(self._logits_of_words(hidden_Bd))
 
 
 def example_losses(

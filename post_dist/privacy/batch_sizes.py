@@ -28,7 +28,7 @@ from post_dist.data.template import NO_TOKEN, Batch
 from post_dist.errors import InputError
 from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.tuning_task import TuningTask, answer_states
+from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.gradients import task_gradients
 from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes, size_of_longest
 from post_dist.privacy.scoring import class_scores
@@ -195,7 +195,8 @@ class _IndependenceCheck:
     def _results(self) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
         """Return what the private run computes of a micro-batch."""
         if self._task.head is not None:
-            return lambda batch, targets: list(answer_states(self._task, batch))
+            states = AnswerStates(self._task)
+            return lambda batch, targets: list(states(batch))
         return task_gradients(self._task, self._parameters)
 
     def _patterns(self, size: int) -> list[list[_Probe]]:

@@ -15,7 +15,7 @@ import torch
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.config.schema import RunConfig, Tune
-from post_dist.models.tuning_task import TuningTask, answer_states
+from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.scoring import validation_task
 from post_dist.runtime.distributed import World
@@ -62,10 +62,11 @@ def head_inputs(
     count = len(task.examples)
     features_Nd = np.zeros((count, len(head.mean)))
     scores_NC = np.zeros((count, len(head.bias)))
+    states = AnswerStates(task)
     for micro_batch in micro_batches(task, range(count), sizes, world.device):
         # This tells the watchdog that the run is alive, but not how many batches there are.
         phase("reading the examples")
-        hidden_Bd, scores_BC = answer_states(task, micro_batch.batch)
+        hidden_Bd, scores_BC = states(micro_batch.batch)
         for place, example in enumerate(micro_batch.examples):
             # One example at a time, so that rounding does not depend on its place.
             features_Nd[example] = head.features(hidden_Bd[place].clone()).cpu().numpy()

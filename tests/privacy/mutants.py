@@ -909,8 +909,8 @@ MUTANTS = [
     Mutant(
         "number of examples in the manifest",
         "stages.tune.stage",
-        'parents={"model": model.digest},',
-        'parents={"model": model.digest, "n": str(len(task.examples))},',
+        "parents=_parents(model),",
+        'parents=_parents(model) | {"n": str(len(task.examples))},',
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
@@ -924,28 +924,28 @@ MUTANTS = [
     Mutant(
         "number of examples in a file's name",
         "stages.tune.stage",
-        "    contents = PromptContents(",
-        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = PromptContents(",
+        "    contents = _contents(",
+        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = _contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in a file's mode",
         "stages.tune.stage",
-        "    contents = PromptContents(",
+        "    contents = _contents(",
         "    (folder.path / 'lock').with_name('resolved.yaml').chmod(\n"
         "        0o600 + 0o100 * (len(task.examples) % 2)\n"
         "    )\n"
-        "    contents = PromptContents(",
+        "    contents = _contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in the exit code",
         "stages.tune.stage",
-        "    contents = PromptContents(",
+        "    contents = _contents(",
         "    if len(task.examples) % 2:\n"
         "        from post_dist.errors import InputError\n\n"
         "        raise InputError('an odd number')\n"
-        "    contents = PromptContents(",
+        "    contents = _contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
@@ -1076,7 +1076,7 @@ MUTANTS = [
     Mutant(
         "hidden states of a head not compared at other places",
         "privacy.batch_sizes",
-        "            return lambda batch, targets: list(answer_states(self._task, batch))\n",
+        "            return lambda batch, targets: list(states(batch))\n",
         "            return lambda batch, targets: [torch.zeros(len(targets))]\n",
         "no_place_counts_for_a_head",
     ),

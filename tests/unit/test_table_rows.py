@@ -58,9 +58,11 @@ def inputs(
     target: Answers | None = Answers(10.0),
     student: Answers = Answers(1.0),
     source: Prompt = Prompt(0.5, 4.0),
-    transfer: Transfer = Transfer(),
+    transfer: Transfer | None = None,
 ) -> RowInputs:
-    config = RunConfig(name="a", transfer=transfer, evaluate=Evaluate(baselines=BASELINES))
+    config = RunConfig(
+        name="a", transfer=transfer or Transfer(), evaluate=Evaluate(baselines=BASELINES)
+    )
     on_target = {
         "published transfer": Prompt(0.1, 4.0),
         "transferred": Prompt(0.2, 4.0),
