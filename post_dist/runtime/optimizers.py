@@ -49,7 +49,8 @@ def make_optimizer(name: OptimizerName, groups: Groups) -> Optimizer:
 
 def averaging_from(steps: int) -> dict[str, float]:
     """Return the option of a parameter group that averages the second half of the steps."""
-    return {"t0": steps / 2}
+    # torch begins the mean at the second step behind `t0`.
+    return {"t0": steps / 2 - 1}
 
 
 def result_of(parameters: Sequence[torch.Tensor], optimizer: Optimizer) -> list[torch.Tensor]:

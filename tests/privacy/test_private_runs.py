@@ -393,7 +393,7 @@ def test_system_noise_gives_another_prompt_each_time(folder: Path, main: Callabl
     assert not prompts[0].equal(prompts[1])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "averaged_sgd"])
 @pytest.mark.parametrize("tokens", [5, 24])
 def test_optimizers_and_both_gradient_paths_train(
     folder: Path, main: Callable, optimizer: str, tokens: int

@@ -9,8 +9,15 @@ import torch
 from post_dist.errors import InputError
 from post_dist.files import write_file
 from post_dist.runtime import checkpoint
-from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
+from post_dist.runtime.checkpoint import (
+    load_tensors,
+    newest_step,
+    optimizer_state,
+    save_tensors,
+    take_up,
+)
 from post_dist.runtime.distributed import World
+from post_dist.runtime.optimizers import averaging_from, make_optimizer, result_of
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -82,3 +89,34 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Input/output error"):
         write_file(place, fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "averaged_sgd"])
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_an_optimizer_goes_on_from_its_checkpoint(tmp_path: Path, name: str, stop: int) -> None:
+    steps = 10
+    gradients = torch.randn(steps, 4, generator=torch.Generator().manual_seed(0))
+
+    def train(first: int, last: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        parameter = torch.zeros(4, requires_grad=True)
+        group = {"params": [parameter], "lr": 0.1, **averaging_from(steps)}
+        optimizer = make_optimizer(name, [group])
+        world = World(0, 1, 0, "none", torch.device("cpu"))
+        assert take_up([parameter], optimizer, tmp_path, "auto", world) == first
+        values = []
+        for step in range(first, last):
+            parameter.grad = gradients[step].clone()
+            optimizer.step()
+            values.append(parameter.detach().clone())
+        if last < steps:
+            save_tensors(tmp_path, last, optimizer_state([parameter], optimizer))
+        return result_of([parameter], optimizer), values
+
+    (whole,), values = train(0, steps)
+    train(0, stop)
+    (resumed,), _ = train(stop, steps)
+    assert torch.equal(resumed, whole)
+    if name == "averaged_sgd":
+        torch.testing.assert_close(whole, torch.stack(values[steps // 2 :]).mean(dim=0))
+    else:
+        assert torch.equal(whole, values[-1])
