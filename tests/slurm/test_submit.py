@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
 import yaml
 from cluster import Cluster, in_time
+
+from post_dist.config.cluster import ClusterStage
 
 CLUSTER = {
     "partition": "main",
@@ -146,7 +149,7 @@ def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(
 
 def test_the_files_for_sbatch_by_hand_are_ones_that_slurm_takes(slurm: Cluster) -> None:
     files = sorted((Path(__file__).parents[2] / "slurm").glob("*.sbatch"))
-    assert len(files) == 4
+    assert len(files) == len(get_args(ClusterStage))
     for file in files:
         assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
         asked = slurm.run("sbatch", "--test-only", file, "RUN.yaml")
