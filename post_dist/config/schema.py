@@ -101,7 +101,7 @@ class RunConfig(Section):
     private_task: Task | None = None
     """The owner's task and labeled examples."""
     public_task: Task | None = None
-    """Public text for the transfer. Its labels are not read."""
+    """Public text for the transfer and the warm start. Its column of labels is not read."""
     # The stages.
     distill: Distill = Distill()
     """Settings of distillation."""
