@@ -114,9 +114,7 @@ def write_prompt(
         # The prompt that is read must equal the trained one bit for bit.
         expected = contents.embeddings.detach().float().cpu()
         same = torch.equal(found.embeddings, expected) and found.task == contents.task
-        if contents.head is not None and found.head is not None:
-            same = same and torch.equal(found.head.weight, contents.head.weight)
-        if not same or (found.head is None) != (contents.head is None):
+        if not same or not _same_head(found.head, contents.head):
             raise EnvironmentFault(
                 f"{folder} does not read back as it was written", "check the disk"
             )
@@ -130,6 +128,13 @@ def write_prompt(
         tokenizer=provenance.tokenizer,
         check=check,
     )
+
+
+def _same_head(one: LinearHead | None, other: LinearHead | None) -> bool:
+    """Return whether two heads hold equal values, or both are missing."""
+    if one is None or other is None:
+        return one is other
+    return all(torch.equal(value, vars(other)[name].cpu()) for name, value in vars(one).items())
 
 
 def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) -> None:

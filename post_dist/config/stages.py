@@ -213,6 +213,11 @@ class Transfer(PromptTraining):
     prompts_at_once: PositiveInt = 4
     """Maximum number of prompts that are trained together. Each needs memory for its examples."""
 
+    @property
+    def subtracts_student(self) -> bool:
+        """Whether the wanted scores leave out what the student says without the prompt."""
+        return self.objective != "ensemble"
+
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":
         if self.match_class_shares and (self.objective == "published" or self.scores != "classes"):

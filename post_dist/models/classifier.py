@@ -3,7 +3,7 @@
 Shapes: B examples, n prompt tokens, d width, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,17 @@ class PromptInput:
     prompt: torch.Tensor | None = None
     prefix: Sequence[torch.Tensor] | None = None
     shared: bool = False
+
+
+def word_scores(
+    model: LanguageModel, verbalizer: Verbalizer
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from hidden states [B, d] to the class scores [B, C] of the label words.
+
+    A sharded head is gathered here, once, so all ranks must call this together.
+    """
+    logits_of_words = model.head_of(verbalizer.tokens)
+    return lambda hidden_Bd: verbalizer.scores_of_tokens(logits_of_words(hidden_Bd))
 
 
 def class_losses(

@@ -15,7 +15,7 @@ from post_dist.config.schema import Tune
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.models.classifier import BIAS_RATE, PromptInput, class_losses
+from post_dist.models.classifier import BIAS_RATE, PromptInput, class_losses, word_scores
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.optimizers import averaging_from, make_optimizer
@@ -91,11 +91,10 @@ class AnswerStates:
     @torch.no_grad()
     def __init__(self, task: TuningTask) -> None:
         self._model = task.model
-        self._verbalizer = task.reader.verbalizer
         # In a causal model the prompt's keys and values are the same for all examples.
         self._prompt = task.start_nd if task.model.masked else None
         self._prefix = None if task.model.masked else task.model.prefix_of(task.start_nd)
-        self._logits_of_words = task.model.head_of(self._verbalizer.tokens)
+        self._word_scores = word_scores(task.model, task.reader.verbalizer)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +111,7 @@ class AnswerStates:
             self._prefix,
             with_head=False,
         )
-        return hidden_Bd, self._verbalizer.scores_of_tokens(self._logits_of_words(hidden_Bd))
+        return hidden_Bd, self._word_scores(hidden_Bd)
 
 
 def example_losses(

@@ -19,7 +19,7 @@ FALSE_POSITIVE_RATE = 0.01
 
 @dataclass(frozen=True)
 class AttackSuccess:
-    """How well an attack tells members from others.
+    """The success of an attack: how well it tells members from others.
 
     Attributes:
         auc: area under the ROC curve; 0.5 is guessing.

@@ -81,7 +81,7 @@ def _tuned_part(
     task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
 ) -> TunedPart:
     """Return what the run file tunes: the head behind the prompt, or the prompt."""
-    if config.tune.adapter == "head" and task.head is not None:
+    if task.head is not None:
         return TunedHead(task, task.head, config, sizes, world)
     return TunedPrompt(task, config, sizes, world)
 

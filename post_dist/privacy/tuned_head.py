@@ -156,7 +156,8 @@ class TunedHead:
             bias_BC = np.zeros((len(chosen), len(bias_C)))
             for row, unit in enumerate(chosen):
                 for example in self.units[unit]:
-                    error_C = self._error(self._inputs, example, weight_Cd, bias_C)
+                    error_C = self._probabilities(self._inputs, example, weight_Cd, bias_C)
+                    error_C[self._inputs.classes_N[example]] -= 1
                     weight_BCd[row] += np.outer(error_C, self._feature_d)
                     bias_BC[row] += error_C
             yield [torch.from_numpy(weight_BCd), torch.from_numpy(bias_BC)]
@@ -172,9 +173,8 @@ class TunedHead:
         inputs = self._validation
         right = 0
         for example, label in enumerate(inputs.classes_N):
-            error_C = self._error(inputs, example, weight_Cd, bias_C)
-            error_C[label] += 1
-            right += int(error_C.argmax() == label)
+            p_C = self._probabilities(inputs, example, weight_Cd, bias_C)
+            right += int(p_C.argmax() == label)
         return right
 
     @cached_property
@@ -182,13 +182,12 @@ class TunedHead:
         validation = validation_task(self._task, self._config.need_task("private_task"))
         return head_inputs(validation, self._head, self._sizes, self._world)
 
-    def _error(
+    def _probabilities(
         self, inputs: HeadInputs, example: int, weight_Cd: np.ndarray, bias_C: np.ndarray
     ) -> np.ndarray:
-        """Return an example's probabilities minus its class [C], and keep its feature."""
+        """Return an example's class probabilities [C], and keep its feature."""
         self._feature_d[:] = inputs.features_Nd[example]
         scores_C = inputs.scores_NC[example] + weight_Cd @ self._feature_d + bias_C
-        error_C: np.ndarray = np.exp(scores_C - scores_C.max())
-        error_C /= error_C.sum()
-        error_C[inputs.classes_N[example]] -= 1
-        return error_C
+        p_C: np.ndarray = np.exp(scores_C - scores_C.max())
+        p_C /= p_C.sum()
+        return p_C

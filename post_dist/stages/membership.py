@@ -59,8 +59,8 @@ class MembershipAttack:
         rows: number of private rows in the attack. Each shadow prompt is tuned on half of them.
     """
 
-    shadows: int = 8
-    rows: int = 1000
+    shadows: int
+    rows: int
 
 
 def audit_membership(
@@ -233,7 +233,7 @@ def _privacy_of(config: RunConfig, members: int) -> Privacy:
     section = config.privacy
     if not section.enabled:
         return section
-    from post_dist.privacy.accounting import account, private_plan
+    from post_dist.privacy.accounting import account, private_plan  # takes a second
 
     plan = private_plan(config)
     expected = plan.expected_batch_size

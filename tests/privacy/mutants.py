@@ -1050,10 +1050,10 @@ MUTANTS = [
         "no_example_changes_what_a_head_reads_of_another",
     ),
     Mutant(
-        "a validation example of a head counted by its probability",
+        "a validation example of a head counted whatever its class",
         "privacy.tuned_head",
-        "            error_C[label] += 1\n",
-        "",
+        "right += int(p_C.argmax() == label)",
+        "right += int(p_C.argmax() >= 0)",
         "a_head_reads_the_prompted_student",
     ),
     Mutant(

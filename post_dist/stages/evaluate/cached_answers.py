@@ -22,7 +22,7 @@ from post_dist.data.template import NO_TOKEN
 from post_dist.files import digest_of, write_file, writing
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.generation import generate_responses
-from post_dist.models.headed import PromptAndHead, headed_scores
+from post_dist.models.headed import headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.runtime.distributed import World
@@ -169,8 +169,9 @@ class CachedAnswers:
         run = InferenceRun(self._batch_size, self._world, label)
         template = self._reader.template
         if prompt is not None and prompt.head is not None:
-            tuned = PromptAndHead(prompt_nd, prompt.head)
-            return headed_scores(self._model, self._encoded, self._reader, tuned, run)
+            return headed_scores(
+                self._model, self._encoded, self._reader, prompt_nd, prompt.head, run
+            )
         if self.generates:
             end_token = self._tokenizer.eos_token_id
             return generate_responses(

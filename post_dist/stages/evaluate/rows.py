@@ -218,14 +218,14 @@ class ProxyTuning(Row):
         # The first entry has the class biases, which are part of the change that the prompt makes.
         # The answers are cached, so they are not computed again.
         (prompted, *_) = StudentPrompt().entries(inputs)
-        ensemble = inputs.config.transfer.objective == "ensemble"
+        subtracts = inputs.config.transfer.subtracts_student
         scores_NC = proxy_logits(
-            None if ensemble else inputs.student.answers(None, "student"),
+            inputs.student.answers(None, "student") if subtracts else None,
             prompted.answers,
             inputs.target.answers(None, WithoutPrompt.name),
             inputs.config.transfer.proxy_lambda,
         )
-        name = ("ensemble" if ensemble else self.name) + inputs.label
+        name = (self.name if subtracts else "ensemble") + inputs.label
         return [TableEntry(name, scores_NC, inputs.student, inputs.source.epsilon)]
 
 

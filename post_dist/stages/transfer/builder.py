@@ -17,8 +17,9 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
+from post_dist.models.classifier import word_scores
 from post_dist.models.generation import response_hidden
-from post_dist.models.headed import PromptAndHead, headed_scores
+from post_dist.models.headed import headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
@@ -226,9 +227,7 @@ class PublicReading:
         biases = () if prompt_nd is None else self.reader.task.class_biases
 
         if head is not None:
-            return headed_scores(
-                self.model, self.examples, self.reader, PromptAndHead(prompt_nd, head), run
-            )
+            return headed_scores(self.model, self.examples, self.reader, prompt_nd, head, run)
 
         def reduce(outputs: torch.Tensor) -> torch.Tensor:
             if not by_classes:
@@ -267,10 +266,10 @@ class PublicReading:
             return stored
         # Hidden states are stored. Compute only the logits of the label words from them. Batches
         # limit the device memory that this takes.
-        head = self.model.head_of(self.reader.verbalizer.tokens)
+        scores = word_scores(self.model, self.reader.verbalizer)
         device = self.model.model.device
-        logits = [head(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
-        scores_NC = self.reader.verbalizer.scores_of_tokens(torch.cat(logits))
+        parts = [scores(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
+        scores_NC = torch.cat(parts)
         biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
         # Without biases, add zero to every class.
         return scores_NC + torch.tensor([biases or [0.0]])
@@ -309,7 +308,7 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     # The proxy adds up the preferences of two models for some classes. The prompted student has
     # learned the decision threshold of the task, so the offsets give the proxy its class shares.
     shares_C = outputs.source_prompted.double().softmax(dim=1).mean(dim=0)
-    base_NC = None if section.objective == "ensemble" else outputs.source
+    base_NC = outputs.source if section.subtracts_student else None
     proxy_NC = proxy_logits(base_NC, outputs.source_prompted, outputs.target, section.proxy_lambda)
     offsets = share_matching_offsets(proxy_NC, shares_C)
     log.info(

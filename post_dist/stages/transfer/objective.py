@@ -169,7 +169,7 @@ class TransferObjective:
             )
         # The other objectives have the prompted target imitate proxy-tuning, or the ensemble.
         strength = self.section.proxy_lambda
-        base_BK = None if self.section.objective == "ensemble" else source_BK
+        base_BK = source_BK if self.section.subtracts_student else None
         proxy_BK = proxy_logits(base_BK, source_prompted_BK, target_BK, strength)
         wanted_BK = proxy_BK + self.offsets.to(device)
         return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)

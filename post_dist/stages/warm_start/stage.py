@@ -30,6 +30,7 @@ from post_dist.errors import InputError
 from post_dist.losses.divergence import softened_kl
 from post_dist.losses.transfer import share_matching_offsets
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
+from post_dist.models.classifier import word_scores
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
@@ -119,9 +120,10 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     tuned_nd = _train(folder, section, student, start_nd.clone(), wanted_NC, resume)
 
     # A prompt that says the same of all texts is worse than the words that it started from.
+    hidden_Nd = student.hidden(tuned_nd, "public prompt")
     statistics = {
         "teacher_information_nats": class_information(wanted_NC),
-        "prompt_information_nats": class_information(student.scores(tuned_nd, "public prompt")),
+        "prompt_information_nats": class_information(student.scores(hidden_Nd)),
     }
     useful = min(statistics.values()) >= _LEAST_INFORMATION
     log.info("warm-start: class information of teacher and prompt: %s", statistics)
@@ -130,8 +132,9 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
             "warm-start: the scores hardly depend on the text, so the prompt stays as it was "
             "initialized; compare the public text with the task"
         )
+        hidden_Nd = student.hidden(start_nd, "initial prompt")
     prompt_nd = tuned_nd if useful else start_nd
-    head = LinearHead.untrained(student.hidden(prompt_nd, "features"), reader.num_classes)
+    head = LinearHead.untrained(hidden_Nd, reader.num_classes)
     provenance = Provenance(
         model_name="the student",
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -161,17 +164,6 @@ class _Student:
     examples: list[Encoded]
     world: World
 
-    def scores(self, prompt_nd: torch.Tensor, label: str) -> torch.Tensor:
-        """Return the class scores [N, C] behind a prompt."""
-        return outputs_at_answers(
-            self.model,
-            self.examples,
-            self.reader.template,
-            prompt_nd,
-            self.reader.scores,
-            _inference(self.world, label),
-        )
-
     def hidden(self, prompt_nd: torch.Tensor, label: str) -> torch.Tensor:
         """Return the hidden states [N, d] at the answers behind a prompt."""
         return outputs_at_answers(
@@ -183,6 +175,12 @@ class _Student:
             _inference(self.world, label),
             with_head=False,
         )
+
+    @torch.no_grad()
+    def scores(self, hidden_Nd: torch.Tensor) -> torch.Tensor:
+        """Return the class scores [N, C] of hidden states."""
+        on_device = hidden_Nd.to(self.world.device)
+        return word_scores(self.model, self.reader.verbalizer)(on_device).cpu()
 
     def prompted_scores(self, rows: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] of some texts, with gradients for the prompt."""
