@@ -19,8 +19,8 @@ from post_dist.planning.layout import (
     offloaded_bytes,
 )
 from post_dist.planning.memory import GIB, frozen_memory
-from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts
-from post_dist.stages.transfer.conflicts import TransferModels
+from post_dist.stages.conflicts import transfer_conflicts
+from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels
 
 _LOGIT_COPIES_OF_CLASSES = 3
 _LOGIT_COPIES_OF_VOCABULARY = 8

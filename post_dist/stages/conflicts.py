@@ -4,29 +4,14 @@ A stage sees one prompt at a time. `plan` and `check` look at all prompts before
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
-from post_dist.stages.transfer.conflicts import TransferModels
+from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels
 from post_dist.stages.transfer.conflicts import conflicts as conflicts_of_transfer
 from post_dist.stages.transfer.published import with_published_transfer
 from post_dist.stages.tune.conflicts import conflicts as conflicts_of_tuning
-
-
-@dataclass(frozen=True)
-class SourcePrompt:
-    """A prompt that a run transfers.
-
-    Attributes:
-        num_virtual_tokens: number n of vectors of the prompt.
-        task: the task that it was, or will be, tuned for.
-    """
-
-    num_virtual_tokens: int
-    task: PromptTask
 
 
 def tune_conflicts(
@@ -66,7 +51,7 @@ def transfer_conflicts(
     # The owners' prompts differ in length and task, so each is compared with the models.
     found = []
     for prompt in prompts:
-        arguments = (models, prompt.num_virtual_tokens, prompt.task, layout)
+        arguments = (models, prompt, layout)
         own = conflicts_of_transfer(config, *arguments)
         found += own
         if "published transfer" in config.evaluate.baselines:

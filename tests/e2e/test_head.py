@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, read_prompt
 
@@ -89,9 +90,45 @@ def test_a_prompt_that_private_data_have_touched_starts_no_tuning(
     assert main("warm-start", run)[0] == 0
     assert main("tune", run, *plain)[0] == 0
     tuned = artifact(tmp_path, "tune")
-    code, _, err = main("tune", run, f"--set=inputs.public_prompt={tuned}")
+    given = f"--set=inputs.public_prompt={tuned}"
+    code, _, err = main("tune", run, given)
     assert code == 4
     assert "is a soft prompt, not a public prompt" in err
+    code, out, _ = main("check", run, given)
+    assert code == 2
+    assert "is a soft prompt, not a public prompt" in out
+
+
+def test_check_lists_what_the_stages_refuse_of_a_start_and_a_head(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    code, out, _ = main("check", run, "--set=warm_start=null")
+    assert code == 2
+    assert "needs a public prompt to stand behind" in out
+    assert main("warm-start", run)[0] == 0
+    public = artifact(tmp_path, "warm_start")
+    other = (f"--set=inputs.public_prompt={public}", "--set=warm_start=null")
+    code, out, _ = main("check", run, *other, "--set=tune.num_virtual_tokens=7")
+    assert code == 2
+    assert "the public prompt has 5" in out
+    assert main("check", run, *other)[0] == 0
+
+    # A provider gets a prompt with a head, and has no private task.
+    assert main("tune", run)[0] == 0
+    provider = tmp_path / "provider.yaml"
+    settings = yaml.safe_load(run.read_text())
+    for section in ("private_task", "privacy", "tune", "warm_start"):
+        del settings[section]
+    settings["inputs"]["source_prompt"] = str(artifact(tmp_path, "tune"))
+    settings["transfer"] = {"steps": 1, "scores": "vocabulary"}
+    provider.write_text(yaml.safe_dump(settings))
+    code, out, _ = main("check", provider)
+    assert code == 2
+    assert "the source prompt has a head" in out
+    code, _, err = main("transfer", provider)
+    assert code == 2
+    assert "the source prompt has a head" in err
 
 
 def test_a_warm_start_that_says_the_same_of_all_texts_is_not_taken(

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.artifacts.manifest import ArtifactKind
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import DataSource, Task
@@ -24,12 +25,13 @@ from post_dist.models.student import stand_in_layers
 from post_dist.stages.check.models import CheckedModel, read_model, same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
 from post_dist.stages.check.task import bind_template, label_tokens
-from post_dist.stages.conflicts import SourcePrompt, transfer_conflicts, tune_conflicts
+from post_dist.stages.conflicts import transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
 from post_dist.stages.evaluate.conflicts import PromptedModel
 from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
 from post_dist.stages.prompt_origin import check_belongs
-from post_dist.stages.transfer.conflicts import TransferModels
+from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels
+from post_dist.stages.tune.conflicts import start_conflicts
 from post_dist.stages.warm_start.conflicts import conflicts as warm_start_conflicts
 
 _LARGEST_CORPUS_BYTES = 1 << 28
@@ -177,6 +179,7 @@ class _Check:
         elif self._student.facts is not None:
             found = tune_conflicts(config, self._student.facts, target, self._layout("tune"))
             self.findings.add("tune", found)
+        self._check_start()
         task = config.private_task
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
@@ -187,6 +190,16 @@ class _Check:
                 splits.append("validation")
             self._check_examples("tune", task, splits)
         self._account()
+
+    def _check_start(self) -> None:
+        """Check the public prompt that tuning starts from. One that is yet to be made will fit."""
+        given = self.config.inputs.public_prompt
+        if given is not None:
+            start = self._read_prompt("tune", given, PUBLIC_PROMPT)
+            if start is not None:
+                self.findings.add("tune", start_conflicts(self.config, start))
+        elif self.config.warm_start is None:
+            self.findings.add("tune", start_conflicts(self.config, None))
 
     def _check_transfer(self) -> None:
         public_task = self.config.public_task
@@ -263,12 +276,15 @@ class _Check:
         for folder in given if isinstance(given, tuple) else (given,):
             prompt = self._read_prompt(stage, folder)
             if prompt is not None:
-                found.append(SourcePrompt(len(prompt.embeddings), prompt.task))
+                has_head = prompt.head is not None
+                found.append(SourcePrompt(len(prompt.embeddings), prompt.task, has_head))
         return found
 
-    def _read_prompt(self, stage: Stage, folder: Path) -> SoftPromptArtifact | None:
+    def _read_prompt(
+        self, stage: Stage, folder: Path, kind: ArtifactKind = "soft prompt"
+    ) -> SoftPromptArtifact | None:
         """Read a prompt, and compare it with the student that it was tuned on."""
-        prompt = self.findings.attempt(stage, lambda: read_prompt(folder))
+        prompt = self.findings.attempt(stage, lambda: read_prompt(folder, kind))
         student = self._student
         if prompt is None or student is None:
             return prompt

@@ -26,20 +26,30 @@ class TransferModels:
     same_tokenizer: bool
 
 
+@dataclass(frozen=True)
+class SourcePrompt:
+    """A prompt that a run transfers.
+
+    Attributes:
+        num_virtual_tokens: number n of vectors of the prompt.
+        task: the task that it was, or will be, tuned for.
+        has_head: whether a head was tuned behind it.
+    """
+
+    num_virtual_tokens: int
+    task: PromptTask
+    has_head: bool = False
+
+
 def conflicts(
-    config: RunConfig,
-    models: TransferModels,
-    num_virtual_tokens: int,
-    task: PromptTask,
-    layout: Layout,
+    config: RunConfig, models: TransferModels, prompt: SourcePrompt, layout: Layout
 ) -> list[Conflict]:
     """Find what keeps the transfer of one prompt from running.
 
     Args:
         config: the run file; its section `public_task` must be there.
         models: student and target.
-        num_virtual_tokens: number n of vectors of the prompt.
-        task: the task of the prompt.
+        prompt: the prompt.
         layout: the ranks of the stage.
 
     Returns:
@@ -51,11 +61,18 @@ def conflicts(
     found = engine_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
     # In both models the public text follows a prompt of the same length.
-    longest = task.max_length + task.max_response_length
+    longest = prompt.task.max_length + prompt.task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):
-        found += room_conflicts(whose, facts.context_length, num_virtual_tokens, longest)
-    if task.max_response_length:
+        found += room_conflicts(whose, facts.context_length, prompt.num_virtual_tokens, longest)
+    if prompt.task.max_response_length:
         found += _generation_conflicts(config.transfer, public_task)
+    if prompt.has_head and config.transfer.scores != "classes":
+        found.append(
+            Conflict(
+                "the source prompt has a head, which scores the classes and no other word",
+                "set transfer.scores: classes",
+            )
+        )
     return found
 
 

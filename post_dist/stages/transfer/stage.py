@@ -38,14 +38,9 @@ from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
-from post_dist.stages.transfer.conflicts import TransferModels, conflicts
+from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
-
-_HEAD_NEEDS_CLASSES = Conflict(
-    "the source prompt has a head, which scores the classes and no other word",
-    "set transfer.scores: classes",
-)
 
 
 @dataclass(frozen=True)
@@ -122,12 +117,8 @@ def refuse_transfer(
     found: dict[Conflict, None] = {}
     for request in requests:
         source = request.source
-        num_virtual_tokens = len(source.embeddings)
-        found |= dict.fromkeys(
-            conflicts(request.folder.config, models, num_virtual_tokens, source.task, layout)
-        )
-        if source.head is not None and request.folder.config.transfer.scores != "classes":
-            found[_HEAD_NEEDS_CLASSES] = None
+        prompt = SourcePrompt(len(source.embeddings), source.task, source.head is not None)
+        found |= dict.fromkeys(conflicts(request.folder.config, models, prompt, layout))
     raise_conflicts("transfer", list(found))
 
 

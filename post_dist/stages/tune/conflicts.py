@@ -33,14 +33,23 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     return found
 
 
-def start_conflicts(config: RunConfig, start: SoftPromptArtifact) -> list[Conflict]:
-    """Find what keeps tuning from starting at a public prompt.
+def start_conflicts(config: RunConfig, start: SoftPromptArtifact | None) -> list[Conflict]:
+    """Find what keeps tuning from starting at a public prompt, or from text.
 
     Args:
         config: the run file, with the section `private_task`.
-        start: the public prompt.
+        start: the public prompt; None to start from text.
     """
     section = config.tune
+    if start is None:
+        if section.adapter == "prompt":
+            return []
+        return [
+            Conflict(
+                "tune.adapter: head needs a public prompt to stand behind",
+                "give inputs.public_prompt, or add the section warm_start",
+            )
+        ]
     found = []
     if len(start.embeddings) != section.num_virtual_tokens:
         found.append(

@@ -24,7 +24,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
-from post_dist.conflicts import Conflict, Layout, raise_conflicts
+from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.order import rows_of_like_length, shuffled_rows
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
@@ -91,17 +91,9 @@ def refuse_tuning(config: RunConfig, model: TunedModel, world: World) -> None:
     """
     facts = read_facts(model.folder)
     layout = Layout(device=world.device.type)
-    found = conflicts(config, facts, layout)
     if model.public_prompt is not None:
         check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
-        found += start_conflicts(config, model.public_prompt)
-    elif config.tune.adapter == "head":
-        found.append(
-            Conflict(
-                "tune.adapter: head needs a public prompt to stand behind",
-                "give inputs.public_prompt, or add the section warm_start",
-            )
-        )
+    found = conflicts(config, facts, layout) + start_conflicts(config, model.public_prompt)
     raise_conflicts("tune", found)
 
 
