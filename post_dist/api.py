@@ -90,6 +90,22 @@ class PromptResult:
 
 
 @dataclass(frozen=True)
+class PublicPromptResult:
+    """A public prompt on the student, which no private data has touched.
+
+    Attributes:
+        path: the run folder, with settings, metrics and logs.
+        artifact: the prompt, a folder that `inputs.public_prompt` takes.
+    """
+
+    path: Path
+    artifact: Path
+
+    def __str__(self) -> str:
+        return str(self.artifact)
+
+
+@dataclass(frozen=True)
 class TransferResult:
     """The prompts for the large LLM.
 
@@ -215,7 +231,7 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
     return _with_stages(config, frozenset(("distill",)), resume, run)
 
 
-def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
+def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PublicPromptResult:
     """Tune a prompt on the student with public text, for private tuning to start from.
 
     It learns the zero-shot scores of the large LLM. No private data is read.
@@ -226,7 +242,7 @@ def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
         resume: what to do with an unfinished run of the same settings.
 
     Returns:
-        The public prompt, which `inputs.public_prompt` takes.
+        The public prompt.
 
     Raises:
         InputError: the student does not exist yet, or a section or a file is missing or wrong.
@@ -234,9 +250,9 @@ def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
         Interrupted: the run was asked to stop; its state is saved.
     """
 
-    def run(stages: "Pipeline", world: "World") -> PromptResult:
+    def run(stages: "Pipeline", world: "World") -> PublicPromptResult:
         folder = stages.warm_start()
-        return PromptResult(folder.path, folder.artifact, None, None)
+        return PublicPromptResult(folder.path, folder.artifact)
 
     return _with_stages(config, frozenset(("warm_start",)), resume, run)
 

@@ -1,14 +1,24 @@
 """The commands for the three stages, the evaluation, and the whole pipeline."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from post_dist import api
-from post_dist.api import EvaluationResult, PromptResult, StudentResult, TransferResult
+from post_dist.api import (
+    EvaluationResult,
+    PromptResult,
+    PublicPromptResult,
+    StudentResult,
+    TransferResult,
+)
 from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
 from post_dist.commands.printing import print_json
 from post_dist.report.tables import print_wide, terminal_table
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
+
+_Result = StudentResult | PublicPromptResult | PromptResult | TransferResult | EvaluationResult
 
 
 def pipeline(
@@ -19,9 +29,7 @@ def pipeline(
     json_: AsJson = False,
 ) -> None:
     """Run the three stages and the evaluation. Finished stages are not run again."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.pipeline(config, resume=resume.mode), json_)
+    _run(api.pipeline, run, set_, output, resume, json_)
 
 
 def distill(
@@ -32,9 +40,7 @@ def distill(
     json_: AsJson = False,
 ) -> None:
     """Provider: distill the large LLM into a student."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.distill(config, resume=resume.mode), json_)
+    _run(api.distill, run, set_, output, resume, json_)
 
 
 def warm_start(
@@ -45,9 +51,7 @@ def warm_start(
     json_: AsJson = False,
 ) -> None:
     """Provider: tune a public prompt on the student, for private tuning to start from."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.warm_start(config, resume=resume.mode), json_, "warm-start")
+    _run(api.warm_start, run, set_, output, resume, json_)
 
 
 def tune(
@@ -58,9 +62,7 @@ def tune(
     json_: AsJson = False,
 ) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.tune(config, resume=resume.mode), json_)
+    _run(api.tune, run, set_, output, resume, json_)
 
 
 def transfer(
@@ -71,9 +73,7 @@ def transfer(
     json_: AsJson = False,
 ) -> None:
     """Provider: transfer the soft prompt to the large LLM with public text alone."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.transfer(config, resume=resume.mode), json_)
+    _run(api.transfer, run, set_, output, resume, json_)
 
 
 def evaluate(
@@ -84,26 +84,23 @@ def evaluate(
     json_: AsJson = False,
 ) -> None:
     """Compare zero-shot, the prompts and the baselines on one split."""
-    listen()
-    config = api.load_run(run, set_ or (), output)
-    _end_with(api.evaluate(config, resume=resume.mode), json_)
+    _run(api.evaluate, run, set_, output, resume, json_)
 
 
-def _end_with(
-    result: StudentResult | PromptResult | TransferResult | EvaluationResult,
+def _run(
+    stage: Callable[..., _Result],
+    run: Path,
+    set_: list[str] | None,
+    output: Path | None,
+    resume: Resume,
     as_json: bool,
-    stage: str = "tune",
 ) -> None:
-    """Print the result on rank 0, then take down the process group.
-
-    Args:
-        result: the result.
-        as_json: whether to print JSON.
-        stage: the stage that made a prompt.
-    """
+    """Run a function of the API, print its result on rank 0, and take down the process group."""
+    listen()
+    result = stage(api.load_run(run, set_ or (), output), resume=resume.mode)
     if this_rank() == 0:
         if as_json:
-            print_json(_json_object(result, stage))
+            print_json(_json_object(result))
         elif isinstance(result, EvaluationResult):
             print_wide(terminal_table(result.table))
             print(result.place)
@@ -112,9 +109,7 @@ def _end_with(
     leave_ranks()
 
 
-def _json_object(
-    result: StudentResult | PromptResult | TransferResult | EvaluationResult, stage: str
-) -> dict[str, Any]:
+def _json_object(result: _Result) -> dict[str, Any]:
     # Scripts rely on the names of these keys.
     if isinstance(result, EvaluationResult):
         table = dict(result.table)
@@ -123,8 +118,10 @@ def _json_object(
         return table
     if isinstance(result, StudentResult):
         return {"stage": "distill", "artifact": str(result.artifact)}
+    if isinstance(result, PublicPromptResult):
+        return {"stage": "warm-start", "artifact": str(result.artifact)}
     if isinstance(result, PromptResult):
-        return {"stage": stage, "artifact": str(result.artifact)}
+        return {"stage": "tune", "artifact": str(result.artifact)}
     # Prompts of several owners come in the order of `inputs.source_prompt`.
     artifacts = [str(prompt.artifact) for prompt in result.prompts]
     if len(artifacts) == 1:

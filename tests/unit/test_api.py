@@ -19,6 +19,7 @@ NAMES = [
     "EvaluationResult",
     "PrivacyCost",
     "PromptResult",
+    "PublicPromptResult",
     "StudentResult",
     "TransferResult",
     "account",
