@@ -37,7 +37,7 @@ bench: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
 demo/demo.yaml: examples/demo.yaml examples/fetch_demo.py | .venv/ready
@@ -53,4 +53,4 @@ demo/demo.yaml: examples/demo.yaml examples/fetch_demo.py | .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv demo runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv demo runs .ruff_cache .pytest_cache .import_linter_cache

@@ -241,7 +241,7 @@ class _Ways:
             for micro_batch in micro_batches:
                 loss = self._peer_loss(loss_of, student, micro_batch)
                 loss = micro_batch.weight * loss / len(micro_batches)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
             optimizer.step()

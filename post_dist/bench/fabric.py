@@ -167,7 +167,7 @@ def _measure_link(world: World, ranks: int) -> _Link:
     groups = []
     for first in range(0, world.size, ranks):
         groups.append(dist.new_group(list(range(first, first + ranks))))
-    group = groups[world.rank // ranks]
+    group: Any = groups[world.rank // ranks]
 
     # Small sizes show the latency, large ones the bandwidth.
     measurements = []

@@ -212,7 +212,7 @@ def trl_distillation_loss(
     Raises:
         ImportError: TRL is not installed.
     """
-    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]
+    from trl.experimental.gkd import GKDTrainer
 
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_BTd)
@@ -252,15 +252,17 @@ def liger_distillation_loss(
     Raises:
         ImportError: Liger is not installed.
     """
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     labelled = int((labels_BT != -100).sum()) / labels_BT.numel()
     scale = section.alpha_ce * section.temperature**2
     liger = LigerFusedLinearJSDLoss(
         section.alpha_lm, scale * labelled, beta=0.0, temperature=section.temperature
     )
-    student_weight = student_head.weight  # type: ignore[attr-defined]
-    teacher_weight = teacher_head.weight  # type: ignore[attr-defined]
+    # pyrefly: ignore[missing-attribute]
+    student_weight = student_head.weight
+    # pyrefly: ignore[missing-attribute]
+    teacher_weight = teacher_head.weight
     loss = liger(
         student_BTd.flatten(0, 1),
         student_weight,
@@ -348,7 +350,8 @@ class OpacusHooks:
         """Return the gradient [B, n, d] of each example."""
         copies_Bnd = self._prompt(self._indices_n.expand(len(classes_B), -1))
         losses_B = plain_losses(self._model, self._verbalizer, batch, classes_B, copies_Bnd)
-        losses_B.sum().backward()  # type: ignore[no-untyped-call]
+        losses_B.sum().backward()
+        # pyrefly: ignore[missing-attribute]
         weight = self._prompt._module.embedding.weight
         gradients: torch.Tensor = weight.grad_sample
         weight.grad_sample = None
@@ -419,10 +422,12 @@ class OpacusLora:
         logits_BV = self._model(batch.input_ids, batch.attention_mask, None, batch.answer)
         scores_BC = self._verbalizer.scores(logits_BV)
         loss = functional.cross_entropy(scores_BC, classes_B, reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradients: list[torch.Tensor] = []
         for parameter in self.parameters:
-            gradients.append(parameter.grad_sample)  # type: ignore[attr-defined]
-            parameter.grad_sample = None  # type: ignore[attr-defined]
+            # pyrefly: ignore[missing-attribute]
+            gradients.append(parameter.grad_sample)
+            # pyrefly: ignore[missing-attribute]
+            parameter.grad_sample = None
             parameter.grad = None
         return gradients

@@ -75,12 +75,13 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
     # Every precision needs models of its own. All stay loaded, since the variants take turns.
     steps: dict[str, Step] = {}
     seconds_before: dict[str, float] = {}
+    lengths: list[int] = []
     for precision in _PRECISIONS:
         setting = bench.prepare(precision)
+        lengths = [len(example.token_ids) for example in setting.objective.examples]
         seconds_before[f"seconds_{precision}"] = setting.seconds
         for name, loss_of in setting.variants().items():
             steps[f"{name} {precision}"] = bench.step_of(setting, loss_of)
-        objective = setting.objective
 
     # Rows of one variant follow each other. The first row of the table is the baseline.
     ordered = {}
@@ -90,7 +91,6 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
             ordered[name] = steps[name]
 
     difference = _max_difference(ordered)
-    lengths = [len(example.token_ids) for example in objective.examples]
     batch_size = config.transfer.batch_size
     measured = time_steps(ordered, batch_size, "samples", world.device)
     return measured | {
@@ -247,9 +247,10 @@ class _TransferBench:
             taken += 1
             optimizer.zero_grad()
             loss = loss_of(chosen, prompt_nd)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
-            return loss.detach(), prompt_nd.grad.detach().clone()  # type: ignore[union-attr]
+            # pyrefly: ignore[missing-attribute]
+            return loss.detach(), prompt_nd.grad.detach().clone()
 
         return step
 

@@ -165,9 +165,10 @@ class _StepVariants:
         def step() -> torch.Tensor:
             # Training takes the mean. The caller compares sums, so multiply by the batch size.
             optimizer.zero_grad()
-            losses_at(prompt_nd).mean().backward()  # type: ignore[no-untyped-call]
+            losses_at(prompt_nd).mean().backward()
             optimizer.step()
-            return batch_size * prompt_nd.grad.detach()  # type: ignore[union-attr]
+            # pyrefly: ignore[missing-attribute]
+            return batch_size * prompt_nd.grad.detach()
 
         return step
 

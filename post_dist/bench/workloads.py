@@ -270,7 +270,8 @@ class TransferWorkload(Workload):
         (loss,) = transfer_losses(self._models, [self._objective], [self._prompt_nd], [batch.rows])
         # The weight makes the average over ranks a mean over examples.
         (batch.weight * loss).backward()
-        self._world.mean(self._prompt_nd.grad)  # type: ignore[arg-type]
+        # pyrefly: ignore[bad-argument-type]
+        self._world.mean(self._prompt_nd.grad)
         self._prompt_nd.grad = None
 
     def load_inputs(self, step: int) -> None:

@@ -54,6 +54,8 @@ def build_ops() -> list[str]:
     """
     _use_own_cache()
     import torch
+
+    # pyrefly: ignore[missing-module-attribute]
     from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
 
     # NVMe offload needs the first op. Quantized gathers need the second, which needs CUDA.

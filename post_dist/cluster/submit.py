@@ -190,7 +190,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
             cancelled = ", ".join(earlier.job_id for earlier in submitted)
             hint = f"the jobs before it are cancelled: {cancelled}"
         raise EnvironmentFault(
-            f"Slurm does not take the job for {planned.stage}: {error}", hint
+            f"Slurm does not take the job for {jobs[len(submitted)].stage}: {error}", hint
         ) from None
     return submitted
 

@@ -190,7 +190,7 @@ def _read_file(path: Path, where: str) -> pd.DataFrame:
         raise InputError(f"{where}.path: {path}: {problem}") from None
     except UnicodeError:
         raise InputError(f"{where}.path: {path}: is not UTF-8 text") from None
-    except (ValueError, RecursionError, pd.errors.ParserError):
+    except (ValueError, RecursionError):
         # The parser's own message is dropped, because it may quote an example.
         problem = f"cannot be read as {path.suffix[1:].upper()}"
         if path.stat().st_size == 0:
@@ -204,6 +204,7 @@ def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
     try:
         # The hub's client has its own time limits.
         with unwatched(f"fetching {source.hub}"):
+            # pyrefly: ignore[no-matching-overload]
             rows: Any = load_dataset(
                 source.hub, source.hub_config, revision=source.revision, split=split
             )

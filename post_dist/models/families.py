@@ -82,8 +82,8 @@ def attention_widths(config: PretrainedConfig) -> AttentionWidths:
 
 def mlp_of(layer: nn.Module) -> nn.Module | None:
     """Return the MLP of a layer; None in families without a module named `mlp`."""
-    mlp: nn.Module | None = getattr(layer, "mlp", None)
-    return mlp
+    mlp = getattr(layer, "mlp", None)
+    return mlp if isinstance(mlp, nn.Module) else None
 
 
 def head_name(model: PreTrainedModel) -> str:

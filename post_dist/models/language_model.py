@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         self._head_name = families.head_name(model)
         # Replace the attention by a version that takes a `packing`, if the family allows it.
         if not masked and model._supports_attention_backend:
-            model.set_attn_implementation(PACKABLE[model.config._attn_implementation])
+            model.set_attn_implementation(PACKABLE[str(model.config._attn_implementation)])
 
     # Properties of the model.
 

@@ -164,7 +164,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: there is no usable tokenizer.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import deepspeed
 import torch
+
+# pyrefly: ignore[missing-module-attribute]
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -151,7 +153,8 @@ def _name_in_model(
 
 
 def _check_shape(folder: Path, stored_name: str, stored: object, place: torch.Tensor) -> None:
-    stored_shape = tuple(stored.get_shape())  # type: ignore[attr-defined]
+    # pyrefly: ignore[missing-attribute]
+    stored_shape = tuple(stored.get_shape())
     # A sharded parameter itself is empty. DeepSpeed keeps its full shape in `ds_shape`.
     expected_shape = tuple(getattr(place, "ds_shape", place.shape))
     if stored_shape != expected_shape:

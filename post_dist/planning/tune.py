@@ -1,6 +1,7 @@
 """The plan of prompt tuning: one GPU, and one prompt for each privacy plan of the run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
@@ -41,7 +42,7 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     for seconds, prompt in zip(step_seconds, prompts, strict=True):
         all_steps += seconds * prompt.steps
     trials = section.search.mean_trials if section.search else None
-    numbers = {
+    numbers: dict[str, Any] = {
         "flops_per_gpu": {"forward_and_backward": max(flops)},
         "step_seconds": max(step_seconds),
         "steps": max(prompt.steps for prompt in prompts),

@@ -164,7 +164,8 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
         accountant = pld = _pld(tuple(plans), _FINE)
         epsilons = np.linspace(0, 20, 401)
         # One call for all of them: a call for each takes 14 s.
-        reached: Any = pld.get_delta(epsilons)  # type: ignore[arg-type]
+        # pyrefly: ignore[bad-argument-type]
+        reached: Any = pld.get_delta(epsilons)
         profile = list(zip(epsilons.tolist(), reached.tolist(), strict=True))
     # The privacy profile bounds the power of any attack.
     return Cost(

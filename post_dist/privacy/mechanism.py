@@ -56,6 +56,7 @@ class PrivateOptimizer(DPOptimizer):
             optimizer,
             noise_multiplier=plan.gradient_noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
+            # pyrefly: ignore[bad-argument-type]
             expected_batch_size=plan.expected_batch_size,
         )
         # Opacus has set it already, without a type.
@@ -110,12 +111,15 @@ class PrivateOptimizer(DPOptimizer):
             kept = finite * factor_B[:, None]
             # Truncate toward zero, so that no norm grows. Integer sums do not depend on the order.
             total = kept.trunc().long().sum(dim=0).view(parameter.shape)
+            # pyrefly: ignore[missing-attribute]
             if parameter.summed_grad is not None:
                 total = parameter.summed_grad + total
+            # pyrefly: ignore[missing-attribute]
             parameter.summed_grad = total
 
     def add_noise(self) -> None:
         """Record the commitment to the sum, draw the noise, and store the noisy sum in `grad`."""
+        # pyrefly: ignore[missing-attribute]
         sums = [parameter.summed_grad.cpu() for parameter in self.params]
         # The commitment is a keyed digest of the exact integer sum.
         place = (self._trial, self._step_number)
@@ -159,6 +163,7 @@ class PrivateOptimizer(DPOptimizer):
     def _feed(self, gradients: Sequence[torch.Tensor], *, last: bool) -> None:
         """Pass gradients to the step of Opacus, which adds noise and steps only for the last."""
         for parameter, gradient in zip(self.params, gradients, strict=True):
+            # pyrefly: ignore[missing-attribute]
             parameter.grad_sample = gradient
         self.signal_skip_step(not last)
         self.step()

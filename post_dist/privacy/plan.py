@@ -169,7 +169,7 @@ class PrivacyPlan:
         Args:
             begun: histogram: number of times a step was started -> number of such steps.
         """
-        plans = []
+        plans: list[PrivacyPlan] = []
         for times, count in sorted(begun.items()):
             covered_by_search = self.mean_trials is not None and times <= 1
             if count == 0 or covered_by_search:

@@ -93,6 +93,7 @@ def logarithmic_parameter(mean: float) -> float:
         return -p / ((1 - p) * math.log1p(-p)) - mean
 
     # The mean grows with p from 1 to infinity, so there is exactly one root.
+    # pyrefly: ignore[bad-argument-type]
     return float(brentq(excess, 1e-12, 1 - 1e-12))
 
 

@@ -257,4 +257,5 @@ def _is_between(number: object, least: float, most: float) -> bool:
 
     True and False do not count as numbers.
     """
-    return type(number) in (int, float) and least <= number <= most  # type: ignore[operator]
+    # pyrefly: ignore[unsupported-operation]
+    return type(number) in (int, float) and least <= number <= most

@@ -75,7 +75,7 @@ def terminal_table(table: Mapping[str, Any]) -> "Table":
     drawn = Table(title=table_title(table))
     for column in table_columns(table):
         justify = "left" if column == "row" else "right"
-        drawn.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        drawn.add_column(column, justify=justify, no_wrap=True)
     for cells in table_cells(table):
         drawn.add_row(*cells)
     return drawn

@@ -228,7 +228,7 @@ def prepare_deepspeed(world: World) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.size == 1 and not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(backend, timeout=_TIMEOUT, verbose=False)
 

@@ -142,6 +142,7 @@ class _SavedPieces:
 
 def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     """Return the torch optimizer inside DeepSpeed's; ZeRO-0 in fp32 has no wrapper."""
+    # pyrefly: ignore[bad-return]
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -149,6 +150,7 @@ def _pieces(engine: deepspeed.DeepSpeedEngine) -> list[_Piece]:
     """List the ranges of the trained parameters that this rank's optimizer steps."""
     optimizer = engine.optimizer
     trained = {}
+    # pyrefly: ignore[missing-attribute]
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             trained[name] = parameter

@@ -25,6 +25,7 @@ def freeze_sharded(model: Model, settings: dict[str, Any]) -> Model:
     """
     # The hooks on the module keep the engine alive.
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
+    # pyrefly: ignore[bad-return]
     return engine.module
 
 

@@ -140,7 +140,7 @@ class PromptTrainer:
 
         # The losses share no parameter, so one backward pass serves all prompts.
         losses = torch.stack(list(self._losses_at(step)))
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()
         # `World.mean` averages in place, so the metrics get a copy.
         mean_losses = self._world.mean(losses.detach().clone()).tolist()
 
