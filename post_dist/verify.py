@@ -25,7 +25,8 @@ def verify(folder: Path) -> dict[str, Any]:
     Nothing in the folder is executed or trusted.
 
     Returns:
-        `{"ok", "kind", "problems"}`; `kind` is None if the manifest cannot be used.
+        `{"ok", "kind", "problems"}`; `kind` is None if the manifest cannot be used. An accepted
+        student also has `given_away`, which is empty in a student of version 0.1.0.
     """
     try:
         manifest = read_any_manifest(folder)
@@ -37,10 +38,14 @@ def verify(folder: Path) -> dict[str, Any]:
         if manifest.kind in ("soft prompt", "public prompt"):
             problems += _prompt_problems(folder, manifest.kind)
         elif manifest.kind == "student":
-            problems += _weight_problems(folder)
+            problems += _weight_problems(folder, manifest.config.get("given_away", {}))
     except PostDistError as error:
         problems.append(str(error))
-    return {"ok": not problems, "kind": manifest.kind, "problems": problems}
+    result = {"ok": not problems, "kind": manifest.kind, "problems": problems}
+    if manifest.kind == "student" and not problems:
+        # What the student holds of its teacher, by its provider's own statement.
+        result["given_away"] = manifest.config.get("given_away", {})
+    return result
 
 
 def _lineage_problems(manifest: Manifest) -> list[str]:
@@ -61,8 +66,14 @@ def _prompt_problems(folder: Path, kind: ArtifactKind) -> list[str]:
     return [f"{PRIVACY}: {problem}" for problem in statement_problems(prompt.privacy)]
 
 
-def _weight_problems(folder: Path) -> list[str]:
-    """Find weights of a student that are not finite or do not fit its configuration."""
+def _weight_problems(folder: Path, given_away: Any) -> list[str]:
+    """Find weights of a student that are not finite or do not fit its configuration.
+
+    Args:
+        folder: the student.
+        given_away: what its manifest says of the parameters that it shares with the teacher; empty
+            in a student of version 0.1.0.
+    """
     import torch
 
     from post_dist.models.load import load_whole
@@ -73,8 +84,23 @@ def _weight_problems(folder: Path) -> list[str]:
         if problem is not None:
             return [problem]
     # Loading finds weights that are missing, unknown, or of another shape than config.json says.
-    load_whole(folder, "fp32", torch.device("cpu"))
+    model = load_whole(folder, "fp32", torch.device("cpu"))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if given_away and not _fits(given_away, size):
+        return [f"it has {size} parameters, and its manifest says otherwise"]
     return []
+
+
+def _fits(given_away: Any, size: int) -> bool:
+    """Return whether a statement of what a student gives away is possible for its size."""
+    names = {"student_parameters", "unchanged_parameters", "teacher_parameters"}
+    if not isinstance(given_away, dict) or set(given_away) != names:
+        return False
+    if any(type(count) is not int for count in given_away.values()):
+        return False
+    unchanged = given_away["unchanged_parameters"]
+    student = given_away["student_parameters"]
+    return student == size and 0 <= unchanged <= student <= given_away["teacher_parameters"]
 
 
 def _file_problem(path: Path) -> str | None:

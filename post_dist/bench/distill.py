@@ -34,6 +34,7 @@ from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
 from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.zero import number_of_parameters
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.cached_teacher import cache_teacher
 from post_dist.stages.distill.conflicts import conflicts, required_sections
@@ -109,8 +110,8 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         steps = _interleaved([way.steps() for way in ways])
         first_losses = {name: step() for name, step in steps.items()}
         sizes = {
-            "teacher_parameters": _size(ways[0].teacher),
-            "student_parameters": _size(ways[0].student()),
+            "teacher_parameters": number_of_parameters(ways[0].teacher),
+            "student_parameters": number_of_parameters(ways[0].student()),
         }
         tokens = config.distill.batch_size * corpus_section.sequence_length
         measured = time_steps(steps, tokens, "tokens", world.device)
@@ -275,12 +276,3 @@ def _head(model: LanguageModel) -> Head:
     if model.has_linear_head:
         return model.head_module
     return model.head
-
-
-def _size(model: LanguageModel) -> int:
-    """Return the number of parameters of a model that may be sharded."""
-    sizes = []
-    for parameter in model.parameters():
-        # DeepSpeed leaves an empty tensor in place of a sharded one, with its size beside it.
-        sizes.append(int(getattr(parameter, "ds_numel", parameter.numel())))
-    return sum(sizes)

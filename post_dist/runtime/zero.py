@@ -63,9 +63,16 @@ def full_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
 def shard_share(model: nn.Module) -> float:
     """Return the fraction of a model's parameters that this rank holds; 1 without sharding."""
     held = 0
-    whole = 0
     for parameter in model.parameters():
-        # A sharded parameter is empty itself. DeepSpeed stores its shard and size as attributes.
+        # A sharded parameter is empty itself. DeepSpeed stores its shard as an attribute.
         held += getattr(parameter, "ds_tensor", parameter).numel()
-        whole += getattr(parameter, "ds_numel", parameter.numel())
-    return held / whole
+    return held / number_of_parameters(model)
+
+
+def number_of_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a whole model, which may be sharded."""
+    count = 0
+    for parameter in model.parameters():
+        # DeepSpeed stores the size of a sharded parameter as an attribute.
+        count += getattr(parameter, "ds_numel", parameter.numel())
+    return count

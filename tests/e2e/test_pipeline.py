@@ -159,7 +159,17 @@ def test_lineage_leads_from_the_prompt_back_to_the_teacher(finished: Path) -> No
             "source prompt": source.digest,
             "model": student.digest,
         }
-    assert set(student.config["held_out"]) >= {"unexplained_share", "last_position_kl_nats"}
+    wanted = {"unexplained_share", "last_position_kl_nats", "teacher_lm"}
+    assert set(student.config["held_out"]) >= wanted
+    teacher = load_whole(finished / "teacher", "fp32", CPU).model
+    own = load_whole(artifact(finished, "distill"), "fp32", CPU).model
+    # Only the layers were trained.
+    frozen = [weight for name, weight in own.named_parameters() if ".layers." not in name]
+    assert student.config["given_away"] == {
+        "student_parameters": own.num_parameters(),
+        "unchanged_parameters": sum(weight.numel() for weight in frozen),
+        "teacher_parameters": teacher.num_parameters(),
+    }
 
 
 def test_two_parties_meet_through_artifacts_alone(tmp_path: Path, post_dist: Callable) -> None:

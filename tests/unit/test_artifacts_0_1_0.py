@@ -24,7 +24,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", KINDS)
 def test_verify_accepts_it(name: str) -> None:
-    assert verify(FOLDER / name) == {"ok": True, "kind": KINDS[name], "problems": []}
+    found = verify(FOLDER / name)
+    # Students of this version say nothing of what they give away.
+    assert found.pop("given_away", {}) == {}
+    assert found == {"ok": True, "kind": KINDS[name], "problems": []}
 
 
 @pytest.mark.parametrize("name", ["source_prompt", "transferred_prompt"])

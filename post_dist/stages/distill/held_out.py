@@ -6,9 +6,11 @@ Shapes: B sequences, N sequences of all ranks, T tokens, d width, V vocabulary, 
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from post_dist.data.masking import NO_LABEL
 from post_dist.losses.divergence import softened_kl, unexplained_share
+from post_dist.losses.pieces import logit_pieces, split_positions
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.distributed import World
 from post_dist.runtime.gathering import gathered
@@ -38,8 +40,9 @@ def held_out_metrics(
         world: the ranks.
 
     Returns:
-        The mean of each loss term, and two metrics at the position where the model would answer:
-        `last_position_kl_nats` and `unexplained_share`.
+        The mean of each loss term; `teacher_lm`, the teacher's own language-modeling loss; and two
+        metrics at the position where the model would answer: `last_position_kl_nats` and
+        `unexplained_share`.
     """
     # Each pass is a training step without its backward pass. The last positions are also kept.
     term_means = []
@@ -51,7 +54,9 @@ def held_out_metrics(
         _, terms, student_BTd = engine(
             batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal
         )
-        term_means.append(micro_batch.weight * terms.stacked())
+        teacher_lm = _loss_of_teacher(engine.module, signal.hidden, batch.labels_BT)
+        means = torch.cat([terms.stacked(), teacher_lm[None]])
+        term_means.append(micro_batch.weight * means)
         # A rank that has run out of sequences repeats one, which does not count.
         positions_B = _last_positions(batch, is_masked=text.is_masked)[: micro_batch.counted]
         sequences_B = torch.arange(micro_batch.counted, device=positions_B.device)
@@ -60,7 +65,8 @@ def held_out_metrics(
 
     # The ranks may have unequal numbers of sequences. The weights make the mean exact.
     means_K = world.mean(torch.stack(term_means).mean(dim=0)).tolist()
-    metrics = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
+    names = [*(term.metric for term in TERMS), "teacher_lm"]
+    metrics = dict(zip(names, means_K, strict=True))
     student_Nd = world.concatenate(torch.cat(student_last))
     teacher_Nd = world.concatenate(torch.cat(teacher_last))
     metrics["last_position_kl_nats"] = _kl_of(engine.module, student_Nd, teacher_Nd)
@@ -75,6 +81,24 @@ def _last_positions(batch: Batch, *, is_masked: bool) -> torch.Tensor:
         return (labels_BT != NO_LABEL).int().argmax(dim=1)
     sequences, length = labels_BT.shape
     return torch.full((sequences,), length - 1, device=labels_BT.device)
+
+
+def _loss_of_teacher(
+    model: DistillationModel, hidden_BTd: torch.Tensor, labels_BT: torch.Tensor
+) -> torch.Tensor:
+    """Compute the teacher's language-modeling loss, in nats, from its hidden states."""
+    hidden_Nd = hidden_BTd.flatten(0, 1)
+    labels_N = labels_BT.flatten()
+    pieces = logit_pieces(len(labels_N), model.student.vocabulary_size)
+    total = torch.zeros((), device=labels_N.device)
+    # A sharded head is gathered once, for all pieces.
+    with gathered(model):
+        for piece in split_positions(len(labels_N), pieces):
+            logits_BV = model.teacher_logits(hidden_Nd[piece]).float()
+            total += functional.cross_entropy(
+                logits_BV, labels_N[piece], ignore_index=NO_LABEL, reduction="sum"
+            )
+    return total / (labels_N != NO_LABEL).sum().clamp(min=1)
 
 
 def _kl_of(model: DistillationModel, student_Bd: torch.Tensor, teacher_Bd: torch.Tensor) -> float:

@@ -30,10 +30,11 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
-from post_dist.runtime.zero import full_weights, shard_share
+from post_dist.runtime.zero import full_weights, number_of_parameters, shard_share
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.cached_teacher import cache_teacher
 from post_dist.stages.distill.conflicts import conflicts, required_sections
+from post_dist.stages.distill.given_away import given_away
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.layer_choice import choose_layers
 from post_dist.stages.distill.model import student_engine
@@ -140,7 +141,12 @@ def distill(
 
     # Rank 0 loads a second copy of the student, which also holds the weights that were not trained.
     def write() -> None:
-        whole = _whole_student(untrained, precision, trained)
+        whole = load_whole(untrained, precision, torch.device("cpu")).model
+        # The names begin with `model.`, the attribute of `LanguageModel` with the transformers
+        # model. The frozen lower block is missing, because it ran in the teacher.
+        weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+        settings["given_away"] = given_away(whole, weights, number_of_parameters(model))
+        whole.load_state_dict(weights, strict=False)
         _write_artifact(folder.artifact, teacher, whole, precision, settings)
 
     world.on_main(write)
@@ -164,20 +170,6 @@ def _write_untrained(folder: RunFolder, teacher: _Teacher, corpus: Corpus, world
 
     world.on_main(write)
     return untrained
-
-
-def _whole_student(
-    untrained: Path, precision: Precision, trained: dict[str, torch.Tensor]
-) -> PreTrainedModel:
-    """Load the untrained student on the CPU, and put the trained weights into it.
-
-    The trained weights lack the frozen lower block, which ran in the teacher.
-    """
-    whole = load_whole(untrained, precision, torch.device("cpu")).model
-    # The names begin with `model.`, the attribute of `LanguageModel` with the transformers model.
-    weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
-    whole.load_state_dict(weights, strict=False)
-    return whole
 
 
 def _write_artifact(
@@ -212,15 +204,19 @@ def _write_artifact(
 
 def _write_student_card(folder: Path, settings: dict[str, Any]) -> None:
     layers = settings["layers"]
+    counts = settings["given_away"]
+    copied = 100 * counts["student_parameters"] / counts["teacher_parameters"]
+    unchanged = 100 * counts["unchanged_parameters"] / counts["teacher_parameters"]
     summary = (
         f"A student of {len(layers)} of {settings['num_teacher_layers']} layers "
-        f"(numbers {layers}), distilled on public text."
+        f"(numbers {layers}), distilled on public text. It was copied from {copied:.1f}% of the "
+        f"teacher's parameters, and {unchanged:.1f}% are still equal to the teacher's."
     )
     write_card(
         folder,
         "Student for private soft-prompt tuning",
         summary,
-        settings["held_out"],
+        settings["held_out"] | counts,
         library="transformers",
     )
 
