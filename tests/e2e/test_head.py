@@ -108,7 +108,9 @@ def test_a_transferred_prompt_has_the_class_shares_of_the_tuned_one(
     run = write_run(tmp_path)
     sets = ["tune.adapter=prompt", "tune.steps=2", "privacy.enabled=false"]
     sets += ["warm_start.class_shares=[0.8, 0.2]", "transfer.match_class_shares=true"]
-    assert main("pipeline", run, *(f"--set={each}" for each in sets))[0] == 0
+    code, _, err = main("pipeline", run, *(f"--set={each}" for each in sets))
+    assert code == 0
+    assert "says nearly the same of all public texts" not in err
     with (tmp_path / "public.csv").open() as file:
         texts = [row["text"] for row in csv.DictReader(file)]
     tuned = class_shares(tmp_path / "student", artifact(tmp_path, "tune"), texts)

@@ -23,7 +23,11 @@ from post_dist.models.headed import headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
-from post_dist.stages.transfer.public_statistics import alpha_by_agreement, class_information
+from post_dist.stages.transfer.public_statistics import (
+    LEAST_INFORMATION,
+    alpha_by_agreement,
+    class_information,
+)
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +149,11 @@ class ObjectiveBuilder:
                 # The artifact's manifest then holds the number instead of `auto`.
                 section = section.model_copy(update={"alpha": alpha})
             log.info("transfer: statistics of the public text: %s", _listed(statistics))
+            if statistics["class_information_nats"] < LEAST_INFORMATION:
+                log.warning(
+                    "transfer: the source prompt says nearly the same of all public texts, so "
+                    "there is little to transfer; compare the public text with the task"
+                )
 
         return TransferObjective(
             section=section,

@@ -8,6 +8,9 @@ import math
 import torch
 from sklearn.metrics import cohen_kappa_score
 
+LEAST_INFORMATION = 0.01
+"""Nats of `class_information` below which scores say the same of all texts."""
+
 _STANDARD_ERRORS = 2
 """Standard errors by which Cohen's kappa must exceed 0 to count as agreement.
 

@@ -42,16 +42,13 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompts
-from post_dist.stages.transfer.public_statistics import class_information
+from post_dist.stages.transfer.public_statistics import LEAST_INFORMATION, class_information
 from post_dist.stages.warm_start.conflicts import conflicts
 
 log = logging.getLogger(__name__)
 
 _INFERENCE_BATCH = 64
 """Texts of all ranks in one forward pass without gradients."""
-
-_LEAST_INFORMATION = 0.01
-"""Nats of `class_information` below which scores say the same of all texts."""
 
 _SUMMARY = (
     "A soft prompt for the student that was tuned on public text alone, toward the zero-shot "
@@ -125,7 +122,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
         "teacher_information_nats": class_information(wanted_NC),
         "prompt_information_nats": class_information(student.scores(hidden_Nd)),
     }
-    useful = min(statistics.values()) >= _LEAST_INFORMATION
+    useful = min(statistics.values()) >= LEAST_INFORMATION
     log.info("warm-start: class information of teacher and prompt: %s", statistics)
     if not useful:
         log.warning(
