@@ -1,6 +1,7 @@
 """Small models of real families with their own tokenizer, and small labelled texts, for tests."""
 
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -137,6 +138,29 @@ def _config(family: str, layers: int, width: int, vocabulary: int) -> Pretrained
     if family == "granite":
         return GraniteConfig(**common, logits_scaling=8.0)
     return LlamaConfig(**common)
+
+
+def write_student(folder: Path, family: str = "llama", **config: object) -> Path:
+    """Write a student as `distill` does, with random weights.
+
+    Args:
+        folder: the artifact to create.
+        family: as for `write_model`.
+        **config: what the manifest says of how it was made.
+    """
+    from post_dist.artifacts.manifest import write_artifact
+    from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+
+    model = write_model(folder.with_name(f"{folder.name}-model"), family, layers=2)
+    write_artifact(
+        folder,
+        "student",
+        lambda place: shutil.copytree(model, place, dirs_exist_ok=True),
+        parents={"teacher": "0" * 64},
+        config=config,
+        tokenizer=tokenizer_fingerprint(load_tokenizer(model)),
+    )
+    return folder
 
 
 def speak_up(folder: Path) -> None:

@@ -18,7 +18,7 @@ ArtifactKind = Literal["student", "public prompt", "soft prompt", "evaluation"]
 
 FILE_NAME = "post_dist.json"
 _SCHEMA_VERSION = 1
-_SIZE_LIMIT_BYTES = 1 << 20
+SIZE_LIMIT_BYTES = 1 << 20
 """Size limit of a manifest, which lists about ten files. A larger one is refused unparsed."""
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "peft")
 
@@ -128,30 +128,36 @@ def read_any_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
     # The folder is not trusted, so the size is checked before the file is read.
-    if path.stat().st_size > _SIZE_LIMIT_BYTES:
-        raise ArtifactRefused(f"{path} is larger than {_SIZE_LIMIT_BYTES} bytes")
-    manifest = _parse(path)
-    if manifest.schema_version != _SCHEMA_VERSION:
-        raise ArtifactRefused(
-            f"{path} has schema version {manifest.schema_version}, "
-            f"this post_dist reads {_SCHEMA_VERSION}"
-        )
+    if path.stat().st_size > SIZE_LIMIT_BYTES:
+        raise ArtifactRefused(f"{path} is larger than {SIZE_LIMIT_BYTES} bytes")
+    manifest = parse_manifest(path)
     _check_files(folder, manifest)
     return manifest
 
 
-def _parse(path: Path) -> Manifest:
+def parse_manifest(path: Path) -> Manifest:
+    """Read a manifest without looking at the files that it lists.
+
+    Raises:
+        ArtifactRefused: it is not a manifest of this schema version.
+    """
     refused = ArtifactRefused(f"{path} cannot be read as a manifest")
     try:
         manifest = Manifest(**json.loads(path.read_text()))
         # A dataclass does not check the types of its fields.
         has_known_kind = manifest.kind in get_args(ArtifactKind)
-        all_strings = all(isinstance(digest, str) for digest in manifest.files.values())
-        is_sound = has_known_kind and all_strings and isinstance(manifest.parents, dict)
+        texts = [manifest.tokenizer, *manifest.files.values(), *manifest.parents.values()]
+        all_strings = all(isinstance(text, str) for text in texts)
+        is_sound = has_known_kind and all_strings and isinstance(manifest.config, dict)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise refused from None
     if not is_sound:
         raise refused
+    if manifest.schema_version != _SCHEMA_VERSION:
+        raise ArtifactRefused(
+            f"{path} has schema version {manifest.schema_version}, "
+            f"this post_dist reads {_SCHEMA_VERSION}"
+        )
     return manifest
 
 

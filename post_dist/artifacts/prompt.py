@@ -16,6 +16,7 @@ from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_manifest, write_artifact
 from post_dist.artifacts.prompt_reader import (
     KEY,
+    check_adapter_config,
     read_embeddings,
     read_head,
     read_privacy,
@@ -185,11 +186,20 @@ def read_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptA
         ArtifactRefused: wrong kind, hash, size, header, dtype or shape; values that are not finite
             or far too large; a task or privacy statement that cannot be read.
     """
-    # Check the hashes first. They show whether these are the files that the sender wrote.
-    manifest = read_manifest(folder, kind)
+    # Check the hashes first. They show whether these are the files that were written.
+    return read_prompt_files(folder, read_manifest(folder, kind))
+
+
+def read_prompt_files(folder: Path, manifest: Manifest) -> SoftPromptArtifact:
+    """Read the files of a prompt, whose hashes have been compared with its manifest.
+
+    Raises:
+        ArtifactRefused: as in `read_prompt`.
+    """
     if not {_WEIGHTS, _TASK, _ADAPTER_CONFIG} <= set(manifest.files):
         raise ArtifactRefused(f"{folder} lacks a file of a soft prompt")
     embeddings_nd = read_embeddings(folder / _WEIGHTS)
+    check_adapter_config(folder / _ADAPTER_CONFIG, embeddings_nd)
     # A prompt that was tuned without privacy has no statement.
     privacy = None
     if PRIVACY in manifest.files:

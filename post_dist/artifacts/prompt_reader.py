@@ -5,16 +5,17 @@ Shapes: n prompt tokens, d width, C classes.
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
+from post_dist.artifacts.tensor_file import read_layout
 from post_dist.errors import ArtifactRefused
 
 KEY = "prompt_embeddings"
@@ -23,12 +24,16 @@ MAX_VIRTUAL_TOKENS = 512
 
 _SMALL_FILE_BYTES = 1 << 16
 """A JSON file or a safetensors header above this size is refused before it is parsed."""
-_HEADER_LENGTH_BYTES = 8
-"""A safetensors file starts with the length of its header, as an unsigned 64-bit number."""
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _PROMPT_DIMENSIONS = {KEY: 2}
 _HEAD_DIMENSIONS = {"bias": 1, "mean": 1, "scale": 1, "weight": 2}
 """Number of dimensions of each tensor in a file."""
+_ADAPTER_FIELDS: Mapping[str, type] = {
+    "base_model_name_or_path": str,
+    "inference_mode": bool,
+    "peft_version": str,
+    "task_type": str,
+}
+"""Fields of adapter_config.json that say something of a finished prompt. All others are null."""
 _NORM_LIMIT = 1e4
 """Largest Euclidean norm of a prompt vector. Embeddings of the known model families stay below 100.
 """
@@ -78,6 +83,36 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
     if max(value.abs().max() for value in tensors.values()) > _NORM_LIMIT:
         raise ArtifactRefused(f"{path} holds a value above {_NORM_LIMIT:g}")
     return head
+
+
+def check_adapter_config(path: Path, embeddings_nd: torch.Tensor) -> None:
+    """Check that PEFT's configuration describes a soft prompt of these embeddings and no more.
+
+    Args:
+        path: the file.
+        embeddings_nd: the prompt.
+
+    Raises:
+        ArtifactRefused: a field asks PEFT for anything else, such as another adapter or a file.
+    """
+    try:
+        fields = _read_small_json(path)
+        num_virtual_tokens, width = embeddings_nd.shape
+        sizes = {"num_virtual_tokens": num_virtual_tokens, "token_dim": width}
+        wanted = sizes | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+        for name, value in fields.items():
+            if name in wanted:
+                sound = type(value) is type(wanted[name]) and value == wanted.pop(name)
+            else:
+                sound = value is None or isinstance(value, _ADAPTER_FIELDS.get(name, ()))
+            if not sound:
+                raise ValueError(name)
+        if wanted:
+            raise ValueError("a field is missing")
+    except _JSON_ERRORS:
+        raise ArtifactRefused(
+            f"{path} is not the configuration of a soft prompt of {len(embeddings_nd)} tokens"
+        ) from None
 
 
 def read_privacy(path: Path) -> dict[str, Any]:
@@ -158,83 +193,18 @@ def _read_tensors(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.
         ArtifactRefused: the file holds anything else, or values that are not finite.
     """
     # Only a file with a valid header is passed to the library.
-    _check_header(path, dimensions)
-    tensors = load_file(path)
+    layouts = read_layout(path, _SMALL_FILE_BYTES)
+    # The library would load any other tensor as well.
+    if set(layouts) != set(dimensions):
+        raise ArtifactRefused(f"{path}: does not hold {', '.join(dimensions)} alone")
+    for name, count in dimensions.items():
+        if len(layouts[name].shape) != count:
+            raise ArtifactRefused(f"{path}: has a tensor without {count} dimensions")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError):
+        raise ArtifactRefused(f"{path}: is not a safetensors file") from None
     for tensor in tensors.values():
         if not torch.isfinite(tensor).all():
             raise ArtifactRefused(f"{path} holds values that are not finite")
     return tensors
-
-
-def _check_header(path: Path, dimensions: Mapping[str, int]) -> None:
-    """Check size, header and shapes before a library allocates memory for them."""
-    header, header_bytes = _read_header(path)
-    header.pop("__metadata__", None)  # such as the framework that wrote the file
-    names = ", ".join(dimensions)
-    # The library would load any other tensor as well.
-    if set(header) != set(dimensions):
-        raise ArtifactRefused(f"{path}: does not hold {names} alone")
-    spans = []
-    for name, count in dimensions.items():
-        spans.append(_span(path, header[name], count))
-    # The tensors must fill the file behind the header, without a gap and without overlap.
-    end = 0
-    for first, last in sorted(spans):
-        if first != end:
-            raise ArtifactRefused(f"{path}: its data do not fit its shapes")
-        end = last
-    if path.stat().st_size != _HEADER_LENGTH_BYTES + header_bytes + end:
-        raise ArtifactRefused(f"{path}: its data do not fit its shapes")
-
-
-def _span(path: Path, entry: Any, dimensions: int) -> tuple[int, int]:
-    """Check the entry of one tensor in a header, and return the first and last of its bytes."""
-    try:
-        dtype = entry["dtype"]
-        shape = entry["shape"]
-        offsets = entry["data_offsets"]
-    except (TypeError, KeyError):
-        raise ArtifactRefused(f"{path}: has a tensor without dtype, shape or place") from None
-    # A hostile dtype may be a list, which cannot be looked up in a dictionary.
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-        known = ", ".join(_DTYPE_BYTES)
-        raise ArtifactRefused(f"{path}: has dtype {str(dtype)[:20]}, not one of {known}")
-    if not _is_shape(shape, dimensions):
-        raise ArtifactRefused(f"{path}: has a tensor without {dimensions} dimensions")
-    sound = isinstance(offsets, list) and len(offsets) == 2 and type(offsets[0]) is int
-    if not sound or offsets[1] != offsets[0] + math.prod(shape) * _DTYPE_BYTES[dtype]:
-        raise ArtifactRefused(f"{path}: its data do not fit its shapes")
-    return offsets[0], offsets[1]
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file and its length in bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_HEADER_LENGTH_BYTES)
-        if len(start) < _HEADER_LENGTH_BYTES:
-            raise ArtifactRefused(f"{path}: is not a safetensors file")
-        (header_bytes,) = struct.unpack("<Q", start)
-        if header_bytes > min(_SMALL_FILE_BYTES, size - _HEADER_LENGTH_BYTES):
-            raise ArtifactRefused(f"{path}: its header is too large")
-        text = file.read(header_bytes)
-    try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise ArtifactRefused(f"{path}: its header is not a JSON object")
-    return header, header_bytes
-
-
-def _is_shape(shape: Any, dimensions: int) -> bool:
-    if not isinstance(shape, list) or len(shape) != dimensions:
-        return False
-    return all(type(length) is int and length > 0 for length in shape)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, and refuse duplicate keys. Parsers differ in which of them they use."""
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from post_dist.artifacts.manifest import FILE_NAME, read_manifest
+from post_dist.admission.door import admit_prompt, admit_student
+from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
@@ -156,7 +157,7 @@ class Pipeline:
         if config.teacher is None:
             models = ModelFolders(self.student, None)
             prompts = [
-                PromptSet(variant.label, read_prompt(variant.source), {}) for variant in variants
+                PromptSet(variant.label, self._prompt(variant.source), {}) for variant in variants
             ]
         else:
             models = ModelFolders(self.student, self.teacher)
@@ -237,9 +238,9 @@ class Pipeline:
                 artifact = prompt.plan.folder
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
-            found[prompt.variant.label][prompt.row] = read_prompt(artifact)
+            found[prompt.variant.label][prompt.row] = self._prompt(artifact)
         return [
-            PromptSet(variant.label, read_prompt(variant.source), found[variant.label])
+            PromptSet(variant.label, self._prompt(variant.source), found[variant.label])
             for variant in variants
         ]
 
@@ -298,7 +299,7 @@ class Pipeline:
         }
         requests = []
         for config, prompt in wanted:
-            source = read_prompt(prompt)
+            source = self._prompt(prompt)
             digests = inputs | {"source prompt": source.manifest.digest}
             requests.append(TransferRequest(run_folder(config, "transfer", digests), source))
 
@@ -337,20 +338,26 @@ class Pipeline:
 
     @cached_property
     def student(self) -> Path:
-        """The student's folder: given in `inputs`, or made by the distill stage."""
-        return self._config.inputs.student or self.distill().artifact
+        """The student's folder: admitted from `inputs`, or made by the distill stage."""
+        given = self._config.inputs.student
+        if given is None:
+            return self.distill().artifact
+        # A run file may name any model as its student, such as a smaller one of the teacher's
+        # family. Without a manifest it is a model of one's own.
+        if not (given / FILE_NAME).exists():
+            return given
+        return self._world.on_main(partial(admit_student, given, self._admitted)).folder
 
     @cached_property
     def student_digest(self) -> str:
         """Digest of the student."""
-        given = self._config.inputs.student is not None
-        return self._world.on_main(partial(_digest_of_student, self.student, given=given))
+        return self._world.on_main(partial(_digest_of_student, self.student))
 
     @cached_property
     def public_prompt(self) -> SoftPromptArtifact | None:
         """The public prompt that tuning starts from: given, or made; None to start from text."""
         folder = self.public_prompt_folder
-        return None if folder is None else read_prompt(folder, PUBLIC_PROMPT)
+        return None if folder is None else self._prompt(folder, PUBLIC_PROMPT)
 
     @cached_property
     def public_prompt_folder(self) -> Path | None:
@@ -367,6 +374,23 @@ class Pipeline:
         if isinstance(given, tuple):
             return given
         return (given or self.tune().artifact,)
+
+    @property
+    def _admitted(self) -> Path:
+        """The folder for admitted students."""
+        return self._config.output / self._config.name / "admitted"
+
+    def _prompt(self, folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
+        """Read a prompt. One of `inputs` comes from another party."""
+        inputs = self._config.inputs
+        given = [inputs.public_prompt, inputs.target_prompt]
+        if isinstance(inputs.source_prompt, tuple):
+            given += inputs.source_prompt
+        else:
+            given.append(inputs.source_prompt)
+        if folder in given:
+            return admit_prompt(folder, kind)
+        return read_prompt(folder, kind)
 
     def data_digest(self, section: str) -> str:
         """Identify the contents of a data section: a file's hash, or hub name and revision."""
@@ -444,13 +468,13 @@ def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
     return digests
 
 
-def _digest_of_student(folder: Path, *, given: bool) -> str:
+def _digest_of_student(folder: Path) -> str:
     """Return the digest in a student's manifest, or that of its files if it has no manifest."""
-    # A run file may name any model as its student, such as a smaller one of the teacher's family.
-    if given and not (folder / FILE_NAME).exists():
+    if not (folder / FILE_NAME).exists():
         load_config(folder)
         return fingerprint(folder)
-    return read_manifest(folder, "student").digest
+    # Our own student has just been written, and a given one has been admitted.
+    return parse_manifest(folder / FILE_NAME).digest
 
 
 def _digest_of_file(path: Path, section: str) -> str:

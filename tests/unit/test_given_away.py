@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 
-from post_dist.artifacts.manifest import write_artifact
 from post_dist.config.schema import Distill
 from post_dist.models.load import load_whole
 from post_dist.stages.distill.given_away import given_away
@@ -66,14 +65,7 @@ def test_a_statement_that_the_weights_contradict_is_refused(
     model = load_whole(tiny.write_model(tmp_path / "m", "llama", layers=2), "fp32", CPU).model
     statement = given_away(model, {}, 10**6) | changes
 
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-
-    folder = tmp_path / "student"
-    write_artifact(
-        folder, "student", fill, parents={"teacher": "0" * 64}, config={"given_away": statement}
-    )
-    found = verify(folder)
+    found = verify(tiny.write_student(tmp_path / "student", given_away=statement))
     assert found["ok"] is ok
     if ok:
         assert found["given_away"] == statement

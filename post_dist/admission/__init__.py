@@ -1,0 +1,1 @@
+"""The one door for folders that come from others."""

@@ -1,0 +1,141 @@
+"""Admit an artifact of another party: everything is read from a private copy, and checked there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.artifacts.manifest import ArtifactKind, Manifest
+from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
+from post_dist.errors import ArtifactRefused, PostDistError
+from post_dist.files import put_in_place
+
+
+@dataclass(frozen=True)
+class AdmittedStudent:
+    """A student that has passed all checks.
+
+    Attributes:
+        folder: a copy with a configuration that was written anew, the weights and the tokenizer.
+        manifest: the manifest that the student came with.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+
+def admit_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
+    """Read a prompt of another party, and check what it claims.
+
+    Args:
+        folder: the prompt, which is not trusted.
+        kind: the kind of artifact that it must be.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    with refusing(folder), quarantined(folder) as inside:
+        return check_prompt(inside, kind)
+
+
+def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
+    """Read a quarantined prompt, and compare its epsilon with what was spent.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    from post_dist.privacy.statement import statement_problems  # takes seconds to import
+
+    if inside.manifest.kind != kind:
+        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a {kind}")
+    prompt = read_prompt_files(inside.folder, inside.manifest)
+    if prompt.privacy is not None and (problems := statement_problems(prompt.privacy)):
+        raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
+    return prompt
+
+
+def admit_student(folder: Path, place: Path) -> AdmittedStudent:
+    """Copy a student of another party to a place of our own, and check it.
+
+    A student that is there already has been admitted by an earlier command.
+
+    Args:
+        folder: the student, which is not trusted.
+        place: folder for admitted students, which only we write to.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with refusing(folder), quarantined(folder, place) as inside:
+        check_student(inside)
+        admitted = place / inside.manifest.digest[:16]
+        if not admitted.exists():
+            put_in_place(inside.folder, admitted)
+        return AdmittedStudent(admitted, inside.manifest)
+
+
+def check_student(inside: Quarantined) -> None:
+    """Check the files of a quarantined student, and rewrite its configuration.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    from post_dist.admission.student_config import rebuild_config
+    from post_dist.admission.tokenizer_files import rebuild_tokenizer_config, try_tokenizer
+    from post_dist.admission.weights import check_weights, meta_student
+    from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+
+    folder = inside.folder
+    if inside.manifest.kind != "student":
+        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            raise ArtifactRefused(f"the student lacks {name}")
+    rebuild_config(folder / "config.json")
+    rebuild_tokenizer_config(folder / "tokenizer_config.json")
+    described = meta_student(folder)
+    check_weights(folder, described)
+    embeddings = described.get_input_embeddings().get_parameter("weight")
+    try_tokenizer(folder / "tokenizer.json", len(embeddings))
+    if tokenizer_fingerprint(load_tokenizer(folder)) != inside.manifest.tokenizer:
+        raise ArtifactRefused("the tokenizer is not the one that the manifest names")
+    # Loading finds what the layout does not show, such as a family that ignores a weight.
+    model = load_whole(folder, "fp32", torch.device("cpu"))
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ArtifactRefused(f"{name} holds values that are not finite")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    given_away = inside.manifest.config.get("given_away", {})
+    if given_away and not _is_possible(given_away, size):
+        raise ArtifactRefused(f"it has {size} parameters, and its manifest says otherwise")
+
+
+def _is_possible(given_away: Any, size: int) -> bool:
+    """Return whether a statement of what a student gives away is possible for its size."""
+    names = {"student_parameters", "unchanged_parameters", "teacher_parameters"}
+    if not isinstance(given_away, dict) or set(given_away) != names:
+        return False
+    if any(type(count) is not int for count in given_away.values()):
+        return False
+    unchanged = given_away["unchanged_parameters"]
+    student = given_away["student_parameters"]
+    return bool(student == size and 0 <= unchanged <= student <= given_away["teacher_parameters"])
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Name the folder in each refusal. Whatever a foreign file breaks is a refusal too."""
+    try:
+        yield
+    except PostDistError as error:
+        message = str(error).splitlines()[0]
+        raise ArtifactRefused(f"{folder}: {message}", error.hint) from None
+    except Exception as error:
+        raise ArtifactRefused(
+            f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
+        ) from None

@@ -1,0 +1,198 @@
+"""Copy a folder that comes from others into a private one, and read nothing but the copy.
+
+A sender may list links, devices or endless files, and may change a file between two readings. So
+each file is opened once, without following links, and hashed while it is copied. Only files with
+known names come in.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from post_dist.artifacts.manifest import (
+    FILE_NAME,
+    SIZE_LIMIT_BYTES,
+    ArtifactKind,
+    Manifest,
+    parse_manifest,
+)
+from post_dist.errors import ArtifactRefused
+
+_KIB = 1 << 10
+_MIB = 1 << 20
+_CHUNK_BYTES = 4 * _MIB
+_MOST_FILES = 300
+"""Most entries of a folder; a model of 1 TB in files of 5 GB has about 200."""
+
+
+@dataclass(frozen=True)
+class FileRule:
+    """What may come in under a name.
+
+    Attributes:
+        name: regular expression for the whole name.
+        most_bytes: largest size.
+        copied: whether anyone reads the file. The others are only hashed.
+    """
+
+    name: str
+    most_bytes: int
+    copied: bool = True
+
+
+_CARD = FileRule(r"README\.md", _MIB, copied=False)
+_PROMPT = (
+    FileRule(r"adapter_model\.safetensors", 256 * _MIB),
+    FileRule(r"head\.safetensors", 256 * _MIB),
+    FileRule(r"(adapter_config|task|privacy)\.json", 64 * _KIB),
+    _CARD,
+)
+_RULES: Mapping[ArtifactKind, tuple[FileRule, ...]] = {
+    "soft prompt": _PROMPT,
+    "public prompt": _PROMPT,
+    "evaluation": (FileRule(r"table\.json", 4 * _MIB),),
+    "student": (
+        FileRule(r"config\.json", 64 * _KIB),
+        FileRule(r"tokenizer\.json", 64 * _MIB),
+        FileRule(r"tokenizer_config\.json", 2 * _MIB),
+        FileRule(r"model(-\d{5}-of-\d{5})?\.safetensors", 1 << 40),
+        FileRule(r"model\.safetensors\.index\.json", 16 * _MIB),
+        # The fast tokenizer of tokenizer.json needs none of these.
+        FileRule(r"(generation_config|special_tokens_map|added_tokens)\.json", _MIB, copied=False),
+        FileRule(r"(vocab\.json|vocab\.txt|merges\.txt)", 64 * _MIB, copied=False),
+        FileRule(r"(tokenizer|spiece)\.model", 64 * _MIB, copied=False),
+        FileRule(r"chat_template\.jinja", _MIB, copied=False),
+        _CARD,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """The private copy of a folder.
+
+    Attributes:
+        folder: the copy, which only this user can read.
+        manifest: its manifest. The hashes of all files have been compared with it.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+
+@contextmanager
+def quarantined(folder: Path, parent: Path | None = None) -> Iterator[Quarantined]:
+    """Copy an artifact, and delete the copy afterwards.
+
+    Args:
+        folder: the artifact, which is not trusted.
+        parent: where to make the copy; None for the folder of temporary files.
+
+    Raises:
+        ArtifactRefused: the folder holds anything but the files of one artifact, each of them
+            regular, within its size and with the hash that the manifest gives.
+    """
+    copy = Path(tempfile.mkdtemp(prefix="post_dist-", dir=parent))
+    try:
+        yield _copy(folder, copy)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _copy(folder: Path, copy: Path) -> Quarantined:
+    try:
+        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ArtifactRefused(f"{folder}: {error.strerror}") from None
+    try:
+        names = _names(root, folder)
+        if FILE_NAME not in names:
+            raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
+        rule = FileRule(re.escape(FILE_NAME), SIZE_LIMIT_BYTES)
+        _copy_file(root, FILE_NAME, rule, copy / FILE_NAME)
+        manifest = parse_manifest(copy / FILE_NAME)
+        _copy_listed(root, names - {FILE_NAME}, manifest, copy)
+    except OSError as error:
+        raise ArtifactRefused(f"{folder}: {error.strerror or error}") from None
+    finally:
+        os.close(root)
+    return Quarantined(copy, manifest)
+
+
+def _names(root: int, folder: Path) -> set[str]:
+    """Return the names in a folder, which must be few."""
+    names = set()
+    with os.scandir(root) as entries:
+        for entry in entries:
+            names.add(entry.name)
+            if len(names) > _MOST_FILES:
+                raise ArtifactRefused(f"{folder} holds more than {_MOST_FILES} files")
+    return names
+
+
+def _copy_listed(root: int, names: set[str], manifest: Manifest, copy: Path) -> None:
+    """Copy the files that the manifest lists, and no others."""
+    for name in sorted(names ^ set(manifest.files)):
+        problem = "not in the manifest" if name in names else "missing"
+        raise ArtifactRefused(f"{_shown(name)} is {problem}")
+    # Small files come first, so that a hostile one costs no time.
+    rules = {name: _rule_of(name, manifest.kind) for name in names}
+    for name in sorted(names, key=lambda name: (rules[name].most_bytes, name)):
+        digest = _copy_file(root, name, rules[name], copy / name)
+        if digest != manifest.files[name]:
+            raise ArtifactRefused(
+                f"{name} is not the file that was written", "get the artifact again"
+            )
+
+
+def _rule_of(name: str, kind: ArtifactKind) -> FileRule:
+    for rule in _RULES[kind]:
+        if re.fullmatch(rule.name, name):
+            return rule
+    raise ArtifactRefused(f"{_shown(name)} is no file of a {kind}")
+
+
+def _copy_file(root: int, name: str, rule: FileRule, destination: Path) -> str:
+    """Copy one file while it is hashed, and return its sha256.
+
+    Args:
+        root: descriptor of the folder.
+        name: name of the file.
+        rule: its largest size, and whether to keep the copy.
+        destination: the copy.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    # Opening a device may act on it, so its kind is looked at before and after.
+    _check_regular(name, os.stat(name, dir_fd=root, follow_symlinks=False))
+    with open(os.open(name, flags, dir_fd=root), "rb") as source:
+        status = os.fstat(source.fileno())
+        _check_regular(name, status)
+        if status.st_size > rule.most_bytes:
+            raise ArtifactRefused(f"{name} is larger than {rule.most_bytes} bytes")
+        digest = hashlib.sha256()
+        with open(destination if rule.copied else os.devnull, "wb") as copy:
+            # A file that grows while it is read has another hash in the end.
+            left = status.st_size
+            while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):
+                digest.update(chunk)
+                copy.write(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _check_regular(name: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactRefused(f"{name} is not a regular file")
+
+
+def _shown(name: str) -> str:
+    """Return a foreign name without line breaks and control characters."""
+    return ascii(name)[1:-1][:100]

@@ -1,0 +1,42 @@
+"""Read JSON from others: no key twice, no NaN, no text that cannot be written out again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from post_dist.errors import ArtifactRefused
+
+_ERRORS = (ValueError, RecursionError)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file whose size has been limited.
+
+    Raises:
+        ArtifactRefused: it is not a JSON object in UTF-8, or Python and other parsers may read it
+            differently.
+    """
+    try:
+        value = json.loads(
+            path.read_bytes().decode("utf-8", errors="strict"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+        )
+        # A lone surrogate passes the parser and fails when it is printed.
+        json.dumps(value, ensure_ascii=False).encode()
+    except _ERRORS:
+        raise ArtifactRefused(f"{path.name} is not plain JSON") from None
+    if not isinstance(value, dict):
+        raise ArtifactRefused(f"{path.name} is not a JSON object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key appears twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,101 @@
+"""Check the files of a student's weights against the model that its configuration describes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from post_dist.admission.strict_json import read_object
+from post_dist.artifacts.tensor_file import read_layout
+from post_dist.errors import ArtifactRefused
+from post_dist.models.load import is_masked
+
+INDEX = "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
+_HEADER_BYTES = 32 << 20
+_BUFFER_BYTES = 1 << 30
+"""Largest memory of what a model computes for itself, such as masks and rotary tables."""
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The tensors of a model.
+
+    Attributes:
+        shapes: the shape of each, by its name.
+        twins: names that are another name of a tensor, and may be missing.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    twins: frozenset[str]
+
+
+def meta_student(folder: Path) -> PreTrainedModel:
+    """Build a student from its rebuilt config.json on the meta device, without memory.
+
+    Raises:
+        ArtifactRefused: its buffers would need more memory than a model of any size needs.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto_class = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config)
+    if sum(buffer.nbytes for buffer in model.buffers()) > _BUFFER_BYTES:
+        raise ArtifactRefused("config.json describes a model that needs too much memory")
+    return model
+
+
+def check_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Check that the files hold the weights of a model, all of them and nothing else.
+
+    Args:
+        folder: a copy of our own with the files of the weights.
+        model: the model on the meta device.
+
+    Raises:
+        ArtifactRefused: a tensor is missing, unknown, twice there, or of another shape or type.
+    """
+    expected = _expected(model)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, layout in read_layout(path, _HEADER_BYTES).items():
+            if name in found or expected.shapes.get(name) != layout.shape:
+                raise ArtifactRefused(
+                    f"{path.name} holds a tensor that the student of config.json does not have"
+                )
+            found[name] = path
+    missing = set(expected.shapes) - set(found) - expected.twins
+    if missing:
+        raise ArtifactRefused(f"the weights lack {min(missing)}")
+    _check_index(folder, found)
+
+
+def _expected(model: PreTrainedModel) -> _Expected:
+    shapes = {}
+    twins = set()
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shapes[name] = tuple(tensor.shape)
+        if id(tensor) in seen:
+            twins.add(name)
+        seen.add(id(tensor))
+    # A file may hold either of two tied tensors.
+    for name, source in (model.all_tied_weights_keys or {}).items():
+        twins |= {name, source}
+    return _Expected(shapes, frozenset(twins))
+
+
+def _check_index(folder: Path, found: Mapping[str, Path]) -> None:
+    """Check that the index of several files says where each tensor is."""
+    files = set(found.values())
+    if files == {folder / _ONE_FILE}:
+        if (folder / INDEX).exists():
+            raise ArtifactRefused(f"{INDEX} stands beside {_ONE_FILE}")
+        return
+    if not (folder / INDEX).exists():
+        raise ArtifactRefused(f"the weights are in several files, and there is no {INDEX}")
+    places = read_object(folder / INDEX).get("weight_map")
+    if places != {name: path.name for name, path in found.items()}:
+        raise ArtifactRefused(f"{INDEX} does not name the file of each tensor")

@@ -1,0 +1,264 @@
+"""Students of another party: what comes in, what does not, and what is left of a configuration."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from border.hostile import (
+    Change,
+    edit_json,
+    put_text,
+    replace_by_fifo,
+    replace_by_link,
+    replace_by_sparse,
+    sign,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from post_dist.admission.door import admit_student
+from post_dist.errors import ArtifactRefused
+from post_dist.verify import verify
+
+FAMILIES = ("llama", "gpt2", "roberta", "opt", "falcon", "gemma2", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_student(tmp_path_factory.mktemp("border") / "student")
+
+
+def hostile(honest: Path, folder: Path, *changes: Change) -> Path:
+    student = shutil.copytree(honest, folder / "sent")
+    for change in changes:
+        change(student)
+    sign(student)
+    return student
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_honest_student_comes_in_with_equal_weights(tmp_path: Path, family: str) -> None:
+    sent = tiny.write_student(tmp_path / "student", family)
+    assert verify(sent)["ok"], verify(sent)
+    admitted = admit_student(sent, tmp_path / "place")
+    assert admitted.folder.parent == tmp_path / "place"
+    assert admitted.folder.stat().st_mode & 0o077 == 0
+    ours = load_file(admitted.folder / "model.safetensors")
+    theirs = load_file(sent / "model.safetensors")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    wanted = AutoConfig.from_pretrained(sent).to_dict()
+    found = AutoConfig.from_pretrained(admitted.folder).to_dict()
+    other = {name for name in wanted if wanted[name] != found.get(name)}
+    # The tiny OPT and Falcon have a width of the MLP that these families do not read.
+    assert other <= {"transformers_version", "_name_or_path", "intermediate_size"}
+    # A second command finds it again.
+    assert admit_student(sent, tmp_path / "place").folder == admitted.folder
+    assert len(list((tmp_path / "place").iterdir())) == 1
+
+
+def change_tensors(change: Callable[[dict], object]) -> Change:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def index_to(place: str) -> Change:
+    """Name a file outside the folder as the place of all weights."""
+
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        names = load_file(folder.parent / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+def in_two_files(folder: Path) -> None:
+    """Divide the weights into two files, with a right index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {}
+    names = sorted(tensors)
+    for number, chosen in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in chosen}, folder / file)
+        places |= dict.fromkeys(chosen, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def swap_places(folder: Path) -> None:
+    """Divide the weights, with an index that names the wrong file of each."""
+    in_two_files(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    other = {first: second, second: first}
+    index["weight_map"] = {name: other[file] for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+
+
+def endless_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def growing_normalizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 500}] * 3
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    path.write_text(json.dumps(content))
+
+
+REFUSED: dict[str, Change] = {
+    "weights through a link": replace_by_link("model.safetensors"),
+    "configuration through a link": replace_by_link("config.json"),
+    "weights in a FIFO": replace_by_fifo("model.safetensors"),
+    "tokenizer in a FIFO": replace_by_fifo("tokenizer.json"),
+    "sparse weights": replace_by_sparse("model.safetensors", 1 << 41),
+    "sparse configuration": replace_by_sparse("config.json", 1 << 30),
+    "sparse tokenizer": replace_by_sparse("tokenizer.json", 1 << 35),
+    "a folder": lambda folder: (folder / "sub").mkdir(),
+    "a pickle": put_text("pytorch_model.bin", b"\x80\x04."),
+    "an adapter": put_text("adapter_config.json", '{"peft_type": "BOFT"}'),
+    "weights of an adapter": put_text("adapter_model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
+    "code": put_text("modeling_llama.py", "import os"),
+    "a name with a line break": put_text("x\n\x1b[31mok: True", "x"),
+    "index to a file outside": index_to("../outside.safetensors"),
+    "index to an absolute path": index_to("/dev/zero"),
+    "index beside one file": put_text("model.safetensors.index.json", '{"weight_map": {}}'),
+    "index to the other file": swap_places,
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "an endless header": endless_header,
+    "a missing weight": change_tensors(lambda tensors: tensors.popitem()),
+    "another weight": change_tensors(lambda tensors: tensors.update(more=torch.zeros(2))),
+    "another shape": change_tensors(
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(33)})
+    ),
+    "another type": change_tensors(
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})
+    ),
+    "a value that is not finite": change_tensors(
+        lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))
+    ),
+    "an unknown family": edit_json("config.json", model_type="evil"),
+    "a family of mixtures": edit_json("config.json", model_type="mixtral"),
+    "a class for something else": edit_json(
+        "config.json", architectures=["LlamaForSequenceClassification"]
+    ),
+    "two classes": edit_json("config.json", architectures=["LlamaForCausalLM"] * 2),
+    "a million layers": edit_json("config.json", num_hidden_layers=10**6),
+    "layers as text": edit_json("config.json", num_hidden_layers="2"),
+    "no layers": edit_json("config.json", num_hidden_layers=0),
+    "heads that do not divide": edit_json("config.json", num_attention_heads=5),
+    "no heads": edit_json("config.json", num_attention_heads=0),
+    "a huge width": edit_json("config.json", hidden_size=1 << 40),
+    "another width": edit_json("config.json", hidden_size=64),
+    "an unknown activation": edit_json("config.json", hidden_act="os.system"),
+    "an activation with a path": edit_json("config.json", hidden_act="../x"),
+    "an unknown type": edit_json("config.json", dtype="float8_e4m3fn"),
+    "rotary parameters as a list": edit_json("config.json", rope_parameters=[1, 2]),
+    "an unknown rotary type": edit_json("config.json", rope_parameters={"rope_type": "x"}),
+    "a configuration that is no JSON": put_text("config.json", "{"),
+    "a configuration in UTF-16": put_text("config.json", "{}".encode("utf-16")),
+    "a deep configuration": put_text("config.json", '{"a":' * 5000 + "1" + "}" * 5000),
+    "a key twice": put_text("config.json", '{"model_type": "llama", "model_type": "gpt2"}'),
+    "not a number": put_text("config.json", '{"model_type": "llama", "rms_norm_eps": NaN}'),
+    "a tokenizer that is no JSON": put_text("tokenizer.json", "{"),
+    "a tokenizer that multiplies its input": growing_normalizer,
+    "another tokenizer": lambda folder: shutil.copy(
+        tiny.write_model(folder.parent / "other", "llama", vocabulary=500) / "tokenizer.json",
+        folder / "tokenizer.json",
+    ),
+    "a class of tokenizers with a path": edit_json("tokenizer_config.json", tokenizer_class="../x"),
+    "a token as a number": edit_json("tokenizer_config.json", bos_token=5),
+}
+
+
+@pytest.mark.parametrize("attack", REFUSED)
+def test_a_hostile_student_is_refused_with_one_line(
+    honest: Path, tmp_path: Path, attack: str
+) -> None:
+    sent = hostile(honest, tmp_path, REFUSED[attack])
+    result = verify(sent)
+    assert not result["ok"]
+    for problem in result["problems"]:
+        # A name may hold anything; the terminal gets none of it.
+        assert all(line.isprintable() for line in problem.splitlines())
+    with pytest.raises(ArtifactRefused):
+        admit_student(sent, tmp_path / "place")
+    assert list((tmp_path / "place").iterdir()) == [], "nothing half-admitted stays"
+
+
+DANGEROUS = {
+    "auto_map": {"AutoModelForCausalLM": "evil.Model"},
+    "transformers_weights": "adapter_model.bin",
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+    "_attn_implementation": "org/repo@rev",
+    "attn_implementation": "org/repo@rev",
+    "_experts_implementation": "org/repo",
+    "num_labels": 10**9,
+    "torch_dtype": "evil",
+    "is_encoder_decoder": True,
+    "_name_or_path": "/etc/passwd",
+    "peft_config": {"peft_type": "BOFT"},
+    "anything_else": [1] * 5000,
+}
+
+
+def test_no_field_that_a_family_does_not_have_comes_in(honest: Path, tmp_path: Path) -> None:
+    sent = hostile(honest, tmp_path, edit_json("config.json", **DANGEROUS))
+    admitted = admit_student(sent, tmp_path / "place")
+    written = json.loads((admitted.folder / "config.json").read_text())
+    assert not set(DANGEROUS) & set(written)
+    wanted = json.loads((honest / "config.json").read_text())
+    del wanted["transformers_version"]
+    assert written == wanted
+    tokens = hostile(
+        honest,
+        tmp_path / "two",
+        edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        edit_json("tokenizer_config.json", fast_tokenizer_files=["../outside.json"]),
+        edit_json("tokenizer_config.json", tokenizer_file="/etc/passwd", chat_template="{{ x }}"),
+    )
+    admitted = admit_student(tokens, tmp_path / "place")
+    written = json.loads((admitted.folder / "tokenizer_config.json").read_text())
+    assert not {"auto_map", "fast_tokenizer_files", "tokenizer_file", "chat_template"} & set(
+        written
+    )
+
+
+def test_weights_in_several_files_come_in(honest: Path, tmp_path: Path) -> None:
+    sent = hostile(honest, tmp_path, in_two_files)
+    assert verify(sent)["ok"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_values_in_a_configuration_break_nothing(
+    honest: Path, tmp_path: Path, seed: int
+) -> None:
+    """Whatever stands in a field, the answer is a refusal or a model of the given weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(values: list) -> object:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    content = json.loads((honest / "config.json").read_text())
+    values = [None, True, -1, 0, 1, 3, 1 << 31, 1 << 70, 1e300, -0.5, "", "x", "é\n", [], {}, [[]]]
+    values += [{"a": {"b": [1]}}, ["a"] * 9, {"rope_type": "yarn", "factor": -1}]
+    for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+        content[pick(sorted(content))] = pick(values)
+    sent = hostile(honest, tmp_path, put_text("config.json", json.dumps(content)))
+    result = verify(sent)
+    assert result["ok"] or result["problems"]
