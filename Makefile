@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test test-slurm faults bench check clean
+.PHONY: demo demo-private test test-all test-slurm faults bench check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -14,9 +15,12 @@ demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
-# Tests of one file stay in one worker process. Most of them wait for processes that they started.
+# Tests of one file stay in one worker process. Many of them wait for Slurm, so there are three workers for two cores.
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not slow'
+
+test-all: check
+	$(PYTEST)
 
 # Needs root on Debian 12: starts a Slurm cluster of four nodes on this machine. `test` also runs these tests, and skips them elsewhere.
 test-slurm: .venv/ready

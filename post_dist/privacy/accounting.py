@@ -151,6 +151,12 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
         plans: one private plan for each run, or for each part of what a run has spent.
         stated_for: the plan whose delta and declared examples the numbers refer to.
     """
+    return _cost_of(tuple(plans), stated_for)
+
+
+@lru_cache(maxsize=8)
+def _cost_of(plans: tuple[PrivacyPlan, ...], stated_for: PrivacyPlan) -> Cost:
+    """Compute a cost once: a statement is written, and then read back with its checks."""
     accountant: PrivacyAccountant
     # Only RDP composes searches.
     if any(plan.mean_trials is not None for plan in plans):
@@ -161,7 +167,7 @@ def cost_of(plans: Sequence[PrivacyPlan], stated_for: PrivacyPlan) -> Cost:
         profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
     else:
         name = f"PLD (dp-accounting, discretisation {_FINE:g})"
-        accountant = pld = _pld(tuple(plans), _FINE)
+        accountant = pld = _pld(plans, _FINE)
         epsilons = np.linspace(0, 20, 401)
         # One call for all of them: a call for each takes 14 s.
         # pyrefly: ignore[bad-argument-type]
@@ -190,6 +196,12 @@ def group_epsilons(plans: Sequence[PrivacyPlan], delta: float) -> dict[str, floa
     Returns:
         Epsilon by the size of the group, as far as it is small enough to be worth stating.
     """
+    return dict(_group_epsilons(tuple(plans), delta))
+
+
+@lru_cache(maxsize=8)
+def _group_epsilons(plans: tuple[PrivacyPlan, ...], delta: float) -> dict[str, float]:
+    """Compute the epsilons of groups once. The result is cached: do not change it."""
     accountant = _composed(plans)
     found = {}
     for size in _GROUP_SIZES:
@@ -240,7 +252,7 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
 
 def rdp_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
     """Return an upper bound on the epsilon of several runs, by RDP. It is fast for any plan."""
-    return float(_rdp(plans).get_epsilon(delta))
+    return float(_rdp(tuple(plans)).get_epsilon(delta))
 
 
 @cache
@@ -339,7 +351,7 @@ def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
     """Compose runs by the accountant of their published epsilon. Do not change the result."""
     # Only RDP composes searches.
     if any(plan.mean_trials is not None for plan in plans):
-        return _rdp(plans)
+        return _rdp(tuple(plans))
     # A ledger may hold many different plans, and each takes half a second at the fine interval. A
     # coarser interval only raises epsilon.
     different = len(set(plans))
@@ -367,8 +379,9 @@ def _epsilon(plan: PrivacyPlan, interval: float) -> float:
     return float(_pld((plan,), interval).get_epsilon(plan.delta))
 
 
-def _rdp(plans: Sequence[PrivacyPlan]) -> rdp.RdpAccountant:
-    """Compose runs, searches included, by Renyi differential privacy."""
+@lru_cache(maxsize=8)
+def _rdp(plans: tuple[PrivacyPlan, ...]) -> rdp.RdpAccountant:
+    """Compose runs, searches included, by Renyi differential privacy. Do not change the result."""
     accountant = rdp.RdpAccountant()
     for plan in plans:
         accountant.compose(plan.event())

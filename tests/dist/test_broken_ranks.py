@@ -9,20 +9,28 @@ from pathlib import Path
 import killed_ranks
 import pytest
 
-# Each file of a checkpoint is damaged in one way here, and in all ways by `make faults`.
-LEFT_OUT = (
-    "rank0.safetensors flipped",
-    "rank0.safetensors deleted",
-    "rank1.safetensors truncated",
-    "rank1.safetensors deleted",
-    "checkpoint.json truncated",
-    "checkpoint.json flipped",
+# One row of each kind is run here. `make test-all` runs the slow ones too, and `make faults` runs
+# each of them ten times.
+QUICK = (
+    "SIGKILL in the student's forward",
+    "SIGKILL while a shard is written",
+    "SIGTERM",
+    "newest checkpoint's rank0.safetensors truncated",
+    "newest checkpoint's rank1.safetensors flipped",
+    "newest checkpoint's checkpoint.json deleted",
+    "loss not finite once, ZeRO-3 *",
+    "2 ranks, then 1, then 2 *",
 )
-ROWS = [name for name, _, _ in killed_ranks.rows(1) if not name.endswith(LEFT_OUT)]
+ROWS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, _, _ in killed_ranks.rows(1)
+]
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def broken(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict:
+    """Run the chosen rows one after the other, in one process."""
+    chosen = [item.callspec.params["row"] for item in request.session.items if is_row(item)]
     tests = Path(__file__).parents[1]
     environment = os.environ | {
         "PYTHONPATH": str(tests),
@@ -34,7 +42,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict:
         str(tests / "dist" / "killed_ranks.py"),
         str(tmp_path_factory.mktemp("broken")),
         "--rows",
-        *ROWS,
+        *chosen,
     ]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=900, check=False
@@ -42,6 +50,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict:
     print(done.stdout)
     assert done.stdout, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def is_row(item: pytest.Item) -> bool:
+    """Return whether a test of this session is a row of this file."""
+    return item.path == Path(__file__)
 
 
 @pytest.mark.timeout(960)  # the first test waits for all rows

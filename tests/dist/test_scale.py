@@ -35,7 +35,8 @@ def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("ranks", "group", "options"), [(2, 2, []), (4, 2, ["engine.shard_group=2"])]
+    ("ranks", "group", "options"),
+    [(2, 2, []), pytest.param(4, 2, ["engine.shard_group=2"], marks=pytest.mark.slow)],
 )
 def test_measured_bytes_are_the_planned_ones(
     tmp_path: Path, ranks: int, group: int, options: list[str]

@@ -30,7 +30,14 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "roberta_base",
+        pytest.param("gpt2_xl", marks=pytest.mark.slow),
+        pytest.param("llama2_7b", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_is_run_and_printed_beside_the_published_one(tmp_path: Path, model: str) -> None:
     tiny.write_model(tmp_path / "model", FAMILIES[model])
     data = tiny.write_csv(tmp_path / "data.csv", tiny.sentences(60, 1))

@@ -143,7 +143,14 @@ def statements_hold_what_was_charged() -> None:
     assert twice[rate] > claim[rate] + 1e-5, "a repeated step is not in the bound of attacks"
     assert statement.statement_problems(claim) == []
     assert statement.statement_problems(twice) == []
+    # Words come first, because a plan with other numbers takes a second to account.
     worse = {
+        "unit": "one person",
+        "neighbouring_relation": "replace one",
+        "sampling": "without replacement",
+        "not_covered": claim["not_covered"][1:],
+        "accountant": "another one",
+        "private": False,
         "epsilon": 0.5,
         "noise_multiplier": 0.5,
         "steps": 60,
@@ -153,12 +160,6 @@ def statements_hold_what_was_charged() -> None:
         "epsilon_for_groups": dict.fromkeys(claim["epsilon_for_groups"], 0.5),
         rate: 0.01,
         "cross_checks": claim["cross_checks"] | {"rdp": 0.5},
-        "accountant": "another one",
-        "private": False,
-        "unit": "one person",
-        "neighbouring_relation": "replace one",
-        "sampling": "without replacement",
-        "not_covered": claim["not_covered"][1:],
         "delta": 0.02,
     }
     # Version 0.1.0 had no groups, no warnings and no other unit than an example.
