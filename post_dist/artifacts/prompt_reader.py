@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
 from post_dist.artifacts.tensor_file import read_layout
+from post_dist.config.sources import placeholders
 from post_dist.errors import ArtifactRefused
 
 KEY = "prompt_embeddings"
@@ -37,6 +38,8 @@ _ADAPTER_FIELDS: Mapping[str, type] = {
 _NORM_LIMIT = 1e4
 """Largest Euclidean norm of a prompt vector. Embeddings of the known model families stay below 100.
 """
+_BIAS_LIMIT = 100.0
+"""Largest bias of a class score. A class with another 100 nats is chosen whatever the text says."""
 _LEAST_SCALE = 1e-9
 _LENGTH_LIMIT = 1 << 20
 """Most tokens of a text or a response; no known model reads more."""
@@ -143,8 +146,7 @@ def read_task(path: Path) -> PromptTask:
     try:
         fields = _read_small_json(path)
         # JSON has only lists. The task needs tuples, because it is compared and hashed.
-        words_of_classes = [[str(word) for word in words] for words in fields["label_words"]]
-        fields["label_words"] = tuple(map(tuple, words_of_classes))
+        fields["label_words"] = tuple(map(_words, fields["label_words"]))
         fields["class_biases"] = tuple(map(float, fields.get("class_biases", ())))
         task = PromptTask(**fields)
         if not (_has_sound_texts(task) and _has_sound_answers(task)):
@@ -154,11 +156,25 @@ def read_task(path: Path) -> PromptTask:
         raise ArtifactRefused(f"{path} is not a task description") from None
 
 
+def _words(words: Any) -> tuple[str, ...]:
+    """Return the label words of a class. A text in their place would be read as its letters."""
+    if not isinstance(words, list) or not words:
+        raise ValueError("not a list of words")
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError("not a word")
+    return tuple(words)
+
+
 def _has_sound_texts(task: PromptTask) -> bool:
     """Return whether template, initial text and length have the right type and are usable."""
-    has_texts = isinstance(task.template, str) and isinstance(task.init_text, str)
+    if not isinstance(task.template, str) or not isinstance(task.init_text, str):
+        return False
+    names = placeholders(task.template)
+    has_places = names.count("text") == 1 and set(names) <= {"text", "mask"} and len(names) <= 2
     has_length = type(task.max_length) is int and 0 < task.max_length <= _LENGTH_LIMIT
-    return has_texts and has_length and task.init_text.strip() != ""
+    # A lone surrogate could not be printed or tokenized.
+    (task.template + task.init_text).encode()
+    return has_places and has_length and task.init_text.strip() != ""
 
 
 def _has_sound_answers(task: PromptTask) -> bool:
@@ -172,7 +188,8 @@ def _has_sound_answers(task: PromptTask) -> bool:
     generates = task.max_response_length > 0
     one_bias_a_class = len(task.class_biases) in (0, len(task.label_words))
     # This also refuses NaN, because a comparison with NaN is false.
-    small_biases = all(abs(bias) < _NORM_LIMIT for bias in task.class_biases)
+    small_biases = all(abs(bias) < _BIAS_LIMIT for bias in task.class_biases)
+    "".join(word for words in task.label_words for word in words).encode()
     return has_classes != generates and one_bias_a_class and small_biases
 
 

@@ -23,7 +23,7 @@ from post_dist.config.sources import DataSource
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import fingerprint
 from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
 from post_dist.runtime.distributed import World
@@ -157,7 +157,7 @@ class Pipeline:
         if config.teacher is None:
             models = ModelFolders(self.student, None)
             prompts = [
-                PromptSet(variant.label, self._prompt(variant.source), {}) for variant in variants
+                PromptSet(variant.label, self._source(variant.source), {}) for variant in variants
             ]
         else:
             models = ModelFolders(self.student, self.teacher)
@@ -240,7 +240,7 @@ class Pipeline:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
             found[prompt.variant.label][prompt.row] = self._prompt(artifact)
         return [
-            PromptSet(variant.label, self._prompt(variant.source), found[variant.label])
+            PromptSet(variant.label, self._source(variant.source), found[variant.label])
             for variant in variants
         ]
 
@@ -299,7 +299,7 @@ class Pipeline:
         }
         requests = []
         for config, prompt in wanted:
-            source = self._prompt(prompt)
+            source = self._source(prompt)
             digests = inputs | {"source prompt": source.manifest.digest}
             requests.append(TransferRequest(run_folder(config, "transfer", digests), source))
 
@@ -391,6 +391,21 @@ class Pipeline:
         if folder in given:
             return admit_prompt(folder, kind)
         return read_prompt(folder, kind)
+
+    def _source(self, folder: Path) -> SoftPromptArtifact:
+        """Read a prompt that was tuned on the student.
+
+        Raises:
+            ArtifactRefused: it was tuned on another student, by its own lineage.
+        """
+        prompt = self._prompt(folder)
+        has_lineage = (self.student / FILE_NAME).exists()
+        if has_lineage and prompt.manifest.parents.get("model") != self.student_digest:
+            raise ArtifactRefused(
+                f"{folder} was tuned on another student than {self.student}",
+                "give the student that the owner of the prompt has got",
+            )
+        return prompt
 
     def data_digest(self, section: str) -> str:
         """Identify the contents of a data section: a file's hash, or hub name and revision."""

@@ -1,0 +1,189 @@
+"""Prompts of another party: what is refused, and that nothing else than a refusal happens."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from border.hostile import (
+    Change,
+    edit_json,
+    put_text,
+    replace_by_fifo,
+    replace_by_link,
+    replace_by_sparse,
+    sign,
+)
+
+from post_dist.admission.door import admit_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.task import PromptTask
+from post_dist.errors import ArtifactRefused
+from post_dist.verify import verify
+
+HONEST = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
+TASK = PromptTask("Review: {text} It was", (("bad",), ("good",)), 48, False, "Classify")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def with_header(header: Any, *, encoding: str = "utf-8", data: bytes = bytes(640)) -> Change:
+    """Return a change that writes a safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode(encoding)
+    return put_text(WEIGHTS, struct.pack("<Q", len(text)) + text + data)
+
+
+def entry(**changes: Any) -> dict:
+    own = {"dtype": "F32", "shape": [5, 32], "data_offsets": [0, 640]}
+    return {"prompt_embeddings": own | changes}
+
+
+def task(**fields: Any) -> Change:
+    return edit_json("task.json", **fields)
+
+
+def adapter(**fields: Any) -> Change:
+    return edit_json("adapter_config.json", **fields)
+
+
+def privacy(**fields: Any) -> Change:
+    return edit_json("privacy.json", **fields)
+
+
+REFUSED: dict[str, Change] = {
+    "weights through a link": replace_by_link(WEIGHTS),
+    "task in a FIFO": replace_by_fifo("task.json"),
+    "sparse weights": replace_by_sparse(WEIGHTS, 1 << 40),
+    "sparse card": replace_by_sparse("README.md", 1 << 30),
+    "a folder": lambda folder: (folder / "lora").mkdir(),
+    "a pickle": put_text("adapter_model.bin", b"\x80\x04."),
+    "one more file": put_text("more.json", "{}"),
+    "another adapter": adapter(peft_type="LORA"),
+    "an adapter with code": adapter(peft_type="BOFT"),
+    "another number of tokens": adapter(num_virtual_tokens=6),
+    "another width": adapter(token_dim=31),
+    "true tokens": adapter(num_virtual_tokens=True),
+    "modules to save": adapter(modules_to_save=["lm_head"]),
+    "code of the sender": adapter(auto_mapping={"base_model_class": "x", "parent_library": "os"}),
+    "a tokenizer of the sender": adapter(tokenizer_name_or_path="/outside"),
+    "a field that PEFT may learn": adapter(anything=1),
+    "a number for a name": adapter(base_model_name_or_path=7),
+    "an adapter that is no object": put_text("adapter_config.json", "[]"),
+    "no text in the template": task(template="It was"),
+    "two texts in the template": task(template="{text} {text}"),
+    "a field of the template": task(template="{text.__class__}"),
+    "braces that do not pair up": task(template="{text"),
+    "a template that is a list": task(template=["{text}"]),
+    "a surrogate in the template": put_text(
+        "task.json", (HONEST / "task.json").read_text().replace("{text}", "{text}\\ud800")
+    ),
+    "a word as letters": task(label_words=["bad", "good"]),
+    "an empty class": task(label_words=[["bad"], []]),
+    "an empty word": task(label_words=[["bad"], [" "]]),
+    "a number as a word": task(label_words=[["bad"], [7]]),
+    "one class": task(label_words=[["bad"]]),
+    "huge biases": task(class_biases=[9999.0, 0.0]),
+    "biases that are texts": task(class_biases=["inf", "nan"]),
+    "one bias": task(class_biases=[0.5]),
+    "a length of zero": task(max_length=0),
+    "a length as text": task(max_length="48"),
+    "an unknown field of a task": task(more=1),
+    "a header in UTF-16": with_header(entry(), encoding="utf-16"),
+    "metadata that are numbers": with_header({"__metadata__": {"format": 1}} | entry()),
+    "metadata that are a list": with_header({"__metadata__": []} | entry()),
+    "a shape with a boolean": with_header(entry(shape=[True, 160])),
+    "offsets with a boolean": with_header(entry(data_offsets=[False, 640])),
+    "negative offsets": with_header(entry(data_offsets=[-640, 0])),
+    "a gap before the data": with_header(entry(data_offsets=[4, 644]), data=bytes(644)),
+    "data behind the tensors": with_header(entry(), data=bytes(700)),
+    "too few data": with_header(entry(), data=bytes(100)),
+    "a huge shape": with_header(entry(shape=[1 << 40, 1 << 40])),
+    "an unknown dtype": with_header(entry(dtype="F8_E4M3")),
+    "a dtype that is a list": with_header(entry(dtype=["F32"])),
+    "one more field": with_header(entry(more=1)),
+    "one more tensor": with_header(entry() | {"x": {"dtype": "F32", "shape": [1]}}),
+    "a name with a surrogate": with_header(b'{"\\ud800": {}}'),
+    "a key twice": with_header(b'{"prompt_embeddings": {}, "prompt_embeddings": {}}'),
+    "a header that is a list": with_header([]),
+    "a deep header": with_header(b'{"a":' * 9000 + b"1" + b"}" * 9000),
+    "epsilon too good": privacy(epsilon=0.01),
+    "epsilon as text": privacy(epsilon="0.01"),
+    "infinite steps": privacy(steps=10**30),
+    "delta 1": privacy(delta=1.0),
+    "negative delta": privacy(delta=-1e-5),
+    "no noise": privacy(noise_multiplier=0.0),
+    "a statement that is a list": put_text("privacy.json", "[1]"),
+    "99 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in range(2, 101)}),
+}
+
+
+def hostile(folder: Path, change: Change) -> Path:
+    prompt = shutil.copytree(HONEST, folder / "sent")
+    change(prompt)
+    sign(prompt)
+    return prompt
+
+
+@pytest.mark.parametrize("attack", REFUSED)
+def test_a_hostile_prompt_is_refused(tmp_path: Path, attack: str) -> None:
+    sent = hostile(tmp_path, REFUSED[attack])
+    result = verify(sent)
+    assert not result["ok"]
+    for problem in result["problems"]:
+        assert all(line.isprintable() for line in problem.splitlines())
+    with pytest.raises(ArtifactRefused):
+        admit_prompt(sent)
+
+
+def test_a_claim_is_checked_wherever_a_prompt_comes_in(tmp_path: Path, main: Any) -> None:
+    """What `verify` refuses, `transfer` and `evaluate` refuse too: they would repeat the claim."""
+    run = tiny.write_run(tmp_path)
+    sent = hostile(tmp_path, privacy(epsilon=0.01))
+    for stage in ("transfer", "evaluate"):
+        given = f"--set=inputs.source_prompt={sent}"
+        student = f"--set=inputs.student={tmp_path / 'teacher'}"
+        code, _, err = main(stage, run, given, student)
+        assert code == 4, err
+        assert "epsilon" in err
+
+
+def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> None:
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_student(tmp_path / "student")
+    prompt = tmp_path / "prompt"
+    provenance = Provenance("m", "", {"model": "1" * 64}, {})
+    write_prompt(prompt, PromptContents(torch.zeros(5, 32), TASK, None), provenance, lambda _: None)
+    given = (f"--set=inputs.student={student}", f"--set=inputs.source_prompt={prompt}")
+    code, _, err = main("transfer", run, *given)
+    assert code == 4
+    assert "was tuned on another student" in err
+    # The student that is read is the admitted copy.
+    assert list((tmp_path / "runs/tiny/admitted").iterdir())
+
+
+@pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "privacy.json", WEIGHTS])
+def test_random_bytes_break_nothing(tmp_path: Path, name: str) -> None:
+    """Flip, cut or repeat bytes of a file: each time the prompt is admitted or refused."""
+    generator = torch.Generator().manual_seed(0)
+    content = (HONEST / name).read_bytes()
+
+    def number(most: int) -> int:
+        return int(torch.randint(most, (), generator=generator))
+
+    for trial in range(60):
+        damaged = bytearray(content)
+        for _ in range(1 + number(4)):
+            place = number(len(damaged))
+            kind = number(3)
+            if kind == 0:
+                damaged[place] = number(256)
+            elif kind == 1:
+                del damaged[place : place + 1 + number(8)]
+            else:
+                damaged[place:place] = damaged[place : place + number(40)]
+        sent = hostile(tmp_path / str(trial), put_text(name, bytes(damaged)))
+        result = verify(sent)
+        assert result["ok"] or result["problems"]
