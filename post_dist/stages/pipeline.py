@@ -132,8 +132,28 @@ class Pipeline:
 
         Returns:
             The finished folder of each, in the order of `inputs.source_prompt`.
+
+        Raises:
+            ArtifactRefused: a prompt was refused. The others are transferred nevertheless.
         """
-        return self._transfer([(self._config, prompt) for prompt in self._source_prompts])
+        sources = []
+        refused = []
+        for folder in self._source_prompts:
+            # One owner's prompt must not stop those of the others.
+            try:
+                sources.append(self._source(folder))
+            except ArtifactRefused as error:
+                refused.append(error)
+        if len(refused) == 1 and not sources:
+            raise refused[0]
+        folders = self._transfer([(self._config, source) for source in sources])
+        if refused:
+            reasons = "; ".join(str(error).splitlines()[0] for error in refused)
+            raise ArtifactRefused(
+                f"{len(refused)} of {len(self._source_prompts)} prompts were refused: {reasons}",
+                "the others are transferred: " + ", ".join(str(each.artifact) for each in folders),
+            )
+        return folders
 
     def evaluate(self) -> RunFolder:
         """Find or make the comparison table, and what its rows need.
@@ -219,7 +239,7 @@ class Pipeline:
         # The transfers of all variants are trained together.
         transfers = [prompt for prompt in needed if prompt.plan.made_by == "transfer"]
         folders = self._transfer(
-            [(prompt.plan.config, prompt.variant.source) for prompt in transfers]
+            [(prompt.plan.config, self._source(prompt.variant.source)) for prompt in transfers]
         )
         transferred = {
             (prompt.variant.label, prompt.row): folder.artifact
@@ -276,7 +296,7 @@ class Pipeline:
                 tune(folder, private_task, model, self._world, self._resume)
         return folder
 
-    def _transfer(self, wanted: Sequence[tuple[RunConfig, Path]]) -> list[RunFolder]:
+    def _transfer(self, wanted: Sequence[tuple[RunConfig, SoftPromptArtifact]]) -> list[RunFolder]:
         """Find or make transferred prompts.
 
         All prompts that are not finished are trained together.
@@ -298,8 +318,7 @@ class Pipeline:
             "public_task": self.data_digest("public_task"),
         }
         requests = []
-        for config, prompt in wanted:
-            source = self._source(prompt)
+        for config, source in wanted:
             digests = inputs | {"source prompt": source.manifest.digest}
             requests.append(TransferRequest(run_folder(config, "transfer", digests), source))
 

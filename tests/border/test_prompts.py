@@ -164,6 +164,19 @@ def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> No
     assert list((tmp_path / "runs/tiny/admitted").iterdir())
 
 
+def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, main: Any) -> None:
+    run = tiny.write_run(tmp_path)
+    student = f"--set=inputs.student={tmp_path / 'teacher'}"
+    good = str(HONEST)
+    bad = str(hostile(tmp_path, task(template="{text")))
+    given = f"--set=inputs.source_prompt={json.dumps([bad, good])}"
+    code, _, err = main("transfer", run, given, student, "--set=transfer.steps=1")
+    assert code == 4, err
+    assert f"1 of 2 prompts were refused: {bad}" in err
+    (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
+    assert f"the others are transferred: {made}" in err
+
+
 @pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "privacy.json", WEIGHTS])
 def test_random_bytes_break_nothing(tmp_path: Path, name: str) -> None:
     """Flip, cut or repeat bytes of a file: each time the prompt is admitted or refused."""
