@@ -442,18 +442,18 @@ def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
         The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
 
     Raises:
-        ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, or a value is out of
-            range.
+        ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, a value is out of
+            range, or its epsilon is not what its plan gives.
 
     Examples:
         >>> load_prompt("received/prompt")
         Traceback (most recent call last):
         ...
-        post_dist.errors.ArtifactRefused: received/prompt is not a post_dist artifact: ...
+        post_dist.errors.ArtifactRefused: received/prompt: it cannot be opened: ...
     """
-    from post_dist.artifacts.prompt import read_prompt
+    from post_dist.admission.door import admit_prompt
 
-    return read_prompt(Path(folder))
+    return admit_prompt(Path(folder))
 
 
 def _with_stages(

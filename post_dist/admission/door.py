@@ -1,5 +1,6 @@
 """Admit an artifact of another party: everything is read from a private copy, and checked there."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,11 +9,14 @@ from typing import Any
 
 import torch
 
-from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
 from post_dist.artifacts.manifest import ArtifactKind, Manifest
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
 from post_dist.errors import ArtifactRefused, PostDistError
 from post_dist.files import put_in_place
+
+_COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
+"""The path of a quarantined copy in a message."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ def refusing(folder: Path) -> Iterator[None]:
     try:
         yield
     except PostDistError as error:
-        message = str(error).splitlines()[0]
+        # The sender's folder is meant, and not its copy.
+        message = _COPY.sub("", str(error).splitlines()[0])
         raise ArtifactRefused(f"{folder}: {message}", error.hint) from None
     except Exception as error:
         raise ArtifactRefused(

@@ -25,6 +25,9 @@ from post_dist.artifacts.manifest import (
 )
 from post_dist.errors import ArtifactRefused
 
+PREFIX = ".post_dist-quarantine-"
+"""Beginning of the name of each copy."""
+
 _KIB = 1 << 10
 _MIB = 1 << 20
 _CHUNK_BYTES = 4 * _MIB
@@ -99,7 +102,7 @@ def quarantined(folder: Path, parent: Path | None = None) -> Iterator[Quarantine
         ArtifactRefused: the folder holds anything but the files of one artifact, each of them
             regular, within its size and with the hash that the manifest gives.
     """
-    copy = Path(tempfile.mkdtemp(prefix="post_dist-", dir=parent))
+    copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         yield _copy(folder, copy)
     finally:
@@ -110,30 +113,30 @@ def _copy(folder: Path, copy: Path) -> Quarantined:
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ArtifactRefused(f"{folder}: {error.strerror}") from None
+        raise ArtifactRefused(f"it cannot be opened: {error.strerror}") from None
     try:
-        names = _names(root, folder)
+        names = _names(root)
         if FILE_NAME not in names:
-            raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
+            raise ArtifactRefused(f"it is not a post_dist artifact: it has no {FILE_NAME}")
         rule = FileRule(re.escape(FILE_NAME), SIZE_LIMIT_BYTES)
         _copy_file(root, FILE_NAME, rule, copy / FILE_NAME)
         manifest = parse_manifest(copy / FILE_NAME)
         _copy_listed(root, names - {FILE_NAME}, manifest, copy)
     except OSError as error:
-        raise ArtifactRefused(f"{folder}: {error.strerror or error}") from None
+        raise ArtifactRefused(f"a file cannot be read: {error.strerror or error}") from None
     finally:
         os.close(root)
     return Quarantined(copy, manifest)
 
 
-def _names(root: int, folder: Path) -> set[str]:
+def _names(root: int) -> set[str]:
     """Return the names in a folder, which must be few."""
     names = set()
     with os.scandir(root) as entries:
         for entry in entries:
             names.add(entry.name)
             if len(names) > _MOST_FILES:
-                raise ArtifactRefused(f"{folder} holds more than {_MOST_FILES} files")
+                raise ArtifactRefused(f"it holds more than {_MOST_FILES} files")
     return names
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,36 @@ def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, ma
     assert f"1 of 2 prompts were refused: {bad}" in err
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     assert f"the others are transferred: {made}" in err
+
+
+def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> None:
+    """A sender swaps the weights all the time: what is admitted is what the manifest names."""
+    sent = hostile(tmp_path, lambda folder: None)
+    honest = (sent / WEIGHTS).read_bytes()
+    wanted = admit_prompt(sent).embeddings
+    other = honest[:-4] + struct.pack("<f", 0.5)
+    done = threading.Event()
+
+    def swap() -> None:
+        while not done.is_set():
+            for content in (other, honest):
+                (tmp_path / "next").write_bytes(content)
+                (tmp_path / "next").rename(sent / WEIGHTS)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    outcomes = set()
+    try:
+        for _ in range(300):
+            try:
+                assert torch.equal(admit_prompt(sent).embeddings, wanted)
+                outcomes.add("admitted")
+            except ArtifactRefused:
+                outcomes.add("refused")
+    finally:
+        done.set()
+        thread.join()
+    assert outcomes == {"admitted", "refused"}
 
 
 @pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "privacy.json", WEIGHTS])

@@ -1,6 +1,7 @@
 """The Python API without a model: its names, what importing it loads, and its doctests."""
 
 import doctest
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,9 @@ def test_the_package_exports_the_api_and_loads_nothing_for_it() -> None:
     assert done.stdout.strip() == f"[] {NAMES}"
 
 
+STATEMENT = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt/privacy.json"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_the_api_s_and_documented(name: str) -> None:
     found = getattr(post_dist, name)
@@ -68,12 +72,18 @@ def test_the_examples_in_docstrings_hold() -> None:
 def test_a_prompt_is_read_with_its_task_and_its_claim(tmp_path: Path) -> None:
     embeddings_nd = torch.randn(3, 8)
     task = PromptTask("{text} It was", (("bad",), ("good",)), 32, False, "Review")
-    contents = PromptContents(embeddings_nd, task, {"epsilon": 2.5, "delta": 1e-5})
+    privacy = json.loads(STATEMENT.read_text())
+    contents = PromptContents(embeddings_nd, task, privacy)
     provenance = Provenance(model_name="the student", tokenizer="", parents={}, config={})
     write_prompt(tmp_path / "prompt", contents, provenance, lambda folder: None)
     prompt = post_dist.load_prompt(str(tmp_path / "prompt"))
     assert torch.equal(prompt.embeddings, embeddings_nd)
-    assert (prompt.task, prompt.epsilon) == (task, 2.5)
+    assert (prompt.task, prompt.epsilon) == (task, privacy["epsilon"])
+    # A false claim is refused, as in `verify`.
+    false = PromptContents(embeddings_nd, task, privacy | {"epsilon": 0.1})
+    write_prompt(tmp_path / "false", false, provenance, lambda folder: None)
+    with pytest.raises(PostDistError, match=r"privacy\.json"):
+        post_dist.load_prompt(tmp_path / "false")
 
 
 def test_a_stage_says_what_is_missing(tmp_path: Path) -> None:

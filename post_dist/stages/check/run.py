@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from post_dist.admission.door import admit_prompt
 from post_dist.artifacts.manifest import ArtifactKind
-from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import DataSource, Task
@@ -244,7 +245,7 @@ class _Check:
         given = self.config.inputs.target_prompt
         on_target = None
         if given is not None:
-            on_target = self.findings.attempt("evaluate", lambda: read_prompt(given))
+            on_target = self.findings.attempt("evaluate", lambda: admit_prompt(given))
         longest = max(lengths, default=0)
         found = []
         if self._student is not None and self._student.facts is not None:
@@ -284,7 +285,7 @@ class _Check:
         self, stage: Stage, folder: Path, kind: ArtifactKind = "soft prompt"
     ) -> SoftPromptArtifact | None:
         """Read a prompt, and compare it with the student that it was tuned on."""
-        prompt = self.findings.attempt(stage, lambda: read_prompt(folder, kind))
+        prompt = self.findings.attempt(stage, lambda: admit_prompt(folder, kind))
         student = self._student
         if prompt is None or student is None:
             return prompt
