@@ -188,7 +188,7 @@ def test_a_provider_checks_prompts_that_came_from_owners(
     found = " ".join(messages(report))
     assert "the prompt has vectors of width 16, the student of width 32" in found
     assert "texts of 1000 tokens do not fit into the context of the target (128)" in found
-    assert "prompt3: it is not a post_dist artifact" in found
+    assert "prompt3: it cannot be opened: No such file or directory" in found
 
 
 def test_settings_of_a_baseline_are_checked_before_the_run(
