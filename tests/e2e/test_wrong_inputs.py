@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from started import Command
 
-from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.manifest import FILE_NAME, read_manifest
 from post_dist.files import file_digest
+from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
 Fields = dict[str, Any]
 
@@ -116,16 +117,24 @@ def other_tokenizer(model: str) -> Callable[[Fields, Path], object]:
         words.add_tokens(["brandnew"])
         words.save_pretrained(folder / model)
         if model == "student":
-            resign(folder / model)
+            tokenizer = tokenizer_fingerprint(load_tokenizer(folder / model))
+            resign(folder / model, tokenizer=tokenizer)
+            adopt(folder)
 
     return change
 
 
-def resign(folder: Path) -> None:
-    """Write the hashes of changed files into an artifact's manifest."""
-    manifest = json.loads((folder / FILE_NAME).read_text())
+def resign(folder: Path, **fields: object) -> None:
+    """Write the hashes of changed files into an artifact's manifest, and other fields."""
+    manifest = json.loads((folder / FILE_NAME).read_text()) | fields
     manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
     (folder / FILE_NAME).write_text(json.dumps(manifest))
+
+
+def adopt(folder: Path) -> None:
+    """Let the prompt say that it was tuned on the student as it is now."""
+    student = read_manifest(folder / "student", "student")
+    resign(folder / "prompt", parents={"model": student.digest})
 
 
 def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
@@ -133,6 +142,9 @@ def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
 
     def change(fields: Fields, folder: Path) -> None:
         save_file({"prompt_embeddings": tensor}, folder / "prompt/adapter_model.safetensors")
+        config = json.loads((folder / "prompt/adapter_config.json").read_text())
+        config |= {"num_virtual_tokens": len(tensor), "token_dim": tensor.shape[1]}
+        (folder / "prompt/adapter_config.json").write_text(json.dumps(config))
         resign(folder / "prompt")
 
     return change
@@ -154,6 +166,7 @@ def short_student(fields: Fields, folder: Path) -> None:
         json.dumps(config | {"max_position_embeddings": 50})
     )
     resign(folder / "student")
+    adopt(folder)
 
 
 def missing_layer(fields: Fields, folder: Path) -> None:
