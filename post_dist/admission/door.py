@@ -12,7 +12,7 @@ import torch
 from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
 from post_dist.artifacts.manifest import ArtifactKind, Manifest
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
-from post_dist.errors import ArtifactRefused, PostDistError
+from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
 from post_dist.files import put_in_place
 
 _COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
@@ -136,6 +136,8 @@ def refusing(folder: Path) -> Iterator[None]:
     """Name the folder in each refusal. Whatever a foreign file breaks is a refusal too."""
     try:
         yield
+    except EnvironmentFault:
+        raise
     except PostDistError as error:
         # The sender's folder is meant, and not its copy.
         message = _COPY.sub("", str(error).splitlines()[0])

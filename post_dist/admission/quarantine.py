@@ -5,6 +5,7 @@ each file is opened once, without following links, and hashed while it is copied
 known names come in.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from post_dist.artifacts.manifest import (
     Manifest,
     parse_manifest,
 )
-from post_dist.errors import ArtifactRefused
+from post_dist.errors import ArtifactRefused, EnvironmentFault
 
 PREFIX = ".post_dist-quarantine-"
 """Beginning of the name of each copy."""
@@ -31,6 +32,9 @@ PREFIX = ".post_dist-quarantine-"
 _KIB = 1 << 10
 _MIB = 1 << 20
 _CHUNK_BYTES = 4 * _MIB
+_BLOCK_BYTES = 512
+"""Unit of `st_blocks`."""
+_NEVER_SPARSE_BYTES = 16 * _MIB
 _MOST_FILES = 300
 """Most entries of a folder; a model of 1 TB in files of 5 GB has about 200."""
 
@@ -123,6 +127,10 @@ def _copy(folder: Path, copy: Path) -> Quarantined:
         manifest = parse_manifest(copy / FILE_NAME)
         _copy_listed(root, names - {FILE_NAME}, manifest, copy)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise EnvironmentFault(
+                f"no room for a copy in {copy.parent}", "free some space"
+            ) from None
         raise ArtifactRefused(f"a file cannot be read: {error.strerror or error}") from None
     finally:
         os.close(root)
@@ -180,6 +188,10 @@ def _copy_file(root: int, name: str, rule: FileRule, destination: Path) -> str:
         _check_regular(name, status)
         if status.st_size > rule.most_bytes:
             raise ArtifactRefused(f"{name} is larger than {rule.most_bytes} bytes")
+        # A file of zeros costs its sender nothing, and us the time and the disk of its whole size.
+        on_disk = status.st_blocks * _BLOCK_BYTES
+        if status.st_size > _NEVER_SPARSE_BYTES and on_disk < status.st_size // 4:
+            raise ArtifactRefused(f"{name} is sparse: it holds {on_disk} of its bytes")
         digest = hashlib.sha256()
         with open(destination if rule.copied else os.devnull, "wb") as copy:
             # A file that grows while it is read has another hash in the end.

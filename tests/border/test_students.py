@@ -126,6 +126,7 @@ REFUSED: dict[str, Change] = {
     "weights in a FIFO": replace_by_fifo("model.safetensors"),
     "tokenizer in a FIFO": replace_by_fifo("tokenizer.json"),
     "sparse weights": replace_by_sparse("model.safetensors", 1 << 41),
+    "sparse weights of a size that models have": replace_by_sparse("model.safetensors", 1 << 37),
     "sparse configuration": replace_by_sparse("config.json", 1 << 30),
     "sparse tokenizer": replace_by_sparse("tokenizer.json", 1 << 35),
     "a folder": lambda folder: (folder / "sub").mkdir(),
