@@ -201,7 +201,7 @@ class Transfer(PromptTraining):
     the last term. The table row `proxy-tuning` uses lambda too."""
     match_class_shares: bool = False
     """Shift the proxy's class scores until their mean probabilities on the public text equal those
-    of the prompted student. The class biases of the new prompt shift its own scores likewise."""
+    of the prompted student."""
     # The training.
     trained_share: Fraction = 0.0
     """Start of the prompt: 0 for the embeddings of the initial text, 1 for the tuned prompt. Values

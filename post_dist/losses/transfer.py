@@ -66,11 +66,6 @@ def proxy_logits(
     return target_BK.float() + strength * change_BK
 
 
-def mean_probabilities(scores_NC: torch.Tensor) -> torch.Tensor:
-    """Return the mean probability [C] of each class, in fp64."""
-    return scores_NC.double().softmax(dim=1).mean(dim=0)
-
-
 def share_matching_offsets(scores_NC: torch.Tensor, shares_C: torch.Tensor) -> torch.Tensor:
     """Find offsets [C] so that class scores plus offsets have given mean probabilities.
 
@@ -86,7 +81,7 @@ def share_matching_offsets(scores_NC: torch.Tensor, shares_C: torch.Tensor) -> t
     wanted = shares_C.double().log()
     offsets = torch.zeros_like(wanted)
     for _ in range(_SCALING_ROUNDS):
-        step = wanted - mean_probabilities(scores + offsets).log()
+        step = wanted - (scores + offsets).softmax(dim=1).mean(dim=0).log()
         offsets += step
         if step.abs().max() < _SCALING_TOLERANCE:
             break

@@ -1,6 +1,5 @@
 """A public warm start, and a head that is tuned behind it: from the student to the table."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import tiny
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, read_prompt
 
@@ -57,6 +55,7 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     run = write_run(tmp_path)
     code, out, err = main("pipeline", run, "--json")
     assert code == 0, err
+    assert "says nearly the same of all public texts" not in err
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     # The prompt alone is not what was tuned, so there is no row of direct transfer.
     assert list(rows) == ["zero-shot", "student + prompt", "transferred", "proxy-tuning"]
@@ -82,41 +81,6 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     assert code == 0, err
     rows = {row["name"]: row["accuracy_micro"] for row in json.loads(out)["rows"]}
     assert rows["student + prompt"] > 0.75
-
-
-def class_shares(model_folder: Path, prompt_folder: Path, texts: list[str]) -> torch.Tensor:
-    """Compute the mean class probabilities with transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    prompt = read_prompt(prompt_folder)
-    words = [tokenizer(" " + word).input_ids[-1] for (word,) in prompt.task.label_words]
-    biases = torch.tensor(prompt.task.class_biases or (0.0, 0.0))
-    shares = []
-    for text in texts:
-        ids = tokenizer(f"Review: {text} It was").input_ids
-        embedded = model.get_input_embeddings()(torch.tensor(ids))
-        inputs = torch.cat([prompt.embeddings, embedded])[None]
-        with torch.no_grad():
-            logits = model(inputs_embeds=inputs).logits[0, -1]
-        shares.append((logits[words] + biases).softmax(0))
-    return torch.stack(shares).mean(0)
-
-
-def test_a_transferred_prompt_has_the_class_shares_of_the_tuned_one(
-    tmp_path: Path, main: Callable
-) -> None:
-    run = write_run(tmp_path)
-    sets = ["tune.adapter=prompt", "tune.steps=2", "privacy.enabled=false"]
-    sets += ["warm_start.class_shares=[0.8, 0.2]", "transfer.match_class_shares=true"]
-    code, _, err = main("pipeline", run, *(f"--set={each}" for each in sets))
-    assert code == 0
-    assert "says nearly the same of all public texts" not in err
-    with (tmp_path / "public.csv").open() as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
-    tuned = class_shares(tmp_path / "student", artifact(tmp_path, "tune"), texts)
-    moved = class_shares(tmp_path / "teacher", artifact(tmp_path, "transfer"), texts)
-    assert tuned[0] > 0.6
-    assert torch.allclose(moved, tuned, atol=1e-4)
 
 
 def test_a_prompt_that_private_data_have_touched_starts_no_tuning(

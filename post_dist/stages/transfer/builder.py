@@ -314,10 +314,12 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     """
     if not section.match_class_shares:
         return torch.zeros(1)
-    # The proxy adds up the preferences of two models for some classes.
+    # The proxy adds up the preferences of two models for some classes. The prompted student has
+    # learned the decision threshold of the task, so the offsets give the proxy its class shares.
+    shares_C = outputs.source_prompted.double().softmax(dim=1).mean(dim=0)
     base_NC = outputs.source if section.subtracts_student else None
     proxy_NC = proxy_logits(base_NC, outputs.source_prompted, outputs.target, section.proxy_lambda)
-    offsets = share_matching_offsets(proxy_NC, outputs.wanted_shares_C)
+    offsets = share_matching_offsets(proxy_NC, shares_C)
     log.info(
         "transfer: class offsets %s match the class shares of the prompted student",
         [round(float(offset), 3) for offset in offsets],

@@ -23,7 +23,7 @@ from post_dist.data.order import rows_of_like_length
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import NO_TOKEN, Encoded
 from post_dist.losses.divergence import softened_kl
-from post_dist.losses.transfer import mean_probabilities, proxy_logits, published_transfer_loss
+from post_dist.losses.transfer import proxy_logits, published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 
 
@@ -56,14 +56,6 @@ class FixedOutputs:
     source: torch.Tensor
     source_prompted: torch.Tensor
     target: torch.Tensor
-
-    @property
-    def wanted_shares_C(self) -> torch.Tensor:
-        """The mean class probabilities of the prompted student; only where class scores are stored.
-
-        The prompted student has learned the decision threshold of the task.
-        """
-        return mean_probabilities(self.source_prompted)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from post_dist.config.schema import Teacher, Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
-from post_dist.data.task_reader import TaskReader
-from post_dist.losses.transfer import share_matching_offsets
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
@@ -39,12 +37,7 @@ from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
-from post_dist.stages.transfer.builder import (
-    ObjectiveBuilder,
-    PublicExamples,
-    PublicReading,
-    Tokenizers,
-)
+from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
@@ -184,8 +177,7 @@ def transfer(
     for group in _groups(jobs, config.transfer.prompts_at_once):
         _train(group, models, config.seed, world)
         for job in group:
-            biases = _class_biases(job, models, world)
-            world.on_main(partial(writer, job, biases))
+            world.on_main(partial(writer, job))
 
 
 def _start(
@@ -268,26 +260,6 @@ def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World
     return batch
 
 
-def _class_biases(job: TransferJob, models: ModelPair, world: World) -> tuple[float, ...]:
-    """Return biases that give the trained prompt the class shares that its loss asked for.
-
-    A prompt of few tokens follows the scores more closely than the threshold between the classes.
-    All ranks call it. Without `transfer.match_class_shares` there are no biases.
-    """
-    objective = job.objective
-    if not objective.section.match_class_shares:
-        return ()
-    # The biases of the source prompt were part of the loss, so the new prompt has learned them.
-    task = replace(objective.reader.task, class_biases=())
-    reader = TaskReader(task, objective.reader.tokenizer, masked=models.target.masked)
-    reading = PublicReading(
-        "target", models.target, reader, objective.examples, objective.section, world
-    )
-    scores_NC = reading.outputs(job.run.parameters[0].detach(), "target + prompt")
-    offsets = share_matching_offsets(scores_NC, objective.outputs.wanted_shares_C)
-    return tuple(offsets.tolist())
-
-
 def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
     """Return the target's name for the adapter configuration: its hub or folder name."""
     if teacher is None or Path(teacher.path).is_absolute():
@@ -295,18 +267,18 @@ def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
     return teacher.path
 
 
-def _write(job: TransferJob, biases: tuple[float, ...], *, model_name: str, tokenizer: str) -> None:
+def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
     """Write the artifact of a trained prompt.
 
     Args:
         job: the trained prompt.
-        biases: its class biases.
         model_name: name of the target.
         tokenizer: fingerprint of the target's tokenizer.
     """
     source = job.source
     settings = job.objective.section.model_dump(mode="json")
-    task = replace(source.task, class_biases=biases)
+    # The class biases were part of the loss, so the new prompt has learned their effect.
+    task = replace(source.task, class_biases=())
 
     def write_own_card(artifact: Path) -> None:
         claim: dict[str, Any] = {"epsilon": "none: the source prompt is not private"}
