@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from post_dist.admission.door import admit_prompt, admit_student
-from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
+from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest, read_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
@@ -370,7 +370,8 @@ class Pipeline:
     @cached_property
     def student_digest(self) -> str:
         """Digest of the student."""
-        return self._world.on_main(partial(_digest_of_student, self.student))
+        given = self._config.inputs.student is not None
+        return self._world.on_main(partial(_digest_of_student, self.student, given=given))
 
     @cached_property
     def public_prompt(self) -> SoftPromptArtifact | None:
@@ -502,12 +503,14 @@ def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
     return digests
 
 
-def _digest_of_student(folder: Path) -> str:
+def _digest_of_student(folder: Path, *, given: bool) -> str:
     """Return the digest in a student's manifest, or that of its files if it has no manifest."""
+    if not given:
+        return read_manifest(folder, "student").digest
     if not (folder / FILE_NAME).exists():
         load_config(folder)
         return fingerprint(folder)
-    # Our own student has just been written, and a given one has been admitted.
+    # Its hashes have been compared when it was admitted.
     return parse_manifest(folder / FILE_NAME).digest
 
 

@@ -5,6 +5,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -243,6 +244,16 @@ def test_no_field_that_a_family_does_not_have_comes_in(honest: Path, tmp_path: P
 def test_weights_in_several_files_come_in(honest: Path, tmp_path: Path) -> None:
     sent = hostile(honest, tmp_path, in_two_files)
     assert verify(sent)["ok"]
+
+
+def test_a_student_of_one_s_own_run_that_was_changed_is_noticed(tmp_path: Path, main: Any) -> None:
+    run = tiny.write_run(tmp_path)
+    assert main("distill", run)[0] == 0
+    (student,) = (tmp_path / "runs/tiny").glob("distill-????????/artifact")
+    put_text("generation_config.json", "{}")(student)
+    code, _, err = main("tune", run)
+    assert code == 4
+    assert "generation_config.json is not the file that was written" in err
 
 
 @pytest.mark.parametrize("seed", range(30))
