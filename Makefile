@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test test-all test-slurm faults bench check clean
+.PHONY: demo demo-private test test-all test-slurm faults fuzz bench check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -33,6 +33,10 @@ faults: .venv/ready
 	rm -rf .cache/faults
 	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
+
+# Sends 100,000 different hostile prompts through the door. `test` sends a few hundred.
+fuzz: .venv/ready
+	$(FAULTS) tests/border/fuzz.py
 
 # Compares with the committed ratios of this processor; `--write` updates them. benchmarks/scaling.py measures how costs grow.
 bench: .venv/ready

@@ -141,8 +141,13 @@ def refusing(folder: Path) -> Iterator[None]:
     except PostDistError as error:
         # The sender's folder is meant, and not its copy.
         message = _COPY.sub("", str(error).splitlines()[0])
-        raise ArtifactRefused(f"{folder}: {message}", error.hint) from None
+        raise ArtifactRefused(f"{folder}: {_printable(message)}", error.hint) from None
     except Exception as error:
         raise ArtifactRefused(
             f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
         ) from None
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would act on, or could not show."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

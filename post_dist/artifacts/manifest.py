@@ -149,6 +149,7 @@ def parse_manifest(path: Path) -> Manifest:
         texts = [manifest.tokenizer, *manifest.files.values(), *manifest.parents.values()]
         all_strings = all(isinstance(text, str) for text in texts)
         is_sound = has_known_kind and all_strings and isinstance(manifest.config, dict)
+        is_sound = is_sound and type(manifest.schema_version) is int
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise refused from None
     if not is_sound:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from border.fuzz import fuzz
 from border.hostile import (
     Change,
     edit_json,
@@ -206,6 +207,13 @@ def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> N
         done.set()
         thread.join()
     assert outcomes == {"admitted", "refused"}
+
+
+def test_random_prompts_are_admitted_or_refused(tmp_path: Path) -> None:
+    made, outcomes = fuzz(300, seed=1, place=tmp_path)
+    assert made == sum(outcomes.values()) == 300
+    # The changes reach behind the first check, and most of them are hostile.
+    assert 3 <= outcomes["admitted"] < 60
 
 
 @pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "privacy.json", WEIGHTS])
