@@ -121,8 +121,18 @@ def scale_jobs(
 
 
 def job_folder(config: RunConfig) -> Path:
-    """Return the folder for submitit's logs and pickles. Every node must see it."""
-    return config.output / config.name / "slurm"
+    """Return the folder for submitit's logs and pickles. Every node must see it.
+
+    Raises:
+        InputError: its path cannot stand in a batch file.
+    """
+    folder = config.output / config.name / "slurm"
+    if not str(folder).isprintable():
+        raise InputError(
+            f"output: {str(folder)!a} has a character that cannot stand in a batch file",
+            "give another --output",
+        )
+    return folder
 
 
 def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:

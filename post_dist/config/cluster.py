@@ -2,11 +2,22 @@
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from post_dist.config.sections import PositiveInt, Section
 
 ClusterStage = Literal["distill", "warm_start", "tune", "transfer", "evaluate"]
+
+
+def _one_line(text: str) -> str:
+    """Refuse a text that would end the line of a batch file, or is none."""
+    if not text.isprintable() or not text.strip():
+        raise ValueError("must be one line of printable characters")
+    return text
+
+
+OneLine = Annotated[str, AfterValidator(_one_line)]
+"""The value of an option of sbatch."""
 
 
 class Resources(Section):
@@ -27,13 +38,13 @@ class Resources(Section):
     time_minutes: PositiveInt = 60
     """Time limit of the job, in minutes."""
     # Where Slurm runs the job. Each field is the option of sbatch with the same name.
-    partition: str | None = None
+    partition: OneLine | None = None
     """Partition of the cluster. Default: the cluster's."""
-    account: str | None = None
+    account: OneLine | None = None
     """Account that is charged for the job. Default: the user's."""
-    qos: str | None = None
+    qos: OneLine | None = None
     """Quality of service. Default: the cluster's."""
-    constraint: str | None = None
+    constraint: OneLine | None = None
     """Features that the nodes must have, such as `a100`. Default: none."""
 
     @model_validator(mode="after")

@@ -14,6 +14,10 @@ _INTERNAL_PLACES = ("function-", "literal[", "tuple[", "constrained-")
 """Prefixes of the names that pydantic gives to the alternatives of a union, in an error's place."""
 
 
+_MOST_BYTES = 1 << 20
+"""Size limit of a run file."""
+
+
 def load_run(
     path: Path, overrides: list[str] | None = None, output: Path | None = None
 ) -> RunConfig:
@@ -41,6 +45,11 @@ def load_run(
 
 
 def _read_sections(path: Path) -> dict[str, Any]:
+    # A FIFO or a device would never end.
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot read the run file {path}: it is not a file")
+    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        raise InputError(f"cannot read the run file {path}: it is above {_MOST_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

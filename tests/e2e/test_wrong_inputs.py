@@ -1,6 +1,7 @@
 """Wrong inputs: one clear error each, its exit code, no traceback, and nothing half-written."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -159,6 +160,11 @@ def class_biases(fields: Fields, folder: Path) -> None:
     del fields["teacher"]
 
 
+def fifo(fields: Fields, folder: Path) -> None:
+    """Make a FIFO, which a reader would wait for."""
+    os.mkfifo(folder / "fifo")
+
+
 def short_student(fields: Fields, folder: Path) -> None:
     """Give the student a context of 50 tokens."""
     config = json.loads((folder / "student/config.json").read_text())
@@ -194,6 +200,15 @@ CASES = [
         command=("pipeline", "{folder}/none.yaml"),
     ),
     Case("run file is a folder", 2, "cannot read the run file", command=("pipeline", "{folder}")),
+    Case("run file is endless", 2, "it is not a file", command=("pipeline", "/dev/zero")),
+    Case("run file is a FIFO", 2, "it is not a file", fifo, ("check", "{folder}/fifo")),
+    Case("run file is huge", 2, "it is above", write("run.yaml", "#" * (1 << 21)), keep_yaml=True),
+    Case(
+        "a line break in an option of sbatch",
+        2,
+        r"cluster.account: must be one line of printable characters",
+        put("cluster", {"account": "a\ntouch owned"}),
+    ),
     Case("run file empty", 2, "holds no sections", write("run.yaml", ""), keep_yaml=True),
     Case(
         "run file not YAML",
