@@ -201,7 +201,7 @@ CASES = [
     ),
     Case("run file is a folder", 2, "cannot read the run file", command=("pipeline", "{folder}")),
     Case("run file is endless", 2, "it is not a file", command=("pipeline", "/dev/zero")),
-    Case("run file is a FIFO", 2, "it is not a file", fifo, ("check", "{folder}/fifo")),
+    Case("run file is a FIFO", 2, "it is not a file", fifo, ("tune", "{folder}/fifo")),
     Case("run file is huge", 2, "it is above", write("run.yaml", "#" * (1 << 21)), keep_yaml=True),
     Case(
         "a line break in an option of sbatch",
