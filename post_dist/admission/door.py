@@ -3,33 +3,19 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
-from post_dist.artifacts.manifest import ArtifactKind, Manifest
+from post_dist.artifacts.manifest import ArtifactKind
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
 from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
 from post_dist.files import put_in_place
 
 _COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
 """The path of a quarantined copy in a message."""
-
-
-@dataclass(frozen=True)
-class AdmittedStudent:
-    """A student that has passed all checks.
-
-    Attributes:
-        folder: a copy with a configuration that was written anew, the weights and the tokenizer.
-        manifest: the manifest that the student came with.
-    """
-
-    folder: Path
-    manifest: Manifest
 
 
 def admit_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
@@ -62,7 +48,7 @@ def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
     return prompt
 
 
-def admit_student(folder: Path, place: Path) -> AdmittedStudent:
+def admit_student(folder: Path, place: Path) -> Path:
     """Copy a student of another party to a place of our own, and check it.
 
     A student that is there already has been admitted by an earlier command.
@@ -70,6 +56,10 @@ def admit_student(folder: Path, place: Path) -> AdmittedStudent:
     Args:
         folder: the student, which is not trusted.
         place: folder for admitted students, which only we write to.
+
+    Returns:
+        The copy: the manifest, a configuration that was written anew, the weights and the
+        tokenizer.
 
     Raises:
         ArtifactRefused: a check failed.
@@ -80,7 +70,7 @@ def admit_student(folder: Path, place: Path) -> AdmittedStudent:
         admitted = place / inside.manifest.digest[:16]
         if not admitted.exists():
             put_in_place(inside.folder, admitted)
-        return AdmittedStudent(admitted, inside.manifest)
+        return admitted
 
 
 def check_student(inside: Quarantined) -> None:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from post_dist.admission.strict_json import read_object
+from post_dist.artifacts.strict_json import read_object
 from post_dist.errors import ArtifactRefused
 
 _FAMILIES = frozenset(

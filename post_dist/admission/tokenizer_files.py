@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.strict_json import read_object
+from post_dist.artifacts.strict_json import read_object
 from post_dist.errors import ArtifactRefused
 
 _SECONDS = 30

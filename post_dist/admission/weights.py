@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from post_dist.admission.strict_json import read_object
+from post_dist.artifacts.strict_json import read_object
 from post_dist.artifacts.tensor_file import read_layout
 from post_dist.errors import ArtifactRefused
-from post_dist.models.load import is_masked
+from post_dist.models.facts import meta_model
 
 INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
@@ -38,10 +37,7 @@ def meta_student(folder: Path) -> PreTrainedModel:
     Raises:
         ArtifactRefused: its buffers would need more memory than a model of any size needs.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    auto_class = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config)
+    model = meta_model(folder).model
     if sum(buffer.nbytes for buffer in model.buffers()) > _BUFFER_BYTES:
         raise ArtifactRefused("config.json describes a model that needs too much memory")
     return model

@@ -112,18 +112,6 @@ def read_manifest(folder: Path, kind: ArtifactKind) -> Manifest:
         ArtifactRefused: the folder is not an artifact of this kind, or a file is missing, added or
             changed.
     """
-    manifest = read_any_manifest(folder)
-    if manifest.kind != kind:
-        raise ArtifactRefused(f"{folder} is a {manifest.kind}, not a {kind}")
-    return manifest
-
-
-def read_any_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an artifact of any kind and check every file against it.
-
-    Raises:
-        ArtifactRefused: the folder is not an artifact, or a file is missing, added or changed.
-    """
     path = folder / FILE_NAME
     if not path.is_file():
         raise ArtifactRefused(f"{folder} is not a post_dist artifact: it has no {FILE_NAME}")
@@ -131,6 +119,8 @@ def read_any_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > SIZE_LIMIT_BYTES:
         raise ArtifactRefused(f"{path} is larger than {SIZE_LIMIT_BYTES} bytes")
     manifest = parse_manifest(path)
+    if manifest.kind != kind:
+        raise ArtifactRefused(f"{folder} is a {manifest.kind}, not a {kind}")
     _check_files(folder, manifest)
     return manifest
 

@@ -1,12 +1,12 @@
 """Check the layout of a safetensors file before a library allocates memory for it."""
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from post_dist.artifacts.strict_json import parse_object
 from post_dist.errors import ArtifactRefused
 
 _LENGTH_BYTES = 8
@@ -94,26 +94,14 @@ def _read_header(path: Path, most_bytes: int) -> tuple[dict[str, Any], int]:
             raise ArtifactRefused(f"{path}: its header is too large")
         text = file.read(header_bytes)
     try:
-        # The library reads UTF-8 alone. Python's parser would guess other encodings of bytes.
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        json.dumps(header, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise ArtifactRefused(f"{path}: its header is not a JSON object")
-    return header, header_bytes
+        return parse_object(text), header_bytes
+    except ValueError:
+        raise ArtifactRefused(f"{path}: its header is not a JSON object") from None
 
 
 def _are_integers(value: Any) -> bool:
     # `isinstance` would accept True and False as integers.
     return isinstance(value, list) and all(type(number) is int for number in value)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, and refuse duplicate keys. Parsers differ in which of them they use."""
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)
 
 
 def _does_not_fit(path: Path) -> ArtifactRefused:

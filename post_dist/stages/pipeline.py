@@ -365,7 +365,7 @@ class Pipeline:
         # family. Without a manifest it is a model of one's own.
         if not (given / FILE_NAME).exists():
             return given
-        return self._world.on_main(partial(admit_student, given, self._admitted)).folder
+        return self._world.on_main(partial(admit_student, given, self._admitted))
 
     @cached_property
     def student_digest(self) -> str:

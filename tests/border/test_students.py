@@ -47,19 +47,19 @@ def test_an_honest_student_comes_in_with_equal_weights(tmp_path: Path, family: s
     sent = tiny.write_student(tmp_path / "student", family)
     assert verify(sent)["ok"], verify(sent)
     admitted = admit_student(sent, tmp_path / "place")
-    assert admitted.folder.parent == tmp_path / "place"
-    assert admitted.folder.stat().st_mode & 0o077 == 0
-    ours = load_file(admitted.folder / "model.safetensors")
+    assert admitted.parent == tmp_path / "place"
+    assert admitted.stat().st_mode & 0o077 == 0
+    ours = load_file(admitted / "model.safetensors")
     theirs = load_file(sent / "model.safetensors")
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     wanted = AutoConfig.from_pretrained(sent).to_dict()
-    found = AutoConfig.from_pretrained(admitted.folder).to_dict()
+    found = AutoConfig.from_pretrained(admitted).to_dict()
     other = {name for name in wanted if wanted[name] != found.get(name)}
     # The tiny OPT and Falcon have a width of the MLP that these families do not read.
     assert other <= {"transformers_version", "_name_or_path", "intermediate_size"}
     # A second command finds it again.
-    assert admit_student(sent, tmp_path / "place").folder == admitted.folder
+    assert admit_student(sent, tmp_path / "place") == admitted
     assert len(list((tmp_path / "place").iterdir())) == 1
 
 
@@ -222,7 +222,7 @@ DANGEROUS = {
 def test_no_field_that_a_family_does_not_have_comes_in(honest: Path, tmp_path: Path) -> None:
     sent = hostile(honest, tmp_path, edit_json("config.json", **DANGEROUS))
     admitted = admit_student(sent, tmp_path / "place")
-    written = json.loads((admitted.folder / "config.json").read_text())
+    written = json.loads((admitted / "config.json").read_text())
     assert not set(DANGEROUS) & set(written)
     wanted = json.loads((honest / "config.json").read_text())
     del wanted["transformers_version"]
@@ -235,7 +235,7 @@ def test_no_field_that_a_family_does_not_have_comes_in(honest: Path, tmp_path: P
         edit_json("tokenizer_config.json", tokenizer_file="/etc/passwd", chat_template="{{ x }}"),
     )
     admitted = admit_student(tokens, tmp_path / "place")
-    written = json.loads((admitted.folder / "tokenizer_config.json").read_text())
+    written = json.loads((admitted / "tokenizer_config.json").read_text())
     assert not {"auto_map", "fast_tokenizer_files", "tokenizer_file", "chat_template"} & set(
         written
     )

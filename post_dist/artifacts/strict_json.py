@@ -6,8 +6,6 @@ from typing import Any
 
 from post_dist.errors import ArtifactRefused
 
-_ERRORS = (ValueError, RecursionError)
-
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file whose size has been limited.
@@ -17,17 +15,28 @@ def read_object(path: Path) -> dict[str, Any]:
             differently.
     """
     try:
+        return parse_object(path.read_bytes())
+    except ValueError as error:
+        raise ArtifactRefused(f"{path.name} is {error}") from None
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: it is none, or other parsers may read it differently.
+    """
+    try:
+        # Python's parser would guess other encodings of bytes.
         value = json.loads(
-            path.read_bytes().decode("utf-8", errors="strict"),
-            object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
+            text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
         )
         # A lone surrogate passes the parser and fails when it is printed.
         json.dumps(value, ensure_ascii=False).encode()
-    except _ERRORS:
-        raise ArtifactRefused(f"{path.name} is not plain JSON") from None
+    except (ValueError, RecursionError):
+        raise ValueError("not plain JSON") from None
     if not isinstance(value, dict):
-        raise ArtifactRefused(f"{path.name} is not a JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 
