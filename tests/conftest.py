@@ -43,7 +43,7 @@ def post_dist() -> Run:
     """Run `post-dist` in a process of its own, or under a launcher."""
 
     def run(
-        *arguments: object, launcher: tuple[str, ...] = (), timeout: float = 300
+        *arguments: object, launcher: tuple[str, ...] = (), timeout: float = 600
     ) -> subprocess.CompletedProcess:
         # A process that has looked for GPUs cannot be forked.
         if not launcher and not torch.cuda.is_available():

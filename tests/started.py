@@ -69,7 +69,7 @@ class Command:
         if self.poll() is None:
             os.kill(self._process.pid, number)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Wait for the end; return standard output and standard error."""
         self._process.join(timeout)
         if self.poll() is None:
@@ -83,7 +83,7 @@ class Command:
         return (folder / "out").read_text(), (folder / "err").read_text()
 
 
-def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
     """Run a `post-dist` command to its end."""
     command = Command(*arguments)
     out, err = command.communicate(timeout)

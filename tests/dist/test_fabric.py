@@ -55,7 +55,7 @@ def test_ranks_on_two_nodes_measure_the_network_under_any_launcher() -> None:
     for rank in range(2):
         environment = os.environ | common | address | {"RANK": str(rank)}
         nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    printed = [node.communicate(timeout=500)[0] for node in nodes]
     measured = json.loads(printed[0])
     assert measured["hardware"]["node"]["gpus"] == 1
     collectives = measured["collectives"]

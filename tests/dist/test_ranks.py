@@ -31,7 +31,7 @@ def two_processes(program: list[str]) -> tuple[list[int], list[str]]:
                 text=True,
             )
         )
-    said = [process.communicate(timeout=200)[1] for process in running]
+    said = [process.communicate(timeout=500)[1] for process in running]
     return [process.returncode for process in running], said
 
 

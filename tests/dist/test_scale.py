@@ -33,7 +33,6 @@ def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "group", "options"),
     [(2, 2, []), pytest.param(4, 2, ["engine.shard_group=2"], marks=pytest.mark.slow)],

@@ -35,7 +35,7 @@ def test_the_notebook_runs_and_the_command_line_finds_its_work_done(
         [sys.executable, asset("examples/notebook.py"), run, *settings],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def test_all_ranks_of_a_launcher_get_the_results(tmp_path: Path) -> None:
         [*launcher, "--master-port=29671", script, run, tmp_path],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ from post_dist.artifacts.prompt import read_prompt
 from post_dist.models.load import load_whole
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None:
     from peft import PeftModel
 
@@ -23,7 +23,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         [sys.executable, demo / "fetch_demo.py"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert fetched.returncode == 0, fetched.stderr
@@ -57,7 +57,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         demo / "demo.yaml",
         *(f"--set={setting}" for setting in settings),
         "--json",
-        timeout=500,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]

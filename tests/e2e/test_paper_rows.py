@@ -58,7 +58,7 @@ def test_a_row_is_run_and_printed_beside_the_published_one(tmp_path: Path, model
         "--output",
         tmp_path / "runs",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     beside = {
         line[:40].strip(): line[40:].split()

@@ -355,7 +355,7 @@ def test_launchers_give_equal_artifacts_and_one_process_s_losses(
             )
             running.append(process)
         for process in running:
-            _, err = process.communicate(timeout=200)
+            _, err = process.communicate(timeout=500)
             assert process.returncode == 0, err[-3000:]
         made[launcher] = {}
         for path in output.rglob("*/artifact/*model.safetensors"):

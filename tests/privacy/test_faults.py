@@ -22,7 +22,7 @@ def test_a_kill_at_any_place_changes_neither_prompt_nor_ledger(tmp_path: Path) -
         env=environment,
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=800,
         check=False,
     )
     print(done.stdout)

@@ -56,7 +56,18 @@ def outcome(tree: Path, check: str) -> str:
         os._exit(code)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def one_of_each_check() -> list:
+    """Return all mutants. Those whose check has killed another one before are marked as slow."""
+    parameters = []
+    checks: set[str] = set()
+    for mutant in MUTANTS:
+        marks = [pytest.mark.slow] if mutant.killer in checks else []
+        parameters.append(pytest.param(mutant, id=mutant.name, marks=marks))
+        checks.add(mutant.killer)
+    return parameters
+
+
+@pytest.mark.parametrize("mutant", one_of_each_check())
 def test_the_checks_kill(mutant: Mutant, tmp_path: Path) -> None:
     plant(mutant, tmp_path)
     found = outcome(tmp_path, mutant.killer)

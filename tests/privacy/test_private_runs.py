@@ -275,7 +275,7 @@ def test_tuning_alone_opens_no_port_and_calls_nobody(folder: Path) -> None:
             [sys.executable, "-c", TUNE_AND_WATCH, *command],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
