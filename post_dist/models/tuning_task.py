@@ -11,14 +11,12 @@ from functools import cached_property
 import torch
 
 from post_dist.artifacts.head import LinearHead
-from post_dist.config.schema import Tune
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.models.classifier import BIAS_RATE, PromptInput, class_losses, word_scores
+from post_dist.models.classifier import PromptInput, class_losses, word_scores
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
-from post_dist.runtime.optimizers import averaging_from, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -53,32 +51,15 @@ class TuningTask:
             units[user].append(example)
         return units
 
-    def parameters(self, section: Tune) -> list[torch.Tensor]:
-        """Return new fp32 parameters: the prompt [n, d], and zero biases [C] if they are tuned."""
-        # A copy for each caller: every trial of a search starts from the same prompt.
-        start = self.start_nd.to(torch.float32).clone()
-        if not section.class_bias:
-            return [start]
-        return [start, start.new_zeros(self.reader.num_classes)]
+    def need_head(self) -> LinearHead:
+        """Return the head behind the prompt.
 
-    @staticmethod
-    def optimizer(
-        section: Tune, parameters: list[torch.Tensor], learning_rate: float, steps: int
-    ) -> torch.optim.Optimizer:
-        """Create the optimizer of the run file. The class biases have their own learning rate.
-
-        Args:
-            section: names the optimizer.
-            parameters: as `parameters` returns them.
-            learning_rate: learning rate of the prompt.
-            steps: number of steps of the training.
+        Raises:
+            TypeError: the task tunes a prompt, which is a bug of the caller.
         """
-        # One group for each parameter, because each has its own learning rate.
-        groups = [{"params": [parameters[0]], "lr": learning_rate, **averaging_from(steps)}]
-        if len(parameters) > 1:
-            rate = learning_rate * BIAS_RATE
-            groups.append({"params": [parameters[1]], "lr": rate, **averaging_from(steps)})
-        return make_optimizer(section.optimizer, groups)
+        if self.head is None:
+            raise TypeError("the task has no head")
+        return self.head
 
 
 class AnswerStates:

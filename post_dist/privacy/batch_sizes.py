@@ -18,7 +18,7 @@ Shapes: B examples, T tokens, R tokens of a response.
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,10 +28,9 @@ from post_dist.data.template import NO_TOKEN, Batch
 from post_dist.errors import InputError
 from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.tuning_task import AnswerStates, TuningTask
-from post_dist.privacy.gradients import task_gradients
+from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes, size_of_longest
-from post_dist.privacy.scoring import class_scores
+from post_dist.privacy.tuned_part import tuned_kind
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +164,7 @@ class _IndependenceCheck:
         all_patterns: bool,
     ) -> None:
         self._task = task
-        # A head scores a trial on the hidden states.
-        self._scored = section.search is not None and task.head is None
-        self._parameters = task.parameters(section)
+        self._section = section
         self._length = length
         self._generator = generator
         self._all_patterns = all_patterns
@@ -181,23 +178,13 @@ class _IndependenceCheck:
 
         The results are gradients and scores; for a head, the hidden states that it reads.
         """
-        results = self._results()
+        results = tuned_kind(self._task).results(self._task, self._section)
         known: dict[int, list[torch.Tensor]] = {}
         for rows in self._patterns(size):
             batch, targets = self._batch(rows)
-            found = results(batch, targets)
-            if self._scored:
-                found.append(class_scores(self._task, batch, self._parameters))
-            if not self._agrees(rows, found, known):
+            if not self._agrees(rows, results(batch, targets), known):
                 return False
         return True
-
-    def _results(self) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
-        """Return what the private run computes of a micro-batch."""
-        if self._task.head is not None:
-            states = AnswerStates(self._task)
-            return lambda batch, targets: list(states(batch))
-        return task_gradients(self._task, self._parameters)
 
     def _patterns(self, size: int) -> list[list[_Probe]]:
         """Return micro-batches in which the two probes stand at all places."""

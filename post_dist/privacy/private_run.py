@@ -6,13 +6,11 @@ is the ledger, which holds keyed commitments and stays with the owner.
 
 import logging
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import RunConfig
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account, private_plan
 from post_dist.privacy.batch_sizes import independent_sizes
@@ -22,8 +20,7 @@ from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import run_search
 from post_dist.privacy.statement import privacy_statement
 from post_dist.privacy.trainer import PrivateRun, PrivateTrainer, TrialSettings
-from post_dist.privacy.tuned_head import TunedHead
-from post_dist.privacy.tuned_prompt import TunedPart, TunedPrompt
+from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -64,7 +61,7 @@ def tune_privately(
         ledger = LedgerRun(open_ledger, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
-        trainer = PrivateTrainer(_tuned_part(task, config, sizes, world), config, run)
+        trainer = PrivateTrainer(tuned_kind(task)(task, config, sizes, world), config, run)
         learning_rate = config.privacy.learning_rate or config.tune.learning_rate
         settings = TrialSettings(learning_rate, plan.max_grad_norm)
         if config.tune.search is None:
@@ -75,15 +72,6 @@ def tune_privately(
         destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
-
-
-def _tuned_part(
-    task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
-) -> TunedPart:
-    """Return what the run file tunes: the head behind the prompt, or the prompt."""
-    if task.head is not None:
-        return TunedHead(task, task.head, config, sizes, world)
-    return TunedPrompt(task, config, sizes, world)
 
 
 def _log_cost(plan: PrivacyPlan) -> None:

@@ -19,7 +19,7 @@ from post_dist.privacy.ledger import LedgerRun
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.tuned_prompt import TunedPart
+from post_dist.privacy.tuned_part import TunedPart
 from post_dist.runtime.checkpoint import load_tensors, optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import result_of

@@ -1,4 +1,4 @@
-"""A linear head behind a public prompt, as the part that private tuning trains.
+"""A linear head behind a public prompt, as the part that tuning trains.
 
 The hidden states behind the prompt do not change during the training. They are computed once, and a
 step then takes milliseconds.
@@ -6,15 +6,17 @@ step then takes milliseconds.
 Shapes: B units, N examples, C classes, d width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from post_dist.artifacts.head import LinearHead
 from post_dist.config.schema import RunConfig, Tune
+from post_dist.data.order import shuffled_rows
+from post_dist.data.template import Batch
 from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.scoring import validation_task
@@ -42,23 +44,22 @@ class HeadInputs:
     classes_N: np.ndarray
 
 
-def head_inputs(
-    task: TuningTask, head: LinearHead, sizes: Mapping[int, int], world: World
-) -> HeadInputs:
+def head_inputs(task: TuningTask, sizes: Mapping[int, int], world: World) -> HeadInputs:
     """Run the model on all examples once.
 
     Micro-batches have fixed shapes, so that no example changes the features of another. There is no
     progress bar, because the number of examples is private.
 
     Args:
-        task: the model, the examples and the prompt before them.
-        head: standardizes the hidden states.
+        task: the model, the examples, the prompt before them, and the head. The head standardizes
+            the hidden states.
         sizes: number of examples in a micro-batch of each padded length.
         world: this process.
 
     Raises:
         Interrupted: the run was asked to stop.
     """
+    head = task.need_head()
     count = len(task.examples)
     features_Nd = np.zeros((count, len(head.mean)))
     scores_NC = np.zeros((count, len(head.bias)))
@@ -76,54 +77,28 @@ def head_inputs(
     return HeadInputs(features_Nd, scores_NC, task.targets.numpy())
 
 
-def head_parameters(head: LinearHead) -> list[torch.Tensor]:
-    """Return new fp32 parameters with the values of a head: weight [C, d] and bias [C]."""
-    return [head.weight.float().clone(), head.bias.float().clone()]
-
-
-def head_optimizer(
-    section: Tune, parameters: Sequence[torch.Tensor], learning_rate: float, steps: int
-) -> torch.optim.Optimizer:
-    """Create the optimizer of the run file.
-
-    Args:
-        section: names the optimizer.
-        parameters: as `head_parameters` returns them.
-        learning_rate: the learning rate.
-        steps: number of steps of the training.
-    """
-    group = {"params": list(parameters), "lr": learning_rate, **averaging_from(steps)}
-    return make_optimizer(section.optimizer, [group])
-
-
 class TunedHead:
     """The weight [C, d] and the bias [C] of a head.
 
     Args:
         task: the model, the training examples, and the prompt and head to start from.
-        head: the head to start from.
         config: the run file.
         sizes: number of examples in a micro-batch of each padded length.
         world: this process, alone.
     """
 
     def __init__(
-        self,
-        task: TuningTask,
-        head: LinearHead,
-        config: RunConfig,
-        sizes: Mapping[int, int],
-        world: World,
+        self, task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
     ) -> None:
         self._task = task
-        self._head = head
+        self._head = task.need_head()
         self._config = config
         self._sizes = sizes
         self._world = world
-        self._inputs = head_inputs(task, head, sizes, world)
+        self._inputs = head_inputs(task, sizes, world)
         # Every example is computed at the same place in memory, because kernels may treat the ends
         # of an array by its address.
-        self._feature_d = np.zeros(len(head.mean))
+        self._feature_d = np.zeros(len(self._head.mean))
 
     @property
     def units(self) -> Sequence[Sequence[int]]:
@@ -131,14 +106,24 @@ class TunedHead:
         return self._task.units
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return the head to start from."""
-        return head_parameters(self._head)
+        """Return the weight and bias of the head to start from."""
+        return [self._head.weight.float().clone(), self._head.bias.float().clone()]
 
     def optimizer(
         self, parameters: list[torch.Tensor], learning_rate: float, steps: int
     ) -> torch.optim.Optimizer:
         """Create the optimizer of the run file."""
-        return head_optimizer(self._config.tune, parameters, learning_rate, steps)
+        group = {"params": list(parameters), "lr": learning_rate, **averaging_from(steps)}
+        return make_optimizer(self._config.tune.optimizer, [group])
+
+    @staticmethod
+    def results(
+        task: TuningTask,
+        section: Tune,
+    ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
+        """Return the hidden states and the scores of a micro-batch, which the head reads."""
+        states = AnswerStates(task)
+        return lambda batch, targets: list(states(batch))
 
     def gradients(
         self, parameters: Sequence[torch.Tensor], units: Sequence[int]
@@ -177,10 +162,29 @@ class TunedHead:
             right += int(p_C.argmax() == label)
         return right
 
+    def loss(self, parameters: Sequence[torch.Tensor], step: int) -> torch.Tensor:
+        """Return the mean loss of a batch of tuning without privacy."""
+        count = len(self._task.examples)
+        size = min(self._config.tune.batch_size, count)
+        chosen = shuffled_rows(step * size, size, count, self._config.seed)
+        weight_Cd, bias_C = parameters
+        scores_BC = self._scores_NC[chosen] + self._features_Nd[chosen] @ weight_Cd.T + bias_C
+        return functional.cross_entropy(scores_BC, self._task.targets[chosen])
+
+    @cached_property
+    def _features_Nd(self) -> torch.Tensor:
+        """The features in fp32."""
+        return torch.from_numpy(self._inputs.features_Nd).float()
+
+    @cached_property
+    def _scores_NC(self) -> torch.Tensor:
+        """The scores of the label words in fp32."""
+        return torch.from_numpy(self._inputs.scores_NC).float()
+
     @cached_property
     def _validation(self) -> HeadInputs:
         validation = validation_task(self._task, self._config.need_task("private_task"))
-        return head_inputs(validation, self._head, self._sizes, self._world)
+        return head_inputs(validation, self._sizes, self._world)
 
     def _probabilities(
         self, inputs: HeadInputs, example: int, weight_Cd: np.ndarray, bias_C: np.ndarray

@@ -1,43 +1,31 @@
-"""What private tuning trains: the protocol of its parts, and the prompt as such a part.
+"""The prompt, with the biases of the classes if they are tuned, as the part that tuning trains.
 
-Shapes: B units.
+Shapes: B examples or units, n prompt tokens, d width, C classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from post_dist.config.schema import RunConfig
-from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.gradients import unit_gradients
-from post_dist.privacy.scoring import count_right, validation_task
+from post_dist.config.schema import RunConfig, Tune
+from post_dist.data.order import rows_of_like_length
+from post_dist.data.template import Batch
+from post_dist.models.classifier import BIAS_RATE, PromptInput
+from post_dist.models.tuning_task import TuningTask, example_losses
+from post_dist.privacy.gradients import task_gradients, unit_gradients
+from post_dist.privacy.scoring import class_scores, count_right, validation_task
 from post_dist.runtime.distributed import World
+from post_dist.runtime.optimizers import averaging_from, make_optimizer
 
 
-class TunedPart(Protocol):
-    """What private tuning trains: the prompt itself, or a head behind it."""
-
-    @property
-    def units(self) -> Sequence[Sequence[int]]:
-        """The examples of each unit of privacy."""
-
-    def parameters(self) -> list[torch.Tensor]:
-        """Return new fp32 parameters with their first values."""
-
-    def optimizer(
-        self, parameters: list[torch.Tensor], learning_rate: float, steps: int
-    ) -> torch.optim.Optimizer:
-        """Create the optimizer of the run file."""
-
-    def gradients(
-        self, parameters: Sequence[torch.Tensor], units: Sequence[int]
-    ) -> Iterator[list[torch.Tensor]]:
-        """Yield the gradients [B, ...] of each parameter for B of the units at a time."""
-
-    def count_right(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Count the validation examples that the parameters classify correctly. It is private."""
+def prompt_parameters(task: TuningTask, section: Tune) -> list[torch.Tensor]:
+    """Return new fp32 parameters: the prompt [n, d], and zero biases [C] if they are tuned."""
+    # A copy for each caller: every trial of a search starts from the same prompt.
+    start = task.start_nd.to(torch.float32).clone()
+    if not section.class_bias:
+        return [start]
+    return [start, start.new_zeros(task.reader.num_classes)]
 
 
 @dataclass(frozen=True)
@@ -63,13 +51,40 @@ class TunedPrompt:
 
     def parameters(self) -> list[torch.Tensor]:
         """Return the initial prompt, and zero biases if they are tuned."""
-        return self.task.parameters(self.config.tune)
+        return prompt_parameters(self.task, self.config.tune)
 
     def optimizer(
         self, parameters: list[torch.Tensor], learning_rate: float, steps: int
     ) -> torch.optim.Optimizer:
-        """Create the optimizer of the run file."""
-        return self.task.optimizer(self.config.tune, parameters, learning_rate, steps)
+        """Create the optimizer of the run file. The class biases have their own learning rate.
+
+        Args:
+            parameters: as `parameters` returns them.
+            learning_rate: learning rate of the prompt.
+            steps: number of steps of the training.
+        """
+        # One group for each parameter, because each has its own learning rate.
+        groups = [{"params": [parameters[0]], "lr": learning_rate, **averaging_from(steps)}]
+        if len(parameters) > 1:
+            rate = learning_rate * BIAS_RATE
+            groups.append({"params": [parameters[1]], "lr": rate, **averaging_from(steps)})
+        return make_optimizer(self.config.tune.optimizer, groups)
+
+    @staticmethod
+    def results(
+        task: TuningTask, section: Tune
+    ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
+        """Return the gradients of a micro-batch, and its scores if trials are scored."""
+        parameters = prompt_parameters(task, section)
+        gradients = task_gradients(task, parameters)
+
+        def compute(batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
+            found = gradients(batch, targets)
+            if section.search is not None:
+                found.append(class_scores(task, batch, parameters))
+            return found
+
+        return compute
 
     def gradients(
         self, parameters: Sequence[torch.Tensor], units: Sequence[int]
@@ -87,3 +102,28 @@ class TunedPrompt:
         # Read the examples for each trial, so that they are in memory only while it is scored.
         validation = validation_task(self.task, self.config.need_task("private_task"))
         return count_right(validation, parameters, self.sizes, self.world)
+
+    def loss(self, parameters: Sequence[torch.Tensor], step: int) -> torch.Tensor:
+        """Return the mean loss of a batch of tuning without privacy.
+
+        Such a batch holds examples of similar length. Private batches are drawn at random instead.
+        """
+        task = self.task
+        lengths = [len(example.token_ids) for example in task.examples]
+        size = self.config.tune.batch_size
+        chosen = rows_of_like_length(step, size, lengths, self.config.seed)
+        batch = task.reader.collate([task.examples[index] for index in chosen])
+        targets = task.targets[chosen].to(self.world.device)
+        # A shared prompt needs one answer position for each example, but responses have many.
+        shared = not task.reader.generates and task.model.shares_prompt
+        prompt = PromptInput(prompt=parameters[0], shared=shared)
+        bias = parameters[1] if len(parameters) > 1 else None
+        losses_B = example_losses(
+            task.model,
+            task.reader.verbalizer,
+            batch.to(self.world.device),
+            targets,
+            prompt,
+            bias,
+        )
+        return losses_B.mean()

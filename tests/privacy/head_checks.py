@@ -33,7 +33,7 @@ def tuned_head(**changes: Any) -> Any:
     task = replace(task, start_nd=task.start_nd.float(), head=head)
     config = SimpleNamespace(tune=Tune(adapter="head"), need_task=lambda role: None)
     sizes = part("privacy.micro_batches").planned_sizes(task, 4)
-    made = part("privacy.tuned_head").TunedHead(task, head, config, sizes, WORLD)
+    made = part("privacy.tuned_head").TunedHead(task, config, sizes, WORLD)
     generator = torch.Generator().manual_seed(4)
     parameters = [
         torch.randn(parameter.shape, generator=generator) for parameter in made.parameters()

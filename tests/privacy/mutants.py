@@ -264,8 +264,8 @@ MUTANTS = [
     ),
     Mutant(
         "scores of a search not compared",
-        "privacy.batch_sizes",
-        "            if self._scored:\n",
+        "privacy.tuned_prompt",
+        "            if section.search is not None:\n",
         "            if False:\n",
         "no_place_in_a_micro_batch_counts",
     ),
@@ -893,29 +893,29 @@ MUTANTS = [
     ),
     Mutant(
         "class balance in the card",
-        "stages.tune.stage",
-        "_write_card(artifact, folder.config, statement, model.name)",
+        "stages.tune.artifact",
+        "_write_card(artifact, folder.config, tuned.statement, model.name)",
         "balance = {'balance': float(task.targets.double().mean())}\n"
-        "        _write_card(artifact, folder.config, (statement or {}) | balance, model.name)",
+        "        _write_card(artifact, folder.config, (tuned.statement or {}) | balance, model.name)",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in the claim",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "PromptContents(parameters[0], prompt_task, statement)",
         "PromptContents(parameters[0], prompt_task, (statement or {}) | {'n': len(task.units)})",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in the manifest",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "parents=_parents(model),",
         'parents=_parents(model) | {"n": str(len(task.examples))},',
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "length of the longest text in the task",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "    prompt_task = task.reader.task\n",
         "    longest = max(len(example.token_ids) for example in task.examples)\n"
         "    prompt_task = replace(task.reader.task, max_length=longest)\n",
@@ -923,14 +923,14 @@ MUTANTS = [
     ),
     Mutant(
         "number of examples in a file's name",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "    contents = _contents(",
         "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = _contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in a file's mode",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "    contents = _contents(",
         "    (folder.path / 'lock').with_name('resolved.yaml').chmod(\n"
         "        0o600 + 0o100 * (len(task.examples) % 2)\n"
@@ -940,7 +940,7 @@ MUTANTS = [
     ),
     Mutant(
         "number of examples in the exit code",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "    contents = _contents(",
         "    if len(task.examples) % 2:\n"
         "        from post_dist.errors import InputError\n\n"
@@ -1067,7 +1067,7 @@ MUTANTS = [
     ),
     Mutant(
         "mean of a head moved by the private examples",
-        "stages.tune.stage",
+        "stages.tune.artifact",
         "        head = task.head.with_values(weight, bias)\n",
         "        shifted = replace(task.head, mean=task.head.mean + len(task.examples))\n"
         "        head = shifted.with_values(weight, bias)\n",
@@ -1075,9 +1075,9 @@ MUTANTS = [
     ),
     Mutant(
         "hidden states of a head not compared at other places",
-        "privacy.batch_sizes",
-        "            return lambda batch, targets: list(states(batch))\n",
-        "            return lambda batch, targets: [torch.zeros(len(targets))]\n",
+        "privacy.tuned_head",
+        "        return lambda batch, targets: list(states(batch))\n",
+        "        return lambda batch, targets: [torch.zeros(len(targets))]\n",
         "no_place_counts_for_a_head",
     ),
     Mutant(

@@ -32,6 +32,7 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.batch_sizes import independent_sizes
 from post_dist.privacy.gradients import task_gradients
+from post_dist.privacy.tuned_prompt import prompt_parameters
 from post_dist.stages.tune.conflicts import conflicts
 
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -143,7 +144,7 @@ def test_chosen_sizes_have_no_place_that_counts(
     task, section = wide_task(length, planned)
     sizes = independent_sizes(section, task)
     print(sizes)
-    parameters = task.parameters(section)
+    parameters = prompt_parameters(task, section)
     compute = task_gradients(task, parameters)
     size = sizes[length]
     one = torch.randint(600, (1, length))

@@ -1,0 +1,147 @@
+"""The artifact of `tune`: files, settings and card of a tuned prompt.
+
+Shapes: n prompt tokens, d width, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from post_dist.artifacts.card import write_card
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import RunConfig
+from post_dist.models.classifier import BIAS_SCALE
+from post_dist.models.load import tokenizer_fingerprint
+from post_dist.models.tuning_task import TuningTask
+from post_dist.stages.tune.tuned_model import TunedModel
+
+_PRIVATE = (
+    "A soft prompt that was tuned with differential privacy: epsilon {epsilon:.4g} at delta "
+    "{delta:.2g}. The unit is {unit}, and two data sets are neighbors by the relation "
+    "{neighbouring_relation}. What this covers, and what not, is below and in `privacy.json`."
+)
+_SEEDED = (
+    "A soft prompt that is NOT private: it was tuned with noise from a seed, "
+    "which can be subtracted."
+)
+_NOT_PRIVATE = (
+    "A soft prompt. It was tuned WITHOUT differential privacy and may reveal its training data."
+)
+
+
+@dataclass(frozen=True)
+class TunedValues:
+    """The outcome of tuning.
+
+    Attributes:
+        parameters: the prompt [n, d] and its biases [C], or the weight [C, d] and bias [C] of a
+            head.
+        statement: the contents of `privacy.json`; None for a run without privacy.
+    """
+
+    parameters: Sequence[torch.Tensor]
+    statement: dict[str, Any] | None
+
+
+def write_tuned_prompt(
+    folder: RunFolder, task: TuningTask, tuned: TunedValues, model: TunedModel
+) -> None:
+    """Write the artifact: the prompt, its task, its privacy statement and its model card.
+
+    Args:
+        folder: the run folder.
+        task: what was tuned; only the prompt before tuning and the task are written.
+        tuned: the outcome of tuning.
+        model: the model that the prompt belongs to.
+    """
+
+    def card(artifact: Path) -> None:
+        _write_card(artifact, folder.config, tuned.statement, model.name)
+
+    contents = _contents(task, tuned.parameters, tuned.statement)
+    provenance = Provenance(
+        model_name=model.name,
+        tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
+        parents=_parents(model),
+        config=_settings(folder.config),
+    )
+    write_prompt(folder.artifact, contents, provenance, card)
+
+
+def _parents(model: TunedModel) -> dict[str, str]:
+    """Return the digests of the model, and of the public prompt that tuning started from."""
+    parents = {"model": model.digest}
+    if model.public_prompt is not None:
+        parents["public prompt"] = model.public_prompt.manifest.digest
+    return parents
+
+
+def _contents(
+    task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
+) -> PromptContents:
+    """Return the tuned prompt, or the public prompt with the tuned head."""
+    prompt_task = task.reader.task
+    if task.head is not None:
+        weight, bias = parameters
+        head = task.head.with_values(weight, bias)
+        return PromptContents(task.start_nd, prompt_task, statement, head)
+    # The task carries the biases, in units of the class scores.
+    if len(parameters) > 1:
+        biases = tuple((BIAS_SCALE * parameters[1]).tolist())
+        prompt_task = replace(prompt_task, class_biases=biases)
+    return PromptContents(parameters[0], prompt_task, statement)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings for the artifact's manifest.
+
+    They must not include the number of examples, which is private.
+    """
+    # The rule of the split is public. The number of examples in each split is private.
+    rule = {"split_salt", "validation_share", "test_share", "test_hub_split"}
+    private_task = config.need_task("private_task")
+    split = {"hash": "sha256", **private_task.model_dump(include=rule)}
+    settings: dict[str, Any] = {"tune": config.tune.model_dump(mode="json"), "split": split}
+    # The paths of the ledger and its anchor stay with the owner.
+    if config.privacy.enabled:
+        places = {"ledger", "ledger_anchors"}
+        settings["privacy"] = config.privacy.model_dump(mode="json", exclude=places)
+    return settings
+
+
+def _write_card(
+    artifact: Path, config: RunConfig, statement: dict[str, Any] | None, model_name: str
+) -> None:
+    """Write the model card.
+
+    The card of a private prompt includes the plan and the privacy statement.
+    """
+    # Settings first, then the statement: where both have the same key, the statement wins.
+    rows = config.tune.model_dump(exclude_none=True)
+    notes = {}
+    if statement is None:
+        summary = _NOT_PRIVATE
+        rows["epsilon"] = "none: tuned without differential privacy"
+    else:
+        summary = _PRIVATE.format(**statement) if statement["private"] else _SEEDED
+        hidden = {"enabled", "ledger", "ledger_anchors"}
+        rows |= config.privacy.model_dump(exclude=hidden, exclude_none=True)
+        claims = dict(statement)
+        notes["What epsilon does not cover"] = claims.pop("not_covered")
+        warnings = claims.pop("warnings")
+        if warnings:
+            notes["Warning"] = warnings
+        rows |= claims
+    write_card(
+        artifact,
+        f"Soft prompt for {model_name}",
+        summary,
+        rows,
+        library="peft",
+        tag="prompt-tuning",
+        notes=notes,
+    )
