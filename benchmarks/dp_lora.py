@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import OpacusLora
+from post_dist.bench.peers.tuning import OpacusLora
 from post_dist.config.schema import RunConfig
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples

@@ -29,7 +29,8 @@ import torch
 from processor import CPU, results_file, run_on_ranks
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import published_distillation_loss, published_transfer_step
+from post_dist.bench.peers.distillation import published_distillation_loss
+from post_dist.bench.peers.transfer import published_transfer_step
 from post_dist.bench.timing import device_name, time_steps
 from post_dist.config.schema import Distill, Transfer
 from post_dist.data.task_reader import TaskReader

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from post_dist.bench.peers import (
+from post_dist.bench.peers.distillation import (
     liger_distillation_loss,
     published_distillation_loss,
     trl_distillation_loss,
@@ -52,7 +52,7 @@ _CACHES: tuple[Literal["none", "hidden", "sampled"], ...] = ("none", "hidden", "
 Step = Callable[[], float]
 """Takes a step and returns the loss before it."""
 PeerLoss = Callable[..., torch.Tensor]
-"""A loss of `bench/peers.py`."""
+"""A loss of `bench/peers/distillation.py`."""
 
 
 @dataclass(frozen=True)

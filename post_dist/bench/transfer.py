@@ -14,7 +14,11 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import CachedLogits, cached_transfer_step, published_transfer_step
+from post_dist.bench.peers.transfer import (
+    CachedLogits,
+    cached_transfer_step,
+    published_transfer_step,
+)
 from post_dist.bench.timing import time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine, RunConfig

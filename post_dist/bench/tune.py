@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import OpacusHooks, plain_losses
+from post_dist.bench.peers.tuning import OpacusHooks, plain_losses
 from post_dist.bench.timing import time_steps
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts

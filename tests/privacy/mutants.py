@@ -896,7 +896,8 @@ MUTANTS = [
         "stages.tune.artifact",
         "_write_card(artifact, folder.config, tuned.statement, model.name)",
         "balance = {'balance': float(task.targets.double().mean())}\n"
-        "        _write_card(artifact, folder.config, (tuned.statement or {}) | balance, model.name)",
+        "        claims = (tuned.statement or {}) | balance\n"
+        "        _write_card(artifact, folder.config, claims, model.name)",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(

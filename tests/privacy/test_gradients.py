@@ -22,7 +22,7 @@ from privacy.gradient_checks import (
 )
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers import OpacusLora
+from post_dist.bench.peers.tuning import OpacusLora
 from post_dist.config.schema import RunConfig, Tune
 from post_dist.conflicts import Layout
 from post_dist.data.task_reader import TaskReader

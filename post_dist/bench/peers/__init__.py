@@ -1,0 +1,1 @@
+"""Other implementations of the stages' steps, written from each project's description."""
