@@ -12,14 +12,14 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
 from post_dist.planning.distill import plan_distill
-from post_dist.planning.estimate import stage_numbers
+from post_dist.planning.estimate import StageEstimate, stage_numbers
 from post_dist.planning.hardware import Hardware, Machine
 from post_dist.planning.inputs import PlanInputs, models_of
 from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.transfer import plan_transfer
 from post_dist.planning.tune import plan_tune
+from post_dist.planning.warm_start import plan_warm_start
 
-_STAGES = (plan_distill, plan_tune, plan_transfer)
 _MORE_NODES = (2, 4, 8, 16, 32, 64)
 _SMALLER_MICRO_BATCHES = (4, 2, 1)
 
@@ -42,17 +42,12 @@ def plan_run(
     """
     # All stages are planned for the same machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
-    stages = [stage_numbers(plan(inputs), machine) for plan in _STAGES]
+    stages = [stage_numbers(estimate, machine) for estimate in _estimates(inputs)]
     # Each conflict starts with its stage, because a plan prints all conflicts in one list.
     conflicts = []
     for stage in stages:
         for conflict in stage["conflicts"]:
             conflicts.append(f"{stage['stage']}: {conflict}")
-    not_counted = ["the evaluation", "the models' passes over the public text before the transfer"]
-    if config.warm_start is not None:
-        not_counted.append("the warm start")
-    if "full prompt tuning" in config.evaluate.baselines:
-        not_counted.append("full prompt tuning")
     return {
         "gpus": machine.ranks,
         "precision": precision,
@@ -61,10 +56,30 @@ def plan_run(
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
-        "not_counted": not_counted,
+        "not_counted": _not_counted(config),
         "conflicts": conflicts,
         "assumptions": _assumptions(machine.hardware, precision),
     }
+
+
+def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
+    """Yield the estimates of the run's stages, in the order in which they run."""
+    yield plan_distill(inputs)
+    if inputs.config.warm_start is not None:
+        yield plan_warm_start(inputs, inputs.config.warm_start)
+    yield plan_tune(inputs)
+    yield plan_transfer(inputs)
+
+
+def _not_counted(config: RunConfig) -> list[str]:
+    """List what the hours leave out."""
+    before = "the transfer" if config.warm_start is None else "the warm start and the transfer"
+    found = ["the evaluation", f"the models' passes over the public text before {before}"]
+    if config.tune.adapter == "head" and not config.privacy.enabled:
+        found.append("the pass over the private examples before a head without privacy")
+    if "full prompt tuning" in config.evaluate.baselines:
+        found.append("full prompt tuning")
+    return found
 
 
 def _assumptions(hardware: Hardware, precision: Precision) -> dict[str, float]:

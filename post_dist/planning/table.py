@@ -21,6 +21,7 @@ _TRAFFIC = {
     "GiB that a GPU receives to reduce": "received_gib_per_gpu.reduce",
 }
 _TOTALS = {
+    "reading the examples, s": "reading_seconds",
     "step, s": "step_seconds",
     "share of the peak": "model_flops_utilisation",
     "prompts": "prompts",

@@ -1,4 +1,4 @@
-"""The plan of prompt tuning: one GPU, and one prompt for each privacy plan of the run."""
+"""The plan of tuning: one GPU, and one prompt or head for each privacy plan of the run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,23 @@ from post_dist.stages.conflicts import tune_conflicts
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt that is tuned.
+    """One prompt or head that is tuned.
 
     Attributes:
         batch_size: number of examples in a step; in a private run, the expected number.
         steps: number of steps.
+        examples: number of training examples that the privacy plan implies; 0 without privacy.
     """
 
     batch_size: float
     steps: int
+    examples: float = 0.0
 
 
 def plan_tune(inputs: PlanInputs) -> StageEstimate:
-    """Estimate prompt tuning: forward and backward passes of examples that share the prompt.
+    """Estimate tuning: forward and backward passes of the examples of each step.
+
+    A head reads the hidden states of all examples once. Its own steps need no model.
 
     Raises:
         InputError: a privacy plan of the run file lacks a number, or no noise multiplier reaches
@@ -37,11 +41,12 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     prompts, epsilons = _prompts(config)
     flops = [_step_flops(inputs, prompt.batch_size) for prompt in prompts]
     step_seconds = [count / inputs.flops_per_second for count in flops]
-    # Prompts are tuned one after the other, and a search repeats each of them.
-    all_steps = 0.0
-    for seconds, prompt in zip(step_seconds, prompts, strict=True):
-        all_steps += seconds * prompt.steps
+    reading_seconds = [_reading_seconds(inputs, prompt.examples) for prompt in prompts]
     trials = section.search.mean_trials if section.search else None
+    # Prompts are tuned one after the other, and a search repeats the steps of each of them.
+    seconds = sum(reading_seconds)
+    for step, prompt in zip(step_seconds, prompts, strict=True):
+        seconds += (trials or 1) * step * prompt.steps
     numbers: dict[str, Any] = {
         "flops_per_gpu": {"forward_and_backward": max(flops)},
         "step_seconds": max(step_seconds),
@@ -49,13 +54,15 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
         "prompts": len(prompts),
         "trials_of_each": trials,
     }
+    if section.adapter == "head":
+        numbers["reading_seconds"] = max(reading_seconds)
     if epsilons:
         numbers["epsilon"] = epsilons
     models = inputs.models
     return StageEstimate(
         stage="tune",
         ranks=1,
-        hours=(trials or 1) * all_steps / 3600,
+        hours=seconds / 3600,
         memory_gib=_memory(inputs, models.student),
         numbers=numbers,
         conflicts=tune_conflicts(
@@ -75,19 +82,41 @@ def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
         from post_dist.privacy.accounting import account, private_plans  # takes a second
 
         for plan in private_plans(config):
-            prompts.append(_Prompt(plan.expected_batch_size, plan.steps))
+            examples = plan.expected_batch_size / plan.sampling_probability
+            prompts.append(_Prompt(plan.expected_batch_size, plan.steps, examples))
             epsilons.append(account(plan).epsilon)
     return prompts, epsilons
 
 
 def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
-    """Count the operations of a step. No weight is trained, so backward costs one forward."""
+    """Count the operations of a step.
+
+    No weight of the model is trained, so backward costs one forward.
+    """
     student = inputs.models.student
+    if inputs.config.tune.adapter == "head":
+        # The scores, and the outer product of error and feature.
+        return 4 * batch_size * _classes(inputs.config) * student.width
     text, response = inputs.text_lengths()
     length = inputs.config.tune.num_virtual_tokens + text + response
     trunk = cost.forward_flops(student, batch_size, length)
     head = cost.head_flops(student, batch_size * (response or 1))
     return 2 * (trunk + head)
+
+
+def _classes(config: RunConfig) -> int:
+    """Return the number of classes; 2 if only the data owner's run file names them."""
+    return 2 if config.private_task is None else len(config.private_task.labels)
+
+
+def _reading_seconds(inputs: PlanInputs, examples: float) -> float:
+    """Estimate one pass of the student over all examples, whose hidden states a head reads."""
+    if inputs.config.tune.adapter != "head":
+        return 0.0
+    text, _ = inputs.text_lengths()
+    length = inputs.config.tune.num_virtual_tokens + text
+    flops = cost.forward_flops(inputs.models.student, examples, length)
+    return flops / inputs.flops_per_second
 
 
 def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:

@@ -541,3 +541,44 @@ def test_a_plot_that_cannot_be_written_is_no_traceback(
     code, out, err = main("report", measured)
     assert (code, out.count("scaling, 1 GPUs")) == (2, 2)
     assert f"cannot write {tmp_path / 'scaling.png'}: Is a directory" in err
+
+
+def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
+    texts = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
+    fields = yaml.safe_load(run.read_text())
+    fields["public_task"] |= texts
+    fields["warm_start"] = {"steps": 50, "batch_size": 128}
+    fields["tune"] = {"adapter": "head"}
+    run.write_text(yaml.safe_dump(fields))
+    code, plan = planned(main, run, "--nodes=8")
+    assert code == 0, plan["conflicts"]
+    assert [stage["stage"] for stage in plan["stages"]] == [
+        "distill",
+        "warm_start",
+        "tune",
+        "transfer",
+    ]
+    _, warm_start, tune, _ = plan["stages"]
+
+    # Two texts of each of 64 ranks, forward and backward.
+    public = fields["public_task"].get("max_length", 128)
+    layer = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    tokens = 2 * (10 + public)
+    forward = 2 * 2 * layer * tokens + 2 * 4 * tokens * (10 + public) * 8192
+    head = 2 * 2 * 8192 * 128256
+    assert warm_start["flops_per_gpu"]["forward_and_backward"] == pytest.approx(
+        2 * (forward + head)
+    )
+    assert warm_start["hours"] == pytest.approx(50 * warm_start["step_seconds"] / 3600)
+    # The teacher leaves the memory before the student comes.
+    memory = warm_start["memory_gib"]
+    assert warm_start["memory_total_gib"] < sum(memory.values())
+
+    # A head reads each example once, without a backward pass.
+    private = fields["private_task"].get("max_length", 128)
+    tokens = fields["privacy"]["declared_examples"] * (10 + private)
+    forward = 2 * 2 * layer * tokens + 2 * 4 * tokens * (10 + private) * 8192
+    rate = plan["assumptions"]["teraflops_reached"] * 1e12
+    assert tune["reading_seconds"] == pytest.approx(forward / rate)
+    steps = tune["steps"] * tune["step_seconds"]
+    assert tune["hours"] == pytest.approx((tune["reading_seconds"] + steps) / 3600)
