@@ -7,11 +7,11 @@ with a manifest is therefore complete.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from post_dist.errors import ArtifactRefused
+from post_dist.extras import installed_versions
 from post_dist.files import digest_of, file_digest, file_digests, write_folder
 
 ArtifactKind = Literal["student", "public prompt", "soft prompt", "evaluation"]
@@ -78,7 +78,7 @@ def write_artifact(
         InputError: the folder cannot be written to.
         EnvironmentFault: the disk is full.
     """
-    versions = {package: version(package) for package in _PACKAGES}
+    versions = installed_versions(_PACKAGES)
     # `write_folder` returns nothing, so the inner function passes the manifest on in this list.
     written: list[Manifest] = []
 

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +25,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import ArtifactRefused, EnvironmentFault
+from post_dist.extras import installed_versions
 from post_dist.files import digest_of, writing
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class RunFolder:
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
-            "packages": {package: version(package) for package in _PACKAGES},
+            "packages": installed_versions(_PACKAGES),
         }
         settings = self.config.model_dump(mode="json")
         (self.path / "resolved.yaml").write_text(write_yaml(settings))

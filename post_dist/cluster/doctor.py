@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+
+from post_dist.extras import installed_versions
 
 _FREE_GIB = 20
 _CLOCK_SECONDS = 5.0
@@ -114,7 +115,15 @@ def _torch(folder: Path) -> Iterator[Finding]:
 
 
 def _deepspeed(folder: Path) -> Iterator[Finding]:
-    yield Finding("deepspeed", True, version("deepspeed"))
+    installed = installed_versions(["deepspeed"])
+    if not installed:
+        yield Finding(
+            "deepspeed",
+            True,
+            "none: tune works without it; for the other stages, pip install 'post_dist[provider]'",
+        )
+        return
+    yield Finding("deepspeed", True, installed["deepspeed"])
     yield _ops()
     # Without a compiler, all but two options work, so this is not an error.
     missing = []

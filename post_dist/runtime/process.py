@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 
 from post_dist.errors import PostDistError
+from post_dist.extras import missing_package
 from post_dist.runtime.stop import leave_quietly
 from post_dist.runtime.watchdog import rest
 
@@ -31,6 +32,9 @@ def exit_code_of(work: Callable[[], object]) -> int:
         print(f"post-dist: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (fault := missing_package(error)):
+            print(f"post-dist: {fault}", file=sys.stderr)
+            return fault.exit_code
         place = "".join(traceback.format_tb(error.__traceback__))
         print(f"post-dist: internal error: {type(error).__name__}\n{place}", file=sys.stderr)
         return 1

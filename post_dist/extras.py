@@ -1,0 +1,41 @@
+"""Packages that only some users need, and the extra of post_dist that installs each."""
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from post_dist.errors import EnvironmentFault
+
+_EXTRAS = {
+    "datasets": "hub",
+    "deepspeed": "provider",
+    "matplotlib": "report",
+    "submitit": "slurm",
+}
+"""The extra of pyproject.toml for each package that is imported."""
+
+
+def missing_package(error: ModuleNotFoundError) -> EnvironmentFault | None:
+    """Return what to tell the user about a package that is not installed.
+
+    Returns:
+        None if the package belongs to no extra.
+    """
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    if extra is None:
+        return None
+    return EnvironmentFault(
+        f"this needs the package {package}, which is not installed",
+        f"pip install 'post_dist[{extra}]'",
+    )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
