@@ -53,6 +53,8 @@ def test_a_prompt_goes_from_a_smaller_relative_to_the_target(run: Path, main: Ca
     names = [row["name"] for row in json.loads(out)["rows"]]
     assert names == [
         "zero-shot",
+        "majority class",
+        "TF-IDF + logistic regression",
         "student + prompt",
         "published transfer",
         "transferred",
@@ -75,6 +77,8 @@ def test_a_prompt_goes_from_another_tokenizer_by_its_classes(run: Path, main: Ca
     assert code == 0, err
     assert [row["name"] for row in json.loads(out)["rows"]] == [
         "zero-shot",
+        "majority class",
+        "TF-IDF + logistic regression",
         "student + prompt",
         "transferred",
         "proxy-tuning",

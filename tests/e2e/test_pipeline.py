@@ -28,6 +28,8 @@ from post_dist.stages.distill import stage as distill
 
 ROWS = [
     "zero-shot",
+    "majority class",
+    "TF-IDF + logistic regression",
     "student + prompt",
     "direct transfer",
     "published transfer",

@@ -70,7 +70,8 @@ def inputs(
     }
     if target is None:
         on_target = {}
-    return RowInputs(config, label, student, target, source, on_target)
+    baselines = {"majority class": torch.full((1, 2), 0.7)}
+    return RowInputs(config, label, student, target, source, on_target, baselines)
 
 
 def values(entries: list[TableEntry]) -> dict[str, float]:
@@ -81,6 +82,7 @@ def test_all_rows_in_the_order_of_the_table() -> None:
     entries = table_entries(inputs(), first=True)
     assert values(entries) == {
         "zero-shot": 10.0,
+        "majority class": 0.7,
         "student + prompt": 1.5,
         "direct transfer": 10.5,
         "published transfer": 10.1,
@@ -88,12 +90,12 @@ def test_all_rows_in_the_order_of_the_table() -> None:
         "proxy-tuning": 10.5,
         "full prompt tuning": 10.3,
     }
-    assert [entry.epsilon for entry in entries] == [None, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    assert [entry.epsilon for entry in entries] == [None, None, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 
 
 def test_a_data_owner_gets_the_rows_of_the_student() -> None:
     entries = table_entries(inputs(target=None), first=True)
-    assert values(entries) == {"student": 1.0, "student + prompt": 1.5}
+    assert values(entries) == {"student": 1.0, "majority class": 0.7, "student + prompt": 1.5}
 
 
 def test_a_second_variant_repeats_no_row_without_a_prompt() -> None:
@@ -160,15 +162,15 @@ def test_a_given_prompt_is_not_trained_and_baselines_must_be_asked_for() -> None
 
 
 def test_a_baseline_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    class MajorityClass(Row):
-        name = "majority class"
+    class FirstClass(Row):
+        name = "first class"
         once = True
 
         def entries(self, inputs: RowInputs) -> list[TableEntry]:
             constant = torch.tensor([[1.0, 0.0]]).expand(3, -1)
             return [TableEntry(self.name, constant, inputs.student)]
 
-    monkeypatch.setattr(rows, "ROWS", (*rows.ROWS, MajorityClass()))
+    monkeypatch.setattr(rows, "ROWS", (*rows.ROWS, FirstClass()))
     entries = table_entries(inputs(), first=True)
-    assert entries[-1].name == "majority class"
-    assert len(table_entries(inputs(), first=False)) == len(entries) - 2
+    assert entries[-1].name == "first class"
+    assert len(table_entries(inputs(), first=False)) == len(entries) - 3

@@ -70,6 +70,7 @@ class RowInputs:
         target: answers of the target; None for a data owner, who has none.
         source: the prompt on the student.
         on_target: prompts that were made for the target, by the name of their row.
+        text_baselines: class scores [N, C] of classifiers without a language model, by their name.
     """
 
     config: RunConfig
@@ -78,6 +79,7 @@ class RowInputs:
     target: CachedAnswers | None
     source: SoftPromptArtifact
     on_target: Mapping[str, SoftPromptArtifact]
+    text_baselines: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,20 @@ class WithoutPrompt(Row):
         # Progress bars name a forward pass by its row in the table.
         answers = inputs.target.answers(None, self.name)
         return [TableEntry(self.name, answers, inputs.target)]
+
+
+class TextBaselines(Row):
+    """Classifiers without a language model, fitted to the training split without privacy."""
+
+    name = "text baselines"
+    once = True
+
+    def entries(self, inputs: RowInputs) -> list[TableEntry]:
+        """Return a line for each classifier; none for a task that generates text."""
+        return [
+            TableEntry(name, scores_NC, inputs.student)
+            for name, scores_NC in inputs.text_baselines.items()
+        ]
 
 
 class StudentPrompt(Row):
@@ -249,6 +265,7 @@ class FullPromptTuning(TargetPromptRow):
 
 ROWS: tuple[Row, ...] = (
     WithoutPrompt(),
+    TextBaselines(),
     StudentPrompt(),
     DirectTransfer(),
     PublishedTransfer(),

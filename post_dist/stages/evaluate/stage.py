@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder
@@ -15,8 +17,8 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.split_reads import count_split_read
-from post_dist.data.tasks import load_examples
-from post_dist.errors import ArtifactRefused
+from post_dist.data.tasks import Examples, load_examples
+from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer
@@ -32,6 +34,7 @@ from post_dist.stages.evaluate.rows import (
     TableEntry,
     table_entries,
 )
+from post_dist.stages.evaluate.text_baselines import text_baselines
 from post_dist.stages.prompt_origin import check_belongs
 
 log = logging.getLogger(__name__)
@@ -127,6 +130,8 @@ def evaluate(
         models, inputs, split, config, folder.path.parent / "answers", world
     )
 
+    baselines = world.on_main(lambda: _text_baselines(task, split.examples))
+
     # Compute the lines of each prompt in turn.
     rows: list[dict[str, Any]] = []
     parents = {name: digest for name, digest in inputs.items() if name != "private_task"}
@@ -138,6 +143,7 @@ def evaluate(
             target=target,
             source=prompt_set.source,
             on_target=prompt_set.on_target,
+            text_baselines=baselines,
         )
         entries = table_entries(row_inputs, first=not rows)
         rows += [_table_row(entry) for entry in entries]
@@ -194,6 +200,20 @@ def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -
     precision = choose_precision(config.engine, world.device)
     digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
     return EvaluationSplit(task, examples, digest)
+
+
+def _text_baselines(task: Task, examples: Examples) -> dict[str, torch.Tensor]:
+    """Classify the split with the text baselines.
+
+    A task that generates text has none, and neither has a file without training examples.
+    """
+    if task.response_column is not None:
+        return {}
+    try:
+        training = load_examples(task, "train", "private_task")
+    except InputError:
+        return {}
+    return text_baselines(training, examples.texts, len(task.labels))
 
 
 def _table_row(entry: TableEntry) -> dict[str, Any]:
