@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
+from post_dist.config.public_keys import read_public_key
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
 from post_dist.errors import EnvironmentFault, Interrupted
 from post_dist.runtime.launcher import remove_launcher_variables
@@ -432,18 +433,21 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     )
 
 
-def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
+def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "SoftPromptArtifact":
     """Read a soft prompt from an untrusted folder, and check it.
 
     Args:
         folder: artifact of `tune` or `transfer`, such as `runs/demo/tune-1a2b3c4d/artifact`.
+        keys: trusted public keys, as lines or `.pub` files. One of them must have signed the
+            prompt. Without any, a prompt need not be signed.
 
     Returns:
         The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
 
     Raises:
         ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, a value is out of
-            range, or its epsilon is not what its plan gives.
+            range, its epsilon is not what its plan gives, or no trusted key has signed it.
+        InputError: a key is not a public key.
 
     Examples:
         >>> load_prompt("received/prompt")
@@ -453,7 +457,8 @@ def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
     """
     from post_dist.admission.door import admit_prompt
 
-    return admit_prompt(Path(folder))
+    trusted = [read_public_key(str(key)) for key in keys]
+    return admit_prompt(Path(folder), keys=trusted)
 
 
 def _with_stages(
@@ -499,8 +504,12 @@ def _student_result(folder: "RunFolder") -> StudentResult:
 
 
 def _prompt_result(folder: "RunFolder") -> PromptResult:
+    from post_dist.admission.door import check_prompt, refusing
+    from post_dist.admission.quarantine import quarantined
+
     # All checks run: a prompt that was changed after tuning is refused.
-    prompt = load_prompt(folder.artifact)
+    with refusing(folder.artifact), quarantined(folder.artifact) as inside:
+        prompt = check_prompt(inside, "soft prompt")
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
     return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)
 
