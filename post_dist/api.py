@@ -24,7 +24,7 @@ Importing this module does not load torch. Errors that a user can fix are raised
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -79,12 +79,15 @@ class PromptResult:
         artifact: the prompt, a folder that `PeftModel.from_pretrained` loads.
         epsilon: the epsilon that the prompt claims, or None without differential privacy.
         delta: the delta of that epsilon, or None.
+        effect: what a transferred prompt does to the large LLM on public text, by name; empty for
+            other prompts.
     """
 
     path: Path
     artifact: Path
     epsilon: float | None
     delta: float | None
+    effect: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.artifact)
@@ -511,7 +514,8 @@ def _prompt_result(folder: "RunFolder") -> PromptResult:
     with refusing(folder.artifact), quarantined(folder.artifact) as inside:
         prompt = check_prompt(inside, "soft prompt")
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
-    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)
+    effect = prompt.manifest.config.get("effect_on_public_text", {})
+    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta, effect)
 
 
 def _evaluation_result(folder: "RunFolder", *, with_report: bool) -> EvaluationResult:
