@@ -73,7 +73,7 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
         ArtifactRefused: a check failed.
     """
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with refusing(folder), quarantined(folder, place, keys) as inside:
+    with refusing(folder), quarantined(folder, place, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
         check_student(inside)
         admitted = place / inside.manifest.digest[:16]

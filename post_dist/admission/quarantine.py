@@ -102,7 +102,7 @@ class Quarantined:
 
 @contextmanager
 def quarantined(
-    folder: Path, parent: Path | None = None, keys: Sequence[str] = ()
+    folder: Path, parent: Path | None = None, *, keys: Sequence[str] = ()
 ) -> Iterator[Quarantined]:
     """Copy an artifact, and delete the copy afterwards.
 
