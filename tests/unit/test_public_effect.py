@@ -8,27 +8,22 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from objectives import INFORMATIVE, TASK, objective_of
 from torch.nn import functional
 
-from post_dist.artifacts.task import PromptTask
-from post_dist.config.schema import Transfer
-from post_dist.data.task_reader import TaskReader
 from post_dist.losses import pieces
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.load import load_whole
 from post_dist.runtime.distributed import World
 from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
-from post_dist.stages.transfer.objective import FixedOutputs, TransferObjective
+from post_dist.stages.transfer.objective import TransferObjective
 
 ONE_RANK = World(0, 1, 0, "none", torch.device("cpu"))
-TASK = PromptTask("Review: {text} It was", (("bad",), ("good",)), 48, False, "Classify")
 TASKS = {
     "llama": TASK,
     "roberta": replace(TASK, template="{text} It was {mask}."),
     "response": replace(TASK, label_words=(), max_response_length=4),
 }
-TEXTS = [text for text, _ in tiny.sentences(80, 2)]
-INFORMATIVE = {"class_information_nats": 0.3}
 
 
 def model_and_objective(folder: Path, name: str) -> tuple[LanguageModel, TransferObjective]:
@@ -36,17 +31,7 @@ def model_and_objective(folder: Path, name: str) -> tuple[LanguageModel, Transfe
     tiny.write_model(folder, family)
     tiny.speak_up(folder)
     target = load_whole(folder, "fp32", torch.device("cpu"))
-    reader = TaskReader(TASKS[name], load_tokenizer(folder), masked=target.masked)
-    nothing = torch.zeros(0)
-    objective = TransferObjective(
-        section=Transfer(batch_size=7),
-        reader=reader,
-        examples=reader.encode(TEXTS, ["good"] * len(TEXTS)),
-        outputs=FixedOutputs(nothing, nothing, nothing),
-        offsets=nothing,
-        statistics=INFORMATIVE,
-    )
-    return target, objective
+    return target, objective_of(folder, target, TASKS[name])
 
 
 @torch.no_grad()
@@ -121,7 +106,7 @@ def test_warnings_follow_the_figures(caplog: pytest.LogCaptureFixture) -> None:
     quiet = {
         "texts": 64,
         "perplexity_without_prompt": 20.0,
-        "perplexity_with_prompt": 199.0,
+        "perplexity_with_prompt": 59.0,
         "class_shares_without_prompt": [0.5, 0.5],
         "class_shares_with_prompt": [0.05, 0.95],
         "label_shift": 0.45,
@@ -129,8 +114,8 @@ def test_warnings_follow_the_figures(caplog: pytest.LogCaptureFixture) -> None:
     }
     report_effect("mine", quiet, INFORMATIVE)
     assert not caplog.records
-    report_effect("mine", quiet | {"perplexity_with_prompt": 201.0}, INFORMATIVE)
-    assert "raises the perplexity of public text 10 times" in caplog.text
+    report_effect("mine", quiet | {"perplexity_with_prompt": 61.0}, INFORMATIVE)
+    assert "raises the perplexity of public text 3.0 times" in caplog.text
     caplog.clear()
     one_class = quiet | {"class_shares_with_prompt": [0.04, 0.96]}
     report_effect("mine", one_class, INFORMATIVE)
