@@ -30,8 +30,8 @@ _MOST_TEXTS = 64
 _PERPLEXITY_FACTOR = 3.0
 """Rise of the perplexity above which a prompt spoils the text behind it.
 
-The demo's prompt lowers it by a fifth. Noise as large as embeddings also lowers it, and noise of ten
-times that size raises it eight times.
+The demo's prompt lowers it by a fifth. A prompt of standard normal noise lowers it too. Ten times
+that noise raises it eight times.
 """
 _LARGEST_SHARE = 0.95
 """Share of one class above which the answers hardly depend on the text."""
