@@ -24,12 +24,13 @@ Importing this module does not load torch. Errors that a user can fix are raised
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
+from post_dist.config.public_keys import read_public_key
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
 from post_dist.errors import EnvironmentFault, Interrupted
 from post_dist.runtime.launcher import remove_launcher_variables
@@ -78,12 +79,15 @@ class PromptResult:
         artifact: the prompt, a folder that `PeftModel.from_pretrained` loads.
         epsilon: the epsilon that the prompt claims, or None without differential privacy.
         delta: the delta of that epsilon, or None.
+        effect: what a transferred prompt does to the large LLM on public text, by name; empty for
+            other prompts.
     """
 
     path: Path
     artifact: Path
     epsilon: float | None
     delta: float | None
+    effect: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.artifact)
@@ -432,18 +436,21 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     )
 
 
-def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
+def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "SoftPromptArtifact":
     """Read a soft prompt from an untrusted folder, and check it.
 
     Args:
         folder: artifact of `tune` or `transfer`, such as `runs/demo/tune-1a2b3c4d/artifact`.
+        keys: trusted public keys, as lines or `.pub` files. One of them must have signed the
+            prompt. Without any, a prompt need not be signed.
 
     Returns:
         The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
 
     Raises:
         ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, a value is out of
-            range, or its epsilon is not what its plan gives.
+            range, its epsilon is not what its plan gives, or no trusted key has signed it.
+        InputError: a key is not a public key.
 
     Examples:
         >>> load_prompt("received/prompt")
@@ -453,7 +460,8 @@ def load_prompt(folder: str | Path) -> "SoftPromptArtifact":
     """
     from post_dist.admission.door import admit_prompt
 
-    return admit_prompt(Path(folder))
+    trusted = [read_public_key(str(key)) for key in keys]
+    return admit_prompt(Path(folder), keys=trusted)
 
 
 def _with_stages(
@@ -499,10 +507,15 @@ def _student_result(folder: "RunFolder") -> StudentResult:
 
 
 def _prompt_result(folder: "RunFolder") -> PromptResult:
+    from post_dist.admission.door import check_prompt, refusing
+    from post_dist.admission.quarantine import quarantined
+
     # All checks run: a prompt that was changed after tuning is refused.
-    prompt = load_prompt(folder.artifact)
+    with refusing(folder.artifact), quarantined(folder.artifact) as inside:
+        prompt = check_prompt(inside, "soft prompt")
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
-    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta)
+    effect = prompt.manifest.config.get("effect_on_public_text", {})
+    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta, effect)
 
 
 def _evaluation_result(folder: "RunFolder", *, with_report: bool) -> EvaluationResult:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from post_dist import __version__
-from post_dist.commands.artifacts import init, report, verify
+from post_dist.commands.artifacts import init, report, sign, verify
 from post_dist.commands.benchmarks import bench
 from post_dist.commands.check import check
 from post_dist.commands.jobs import doctor, submit
@@ -39,6 +39,7 @@ _COMMANDS = (
     check,
     plan,
     verify,
+    sign,
     report,
 )
 for command in _COMMANDS:

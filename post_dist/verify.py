@@ -1,6 +1,7 @@
 """Check an artifact from the other party: files, lineage, shapes, finite values, epsilon."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,22 @@ _PARENTS = {
 """For each kind of artifact, the parents that its lineage must name."""
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Check an artifact, and list every problem.
 
     Nothing in the folder is executed or trusted.
 
+    Args:
+        folder: the artifact.
+        keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
+
     Returns:
-        `{"ok", "kind", "problems"}`; `kind` is None if the manifest cannot be used. An accepted
-        student also has `given_away`, which is empty in a student of version 0.1.0.
+        `{"ok", "kind", "problems", "signature"}`. If the manifest cannot be used, `kind` is None
+        and there is no `signature`. An accepted student also has `given_away`, which is empty in a
+        student of version 0.1.0.
     """
     try:
-        with refusing(folder), quarantined(folder) as inside:
+        with refusing(folder), quarantined(folder, keys=keys) as inside:
             return _verified(folder, inside)
     except ArtifactRefused as error:
         return {"ok": False, "kind": None, "problems": [str(error)]}
@@ -47,7 +53,12 @@ def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
                 check_student(inside)
     except ArtifactRefused as error:
         problems.append(str(error))
-    result = {"ok": not problems, "kind": manifest.kind, "problems": problems}
+    result = {
+        "ok": not problems,
+        "kind": manifest.kind,
+        "problems": problems,
+        "signature": inside.signature,
+    }
     if manifest.kind == "student" and not problems:
         # What the student holds of its teacher, by its provider's own statement.
         result["given_away"] = manifest.config.get("given_away", {})

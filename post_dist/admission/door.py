@@ -1,7 +1,8 @@
 """Admit an artifact of another party: everything is read from a private copy, and checked there."""
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,32 @@ from typing import Any
 import torch
 
 from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
-from post_dist.artifacts.manifest import ArtifactKind
+from post_dist.artifacts.manifest import SIGNATURE, ArtifactKind
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
 from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
 from post_dist.files import put_in_place
+
+log = logging.getLogger(__name__)
 
 _COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
 """The path of a quarantined copy in a message."""
 
 
-def admit_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
+def admit_prompt(
+    folder: Path, kind: ArtifactKind = "soft prompt", keys: Sequence[str] = ()
+) -> SoftPromptArtifact:
     """Read a prompt of another party, and check what it claims.
 
     Args:
         folder: the prompt, which is not trusted.
         kind: the kind of artifact that it must be.
+        keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Raises:
         ArtifactRefused: a check failed.
     """
-    with refusing(folder), quarantined(folder) as inside:
+    with refusing(folder), quarantined(folder, keys=keys) as inside:
+        log.info("%s: %s", folder, inside.signature)
         return check_prompt(inside, kind)
 
 
@@ -48,7 +55,7 @@ def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
     return prompt
 
 
-def admit_student(folder: Path, place: Path) -> Path:
+def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
     """Copy a student of another party to a place of our own, and check it.
 
     A student that is there already has been admitted by an earlier command.
@@ -56,6 +63,7 @@ def admit_student(folder: Path, place: Path) -> Path:
     Args:
         folder: the student, which is not trusted.
         place: folder for admitted students, which only we write to.
+        keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Returns:
         The copy: the manifest, a configuration that was written anew, the weights and the
@@ -65,10 +73,14 @@ def admit_student(folder: Path, place: Path) -> Path:
         ArtifactRefused: a check failed.
     """
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with refusing(folder), quarantined(folder, place) as inside:
+    with refusing(folder), quarantined(folder, place, keys=keys) as inside:
+        log.info("%s: %s", folder, inside.signature)
         check_student(inside)
         admitted = place / inside.manifest.digest[:16]
         if not admitted.exists():
+            # Each command checks the sender's signature. The copy, with its rewritten files, would
+            # keep one that may be replaced later.
+            (inside.folder / SIGNATURE).unlink(missing_ok=True)
             put_in_place(inside.folder, admitted)
         return admitted
 

@@ -12,13 +12,15 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from post_dist.admission.signatures import check_signature
 from post_dist.artifacts.manifest import (
     FILE_NAME,
+    SIGNATURE,
     SIZE_LIMIT_BYTES,
     ArtifactKind,
     Manifest,
@@ -55,6 +57,8 @@ class FileRule:
 
 
 _CARD = FileRule(r"README\.md", _MIB, copied=False)
+_MANIFEST = FileRule(re.escape(FILE_NAME), SIZE_LIMIT_BYTES)
+_SIGNATURE = FileRule(re.escape(SIGNATURE), 16 * _KIB)
 _PROMPT = (
     FileRule(r"adapter_model\.safetensors", 256 * _MIB),
     FileRule(r"head\.safetensors", 256 * _MIB),
@@ -88,32 +92,38 @@ class Quarantined:
     Attributes:
         folder: the copy, which only this user can read.
         manifest: its manifest. The hashes of all files have been compared with it.
+        signature: what is known of its signer, in words.
     """
 
     folder: Path
     manifest: Manifest
+    signature: str
 
 
 @contextmanager
-def quarantined(folder: Path, parent: Path | None = None) -> Iterator[Quarantined]:
+def quarantined(
+    folder: Path, parent: Path | None = None, *, keys: Sequence[str] = ()
+) -> Iterator[Quarantined]:
     """Copy an artifact, and delete the copy afterwards.
 
     Args:
         folder: the artifact, which is not trusted.
         parent: where to make the copy; None for the folder of temporary files.
+        keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Raises:
         ArtifactRefused: the folder holds anything but the files of one artifact, each of them
-            regular, within its size and with the hash that the manifest gives.
+            regular, within its size and with the hash that the manifest gives. Or its signature is
+            not good, or not by a trusted key.
     """
     copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
-        yield _copy(folder, copy)
+        yield _copy(folder, copy, keys)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def _copy(folder: Path, copy: Path) -> Quarantined:
+def _copy(folder: Path, copy: Path, keys: Sequence[str]) -> Quarantined:
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -122,10 +132,13 @@ def _copy(folder: Path, copy: Path) -> Quarantined:
         names = _names(root)
         if FILE_NAME not in names:
             raise ArtifactRefused(f"it is not a post_dist artifact: it has no {FILE_NAME}")
-        rule = FileRule(re.escape(FILE_NAME), SIZE_LIMIT_BYTES)
-        _copy_file(root, FILE_NAME, rule, copy / FILE_NAME)
+        _copy_file(root, FILE_NAME, _MANIFEST, copy / FILE_NAME)
+        if SIGNATURE in names:
+            _copy_file(root, SIGNATURE, _SIGNATURE, copy / SIGNATURE)
+        # Nothing that a stranger has sent is parsed if keys are given.
+        signature = check_signature(copy, keys)
         manifest = parse_manifest(copy / FILE_NAME)
-        _copy_listed(root, names - {FILE_NAME}, manifest, copy)
+        _copy_listed(root, names - {FILE_NAME, SIGNATURE}, manifest, copy)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise EnvironmentFault(
@@ -134,7 +147,7 @@ def _copy(folder: Path, copy: Path) -> Quarantined:
         raise ArtifactRefused(f"a file cannot be read: {error.strerror or error}") from None
     finally:
         os.close(root)
-    return Quarantined(copy, manifest)
+    return Quarantined(copy, manifest, signature)
 
 
 def _names(root: int) -> set[str]:

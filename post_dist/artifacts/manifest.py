@@ -17,6 +17,8 @@ from post_dist.files import digest_of, file_digest, file_digests, write_folder
 ArtifactKind = Literal["student", "public prompt", "soft prompt", "evaluation"]
 
 FILE_NAME = "post_dist.json"
+SIGNATURE = f"{FILE_NAME}.sig"
+"""Signature of the manifest, which `post-dist sign` adds. It is not one of the listed files."""
 _SCHEMA_VERSION = 1
 SIZE_LIMIT_BYTES = 1 << 20
 """Size limit of a manifest, which lists about ten files. A larger one is refused unparsed."""
@@ -82,7 +84,7 @@ def write_artifact(
     # `write_folder` returns nothing, so the inner function passes the manifest on in this list.
     written: list[Manifest] = []
 
-    def fill_and_sign(folder: Path) -> None:
+    def fill_and_list(folder: Path) -> None:
         fill(folder)
         manifest = Manifest(
             kind=kind,
@@ -97,7 +99,7 @@ def write_artifact(
         check(folder)
         written.append(manifest)
 
-    write_folder(destination, fill_and_sign)
+    write_folder(destination, fill_and_list)
     return written[0]
 
 
@@ -156,7 +158,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     """Compare the files of a folder with the list in its manifest."""
     entries = [entry for entry in folder.rglob("*") if not entry.is_dir()]
     present = {str(entry.relative_to(folder)) for entry in entries}
-    present.discard(FILE_NAME)
+    present -= {FILE_NAME, SIGNATURE}
 
     # Names are compared first, because a file outside the manifest could hold anything.
     for name in sorted(present ^ set(manifest.files)):

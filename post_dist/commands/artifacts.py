@@ -1,4 +1,4 @@
-"""The commands `init`, `verify` and `report`: demo files, artifacts and reports."""
+"""The commands `init`, `verify`, `sign` and `report`: demo files, artifacts and reports."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,10 @@ import typer
 from post_dist.commands.options import AsJson
 from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.assets import asset
+from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")]
 
 _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
 
@@ -35,16 +38,48 @@ def init(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")],
+    folder: Folder,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            metavar="KEY",
+            help="A trusted public key: a .pub file, or its line. Several are allowed.",
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Check an artifact: hashes, lineage, shapes, finite values, and its recomputed epsilon."""
-    from post_dist.verify import verify as check
-
-    result = check(folder)
+    """Check an artifact: hashes, signature, lineage, finite values, and its recomputed epsilon."""
+    result = _verified(folder, key or [])
     print_numbers(result, json_)
     if not result["ok"]:
         raise typer.Exit(ArtifactRefused.exit_code)
+
+
+def sign(
+    folder: Folder,
+    key: Annotated[
+        Path,
+        typer.Option(
+            "--key", metavar="FILE", help="A private key of ssh-keygen, such as ~/.ssh/id_ed25519."
+        ),
+    ],
+) -> None:
+    """Sign an artifact with an ssh key, for a receiver that knows your public key."""
+    from post_dist.admission.signatures import sign as sign_artifact
+
+    result = _verified(folder, [])
+    if not result["ok"]:
+        print_numbers(result, as_json=False)
+        raise ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")
+    print(f"{folder}: signed by {sign_artifact(folder, key.expanduser())}")
+
+
+def _verified(folder: Path, keys: list[str]) -> dict[str, Any]:
+    """Return what `verify` finds in an artifact."""
+    from post_dist.verify import verify as check
+
+    return check(folder, [read_public_key(key) for key in keys])
 
 
 def report(

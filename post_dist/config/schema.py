@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from post_dist.config.cluster import Cluster
 from post_dist.config.models import Engine, Student, Teacher
 from post_dist.config.privacy import Privacy
+from post_dist.config.public_keys import PublicKey
 from post_dist.config.sections import FilePath, Section
 from post_dist.config.sources import Corpus, Task
 from post_dist.config.stages import (
@@ -77,6 +78,9 @@ class Inputs(Section):
     prompts of several owners."""
     target_prompt: FilePath | None = None
     """Folder of a prompt for the large LLM, for `evaluate`."""
+    trusted_keys: tuple[PublicKey, ...] = ()
+    """Public keys of the other party, each as a line of a `.pub` file. Every artifact of `inputs`
+    must then be signed by one of them. Default: artifacts need no signature."""
 
 
 class RunConfig(Section):

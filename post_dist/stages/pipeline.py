@@ -362,10 +362,12 @@ class Pipeline:
         if given is None:
             return self.distill().artifact
         # A run file may name any model as its student, such as a smaller one of the teacher's
-        # family. Without a manifest it is a model of one's own.
-        if not (given / FILE_NAME).exists():
-            return given
-        return self._world.on_main(partial(admit_student, given, self._admitted))
+        # family. Without a manifest it is a model of one's own. With trusted keys it is refused,
+        # because a sender might leave the manifest out.
+        keys = self._config.inputs.trusted_keys
+        if keys or (given / FILE_NAME).exists():
+            return self._world.on_main(partial(admit_student, given, self._admitted, keys))
+        return given
 
     @cached_property
     def student_digest(self) -> str:
@@ -409,7 +411,7 @@ class Pipeline:
         else:
             given.append(inputs.source_prompt)
         if folder in given:
-            return admit_prompt(folder, kind)
+            return admit_prompt(folder, kind, inputs.trusted_keys)
         return read_prompt(folder, kind)
 
     def _source(self, folder: Path) -> SoftPromptArtifact:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from objectives import objective_of
 from safetensors.torch import load_file, save_file
 from started import run_script
 from torch.nn import functional
@@ -20,6 +21,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.student import freeze, write_student
 from post_dist.runtime.distributed import World
+from post_dist.stages.transfer.effect import effect_on_public_text
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -88,6 +90,22 @@ def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "a granite changes its logits" in facts["refused"]
         torch.testing.assert_close(torch.tensor(facts["logits"]), expected)
+
+
+def test_the_effect_of_a_prompt_on_a_sharded_model(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model", "llama")
+    tiny.speak_up(folder)
+    run_script(HERE / "public_effect.py", 2, folder, tmp_path)
+    whole = load_whole(folder, "fp32", CPU)
+    prompt = torch.linspace(-1, 1, 5 * whole.width).view(5, -1)
+    world = World(0, 1, 0, "none", CPU)
+    expected = effect_on_public_text(whole, objective_of(folder, whole), prompt, world)
+    assert expected["changed_answers"] > 0
+    for rank in range(2):
+        effect = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert set(effect) == set(expected)
+        for figure, value in expected.items():
+            assert effect[figure] == pytest.approx(value, rel=1e-4), figure
 
 
 def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_each_prompt_is_as_if_it_had_been_alone(
             wanted.add("alpha")
         assert set(statistics) == wanted
         assert 0 < statistics["class_information_nats"] < math.log(2)
+        effect = made.manifest.config["effect_on_public_text"]
+        assert effect["texts"] == 60
+        perplexity = effect["perplexity_with_prompt"]
+        other = expected.manifest.config["effect_on_public_text"]
+        assert perplexity == pytest.approx(other["perplexity_with_prompt"], rel=0.01)
+        card = (beside / "README.md").read_text()
+        assert f"| effect on public text, perplexity_with_prompt | {perplexity} |" in card
         assert losses_of(beside) == pytest.approx(losses_of(by_itself), rel=1e-4, abs=1e-6)
     assert not torch.equal(read_prompt(together[0]).embeddings, read_prompt(together[1]).embeddings)
 

@@ -245,7 +245,8 @@ class _Check:
         given = self.config.inputs.target_prompt
         on_target = None
         if given is not None:
-            on_target = self.findings.attempt("evaluate", lambda: admit_prompt(given))
+            keys = self.config.inputs.trusted_keys
+            on_target = self.findings.attempt("evaluate", lambda: admit_prompt(given, keys=keys))
         longest = max(lengths, default=0)
         found = []
         if self._student is not None and self._student.facts is not None:
@@ -285,7 +286,8 @@ class _Check:
         self, stage: Stage, folder: Path, kind: ArtifactKind = "soft prompt"
     ) -> SoftPromptArtifact | None:
         """Read a prompt, and compare it with the student that it was tuned on."""
-        prompt = self.findings.attempt(stage, lambda: admit_prompt(folder, kind))
+        keys = self.config.inputs.trusted_keys
+        prompt = self.findings.attempt(stage, lambda: admit_prompt(folder, kind, keys))
         student = self._student
         if prompt is None or student is None:
             return prompt

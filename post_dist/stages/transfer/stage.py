@@ -6,7 +6,7 @@ column.
 Shapes: n prompt tokens, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
+from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
 
@@ -177,7 +178,10 @@ def transfer(
     for group in _groups(jobs, config.transfer.prompts_at_once):
         _train(group, models, config.seed, world)
         for job in group:
-            world.on_main(partial(writer, job))
+            trained_nd = job.run.parameters[0].detach()
+            effect = effect_on_public_text(models.target, job.objective, trained_nd, world)
+            report_effect(job.run.folder.path.name, effect, job.objective.statistics)
+            world.on_main(partial(writer, job, effect))
 
 
 def _start(
@@ -267,11 +271,12 @@ def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
     return teacher.path
 
 
-def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
+def _write(job: TransferJob, effect: Mapping[str, Any], *, model_name: str, tokenizer: str) -> None:
     """Write the artifact of a trained prompt.
 
     Args:
         job: the trained prompt.
+        effect: its effect on public text.
         model_name: name of the target.
         tokenizer: fingerprint of the target's tokenizer.
     """
@@ -290,7 +295,7 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
             artifact,
             f"Soft prompt for {model_name}",
             "A soft prompt that was transferred from a student with public text alone (POST).",
-            job.objective.section.model_dump() | claim,
+            job.objective.section.model_dump() | claim | {"effect on public text": effect},
             library="peft",
             tag="prompt-tuning",
         )
@@ -306,6 +311,7 @@ def _write(job: TransferJob, *, model_name: str, tokenizer: str) -> None:
             "transfer": settings,
             "task": asdict(task),
             "public_text": dict(job.objective.statistics),
+            "effect_on_public_text": dict(effect),
         },
     )
     write_prompt(job.run.folder.artifact, contents, provenance, write_own_card)
