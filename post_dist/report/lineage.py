@@ -88,8 +88,9 @@ def number(value: object) -> str:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """Read the settings in a stage's folder; empty if they cannot be read."""
+    path = folder / "resolved.yaml"
     try:
-        settings = read_yaml((folder / "resolved.yaml").read_text(), "resolved.yaml")
+        settings = read_yaml(path.read_text(), path.name) if _is_small_file(path) else None
     except (OSError, ValueError, PostDistError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -104,7 +105,7 @@ def lineage(evaluation: Path) -> list[Made]:
     Args:
         evaluation: the folder of the finished evaluation.
     """
-    table = _manifest(evaluation / "artifact")
+    table = manifest_of(evaluation / "artifact")
     if table is None:
         return []
     near = _artifacts_near(evaluation)
@@ -139,21 +140,24 @@ def _artifacts_near(evaluation: Path) -> dict[str, tuple[Path, Manifest]]:
             folders.append(Path(given))
     near = {}
     for folder in folders:
-        manifest = _manifest(folder)
+        manifest = manifest_of(folder)
         if manifest is not None:
             near[manifest.digest] = (folder, manifest)
     return near
 
 
-def _manifest(folder: Path) -> Manifest | None:
+def manifest_of(folder: Path) -> Manifest | None:
     """Read a manifest, or return None if it cannot be read."""
     path = folder / FILE_NAME
     try:
-        if path.stat().st_size > SIZE_LIMIT_BYTES:
-            return None
-        return parse_manifest(path)
+        return parse_manifest(path) if _is_small_file(path) else None
     except (OSError, PostDistError):
         return None
+
+
+def _is_small_file(path: Path) -> bool:
+    """Return whether a path may be read whole. A pipe would make the reader wait for ever."""
+    return path.is_file() and path.stat().st_size <= SIZE_LIMIT_BYTES
 
 
 def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> Made:
@@ -168,14 +172,14 @@ def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> 
     except (OSError, PostDistError):
         check = "files were changed"
         intact = False
-    return Made(role, digest, folder, check, intact, manifest.config, _privacy(folder))
+    return Made(role, digest, folder, check, intact, manifest.config, privacy_claim(folder))
 
 
-def _privacy(folder: Path) -> dict[str, Any]:
+def privacy_claim(folder: Path) -> dict[str, Any]:
     """Read the privacy claim of a prompt; empty if there is none."""
     path = folder / "privacy.json"
     try:
-        return read_object(path) if path.stat().st_size <= SIZE_LIMIT_BYTES else {}
+        return read_object(path) if _is_small_file(path) else {}
     except (OSError, PostDistError):
         return {}
 
