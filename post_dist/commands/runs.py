@@ -34,9 +34,7 @@ def ls(
 
 
 def status(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")
-    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
     json_: AsJson = False,
 ) -> None:
     """Show how far each stage of a run is, from another terminal."""

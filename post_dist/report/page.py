@@ -2,10 +2,10 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from post_dist import __version__
 from post_dist.artifacts.strict_json import read_object
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
@@ -95,7 +95,7 @@ def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[Made]) -> s
     return templates.get_template(_TEMPLATE).render(
         run=evaluation.parent.name,
         title=f"{evaluation.parent.name}: {table_title(table)}",
-        version=__version__,
+        version=version("post_dist"),
         said=said,
         columns=table_columns(table),
         rows=table_cells(table),

@@ -1,6 +1,7 @@
 """The report of an evaluation: its table as text, and its page."""
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_names_from_files_are_text_and_nothing_else(tmp_path: Path) -> None:
     name = r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`a\`  \[31m\[bold\] \# b"
     assert f"\n| {name} | 75.0 |" in markdown
     assert "\x1b" not in table_text(read_table(evaluation))
+
+
+def test_the_page_runs_no_script_and_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(write_full_run(tmp_path))
+    active = re.findall(
+        r"<(?:script|link|img|iframe|object)|\b(?:src|href|on\w+)=|url\(|@import", page
+    )
+    assert active == []
 
 
 def test_the_verdict_names_the_change_epsilon_and_delta(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from report_run import HOSTILE, write_full_run
@@ -53,7 +52,6 @@ function measure(frame) {
     dark: light(background(page.body)) < 0.2,
     width: page.documentElement.clientWidth, needed: page.documentElement.scrollWidth, texts,
     images: images.map(each => [each.getAttribute('role'), each.getAttribute('aria-label')]),
-    loaded: frame.contentWindow.performance.getEntriesByType('resource').length,
   };
 }
 window.onload = () => {
@@ -110,7 +108,3 @@ def test_every_drawing_has_a_role_and_a_text(measured: list[dict]) -> None:
     for each in measured:
         assert len(each["images"]) == 4
         assert all(role == "img" and label for role, label in each["images"])
-
-
-def test_the_page_loads_nothing(measured: list[dict]) -> None:
-    assert [each["loaded"] for each in measured] == 6 * [0]
