@@ -39,7 +39,7 @@ class Made:
         digest: its sha256, as the evaluation recorded it.
         folder: its folder; None if it is not near the run.
         check: result of comparing its files with their hashes.
-        intact: whether that comparison succeeded.
+        intact: whether that comparison succeeded. Otherwise the fields below are empty.
         config: the settings that made it. They never depend on private data.
         privacy: its `privacy.json`; empty if it has none.
     """
@@ -165,14 +165,13 @@ def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> 
     if digest not in near:
         return Made(role, digest)
     folder, manifest = near[digest]
-    check = "files match their hashes"
-    intact = True
     try:
         read_manifest(folder, manifest.kind)
     except (OSError, PostDistError):
-        check = "files were changed"
-        intact = False
-    return Made(role, digest, folder, check, intact, manifest.config, privacy_claim(folder))
+        # Nothing that it says is shown. The evaluation has checked other files.
+        return Made(role, digest, folder, "files were changed")
+    check = "files match their hashes"
+    return Made(role, digest, folder, check, True, manifest.config, privacy_claim(folder))
 
 
 def privacy_claim(folder: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _ledger(settings: Mapping[str, Any]) -> Path | None:
 def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
     """Return how to use the prompt of a row: its folder, in the forms that the page needs."""
     for each in made:
-        if each.role != row or each.folder is None:
+        if each.role != row or each.folder is None or not each.intact:
             continue
         return {
             "quoted": shlex.quote(str(each.folder)),

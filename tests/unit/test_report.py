@@ -89,7 +89,8 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     report_run.write_part(tmp_path, "transfer-2", "soft prompt", {}, transfer={"steps": 77})
     (tmp_path / "distill-1/artifact/config.json").write_text("{} ")
     page = page_of(evaluation)
-    assert "2 of 4 layers, 400 steps" in page
+    assert "2 of 4 layers" not in page
+    assert "objective proxy, 400 steps, ε = 1.00" in page
     assert "<b>warm-start</b>" in page
     assert page.count("✓ files match their hashes") == 3
     assert page.count("✗ files were changed") == 1
