@@ -11,6 +11,7 @@ from post_dist.commands.check import check
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
 from post_dist.commands.privacy import audit, budget, privacy
+from post_dist.commands.runs import ls, status
 from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tune, warm_start
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.stop import end_process
@@ -41,6 +42,8 @@ _COMMANDS = (
     verify,
     sign,
     report,
+    ls,
+    status,
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -24,7 +24,7 @@ _SERVER.set_forkserver_preload(
         "post_dist.stages.distill.stage",
         "post_dist.stages.transfer.stage",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it: 3 s
-        "matplotlib.figure",  # for the report
+        "jinja2",  # for the report
     ]
 )
 

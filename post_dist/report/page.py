@@ -1,17 +1,26 @@
-"""The pages of a finished pipeline: `report.md`, and `report.html` with the plots inside."""
+"""The pages of a finished pipeline: `report.md`, and `report.html` with its charts inside."""
 
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from post_dist.errors import InputError
-from post_dist.report.plots import page_plots
+from post_dist.artifacts.strict_json import read_object
+from post_dist.config.yaml_files import write_yaml
+from post_dist.errors import InputError, PostDistError
+from post_dist.report.lineage import Made, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
     markdown_table,
+    markdown_text,
     read_table,
     table_cells,
     table_columns,
     table_title,
 )
+from post_dist.runtime.metric_log import read_metric_log
+from post_dist.runtime.private_process import owner_only
 
 _TEMPLATE = "page.html.j2"
 
@@ -34,30 +43,169 @@ def finished_evaluation(runs: Path) -> Path:
 
 
 def write_report(evaluation: Path) -> Path:
-    """Write `report.md` and `report.html` beside the stage folders.
+    """Write `report.md` and `report.html` beside the stage folders, for their owner alone.
 
     Returns:
         The path of the HTML page.
     """
-    table = read_table(evaluation)
     runs = evaluation.parent
-    title = f"{runs.name}: {table_title(table)}"
-    (runs / "report.md").write_text(f"# {title}\n\n{markdown_table(table)}\n\n{NOTE}\n")
+    table = read_table(evaluation)
+    made = lineage(evaluation)
+    page = runs / "report.html"
+    # The scores come from private data, and no epsilon covers them.
+    with owner_only():
+        html = _html(evaluation, table, made)
+        (runs / "report.md").write_text(_markdown(runs.name, table, made))
+        page.write_text(html)
+    return page
 
+
+def _markdown(name: str, table: Mapping[str, Any], made: Sequence[Made]) -> str:
+    from post_dist.report.verdict import verdict
+
+    said = verdict(table, made)
+    paragraphs = [
+        f"# {markdown_text(f'{name}: {table_title(table)}')}",
+        markdown_text(f"{said.headline}. {said.privacy}"),
+        markdown_table(table),
+        NOTE,
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[Made]) -> str:
     # Imported here: most commands write no page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from post_dist.report.charts import interval_chart, privacy_chart
+    from post_dist.report.verdict import references, row_notes, verdict
+
+    said = verdict(table, made)
+    compared = references(table, settings_of(evaluation))
+    zero_shot = next((each for each in compared if "LLM" in each.name), None)
     # Names of tasks and rows come from run files, so they are escaped.
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    html = templates.get_template(_TEMPLATE).render(
-        title=title,
+    return templates.get_template(_TEMPLATE).render(
+        run=evaluation.parent.name,
+        title=f"{evaluation.parent.name}: {table_title(table)}",
+        version=version("post_dist"),
+        said=said,
         columns=table_columns(table),
         rows=table_cells(table),
         note=NOTE,
-        plots=page_plots(runs, table),
+        made=made,
+        accuracies=interval_chart(table, row_notes(table), compared, said.row),
+        privacy=privacy_chart(table, zero_shot),
+        budget=_budget(made),
+        curves=_curves(evaluation.parent, made),
+        use=_use(said.row, made),
+        settings=_settings(made),
     )
-    page = runs / "report.html"
-    page.write_text(html)
-    return page
+
+
+def _printable(value: Any) -> Any:
+    """Replace what a text from a file could do to a page or a terminal, except line breaks."""
+    if type(value) is not str:
+        return value
+    kept = [each if each.isprintable() or each == "\n" else " " for each in value]
+    return "".join(kept)
+
+
+def _curves(runs: Path, made: Sequence[Made]) -> list[Any]:
+    """Draw the losses of the provider's stages that the table rests on."""
+    from post_dist.losses.terms import METRIC_LABELS  # loads torch
+    from post_dist.report.charts import loss_chart
+
+    curves = []
+    for each in made:
+        # The owner's metric logs have another name and stay out: the other party may see the page.
+        if each.folder is None or each.folder.parent.parent != runs:
+            continue
+        path = each.folder.parent / "metrics.jsonl"
+        if path.is_file():
+            curves.append(loss_chart(each.title, read_metric_log(path), METRIC_LABELS))
+    return [curve for curve in curves if curve is not None]
+
+
+def _budget(made: Sequence[Made]) -> dict[str, Any] | None:
+    """Return what the private data set has spent, or None if its ledger is not here.
+
+    The dictionary is that of `post-dist budget`, or `problem` if the ledger is refused.
+    """
+    for each in made:
+        if not each.by_owner or each.folder is None or not each.privacy:
+            continue
+        path = _ledger(settings_of(each.folder.parent))
+        if path is None or not path.is_file():
+            continue
+        from post_dist.privacy.budget import budget_of  # loads torch
+
+        try:
+            return budget_of(path, None)
+        except PostDistError as error:
+            return {"problem": str(error).splitlines()[0]}
+    return None
+
+
+def _ledger(settings: Mapping[str, Any]) -> Path | None:
+    """Return the path of the ledger that a tuning run has used."""
+    from pydantic import ValidationError
+
+    from post_dist.config.schema import RunConfig
+    from post_dist.privacy.ledger import ledger_path
+
+    try:
+        return ledger_path(RunConfig.model_validate(settings))
+    except (ValidationError, PostDistError):
+        # An old version may have written other fields.
+        return None
+
+
+def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
+    """Return how to use the prompt of a row: its folder, in the forms that the page needs."""
+    for each in made:
+        if each.role != row or each.folder is None or not each.intact:
+            continue
+        return {
+            "quoted": shlex.quote(str(each.folder)),
+            "literal": repr(str(each.folder)),
+            "masked": _is_masked(each.folder),
+            "head": (each.folder / "head.safetensors").exists(),
+            "size": _size(each.folder),
+            "model": "the student" if each.by_owner else "the large LLM",
+        }
+    return None
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    """Read the adapter's configuration; empty if it cannot be read."""
+    try:
+        return read_object(folder / "adapter_config.json")
+    except (OSError, PostDistError):
+        return {}
+
+
+def _is_masked(folder: Path) -> bool:
+    return _adapter(folder).get("task_type") != "CAUSAL_LM"
+
+
+def _size(folder: Path) -> str:
+    """Return the numbers of vectors and of their components, such as `10×576`."""
+    adapter = _adapter(folder)
+    return f"{adapter.get('num_virtual_tokens')}×{adapter.get('token_dim')}"
+
+
+def _settings(made: Sequence[Made]) -> list[dict[str, str]]:
+    """Return the settings of each artifact as YAML. Manifests hold nothing of private data."""
+    settings = []
+    for each in made:
+        if each.config:
+            settings.append({"title": each.title, "text": write_yaml(dict(each.config))})
+    return settings

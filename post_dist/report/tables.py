@@ -1,6 +1,7 @@
 """The comparison table as text: for a terminal, for `report.md`, and cell by cell for the page."""
 
 import json
+import re
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -23,6 +24,8 @@ _RESPONSE_COLUMNS = {
     "ROUGE-1 %": "rouge_1",
     "ROUGE-L %": "rouge_l",
 }
+_MARKDOWN = re.compile(r"[\\`*_|~\[\]#]")
+"""Characters with a meaning in Markdown."""
 NOTE = (
     "Accuracy counts examples (micro) or averages the recall of the classes (macro). "
     "AUC takes one class against the rest and depends on the ranking alone. "
@@ -39,6 +42,24 @@ def read_table(evaluation: Path) -> dict[str, Any]:
 def has_classes(table: Mapping[str, Any]) -> bool:
     """Return whether the task has classes; the other tasks generate text."""
     return "accuracy_micro" in table["rows"][0]
+
+
+def measured_field(table: Mapping[str, Any]) -> str:
+    """Return the field of a row that charts and verdicts compare."""
+    return "accuracy_micro" if has_classes(table) else "exact_match"
+
+
+def plain(text: str) -> str:
+    """Replace characters that do not print, such as line breaks and terminal escapes, by spaces."""
+    kept = [character if character.isprintable() else " " for character in text]
+    return "".join(kept)
+
+
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line."""
+    escaped = _MARKDOWN.sub(r"\\\g<0>", plain(text))
+    # HTML inside Markdown would be run by some viewers.
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def table_title(table: Mapping[str, Any]) -> str:
@@ -71,13 +92,15 @@ def table_cells(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def terminal_table(table: Mapping[str, Any]) -> "Table":
     """Return the table for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=table_title(table))
+    # A plain string would be read as markup, where brackets have a meaning.
+    drawn = Table(title=Text(plain(table_title(table))))
     for column in table_columns(table):
         justify = "left" if column == "row" else "right"
         drawn.add_column(column, justify=justify, no_wrap=True)
     for cells in table_cells(table):
-        drawn.add_row(*cells)
+        drawn.add_row(*(Text(plain(cell)) for cell in cells))
     return drawn
 
 
@@ -128,4 +151,4 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _markdown_row(cells: "list[str] | tuple[str, ...]") -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"

@@ -1,58 +1,140 @@
 """The report of an evaluation: its table as text, and its page."""
 
 import json
+import re
+import stat
 from pathlib import Path
 
+import report_run
+from report_run import HOSTILE, table_row, write_full_run, write_table
+
+from post_dist.config.yaml_files import write_yaml
+from post_dist.privacy.anchor import default_anchor_folder, find_anchor
+from post_dist.privacy.ledger import lock_ledger
+from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
+from post_dist.report.charts import loss_chart
 from post_dist.report.tables import table_text
 
-ROW = {
-    "name": "zero-shot",
-    "accuracy_micro": 0.75,
-    "interval_95": [0.7, 0.8],
-    "accuracy_macro": 0.74,
-    "auc": None,
-    "n": 100,
-    "epsilon": None,
-}
+ROW = table_row("zero-shot", 0.75)
 
 
-def write_evaluation(runs: Path, *rows: dict, task: str = "toy") -> Path:
-    evaluation = runs / "evaluate-0"
-    (evaluation / "artifact").mkdir(parents=True)
-    table = {"task": task, "split": "test", "test_readings": 2, "rows": list(rows)}
-    (evaluation / "artifact" / "table.json").write_text(json.dumps(table))
-    return evaluation
+def page_of(evaluation: Path) -> str:
+    return write_report(evaluation).read_text()
 
 
 def test_the_table_as_text(tmp_path: Path) -> None:
-    table = read_table(write_evaluation(tmp_path, ROW, ROW | {"name": "a", "epsilon": 8.0}))
+    table = read_table(write_table(tmp_path, ROW, ROW | {"name": "[bold]a", "epsilon": 8.0}))
     lines = table_text(table).splitlines()
     assert lines[0].strip() == "toy, test split (read 2 times)"
     first, second = (line.replace("│", " ").split() for line in lines[4:6])
-    assert first == ["zero-shot", "75.0", "70.0", "to", "80.0", "74.0", "none", "100", "none"]
-    assert second == ["a", "75.0", "70.0", "to", "80.0", "74.0", "none", "100", "8.00"]
+    assert first == ["zero-shot", "75.0", "72.0", "to", "78.0", "74.0", "none", "835", "none"]
+    assert second == ["[bold]a", "75.0", "72.0", "to", "78.0", "74.0", "none", "835", "8.00"]
 
 
 def test_a_task_that_generates_text_has_its_own_columns(tmp_path: Path) -> None:
     row = {"name": "a", "exact_match": 0.5, "interval_95": [0.4, 0.6], "rouge_1": 0.6}
     row |= {"rouge_l": 0.55, "n": 10, "epsilon": None}
-    page = write_report(write_evaluation(tmp_path, row))
-    assert "<th>exact match %</th>" in page.read_text()
+    page = page_of(write_table(tmp_path, row))
+    assert '<th scope="col">exact match %</th>' in page
+    assert "<h2>Exact match with its 95% interval</h2>" in page
     assert (
         "| a | 50.0 | 40.0 to 60.0 | 60.0 | 55.0 | 10 | none |"
         in (tmp_path / "report.md").read_text()
     )
 
 
-def test_the_page_escapes_names_and_holds_its_plots(tmp_path: Path) -> None:
-    (tmp_path / "distill-1").mkdir()
-    line = json.dumps({"step": 1, "loss": 2.0, "ce": 1.0})
-    (tmp_path / "distill-1" / "metrics.jsonl").write_text(line + "\n")
-    evaluation = write_evaluation(tmp_path, ROW | {"name": "<b>bold</b>"}, task="<script>")
+def test_names_from_files_are_text_and_nothing_else(tmp_path: Path) -> None:
+    evaluation = write_table(tmp_path, ROW | {"name": HOSTILE}, ROW, task=HOSTILE)
     assert finished_evaluation(tmp_path) == evaluation
-    text = write_report(evaluation).read_text()
-    assert "<script>" not in text
-    assert "<td>&lt;b&gt;bold&lt;/b&gt;</td><td>75.0</td>" in text
-    assert f"<title>{tmp_path.name}: &lt;script&gt;, test split (read 2 times)</title>" in text
-    assert text.count('src="data:image/png;base64,') == 2
+    page = page_of(evaluation)
+    assert "<script" not in page
+    assert "<td>&lt;script&gt;alert(1)&lt;/script&gt; | `a`  [31m[bold]" in page
+    assert "\x1b" not in page
+    markdown = (tmp_path / "report.md").read_text()
+    name = r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`a\`  \[31m\[bold\] \# b"
+    assert f"\n| {name} | 75.0 |" in markdown
+    assert "\x1b" not in table_text(read_table(evaluation))
+
+
+def test_the_page_runs_no_script_and_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(write_full_run(tmp_path))
+    active = re.findall(
+        r"<(?:script|link|img|iframe|object)|\b(?:src|href|on\w+)=|url\(|@import", page
+    )
+    assert active == []
+
+
+def test_the_verdict_names_the_change_epsilon_and_delta(tmp_path: Path) -> None:
+    page = page_of(write_full_run(tmp_path))
+    assert "<h1>The transferred prompt takes the large LLM from 75.0% to 84.0%</h1>" in page
+    assert "The two 95% intervals do not overlap." in page
+    assert "ε = 1.00 and δ = 1.0e-05, for one example." in page
+    assert "guessing, 1 of 2" in page
+    assert "<b>10×4096</b>prompt vectors" in page
+
+
+def test_a_prompt_without_privacy_is_called_so(tmp_path: Path) -> None:
+    rows = [table_row("student", 0.75), table_row("student + prompt", 0.76)]
+    page = page_of(write_table(tmp_path, *rows))
+    assert "The prompt takes the student from 75.0% to 76.0%" in page
+    assert "The two 95% intervals overlap, so the difference may be chance." in page
+    assert "Tuned without differential privacy" in page
+
+
+def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
+    tmp_path: Path,
+) -> None:
+    evaluation = write_full_run(tmp_path)
+    report_run.write_part(tmp_path, "transfer-2", "soft prompt", {}, transfer={"steps": 77})
+    (tmp_path / "distill-1/artifact/config.json").write_text("{} ")
+    page = page_of(evaluation)
+    assert "2 of 4 layers" not in page
+    assert "objective proxy, 400 steps, ε = 1.00" in page
+    assert "<b>warm-start</b>" in page
+    assert page.count("✓ files match their hashes") == 3
+    assert page.count("✗ files were changed") == 1
+    assert "77 steps" not in page
+
+
+def test_losses_on_private_data_stay_out(tmp_path: Path) -> None:
+    evaluation = write_full_run(tmp_path)
+    report_run.write_metrics(tmp_path / "tune-1", loss=12345.0)
+    (tmp_path / "tune-1/metrics.jsonl").rename(tmp_path / "tune-1/private_metrics.jsonl")
+    page = page_of(evaluation)
+    assert page.count("loss by step") == 2 * 2  # label and title of two charts
+    assert "1.23e+04" not in page
+
+
+def test_a_long_log_gives_a_short_curve_and_skipped_steps_none(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": float(step % 7)} for step in range(10_000)]
+    lines[3]["loss"] = float("nan")
+    chart = loss_chart("a", lines, {"loss": "loss"})
+    assert chart is not None
+    assert len(chart.svg) < 8_000
+    assert "nan" not in chart.svg
+    assert loss_chart("a", [{"step": 0}], {"loss": "loss"}) is None
+
+
+def test_the_page_is_for_its_owner_alone(tmp_path: Path) -> None:
+    page = write_report(write_table(tmp_path, ROW))
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (page, tmp_path / "report.md")]
+    assert modes == [0o600, 0o600]
+
+
+def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
+    evaluation = write_full_run(tmp_path / "runs")
+    task = {"name": "toy", "visibility": "private", "path": str(tmp_path / "a.csv")}
+    task |= {"template": "{text} is", "labels": {"0": ["bad"], "1": ["good"]}}
+    settings = {"name": "a", "private_task": task}
+    (tmp_path / "runs/tune-1/resolved.yaml").write_text(write_yaml(settings))
+    assert "Privacy budget" not in page_of(evaluation)
+    ledger = tmp_path / "a.csv.ledger.jsonl"
+    anchor = find_anchor(default_anchor_folder(), ledger, None, may_move=False)
+    with lock_ledger(anchor) as opened:
+        opened.set_cap(Cap(10.0, 1e-5))
+    page = page_of(evaluation)
+    assert "ε = 0.00 at δ = 1.0e-05 is spent by all runs together." in page
+    assert "The cap is ε = 10.00." in page
+    ledger.write_text(json.dumps({"row": "cap"}) + "\n")
+    assert '<p class="bad">' in page_of(evaluation)

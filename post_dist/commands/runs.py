@@ -1,0 +1,63 @@
+"""The commands `ls` and `status`: which runs there are, and how far they are."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from post_dist.commands.options import AsJson
+from post_dist.commands.printing import print_json
+
+if TYPE_CHECKING:
+    from post_dist.report.runs import RunProgress
+
+
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of the runs.")] = Path(
+        "runs"
+    ),
+    json_: AsJson = False,
+) -> None:
+    """List the runs and artifacts below a folder."""
+    from post_dist.report.runs import runs_below
+    from post_dist.report.tables import plain
+
+    found = runs_below(folder)
+    if json_:
+        print_json({"runs": [asdict(run) for run in found]})
+        return
+    for run in found:
+        epsilon = "" if run.epsilon is None else f"epsilon {run.epsilon:.2f}"
+        date = run.date[:16].replace("T", " ")
+        print(plain(f"{run.stage:<14} {run.state:<10} {epsilon:<14} {date}  {run.path}"))
+
+
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
+    json_: AsJson = False,
+) -> None:
+    """Show how far each stage of a run is, from another terminal."""
+    from post_dist.report.runs import progress_below
+    from post_dist.report.tables import plain
+
+    progress = progress_below(run)
+    if json_:
+        print_json({"stages": [asdict(stage) for stage in progress]})
+        return
+    for stage in progress:
+        print(plain(f"{stage.run}: {_progress_text(stage)}"))
+
+
+def _progress_text(stage: "RunProgress") -> str:
+    """Return the known numbers of a stage."""
+    parts = [stage.state]
+    if stage.step is not None:
+        parts.append(f"step {stage.step} of {stage.steps}")
+    if stage.steps_per_second is not None:
+        parts.append(f"{stage.steps_per_second:.3g} steps/s")
+    if stage.seconds_left is not None:
+        parts.append(f"about {stage.seconds_left:.0f} s left")
+    if stage.seconds_since_write is not None:
+        parts.append(f"last write {stage.seconds_since_write:.0f} s ago")
+    return ", ".join(parts)

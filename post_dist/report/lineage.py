@@ -1,0 +1,195 @@
+"""The artifacts that a table rests on, found in the run folder by the digests in its manifest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from post_dist.artifacts.manifest import (
+    FILE_NAME,
+    SIZE_LIMIT_BYTES,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+)
+from post_dist.artifacts.strict_json import read_object
+from post_dist.config.yaml_files import read_yaml
+from post_dist.errors import PostDistError
+
+_COMMANDS = {
+    "student": "distill",
+    "public prompt": "warm-start",
+    "student + prompt": "tune",
+    "transferred": "transfer",
+    "published transfer": "transfer, the paper's loss",
+    "full prompt tuning": "tune on the large LLM",
+}
+"""What made an artifact, by its role. The roles of prompts are names of rows."""
+
+_OWNER = ("student + prompt", "full prompt tuning")
+_DETAIL_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact that the table rests on.
+
+    Attributes:
+        role: `student`, `public prompt`, or the name of the row that uses it.
+        digest: its sha256, as the evaluation recorded it.
+        folder: its folder; None if it is not near the run.
+        check: result of comparing its files with their hashes.
+        intact: whether that comparison succeeded. Otherwise the fields below are empty.
+        config: the settings that made it. They never depend on private data.
+        privacy: its `privacy.json`; empty if it has none.
+    """
+
+    role: str
+    digest: str
+    folder: Path | None = None
+    check: str = "not in this run folder"
+    intact: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_owner(self) -> bool:
+        """Whether the data owner made it, and not the provider."""
+        return self.role.startswith(_OWNER)
+
+    @property
+    def title(self) -> str:
+        """The command that made it, such as `transfer, epsilon 4`."""
+        for role, command in _COMMANDS.items():
+            if self.role.startswith(role) and not self.role.startswith(f"{role} +"):
+                return command + self.role.removeprefix(role)
+        return self.role
+
+    @property
+    def detail(self) -> str:
+        """Its main settings, in a few words."""
+        parts = []
+        layers = self.config.get("layers")
+        if isinstance(layers, list):
+            parts.append(f"{len(layers)} of {self.config.get('num_teacher_layers')} layers")
+        for stage in ("warm_start", "tune", "transfer", "distill"):
+            settings = self.config.get(stage)
+            if isinstance(settings, dict):
+                parts += _stage_details(settings)
+        if "epsilon" in self.privacy:
+            parts.append(f"ε = {number(self.privacy['epsilon'])}")
+        return ", ".join(parts)[:_DETAIL_LENGTH]
+
+
+def number(value: object) -> str:
+    """Return an epsilon with two decimals, or `none`. A file may hold anything instead."""
+    return f"{value:.2f}" if isinstance(value, int | float) else "none"
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Read the settings in a stage's folder; empty if they cannot be read."""
+    path = folder / "resolved.yaml"
+    try:
+        settings = read_yaml(path.read_text(), path.name) if _is_small_file(path) else None
+    except (OSError, ValueError, PostDistError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def lineage(evaluation: Path) -> list[Made]:
+    """Find the student and the prompts of an evaluation.
+
+    Only artifacts whose digest the evaluation has recorded are listed. The run folder may hold
+    others, with other settings.
+
+    Args:
+        evaluation: the folder of the finished evaluation.
+    """
+    table = manifest_of(evaluation / "artifact")
+    if table is None:
+        return []
+    near = _artifacts_near(evaluation)
+    found: dict[str, Made] = {}
+    for role, digest in table.parents.items():
+        # The teacher is a model without a manifest. Two rows may use one prompt.
+        if role == "teacher" or digest in found:
+            continue
+        found[digest] = _made(role, digest, near)
+        parents = near[digest][1].parents if digest in near else {}
+        public = parents.get("public prompt")
+        if public is not None and public not in found:
+            found[public] = _made("public prompt", public, near)
+    return sorted(found.values(), key=_place)
+
+
+def _place(made: Made) -> int:
+    """Return the place of an artifact in the order in which they are made."""
+    roles = list(_COMMANDS)
+    for place, role in reversed(list(enumerate(roles))):
+        if made.role.startswith(role):
+            return place
+    return len(roles)
+
+
+def _artifacts_near(evaluation: Path) -> dict[str, tuple[Path, Manifest]]:
+    """Return the artifacts of the run, and those that its run file names, by their digest."""
+    folders = [path.parent for path in evaluation.parent.glob(f"*/artifact/{FILE_NAME}")]
+    inputs = settings_of(evaluation).get("inputs")
+    for given in inputs.values() if isinstance(inputs, dict) else []:
+        if isinstance(given, str):
+            folders.append(Path(given))
+    near = {}
+    for folder in folders:
+        manifest = manifest_of(folder)
+        if manifest is not None:
+            near[manifest.digest] = (folder, manifest)
+    return near
+
+
+def manifest_of(folder: Path) -> Manifest | None:
+    """Read a manifest, or return None if it cannot be read."""
+    path = folder / FILE_NAME
+    try:
+        return parse_manifest(path) if _is_small_file(path) else None
+    except (OSError, PostDistError):
+        return None
+
+
+def _is_small_file(path: Path) -> bool:
+    """Return whether a path may be read whole. A pipe would make the reader wait for ever."""
+    return path.is_file() and path.stat().st_size <= SIZE_LIMIT_BYTES
+
+
+def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> Made:
+    """Describe one artifact, and compare its files with their hashes."""
+    if digest not in near:
+        return Made(role, digest)
+    folder, manifest = near[digest]
+    try:
+        read_manifest(folder, manifest.kind)
+    except (OSError, PostDistError):
+        # Nothing that it says is shown. The evaluation has checked other files.
+        return Made(role, digest, folder, "files were changed")
+    check = "files match their hashes"
+    return Made(role, digest, folder, check, True, manifest.config, privacy_claim(folder))
+
+
+def privacy_claim(folder: Path) -> dict[str, Any]:
+    """Read the privacy claim of a prompt; empty if there is none."""
+    path = folder / "privacy.json"
+    try:
+        return read_object(path) if _is_small_file(path) else {}
+    except (OSError, PostDistError):
+        return {}
+
+
+def _stage_details(settings: Mapping[str, Any]) -> list[str]:
+    """Return the main settings of one stage."""
+    parts = []
+    if "objective" in settings:
+        parts.append(f"objective {settings['objective']}")
+    if "num_virtual_tokens" in settings:
+        parts.append(f"{settings['num_virtual_tokens']} prompt vectors")
+    if "steps" in settings:
+        parts.append(f"{settings['steps']} steps")
+    return parts

@@ -1,0 +1,210 @@
+"""Runs on disk, for `ls` and `status`: which there are, and how far each one is.
+
+Only files that a run writes anyway are read. Of a run on private data, the step of its checkpoint
+is the only progress that is read: times of its steps would tell the sizes of its batches.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.config.schema import STAGE_SECTIONS, Stage
+from post_dist.errors import InputError
+from post_dist.report.lineage import manifest_of, privacy_claim, settings_of
+
+_SETTINGS = "resolved.yaml"
+_TAIL_BYTES = 1 << 16
+_SILENT_SECONDS = 60.0
+_SILENT_STEPS = 10
+"""A run that has written nothing for this long may have ended, so no time left is given."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """The run of a stage, or an artifact without its run.
+
+    Attributes:
+        stage: name of the stage, or kind of the artifact.
+        state: `finished` or `unfinished`.
+        epsilon: epsilon of a private prompt; otherwise None.
+        date: time of the artifact, or of the start of an unfinished run, in UTC.
+        path: its folder.
+    """
+
+    stage: str
+    state: str
+    epsilon: float | None
+    date: str
+    path: str
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far the run of a stage is.
+
+    Attributes:
+        run: name of its folder.
+        state: `finished` or `unfinished`.
+        step: number of steps done; None if it is not known.
+        steps: number of all steps; None if the stage has none.
+        steps_per_second: speed of the last steps.
+        seconds_left: estimate of the time left; None if the run may have ended.
+        seconds_since_write: age of the newest metrics; None on private data.
+    """
+
+    run: str
+    state: str
+    step: int | None = None
+    steps: int | None = None
+    steps_per_second: float | None = None
+    seconds_left: float | None = None
+    seconds_since_write: float | None = None
+
+
+def runs_below(folder: Path) -> list[FoundRun]:
+    """Find the runs and artifacts below a folder, the oldest first.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give the folder of your runs")
+    found = [_found(path) for path in _folders(folder)]
+    return sorted(found, key=lambda run: (run.date, run.path))
+
+
+def progress_below(folder: Path) -> list[RunProgress]:
+    """Tell how far each stage of a run is, the oldest first.
+
+    Args:
+        folder: the folder of a run, such as `runs/demo`, or of one of its stages.
+
+    Raises:
+        InputError: it holds no run.
+    """
+    runs = [Path(run.path) for run in runs_below(folder)]
+    progress = [_progress(path) for path in runs if (path / _SETTINGS).is_file()]
+    if not progress:
+        raise InputError(f"{folder} holds no run", "`post-dist ls` lists the runs below a folder")
+    return progress
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Find the folders of runs and of artifacts. They are not searched for more."""
+    for place, inner, files in os.walk(folder):
+        if _SETTINGS in files or FILE_NAME in files:
+            inner.clear()
+            yield Path(place)
+        # Hidden folders hold half-written artifacts and environments of Python.
+        inner[:] = [name for name in inner if not name.startswith(".")]
+
+
+def _found(path: Path) -> FoundRun:
+    """Describe the folder of a run, or of an artifact."""
+    is_run = (path / _SETTINGS).is_file()
+    artifact = path / "artifact" if is_run else path
+    manifest = artifact / FILE_NAME
+    finished = manifest.is_file()
+    epsilon = privacy_claim(artifact).get("epsilon")
+    dated = path / _SETTINGS if is_run and not finished else manifest
+    return FoundRun(
+        stage=_stage(path.name) or path.name if is_run else _kind(manifest),
+        state="finished" if finished else "unfinished",
+        epsilon=epsilon if isinstance(epsilon, float) else None,
+        date=datetime.fromtimestamp(dated.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        path=str(path),
+    )
+
+
+def _stage(name: str) -> Stage | None:
+    """Return the stage that the name of a folder, such as `tune-target-1f2e3d4c`, begins with."""
+    stage = name.partition("-")[0]
+    return next((known for known in STAGE_SECTIONS if known == stage), None)
+
+
+def _kind(manifest: Path) -> str:
+    """Return the kind that a manifest of others names."""
+    known = manifest_of(manifest.parent)
+    return "unknown artifact" if known is None else known.kind
+
+
+def _progress(path: Path) -> RunProgress:
+    """Read how far the run in a folder is."""
+    if (path / "artifact" / FILE_NAME).is_file():
+        return RunProgress(path.name, "finished")
+    stage = _stage(path.name)
+    settings = settings_of(path)
+    section = settings.get(stage or "")
+    steps = section.get("steps") if isinstance(section, dict) else None
+    if stage is None or steps is None:
+        return RunProgress(path.name, "unfinished")
+    if "private_task" in STAGE_SECTIONS[stage]:
+        return _private_progress(path, settings, steps)
+    return _public_progress(path, steps)
+
+
+def _private_progress(path: Path, settings: Mapping[str, Any], steps: int) -> RunProgress:
+    """Read the step of the newest checkpoint, and nothing of a search.
+
+    Args:
+        path: the folder of the run.
+        settings: its settings.
+        steps: number of steps without a privacy plan.
+    """
+    # The number of a search's trials is private, and so is everything that tells it.
+    if settings["tune"].get("search") is not None:
+        return RunProgress(path.name, "unfinished")
+    planned = (settings.get("privacy") or {}).get("steps") or steps
+    return RunProgress(path.name, "unfinished", step=_checkpoint(path), steps=planned)
+
+
+def _public_progress(path: Path, steps: int) -> RunProgress:
+    """Read step and speed from the last lines of the metrics."""
+    metrics = path / "metrics.jsonl"
+    lines = _last_lines(metrics) if metrics.is_file() else []
+    if not lines:
+        return RunProgress(path.name, "unfinished", step=_checkpoint(path), steps=steps)
+    done = lines[-1]["step"] + 1
+    silent = max(time.time() - metrics.stat().st_mtime, 0.0)
+    speed = _speed(lines)
+    left = None
+    if speed is not None and silent < max(_SILENT_SECONDS, _SILENT_STEPS / speed):
+        left = max((steps - done) / speed - silent, 0.0)
+    return RunProgress(path.name, "unfinished", done, steps, speed, left, silent)
+
+
+def _checkpoint(path: Path) -> int:
+    """Return the step of the newest checkpoint, or 0 without one."""
+    names = [found.name.removeprefix("step-") for found in path.glob("checkpoints/step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _last_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the last lines of a metrics file that one process has written."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+        texts = file.read().split(b"\n")
+    lines: list[dict[str, Any]] = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+            # The clock starts again when a run resumes.
+            if lines and line["seconds"] < lines[-1]["seconds"]:
+                lines.clear()
+            lines.append({"step": int(line["step"]), "seconds": float(line["seconds"])})
+        except (ValueError, TypeError, KeyError):
+            # The first line may be cut, and the last one may be half written.
+            continue
+    return lines
+
+
+def _speed(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the steps per second of these lines, or None if they are too few."""
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    return (lines[-1]["step"] - lines[0]["step"]) / seconds if seconds > 0 else None

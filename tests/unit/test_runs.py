@@ -1,0 +1,115 @@
+"""`ls` and `status`: which runs there are, and how far they are."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from report_run import HOSTILE, write_full_run, write_metrics
+
+from post_dist.config.yaml_files import write_yaml
+
+
+def write_unfinished(folder: Path, *checkpoints: int, **settings: dict) -> Path:
+    """Write the folder of a run that is not finished."""
+    folder.mkdir(parents=True)
+    (folder / "resolved.yaml").write_text(write_yaml(settings))
+    for step in checkpoints:
+        (folder / f"checkpoints/step-{step}").mkdir(parents=True)
+    return folder
+
+
+def status_of(main: Callable, folder: Path) -> dict:
+    code, out, err = main("status", folder, "--json")
+    assert code == 0, err
+    (stage,) = json.loads(out)["stages"]
+    return stage
+
+
+def test_ls_lists_runs_and_artifacts_with_their_epsilon(tmp_path: Path, main: Callable) -> None:
+    write_full_run(tmp_path / "a/demo")
+    for name in ("distill-1", "tune-1"):
+        (tmp_path / "a/demo" / name / "resolved.yaml").write_text("{}")
+    write_unfinished(tmp_path / "a/demo/tune-target-2")
+    write_unfinished(tmp_path / "a/.hidden/tune-3")
+    code, out, _ = main("ls", tmp_path, "--json")
+    assert code == 0
+    runs = {Path(run["path"]).relative_to(tmp_path): run for run in json.loads(out)["runs"]}
+    found = {str(path): (run["stage"], run["state"], run["epsilon"]) for path, run in runs.items()}
+    assert found == {
+        "a/demo/distill-1": ("distill", "finished", None),
+        "a/demo/warm_start-1/artifact": ("public prompt", "finished", None),
+        "a/demo/tune-1": ("tune", "finished", 1.0),
+        "a/demo/tune-target-2": ("tune", "unfinished", None),
+        "a/demo/transfer-1/artifact": ("soft prompt", "finished", 1.0),
+        "a/demo/evaluate-0": ("evaluate", "finished", None),
+    }
+
+
+def test_ls_prints_names_as_text_and_waits_for_no_pipe(tmp_path: Path, main: Callable) -> None:
+    name = HOSTILE.replace("/", "")
+    write_unfinished(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    for file in ("post_dist.json", "privacy.json"):
+        os.mkfifo(tmp_path / "other" / file)
+    code, out, _ = main("ls", tmp_path)
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert "\x1b" not in out
+    assert "unknown artifact" in out
+
+
+@pytest.mark.parametrize("command", ["ls", "status"])
+def test_a_folder_that_is_none_is_named(tmp_path: Path, main: Callable, command: str) -> None:
+    code, _, err = main(command, tmp_path / "none")
+    assert code == 2
+    assert f"{tmp_path / 'none'} is not a folder" in err
+
+
+def test_status_counts_steps_and_estimates_the_time(tmp_path: Path, main: Callable) -> None:
+    run = write_unfinished(tmp_path / "distill-1", 100, distill={"steps": 500})
+    write_metrics(run, loss=1.0)
+    stage = status_of(main, run)
+    assert (stage["step"], stage["steps"], stage["steps_per_second"]) == (400, 500, 2.0)
+    assert stage["seconds_left"] == pytest.approx(50, abs=5)
+    assert stage["seconds_since_write"] < 5
+    _, out, _ = main("status", tmp_path)
+    assert out.startswith("distill-1: unfinished, step 400 of 500, 2 steps/s, about ")
+
+
+def test_status_of_a_resumed_run_reads_its_last_process(tmp_path: Path, main: Callable) -> None:
+    run = write_unfinished(tmp_path / "distill-1", distill={"steps": 500})
+    write_metrics(run, loss=1.0)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (300, 301):
+            file.write(json.dumps({"seconds": 4.0 * (step - 299), "step": step}) + "\n")
+        file.write('{"seconds": 12.0, "st')
+    stage = status_of(main, run)
+    assert (stage["step"], stage["steps_per_second"]) == (302, 0.25)
+
+
+def test_a_silent_run_gets_no_time_left(tmp_path: Path, main: Callable) -> None:
+    run = write_unfinished(tmp_path / "distill-1", distill={"steps": 500})
+    write_metrics(run, loss=1.0)
+    earlier = time.time() - 600
+    os.utime(run / "metrics.jsonl", (earlier, earlier))
+    stage = status_of(main, run)
+    assert stage["seconds_left"] is None
+    assert stage["seconds_since_write"] == pytest.approx(600, abs=5)
+
+
+def test_of_private_tuning_only_the_checkpoint_is_told(tmp_path: Path, main: Callable) -> None:
+    tune = {"steps": 500, "search": None}
+    run = write_unfinished(tmp_path / "tune-1", 9, 10, tune=tune, privacy={"steps": 80})
+    write_metrics(run, loss=1.0)
+    (run / "metrics.jsonl").rename(run / "private_metrics.jsonl")
+    known = {name: value for name, value in status_of(main, run).items() if value is not None}
+    assert known == {"run": "tune-1", "state": "unfinished", "step": 10, "steps": 80}
+
+
+def test_of_a_private_search_no_step_is_told(tmp_path: Path, main: Callable) -> None:
+    tune = {"steps": 500, "search": {"mean_trials": 3}}
+    run = write_unfinished(tmp_path / "tune-1", 10, tune=tune)
+    known = {name: value for name, value in status_of(main, run).items() if value is not None}
+    assert known == {"run": "tune-1", "state": "unfinished"}
