@@ -10,6 +10,7 @@ from post_dist.commands.benchmarks import bench
 from post_dist.commands.check import check
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
+from post_dist.commands.predict import predict
 from post_dist.commands.privacy import audit, budget, privacy
 from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tune, warm_start
 from post_dist.runtime.process import exit_code_of
@@ -30,6 +31,7 @@ _COMMANDS = (
     tune,
     transfer,
     evaluate,
+    predict,
     submit,
     doctor,
     init,
