@@ -70,17 +70,17 @@ def report(
     result: dict[str, Any] = {"reports": pages}
     if files:
         result |= _merge_measurements(files)
-    if json_:
-        print_json(result)
-    else:
+    # If the plot cannot be written, the table is already printed. JSON is the result or the error.
+    if not json_:
         _print_report(result)
-    # The plot comes last: if it cannot be written, the table is already printed.
     if files:
         from post_dist.planning.scaling import draw
 
         draw(result["scaling"], "measured", Path(result["figure"]))
         if not json_:
             print(f"figure: {result['figure']}")
+    if json_:
+        print_json(result)
 
 
 def _merge_measurements(files: list[Path]) -> dict[str, Any]:

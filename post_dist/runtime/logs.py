@@ -10,6 +10,14 @@ from pathlib import Path
 _NOISY = ("datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
 
 
+def silence_deepspeed() -> None:
+    """Drop DeepSpeed's warnings, which it prints on standard output as soon as it is imported.
+
+    transformers imports it. A filter holds, while a level would be set again by that import.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
 def speak(rank: int) -> None:
     """Send this package's log to standard error on rank 0, and silence the libraries."""
     logger = logging.getLogger("post_dist")

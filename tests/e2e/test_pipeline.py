@@ -176,6 +176,18 @@ def test_predictions_are_those_of_the_table(
         assert found[name] == wanted[name]
 
 
+def test_prompts_name_their_model_and_no_path(finished: Path) -> None:
+    student = artifact(finished, "distill").parent.name
+    for pattern, name in (("tune-????????", student), ("t*", "teacher")):
+        for prompt in finished.glob(f"runs/tiny/{pattern}/artifact"):
+            if pattern == "t*" and re.fullmatch(r"tune-\w{8}", prompt.parent.name):
+                continue
+            settings = json.loads((prompt / "adapter_config.json").read_text())
+            assert settings["base_model_name_or_path"] == name
+            for file in prompt.iterdir():
+                assert str(finished).encode() not in file.read_bytes()
+
+
 def test_a_prompt_is_refused_on_the_other_model(finished: Path, main: Callable) -> None:
     student = artifact(finished, "distill")
     tuned = artifact(finished, "tune")

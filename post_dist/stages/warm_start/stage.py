@@ -63,11 +63,13 @@ class WarmStartModels:
     Attributes:
         teacher: folder of the large LLM.
         student: folder of the model that the prompt is for.
+        student_name: its name in the adapter's configuration and on the model card.
         digests: digests of `teacher` and `student`.
     """
 
     teacher: Path
     student: Path
+    student_name: str
     digests: dict[str, str]
 
 
@@ -133,7 +135,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     prompt_nd = tuned_nd if useful else start_nd
     head = LinearHead.untrained(hidden_Nd, reader.num_classes)
     provenance = Provenance(
-        model_name="the student",
+        model_name=models.student_name,
         tokenizer=tokenizer_fingerprint(tokenizer),
         parents=models.digests,
         config={
@@ -260,7 +262,7 @@ def _write(
         rows: dict[str, Any] = section.model_dump(exclude_defaults=True)
         write_card(
             artifact,
-            "Public prompt for the student",
+            f"Public prompt for {provenance.model_name}",
             _SUMMARY,
             rows | {"epsilon": "0: no private data was read"},
             library="peft",
