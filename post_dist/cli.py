@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from post_dist import __version__
-from post_dist.commands.artifacts import init, report, verify
+from post_dist.commands.artifacts import report, verify
 from post_dist.commands.benchmarks import bench
 from post_dist.commands.check import check
+from post_dist.commands.init import init
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
 from post_dist.commands.predict import predict

@@ -37,13 +37,14 @@ class PromptTask:
         return self.label_names or tuple(words[0].strip() for words in self.label_words)
 
     @classmethod
-    def of_section(cls, section: Task, init_text: str) -> "PromptTask":
+    def of_section(cls, section: Task, init_text: str | None) -> "PromptTask":
         """Make the task from a section of the run file.
 
         Args:
             section: the section, such as `private_task`. Without a template, the model reads the
                 bare text.
-            init_text: the text that the prompt is initialized from.
+            init_text: the text that the prompt is initialized from; None for a sentence with the
+                task's label words.
         """
         # The labels were written into the run file. They are not read from the private data.
         return cls(
@@ -51,7 +52,17 @@ class PromptTask:
             label_words=tuple(section.labels.values()),
             max_length=section.max_length,
             allow_multi_token=section.allow_multi_token,
-            init_text=init_text,
+            init_text=_sentence(section) if init_text is None else init_text,
             max_response_length=section.response_length,
             label_names=tuple(section.labels),
         )
+
+
+def _sentence(section: Task) -> str:
+    """Return a sentence that names the task, as a start for its prompt."""
+    words = [of_class[0].strip() for of_class in section.labels.values()]
+    if not words:
+        return "Write the response to this text"
+    *others, last = words
+    choice = f"{', '.join(others)} or {last}" if others else last
+    return f"Predict if this text is {choice}"

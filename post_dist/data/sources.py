@@ -92,7 +92,7 @@ def read_rows(
         InputError: the file or a column is missing, or no row is left. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
-    table = _read_table(source, hub_split, where)
+    table = _read_source(source, hub_split, where)
     names = source.text_columns
     columns = [*names, *(column for column in (answer_column, user_column) if column is not None)]
     for column in columns:
@@ -128,7 +128,7 @@ def read_column(path: Path, column: str, where: str) -> list[str]:
         InputError: the file or the column is missing, or a row has no value. Values are never
             quoted.
     """
-    table = _read_file(path, where)
+    table = read_table(path, where)
     if column not in table.columns:
         raise InputError(
             f"{where}: {path.name} has no column '{column}'",
@@ -154,9 +154,9 @@ def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str)
     return InputError(message, f"columns: {', '.join(map(str, table.columns))}")
 
 
-def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
+def _read_source(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
     if source.path:
-        return _read_file(source.path, f"{where}.path")
+        return read_table(source.path, f"{where}.path")
     return _read_hub(source, hub_split, where)
 
 
@@ -202,7 +202,16 @@ def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
     return table
 
 
-def _read_file(path: Path, where: str) -> pd.DataFrame:
+def read_table(path: Path, where: str) -> pd.DataFrame:
+    """Read a file as it is written: its values have no data types.
+
+    Args:
+        path: the file; its suffix tells its type.
+        where: what the file is, for messages.
+
+    Raises:
+        InputError: the file cannot be read. The message quotes nothing of it.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(

@@ -114,7 +114,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     tokenizer = load_tokenizer(models.student)
     reader = TaskReader(task, tokenizer, masked=model.masked)
     student = _Student(model, reader, reader.encode(texts), world)
-    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+    start_nd = prompt_from_text(model, tokenizer, task.init_text, section.num_virtual_tokens)
     start_nd = start_nd.to(world.device, torch.float32)
     tuned_nd = _train(folder, section, student, start_nd.clone(), wanted_NC, resume)
 
