@@ -312,7 +312,9 @@ def _max_length(model: _Model | None) -> int:
     # It is no function of the texts, because it becomes part of the prompt.
     if model is None:
         return _MAX_LENGTH
-    return int(min(_MAX_LENGTH, model.facts.context_length - _NUM_VIRTUAL_TOKENS))
+    # Private tuning of a masked model keeps one position for padding.
+    room = model.facts.context_length - _NUM_VIRTUAL_TOKENS - 1
+    return int(min(_MAX_LENGTH, room))
 
 
 def _round_up(number: float) -> int:
