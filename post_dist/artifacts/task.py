@@ -18,8 +18,8 @@ class PromptTask:
         init_text: the text that the prompt was initialized from.
         class_biases: the bias to add to the score of each class; empty if there are none.
         max_response_length: most tokens of one response; 0 for a task with classes.
-        label_names: the value of each class in the owner's label column; empty in an older task, and
-            for a task that generates text.
+        label_names: the value of each class in the owner's label column; empty in an older task,
+            and for a task that generates text.
     """
 
     template: str
