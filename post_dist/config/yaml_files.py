@@ -1,9 +1,9 @@
 """Read YAML as users mean it: `no` is a word, `1e-3` is a number, and duplicate keys are errors.
 
 PyYAML follows YAML 1.1, where `no` is a boolean, `1e-3` is a string and `24:00:00` is 86400. The
-loader here changes those three rules and refuses duplicate keys. tests/unit/test_yaml_files.py records
-what it accepts. It stays on PyYAML because ruamel.yaml 0.19.1 lets a duplicate key pass where `<<`
-is also used.
+loader here changes those three rules and refuses duplicate keys. tests/unit/test_yaml_files.py
+records what it accepts. It stays on PyYAML because ruamel.yaml 0.19.1 lets a duplicate key pass
+where `<<` is also used.
 """
 
 import re
