@@ -8,6 +8,7 @@
     prompt = post_dist.tune(config)            # owner
     post_dist.transfer(config)                 # provider
     print(post_dist.evaluate(config))          # the table
+    post_dist.load_prompt(prompt.artifact).predict(["a text"], model=student.artifact)
 
 A stage needs the results of the earlier stages, or the artifacts that the run file names in
 `inputs`. A finished stage is not run again: its result is returned. An interrupted stage resumes
@@ -39,10 +40,10 @@ from post_dist.runtime.stop import listening
 from post_dist.runtime.watchdog import rest
 
 if TYPE_CHECKING:
-    from post_dist.artifacts.prompt import SoftPromptArtifact
     from post_dist.artifacts.run_folder import RunFolder
     from post_dist.privacy.plan import PrivacyPlan
     from post_dist.runtime.distributed import World
+    from post_dist.serving.prompt import Prompt
     from post_dist.stages.pipeline import Pipeline
 
 Resume = Literal["auto", "never"]
@@ -436,7 +437,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     )
 
 
-def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "SoftPromptArtifact":
+def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "Prompt":
     """Read a soft prompt from an untrusted folder, and check it.
 
     Args:
@@ -445,7 +446,8 @@ def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "Soft
             prompt. Without any, a prompt need not be signed.
 
     Returns:
-        The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims.
+        The prompt: `embeddings` `[n, d]` in fp32, its `task`, and the `epsilon` that it claims. Its
+        method `predict` uses it on its model.
 
     Raises:
         ArtifactRefused: its kind, hash, size, header, dtype or shape is wrong, a value is out of
@@ -458,10 +460,10 @@ def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "Soft
         ...
         post_dist.errors.ArtifactRefused: received/prompt: it cannot be opened: ...
     """
-    from post_dist.admission.door import admit_prompt
+    from post_dist.serving.prompt import Prompt
 
     trusted = [read_public_key(str(key)) for key in keys]
-    return admit_prompt(Path(folder), keys=trusted)
+    return Prompt.admitted(Path(folder), keys=trusted)
 
 
 def _with_stages(

@@ -1,19 +1,25 @@
 """The command line: the list of commands, and their exit codes. It loads torch only for a stage."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from post_dist import __version__
-from post_dist.commands.artifacts import init, report, sign, verify
+from post_dist.commands.artifacts import report, sign, verify
 from post_dist.commands.benchmarks import bench
 from post_dist.commands.check import check
+from post_dist.commands.init import init
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
+from post_dist.commands.predict import predict
+from post_dist.commands.printing import expect_object, print_error, reserve_stdout
 from post_dist.commands.privacy import audit, budget, privacy
 from post_dist.commands.runs import ls, status
 from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tune, warm_start
+from post_dist.runtime.logs import silence_deepspeed
 from post_dist.runtime.process import exit_code_of
+from post_dist.runtime.ranks import this_rank
 from post_dist.runtime.stop import end_process
 
 # `exit_code_of` handles exceptions. typer's own traceback would print local variables, which may
@@ -31,6 +37,7 @@ _COMMANDS = (
     tune,
     transfer,
     evaluate,
+    predict,
     submit,
     doctor,
     init,
@@ -71,12 +78,23 @@ def root(
 
 def run_command() -> int:
     """Run the command line that `sys.argv` holds, and return its exit code."""
-    return exit_code_of(app)
+    expect_object()
+    # Other ranks print their errors on standard error alone, as they do with results.
+    wants_json = _asks_for_json() and this_rank() == 0
+    return exit_code_of(app, print_error if wants_json else None)
 
 
 def main() -> None:
     """Run the command line, and end the process with its exit code."""
+    silence_deepspeed()
+    if _asks_for_json():
+        reserve_stdout()
     end_process(run_command())
+
+
+def _asks_for_json() -> bool:
+    """Return whether the command line has `--json`. An error in an option comes before its use."""
+    return "--json" in sys.argv[1:]
 
 
 if __name__ == "__main__":

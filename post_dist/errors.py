@@ -22,6 +22,11 @@ class PostDistError(Exception):
             return message
         return f"{message}\n  {self.hint}"
 
+    def as_object(self) -> dict[str, str | int]:
+        """Return the error as `--json` prints it."""
+        message = super().__str__()
+        return {"error": message, "hint": self.hint, "exit_code": self.exit_code}
+
 
 class InputError(PostDistError):
     """A run file, an option or a data file is wrong."""

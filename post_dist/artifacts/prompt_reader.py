@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
 from post_dist.artifacts.tensor_file import read_layout
-from post_dist.config.sources import placeholders
+from post_dist.config.sources import is_label_name, placeholders
 from post_dist.errors import ArtifactRefused
 
 KEY = "prompt_embeddings"
@@ -148,6 +148,7 @@ def read_task(path: Path) -> PromptTask:
         # JSON has only lists. The task needs tuples, because it is compared and hashed.
         fields["label_words"] = tuple(map(_words, fields["label_words"]))
         fields["class_biases"] = tuple(map(float, fields.get("class_biases", ())))
+        fields["label_names"] = _label_names(fields.get("label_names", []))
         task = PromptTask(**fields)
         if not (_has_sound_texts(task) and _has_sound_answers(task)):
             raise ValueError("a field has the wrong type")
@@ -163,6 +164,15 @@ def _words(words: Any) -> tuple[str, ...]:
     if not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError("not a word")
     return tuple(words)
+
+
+def _label_names(names: Any) -> tuple[str, ...]:
+    """Return the names of the classes, which are printed beside the predictions."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("not a list of names")
+    if not all(map(is_label_name, names)) or len(set(names)) < len(names):
+        raise ValueError("not a name of its own for each class")
+    return tuple(names)
 
 
 def _has_sound_texts(task: PromptTask) -> bool:
@@ -187,10 +197,12 @@ def _has_sound_answers(task: PromptTask) -> bool:
     has_classes = len(task.label_words) >= 2
     generates = task.max_response_length > 0
     one_bias_a_class = len(task.class_biases) in (0, len(task.label_words))
+    one_name_a_class = len(task.label_names) in (0, len(task.label_words))
     # This also refuses NaN, because a comparison with NaN is false.
     small_biases = all(abs(bias) < _BIAS_LIMIT for bias in task.class_biases)
     "".join(word for words in task.label_words for word in words).encode()
-    return has_classes != generates and one_bias_a_class and small_biases
+    fits_classes = one_bias_a_class and one_name_a_class
+    return has_classes != generates and fits_classes and small_biases
 
 
 def _read_small_json(path: Path) -> Any:

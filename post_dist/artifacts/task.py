@@ -18,6 +18,8 @@ class PromptTask:
         init_text: the text that the prompt was initialized from.
         class_biases: the bias to add to the score of each class; empty if there are none.
         max_response_length: most tokens of one response; 0 for a task with classes.
+        label_names: the value of each class in the owner's label column; empty in an older task,
+            and for a task that generates text.
     """
 
     template: str
@@ -27,22 +29,40 @@ class PromptTask:
     init_text: str
     class_biases: tuple[float, ...] = ()
     max_response_length: int = 0
+    label_names: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class: its label, or its first label word if the labels are unknown."""
+        return self.label_names or tuple(words[0].strip() for words in self.label_words)
 
     @classmethod
-    def of_section(cls, section: Task, init_text: str) -> "PromptTask":
+    def of_section(cls, section: Task, init_text: str | None) -> "PromptTask":
         """Make the task from a section of the run file.
 
         Args:
             section: the section, such as `private_task`. Without a template, the model reads the
                 bare text.
-            init_text: the text that the prompt is initialized from.
+            init_text: the text that the prompt is initialized from; None for a sentence with the
+                task's label words.
         """
-        # Only the label words are needed. The labels themselves stay with the owner.
+        # The labels were written into the run file. They are not read from the private data.
         return cls(
             template=section.template or "{text}",
             label_words=tuple(section.labels.values()),
             max_length=section.max_length,
             allow_multi_token=section.allow_multi_token,
-            init_text=init_text,
+            init_text=_sentence(section) if init_text is None else init_text,
             max_response_length=section.response_length,
+            label_names=tuple(section.labels),
         )
+
+
+def _sentence(section: Task) -> str:
+    """Return a sentence that names the task, as a start for its prompt."""
+    words = [of_class[0].strip() for of_class in section.labels.values()]
+    if not words:
+        return "Write the response to this text"
+    *others, last = words
+    choice = f"{', '.join(others)} or {last}" if others else last
+    return f"Predict if this text is {choice}"

@@ -7,7 +7,7 @@ Shapes: B examples, n prompt tokens, d width, V vocabulary.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +191,8 @@ class _TransferBench:
         texts, _ = load_public_texts(public_task, "public_task")
         self._public = PublicExamples(texts[:MAX_EXAMPLES], [], public_task.template)
         # The benchmark compares logits over the vocabulary, so the task needs no label words.
-        self._task = PromptTask(
-            template=public_task.template or "{text}",
-            label_words=(),
-            max_length=public_task.max_length,
-            allow_multi_token=False,
-            init_text=config.tune.init_text,
-        )
+        task = PromptTask.of_section(public_task, config.tune.init_text)
+        self._task = replace(task, label_words=(), label_names=(), max_response_length=0)
         alpha = 0.5 if config.transfer.alpha == "auto" else config.transfer.alpha
         self._section = config.transfer.model_copy(
             update={

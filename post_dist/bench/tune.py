@@ -81,15 +81,17 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
             "bench a causal student",
         )
     # The loss needs the task's label words, but not its data.
-    init_text = config.tune.init_text
-    reader = TaskReader(PromptTask.of_section(task, init_text), tokenizer, masked=False)
+    prompt_task = PromptTask.of_section(task, config.tune.init_text)
+    reader = TaskReader(prompt_task, tokenizer, masked=False)
     found = room_conflicts(
         "the model", model.context_length, config.tune.num_virtual_tokens, task.max_length
     )
     raise_conflicts("bench tune", found)
 
     batch, classes_B = _random_batch(config.tune.batch_size, reader, config.seed)
-    start_nd = prompt_from_text(model, tokenizer, init_text, config.tune.num_virtual_tokens)
+    start_nd = prompt_from_text(
+        model, tokenizer, prompt_task.init_text, config.tune.num_virtual_tokens
+    )
     # The gradients are compared before the timing, on fresh prompts that are all equal.
     variants = _StepVariants(
         model, reader, batch.to(world.device), classes_B.to(world.device), start_nd

@@ -182,13 +182,17 @@ def _slurm(folder: Path) -> Iterator[Finding]:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
+    # A folder that does not exist yet will be on the disk of the folder around it.
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
     try:
         seconds_off = _clock_difference(folder)
     except OSError as error:
         yield Finding(
             "folder",
             False,
-            f"{folder.resolve()}: {error.strerror}",
+            f"{folder}: {error.strerror}",
             "give a folder that every node may write to",
         )
         return
@@ -196,7 +200,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     kind = _run("stat", "--file-system", "--format=%T", str(folder)).stdout.strip()
     local = shutil.which("sbatch") is not None and kind in ("tmpfs", "overlayfs")
     cure = "other nodes do not see it: give a shared folder" if local else ""
-    yield Finding("folder", not local, f"{folder.resolve()} ({kind})", cure)
+    yield Finding("folder", not local, f"{folder} ({kind})", cure)
 
     # One student's checkpoints can fill a small disk in the middle of a run.
     free_gib = shutil.disk_usage(folder).free / 2**30
@@ -215,7 +219,6 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 def _clock_difference(folder: Path) -> float:
     """Write a file, and return how many seconds the clock of the folder's server is ahead."""
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".post_dist-doctor-") as file:
         # The server sets the file's time when it is flushed, so take our time just before.
         now = time.time()

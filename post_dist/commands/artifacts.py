@@ -1,6 +1,5 @@
-"""The commands `init`, `verify`, `sign` and `report`: demo files, artifacts and reports."""
+"""The commands `verify`, `sign` and `report`: artifacts, and pages of finished runs."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,33 +7,10 @@ import typer
 
 from post_dist.commands.options import AsJson
 from post_dist.commands.printing import print_json, print_numbers
-from post_dist.config.assets import asset
 from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")]
-
-_DEMO_FILES = ("demo.yaml", "fetch_demo.py")
-
-
-def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder for the files; created if missing.")
-    ],
-) -> None:
-    """Write the demo's run file and download script, as a start for your own run."""
-    try:
-        # All or nothing: if one file would be overwritten, none is written.
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _DEMO_FILES:
-            if (folder / name).exists():
-                raise InputError(f"{folder / name} exists already", "give another folder")
-        for name in _DEMO_FILES:
-            shutil.copyfile(asset(f"examples/{name}"), folder / name)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data")
-    print(f"post-dist pipeline {folder / 'demo.yaml'}   runs it")
 
 
 def verify(
@@ -105,17 +81,17 @@ def report(
     result: dict[str, Any] = {"reports": pages}
     if files:
         result |= _merge_measurements(files)
-    if json_:
-        print_json(result)
-    else:
+    # If the plot cannot be written, the table is already printed. JSON is the result or the error.
+    if not json_:
         _print_report(result)
-    # The plot comes last: if it cannot be written, the table is already printed.
     if files:
         from post_dist.planning.scaling import draw
 
         draw(result["scaling"], "measured", Path(result["figure"]))
         if not json_:
             print(f"figure: {result['figure']}")
+    if json_:
+        print_json(result)
 
 
 def _merge_measurements(files: list[Path]) -> dict[str, Any]:

@@ -52,14 +52,14 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     gpus = counts("--sweep", sweep) if sweep else []
     teacher = size_of(config_folder(config.teacher))
     result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}
-    if json_:
-        print_json(result)
-    else:
+    # If the plot cannot be written, the table is already printed. JSON is the plan or the error.
+    if not json_:
         _print_plan(result)
-    # The plot comes last: if it cannot be written, the table is already printed.
     if sweep:
         title = f"{config.name} on {gpu} (a model, not a measurement)"
         draw(result["sweep"], title, Path(result["figure"]))
+    if json_:
+        print_json(result)
     # A script can tell from the exit code that the run cannot work as planned.
     if result["conflicts"]:
         raise typer.Exit(InputError.exit_code)

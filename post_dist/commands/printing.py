@@ -2,8 +2,38 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
+
+
+class _Answers:
+    """The one object of `--json`.
+
+    Attributes:
+        stream: a copy of standard output that nothing else writes to; None for standard output.
+        given: whether the command has printed its object.
+    """
+
+    stream: TextIO | None = None
+    given = False
+
+
+def reserve_stdout() -> None:
+    """Keep standard output for JSON. Whatever else is printed goes to standard error.
+
+    Libraries print warnings on standard output, and gloo does so in C++.
+    """
+    if _Answers.stream is None:
+        sys.stdout.flush()
+        _Answers.stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+
+def expect_object() -> None:
+    """Begin a command, which has printed no object yet."""
+    _Answers.given = False
 
 
 def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
@@ -28,7 +58,15 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object. JSON has no infinity and no NaN, so they become null."""
-    print(json.dumps(_finite(value), allow_nan=False))
+    text = json.dumps(_finite(value), allow_nan=False)
+    print(text, file=_Answers.stream or sys.stdout, flush=True)
+    _Answers.given = True
+
+
+def print_error(error: Mapping[str, Any]) -> None:
+    """Print an error as JSON, unless the command has printed its own object before it failed."""
+    if not _Answers.given:
+        print_json(error)
 
 
 def _finite(value: Any) -> Any:

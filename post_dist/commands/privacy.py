@@ -1,9 +1,10 @@
 """The commands for the privacy cost of a run: planned, spent, and audited."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +12,7 @@ from post_dist import api
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile
 from post_dist.commands.printing import print_numbers
 from post_dist.config.schema import RunConfig
-from post_dist.errors import InputError, PrivacyRefused
+from post_dist.errors import InputError, PostDistError, PrivacyRefused
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
 
@@ -92,16 +93,26 @@ def _audit_with_canaries(config: RunConfig, as_json: bool) -> None:
     from post_dist.privacy.audit import audit as audit_plan
 
     result = audit_plan(config)
-    # Print the result in any case. The checks below decide the exit code.
+    refusal = _refusal(result)
+    # Print the result in any case. As JSON it holds the error too, because there is one object.
+    if refusal is not None and as_json:
+        result |= refusal.as_object()
     print_numbers(result, as_json)
+    if refusal is not None:
+        raise refusal
+
+
+def _refusal(result: Mapping[str, Any]) -> PostDistError | None:
+    """Return the error of an audit that found a fault, or that could not find one."""
     if result["epsilon_lower_bound"] > result["epsilon_claimed"]:
-        raise PrivacyRefused(
+        return PrivacyRefused(
             "the canaries show more than the plan claims",
             "do not use prompts made with this installation",
         )
     # An audit that finds nothing without noise would find nothing with a broken mechanism either.
     if result["epsilon_lower_bound_without_noise"] <= result["epsilon_claimed"]:
-        raise InputError(
+        return InputError(
             "even without noise the canaries show no more than the plan claims",
             "the audit cannot judge so small a plan",
         )
+    return None

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from post_dist.config.precision import PrecisionChoice
 from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
 
 
@@ -96,7 +97,7 @@ class Engine(Section):
     # How models are split over the ranks.
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage of the student. Frozen large models always use ZeRO-3."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionChoice = "auto"
     """Precision of weights and activations. `auto` is bf16 on devices with bf16 instructions, and
     fp32 on others. fp16 needs a GPU."""
     shard_group: Literal["all", "node"] | PositiveInt = "all"

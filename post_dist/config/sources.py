@@ -11,6 +11,7 @@ from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section
 from post_dist.config.yaml_files import read_yaml
 
 _NAMED_TASKS = Path(__file__).parent / "named_tasks.yaml"
+_MOST_LABEL_CHARACTERS = 100
 _SOURCE_FIELDS = (
     "hub",
     "hub_config",
@@ -97,7 +98,7 @@ class Task(DataSource):
     label_column: str = "label"
     """Column with the labels."""
     labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Label words for each value of the label column."""
+    """Label words for each value of the label column. Both become part of the prompt's task."""
     allow_multi_token: bool = False
     """Score a label word of several tokens by its first token. Otherwise it is refused."""
     response_column: str | None = None
@@ -165,6 +166,11 @@ class Task(DataSource):
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"labels.{label} has an empty list or word")
+            if not is_label_name(label):
+                raise ValueError(
+                    f"labels has the label {label[:20]!a}, and a label is at most "
+                    f"{_MOST_LABEL_CHARACTERS} printable characters: it becomes part of the prompt"
+                )
         if self.response_column is not None and "{mask}" in (self.template or ""):
             raise ValueError("response_column is for causal models; {mask} is for masked ones")
         if self.user_column is not None and not self.is_private:
@@ -172,6 +178,11 @@ class Task(DataSource):
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")
         return self
+
+
+def is_label_name(label: str) -> bool:
+    """Return whether a label can be handed on with a prompt: short, and printable."""
+    return len(label) <= _MOST_LABEL_CHARACTERS and label.isprintable()
 
 
 def placeholders(template: str) -> list[str]:

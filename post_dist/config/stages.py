@@ -9,8 +9,6 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
-_INIT_TEXT = "Predict if the sentiment of this text is positive or negative"
-
 _HEAD_DEFAULTS = {
     "num_virtual_tokens": 10,
     "steps": 400,
@@ -126,8 +124,9 @@ class WarmStart(PromptTraining):
 
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 10
     """Number of vectors of the prompt."""
-    init_text: InitText = _INIT_TEXT
-    """The prompt starts from the embeddings of this text, repeated or cut to its length."""
+    init_text: InitText | None = None
+    """The prompt starts from the embeddings of this text, repeated or cut to its length. Default: a
+    sentence with the label words of the task."""
     class_shares: tuple[PositiveFloat, ...] = ()
     """Share of each class among the texts, as far as it is known without private data. The scores
     of the large LLM are shifted to these shares. Default: equal shares."""
@@ -147,8 +146,9 @@ class Tune(PromptTraining):
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     """Number of vectors of the prompt."""
-    init_text: InitText = _INIT_TEXT
-    """The prompt starts from the embeddings of this text, repeated or cut to its length."""
+    init_text: InitText | None = None
+    """The prompt starts from the embeddings of this text, repeated or cut to its length. Default: a
+    sentence with the label words of the task."""
     # The training.
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32

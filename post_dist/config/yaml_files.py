@@ -1,8 +1,9 @@
 """Read YAML as users mean it: `no` is a word, `1e-3` is a number, and duplicate keys are errors.
 
-PyYAML follows YAML 1.1, where `no` is a boolean and `1e-3` is a string. The loader here changes
-those two rules and refuses duplicate keys. tests/unit/test_yaml_files.py records what it accepts.
-It stays on PyYAML because ruamel.yaml 0.19.1 lets a duplicate key pass where `<<` is also used.
+PyYAML follows YAML 1.1, where `no` is a boolean, `1e-3` is a string and `24:00:00` is 86400. The
+loader here changes those three rules and refuses duplicate keys. tests/unit/test_yaml_files.py
+records what it accepts. It stays on PyYAML because ruamel.yaml 0.19.1 lets a duplicate key pass
+where `<<` is also used.
 """
 
 import re
@@ -15,8 +16,16 @@ from post_dist.errors import InputError
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _BOOL_TAG = "tag:yaml.org,2002:bool"
 _FLOAT_TAG = "tag:yaml.org,2002:float"
+_INT_TAG = "tag:yaml.org,2002:int"
 
 _BOOL = re.compile(r"^(?:true|false)$")
+_INT = re.compile(
+    r"^[-+]?"
+    r"(?:0b[01_]+"  # binary
+    r"|0x[0-9a-fA-F_]+"  # hexadecimal
+    r"|0[0-7_]*"  # octal, and zero
+    r"|[1-9][0-9_]*)$"
+)
 _FLOAT = re.compile(
     r"^[-+]?"
     r"(?:[0-9][0-9_]*\.[0-9_]*"  # 1. and 1_000.5
@@ -50,18 +59,19 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _use_own_rules_for_bool_and_float() -> None:
-    """Replace the patterns by which `_Loader` recognizes booleans and floats."""
-    replaced = (_BOOL_TAG, _FLOAT_TAG)
+def _use_own_rules() -> None:
+    """Replace the patterns by which `_Loader` recognizes booleans and numbers."""
+    replaced = (_BOOL_TAG, _INT_TAG, _FLOAT_TAG)
     own: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
         own[first_character] = [(tag, pattern) for tag, pattern in resolvers if tag not in replaced]
     _Loader.yaml_implicit_resolvers = own
     _Loader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tf"))
+    _Loader.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
     _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
-_use_own_rules_for_bool_and_float()
+_use_own_rules()
 
 
 def read_yaml(text: str, where: str) -> Any:

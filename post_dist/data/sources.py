@@ -92,7 +92,7 @@ def read_rows(
         InputError: the file or a column is missing, or no row is left. Values are never quoted.
         EnvironmentFault: the hub cannot be reached.
     """
-    table = _read_table(source, hub_split, where)
+    table = _read_source(source, hub_split, where)
     names = source.text_columns
     columns = [*names, *(column for column in (answer_column, user_column) if column is not None)]
     for column in columns:
@@ -116,6 +116,31 @@ def read_rows(
     return Rows(texts, _strings(table, answer_column), _strings(table, user_column))
 
 
+def read_column(path: Path, column: str, where: str) -> list[str]:
+    """Read one column of a file, with a value for each row.
+
+    Args:
+        path: the file.
+        column: name of the column.
+        where: what the file is, for messages.
+
+    Raises:
+        InputError: the file or the column is missing, or a row has no value. Values are never
+            quoted.
+    """
+    table = read_table(path, where)
+    if column not in table.columns:
+        raise InputError(
+            f"{where}: {path.name} has no column '{column}'",
+            f"columns: {', '.join(map(str, table.columns))}",
+        )
+    # A row that was dropped would shift the answers to all rows after it.
+    missing = table[column].isna().to_numpy().nonzero()[0]
+    if len(missing):
+        raise InputError(f"{where}: row {missing[0] + 1} has no value in column '{column}'")
+    return table[column].map(str).tolist()
+
+
 def _strings(table: pd.DataFrame, column: str | None) -> list[str]:
     """Return the values of a column as strings; none without a column."""
     return [] if column is None else table[column].map(str).tolist()
@@ -129,9 +154,9 @@ def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str)
     return InputError(message, f"columns: {', '.join(map(str, table.columns))}")
 
 
-def _read_table(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
+def _read_source(source: DataSource, hub_split: str, where: str) -> pd.DataFrame:
     if source.path:
-        return _read_file(source.path, where)
+        return read_table(source.path, f"{where}.path")
     return _read_hub(source, hub_split, where)
 
 
@@ -177,25 +202,34 @@ def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
     return table
 
 
-def _read_file(path: Path, where: str) -> pd.DataFrame:
+def read_table(path: Path, where: str) -> pd.DataFrame:
+    """Read a file as it is written: its values have no data types.
+
+    Args:
+        path: the file; its suffix tells its type.
+        where: what the file is, for messages.
+
+    Raises:
+        InputError: the file cannot be read. The message quotes nothing of it.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(
-            f"{where}.path: {path.name} has no known file type", f"one of {', '.join(_READERS)}"
+            f"{where}: {path.name} has no known file type", f"one of {', '.join(_READERS)}"
         )
     try:
         return reader(path)
     except OSError as error:
         problem = error.strerror or "cannot be read"
-        raise InputError(f"{where}.path: {path}: {problem}") from None
+        raise InputError(f"{where}: {path}: {problem}") from None
     except UnicodeError:
-        raise InputError(f"{where}.path: {path}: is not UTF-8 text") from None
+        raise InputError(f"{where}: {path}: is not UTF-8 text") from None
     except (ValueError, RecursionError):
         # The parser's own message is dropped, because it may quote an example.
         problem = f"cannot be read as {path.suffix[1:].upper()}"
         if path.stat().st_size == 0:
             problem = "is empty"
-        raise InputError(f"{where}.path: {path} {problem}") from None
+        raise InputError(f"{where}: {path} {problem}") from None
 
 
 def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.data.template import Batch, Encoded, Template
+from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
 from post_dist.data.verbalizer import Verbalizer
 
 
@@ -79,6 +79,14 @@ class TaskReader:
     def responses(self, rows: Sequence[Encoded]) -> torch.Tensor:
         """Return the tokens of each example's response [N, R], padded with NO_TOKEN."""
         return self.template.responses(rows)
+
+    def texts_of(self, tokens_NR: torch.Tensor) -> list[str]:
+        """Return the text of generated responses, which are padded with NO_TOKEN."""
+        texts = []
+        for tokens in tokens_NR.tolist():
+            generated = [token for token in tokens if token != NO_TOKEN]
+            texts.append(str(self.tokenizer.decode(generated)))
+        return texts
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] of logits over the vocabulary."""

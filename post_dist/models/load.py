@@ -80,6 +80,21 @@ def model_folder(teacher: Teacher) -> Path:
     return _local_folder(teacher, _MODEL_FILES)
 
 
+def model_name(folder: Path, section: Teacher | None = None) -> str:
+    """Return the name of a model for others to read. The path to it would describe this machine.
+
+    It is the hub name, or that of the folder. The artifact of a run is named by its run folder,
+    such as `distill-1a2b3c4d`.
+
+    Args:
+        folder: the model's folder.
+        section: the section of the run file that names the model, if there is one.
+    """
+    if section is not None and not Path(section.path).is_absolute():
+        return section.path
+    return folder.parent.name if folder.name == "artifact" else folder.name
+
+
 def config_folder(teacher: Teacher) -> Path:
     """Return the folder of a model's config.json. Nothing else of a hub model is downloaded.
 
@@ -104,7 +119,7 @@ def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentFault(
-            f"teacher.path: cannot fetch {teacher.path}: {error}", "give a folder instead"
+            f"cannot fetch {teacher.path} from the hub: {error}", "give a folder instead"
         ) from None
     return Path(folder)
 

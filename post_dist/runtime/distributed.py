@@ -215,6 +215,11 @@ def start(seed: int) -> World:
     return world
 
 
+def alone() -> World:
+    """Return a world of this process alone. It reads no variables of a launcher."""
+    return World(0, 1, 0, "none", _use_device(0))
+
+
 def prepare_deepspeed(world: World) -> None:
     """Join DeepSpeed's process group, before a model is sharded. All ranks call it.
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from post_dist.errors import PostDistError
+
 _NOISY = ("datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
+
+
+def silence_deepspeed() -> None:
+    """Drop DeepSpeed's warnings, which it prints on standard output as soon as it is imported.
+
+    transformers imports it. A filter holds, while a level would be set again by that import.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def speak(rank: int) -> None:
@@ -41,6 +51,14 @@ def log_file(folder: Path, rank: int) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except Exception as error:
+        # Standard error gets the message where the command ends. Only a `PostDistError` may be
+        # quoted: the message of any other exception may hold private data.
+        name = type(error).__name__
+        message = str(error) if isinstance(error, PostDistError) else f"internal error: {name}"
+        record = logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None)
+        handler.handle(record)
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()

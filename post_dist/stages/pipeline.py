@@ -25,7 +25,7 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import fingerprint
-from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder
+from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder, model_name
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.private_process import owner_only
@@ -113,7 +113,7 @@ class Pipeline:
         inputs = digests | {"public_task": self.data_digest("public_task")}
         folder = run_folder(self._config, "warm_start", inputs)
         if self._unfinished([folder]):
-            models = WarmStartModels(self.teacher, self.student, digests)
+            models = WarmStartModels(self.teacher, self.student, self._student_name, digests)
             refuse_warm_start(folder.config, models, self._world)
             with self.running([folder]):
                 warm_start(folder, models, self._world, self._resume)
@@ -268,12 +268,15 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        student = TunedModel(self.student, self.student_digest, "the student", self.public_prompt)
+        student = TunedModel(
+            self.student, self.student_digest, self._student_name, self.public_prompt
+        )
         return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the target, for the baseline of full prompt tuning."""
-        target = TunedModel(self.teacher, self.teacher_digest, "the target")
+        name = model_name(self.teacher, self._config.teacher)
+        target = TunedModel(self.teacher, self.teacher_digest, name)
         return self._tune(config, target, label="target")
 
     def _tune(self, config: RunConfig, model: TunedModel, *, label: str) -> RunFolder:
@@ -368,6 +371,11 @@ class Pipeline:
         if keys or (given / FILE_NAME).exists():
             return self._world.on_main(partial(admit_student, given, self._admitted, keys))
         return given
+
+    @property
+    def _student_name(self) -> str:
+        """Name of the student for others to read, not that of an admitted copy."""
+        return model_name(self._config.inputs.student or self.student)
 
     @cached_property
     def student_digest(self) -> str:

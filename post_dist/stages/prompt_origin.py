@@ -1,4 +1,4 @@
-"""Check that a soft prompt, which may come from another party, belongs to a student."""
+"""Check that a soft prompt, which may come from another party, belongs to a model."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,24 +9,28 @@ from post_dist.models.load import tokenizer_fingerprint
 
 
 def check_belongs(
-    prompt: SoftPromptArtifact, student: ModelFacts, tokenizer: PreTrainedTokenizerBase
+    prompt: SoftPromptArtifact,
+    model: ModelFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    whose: str = "the student",
 ) -> None:
-    """Check that a prompt was tuned on a model with the student's width and tokenizer.
+    """Check that a prompt was made for a model with this width and tokenizer.
 
     Args:
         prompt: the soft prompt.
-        student: facts of the student.
-        tokenizer: the student's tokenizer.
+        model: facts of the model.
+        tokenizer: the model's tokenizer.
+        whose: name of the model in the message.
 
     Raises:
-        ArtifactRefused: the widths or the tokenizers of prompt and student differ.
+        ArtifactRefused: the widths or the tokenizers of prompt and model differ.
     """
     width = prompt.embeddings.shape[1]
-    if student.width != width:
+    if model.width != width:
         raise ArtifactRefused(
-            f"the prompt has vectors of width {width}, the student of width {student.width}"
+            f"the prompt has vectors of width {width}, {whose} of width {model.width}"
         )
     if tokenizer_fingerprint(tokenizer) != prompt.manifest.tokenizer:
         raise ArtifactRefused(
-            "the student's tokenizer is not the one that the prompt was tuned with"
+            f"the tokenizer of {whose} is not the one that the prompt was tuned with"
         )

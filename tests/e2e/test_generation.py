@@ -14,13 +14,16 @@ import torch
 import yaml
 from started import run_ranks
 
+from post_dist import load_prompt, load_run
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.schema import Transfer
+from post_dist.data.tasks import load_examples
 from post_dist.losses.transfer import published_transfer_loss
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
+from post_dist.stages.evaluate.metrics import response_metrics
 from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
 from post_dist.stages.transfer.objective import ModelPair
 from post_dist.stages.transfer.step_losses import transfer_losses
@@ -99,6 +102,18 @@ def test_the_table_has_exact_matches_and_rouge(run: Path, table: dict) -> None:
         assert row["rouge_l"] <= row["rouge_1"] + 1e-9 <= 1 + 1e-9
     report = (run.parent / "runs/tiny/report.md").read_text()
     assert "| row | exact match % | 95% interval | ROUGE-1 % | ROUGE-L % | n | epsilon |" in report
+
+
+def test_predictions_are_the_responses_of_the_table(
+    run: Path, student: Path, prompt: Path, table: dict
+) -> None:
+    examples = load_examples(load_run(run).private_task, "test", "private_task")
+    found = load_prompt(prompt).predict(examples.texts, student, precision="fp32")
+    metrics = response_metrics([each.response for each in found], examples.responses)
+    (wanted,) = [row for row in table["rows"] if row["name"] == "student + prompt"]
+    assert {name: wanted[name] for name in metrics if name != "interval_95"} == {
+        name: value for name, value in metrics.items() if name != "interval_95"
+    }
 
 
 def test_the_first_loss_of_the_transfer_is_the_paper_s_at_every_token(

@@ -9,7 +9,9 @@ import tiny
 import torch
 import yaml
 
+from post_dist import load_prompt, load_run
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, read_prompt
+from post_dist.data.tasks import load_examples
 
 WARM_START = """
 name: tiny
@@ -74,6 +76,15 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     for stage in ("warm_start", "tune", "transfer"):
         code, out, _ = main("verify", artifact(tmp_path, stage), "--json")
         assert code == 0, out
+
+    # Predictions with a head are those of the table.
+    config = load_run(run)
+    examples = load_examples(config.private_task, "test", "private_task")
+    found = load_prompt(artifact(tmp_path, "tune")).predict(
+        examples.texts, tmp_path / "student", precision="fp32"
+    )
+    hits = [each.index == wanted for each, wanted in zip(found, examples.classes, strict=True)]
+    assert sum(hits) / len(hits) == rows["student + prompt"]["accuracy_micro"]
 
     # Without privacy, the same head learns the task.
     sets = ["privacy.enabled=false", "evaluate.split=train", "tune.steps=300"]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,9 +23,12 @@ from started import Command
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.config.assets import asset
+from post_dist.config.load import load_run
+from post_dist.data.tasks import load_examples
 from post_dist.errors import EnvironmentFault
 from post_dist.models.load import load_whole
 from post_dist.stages.distill import stage as distill
+from post_dist.stages.evaluate.metrics import classification_metrics
 
 ROWS = [
     "zero-shot",
@@ -136,6 +140,65 @@ def test_another_table_of_the_same_prompts_asks_no_model_again_and_is_counted(
     validation = json.loads(out)
     assert "test_readings" not in validation
     assert len(state(finished / "runs/tiny/answers")) == len(before) + 5
+
+
+@pytest.mark.parametrize(
+    ("stage", "model", "row"),
+    [
+        ("tune", "runs/tiny/distill-????????/artifact", "student + prompt"),
+        ("transfer", "teacher", "transferred"),
+    ],
+)
+def test_predictions_are_those_of_the_table(
+    finished: Path, main: Callable, tmp_path: Path, stage: str, model: str, row: str
+) -> None:
+    config = load_run(finished / "run.yaml")
+    examples = load_examples(config.private_task, "test", "private_task")
+    texts = tmp_path / "texts.csv"
+    tiny.write_csv(texts, [(text, 0) for text in examples.texts])
+    (folder,) = finished.glob(model)
+    prompts = list(finished.glob(f"runs/tiny/{stage}-{SIGNATURE}/artifact"))
+    if stage == "transfer":
+        # The other one is the baseline `published transfer`.
+        settings = [read_prompt(each).manifest.config["transfer"] for each in prompts]
+        prompts = [prompts[[each["objective"] for each in settings].index("proxy")]]
+    (prompt,) = prompts
+    command = ("predict", prompt, texts, f"--model={folder}", "--precision=fp32")
+    code, out, err = main(*command)
+    assert code == 0, err
+    predictions = [json.loads(line) for line in out.splitlines()]
+    assert {each["label"] for each in predictions} <= {"0", "1"}
+    scores = np.array([list(each["scores"].values()) for each in predictions])
+    found = classification_metrics(scores, np.array(examples.classes))
+    _, out, _ = main("pipeline", finished / "run.yaml", *PROXY, "--json")
+    (wanted,) = [each for each in json.loads(out)["rows"] if each["name"] == row]
+    for name in ("accuracy_micro", "accuracy_macro", "auc", "n"):
+        assert found[name] == wanted[name]
+
+
+def test_prompts_name_their_model_and_no_path(finished: Path) -> None:
+    student = artifact(finished, "distill").parent.name
+    for pattern, name in (("tune-????????", student), ("t*", "teacher")):
+        for prompt in finished.glob(f"runs/tiny/{pattern}/artifact"):
+            if pattern == "t*" and re.fullmatch(r"tune-\w{8}", prompt.parent.name):
+                continue
+            settings = json.loads((prompt / "adapter_config.json").read_text())
+            assert settings["base_model_name_or_path"] == name
+            for file in prompt.iterdir():
+                assert str(finished).encode() not in file.read_bytes()
+
+
+def test_a_prompt_is_refused_on_the_other_model(finished: Path, main: Callable) -> None:
+    student = artifact(finished, "distill")
+    tuned = artifact(finished, "tune")
+    transferred = next(finished.glob(f"runs/tiny/transfer-{SIGNATURE}/artifact"))
+    texts = finished / "private.csv"
+    code, out, err = main("predict", tuned, texts, f"--model={finished / 'teacher'}")
+    assert (code, out) == (4, "")
+    assert "was tuned on another model" in err
+    code, out, err = main("predict", transferred, texts, f"--model={student}")
+    assert (code, out) == (4, "")
+    assert "was transferred from" in err
 
 
 def test_the_transferred_prompt_gives_peft_the_same_logits(finished: Path) -> None:

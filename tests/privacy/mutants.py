@@ -962,8 +962,8 @@ MUTANTS = [
     Mutant(
         "an initial prompt from the private texts",
         "stages.tune.stage",
-        "prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)",
-        "prompt_from_text(model, tokenizer, loaded.texts[-1], section.num_virtual_tokens)",
+        "model, tokenizer, prompt_task.init_text, section.num_virtual_tokens",
+        "model, tokenizer, loaded.texts[-1], section.num_virtual_tokens",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(

@@ -308,6 +308,7 @@ def test_doctor_names_a_lock_that_a_killed_compiler_left(
         "space",
         "clock",
     }
+    assert not (tmp_path / "runs").exists()
     before = {check["name"]: check["ok"] for check in json.loads(text)["checks"]}
     assert before["ops"]
     lock = tmp_path / "ops" / "async_io" / "lock"

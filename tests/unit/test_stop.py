@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from post_dist.config.schema import RunConfig, Teacher
+from post_dist.errors import InputError
 from post_dist.runtime import watchdog
 from post_dist.runtime.distributed import World
+from post_dist.runtime.logs import log_file
 from post_dist.stages.pipeline import Pipeline
 
 PROGRAM = """
@@ -57,3 +59,13 @@ def test_a_download_may_take_as_long_as_it_takes(
     assert not any(watched)
     assert watched
     assert not watchdog._Watch.paused
+
+
+def test_the_log_of_a_stage_holds_its_error_and_no_foreign_words(tmp_path: Path) -> None:
+    for error in (InputError("the task is wrong", "change it"), ValueError("secret")):
+        with pytest.raises(type(error)), log_file(tmp_path, 0):
+            raise error
+    text = (tmp_path / "logs/rank0.log").read_text()
+    assert "ERROR post_dist: the task is wrong\n  change it\n" in text
+    assert "ERROR post_dist: internal error: ValueError\n" in text
+    assert "secret" not in text

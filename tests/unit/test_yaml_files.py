@@ -46,7 +46,7 @@ SCALARS: dict[str, object] = {
     ".inf": ".inf",
     ".nan": ".nan",
     "64G": "64G",
-    # Whole numbers, as in YAML 1.1: a leading 0 is octal, and a colon counts in sixties.
+    # Whole numbers, as in YAML 1.1: a leading 0 is octal. A colon does not count in sixties.
     "1_000": 1000,
     "+5": 5,
     "0x1F": 31,
@@ -55,7 +55,9 @@ SCALARS: dict[str, object] = {
     "-017": -15,
     "08": "08",
     "0o17": "0o17",
-    "1:30": 90,
+    "1:30": "1:30",
+    "24:00:00": "24:00:00",
+    "0": 0,
     "2024-01-01": datetime.date(2024, 1, 1),
     "'no'": "no",
     '"1e3"': "1e3",

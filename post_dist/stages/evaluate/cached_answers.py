@@ -18,11 +18,9 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import Examples
-from post_dist.data.template import NO_TOKEN
 from post_dist.files import digest_of, write_file, writing
-from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
-from post_dist.models.generation import generate_responses
-from post_dist.models.headed import headed_scores
+from post_dist.models.answers import answers_of
+from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.runtime.distributed import World
@@ -158,28 +156,11 @@ class CachedAnswers:
         if not self.generates:
             return classification_metrics(answers.numpy(), np.array(self.examples.classes))
         # The wanted responses are text, so the tokens are decoded.
-        responses = []
-        for tokens in answers.tolist():
-            generated = [token for token in tokens if token != NO_TOKEN]
-            responses.append(str(self._tokenizer.decode(generated)))
-        return response_metrics(responses, self.examples.responses)
+        return response_metrics(self._reader.texts_of(answers), self.examples.responses)
 
     def _compute(self, prompt: SoftPromptArtifact | None, label: str) -> torch.Tensor:
-        prompt_nd = None if prompt is None else prompt.embeddings.to(self._world.device)
         run = InferenceRun(self._batch_size, self._world, label)
-        template = self._reader.template
-        if prompt is not None and prompt.head is not None:
-            return headed_scores(
-                self._model, self._encoded, self._reader, prompt_nd, prompt.head, run
-            )
-        if self.generates:
-            end_token = self._tokenizer.eos_token_id
-            return generate_responses(
-                self._model, self._encoded, template, prompt_nd, end_token, run
-            )
-        return outputs_at_answers(
-            self._model, self._encoded, template, prompt_nd, self._reader.scores, run
-        )
+        return answers_of(self._model, self._encoded, self._reader, prompt, run)
 
     def _store(self, file: Path, computed: torch.Tensor) -> None:
         with writing(file):

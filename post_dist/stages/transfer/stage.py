@@ -22,12 +22,12 @@ from post_dist.artifacts.prompt import (
     write_prompt,
 )
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import Teacher, Transfer
+from post_dist.config.schema import Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.models.facts import read_facts
-from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
@@ -172,7 +172,7 @@ def transfer(
     # Train the prompts. Each group is written as soon as it is trained.
     writer = partial(
         _write,
-        model_name=_model_name(config.teacher, teacher_folder),
+        target=model_name(teacher_folder, config.teacher),
         tokenizer=tokenizer_fingerprint(tokenizers.target),
     )
     for group in _groups(jobs, config.transfer.prompts_at_once):
@@ -264,20 +264,13 @@ def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World
     return batch
 
 
-def _model_name(teacher: Teacher | None, teacher_folder: Path) -> str:
-    """Return the target's name for the adapter configuration: its hub or folder name."""
-    if teacher is None or Path(teacher.path).is_absolute():
-        return teacher_folder.name
-    return teacher.path
-
-
-def _write(job: TransferJob, effect: Mapping[str, Any], *, model_name: str, tokenizer: str) -> None:
+def _write(job: TransferJob, effect: Mapping[str, Any], *, target: str, tokenizer: str) -> None:
     """Write the artifact of a trained prompt.
 
     Args:
         job: the trained prompt.
         effect: its effect on public text.
-        model_name: name of the target.
+        target: name of the target.
         tokenizer: fingerprint of the target's tokenizer.
     """
     source = job.source
@@ -293,7 +286,7 @@ def _write(job: TransferJob, effect: Mapping[str, Any], *, model_name: str, toke
             claim = {name: source.privacy[name] for name in named}
         write_card(
             artifact,
-            f"Soft prompt for {model_name}",
+            f"Soft prompt for {target}",
             "A soft prompt that was transferred from a student with public text alone (POST).",
             job.objective.section.model_dump() | claim | {"effect on public text": effect},
             library="peft",
@@ -304,7 +297,7 @@ def _write(job: TransferJob, effect: Mapping[str, Any], *, model_name: str, toke
     # epsilon of the source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
     provenance = Provenance(
-        model_name=model_name,
+        model_name=target,
         tokenizer=tokenizer,
         parents={"source prompt": source.manifest.digest, **source.manifest.parents},
         config={

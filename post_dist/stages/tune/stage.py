@@ -104,7 +104,9 @@ def _load_task(
         start_nd = tuned.public_prompt.embeddings.to(world.device)
         head = tuned.public_prompt.head if section.adapter == "head" else None
     else:
-        start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+        start_nd = prompt_from_text(
+            model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
+        )
     return TuningTask(model, reader, examples, targets, start_nd, loaded.users, head)
 
 

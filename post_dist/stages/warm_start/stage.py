@@ -63,11 +63,13 @@ class WarmStartModels:
     Attributes:
         teacher: folder of the large LLM.
         student: folder of the model that the prompt is for.
+        student_name: its name in the adapter's configuration and on the model card.
         digests: digests of `teacher` and `student`.
     """
 
     teacher: Path
     student: Path
+    student_name: str
     digests: dict[str, str]
 
 
@@ -112,7 +114,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     tokenizer = load_tokenizer(models.student)
     reader = TaskReader(task, tokenizer, masked=model.masked)
     student = _Student(model, reader, reader.encode(texts), world)
-    start_nd = prompt_from_text(model, tokenizer, section.init_text, section.num_virtual_tokens)
+    start_nd = prompt_from_text(model, tokenizer, task.init_text, section.num_virtual_tokens)
     start_nd = start_nd.to(world.device, torch.float32)
     tuned_nd = _train(folder, section, student, start_nd.clone(), wanted_NC, resume)
 
@@ -133,7 +135,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     prompt_nd = tuned_nd if useful else start_nd
     head = LinearHead.untrained(hidden_Nd, reader.num_classes)
     provenance = Provenance(
-        model_name="the student",
+        model_name=models.student_name,
         tokenizer=tokenizer_fingerprint(tokenizer),
         parents=models.digests,
         config={
@@ -260,7 +262,7 @@ def _write(
         rows: dict[str, Any] = section.model_dump(exclude_defaults=True)
         write_card(
             artifact,
-            "Public prompt for the student",
+            f"Public prompt for {provenance.model_name}",
             _SUMMARY,
             rows | {"epsilon": "0: no private data was read"},
             library="peft",

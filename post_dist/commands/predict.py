@@ -1,0 +1,91 @@
+"""The command `predict`: labels and scores of texts, with a finished prompt."""
+
+import csv
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from post_dist import api
+from post_dist.config.precision import PrecisionChoice
+from post_dist.runtime.logs import speak
+from post_dist.runtime.stop import listen
+
+if TYPE_CHECKING:
+    from post_dist.serving.predictor import ClassPrediction, Predictions, Response
+
+
+class Format(StrEnum):
+    """How predictions are printed."""
+
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+def predict(  # noqa: PLR0913 - typer reads the options from parameters
+    prompt: Annotated[
+        Path, typer.Argument(metavar="PROMPT", help="The prompt: an artifact of tune or transfer.")
+    ],
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXTS",
+            help="A CSV, TSV, JSONL or Parquet file, a .txt file with one text a line, "
+            "or - for standard input, one text a line.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder or hub name of the prompt's model.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Commit of a hub model.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the texts in a table; default: text.")
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", help="One line for each text, as JSON or as CSV.")
+    ] = Format.jsonl,
+    precision: Annotated[PrecisionChoice, typer.Option(help="Precision of the weights.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a forward pass.")] = 32,
+) -> None:
+    """Predict the class of each text, or its response, with a prompt and its model."""
+    listen()
+    loaded = api.load_prompt(prompt)
+    from post_dist.serving.texts import read_texts
+
+    speak(rank=0)
+    # Read the texts first, so that a wrong column shows before a model is loaded.
+    found = loaded.predict(
+        read_texts(texts, column),
+        model,
+        revision=revision,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    if format_ is Format.csv:
+        _print_csv(found, loaded.task.class_names)
+    else:
+        for prediction in found:
+            print(json.dumps(asdict(prediction)))
+
+
+def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None:
+    """Print a header, and a line for each prediction."""
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if not class_names:
+        table.writerow(["response"])
+    else:
+        table.writerow(["label", "index", *(f"score {name}" for name in class_names)])
+    table.writerows(map(_cells, predictions))
+
+
+def _cells(prediction: "ClassPrediction | Response") -> list[object]:
+    """Return the values of a prediction, with each score in a column of its own."""
+    fields = asdict(prediction)
+    scores = fields.pop("scores", {})
+    return [*fields.values(), *scores.values()]

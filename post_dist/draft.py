@@ -1,0 +1,334 @@
+"""Draft a run file for the owner of a table of labeled texts: `post-dist init --data`."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.sources import Task, is_label_name
+from post_dist.data.sources import read_table
+from post_dist.data.verbalizer import Verbalizer
+from post_dist.errors import InputError
+from post_dist.models.facts import ModelFacts, read_facts
+from post_dist.models.load import load_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MOST_CLASSES = 50
+_FEWEST_ROWS = 100
+"""With fewer rows, delta would be above the 0.01 that `verify` accepts."""
+_NUM_VIRTUAL_TOKENS = 10
+_MAX_LENGTH = 128
+_TRAIN_SHARE = 0.8
+_UNUSABLE = set('{}[].!:"\\')
+"""Characters that a column's name may not have, because `text` is a format string."""
+_SAYS_NOTHING = {"label", "labels", "class", "target", "y", "answer", "output"}
+"""Names of a label column that are no word for what the model should answer."""
+
+_FORMAT = """\
+# Written by `post-dist init`. Change what does not suit you, then run `post-dist check` on it.
+name: {name}
+{inputs}
+private_task:
+  name: {name}
+  visibility: private                # no message quotes the file
+  path: {path}
+  text: {text}
+  label_column: {label}
+  # The values of the label column, and a word for each. post_dist puts a space before each word.
+  # Values and words become part of the prompt: whoever gets the prompt reads them.
+  labels:
+{labels}
+{multi}  template: {template}
+  max_length: {max_length:<22} # tokens of text and template; a longer text loses its beginning
+  validation_share: 0.1              # 10% of the texts, chosen by a hash of the text
+  test_share: 0.1                    # another 10%, which only `evaluate` reads
+tune:
+  num_virtual_tokens: {num_virtual_tokens}
+  # The prompt starts from the embeddings of these words.
+  init_text: {init_text}
+privacy:                             # docs/privacy.md
+  enabled: true
+  target_epsilon: 8                  # the noise is chosen so that the run meets this
+  # The number of training texts is private. This is {share:.0%} of the rows, rounded up to one
+  # digit: put a number here that you would publish.
+  # delta becomes declared_examples^-1.1 = {delta:.1e}.
+  declared_examples: {declared}
+  expected_batch_size: {batch_size}
+  steps: 80
+  learning_rate: 2.0e-2
+  max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
+"""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that make its examples.
+
+    Attributes:
+        text: column of the texts.
+        label: column of the labels.
+    """
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model that the prompt will be tuned on.
+
+    Attributes:
+        folder: its folder.
+        facts: facts of the model.
+        tokenizer: its tokenizer.
+    """
+
+    folder: Path
+    facts: ModelFacts
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+@dataclass(frozen=True)
+class _LabelWords:
+    """A word for each class.
+
+    Attributes:
+        words: the words, in the order of the classes.
+        tokens: the token of each word; empty without a tokenizer.
+        multi: whether words may have several tokens.
+    """
+
+    words: Sequence[str]
+    tokens: Sequence[str]
+    multi: bool
+
+
+def draft_run(
+    folder: Path, data: Path, text: str | None, label: str | None, model: Path | None
+) -> str:
+    """Draft a run file for private tuning on a table of labeled texts.
+
+    Args:
+        folder: folder of the run file.
+        data: the table: a CSV, TSV, JSONL or Parquet file.
+        text: column of the texts.
+        label: column of the labels.
+        model: the student, or any other model to tune on; None to name it later.
+
+    Returns:
+        The text of the run file.
+
+    Raises:
+        InputError: a column is not given or does not exist, the labels cannot be used, there are
+            too few rows, or the model cannot be used.
+    """
+    table = read_table(data, "--data")
+    columns = _columns(table, data, text, label)
+    labels = _labels(table, columns.label)
+    if len(table) < _FEWEST_ROWS:
+        raise InputError(
+            f"--data: {data.name} has fewer than {_FEWEST_ROWS} rows", "a private run needs more"
+        )
+    known = None if model is None else _read_model(model)
+    words = _label_words(labels, known)
+    template = "{text}\n" + _question(columns.label)
+    if known is not None and known.facts.masked:
+        template += " {mask}"
+    declared = _round_up(_TRAIN_SHARE * len(table))
+    return _FORMAT.format(
+        name=_name(data),
+        inputs=_inputs(folder, known),
+        path=_quoted(os.path.relpath(data.resolve(), folder.resolve())),
+        text=_quoted(f"{{{columns.text}}}"),
+        label=_quoted(columns.label),
+        labels=_label_lines(labels, words),
+        multi=_MULTI if words.multi else "",
+        template=_quoted(template),
+        max_length=_max_length(known),
+        num_virtual_tokens=_NUM_VIRTUAL_TOKENS,
+        init_text=_quoted(_init_text(labels, words)),
+        share=_TRAIN_SHARE,
+        declared=declared,
+        delta=declared**-1.1,
+        batch_size=min(64, declared // 10),
+    )
+
+
+_MULTI = """\
+  # Words of several tokens are allowed: the first token of each counts.
+  allow_multi_token: true
+"""
+
+
+def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | None) -> Columns:
+    """Return the columns that are given, or refuse with a guess of those that are missing."""
+    names = [str(name) for name in table.columns]
+    listed = ", ".join(names)
+    if text is None or label is None:
+        guess = _guess(table)
+        raise InputError(
+            f"{data.name} has the columns {listed}",
+            f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
+        )
+    for option, column in (("--text", text), ("--label", label)):
+        if column not in names:
+            raise InputError(
+                f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
+            )
+    if _UNUSABLE & set(text):
+        raise InputError(
+            f"--text: the name of column '{text}' has one of {' '.join(sorted(_UNUSABLE))}",
+            "rename the column",
+        )
+    return Columns(text, label)
+
+
+def _guess(table: pd.DataFrame) -> Columns:
+    """Guess the columns: the longest values are texts, and the fewest different ones labels."""
+    lengths = {str(name): table[name].map(str).map(len).mean() for name in table.columns}
+    text = max(lengths, key=lambda name: lengths[name])
+    others = [name for name in lengths if name != text] or [text]
+    different = {name: table[name].map(str).nunique() for name in others}
+    # A column with one value tells no classes apart.
+    label = min(different, key=lambda name: (different[name] < 2, different[name]))
+    return Columns(text, label)
+
+
+def _labels(table: pd.DataFrame, column: str) -> list[str]:
+    """Return the values of the label column, in a fixed order.
+
+    Raises:
+        InputError: a value is missing or cannot be a label, or there are too few or too many.
+    """
+    values = table[column]
+    if values.isna().any() or (values.map(str).map(str.strip) == "").any():
+        raise InputError(
+            f"--label: a row has no value in column '{column}'", "fill it in, or remove the row"
+        )
+    labels = sorted(set(values.map(str)))
+    if not 2 <= len(labels) <= _MOST_CLASSES:
+        raise InputError(
+            f"--label: column '{column}' has {len(labels)} different values, and a task has 2 to "
+            f"{_MOST_CLASSES} classes",
+            "is it the column of the labels?",
+        )
+    if not all(map(is_label_name, labels)):
+        raise InputError(
+            f"--label: a value of column '{column}' is too long or not printable",
+            "a label is at most 100 printable characters",
+        )
+    return labels
+
+
+def _read_model(folder: Path) -> _Model:
+    if not folder.is_dir():
+        raise InputError(
+            f"--model: {folder} is not a folder",
+            "download a hub model first: hf download ORG/NAME --local-dir DIR",
+        )
+    load_config(folder)
+    return _Model(folder, read_facts(folder), load_tokenizer(folder))
+
+
+def _label_words(labels: Sequence[str], model: _Model | None) -> _LabelWords:
+    """Propose a word for each class: the label itself, or a letter if two labels begin alike."""
+    lower = [label.strip().lower() for label in labels]
+    written = [label.strip() for label in labels]
+    letters = [_letters(number) for number in range(len(labels))]
+    if model is None:
+        proposed = lower if len(set(lower)) == len(lower) else written
+        return _LabelWords(proposed, (), multi=True)
+    # A single token is best, and a word that says something is better than a letter.
+    for words, multi in ((lower, False), (written, False), (lower, True), (written, True)):
+        found = _bound(words, model, multi=multi)
+        if found is not None:
+            return found
+    return _bound(letters, model, multi=True) or _LabelWords(letters, (), multi=True)
+
+
+def _bound(words: Sequence[str], model: _Model, *, multi: bool) -> _LabelWords | None:
+    """Bind words to the tokenizer. Return None if they cannot be told apart by their tokens."""
+    classes = tuple((word,) for word in words)
+    try:
+        verbalizer = Verbalizer(classes, model.tokenizer, allow_multi_token=multi)
+    except InputError:
+        return None
+    tokens = [str(model.tokenizer.convert_ids_to_tokens(ids[0])) for ids in verbalizer.token_ids]
+    return _LabelWords(words, tokens, multi)
+
+
+def _letters(number: int) -> str:
+    """Return A, B, ..., Z, and then AA, BB and so on."""
+    return chr(ord("A") + number % 26) * (1 + number // 26)
+
+
+def _question(column: str) -> str:
+    """Return the end of the template, which the label word follows."""
+    word = column.replace("_", " ").strip()
+    if word.lower() in _SAYS_NOTHING or not word.replace(" ", "").isalnum():
+        return "Answer:"
+    return f"{word[0].upper()}{word[1:]}:"
+
+
+def _init_text(labels: Sequence[str], words: _LabelWords) -> str:
+    """Return the sentence from which an unnamed start would be made too."""
+    classes = {label: (word,) for label, word in zip(labels, words.words, strict=True)}
+    section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
+    return PromptTask.of_section(section, None).init_text
+
+
+def _label_lines(labels: Sequence[str], words: _LabelWords) -> str:
+    lines = []
+    for number, (label, word) in enumerate(zip(labels, words.words, strict=True)):
+        line = f"    {_quoted(label)}: [{_quoted(word)}]"
+        if words.tokens:
+            token = words.tokens[number]
+            # A tokenizer is free in what its tokens hold, and a comment ends with its line.
+            shown = token if token.isprintable() else ascii(token)
+            line = f"{line:<36} # token {shown}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _inputs(folder: Path, model: _Model | None) -> str:
+    if model is None:
+        return (
+            "# Name the student here when you have it, then check the label words again:\n"
+            "# inputs: {student: received/student}"
+        )
+    place = os.path.relpath(model.folder.resolve(), folder.resolve())
+    return f"inputs:\n  student: {_quoted(place)}   # the model that the prompt is tuned on"
+
+
+def _max_length(model: _Model | None) -> int:
+    """Return the default length, or what the context of the model leaves beside the prompt."""
+    # It is no function of the texts, because it becomes part of the prompt.
+    if model is None:
+        return _MAX_LENGTH
+    # Private tuning of a masked model keeps one position for padding.
+    room = model.facts.context_length - _NUM_VIRTUAL_TOKENS - 1
+    return int(min(_MAX_LENGTH, room))
+
+
+def _round_up(number: float) -> int:
+    """Round up to one significant digit."""
+    unit = 10 ** (len(str(int(number))) - 1)
+    return int(-(-number // unit) * unit)
+
+
+def _name(data: Path) -> str:
+    """Return the name of the file as the name of a run: letters, digits, and . _ -."""
+    kept = [each if each.isascii() and each.isalnum() else "-" for each in data.stem]
+    return "".join(kept).strip("-")[:64] or "run"
+
+
+def _quoted(text: str) -> str:
+    """Return a text in double quotes, as YAML and JSON both read it."""
+    return json.dumps(text, ensure_ascii=False)

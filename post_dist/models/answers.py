@@ -1,0 +1,43 @@
+"""The answers of a model to examples: class scores or generated responses, behind a prompt or not.
+
+Shapes: N examples, C classes, R tokens of a response.
+"""
+
+import torch
+
+from post_dist.artifacts.prompt import PromptContents
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Encoded
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
+from post_dist.models.generation import generate_responses
+from post_dist.models.headed import headed_scores
+from post_dist.models.language_model import LanguageModel
+
+
+def answers_of(
+    model: LanguageModel,
+    examples: list[Encoded],
+    reader: TaskReader,
+    prompt: PromptContents | None,
+    run: InferenceRun,
+) -> torch.Tensor:
+    """Compute the answers of a model. All ranks call this function together.
+
+    Args:
+        model: the frozen model.
+        examples: the examples, encoded by `reader`.
+        reader: the task, bound to the model's tokenizer.
+        prompt: the soft prompt, perhaps with a head; None for no prompt.
+        run: batch size, ranks and label.
+
+    Returns:
+        Class scores [N, C] with the prompt's head, and without the class biases of its task; or the
+        tokens [N, R] of generated responses, padded with NO_TOKEN. They are on the CPU.
+    """
+    prompt_nd = None if prompt is None else prompt.embeddings.to(run.world.device)
+    if prompt is not None and prompt.head is not None:
+        return headed_scores(model, examples, reader, prompt_nd, prompt.head, run)
+    if reader.generates:
+        end_token = reader.tokenizer.eos_token_id
+        return generate_responses(model, examples, reader.template, prompt_nd, end_token, run)
+    return outputs_at_answers(model, examples, reader.template, prompt_nd, reader.scores, run)

@@ -1,0 +1,1 @@
+"""Use a finished prompt: predictions for new texts."""

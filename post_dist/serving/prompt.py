@@ -1,0 +1,78 @@
+"""A soft prompt that can be used: what `load_prompt` of the Python API returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from post_dist.admission.door import admit_prompt
+from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.config.precision import PrecisionChoice
+
+if TYPE_CHECKING:  # loads transformers, which a prompt without a model does not need
+    from post_dist.serving.predictor import Predictions, Predictor
+
+
+@dataclass(frozen=True)
+class Prompt(SoftPromptArtifact):
+    """A prompt that has passed all checks, with methods to use it on its model."""
+
+    @classmethod
+    def admitted(cls, folder: Path, keys: Sequence[str] = ()) -> "Prompt":
+        """Read a prompt from a folder that is not trusted.
+
+        Args:
+            folder: the prompt.
+            keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
+
+        Raises:
+            ArtifactRefused: a check failed.
+        """
+        return cls(**vars(admit_prompt(folder, keys=keys)))
+
+    def on_model(
+        self, model: str | Path, *, revision: str | None = None, precision: PrecisionChoice = "auto"
+    ) -> "Predictor":
+        """Load the model that the prompt was made for, for any number of predictions.
+
+        Args:
+            model: folder or hub name of the model.
+            revision: commit of a hub model, which must be given with a hub name.
+            precision: precision of the weights; `auto` is that of the stages on this device.
+
+        Raises:
+            ArtifactRefused: the prompt does not belong to this model, or the model is a student
+                that does not pass its checks.
+            InputError: the model cannot be loaded.
+            EnvironmentFault: the hub cannot be reached.
+        """
+        from post_dist.serving.predictor import load_predictor
+
+        return load_predictor(self, str(model), revision, precision)
+
+    def predict(
+        self,
+        texts: Sequence[str],
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        precision: PrecisionChoice = "auto",
+        batch_size: int = 32,
+    ) -> "Predictions":
+        """Predict the class of each text, or generate the response to it.
+
+        Args:
+            texts: the texts, without the template.
+            model: folder or hub name of the model that the prompt was made for.
+            revision: commit of a hub model, which must be given with a hub name.
+            precision: precision of the weights; `auto` is that of the stages on this device.
+            batch_size: number of texts in a forward pass.
+
+        Returns:
+            One prediction for each text, in their order.
+
+        Raises:
+            PostDistError: any error of `on_model`.
+        """
+        predictor = self.on_model(model, revision=revision, precision=precision)
+        return predictor.predict(texts, batch_size)

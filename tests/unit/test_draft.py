@@ -1,0 +1,130 @@
+"""`post-dist init --data`: a run file for the owner's own table, which `check` accepts."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+
+import post_dist
+from post_dist.artifacts.task import PromptTask
+
+ROOT = Path(__file__).resolve().parents[2]
+TOPICS = ("Good", "Bad", "News & 'more'")
+
+
+def write_table(path: Path, rows: int = 240, labels: tuple[str, ...] = TOPICS) -> Path:
+    texts = [text for text, _ in tiny.sentences(rows, 1)]
+    label = [labels[row % len(labels)] for row in range(rows)]
+    pd.DataFrame({"id": range(rows), "body": texts, "topic_name": label}).to_csv(path, index=False)
+    return path
+
+
+def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
+    tmp_path: Path, main: Callable
+) -> None:
+    data = write_table(tmp_path / "my tickets.csv")
+    for family in ("llama", "roberta"):
+        model = tiny.write_model(tmp_path / family, family)
+        work = tmp_path / f"work {family}" / "deep"
+        options = (f"--data={data}", "--text=body", "--label=topic_name", f"--model={model}")
+        code, out, err = main("init", work, *options)
+        assert code == 0, err
+        run = work / "run.yaml"
+        assert out.splitlines()[1:] == [
+            f"post-dist check {run}   lists what does not fit, and epsilon",
+            f"post-dist tune {run}    tunes the prompt",
+        ]
+        code, out, err = main("check", run)
+        assert code == 0, out + err
+        assert "no conflicts: tune, evaluate" in out
+        assert "epsilon 7.9" in out
+        config = post_dist.load_run(run)
+        task = config.private_task
+        assert set(task.labels) == set(TOPICS)
+        assert task.max_length == {"llama": 117, "roberta": 118}[family]
+        assert config.privacy.declared_examples == 200
+        template = {"llama": "{text}\nTopic name:", "roberta": "{text}\nTopic name: {mask}"}
+        assert task.template == template[family]
+        # What the file says of each word is what the tokenizer does.
+        for line in run.read_text().splitlines():
+            if "# token " in line:
+                token = line.split("# token ")[1]
+                assert token in out, line
+        assert config.tune.init_text == PromptTask.of_section(task, None).init_text
+
+
+def test_the_first_lines_of_the_page_work_as_they_stand(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/data.md").read_text()
+    (block,) = re.findall(r"\A# .*\n\n((?:    .*\n)+)", page)
+    monkeypatch.chdir(tmp_path)
+    table = pd.read_csv(write_table(tmp_path / "t.csv", labels=("good", "bad")))
+    table.rename(columns={"topic_name": "topic"}).to_csv("tickets.csv", index=False)
+    tiny.write_model(tmp_path / "DIR", "llama")
+    commands = block.split("\n")[:-1]
+    assert [command.split()[1] for command in commands] == ["init", "check", "tune", "evaluate"]
+    for command in commands:
+        code, out, err = main(*command.split()[1:])
+        assert code == 0, err
+    assert "student + prompt" in out
+
+
+def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:
+    data = write_table(tmp_path / "t.csv", labels=("0", "1"))
+    work = tmp_path / "work"
+    code, _, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
+    assert code == 0, err
+    code, out, err = main("check", work / "run.yaml")
+    assert code == 0, out + err
+    assert main("init", work, f"--data={data}", "--text=body", "--label=topic_name")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            (),
+            "t.csv has the columns id, body, topic_name\n  name two of them, perhaps --text 'body'",
+        ),
+        (("--text=body",), "--label 'topic_name'"),
+        (("--text=none", "--label=topic_name"), "has no column 'none'\n  columns: id, body"),
+        (("--text=body", "--label=id"), "has 240 different values, and a task has 2 to 50"),
+        (("--text=body", "--label=topic_name", "--model=org/name"), "hf download"),
+        (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
+        (("--text=body", "--label=topic_name", "--data={gap}"), "a row has no value in column"),
+        (("--data={none}",), "No such file"),
+    ],
+)
+def test_wrong_input_leaves_nothing(
+    tmp_path: Path, main: Callable, options: tuple[str, ...], message: str
+) -> None:
+    tables = {
+        "few": write_table(tmp_path / "few.csv", rows=90),
+        "gap": write_table(tmp_path / "gap.csv", labels=("secret", " ")),
+        "none": tmp_path / "none.csv",
+    }
+    data = write_table(tmp_path / "t.csv")
+    given = [option.format(**tables) for option in options]
+    code, out, err = main("init", tmp_path / "work", f"--data={data}", *given)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "secret" not in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_options_of_a_table_need_one(tmp_path: Path, main: Callable) -> None:
+    code, _, err = main("init", tmp_path / "work", "--text=body")
+    assert code == 2
+    assert "give it with --data" in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_no_default_speaks_of_sentiment(tmp_path: Path) -> None:
+    config = post_dist.load_run(tiny.write_run(tmp_path))
+    assert config.tune.init_text is None
+    task = PromptTask.of_section(config.private_task, config.tune.init_text)
+    assert task.init_text == "Predict if this text is bad or good"

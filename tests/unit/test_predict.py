@@ -1,0 +1,203 @@
+"""Predictions with a prompt on its model: inputs, formats, refusals, and what never is printed."""
+
+import csv
+import io
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+import post_dist
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.task import PromptTask
+from post_dist.errors import InputError
+from post_dist.files import fingerprint
+from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = PromptTask(
+    "Review: {text} It was", (("bad",), ("good",)), 48, False, "good", label_names=("no", "yes")
+)
+TEXTS = ["the film is lovely", "", 'the plot, "it" is dull and\u2028long ' * 3, "secret 7"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers depend on the text."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    tiny.write_model(folder, "llama")
+    tiny.speak_up(folder)
+    return folder
+
+
+def write(
+    folder: Path, model: Path, task: PromptTask = TASK, head: LinearHead | None = None
+) -> Path:
+    """Write a prompt that was tuned on the model."""
+    torch.manual_seed(0)
+    contents = PromptContents(torch.randn(5, 32), task, None, head)
+    origin = Provenance(
+        model_name="model",
+        tokenizer=tokenizer_fingerprint(load_tokenizer(model)),
+        parents={"model": fingerprint(model)},
+        config={},
+    )
+    write_prompt(folder, contents, origin, lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def prompt(tmp_path: Path, model: Path) -> Path:
+    return write(tmp_path / "prompt", model)
+
+
+def test_every_input_and_format_gives_the_same_answers_in_order(
+    tmp_path: Path, model: Path, prompt: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = post_dist.load_prompt(prompt).predict(TEXTS, model, precision="fp32")
+    assert len({each.scores["no"] for each in predictions}) == len(TEXTS)
+    wanted = [(each.label, each.index, each.scores) for each in predictions]
+    for label, index, scores in wanted:
+        assert (label, list(scores)) == (("no", "yes")[index], ["no", "yes"])
+        assert sum(scores.values()) == pytest.approx(1)
+
+    table = pd.DataFrame({"body": TEXTS, "other": "x"})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    table.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    lines = "".join(f"{text}\n" for text in TEXTS)
+    (tmp_path / "t.txt").write_text(lines)
+    options = (f"--model={model}", "--precision=fp32")
+    answers = set()
+    for name in ("t.csv", "t.parquet", "t.jsonl", "t.txt", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        more = () if name in ("t.txt", "-") else ("--column=body",)
+        source = name if name == "-" else tmp_path / name
+        code, out, err = main("predict", prompt, source, *options, *more)
+        assert code == 0, err
+        answers.add(out)
+    (only,) = answers
+    found = [json.loads(line) for line in only.splitlines()]
+    assert [(each["label"], each["index"], each["scores"]) for each in found] == wanted
+
+    code, out, err = main("predict", prompt, tmp_path / "t.txt", *options, "--format=csv")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header == ["label", "index", "score no", "score yes"]
+    for (label, index, scores), row in zip(wanted, rows, strict=True):
+        assert row[:2] == [label, str(index)]
+        assert [float(cell) for cell in row[2:]] == list(scores.values())
+
+    # One text a batch gives the same, but for rounding.
+    alone = post_dist.load_prompt(prompt).predict(TEXTS, model, precision="fp32", batch_size=1)
+    for one, other in zip(alone, predictions, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+    assert post_dist.load_prompt(prompt).predict([], model) == []
+
+
+def test_the_page_s_commands_and_code_work(
+    tmp_path: Path,
+    model: Path,
+    prompt: Path,
+    main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    page = (ROOT / "docs/use.md").read_text()
+    page = page.replace("PROMPT", str(prompt)).replace("MODEL", str(model))
+    monkeypatch.chdir(tmp_path)
+    Path("texts.csv").write_text("body\na film\n")
+    Path("texts.txt").write_text("a film\n")
+    commands = re.findall(r"^    .*(post-dist predict [^|>\n]*)", page, re.MULTILINE)
+    for command in commands:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a film\n")))
+        code, out, err = main(*command.split()[1:])
+        assert code == 0, err
+        assert "yes" in out
+    assert len(commands) == 3
+    (code,) = re.findall(r"\n\n((?:    .*\n|\n)*?    .*predictor\.predict.*\n    .*\n)", page)
+    exec(textwrap.dedent(code), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:
+    for bias, label in ((50.0, "no"), (-50.0, "yes")):
+        task = replace(TASK, class_biases=(bias, 0.0))
+        folder = write(tmp_path / f"biased {bias}", model, task)
+        found = post_dist.load_prompt(folder).predict(TEXTS, model)
+        assert {each.label for each in found} == {label}
+        head = LinearHead.untrained(torch.randn(9, 32), 2)
+        head = head.with_values(head.weight, torch.tensor([bias, 0.0]))
+        folder = write(tmp_path / f"headed {bias}", model, head=head)
+        found = post_dist.load_prompt(folder).predict(TEXTS, model)
+        assert {each.label for each in found} == {label}
+
+
+def test_an_old_task_answers_with_its_label_words(tmp_path: Path, model: Path) -> None:
+    folder = write(tmp_path / "old", model, replace(TASK, label_names=()))
+    (found,) = post_dist.load_prompt(folder).predict(["a film"], model)
+    assert list(found.scores) == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "code", "message"),
+    [
+        ("t.csv", (), 2, "t.csv has no column 'text'\n  columns: body, label"),
+        ("none.csv", (), 2, "No such file"),
+        ("none.txt", (), 2, "No such file"),
+        ("t.doc", (), 2, "has no known file type"),
+        ("-", ("--column=body",), 2, "have no columns"),
+        ("t.jsonl", ("--column=body",), 2, "row 2 has no value in column 'body'"),
+        ("t.csv", ("--column=body", "--model=org/name"), 2, "or a hub name with its commit"),
+        ("t.csv", ("--column=body", "--model=./none"), 2, "is not a folder"),
+        ("t.csv", ("--column=body", "--precision=fp16"), 2, "fp16 does not run on a CPU"),
+        ("t.csv", ("--column=body", "--model={other}"), 4, "was tuned on another model"),
+    ],
+)
+def test_wrong_input_is_refused_and_no_text_is_quoted(  # noqa: PLR0913
+    tmp_path: Path,
+    model: Path,
+    prompt: Path,
+    main: Callable,
+    texts: str,
+    options: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "t.csv").write_text("body,label\nsecret,0\n")
+    (tmp_path / "t.jsonl").write_text('{"body": "secret"}\n{"body": null}\n')
+    (tmp_path / "t.doc").write_text("secret")
+    other = tmp_path / "other"
+    if any("{other}" in option for option in options):
+        tiny.write_model(other, "llama", seed=1)
+    given = [option.format(other=other) for option in options]
+    source = texts if texts == "-" else tmp_path / texts
+    found, out, err = main("predict", prompt, source, f"--model={model}", *given)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "secret" not in err
+
+
+def test_a_prompt_of_another_tokenizer_or_width_is_refused(tmp_path: Path, model: Path) -> None:
+    # The manifest is the sender's, so a true lineage does not replace the other checks.
+    other = tiny.write_model(tmp_path / "wide", "llama", width=48)
+    folder = write(tmp_path / "prompt", other)
+    with pytest.raises(post_dist.errors.ArtifactRefused, match="width 32, the model of width 48"):
+        post_dist.load_prompt(folder).predict(["a"], other)
+
+
+def test_labels_that_cannot_be_handed_on_are_found_in_the_run_file(tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path)
+    for label in ("x" * 101, "two\nlines"):
+        text = run.read_text().replace("{0: [bad]", f"{{{json.dumps(label)}: [bad]")
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError, match="at most 100 printable characters"):
+            post_dist.load_run(tmp_path / "bad.yaml")
