@@ -24,6 +24,8 @@ _RESPONSE_COLUMNS = {
     "ROUGE-1 %": "rouge_1",
     "ROUGE-L %": "rouge_l",
 }
+TF_IDF = "TF-IDF + logistic regression"
+_WITHOUT_PROMPT = ("zero-shot", "student", "majority class")
 _MARKDOWN = re.compile(r"[\\`*_|~\[\]#]")
 """Characters with a meaning in Markdown."""
 NOTE = (
@@ -74,6 +76,21 @@ def table_title(table: Mapping[str, Any]) -> str:
     return title
 
 
+def simpler_is_ahead(table: Mapping[str, Any]) -> str:
+    """Return a sentence if TF-IDF beats every row with a prompt; otherwise an empty text."""
+    field = measured_field(table)
+    simple = None
+    best = 0.0
+    for row in table["rows"]:
+        if row["name"] == TF_IDF:
+            simple = row[field]
+        elif row["name"] not in _WITHOUT_PROMPT:
+            best = max(best, row[field])
+    if simple is None or simple <= best:
+        return ""
+    return f"{TF_IDF} is ahead of every prompt, with {100 * simple:.1f}%."
+
+
 def table_columns(table: Mapping[str, Any]) -> list[str]:
     """Return the headings of the columns."""
     return list(_fields_by_column(table))
@@ -95,7 +112,8 @@ def terminal_table(table: Mapping[str, Any]) -> "Table":
     from rich.text import Text
 
     # A plain string would be read as markup, where brackets have a meaning.
-    drawn = Table(title=Text(plain(table_title(table))))
+    caption = simpler_is_ahead(table) or None
+    drawn = Table(title=Text(plain(table_title(table))), caption=caption)
     for column in table_columns(table):
         justify = "left" if column == "row" else "right"
         drawn.add_column(column, justify=justify, no_wrap=True)

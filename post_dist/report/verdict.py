@@ -7,10 +7,18 @@ from typing import Any
 
 from post_dist.report.charts import Reference, percent
 from post_dist.report.lineage import Made, number
-from post_dist.report.tables import has_classes, measured_field, table_title
+from post_dist.report.tables import (
+    TF_IDF,
+    has_classes,
+    measured_field,
+    simpler_is_ahead,
+    table_title,
+)
 
 ROW_NOTES = {
     "zero-shot": "large LLM, no prompt",
+    "majority class": "no model: the most frequent class",
+    TF_IDF: "no language model, fitted without privacy",
     "student": "student, no prompt",
     "student + prompt": "student, the owner's prompt",
     "direct transfer": "large LLM, the owner's prompt unchanged",
@@ -141,6 +149,9 @@ def _sentences(
         sentences.append("The two 95% intervals do not overlap.")
     else:
         sentences.append("The two 95% intervals overlap, so the difference may be chance.")
+    simpler = simpler_is_ahead(table)
+    if simpler:
+        sentences.append(simpler)
     student = rows.get("student + prompt")
     if student is not None and student is not prompted:
         reached = percent(student[measured_field(table)])

@@ -74,6 +74,17 @@ def test_the_verdict_names_the_change_epsilon_and_delta(tmp_path: Path) -> None:
     assert "<b>10×4096</b>prompt vectors" in page
 
 
+def test_a_classifier_without_a_model_that_is_ahead_is_named(tmp_path: Path) -> None:
+    rows = [table_row("student", 0.75), table_row("student + prompt", 0.76)]
+    for simple, said in ((0.755, False), (0.77, True)):
+        place = tmp_path / str(said)
+        place.mkdir()
+        table = write_table(place, *rows, table_row("TF-IDF + logistic regression", simple))
+        sentence = "TF-IDF + logistic regression is ahead of every prompt, with 77.0%."
+        assert (sentence in page_of(table)) == said
+        assert (sentence in table_text(read_table(table))) == said
+
+
 def test_a_prompt_without_privacy_is_called_so(tmp_path: Path) -> None:
     rows = [table_row("student", 0.75), table_row("student + prompt", 0.76)]
     page = page_of(write_table(tmp_path, *rows))
