@@ -9,6 +9,7 @@ from typing import Any
 from post_dist.artifacts.strict_json import read_object
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
+from post_dist.files import write_file
 from post_dist.report.lineage import Made, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
@@ -47,6 +48,10 @@ def write_report(evaluation: Path) -> Path:
 
     Returns:
         The path of the HTML page.
+
+    Raises:
+        InputError: the folder cannot be written to.
+        EnvironmentFault: the disk is full.
     """
     runs = evaluation.parent
     table = read_table(evaluation)
@@ -55,8 +60,10 @@ def write_report(evaluation: Path) -> Path:
     # The scores come from private data, and no epsilon covers them.
     with owner_only():
         html = _html(evaluation, table, made)
-        (runs / "report.md").write_text(_markdown(runs.name, table, made))
-        page.write_text(html)
+        markdown = _markdown(runs.name, table, made)
+        # New files take the place of old ones, which others may be able to read.
+        write_file(runs / "report.md", lambda path: path.write_text(markdown))
+        write_file(page, lambda path: path.write_text(html))
     return page
 
 

@@ -128,6 +128,7 @@ def test_a_long_log_gives_a_short_curve_and_skipped_steps_none(tmp_path: Path) -
 
 
 def test_the_page_is_for_its_owner_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.html").touch(0o644)
     page = write_report(write_table(tmp_path, ROW))
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (page, tmp_path / "report.md")]
     assert modes == [0o600, 0o600]
