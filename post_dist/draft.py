@@ -129,6 +129,7 @@ def draft_run(
         InputError: a column is not given or does not exist, the labels cannot be used, there are
             too few rows, or the model cannot be used.
     """
+    # Everything that can be wrong with the table is found before a model is read.
     table = read_table(data, "--data")
     columns = _columns(table, data, text, label)
     labels = _labels(table, columns.label)
@@ -138,9 +139,11 @@ def draft_run(
         )
     known = None if model is None else _read_model(model)
     words = _label_words(labels, known)
+    # The label word follows the template, which therefore ends by asking for it.
     template = "{text}\n" + _question(columns.label)
     if known is not None and known.facts.masked:
         template += " {mask}"
+    # Rounding hides the exact count, and rounding up keeps delta below one over that count.
     declared = _round_up(_TRAIN_SHARE * len(table))
     return _FORMAT.format(
         name=_name(data),
@@ -169,6 +172,7 @@ _MULTI = """\
 
 def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | None) -> Columns:
     """Return the columns that are given, or refuse with a guess of those that are missing."""
+    # A column without a name in the file may have a number for a name.
     names = [str(name) for name in table.columns]
     listed = ", ".join(names)
     if text is None or label is None:
@@ -182,6 +186,7 @@ def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | Non
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
+    # `text` of the run file is a format string, in which these characters mean something else.
     if _UNUSABLE & set(text):
         raise InputError(
             f"--text: the name of column '{text}' has one of {' '.join(sorted(_UNUSABLE))}",
@@ -233,6 +238,7 @@ def _read_model(folder: Path) -> _Model:
             f"--model: {folder} is not a folder",
             "download a hub model first: hf download ORG/NAME --local-dir DIR",
         )
+    # This refuses a folder without weights, which would only show when tuning starts.
     load_config(folder)
     return _Model(folder, read_facts(folder), load_tokenizer(folder))
 
@@ -271,6 +277,7 @@ def _letters(number: int) -> str:
 
 def _question(column: str) -> str:
     """Return the end of the template, which the label word follows."""
+    # The name of the column is the owner's own word for the labels.
     word = column.replace("_", " ").strip()
     if word.lower() in _SAYS_NOTHING or not word.replace(" ", "").isalnum():
         return "Answer:"
@@ -287,6 +294,7 @@ def _init_text(labels: Sequence[str], words: _LabelWords) -> str:
 def _label_lines(labels: Sequence[str], words: _LabelWords) -> str:
     lines = []
     for number, (label, word) in enumerate(zip(labels, words.words, strict=True)):
+        # Labels are quoted, because YAML would read 0 as a number and no as a word of its own.
         line = f"    {_quoted(label)}: [{_quoted(word)}]"
         if words.tokens:
             token = words.tokens[number]
@@ -303,6 +311,7 @@ def _inputs(folder: Path, model: _Model | None) -> str:
             "# Name the student here when you have it, then check the label words again:\n"
             "# inputs: {student: received/student}"
         )
+    # Paths are read from the folder of the run file, so the two may be moved together.
     place = os.path.relpath(model.folder.resolve(), folder.resolve())
     return f"inputs:\n  student: {_quoted(place)}   # the model that the prompt is tuned on"
 

@@ -37,6 +37,7 @@ def init(
             raise InputError("--text, --label and --model describe a table", "give it with --data")
         _write_demo(folder)
         return
+    # An edited run file is never overwritten.
     run = folder / _RUN_FILE
     if run.exists():
         raise InputError(f"{run} exists already", "give another folder")

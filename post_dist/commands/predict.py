@@ -55,6 +55,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
 ) -> None:
     """Predict the class of each text, or its response, with a prompt and its model."""
     listen()
+    # A prompt that is refused costs no time: its checks need no model.
     loaded = api.load_prompt(prompt)
     from post_dist.serving.texts import read_texts
 
@@ -67,6 +68,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
         precision=precision,
         batch_size=batch_size,
     )
+    # Lines are printed at the end, because texts of like length are computed together.
     if format_ is Format.csv:
         _print_csv(found, loaded.task.class_names)
     else:

@@ -34,6 +34,7 @@ def answers_of(
         Class scores [N, C] with the prompt's head, and without the class biases of its task; or the
         tokens [N, R] of generated responses, padded with NO_TOKEN. They are on the CPU.
     """
+    # A head adds its scores to those of the label words. It has no use for generated text.
     prompt_nd = None if prompt is None else prompt.embeddings.to(run.world.device)
     if prompt is not None and prompt.head is not None:
         return headed_scores(model, examples, reader, prompt_nd, prompt.head, run)

@@ -48,6 +48,7 @@ def exit_code_of(
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (fault := missing_package(error)):
             print(f"post-dist: {fault}", file=sys.stderr)
+            # A missing extra is no bug, so it needs no traceback.
             answer(fault.as_object())
             return fault.exit_code
         place = "".join(traceback.format_tb(error.__traceback__))

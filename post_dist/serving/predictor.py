@@ -146,6 +146,7 @@ def load_predictor(
             student = admit_student(folder, Path(place))
             _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
             return _load(prompt, student, engine, world)
+    # The digest of any other model is that of its files, as in the lineage of a tuned prompt.
     load_config(folder)
     _check_lineage(prompt, folder, fingerprint(folder))
     return _load(prompt, folder, engine, world)
@@ -177,6 +178,7 @@ def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> Non
 
 def _load(prompt: SoftPromptArtifact, folder: Path, engine: Engine, world: World) -> Predictor:
     """Load a model whose files have been checked, after its configuration and tokenizer."""
+    # Check before the weights are loaded, which may take minutes.
     facts = read_facts(folder)
     tokenizer = load_tokenizer(folder)
     check_belongs(prompt, facts, tokenizer, _MODEL)

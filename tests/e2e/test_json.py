@@ -27,6 +27,8 @@ FAILURES = {
     "report": ("{folder}/none",),
     "doctor": ("--bogus",),
     "check": (),
+    "ls": ("--bogus",),
+    "status": (),
     "verify": (),
 }
 

@@ -262,7 +262,8 @@ def test_two_parties_meet_through_artifacts_alone(tmp_path: Path, post_dist: Cal
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [row["name"] for row in rows] == ["student", "student + prompt"]
+    baselines = ["majority class", "TF-IDF + logistic regression"]
+    assert [row["name"] for row in rows] == ["student", *baselines, "student + prompt"]
 
     (tmp_path / "provider/private.csv").unlink()
     prompt = artifact(tmp_path / "owner", "tune")

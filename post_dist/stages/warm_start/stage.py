@@ -105,8 +105,10 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     if section is None:
         raise InputError("the run file lacks the section warm_start")
     public_task = config.need_task("public_task")
+    # Only rank 0 reads the file. The responses of a task that generates text are not needed.
     texts, _ = world.on_main(partial(load_public_texts, public_task, "public_task"))
     task = PromptTask.of_section(public_task, section.init_text)
+    # The teacher comes first, alone: the student is loaded when its memory is free again.
     wanted_NC = _wanted_scores(config, section, task, texts, models, world)
 
     precision = choose_precision(config.engine, world.device)
@@ -133,6 +135,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
         )
         hidden_Nd = student.hidden(start_nd, "initial prompt")
     prompt_nd = tuned_nd if useful else start_nd
+    # An owner may tune this head. Its statistics come from public text, so they cost no privacy.
     head = LinearHead.untrained(hidden_Nd, reader.num_classes)
     provenance = Provenance(
         model_name=models.student_name,
@@ -222,6 +225,7 @@ def _wanted_scores(
         reader.scores,
         _inference(world, "teacher"),
     )
+    # A large LLM often prefers one class on all texts. Known shares correct that without labels.
     shares = torch.tensor(section.class_shares or [1.0] * reader.num_classes)
     return scores_NC + share_matching_offsets(scores_NC, shares / shares.sum())
 
