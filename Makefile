@@ -34,7 +34,7 @@ faults: .venv/ready
 	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
 
-# Sends 100,000 different hostile prompts through the door. `test` sends a few hundred.
+# Sends 100,000 different hostile prompts and 2,000 students through the door, and swaps files 10,000 times. `test` sends a few hundred.
 fuzz: .venv/ready
 	$(FAULTS) tests/border/fuzz.py
 

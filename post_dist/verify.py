@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.door import check_prompt, check_student, refusing
+from post_dist.admission.door import check_prompt, check_student, printable, refusing
 from post_dist.admission.quarantine import Quarantined, quarantined
 from post_dist.artifacts.manifest import Manifest
 from post_dist.errors import ArtifactRefused
@@ -71,5 +71,5 @@ def _lineage_problems(manifest: Manifest) -> list[str]:
         problems.append(f"its lineage does not name the {name} that it came from")
     for name, digest in sorted(manifest.parents.items()):
         if not _SHA256.fullmatch(str(digest)):
-            problems.append(f"its lineage gives no sha256 for the {name}")
+            problems.append(f"its lineage gives no sha256 for the {printable(name)}")
     return problems

@@ -5,18 +5,24 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
-from post_dist.artifacts.manifest import SIGNATURE, ArtifactKind
+from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
 from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
 from post_dist.files import put_in_place
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
+_DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json"))
+"""The files of a student without its weights."""
+_LONGEST_MESSAGE = 500
 _COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
 """The path of a quarantined copy in a message."""
 
@@ -85,33 +91,37 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
         return admitted
 
 
+@contextmanager
+def described_student(folder: Path, keys: Sequence[str] = ()) -> Iterator[Path]:
+    """Copy what describes a student of another party, without its weights, and check it.
+
+    Args:
+        folder: the student, which is not trusted.
+        keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
+
+    Yields:
+        The copy: the manifest, the configuration and the tokenizer.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    with refusing(folder), quarantined(folder, keys=keys, only=_DESCRIPTION) as inside:
+        check_description(inside)
+        yield inside.folder
+
+
 def check_student(inside: Quarantined) -> None:
     """Check the files of a quarantined student, and rewrite its configuration.
 
     Raises:
         ArtifactRefused: a check failed.
     """
-    from post_dist.admission.student_config import rebuild_config
-    from post_dist.admission.tokenizer_files import rebuild_tokenizer_config, try_tokenizer
-    from post_dist.admission.weights import check_weights, meta_student
-    from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+    from post_dist.admission.weights import check_weights
+    from post_dist.models.load import load_whole
 
-    folder = inside.folder
-    if inside.manifest.kind != "student":
-        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise ArtifactRefused(f"the student lacks {name}")
-    rebuild_config(folder / "config.json")
-    rebuild_tokenizer_config(folder / "tokenizer_config.json")
-    described = meta_student(folder)
-    check_weights(folder, described)
-    embeddings = described.get_input_embeddings().get_parameter("weight")
-    try_tokenizer(folder / "tokenizer.json", len(embeddings))
-    if tokenizer_fingerprint(load_tokenizer(folder)) != inside.manifest.tokenizer:
-        raise ArtifactRefused("the tokenizer is not the one that the manifest names")
+    check_weights(inside.folder, check_description(inside))
     # Loading finds what the layout does not show, such as a family that ignores a weight.
-    model = load_whole(folder, "fp32", torch.device("cpu"))
+    model = load_whole(inside.folder, "fp32", torch.device("cpu"))
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise ArtifactRefused(f"{name} holds values that are not finite")
@@ -119,6 +129,69 @@ def check_student(inside: Quarantined) -> None:
     given_away = inside.manifest.config.get("given_away", {})
     if given_away and not _is_possible(given_away, size):
         raise ArtifactRefused(f"it has {size} parameters, and its manifest says otherwise")
+
+
+def _check_kind(inside: Quarantined) -> None:
+    if inside.manifest.kind != "student":
+        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
+    for name in sorted(_DESCRIPTION):
+        if not (inside.folder / name).exists():
+            raise ArtifactRefused(f"the student lacks {name}")
+
+
+def check_description(inside: Quarantined) -> "PreTrainedModel":
+    """Check what describes a quarantined student, and rewrite its configuration.
+
+    Returns:
+        The described model on the meta device.
+
+    Raises:
+        ArtifactRefused: a check failed.
+    """
+    from post_dist.admission.student_config import rebuild_config
+    from post_dist.admission.tokenizer_files import (
+        check_tokens,
+        rebuild_tokenizer_config,
+        try_tokenizer,
+    )
+    from post_dist.admission.weights import meta_student
+    from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+
+    folder = inside.folder
+    if inside.manifest.kind != "student":
+        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
+    for name in sorted(_DESCRIPTION):
+        if not (folder / name).exists():
+            raise ArtifactRefused(f"the student lacks {name}")
+    rebuild_config(folder / "config.json")
+    rebuild_tokenizer_config(folder / "tokenizer_config.json")
+    described = meta_student(folder)
+    vocabulary = len(described.get_input_embeddings().get_parameter("weight"))
+    try_tokenizer(folder / "tokenizer.json", vocabulary)
+    tokenizer = load_tokenizer(folder)
+    check_tokens(tokenizer, vocabulary)
+    if tokenizer_fingerprint(tokenizer) != inside.manifest.tokenizer:
+        raise ArtifactRefused("the tokenizer is not the one that the manifest names")
+    return described
+
+
+def refuse_unchecked(folder: Path, *, trusted: bool) -> None:
+    """Refuse a student without a manifest, unless the user says that it is a model of his own.
+
+    Args:
+        folder: the student.
+        trusted: `inputs.trust_model` of the run file.
+
+    Raises:
+        ArtifactRefused: it cannot be checked, and is not trusted.
+    """
+    if not trusted:
+        raise ArtifactRefused(
+            f"{folder} has no {FILE_NAME}, so it cannot be checked",
+            "get the student again; for a model of your own, give --trust-model or set "
+            "inputs.trust_model: true",
+        )
+    log.warning("%s has no %s: it is trusted, and not checked", folder, FILE_NAME)
 
 
 def _is_possible(given_away: Any, size: int) -> bool:
@@ -142,14 +215,14 @@ def refusing(folder: Path) -> Iterator[None]:
         raise
     except PostDistError as error:
         # The sender's folder is meant, and not its copy.
-        message = _COPY.sub("", str(error).splitlines()[0])
-        raise ArtifactRefused(f"{folder}: {_printable(message)}", error.hint) from None
+        message = _COPY.sub("", " ".join(error.args[0].split()))[:_LONGEST_MESSAGE]
+        raise ArtifactRefused(f"{folder}: {printable(message)}", printable(error.hint)) from None
     except Exception as error:
         raise ArtifactRefused(
             f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
         ) from None
 
 
-def _printable(text: str) -> str:
-    """Escape what a terminal would act on, or could not show."""
+def printable(text: str) -> str:
+    """Escape what a terminal would act on, or could not show: control characters, line breaks."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -102,7 +102,11 @@ class Quarantined:
 
 @contextmanager
 def quarantined(
-    folder: Path, parent: Path | None = None, *, keys: Sequence[str] = ()
+    folder: Path,
+    parent: Path | None = None,
+    *,
+    keys: Sequence[str] = (),
+    only: frozenset[str] | None = None,
 ) -> Iterator[Quarantined]:
     """Copy an artifact, and delete the copy afterwards.
 
@@ -110,6 +114,7 @@ def quarantined(
         folder: the artifact, which is not trusted.
         parent: where to make the copy; None for the folder of temporary files.
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
+        only: names of the files to copy and to check, besides the manifest; None for all.
 
     Raises:
         ArtifactRefused: the folder holds anything but the files of one artifact, each of them
@@ -118,12 +123,14 @@ def quarantined(
     """
     copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
-        yield _copy(folder, copy, keys)
+        yield _copy(folder, copy, keys, only)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def _copy(folder: Path, copy: Path, keys: Sequence[str]) -> Quarantined:
+def _copy(
+    folder: Path, copy: Path, keys: Sequence[str], only: frozenset[str] | None
+) -> Quarantined:
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -138,7 +145,15 @@ def _copy(folder: Path, copy: Path, keys: Sequence[str]) -> Quarantined:
         # Nothing that a stranger has sent is parsed if keys are given.
         signature = check_signature(copy, keys)
         manifest = parse_manifest(copy / FILE_NAME)
-        _copy_listed(root, names - {FILE_NAME, SIGNATURE}, manifest, copy)
+        present = names - {FILE_NAME, SIGNATURE}
+        listed = manifest.files
+        if only is not None:
+            present &= only
+            listed = {name: digest for name, digest in listed.items() if name in only}
+        for name in sorted(present ^ set(listed)):
+            problem = "not in the manifest" if name in present else "missing"
+            raise ArtifactRefused(f"{_shown(name)} is {problem}")
+        _copy_listed(root, listed, manifest.kind, copy)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise EnvironmentFault(
@@ -161,16 +176,13 @@ def _names(root: int) -> set[str]:
     return names
 
 
-def _copy_listed(root: int, names: set[str], manifest: Manifest, copy: Path) -> None:
-    """Copy the files that the manifest lists, and no others."""
-    for name in sorted(names ^ set(manifest.files)):
-        problem = "not in the manifest" if name in names else "missing"
-        raise ArtifactRefused(f"{_shown(name)} is {problem}")
+def _copy_listed(root: int, listed: Mapping[str, str], kind: ArtifactKind, copy: Path) -> None:
+    """Copy files, and compare each with its digest."""
     # Small files come first, so that a hostile one costs no time.
-    rules = {name: _rule_of(name, manifest.kind) for name in names}
-    for name in sorted(names, key=lambda name: (rules[name].most_bytes, name)):
+    rules = {name: _rule_of(name, kind) for name in listed}
+    for name in sorted(listed, key=lambda name: (rules[name].most_bytes, name)):
         digest = _copy_file(root, name, rules[name], copy / name)
-        if digest != manifest.files[name]:
+        if digest != listed[name]:
             raise ArtifactRefused(
                 f"{name} is not the file that was written", "get the artifact again"
             )

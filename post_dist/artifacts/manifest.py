@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from post_dist.artifacts.strict_json import parse_object
 from post_dist.errors import ArtifactRefused
 from post_dist.extras import installed_versions
 from post_dist.files import digest_of, file_digest, file_digests, write_folder
@@ -135,14 +136,14 @@ def parse_manifest(path: Path) -> Manifest:
     """
     refused = ArtifactRefused(f"{path} cannot be read as a manifest")
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
+        manifest = Manifest(**parse_object(path.read_bytes()))
         # A dataclass does not check the types of its fields.
         has_known_kind = manifest.kind in get_args(ArtifactKind)
         texts = [manifest.tokenizer, *manifest.files.values(), *manifest.parents.values()]
         all_strings = all(isinstance(text, str) for text in texts)
         is_sound = has_known_kind and all_strings and isinstance(manifest.config, dict)
         is_sound = is_sound and type(manifest.schema_version) is int
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         raise refused from None
     if not is_sound:
         raise refused

@@ -3,7 +3,6 @@
 Shapes: n prompt tokens, d width, C classes.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.strict_json import parse_object
 from post_dist.artifacts.task import PromptTask
 from post_dist.artifacts.tensor_file import read_layout
-from post_dist.config.sources import is_label_name, placeholders
+from post_dist.config.sections import steers_terminal
+from post_dist.config.sources import has_places, is_label_name
 from post_dist.errors import ArtifactRefused
 
 KEY = "prompt_embeddings"
@@ -132,7 +133,7 @@ def read_privacy(path: Path) -> dict[str, Any]:
             raise ValueError("epsilon is not a number")
         if epsilon is not None and not 0 <= float(epsilon) < math.inf:
             raise ValueError("epsilon is out of range")
-        return dict(fields)
+        return fields
     except _JSON_ERRORS:
         raise ArtifactRefused(f"{path} is not a privacy statement") from None
 
@@ -161,8 +162,9 @@ def _words(words: Any) -> tuple[str, ...]:
     """Return the label words of a class. A text in their place would be read as its letters."""
     if not isinstance(words, list) or not words:
         raise ValueError("not a list of words")
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError("not a word")
+    for word in words:
+        if not isinstance(word, str) or not word.strip() or steers_terminal(word):
+            raise ValueError("not a word")
     return tuple(words)
 
 
@@ -179,12 +181,12 @@ def _has_sound_texts(task: PromptTask) -> bool:
     """Return whether template, initial text and length have the right type and are usable."""
     if not isinstance(task.template, str) or not isinstance(task.init_text, str):
         return False
-    names = placeholders(task.template)
-    has_places = names.count("text") == 1 and set(names) <= {"text", "mask"} and len(names) <= 2
     has_length = type(task.max_length) is int and 0 < task.max_length <= _LENGTH_LIMIT
+    texts = task.template + task.init_text
     # A lone surrogate could not be printed or tokenized.
-    (task.template + task.init_text).encode()
-    return has_places and has_length and task.init_text.strip() != ""
+    texts.encode()
+    is_plain = not steers_terminal(texts, lines=True)
+    return has_places(task.template) and has_length and is_plain and task.init_text.strip() != ""
 
 
 def _has_sound_answers(task: PromptTask) -> bool:
@@ -205,10 +207,10 @@ def _has_sound_answers(task: PromptTask) -> bool:
     return has_classes != generates and fits_classes and small_biases
 
 
-def _read_small_json(path: Path) -> Any:
+def _read_small_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _SMALL_FILE_BYTES:
         raise ValueError("too large")
-    return json.loads(path.read_text())
+    return parse_object(path.read_bytes())
 
 
 def _read_tensors(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Tensor]:

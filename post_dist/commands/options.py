@@ -47,12 +47,25 @@ ResumeOption = Annotated[
     Resume,
     typer.Option("--resume", help="auto: resume from the last checkpoint. never: start over."),
 ]
+TrustModel = Annotated[
+    bool,
+    typer.Option(
+        "--trust-model",
+        help="Use an inputs.student that has no post_dist.json and cannot be checked: your own.",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(
         "--json", help="Print one JSON object on standard output, and nothing else there."
     ),
 ]
+
+
+def with_trust(overrides: list[str] | None, trust_model: bool) -> list[str]:
+    """Return the overrides of a run file with that of `--trust-model`."""
+    trust = ["inputs.trust_model=true"] if trust_model else []
+    return [*(overrides or ()), *trust]
 
 
 def counts(option: str, text: str) -> list[int]:

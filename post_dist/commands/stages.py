@@ -12,7 +12,16 @@ from post_dist.api import (
     StudentResult,
     TransferResult,
 )
-from post_dist.commands.options import AsJson, Output, Overrides, Resume, ResumeOption, RunFile
+from post_dist.commands.options import (
+    AsJson,
+    Output,
+    Overrides,
+    Resume,
+    ResumeOption,
+    RunFile,
+    TrustModel,
+    with_trust,
+)
 from post_dist.commands.printing import print_json
 from post_dist.report.tables import print_wide, terminal_table
 from post_dist.runtime.ranks import leave_ranks, this_rank
@@ -26,10 +35,11 @@ def pipeline(
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Run the three stages and the evaluation. Finished stages are not run again."""
-    _run(api.pipeline, run, set_, output, resume, json_)
+    _run(api.pipeline, run, with_trust(set_, trust_model), output, resume, json_)
 
 
 def distill(
@@ -48,10 +58,11 @@ def warm_start(
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Provider: tune a public prompt on the student, for private tuning to start from."""
-    _run(api.warm_start, run, set_, output, resume, json_)
+    _run(api.warm_start, run, with_trust(set_, trust_model), output, resume, json_)
 
 
 def tune(
@@ -59,10 +70,11 @@ def tune(
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
-    _run(api.tune, run, set_, output, resume, json_)
+    _run(api.tune, run, with_trust(set_, trust_model), output, resume, json_)
 
 
 def transfer(
@@ -70,10 +82,11 @@ def transfer(
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Provider: transfer the soft prompt to the large LLM with public text alone."""
-    _run(api.transfer, run, set_, output, resume, json_)
+    _run(api.transfer, run, with_trust(set_, trust_model), output, resume, json_)
 
 
 def evaluate(
@@ -81,10 +94,11 @@ def evaluate(
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Compare zero-shot, the prompts and the baselines on one split."""
-    _run(api.evaluate, run, set_, output, resume, json_)
+    _run(api.evaluate, run, with_trust(set_, trust_model), output, resume, json_)
 
 
 def _run(

@@ -69,7 +69,11 @@ class Inputs(Section):
 
     student: FilePath | None = None
     """Folder of a distilled student, or of any other model. It may be a smaller model of the
-    teacher's family, or have another tokenizer."""
+    teacher's family, or have another tokenizer. A folder without `post_dist.json` is refused,
+    unless `trust_model` is true."""
+    trust_model: bool = False
+    """Use a `student` without `post_dist.json`. It is not checked, so it must be a model of your
+    own. The option `--trust-model` sets this field."""
     public_prompt: FilePath | None = None
     """Folder of a public prompt for the student, which `post-dist warm-start` made. Tuning starts
     from it."""

@@ -1,9 +1,12 @@
 """The base class of all sections of the run file, and common types of their fields."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def beside_run_file(path: Path, info: ValidationInfo) -> Path:
@@ -14,6 +17,19 @@ def beside_run_file(path: Path, info: ValidationInfo) -> Path:
     except RuntimeError as error:
         # The home folder's user does not exist, or symbolic links form a loop.
         raise ValueError(f"{path}: {error}") from None
+
+
+def steers_terminal(text: str, *, lines: bool = False) -> bool:
+    """Return whether a text holds characters that a terminal acts on when it shows them.
+
+    These are control characters, and those that turn the direction of writing.
+
+    Args:
+        text: the text.
+        lines: whether line breaks and tabs are allowed.
+    """
+    allowed = "\n\r\t" if lines else ""
+    return any(_STEERING.match(each) and each not in allowed for each in text)
 
 
 FilePath = Annotated[Path, AfterValidator(beside_run_file)]

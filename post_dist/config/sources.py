@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section
+from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section, steers_terminal
 from post_dist.config.yaml_files import read_yaml
 
 _NAMED_TASKS = Path(__file__).parent / "named_tasks.yaml"
@@ -155,10 +155,10 @@ class Task(DataSource):
     def _template_places(cls, template: str | None) -> str | None:
         if template is None:
             return None
-        # With a second {text}, it would be unclear which one to cut when the text is too long.
-        found = placeholders(template)
-        if found.count("text") != 1 or set(found) - {"text", "mask"} or found.count("mask") > 1:
+        if not has_places(template):
             raise ValueError("must hold {text} once, and besides it at most one {mask}")
+        if steers_terminal(template, lines=True):
+            raise ValueError("holds control characters, which the prompt's receiver would refuse")
         return template
 
     @model_validator(mode="after")
@@ -171,6 +171,8 @@ class Task(DataSource):
                     f"labels has the label {label[:20]!a}, and a label is at most "
                     f"{_MOST_LABEL_CHARACTERS} printable characters: it becomes part of the prompt"
                 )
+            if any(map(steers_terminal, words)):
+                raise ValueError(f"labels.{label} has a word with control characters")
         if self.response_column is not None and "{mask}" in (self.template or ""):
             raise ValueError("response_column is for causal models; {mask} is for masked ones")
         if self.user_column is not None and not self.is_private:
@@ -197,6 +199,21 @@ def placeholders(template: str) -> list[str]:
         raise ValueError(
             f"has braces that do not pair up ({error}); write {{{{ for a brace"
         ) from None
+
+
+def has_places(template: str) -> bool:
+    """Return whether a template holds {text} once, {mask} at most once, and no other braces.
+
+    With a second {text}, it would be unclear which one to cut when the text is too long. A place
+    with a format, such as {text:>9}, would not be filled in.
+
+    Raises:
+        ValueError: the braces do not pair up.
+    """
+    names = placeholders(template)
+    if names.count("text") != 1 or names.count("mask") > 1 or set(names) - {"text", "mask"}:
+        return False
+    return all(template.count(f"{{{name}}}") == names.count(name) for name in ("text", "mask"))
 
 
 @cache

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from post_dist.config.models import Student
-from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Section
+from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Section, steers_terminal
 
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
@@ -21,13 +21,15 @@ _HEAD_DEFAULTS = {
 """Settings of the training of a linear head on features of length 1."""
 
 
-def _not_blank(text: str) -> str:
+def _usable(text: str) -> str:
     if not text.strip():
         raise ValueError("is blank; the prompt starts from its words")
+    if steers_terminal(text, lines=True):
+        raise ValueError("holds control characters")
     return text
 
 
-InitText = Annotated[str, AfterValidator(_not_blank)]
+InitText = Annotated[str, AfterValidator(_usable)]
 
 
 class Distill(Section):

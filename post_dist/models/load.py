@@ -42,7 +42,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 """Files that are downloaded of a hub model: weights, configuration and tokenizer, no pickles."""
 
-_PROBES = (
+PROBES = (
     "Review: a film, it was great",
     "L'été 1998, naïve 東京",
     "  two  spaces\nand\ttabs",
@@ -140,7 +140,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: the folder does not hold a model.
     """
-    _check_is_folder(folder)
+    check_is_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no safetensors weights",
@@ -155,14 +155,19 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: there is no usable config.json.
     """
-    _check_is_folder(folder)
+    check_is_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
 
 
-def _check_is_folder(folder: Path) -> None:
+def check_is_folder(folder: Path) -> None:
+    """Check that a path is a folder.
+
+    Raises:
+        InputError: it is something else, or missing.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
 
@@ -196,7 +201,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
-        "probes": [tokenizer(probe).input_ids for probe in _PROBES],
+        "probes": [tokenizer(probe).input_ids for probe in PROBES],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

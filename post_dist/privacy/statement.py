@@ -50,6 +50,16 @@ _MOST_STEPS_OF_A_SEARCH = 10**6
 _MOST_EPSILON = 200.0
 _MOST_DELTA = 0.01
 
+_EPSILONS = ("epsilon_at_delta", "epsilon_for_groups")
+_COMPUTED = frozenset(
+    (
+        *("private", "epsilon", "steps_repeated", "neighbouring_relation", "sampling"),
+        *("accountant", "cross_checks", "true_positive_rate_at_1_percent_false", *_EPSILONS),
+        *("not_covered", "warnings"),
+    )
+)
+"""The fields of a statement, besides those of its plan."""
+
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
     """Return the contents of `privacy.json` for a finished run.
@@ -106,7 +116,7 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     problems = _word_problems(statement, plan)
     # A prompt with seeded noise must not claim an epsilon.
     if not plan.private:
-        if claim is not None:
+        if claim is not None or any(statement.get(name) for name in _EPSILONS):
             problems.append("its noise came from a seed, yet it claims an epsilon")
         return problems
     if claim is None:
@@ -128,6 +138,9 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
 def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
     """Describe the words of a statement that do not follow from its plan."""
     problems = []
+    # Whoever passes the statement on would repeat a claim in other words.
+    if set(statement) - {field.name for field in fields(PrivacyPlan)} - _COMPUTED:
+        problems.append("it holds fields that post_dist does not write")
     # Version 0.1.0 gave no warnings.
     if statement.get("warnings", []) != plan.warnings():
         problems.append("its `warnings` are not those of its plan")
@@ -162,7 +175,10 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
     """
     problems = []
     for name, number in computed.items():
-        for label, claimed, least in _pairs(name, statement.get(name), number):
+        claims = statement.get(name)
+        if isinstance(number, dict) and isinstance(claims, dict) and set(claims) - set(number):
+            problems.append(f"its `{name}` holds more than post_dist computes")
+        for label, claimed, least in _pairs(name, claims, number):
             if isinstance(least, str):
                 if claimed != least:
                     problems.append(f"its {label} is not {least!r}")

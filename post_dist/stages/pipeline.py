@@ -12,20 +12,29 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from post_dist.admission.door import admit_prompt, admit_student
+from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked, refusing
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest, read_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
-from post_dist.config.schema import RunConfig, Stage
+from post_dist.config.schema import Inputs, RunConfig, Stage
 from post_dist.config.sources import DataSource
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import fingerprint
-from post_dist.models.load import is_masked, load_config, load_tokenizer, model_folder, model_name
+from post_dist.models.embedding_table import largest_embedding_norm
+from post_dist.models.load import (
+    check_is_folder,
+    is_masked,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_name,
+)
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.private_process import owner_only
@@ -38,7 +47,11 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
+from post_dist.stages.prompt_origin import check_norms
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
+
+if TYPE_CHECKING:
+    from post_dist.stages.transfer.stage import DescribedModels
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +91,7 @@ class Pipeline:
         self._world = world
         self._may_run = may_run
         self._resume = resume
+        self._largest_norms: dict[Path, float] = {}
 
     def distill(self) -> RunFolder:
         """Find or make the student.
@@ -138,13 +152,17 @@ class Pipeline:
         """
         sources = []
         refused = []
+        several = len(self._source_prompts) > 1
         for folder in self._source_prompts:
             # One owner's prompt must not stop those of the others.
             try:
-                sources.append(self._source(folder))
+                source = self._source(folder)
+                if several:
+                    self._refuse_alone(folder, source)
+                sources.append(source)
             except ArtifactRefused as error:
                 refused.append(error)
-        if len(refused) == 1 and not sources:
+        if refused and not several:
             raise refused[0]
         folders = self._transfer([(self._config, source) for source in sources])
         if refused:
@@ -258,7 +276,7 @@ class Pipeline:
                 artifact = prompt.plan.folder
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
-            found[prompt.variant.label][prompt.row] = self._prompt(artifact)
+            found[prompt.variant.label][prompt.row] = self._prompt(artifact, self.teacher)
         return [
             PromptSet(variant.label, self._source(variant.source), found[variant.label])
             for variant in variants
@@ -269,7 +287,11 @@ class Pipeline:
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
         student = TunedModel(
-            self.student, self.student_digest, self._student_name, self.public_prompt
+            self.student,
+            self.student_digest,
+            self._student_name,
+            self.public_prompt,
+            self._trusts_student,
         )
         return self._tune(config, student, label="")
 
@@ -299,6 +321,18 @@ class Pipeline:
                 tune(folder, private_task, model, self._world, self._resume)
         return folder
 
+    def _refuse_alone(self, folder: Path, source: SoftPromptArtifact) -> None:
+        """Refuse one of several prompts if it does not suit the models.
+
+        Raises:
+            ArtifactRefused: it would stop the transfer of the others.
+        """
+        from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer
+
+        request = TransferRequest(self._transfer_folder(self._config, source), source)
+        with refusing(folder):
+            refuse_transfer([request], self._described_models, self._world)
+
     def _transfer(self, wanted: Sequence[tuple[RunConfig, SoftPromptArtifact]]) -> list[RunFolder]:
         """Find or make transferred prompts.
 
@@ -314,26 +348,42 @@ class Pipeline:
             return []
         from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer, transfer
 
-        self._config.need("transfer")
-        inputs = {
-            "teacher": self.teacher_digest,
-            "student": self.student_digest,
-            "public_task": self.data_digest("public_task"),
-        }
         requests = []
         for config, source in wanted:
-            digests = inputs | {"source prompt": source.manifest.digest}
-            requests.append(TransferRequest(run_folder(config, "transfer", digests), source))
+            requests.append(TransferRequest(self._transfer_folder(config, source), source))
 
         # Two rows of a table may need the same prompt. It is trained once.
         by_folder = {request.folder.path: request for request in requests}
         unfinished = self._unfinished([request.folder for request in by_folder.values()])
         if unfinished:
             missing = [by_folder[folder.path] for folder in unfinished]
-            refuse_transfer(missing, self.teacher, self.student, self._world)
+            refuse_transfer(missing, self._described_models, self._world)
             with self.running(unfinished):
                 transfer(missing, self.teacher, self.student, self._world, self._resume)
         return [request.folder for request in requests]
+
+    def _transfer_folder(self, config: RunConfig, source: SoftPromptArtifact) -> RunFolder:
+        """Return the folder for the transfer of a prompt."""
+        self._config.need("transfer")
+        inputs = {
+            "teacher": self.teacher_digest,
+            "student": self.student_digest,
+            "public_task": self._public_digest,
+            "source prompt": source.manifest.digest,
+        }
+        return run_folder(config, "transfer", inputs)
+
+    @cached_property
+    def _described_models(self) -> "DescribedModels":
+        """Student and target of a transfer, without their weights."""
+        from post_dist.stages.transfer.stage import describe_models
+
+        return describe_models(self.teacher, self.student)
+
+    @cached_property
+    def _public_digest(self) -> str:
+        """Digest of the public text of a transfer."""
+        return self.data_digest("public_task")
 
     # Inputs of the stages, each with a digest for the signatures.
 
@@ -356,7 +406,8 @@ class Pipeline:
     @cached_property
     def teacher_digest(self) -> str:
         """Digest of the large LLM's files."""
-        return self._world.on_main(partial(fingerprint, self.teacher))
+        with unwatched("hashing the teacher"):  # a disk may take minutes for hundreds of GB
+            return self._world.on_main(partial(fingerprint, self.teacher))
 
     @cached_property
     def student(self) -> Path:
@@ -364,18 +415,22 @@ class Pipeline:
         given = self._config.inputs.student
         if given is None:
             return self.distill().artifact
-        # A run file may name any model as its student, such as a smaller one of the teacher's
-        # family. Without a manifest it is a model of one's own. With trusted keys it is refused,
-        # because a sender might leave the manifest out.
+        # A run file may name any model of one's own as its student, such as a smaller one of the
+        # teacher's family.
+        if self._trusts_student:
+            return given
         keys = self._config.inputs.trusted_keys
-        if keys or (given / FILE_NAME).exists():
-            return self._world.on_main(partial(admit_student, given, self._admitted, keys))
-        return given
+        return self._world.on_main(partial(admit_student, given, self._admitted, keys))
 
     @property
     def _student_name(self) -> str:
         """Name of the student for others to read, not that of an admitted copy."""
         return model_name(self._config.inputs.student or self.student)
+
+    @cached_property
+    def _trusts_student(self) -> bool:
+        """Whether the given student has no manifest, and is used without a check."""
+        return self._world.on_main(partial(_is_trusted, self._config.inputs))
 
     @cached_property
     def student_digest(self) -> str:
@@ -387,7 +442,7 @@ class Pipeline:
     def public_prompt(self) -> SoftPromptArtifact | None:
         """The public prompt that tuning starts from: given, or made; None to start from text."""
         folder = self.public_prompt_folder
-        return None if folder is None else self._prompt(folder, PUBLIC_PROMPT)
+        return None if folder is None else self._prompt(folder, self.student, PUBLIC_PROMPT)
 
     @cached_property
     def public_prompt_folder(self) -> Path | None:
@@ -410,8 +465,10 @@ class Pipeline:
         """The folder for admitted students."""
         return self._config.output / self._config.name / "admitted"
 
-    def _prompt(self, folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
-        """Read a prompt. One of `inputs` comes from another party."""
+    def _prompt(
+        self, folder: Path, model: Path, kind: ArtifactKind = "soft prompt"
+    ) -> SoftPromptArtifact:
+        """Read a prompt for a model. One of `inputs` comes from another party."""
         inputs = self._config.inputs
         given = [inputs.public_prompt, inputs.target_prompt]
         if isinstance(inputs.source_prompt, tuple):
@@ -419,8 +476,18 @@ class Pipeline:
         else:
             given.append(inputs.source_prompt)
         if folder in given:
-            return admit_prompt(folder, kind, inputs.trusted_keys)
+            prompt = admit_prompt(folder, kind, inputs.trusted_keys)
+            with refusing(folder):
+                check_norms(prompt, self._largest_norm(model))
+            return prompt
         return read_prompt(folder, kind)
+
+    def _largest_norm(self, model: Path) -> float:
+        """Return the largest norm of a model's embeddings. Each model is read once."""
+        if model not in self._largest_norms:
+            read = partial(largest_embedding_norm, model)
+            self._largest_norms[model] = self._world.on_main(read)
+        return self._largest_norms[model]
 
     def _source(self, folder: Path) -> SoftPromptArtifact:
         """Read a prompt that was tuned on the student.
@@ -428,9 +495,8 @@ class Pipeline:
         Raises:
             ArtifactRefused: it was tuned on another student, by its own lineage.
         """
-        prompt = self._prompt(folder)
-        has_lineage = (self.student / FILE_NAME).exists()
-        if has_lineage and prompt.manifest.parents.get("model") != self.student_digest:
+        prompt = self._prompt(folder, self.student)
+        if not self._trusts_student and prompt.manifest.parents.get("model") != self.student_digest:
             raise ArtifactRefused(
                 f"{folder} was tuned on another student than {self.student}",
                 "give the student that the owner of the prompt has got",
@@ -511,6 +577,24 @@ def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
         for row, prompt in prompt_set.on_target.items():
             digests[row + prompt_set.label] = prompt.manifest.digest
     return digests
+
+
+def _is_trusted(inputs: Inputs) -> bool:
+    """Return whether the given student has no manifest, and is used without a check.
+
+    Raises:
+        InputError: it is not a folder.
+        ArtifactRefused: it has no manifest, and the run file does not trust it.
+    """
+    student = inputs.student
+    if student is None:
+        return False
+    check_is_folder(student)
+    # A sender might leave the manifest out, and with it the signature.
+    if inputs.trusted_keys or (student / FILE_NAME).exists():
+        return False
+    refuse_unchecked(student, trusted=inputs.trust_model)
+    return True
 
 
 def _digest_of_student(folder: Path, *, given: bool) -> str:

@@ -7,6 +7,13 @@ from post_dist.errors import ArtifactRefused
 from post_dist.models.facts import ModelFacts
 from post_dist.models.load import tokenizer_fingerprint
 
+_MOST_EMBEDDINGS = 1000
+"""Largest norm of a prompt's vector, in norms of the largest embedding.
+
+The prompts of the demo have 0.5. Adam moves each value by its learning rate at most, so in 1,000
+steps of 0.1 a vector of width 576 moves by 2,400, which is 320 times the demo's largest embedding.
+"""
+
 
 def check_belongs(
     prompt: SoftPromptArtifact,
@@ -33,4 +40,22 @@ def check_belongs(
     if tokenizer_fingerprint(tokenizer) != prompt.manifest.tokenizer:
         raise ArtifactRefused(
             f"the tokenizer of {whose} is not the one that the prompt was tuned with"
+        )
+
+
+def check_norms(prompt: SoftPromptArtifact, largest_embedding: float) -> None:
+    """Check that a prompt's vectors are not far larger than the embeddings of its model.
+
+    Args:
+        prompt: the soft prompt.
+        largest_embedding: largest Euclidean norm of the model's input embeddings.
+
+    Raises:
+        ArtifactRefused: a vector is. It could make the model overflow, or say the same of any text.
+    """
+    largest = float(prompt.embeddings.norm(dim=1).max())
+    if largest > _MOST_EMBEDDINGS * largest_embedding:
+        raise ArtifactRefused(
+            f"it has a vector of norm {largest:.3g}, and the largest embedding of the model has "
+            f"{largest_embedding:.3g}"
         )

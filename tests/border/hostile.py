@@ -30,7 +30,8 @@ def edit_json(name: str, **fields: Any) -> Change:
     def change(folder: Path) -> None:
         path = folder / name
         content = json.loads(path.read_text()) | fields
-        kept = {key: value for key, value in content.items() if value is not None}
+        removed = {key for key, value in fields.items() if value is None}
+        kept = {key: value for key, value in content.items() if key not in removed}
         path.write_text(json.dumps(kept))
 
     return change

@@ -3,14 +3,13 @@
 import json
 import shutil
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from border.fuzz import fuzz
+from border.fuzz import fuzz, prompts, swap
 from border.hostile import (
     Change,
     edit_json,
@@ -77,6 +76,9 @@ REFUSED: dict[str, Change] = {
     "no text in the template": task(template="It was"),
     "two texts in the template": task(template="{text} {text}"),
     "a field of the template": task(template="{text.__class__}"),
+    "a template that formats the text": task(template="{text:>99999999}"),
+    "a template that converts the text": task(template="{text!r}"),
+    "a place in a place": task(template="{{text}} {text}"),
     "braces that do not pair up": task(template="{text"),
     "a template that is a list": task(template=["{text}"]),
     "a surrogate in the template": put_text(
@@ -85,6 +87,13 @@ REFUSED: dict[str, Change] = {
     "a word as letters": task(label_words=["bad", "good"]),
     "an empty class": task(label_words=[["bad"], []]),
     "an empty word": task(label_words=[["bad"], [" "]]),
+    "a word that turns the writing": task(label_words=[["bad"], ["\u202egood"]]),
+    "a word that colors the terminal": task(label_words=[["bad"], ["\x1b[31mgood"]]),
+    "a word on two lines": task(label_words=[["bad"], ["good\nok: True"]]),
+    "a template that colors the terminal": task(template="\x1b[31m{text}"),
+    "a key of the task twice": put_text(
+        "task.json", (HONEST / "task.json").read_text().replace("{", '{"max_length": 48,', 1)
+    ),
     "a number as a word": task(label_words=[["bad"], [7]]),
     "one class": task(label_words=[["bad"]]),
     "huge biases": task(class_biases=[9999.0, 0.0]),
@@ -125,6 +134,11 @@ REFUSED: dict[str, Change] = {
     "negative delta": privacy(delta=-1e-5),
     "no noise": privacy(noise_multiplier=0.0),
     "a statement that is a list": put_text("privacy.json", "[1]"),
+    "a claim in other words": privacy(certified="epsilon 0.001"),
+    "a claim for another delta": privacy(
+        epsilon_at_delta={"1e-06": 2.1, "1 / (100 declared_examples)": 1.2, "0": 0.01}
+    ),
+    "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
     "99 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in range(2, 101)}),
 }
 
@@ -154,9 +168,9 @@ def test_a_claim_is_checked_wherever_a_prompt_comes_in(tmp_path: Path, main: Any
     for stage in ("transfer", "evaluate"):
         given = f"--set=inputs.source_prompt={sent}"
         student = f"--set=inputs.student={tmp_path / 'teacher'}"
-        code, _, err = main(stage, run, given, student)
+        code, _, err = main(stage, run, given, student, "--trust-model")
         assert code == 4, err
-        assert "epsilon" in err
+        assert "it claims epsilon 0.0100, but its numbers give 0.4251" in err
 
 
 def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> None:
@@ -177,72 +191,34 @@ def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, ma
     run = tiny.write_run(tmp_path)
     student = f"--set=inputs.student={tmp_path / 'teacher'}"
     good = str(HONEST)
-    bad = str(hostile(tmp_path, task(template="{text")))
-    given = f"--set=inputs.source_prompt={json.dumps([bad, good])}"
-    code, _, err = main("transfer", run, given, student, "--set=transfer.steps=1")
+    changes = {
+        "braces": task(template="{text"),
+        "too long": task(max_length=5000),
+        "two tokens": task(label_words=[["bad"], ["unbelievable"]]),
+        "one word twice": task(label_words=[["bad"], ["bad"]]),
+    }
+    bad = [str(hostile(tmp_path / name, change)) for name, change in changes.items()]
+    given = f"--set=inputs.source_prompt={json.dumps([*bad, good])}"
+    code, _, err = main("transfer", run, given, student, "--trust-model", "--set=transfer.steps=1")
     assert code == 4, err
-    assert f"1 of 2 prompts were refused: {bad}" in err
+    assert "4 of 5 prompts were refused" in err
+    assert all(f"{folder}: " in err for folder in bad)
+    assert "do not fit into the context of the student" in err
+    assert "the label word 'unbelievable' is" in err
+    assert "share the token" in err
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     assert f"the others are transferred: {made}" in err
 
 
 def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> None:
-    """A sender swaps the weights all the time: what is admitted is what the manifest names."""
-    sent = hostile(tmp_path, lambda folder: None)
-    honest = (sent / WEIGHTS).read_bytes()
-    wanted = admit_prompt(sent).embeddings
-    other = honest[:-4] + struct.pack("<f", 0.5)
-    done = threading.Event()
-
-    def swap() -> None:
-        while not done.is_set():
-            for content in (other, honest):
-                (tmp_path / "next").write_bytes(content)
-                (tmp_path / "next").rename(sent / WEIGHTS)
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    outcomes = set()
-    try:
-        for _ in range(300):
-            try:
-                assert torch.equal(admit_prompt(sent).embeddings, wanted)
-                outcomes.add("admitted")
-            except ArtifactRefused:
-                outcomes.add("refused")
-    finally:
-        done.set()
-        thread.join()
-    assert outcomes == {"admitted", "refused"}
+    """A sender swaps the files all the time: what is admitted is what the manifest names."""
+    outcomes, replaced = swap(300, tmp_path)
+    assert set(outcomes) == {"admitted", "refused"}
+    assert replaced > 300
 
 
 def test_random_prompts_are_admitted_or_refused(tmp_path: Path) -> None:
-    made, outcomes = fuzz(300, seed=1, place=tmp_path)
-    assert made == sum(outcomes.values()) == 300
+    result = fuzz(prompts(tmp_path / "honest"), 300, seed=1, place=tmp_path)
+    assert result.different == result.outcomes.total() == 300
     # The changes reach behind the first check, and most of them are hostile.
-    assert 3 <= outcomes["admitted"] < 60
-
-
-@pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "privacy.json", WEIGHTS])
-def test_random_bytes_break_nothing(tmp_path: Path, name: str) -> None:
-    """Flip, cut or repeat bytes of a file: each time the prompt is admitted or refused."""
-    generator = torch.Generator().manual_seed(0)
-    content = (HONEST / name).read_bytes()
-
-    def number(most: int) -> int:
-        return int(torch.randint(most, (), generator=generator))
-
-    for trial in range(60):
-        damaged = bytearray(content)
-        for _ in range(1 + number(4)):
-            place = number(len(damaged))
-            kind = number(3)
-            if kind == 0:
-                damaged[place] = number(256)
-            elif kind == 1:
-                del damaged[place : place + 1 + number(8)]
-            else:
-                damaged[place:place] = damaged[place : place + number(40)]
-        sent = hostile(tmp_path / str(trial), put_text(name, bytes(damaged)))
-        result = verify(sent)
-        assert result["ok"] or result["problems"]
+    assert 3 <= result.outcomes["admitted"] < 60

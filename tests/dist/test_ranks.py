@@ -40,7 +40,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a run file whose student exists already."""
     folder = tmp_path_factory.mktemp("distilled")
     run = tiny.write_run(folder)
-    tiny.write_model(folder / "student", "llama", layers=2)
+    tiny.write_student(folder / "student")
     return run
 
 

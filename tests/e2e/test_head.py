@@ -16,7 +16,7 @@ from post_dist.data.tasks import load_examples
 WARM_START = """
 name: tiny
 teacher: {path: teacher}
-inputs: {student: student}
+inputs: {student: student, trust_model: true}
 private_task: &task
   name: toy
   visibility: private

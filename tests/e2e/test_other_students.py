@@ -39,6 +39,7 @@ def with_student(run: Path, student: str, *options: str) -> tuple[str, ...]:
     return (
         str(run),
         f"--set=inputs.student={run.parent / student}",
+        "--trust-model",
         f"--output={run.parent / student}-runs",
         "--json",
         *options,

@@ -134,7 +134,7 @@ def write_run(place: Path, rows: Rows) -> Path:
     run.write_text(
         """
 name: tiny
-inputs: {student: student}
+inputs: {student: student, trust_model: true}
 private_task:
   name: toy
   visibility: private

@@ -17,6 +17,8 @@ from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
 STAGES = ["distill", "tune", "transfer", "evaluate"]
 
+TRUST = "--set=inputs.trust_model=true"
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -163,6 +165,10 @@ def test_an_owner_checks_the_stages_that_are_hers(
 
     given = f"--set=inputs.student={tmp_path / 'teacher'}"
     code, report = checked(main, run, *owner, given)
+    assert code == 2
+    assert "has no post_dist.json, so it cannot be checked" in messages(report)[0]
+    owner.append(TRUST)
+    code, report = checked(main, run, *owner, given)
     assert code == 0, report
     assert report["label_words"]["student"]["1"] == {"good": "Ġgood"}
     code, report = checked(main, run, *owner, given, "--set=tune.num_virtual_tokens=90")
@@ -178,7 +184,7 @@ def test_a_provider_checks_prompts_that_came_from_owners(
     for number, (width, length) in enumerate([(32, 48), (16, 48), (32, 1000)]):
         write_source_prompt(tmp_path / f"prompt{number}", teacher, width, length)
     prompts = [str(tmp_path / f"prompt{number}") for number in range(4)]
-    options = ["--set=evaluate.baselines=[]", f"--set=inputs.student={teacher}"]
+    options = ["--set=evaluate.baselines=[]", f"--set=inputs.student={teacher}", TRUST]
     code, report = checked(main, run, *options, f"--set=inputs.source_prompt={prompts[0]}")
     assert code == 0, report
     assert report["stages"] == ["transfer"]
@@ -195,7 +201,7 @@ def test_settings_of_a_baseline_are_checked_before_the_run(
     run: Path, main: Callable, tmp_path: Path
 ) -> None:
     other = tiny.write_model(tmp_path / "other", "gpt2", vocabulary=500)
-    options = [f"--set=inputs.student={other}", "--set=transfer.scores=classes"]
+    options = [f"--set=inputs.student={other}", TRUST, "--set=transfer.scores=classes"]
     code, report = checked(main, run, *options)
     assert code == 2
     assert len(report["conflicts"]) == 1

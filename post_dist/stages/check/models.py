@@ -37,10 +37,13 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
     if not folder.is_dir():
         return CheckedModel(None, None)
     tokenizer = findings.attempt(stage, lambda: load_tokenizer(folder))
-    # Weights may be downloaded later, so their absence is no conflict.
-    if not any(folder.glob("*.safetensors")):
-        findings.not_checked.append(f"weights: there are no safetensors in {folder}")
     return CheckedModel(facts, tokenizer)
+
+
+def note_missing_weights(folder: Path, findings: Findings) -> None:
+    """Note that a model has no weights. They may be downloaded later, so it is no conflict."""
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        findings.not_checked.append(f"weights: there are no safetensors in {folder}")
 
 
 def same_tokenizer(one: CheckedModel, other: CheckedModel) -> bool:

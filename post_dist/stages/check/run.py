@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from post_dist.admission.door import admit_prompt
-from post_dist.artifacts.manifest import ArtifactKind
+from post_dist.admission.door import admit_prompt, described_student, refuse_unchecked
+from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
@@ -23,7 +23,12 @@ from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
-from post_dist.stages.check.models import CheckedModel, read_model, same_tokenizer
+from post_dist.stages.check.models import (
+    CheckedModel,
+    note_missing_weights,
+    read_model,
+    same_tokenizer,
+)
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
 from post_dist.stages.check.task import bind_template, label_tokens
 from post_dist.stages.conflicts import transfer_conflicts, tune_conflicts
@@ -115,14 +120,17 @@ class _Check:
             return None
         # A hub model is fetched without its weights.
         folder = self.findings.attempt(self.stages[0], lambda: tokenizer_folder(section))
-        return None if folder is None else read_model(folder, self.stages[0], self.findings)
+        if folder is None:
+            return None
+        note_missing_weights(folder, self.findings)
+        return read_model(folder, self.stages[0], self.findings)
 
     def _read_student(self) -> CheckedModel | None:
         """Read the given student, or derive the facts of the one that distillation will make."""
         given = self.config.inputs.student
-        # The manifest is not checked, because that would hash the weights.
         if given is not None and self.stages:
-            return read_model(given, self.stages[0], self.findings)
+            read = partial(self._read_given_student, given, self.stages[0])
+            return self.findings.attempt(self.stages[0], read) or CheckedModel(None, None)
         if "distill" not in self.stages or self._teacher is None:
             return None
         # The student has the teacher's width, context and tokenizer, and fewer layers.
@@ -135,6 +143,18 @@ class _Check:
                 layers = facts.layers  # the check of distillation reports this error
             facts = replace(facts, layers=layers)
         return replace(self._teacher, facts=facts)
+
+    def _read_given_student(self, given: Path, stage: Stage) -> CheckedModel:
+        """Read a student that `inputs` gives. Its weights are not hashed, which may take long."""
+        if not given.is_dir():
+            return read_model(given, stage, self.findings)
+        note_missing_weights(given, self.findings)
+        inputs = self.config.inputs
+        if not inputs.trusted_keys and not (given / FILE_NAME).exists():
+            refuse_unchecked(given, trusted=inputs.trust_model)
+            return read_model(given, stage, self.findings)
+        with described_student(given, inputs.trusted_keys) as folder:
+            return read_model(folder, stage, self.findings)
 
     def _layout(self, stage: Stage) -> Layout:
         """Return the ranks of a stage by the cluster section, or one GPU without that section."""

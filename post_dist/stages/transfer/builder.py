@@ -71,6 +71,19 @@ class PublicExamples:
     template: str | None = None
 
 
+def own_reading(task: PromptTask, template: str | None) -> PromptTask:
+    """Return a prompt's task, as it reads the public text.
+
+    The public text may need its own template, such as one for another kind of review. Label words,
+    lengths and class biases are those of the prompt's owner.
+
+    Args:
+        task: task of the source prompt.
+        template: template of the public task; None to use that of the prompt.
+    """
+    return replace(task, template=template or task.template)
+
+
 class ObjectiveBuilder:
     """Builds the objectives of all prompts for one pair of student and target.
 
@@ -120,9 +133,7 @@ class ObjectiveBuilder:
             section.objective,
             section.scores,
         )
-        # The public text may need its own template, such as one for another kind of review. Label
-        # words, lengths and class biases are those of the prompt's owner.
-        task = replace(task, template=self._public.template or task.template)
+        task = own_reading(task, self._public.template)
         student = self._reading(
             "student", self._models.student, self._tokenizers.student, task, section
         )

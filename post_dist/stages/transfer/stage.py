@@ -26,6 +26,7 @@ from post_dist.config.schema import Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
+from post_dist.data.task_reader import TaskReader
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
@@ -37,7 +38,12 @@ from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import PromptRun, train_prompts
-from post_dist.stages.transfer.builder import ObjectiveBuilder, PublicExamples, Tokenizers
+from post_dist.stages.transfer.builder import (
+    ObjectiveBuilder,
+    PublicExamples,
+    Tokenizers,
+    own_reading,
+)
 from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
 from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
@@ -85,33 +91,57 @@ class _BatchShape:
     first_step: int
 
 
+@dataclass(frozen=True)
+class DescribedModels:
+    """Student and target, without their weights.
+
+    Attributes:
+        models: their facts.
+        tokenizers: their tokenizers.
+    """
+
+    models: TransferModels
+    tokenizers: Tokenizers
+
+
+def describe_models(teacher_folder: Path, student_folder: Path) -> DescribedModels:
+    """Read the configurations and tokenizers of student and target, and no weights.
+
+    Args:
+        teacher_folder: folder of the target.
+        student_folder: folder of the model that the source prompts were tuned on.
+    """
+    tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(teacher_folder))
+    of_student = tokenizer_fingerprint(tokenizers.student)
+    models = TransferModels(
+        student=read_facts(student_folder),
+        target=read_facts(teacher_folder),
+        same_tokenizer=of_student == tokenizer_fingerprint(tokenizers.target),
+    )
+    return DescribedModels(models, tokenizers)
+
+
 def refuse_transfer(
-    requests: Sequence[TransferRequest], teacher_folder: Path, student_folder: Path, world: World
+    requests: Sequence[TransferRequest], described: DescribedModels, world: World
 ) -> None:
     """Refuse prompts of another student, and settings that do not suit the models or the ranks.
 
-    It reads the configurations and tokenizers of the models, and no weights. All ranks call it.
+    All ranks call it.
 
     Args:
         requests: the prompts to transfer.
-        teacher_folder: folder of the target.
-        student_folder: folder of the model that the source prompts were tuned on.
+        described: student and target.
         world: the ranks.
 
     Raises:
         ArtifactRefused: a prompt does not belong to the student.
-        InputError: there are conflicts; the message lists all of them.
+        InputError: there are conflicts; the message lists all of them. Or a template or label word
+            does not suit a tokenizer.
     """
-    student_tokenizer = load_tokenizer(student_folder)
-    target_tokenizer = tokenizer_fingerprint(load_tokenizer(teacher_folder))
-    models = TransferModels(
-        student=read_facts(student_folder),
-        target=read_facts(teacher_folder),
-        same_tokenizer=tokenizer_fingerprint(student_tokenizer) == target_tokenizer,
-    )
+    models = described.models
     # A prompt of another student is not a conflict of settings. It has its own error and exit code.
     for request in requests:
-        check_belongs(request.source, models.student, student_tokenizer)
+        check_belongs(request.source, models.student, described.tokenizers.student)
 
     layout = layout_of(requests[0].folder.config.engine, world)
     # Several prompts usually have the same conflicts. Each is listed once.
@@ -121,6 +151,11 @@ def refuse_transfer(
         prompt = SourcePrompt(len(source.embeddings), source.task, source.head is not None)
         found |= dict.fromkeys(conflicts(request.folder.config, models, prompt, layout))
     raise_conflicts("transfer", list(found))
+    for request in requests:
+        public_task = request.folder.config.need_task("public_task")
+        task = own_reading(request.source.task, public_task.template)
+        TaskReader(task, described.tokenizers.student, masked=models.student.masked)
+        TaskReader(task, described.tokenizers.target, masked=models.target.masked)
 
 
 def transfer(

@@ -60,14 +60,14 @@ def write_tuned_prompt(
     """
 
     def card(artifact: Path) -> None:
-        _write_card(artifact, folder.config, tuned.statement, model.name)
+        _write_card(artifact, folder.config, tuned.statement, model.title)
 
     contents = _contents(task, tuned.parameters, tuned.statement)
     provenance = Provenance(
         model_name=model.name,
         tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
         parents=_parents(model),
-        config=_settings(folder.config),
+        config=_settings(folder.config, model),
     )
     write_prompt(folder.artifact, contents, provenance, card)
 
@@ -96,7 +96,7 @@ def _contents(
     return PromptContents(parameters[0], prompt_task, statement)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
     """Return the settings for the artifact's manifest.
 
     They must not include the number of examples, which is private.
@@ -110,6 +110,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     if config.privacy.enabled:
         places = {"ledger", "ledger_anchors"}
         settings["privacy"] = config.privacy.model_dump(mode="json", exclude=places)
+    if model.trusted:
+        settings["student_checked"] = False
     return settings
 
 

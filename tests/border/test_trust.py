@@ -1,0 +1,92 @@
+"""Students that cannot be checked, and prompts that do not belong to their student."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from border.hostile import Change, edit_json, put_text, sign
+
+from post_dist.artifacts.manifest import FILE_NAME, parse_manifest, read_manifest
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.task import PromptTask
+from post_dist.files import fingerprint
+
+TASK = PromptTask("Review: {text} It was", (("bad",), ("good",)), 48, False, "Classify")
+
+
+def test_a_student_without_a_manifest_is_refused_unless_it_is_trusted(
+    tmp_path: Path, main: Any
+) -> None:
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_model(tmp_path / "student", "llama", layers=2)
+    command = ("tune", run, f"--set=inputs.student={student}", "--set=tune.steps=1")
+    code, _, err = main(*command)
+    assert code == 4
+    assert "has no post_dist.json, so it cannot be checked" in err
+    assert "--trust-model" in err
+    assert not (tmp_path / "runs").exists()
+
+    code, out, err = main(*command, "--trust-model")
+    assert code == 0, err
+    assert "student has no post_dist.json: it is trusted, and not checked" in err
+    prompt = Path(out.strip())
+    assert read_manifest(prompt, "soft prompt").config["student_checked"] is False
+    assert "Soft prompt for student, which was not checked" in (prompt / "README.md").read_text()
+
+
+def test_trust_does_not_replace_a_check(tmp_path: Path, main: Any) -> None:
+    """A student with a manifest is checked all the same."""
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_student(tmp_path / "student")
+    put_text("config.json", "{}")(student)
+    code, _, err = main("tune", run, f"--set=inputs.student={student}", "--trust-model")
+    assert code == 4
+    assert "config.json is not the file that was written" in err
+
+
+def test_a_prompt_far_larger_than_the_embeddings_is_refused(tmp_path: Path, main: Any) -> None:
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_student(tmp_path / "student")
+    manifest = read_manifest(student, "student")
+    provenance = Provenance("m", manifest.tokenizer, {"model": manifest.digest}, {})
+    embeddings = torch.zeros(5, 32)
+    # The largest embedding of the student has a norm of 0.2.
+    embeddings[3, 7] = 300
+    prompt = tmp_path / "prompt"
+    write_prompt(prompt, PromptContents(embeddings, TASK, None), provenance, lambda _: None)
+    given = (f"--set=inputs.student={student}", f"--set=inputs.source_prompt={prompt}")
+    code, _, err = main("transfer", run, *given)
+    assert code == 4
+    assert f"{prompt}: it has a vector of norm 300, and the largest embedding" in err
+
+
+CHANGES: dict[str, Change] = {
+    "config.json": edit_json("config.json", rms_norm_eps=1e-5),
+    "tokenizer.json": lambda folder: (folder / "tokenizer.json").open("a").write("\n"),
+    "tokenizer_config.json": edit_json("tokenizer_config.json", add_bos_token=True),
+    "model.safetensors": lambda folder: (folder / "model.safetensors").open("ab").write(b"0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_prompt_is_bound_to_every_file_of_its_student(tmp_path: Path, name: str) -> None:
+    """The digest that a prompt names is another one after a change of any file."""
+    honest = Path(__file__).parents[1] / "data/artifacts_0_1_0/student"
+    student = shutil.copytree(honest, tmp_path / "student")
+    before = parse_manifest(student / FILE_NAME).digest
+    CHANGES[name](student)
+    sign(student)
+    assert parse_manifest(student / FILE_NAME).digest != before
+
+
+def test_the_fingerprint_of_a_model_covers_every_byte(tmp_path: Path) -> None:
+    content = bytearray(12 << 20)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    before = fingerprint(tmp_path)
+    content[6 << 20] = 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert fingerprint(tmp_path) != before
