@@ -303,14 +303,15 @@ def test_parts_join_to_the_stream_and_end_at_the_limits(
         assert shards.read(first, last).tolist() == stream[first:last]
 
 
-def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_make_the_bytes_that_one_makes(tmp_path: Path, workers: int) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("\n".join(texts(60, ord(name))))
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\nfirst\nsecond\n"))
     made = []
-    for workers in (1, 2):
-        section = section_of(tmp_path / "*.*", workers=workers, max_tokens=1800)
-        work = work_in(tmp_path / str(workers), section)
+    for count in (1, workers):
+        section = section_of(tmp_path / "*.*", workers=count, max_tokens=1800)
+        work = work_in(tmp_path / str(count), section)
         fill_folder(work, {"a": 1})
         made.append(files_of(work.folder))
     assert len(made[0]) > 10
@@ -318,7 +319,7 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
 
     # An error of a worker is the error of the command.
     (tmp_path / "d.jsonl").write_text("{}\nno json")
-    section = section_of([tmp_path / "a.txt", tmp_path / "d.jsonl"], workers=2)
+    section = section_of([tmp_path / "a.txt", tmp_path / "d.jsonl"], workers=workers)
     with pytest.raises(InputError, match=r"d.jsonl, line 2, is not a JSON object"):
         fill_folder(work_in(tmp_path / "wrong", section), {})
 
