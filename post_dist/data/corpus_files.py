@@ -17,8 +17,8 @@ from post_dist.files import digest_of, file_digest
 from post_dist.runtime.stop import leave_if_requested
 from post_dist.runtime.watchdog import phase
 
-UNIT_BYTES = 16 << 20
-"""Bytes of a file of lines that are read as one unit."""
+UNIT_BYTES = 12 << 20
+"""Bytes of a file of lines that are read as one unit: fewer than a part takes."""
 
 LINE_TYPES = (".txt", ".jsonl")
 """Types whose files can be read from any byte on, because a document is a line."""

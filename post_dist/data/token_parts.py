@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus
-from post_dist.data.corpus_files import UNIT_BYTES, Unit
+from post_dist.data.corpus_files import Unit
 from post_dist.data.documents import documents_of
 from post_dist.files import file_digest, write_file
 
@@ -27,6 +27,7 @@ TOKENS = "tokens"
 DOCUMENT_LENGTHS = "document_lengths"
 """Name of the array with the number of tokens of each document, separator included, int32."""
 
+_PART_CHARACTERS = 16 << 20
 _CHARACTERS_AT_ONCE = 1 << 20
 """Characters in one call of the tokenizer: less than a second of work, between two looks at
 requests to stop."""
@@ -80,7 +81,7 @@ class TokenizerWork:
     separator: int
     folder: Path
     units: list[Unit]
-    part_characters: int = UNIT_BYTES
+    part_characters: int = _PART_CHARACTERS
 
 
 @dataclass(frozen=True)
