@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from post_dist.api import (
+        CorpusResult,
         EvaluationResult,
         PrivacyCost,
         PromptResult,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         load_prompt,
         load_run,
         pipeline,
+        tokenize_corpus,
         transfer,
         tune,
         warm_start,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CorpusResult",
     "EvaluationResult",
     "PrivacyCost",
     "PromptResult",
@@ -42,6 +45,7 @@ __all__ = [
     "load_prompt",
     "load_run",
     "pipeline",
+    "tokenize_corpus",
     "transfer",
     "tune",
     "warm_start",

@@ -54,6 +54,26 @@ _RESUMES = "the same command resumes from the last checkpoint"
 
 
 @dataclass(frozen=True)
+class CorpusResult:
+    """A tokenized corpus.
+
+    Attributes:
+        path: the folder of its shards.
+        tokens: number of tokens.
+        documents: number of documents.
+        sequences: number of sequences of `corpus.sequence_length` tokens.
+    """
+
+    path: Path
+    tokens: int
+    documents: int
+    sequences: int
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
 class StudentResult:
     """A distilled student.
 
@@ -210,6 +230,33 @@ def load_run(
         ('demo', 200)
     """
     return load.load_run(Path(path), list(overrides), None if output is None else Path(output))
+
+
+def tokenize_corpus(config: RunConfig) -> CorpusResult:
+    """Tokenize the corpus on CPUs, before a job that needs GPUs (optional: `distill` does it too).
+
+    It loads the teacher's tokenizer, and none of its weights. Students and runs that share
+    `output` share the result.
+
+    Args:
+        config: a run file with the sections `teacher` and `corpus`.
+
+    Returns:
+        The tokenized corpus.
+
+    Raises:
+        InputError: a section is missing, a file cannot be read, or the text is too short.
+        ArtifactRefused: an existing shard is not as it was written.
+        EnvironmentFault: the hub cannot be reached, the disk is full, or a process has died.
+        Interrupted: the call was asked to stop; the same call goes on.
+    """
+    with listening():
+        from post_dist.runtime.logs import speak
+        from post_dist.stages import corpus
+
+        speak(0)
+        made = corpus.tokenize_corpus(config)
+    return CorpusResult(made.path, made.tokens, made.documents, made.sequences)
 
 
 def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:

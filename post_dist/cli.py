@@ -16,7 +16,15 @@ from post_dist.commands.predict import predict
 from post_dist.commands.printing import expect_object, print_error, reserve_stdout
 from post_dist.commands.privacy import audit, budget, privacy
 from post_dist.commands.runs import ls, status
-from post_dist.commands.stages import distill, evaluate, pipeline, transfer, tune, warm_start
+from post_dist.commands.stages import (
+    corpus,
+    distill,
+    evaluate,
+    pipeline,
+    transfer,
+    tune,
+    warm_start,
+)
 from post_dist.runtime.logs import silence_deepspeed
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.ranks import this_rank
@@ -32,6 +40,7 @@ app = typer.Typer(
 # In the order of `post-dist --help`.
 _COMMANDS = (
     pipeline,
+    corpus,
     distill,
     warm_start,
     tune,

@@ -1,20 +1,26 @@
 """Hash files, and write them atomically: a reader finds a complete file or folder, or none."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from post_dist.errors import EnvironmentFault, InputError
+
+log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 4 << 20
 
 
 def digest_of(value: Any) -> str:
@@ -22,10 +28,20 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path, between: Callable[[], None] | None = None) -> str:
+    """Return the sha256 of a file's contents.
+
+    Args:
+        path: the file.
+        between: function that is called after each block of a large file.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            if between is not None:
+                between()
+    return digest.hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -88,6 +104,22 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         finally:
             partial.unlink(missing_ok=True)
         _flush(destination.parent)
+
+
+def lock_file(file: IO[str]) -> bool:
+    """Lock an open file without waiting, and return whether that worked.
+
+    The lock ends when the file is closed or its process ends. On a file system without locks, a
+    warning is logged, and the result is True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        message = "%s cannot be locked: %s; make sure that no other process works in it"
+        log.warning(message, Path(file.name).parent, error.strerror)
+    return True
 
 
 @contextmanager

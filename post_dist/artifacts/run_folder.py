@@ -5,11 +5,9 @@ by others. A plain hash would confirm a guess of the data. So the signature of a
 keyed, with a random key that stays in `runs/<name>/`.
 """
 
-import fcntl
 import hashlib
 import hmac
 import json
-import logging
 import os
 import platform
 import secrets
@@ -26,9 +24,7 @@ from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.extras import installed_versions
-from post_dist.files import digest_of, writing
-
-log = logging.getLogger(__name__)
+from post_dist.files import digest_of, lock_file, writing
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 
@@ -39,6 +35,7 @@ _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
 
 _LAYOUT = {
+    "corpus": {"workers"},
     "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
     "transfer": {"prompts_at_once"},
     "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
@@ -109,16 +106,11 @@ class RunFolder:
             yield
 
     def _acquire(self, lock: IO[str]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(lock):
             raise EnvironmentFault(
                 f"another process works in {self.path}",
                 "wait until it has ended, or give another --output",
-            ) from None
-        except OSError as error:
-            message = "%s cannot be locked: %s; make sure that no other process works in it"
-            log.warning(message, self.path, error.strerror)
+            )
 
     def _describe(self) -> None:
         """Write the settings and the environment of the run."""

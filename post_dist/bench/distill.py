@@ -102,7 +102,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         student_folder.mkdir()
         layers = stand_in_layers(student_section, facts.layers)
         write_student(student_folder, teacher_folder, layers, tokenizer)
-        corpus = build_corpus(corpus_section, tokenizer, folder / "corpus.npy", config.seed, world)
+        corpus = build_corpus(corpus_section, tokenizer, folder / "corpora", config.seed, world)
         inputs = _Inputs(folder, teacher_folder, corpus, world)
         # Both precisions are measured in turns, so that a slow minute of the machine slows both.
         ways = [_Ways(config, precision, inputs) for precision in _PRECISIONS]

@@ -102,9 +102,7 @@ def untrained_student(
                 lambda partial: write_student(partial, teacher_folder, layers, tokenizer),
             )
         )
-        corpus = build_corpus(
-            sections.corpus, tokenizer, scratch / "corpus.npy", config.seed, world
-        )
+        corpus = build_corpus(sections.corpus, tokenizer, scratch / "corpora", config.seed, world)
         yield student_folder, corpus
         # Rank 0 deletes the folder only when no rank reads from it any more.
         world.barrier()

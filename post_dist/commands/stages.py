@@ -1,6 +1,7 @@
 """The commands for the three stages, the evaluation, and the whole pipeline."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def pipeline(
 ) -> None:
     """Run the three stages and the evaluation. Finished stages are not run again."""
     _run(api.pipeline, run, with_trust(set_, trust_model), output, resume, json_)
+
+
+def corpus(
+    run: RunFile, set_: Overrides = None, output: Output = None, json_: AsJson = False
+) -> None:
+    """Provider: tokenize the public text on CPUs, once for all students. `distill` needs it."""
+    listen()
+    result = api.tokenize_corpus(api.load_run(run, set_ or (), output))
+    if json_:
+        print_json(asdict(result) | {"path": str(result.path)})
+    else:
+        print(f"{result.path}: {result.tokens} tokens of {result.documents} documents")
 
 
 def distill(

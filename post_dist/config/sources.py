@@ -73,6 +73,13 @@ class DataSource(Section):
 class Corpus(DataSource):
     """The provider's public text for distillation."""
 
+    # pyrefly: ignore[bad-override]
+    path: FilePath | tuple[FilePath, ...] | None = None
+    """A file, a folder, a pattern such as `data/*.jsonl.gz`, or a list of them: TXT (a document per
+    line), JSONL, CSV, TSV or Parquet. All but Parquet may be compressed (.gz, .zst). Give this
+    field or `hub`."""
+    workers: PositiveInt | None = None
+    """Number of processes that tokenize. Default: one per core. The tokens do not depend on it."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of one sequence. Documents are packed into sequences of this length."""
     max_tokens: PositiveInt | None = None

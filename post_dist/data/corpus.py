@@ -1,4 +1,4 @@
-"""Public text for distillation, tokenized once and packed into sequences of equal length.
+"""Public text for distillation, in sequences of equal length from sealed shards of tokens.
 
 The order in which training reads the sequences is a function of the seed, so no state is saved.
 
@@ -14,36 +14,40 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus as CorpusSection
+from post_dist.data.make_shards import make_shards
 from post_dist.data.order import RankBatch, rank_batches, shuffled_rows
-from post_dist.data.sources import read_rows
+from post_dist.data.token_shards import TokenShards
 from post_dist.errors import InputError
-from post_dist.files import write_file
+from post_dist.files import digest_of
 from post_dist.runtime.distributed import World
-from post_dist.runtime.watchdog import phase, unwatched
 
 log = logging.getLogger(__name__)
 
-_DOCUMENTS_AT_ONCE = 1000
-"""Documents in one call of the tokenizer."""
-
 
 class Corpus:
-    """Packed sequences on disk, read through a memory map. The last ones are the held-out split.
+    """Sequences of tokens on disk. The last ones are the held-out split, which is not trained on.
 
     Args:
-        path: a .npy file of tokens, one sequence in each row.
-        held_out: number of held-out sequences, which training never reads.
+        shards: the tokens. Those at the end, which do not fill a sequence, are dropped.
+        section: the section `corpus` of the run file.
         seed: seed of the reading order.
         separator: token at the end of each document, to keep documents apart. None if a token may
             attend to earlier documents.
     """
 
-    def __init__(self, path: Path, held_out: int, seed: int, separator: int | None) -> None:
-        self.path = path
-        self._held_out = held_out
+    def __init__(
+        self, shards: TokenShards, section: CorpusSection, seed: int, separator: int | None
+    ) -> None:
+        self._shards = shards
+        self._length = section.sequence_length
+        self._held_out = section.held_out_sequences
         self._seed = seed
         self._separator = separator
-        self._sequences = np.load(path, mmap_mode="r")
+
+    @property
+    def digest(self) -> str:
+        """Digest of the sequences and their numbers."""
+        return digest_of({"shards": self._shards.index.digest, "length": self._length})
 
     @property
     def keeps_apart(self) -> bool:
@@ -53,7 +57,7 @@ class Corpus:
     @property
     def num_training_sequences(self) -> int:
         """Number of sequences that training reads."""
-        return len(self._sequences) - self._held_out
+        return len(self._shards) // self._length - self._held_out
 
     def step_batches(
         self, step: int, batch_size: int, micro_batch_size: int, world: World
@@ -101,7 +105,11 @@ class Corpus:
 
     def sequences(self, numbers: list[int]) -> torch.Tensor:
         """Return sequences [B, T] by their numbers."""
-        return torch.from_numpy(self._sequences[numbers].astype(np.int64))
+        sequences = []
+        for number in numbers:
+            start = number * self._length
+            sequences.append(self._shards.read(start, start + self._length))
+        return torch.from_numpy(np.stack(sequences).astype(np.int64))
 
     def positions(self, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
         """Return the position [B, T] of each token in its own document.
@@ -120,9 +128,13 @@ class Corpus:
 
 
 def build_corpus(
-    section: CorpusSection, tokenizer: PreTrainedTokenizerBase, path: Path, seed: int, world: World
+    section: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: Path,
+    seed: int,
+    world: World,
 ) -> Corpus:
-    """Tokenize and pack the text into `path`, unless that file exists. All ranks call it.
+    """Read the sequences of the text, which is tokenized first if need be. All ranks call it.
 
     Documents follow each other with an end-of-text token between them. The stream of tokens is cut
     into sequences of `sequence_length`.
@@ -130,18 +142,21 @@ def build_corpus(
     Args:
         section: the section `corpus` of the run file.
         tokenizer: the teacher's tokenizer.
-        path: the .npy file to write, which all ranks can read.
+        corpora: parent of the folders of tokenized corpora, which all ranks can read.
         seed: seed of the reading order.
         world: the ranks; rank 0 writes.
 
     Raises:
-        InputError: the text is too short.
+        InputError: the text cannot be read, or is too short.
+        ArtifactRefused: the tokenized corpus is not as it was written.
     """
     # Every rank would do the same work, so rank 0 tokenizes and the others wait.
-    separator = _separator(tokenizer)
-    world.on_main(partial(_write_packed, section, tokenizer, separator, path))
+    separator = separator_of(tokenizer)
+    folder = world.on_main(partial(make_shards, section, tokenizer, separator, corpora))
+    shards = TokenShards(folder)
+    check_long_enough(section, len(shards))
     kept_apart = separator if section.separate_documents else None
-    corpus = Corpus(path, section.held_out_sequences, seed, kept_apart)
+    corpus = Corpus(shards, section, seed, kept_apart)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -151,59 +166,22 @@ def build_corpus(
     return corpus
 
 
-def _write_packed(
-    section: CorpusSection, tokenizer: PreTrainedTokenizerBase, separator: int, path: Path
-) -> None:
-    if path.exists():
-        return
-    # A later start reads this file, so its text cannot differ from that of the first start.
-    sequences = _pack(section, tokenizer, separator)
-    if len(sequences) <= section.held_out_sequences:
+def check_long_enough(section: CorpusSection, tokens: int) -> None:
+    """Check that sequences are left to train on.
+
+    Raises:
+        InputError: all would be held out.
+    """
+    sequences = tokens // section.sequence_length
+    if sequences <= section.held_out_sequences:
         raise InputError(
-            f"corpus: the text makes {len(sequences)} sequences, "
+            f"corpus: the text makes {sequences} sequences, "
             f"and {section.held_out_sequences} are to be held out",
             "give more text, a shorter sequence_length or fewer held_out_sequences",
         )
-    write_file(path, lambda file: np.save(file, sequences))
 
 
-def _pack(section: CorpusSection, tokenizer: PreTrainedTokenizerBase, separator: int) -> np.ndarray:
-    """Return the packed sequences of the text as int32, one in each row."""
-    with unwatched("reading the corpus"):
-        rows = read_rows(section, section.hub_split, "corpus")
-    texts = rows.texts[: section.max_rows]
-
-    # An array takes four bytes for each token, a list of Python integers nine times as many.
-    parts: list[np.ndarray] = []
-    wanted = section.max_tokens or float("inf")
-    made = 0
-    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        # A long corpus may exceed the watchdog's limit, so each part reports its progress.
-        phase(f"tokenizing the corpus, {start} of {len(texts)} documents done")
-        documents = texts[start : start + _DOCUMENTS_AT_ONCE]
-        parts.append(_tokens_of(documents, tokenizer, separator))
-        made += len(parts[-1])
-        if made >= wanted:
-            break
-
-    # Drop the last tokens, which do not fill a sequence.
-    stream = np.concatenate(parts)[: section.max_tokens]
-    count = len(stream) // section.sequence_length
-    return stream[: count * section.sequence_length].reshape(count, section.sequence_length)
-
-
-def _tokens_of(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, separator: int
-) -> np.ndarray:
-    """Return the tokens of documents in one array, each document with a separator at its end."""
-    token_lists = tokenizer(documents, add_special_tokens=False).input_ids
-    arrays = []
-    for tokens in token_lists:
-        arrays.append(np.asarray([*tokens, separator], dtype=np.int32))
-    return np.concatenate(arrays)
-
-
-def _separator(tokenizer: PreTrainedTokenizerBase) -> int:
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that ends a document: end-of-text, or a masked model's separator."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)

@@ -101,4 +101,7 @@ def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed
 @lru_cache(maxsize=4)
 def _order(total: int, seed: int, epoch: int) -> np.ndarray:
     """Return the shuffled order of one epoch. It is cached, because each example looks it up."""
-    return np.random.default_rng((seed, epoch)).permutation(total)
+    # Four bytes a number, because a large corpus has hundreds of millions of sequences. The order
+    # does not depend on the type.
+    numbers = np.arange(total, dtype=np.uint32 if total < 1 << 32 else np.int64)
+    return np.random.default_rng((seed, epoch)).permutation(numbers)

@@ -36,11 +36,11 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         objects = [json.loads(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
-    return _as_written(objects)
+    return as_written(objects)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    return _arrow_as_written(parquet.read_table(path))
+    return arrow_as_written(parquet.read_table(path))
 
 
 def _read_lines(path: Path) -> pd.DataFrame:
@@ -93,8 +93,28 @@ def read_rows(
         EnvironmentFault: the hub cannot be reached.
     """
     table = _read_source(source, hub_split, where)
-    names = source.text_columns
-    columns = [*names, *(column for column in (answer_column, user_column) if column is not None)]
+    others = [column for column in (answer_column, user_column) if column is not None]
+    table = complete_rows(source, table, [*source.text_columns, *others], where)
+    if table.empty:
+        raise InputError(f"{where}: {source.path or source.hub} has no rows")
+    texts = compose_texts(source, table)
+    return Rows(texts, _strings(table, answer_column), _strings(table, user_column))
+
+
+def complete_rows(
+    source: DataSource, table: pd.DataFrame, columns: list[str], where: str
+) -> pd.DataFrame:
+    """Return the rows of a table that have a value in each of some columns.
+
+    Args:
+        source: the section that the table was read for.
+        table: the table.
+        columns: names of the columns.
+        where: the run file's section, for messages.
+
+    Raises:
+        InputError: a column is missing, or holds lists or mappings. Values are never quoted.
+    """
     for column in columns:
         if column not in table.columns:
             raise _no_column(source, table, column, where)
@@ -105,15 +125,17 @@ def read_rows(
                 "write each value as text or as a number",
             )
     # An example without text or label cannot be used.
-    table = table.dropna(subset=columns)
-    if table.empty:
-        raise InputError(f"{where}: {source.path or source.hub} has no rows")
+    return table.dropna(subset=columns)
 
+
+def compose_texts(source: DataSource, table: pd.DataFrame) -> list[str]:
+    """Return the text of each row, composed from its columns as the field `text` says."""
+    names = source.text_columns
     # Values are converted to strings first, so 30 and "30" give the same text.
     texts = []
     for values in table[names].map(str).itertuples(index=False):
         texts.append(source.text.format(**dict(zip(names, values, strict=True))).strip())
-    return Rows(texts, _strings(table, answer_column), _strings(table, user_column))
+    return texts
 
 
 def read_column(path: Path, column: str, where: str) -> list[str]:
@@ -160,12 +182,12 @@ def _read_source(source: DataSource, hub_split: str, where: str) -> pd.DataFrame
     return _read_hub(source, hub_split, where)
 
 
-def _as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:
+def as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFrame:
     """Make a table whose columns have no data type."""
     return pd.DataFrame(rows, dtype=object)
 
 
-def _arrow_as_written(table: pyarrow.Table) -> pd.DataFrame:
+def arrow_as_written(table: pyarrow.Table) -> pd.DataFrame:
     """Undo what the data type of a column has done to its values.
 
     Raises:
@@ -174,7 +196,7 @@ def _arrow_as_written(table: pyarrow.Table) -> pd.DataFrame:
     columns = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
         columns[name] = [_value_as_written(value) for value in values.to_pylist()]
-    return _as_written(columns)
+    return as_written(columns)
 
 
 def _value_as_written(value: object) -> object:
@@ -233,17 +255,36 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
 
 
 def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:
+    rows = open_hub(source, split, where)
+    return arrow_as_written(rows.with_format("arrow")[:])
+
+
+def open_hub(source: DataSource, split: str, where: str, *, streaming: bool = False) -> Any:
+    """Open a split of a hub data set.
+
+    Args:
+        source: names the data set.
+        split: name of the split.
+        where: the run file's section, for messages.
+        streaming: fetch rows while they are read. Otherwise all are downloaded now.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached.
+    """
     from datasets import load_dataset  # slow to import, and not needed for files
 
     try:
         # The hub's client has its own time limits.
         with unwatched(f"fetching {source.hub}"):
             # pyrefly: ignore[no-matching-overload]
-            rows: Any = load_dataset(
-                source.hub, source.hub_config, revision=source.revision, split=split
+            return load_dataset(
+                source.hub,
+                source.hub_config,
+                revision=source.revision,
+                split=split,
+                streaming=streaming,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise EnvironmentFault(
             f"{where}.hub: cannot load {source.hub} ({split}): {error}"
         ) from None
-    return _arrow_as_written(rows.with_format("arrow")[:])

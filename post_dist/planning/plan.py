@@ -11,6 +11,7 @@ from typing import Any, Literal
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
+from post_dist.planning.corpus import plan_corpus
 from post_dist.planning.distill import plan_distill
 from post_dist.planning.estimate import StageEstimate, stage_numbers
 from post_dist.planning.hardware import Hardware, Machine
@@ -36,9 +37,10 @@ def plan_run(
         precision: precision of weights and activations.
 
     Returns:
-        `stages`, each with the memory of the fullest GPU, operations, bytes, seconds of a step and
-        hours. `conflicts` of all stages. `hours` and `gpu_hours` in total, and what is
-        `not_counted` in them. `assumptions`: the rates that the plan uses.
+        `corpus`: what tokenizing takes. `stages`, each with the memory of the fullest GPU,
+        operations, bytes, seconds of a step and hours. `conflicts` of all stages. `hours` and
+        `gpu_hours` in total, and what is `not_counted` in them. `assumptions`: the rates that the
+        plan uses.
     """
     # All stages are planned for the same machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
@@ -53,6 +55,7 @@ def plan_run(
         "precision": precision,
         "teacher_parameters": inputs.models.teacher.parameters,
         "student_parameters": inputs.models.student.parameters,
+        "corpus": None if config.corpus is None else plan_corpus(config.corpus),
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),

@@ -61,6 +61,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"distill as a long run: {_listed(plan['long_run'], digits=4)}",
         *lines(plan.get("sweep", [])),
     ]
+    if plan["corpus"] is not None:
+        told.append(f"corpus on CPUs: {_listed(plan['corpus'], digits=4)}")
     told += [f"CONFLICT {conflict}" for conflict in plan["conflicts"]]
     if "nearest_that_fits" in plan:
         told.append(_fits_with(plan["nearest_that_fits"]))

@@ -91,6 +91,19 @@ def stop_requested(world: "World") -> bool:
     return world.any(bool(_requested))
 
 
+def leave_if_requested(what: str) -> None:
+    """Leave work that one rank does alone, if this process was asked to stop.
+
+    Args:
+        what: description of what was saved.
+
+    Raises:
+        Interrupted: it was.
+    """
+    if _requested:
+        raise stopped(what)
+
+
 def stopped(what: str) -> Interrupted:
     """Return the error that ends a stopped run, after its state is saved.
 

@@ -20,7 +20,8 @@ from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_p
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Inputs, RunConfig, Stage
-from post_dist.config.sources import DataSource
+from post_dist.config.sources import Corpus, DataSource
+from post_dist.data.corpus_files import source_digest
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
@@ -505,7 +506,9 @@ class Pipeline:
 
     def data_digest(self, section: str) -> str:
         """Identify the contents of a data section: a file's hash, or hub name and revision."""
-        source: DataSource = getattr(self._config, section)
+        source: DataSource | Corpus = getattr(self._config, section)
+        if isinstance(source, Corpus):
+            return self._world.on_main(partial(source_digest, source))
         if source.path is None:
             return f"{source.hub}@{source.revision}"
         return self._world.on_main(partial(_digest_of_file, source.path, section))

@@ -183,7 +183,7 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
         path=folder.parent / "private.csv", sequence_length=96, held_out_sequences=8
     )
     corpus = build_corpus(
-        section, load_tokenizer(folder), run / "corpus.npy", 0, World(0, 1, 0, "none", CPU)
+        section, load_tokenizer(folder), run / "corpora", 0, World(0, 1, 0, "none", CPU)
     )
     teacher = load_whole(folder, "fp32", CPU)
     start = run / "student"

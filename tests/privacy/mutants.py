@@ -894,10 +894,10 @@ MUTANTS = [
     Mutant(
         "class balance in the card",
         "stages.tune.artifact",
-        "_write_card(artifact, folder.config, tuned.statement, model.name)",
+        "_write_card(artifact, folder.config, tuned.statement, model.title)",
         "balance = {'balance': float(task.targets.double().mean())}\n"
         "        claims = (tuned.statement or {}) | balance\n"
-        "        _write_card(artifact, folder.config, claims, model.name)",
+        "        _write_card(artifact, folder.config, claims, model.title)",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(

@@ -17,6 +17,7 @@ from post_dist.config.assets import asset
 from post_dist.errors import PostDistError
 
 NAMES = [
+    "CorpusResult",
     "EvaluationResult",
     "PrivacyCost",
     "PromptResult",
@@ -30,6 +31,7 @@ NAMES = [
     "load_prompt",
     "load_run",
     "pipeline",
+    "tokenize_corpus",
     "transfer",
     "tune",
     "warm_start",

@@ -1,8 +1,6 @@
 """Splits, templates, verbalizers, packing and order."""
 
-import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.sources import Task
-from post_dist.data import corpus as corpus_module
-from post_dist.data.corpus import build_corpus
-from post_dist.data.order import RankBatch, rank_batches, rows_of_like_length, shuffled_rows
+from post_dist.data.order import rank_batches, rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template
@@ -208,79 +203,6 @@ def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
     assert Verbalizer((("bad",), ("extraordinary",)), WORDS, allow_multi_token=True).token_ids
     with pytest.raises(InputError, match="share the token"):
         Verbalizer((("bad", "good"), ("good",)), WORDS, allow_multi_token=False)
-
-
-def test_corpus_packs_every_token_once_and_parts_held_out_text(tmp_path: Path) -> None:
-    texts = [text for text, _ in tiny.sentences(60, 0)]
-    (tmp_path / "a.txt").write_text("\n".join(texts))
-    section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
-    corpus = build_corpus(section, WORDS, tmp_path / "corpus.npy", 0, ALONE)
-    stream = [
-        token
-        for text in texts
-        for token in [*WORDS(text, add_special_tokens=False).input_ids, WORDS.eos_token_id]
-    ]
-    packed = np.load(tmp_path / "corpus.npy")
-    assert packed.flatten().tolist() == stream[: packed.size]
-    trained = corpus.training(RankBatch(list(range(corpus.num_training_sequences)), 1.0))
-    held_out = torch.cat([corpus.held_out(share) for share in corpus.held_out_batches(3, ALONE)])
-    assert sorted(torch.cat([trained, held_out]).tolist()) == sorted(packed.tolist())
-    assert held_out.tolist() == packed[-4:].tolist()
-    for sequence, places in zip(
-        packed.tolist(), corpus.positions(torch.from_numpy(packed).long()).tolist(), strict=True
-    ):
-        parts = (
-            "".join("|" if token == WORDS.eos_token_id else "." for token in sequence)
-            .replace("|", "|\n")
-            .split("\n")
-        )
-        assert places == [place for part in parts for place in range(len(part))]
-    together = build_corpus(
-        section.model_copy(update={"separate_documents": False}),
-        WORDS,
-        tmp_path / "corpus.npy",
-        0,
-        ALONE,
-    )
-    assert together.positions(trained) is None
-
-
-def test_packing_tells_how_far_it_is_and_keeps_four_bytes_a_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Counting:
-        """A tokenizer that makes 5000 tokens of every document."""
-
-        eos_token_id = 2
-
-        def __call__(self, texts: list[str], add_special_tokens: bool) -> SimpleNamespace:
-            return SimpleNamespace(input_ids=[list(range(1000, 6000)) for _ in texts])
-
-    (tmp_path / "a.txt").write_text("a\n" * 100)
-    told: list[str] = []
-    monkeypatch.setattr(corpus_module, "phase", told.append)
-    monkeypatch.setattr(corpus_module, "_DOCUMENTS_AT_ONCE", 10)
-    section = CorpusSection(path=tmp_path / "a.txt", sequence_length=16, held_out_sequences=4)
-    tracemalloc.start()
-    build_corpus(section, Counting(), tmp_path / "all.npy", 0, ALONE)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    packed = np.load(tmp_path / "all.npy")
-    assert packed.flatten().tolist() == ([*range(1000, 6000), 2] * 100)[: packed.size]
-    assert packed.size > 500_000
-    assert peak < 16 * packed.size
-    assert told == [
-        f"tokenizing the corpus, {done} of 100 documents done" for done in range(0, 100, 10)
-    ]
-    build_corpus(
-        section.model_copy(update={"max_tokens": 52_000}),
-        Counting(),
-        tmp_path / "some.npy",
-        0,
-        ALONE,
-    )
-    assert np.load(tmp_path / "some.npy").flatten().tolist() == packed.flatten()[:52_000].tolist()
-    assert told[10:] == told[:2]
 
 
 @given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))

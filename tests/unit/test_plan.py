@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from post_dist.config.assets import asset
 from post_dist.errors import InputError
 from post_dist.models.size import size_of
+from post_dist.planning.corpus import TOKENS_PER_CORE_SECOND
 from post_dist.planning.hardware import Machine, read_hardware
 from post_dist.planning.simulation import young_interval
 
@@ -135,6 +136,24 @@ def test_a_70b_teacher_on_64_gpus_by_hand(run: Path, teacher: Path, main: Callab
         ]
         == 0
     )
+
+
+def test_the_corpus_is_counted_by_its_limit_or_its_files(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
+    _, plan = planned(main, run, "--set=corpus.max_tokens=2000000000")
+    assert plan["corpus"]["core_hours"] == pytest.approx(2e9 / TOKENS_PER_CORE_SECOND / 3600)
+    assert plan["corpus"]["disk_gb"] == pytest.approx(8)
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_bytes(b"12345678" * 50)
+    unlimited = ("--set=corpus={path: text}",)
+    _, plan = planned(main, run, *unlimited)
+    assert plan["corpus"]["tokens"] == 200
+    _, said, _ = main("plan", run, *unlimited)
+    assert "corpus on CPUs: tokens 200, core hours" in said
+    _, plan = planned(main, run, "--set=corpus={path: missing.txt}")
+    assert plan["corpus"] is None
 
 
 def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Callable) -> None:

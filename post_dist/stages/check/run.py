@@ -15,10 +15,11 @@ from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
-from post_dist.config.sources import DataSource, Task
+from post_dist.config.sources import Corpus, DataSource, Task
 from post_dist.conflicts import Conflict, Layout
+from post_dist.data.corpus_files import corpus_files, units_of
+from post_dist.data.documents import documents_of
 from post_dist.data.public_text import load_public_texts
-from post_dist.data.sources import read_rows
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
@@ -173,9 +174,24 @@ class _Check:
             self.findings.add("distill", found)
         # Whether the text is long enough shows only when it is tokenized, which takes too long.
         corpus = config.corpus
-        if corpus is None or not self._is_readable("corpus", corpus, _LARGEST_CORPUS_BYTES):
+        if corpus is not None:
+            self.findings.attempt("distill", partial(self._read_corpus, corpus))
+
+    def _read_corpus(self, corpus: Corpus) -> None:
+        """Read the documents of the corpus for errors, unless there are too many.
+
+        Raises:
+            PostDistError: a file cannot be read.
+        """
+        if not self._is_readable("corpus", corpus):
             return
-        self.findings.attempt("distill", lambda: read_rows(corpus, corpus.hub_split, "corpus"))
+        size = sum(file.stat().st_size for file in corpus_files(corpus))
+        if size > _LARGEST_CORPUS_BYTES:
+            self.findings.not_checked.append(f"corpus: {corpus.path} is too large to be read now")
+            return
+        for unit in units_of(corpus):
+            for _ in documents_of(corpus, unit):
+                pass
 
     def _check_warm_start(self) -> None:
         config = self.config
@@ -358,21 +374,15 @@ class _Check:
         for split in splits:
             self.findings.attempt(stage, partial(_read_split, task, split))
 
-    def _is_readable(self, where: str, source: DataSource, at_most: int | None = None) -> bool:
-        """Return whether a source can be read in seconds: a local file that is not too large.
+    def _is_readable(self, where: str, source: DataSource) -> bool:
+        """Return whether a source is a local file, which can be read in seconds.
 
         Args:
             where: name of the section in the run file.
             source: the section.
-            at_most: most bytes of a file that is read; None for no limit.
         """
         if source.path is None:
             self.findings.not_checked.append(f"{where}: {source.hub} is not fetched from the hub")
-            return False
-        # A missing file passes here, because reading it gives the better error.
-        size_matters = at_most is not None and source.path.is_file()
-        if size_matters and source.path.stat().st_size > (at_most or 0):
-            self.findings.not_checked.append(f"{where}: {source.path} is too large to be read now")
             return False
         return True
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from post_dist.data.corpus import Corpus
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.errors import InputError
-from post_dist.files import digest_of, file_digest, write_file
+from post_dist.files import digest_of, write_file
 from post_dist.losses.signals import TeacherSignal
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
@@ -111,7 +111,7 @@ def cache_teacher(
         InputError: a file cannot be read.
         Interrupted: a rank was asked to stop; complete files are kept.
     """
-    cache = folder / f"teacher-signals-{_signature(teacher_digest, maker, corpus, world)[:8]}"
+    cache = folder / f"teacher-signals-{_signature(teacher_digest, maker, corpus)[:8]}"
     # Another run may be adding files now. Only rank 0 looks, so all ranks see the same files.
     places = world.on_main(partial(_find_places, cache))
     section = maker.section
@@ -127,12 +127,12 @@ def cache_teacher(
     return CachedTeacher(places, maker.names, world.device)
 
 
-def _signature(teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World) -> str:
+def _signature(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> str:
     """Return a digest of everything that the signals depend on."""
     return digest_of(
         {
             "teacher": teacher_digest,
-            "corpus": world.on_main(partial(file_digest, corpus.path)),
+            "corpus": corpus.digest,
             "apart": corpus.keeps_apart,
             **maker.settings,
         }

@@ -31,6 +31,7 @@ from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, number_of_parameters, shard_share
+from post_dist.stages.corpus import corpora_folder
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.cached_teacher import cache_teacher
 from post_dist.stages.distill.conflicts import conflicts, required_sections
@@ -93,18 +94,17 @@ def distill(
     section = config.distill
     first_step = start_step(folder.checkpoints, resume, world)
 
-    # Load the teacher in shards, and read the corpus with its tokenizer.
-    precision = choose_precision(config.engine, world.device)
+    # Read the corpus with the teacher's tokenizer, and load the teacher in shards.
     tokenizer = load_tokenizer(teacher_folder)
+    corpora = corpora_folder(config)
+    corpus = build_corpus(corpus_section, tokenizer, corpora, config.seed, world)
+    precision = choose_precision(config.engine, world.device)
     model = load_sharded(teacher_folder, config.engine, precision, world)
     teacher = _Teacher(teacher_folder, teacher_digest, model, tokenizer)
     if corpus_section.separate_documents and not model.masked:
         check_documents_apart(model)
     percent = 100 * shard_share(model)
     log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
-    corpus = build_corpus(
-        corpus_section, tokenizer, folder.checkpoints / "corpus.npy", config.seed, world
-    )
 
     # Choose layers, and make the student from them.
     untrained = _write_untrained(folder, teacher, corpus, world)

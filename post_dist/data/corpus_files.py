@@ -1,0 +1,209 @@
+"""The files of a corpus, their digests, and the units in which they are read.
+
+To add a file type, write its reader in `data/documents.py`.
+"""
+
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pyarrow import ArrowException, parquet
+
+from post_dist.config.sources import Corpus
+from post_dist.errors import InputError
+from post_dist.files import digest_of, file_digest
+from post_dist.runtime.stop import leave_if_requested
+from post_dist.runtime.watchdog import phase
+
+UNIT_BYTES = 12 << 20
+"""Bytes of a file of lines that are read as one unit: fewer than a part takes."""
+
+LINE_TYPES = (".txt", ".jsonl")
+"""Types whose files can be read from any byte on, because a document is a line."""
+TABLE_TYPES = (".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class FileType:
+    """The type of a file, by its name.
+
+    Attributes:
+        suffix: suffix of the uncompressed file, such as `.jsonl`.
+        compression: `.gz`, `.zst`, or nothing.
+    """
+
+    suffix: str
+    compression: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the corpus that can be read without the others.
+
+    Attributes:
+        path: the file; None for a hub data set.
+        start: first byte of a range of lines, or number of a Parquet row group.
+        stop: end of the range of bytes. A line belongs to the range that it begins in. None if the
+            file is read to its end.
+    """
+
+    path: Path | None
+    start: int = 0
+    stop: int | None = None
+
+
+def file_type(path: Path) -> FileType | None:
+    """Return the type of a corpus file, or None if it is unknown."""
+    name = Path(path.name.lower())
+    compression = ""
+    if name.suffix in COMPRESSIONS:
+        compression = name.suffix
+        name = name.with_suffix("")
+    known = LINE_TYPES + TABLE_TYPES
+    if name.suffix not in known or (compression and name.suffix == ".parquet"):
+        return None
+    return FileType(name.suffix, compression)
+
+
+def corpus_files(section: Corpus) -> list[Path]:
+    """Return the files that `corpus.path` names, in reading order. A hub data set has none.
+
+    The files of a folder or a pattern are sorted by their paths.
+
+    Raises:
+        InputError: there is no such file, or its type is unknown.
+    """
+    if section.path is None:
+        return []
+    named = section.path
+    if isinstance(named, Path):
+        named = (named,)
+    files: list[Path] = []
+    for path in named:
+        files += _files_at(path)
+    return files
+
+
+def _files_at(path: Path) -> list[Path]:
+    if path.is_dir():
+        # A folder may also hold other files, such as a README.
+        files = [file for file in _visible_files(path) if file_type(file) is not None]
+        return _not_empty(files, path)
+    if not path.exists() and glob.has_magic(str(path)):
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [match for match in matches if not match.is_dir()]
+        return _not_empty([_usable(file) for file in files], path)
+    return [_usable(path)]
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield file
+
+
+def _not_empty(files: list[Path], path: Path) -> list[Path]:
+    if not files:
+        known = ", ".join(LINE_TYPES + TABLE_TYPES)
+        raise InputError(f"corpus.path: {path} has no file to read", f"file types: {known}")
+    return files
+
+
+def _usable(path: Path) -> Path:
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "No such file or directory"
+        raise InputError(f"corpus.path: {path}: {problem}")
+    if file_type(path) is None:
+        raise InputError(
+            f"corpus.path: {path.name} has no known file type",
+            f"one of {', '.join(LINE_TYPES + TABLE_TYPES)}; all but .parquet also with "
+            f"{' or '.join(COMPRESSIONS)}",
+        )
+    return path
+
+
+def source_digest(section: Corpus) -> str:
+    """Return a digest of the contents of the corpus: those of its files, or the hub revision.
+
+    Raises:
+        InputError: a file cannot be read.
+        Interrupted: this process was asked to stop.
+    """
+    if section.path is None:
+        return f"{section.hub}@{section.revision}"
+    digests = [digest for _, digest in file_digests(section)]
+    # One file counts by its own digest, as the files of other sections do.
+    return digests[0] if len(digests) == 1 else digest_of(digests)
+
+
+def file_digests(section: Corpus) -> list[tuple[Path, str]]:
+    """Return the files of the corpus with the sha256 of each.
+
+    Raises:
+        InputError: a file cannot be read.
+        Interrupted: this process was asked to stop.
+    """
+    digests = []
+    for file in corpus_files(section):
+        try:
+            state = file.stat()
+            digest = _digest(file, state.st_size, state.st_mtime_ns)
+        except OSError as error:
+            raise InputError(f"corpus.path: {file}: {error.strerror}") from None
+        digests.append((file, digest))
+    return digests
+
+
+@lru_cache(maxsize=100_000)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Hash a file. It is cached, because a run needs the digest of its corpus several times."""
+
+    def between() -> None:
+        phase(f"hashing {file}")
+        leave_if_requested("no file of the corpus was changed")
+
+    return file_digest(file, between)
+
+
+def units_of(section: Corpus, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """Divide the corpus into units, in reading order.
+
+    Args:
+        section: the section `corpus` of the run file.
+        unit_bytes: bytes of a file of lines that make a unit.
+
+    Raises:
+        InputError: a file is missing or its type is unknown.
+    """
+    if section.path is None:
+        return [Unit(None)]
+    units: list[Unit] = []
+    for file in corpus_files(section):
+        units += _units_of_file(file, unit_bytes)
+    return units
+
+
+def _units_of_file(file: Path, unit_bytes: int) -> list[Unit]:
+    found = file_type(file)
+    if found == FileType(".parquet", ""):
+        return [Unit(file, group) for group in range(_row_groups(file))]
+    # Nothing tells where a document begins in compressed text, or in CSV, which quotes line ends.
+    if found is None or found.compression or found.suffix not in LINE_TYPES:
+        return [Unit(file)]
+    size = file.stat().st_size
+    units = []
+    for start in range(0, size, unit_bytes):
+        units.append(Unit(file, start, min(start + unit_bytes, size)))
+    return units
+
+
+def _row_groups(file: Path) -> int:
+    try:
+        with parquet.ParquetFile(file) as table:
+            return table.num_row_groups
+    except (OSError, ArrowException):
+        raise InputError(f"corpus.path: {file} cannot be read as PARQUET") from None

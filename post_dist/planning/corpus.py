@@ -1,0 +1,41 @@
+"""What `post-dist corpus` needs: time of CPU cores, disk and memory."""
+
+from post_dist.config.sources import Corpus
+from post_dist.data.corpus_files import corpus_files
+from post_dist.errors import InputError
+
+TOKENS_PER_CORE_SECOND = 350_000
+"""Speed of one process (benchmarks/corpus-cpu.md). Tokenizers differ by a factor of two."""
+MEMORY_GIB_PER_PROCESS = 0.5
+"""Memory of one process with its imports."""
+_TEXT_BYTES_PER_TOKEN = 4
+_STORED_BYTES_PER_TOKEN = 4
+
+
+def plan_corpus(section: Corpus) -> dict[str, float] | None:
+    """Estimate the tokenized corpus.
+
+    Returns:
+        `tokens`, `core_hours`, `disk_gb` and `memory_gib_per_process`. None if the size of the text
+        is unknown: a hub data set, or missing files, without `max_tokens`.
+    """
+    tokens = section.max_tokens or _tokens_in_files(section)
+    if tokens is None:
+        return None
+    return {
+        "tokens": tokens,
+        "core_hours": tokens / TOKENS_PER_CORE_SECOND / 3600,
+        "disk_gb": tokens * _STORED_BYTES_PER_TOKEN / 1e9,
+        "memory_gib_per_process": MEMORY_GIB_PER_PROCESS,
+    }
+
+
+def _tokens_in_files(section: Corpus) -> float | None:
+    """Estimate the tokens of local files by their size. Compressed text is counted as it is."""
+    if section.path is None:
+        return None
+    try:
+        size = sum(file.stat().st_size for file in corpus_files(section))
+    except (InputError, OSError):
+        return None
+    return size / _TEXT_BYTES_PER_TOKEN
