@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.sources import Task, is_label_name
 from post_dist.data.sources import read_table
@@ -313,7 +314,10 @@ def _inputs(folder: Path, model: _Model | None) -> str:
         )
     # Paths are read from the folder of the run file, so the two may be moved together.
     place = os.path.relpath(model.folder.resolve(), folder.resolve())
-    return f"inputs:\n  student: {_quoted(place)}   # the model that the prompt is tuned on"
+    lines = ["inputs:", f"  student: {_quoted(place)}   # the model that the prompt is tuned on"]
+    if not (model.folder / FILE_NAME).exists():
+        lines.append(f"  trust_model: true    # it has no {FILE_NAME}, so nobody has checked it")
+    return "\n".join(lines)
 
 
 def _max_length(model: _Model | None) -> int:

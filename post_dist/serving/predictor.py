@@ -22,13 +22,14 @@ from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import fingerprint
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
+from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config, load_tokenizer, load_whole, model_folder
 from post_dist.runtime.distributed import World, alone
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.shard_group import precision_conflicts
-from post_dist.stages.prompt_origin import check_belongs
+from post_dist.stages.prompt_origin import check_belongs, check_norms
 from post_dist.stages.room import room_conflicts
 
 _MODEL = "the model"
@@ -146,10 +147,16 @@ def load_predictor(
             student = admit_student(folder, Path(place))
             _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
             return _load(prompt, student, engine, world)
-    # The digest of any other model is that of its files, as in the lineage of a tuned prompt.
     load_config(folder)
-    _check_lineage(prompt, folder, fingerprint(folder))
+    # Only a tuned prompt names the files of such a model. Hashing a large LLM would take minutes.
+    if not _is_transferred(prompt):
+        _check_lineage(prompt, folder, fingerprint(folder))
     return _load(prompt, folder, engine, world)
+
+
+def _is_transferred(prompt: SoftPromptArtifact) -> bool:
+    """Return whether a prompt is for a large LLM, which its lineage does not name."""
+    return "source prompt" in prompt.manifest.parents
 
 
 def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> None:
@@ -160,10 +167,9 @@ def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> Non
     Raises:
         ArtifactRefused: it was made for another model, by its own lineage.
     """
-    parents = prompt.manifest.parents
-    tuned_here = parents.get("model") == digest
-    if "source prompt" in parents:
-        # Its lineage names the student that its source was tuned on, and not the target.
+    tuned_here = prompt.manifest.parents.get("model") == digest
+    if _is_transferred(prompt):
+        # The lineage names the student that the source of the prompt was tuned on.
         if tuned_here:
             raise ArtifactRefused(
                 f"the prompt was transferred from {folder} to a large LLM",
@@ -182,6 +188,7 @@ def _load(prompt: SoftPromptArtifact, folder: Path, engine: Engine, world: World
     facts = read_facts(folder)
     tokenizer = load_tokenizer(folder)
     check_belongs(prompt, facts, tokenizer, _MODEL)
+    check_norms(prompt, largest_embedding_norm(folder))
     reader = TaskReader(prompt.task, tokenizer, masked=facts.masked)
     found = room_conflicts(_MODEL, facts.context_length, len(prompt.embeddings), reader.longest)
     if found:

@@ -40,11 +40,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(
-    folder: Path, model: Path, task: PromptTask = TASK, head: LinearHead | None = None
+    folder: Path,
+    model: Path,
+    task: PromptTask = TASK,
+    head: LinearHead | None = None,
+    scale: float = 1.0,
 ) -> Path:
     """Write a prompt that was tuned on the model."""
     torch.manual_seed(0)
-    contents = PromptContents(torch.randn(5, 32), task, None, head)
+    contents = PromptContents(scale * torch.randn(5, 32), task, None, head)
     origin = Provenance(
         model_name="model",
         tokenizer=tokenizer_fingerprint(load_tokenizer(model)),
@@ -192,6 +196,12 @@ def test_a_prompt_of_another_tokenizer_or_width_is_refused(tmp_path: Path, model
     folder = write(tmp_path / "prompt", other)
     with pytest.raises(post_dist.errors.ArtifactRefused, match="width 32, the model of width 48"):
         post_dist.load_prompt(folder).predict(["a"], other)
+
+
+def test_a_prompt_far_above_the_embeddings_is_refused(tmp_path: Path, model: Path) -> None:
+    folder = write(tmp_path / "loud", model, scale=1500.0)
+    with pytest.raises(post_dist.errors.ArtifactRefused, match="has a vector of norm"):
+        post_dist.load_prompt(folder).predict(["a"], model)
 
 
 def test_labels_that_cannot_be_handed_on_are_found_in_the_run_file(tmp_path: Path) -> None:
