@@ -63,6 +63,7 @@ def file_type(path: Path) -> FileType | None:
         compression = name.suffix
         name = name.with_suffix("")
     known = LINE_TYPES + TABLE_TYPES
+    # Parquet compresses its own columns.
     if name.suffix not in known or (compression and name.suffix == ".parquet"):
         return None
     return FileType(name.suffix, compression)
@@ -92,6 +93,7 @@ def _files_at(path: Path) -> list[Path]:
         # A folder may also hold other files, such as a README.
         files = [file for file in _visible_files(path) if file_type(file) is not None]
         return _not_empty(files, path)
+    # A file's own name may have brackets.
     if not path.exists() and glob.has_magic(str(path)):
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [match for match in matches if not match.is_dir()]
@@ -154,6 +156,7 @@ def file_digests(section: Corpus) -> list[tuple[Path, str]]:
             digest = _digest(file, state.st_size, state.st_mtime_ns)
         except OSError as error:
             raise InputError(f"corpus.path: {file}: {error.strerror}") from None
+        # A list, because a file may be named twice, to count twice.
         digests.append((file, digest))
     return digests
 

@@ -105,6 +105,7 @@ def _json_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         objects = []
         # Line ends are found as in a file that is opened as text.
         for number, line in enumerate(io.StringIO(text, newline=None)):
+            # A blank line, such as one at the end of the file, is no document.
             if line.strip():
                 objects.append(_parse_object(line, unit, place, number))
         yield as_written(objects)
@@ -144,6 +145,7 @@ def _blocks_of_lines(unit: Unit) -> Iterator[tuple[int, str]]:
             block = file.read(at_most)
             if not block:
                 return
+            # A document is never cut, however long its line is.
             if not block.endswith(b"\n"):
                 block += file.readline()
             yield place, _decode(block, unit, place)
@@ -230,6 +232,7 @@ def _parquet_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         batches = file.iter_batches(
             batch_size=_ROWS, row_groups=[unit.start], columns=names, use_threads=False
         )
+        # Values are converted one by one, so the size of a batch changes nothing.
         for batch in batches:
             yield arrow_as_written(pyarrow.Table.from_batches([batch]))
 

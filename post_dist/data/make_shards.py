@@ -102,6 +102,7 @@ def _contents(
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of everything that a tokenizer's output depends on."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    # Tokenizers in pure Python have no file that describes all of them.
     if backend is None:
         facts = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
         return digest_of(facts | {"special": tokenizer.all_special_tokens})
@@ -149,11 +150,13 @@ def fill_folder(work: TokenizerWork, contents: dict[str, Any]) -> None:
     kept = sorted(folder.glob("part-*.safetensors"))
     _tokenize(work)
     parts = _used_parts(work)
+    # A file may be empty, but not the whole corpus.
     if not any(part.documents for part in parts):
         source = work.section.path or work.section.hub
         raise InputError(f"corpus: {source} has no rows")
     check_parts(folder, [part for part in parts if folder / part.name in kept])
     index = ShardIndex(contents, parts)
+    # The index comes first. A start that is killed here leaves sealed shards.
     with writing(folder):
         index.write(folder)
         _remove_unused(folder, parts)
@@ -207,6 +210,7 @@ class _Counter:
 
 def _tokenize(work: TokenizerWork) -> None:
     """Make the parts of all units that are needed."""
+    # A job may be allowed fewer cores than the machine has.
     workers = work.section.workers or len(os.sched_getaffinity(0))
     workers = min(workers, len(work.units))
     if workers > 1:
@@ -240,6 +244,7 @@ def _tokenize_in_processes(work: TokenizerWork, workers: int) -> None:
         made = [threads.submit(pool.make, number) for number in range(len(work.units))]
         with progress("tokenizing the corpus", len(made)) as advance:
             for number, unit in enumerate(made):
+                # The main thread must wake up to see a signal.
                 while not wait([unit], timeout=_SECONDS_BETWEEN_LOOKS).done:
                     leave_if_requested(_KEPT)
                 unit.result()
@@ -248,6 +253,7 @@ def _tokenize_in_processes(work: TokenizerWork, workers: int) -> None:
                 if counter.enough:
                     return
     finally:
+        # The threads wait for the workers, so the workers end first.
         threads.shutdown(wait=False, cancel_futures=True)
         pool.end()
         threads.shutdown()
@@ -262,6 +268,7 @@ def _used_parts(work: TokenizerWork) -> list[PartRecord]:
         for part in finished_parts(work.folder, unit):
             if part.tokens > tokens_left or part.documents > documents_left:
                 part = cut_part(work.folder, part, tokens_left, documents_left)
+            # The order of the parts is that of the text.
             parts.append(part)
             tokens_left -= part.tokens
             documents_left -= part.documents

@@ -58,6 +58,7 @@ class WorkerPool:
     def end(self) -> None:
         """End all workers now. A part that is not finished is lost."""
         for process in self._processes:
+            # Parts are renamed when they are complete, so a kill harms none.
             process.kill()
         for process in self._processes:
             process.wait()
@@ -83,6 +84,7 @@ def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
         stream = cast(IO[bytes], process.stdin)
         stream.write(message)
         stream.flush()
+    # The worker has ended without reading.
     except BrokenPipeError:
         raise _death(process) from None
 
@@ -91,6 +93,7 @@ def _wait_until_made(process: subprocess.Popen[bytes]) -> None:
     for line in cast(IO[bytes], process.stdout):
         answer: dict[str, Any] = json.loads(line)
         phase(f"tokenizing the corpus, unit {answer['unit']}")
+        # Only the fields of the error cross the border of the process.
         if "error" in answer:
             is_input = answer["code"] == InputError.exit_code
             kind = InputError if is_input else EnvironmentFault

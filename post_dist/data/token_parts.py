@@ -131,6 +131,7 @@ def tokenize_unit(work: TokenizerWork, number: int, between: Callable[[], None])
             part.write(is_last=is_last)
             tokens_before += part.tokens
             part = _Part(work, number, part.number + 1)
+        # The rest of the unit is not read.
         if is_last:
             return
 
@@ -145,6 +146,7 @@ def finished_parts(folder: Path, unit: int) -> list[PartRecord]:
             complete = path.stat().st_size == record.size
         except (OSError, ValueError, TypeError):
             return records
+        # A file of another size was cut off by a crash of the machine.
         if not complete:
             return records
         records.append(record)
@@ -197,6 +199,7 @@ class _Part:
 
     def add(self, documents: list[str]) -> None:
         """Tokenize documents, and add their tokens."""
+        # The last piece of a unit may be empty.
         if not documents:
             return
         token_lists = self._work.tokenizer(documents, add_special_tokens=False).input_ids
@@ -209,6 +212,7 @@ class _Part:
 
     def write(self, *, is_last: bool) -> None:
         """Write the part and its record."""
+        # np.concatenate refuses an empty list.
         nothing = np.empty(0, dtype=np.int32)
         tokens = np.concatenate([nothing, *self._arrays])
         lengths = np.concatenate([nothing, *self._lengths])
@@ -231,6 +235,7 @@ def _write(folder: Path, record: PartRecord, tokens: np.ndarray, lengths: np.nda
         record.is_last,
     )
     text = json.dumps(asdict(written))
+    # The record comes last, because it says that the part is complete.
     write_file(record_path(path), lambda partial: partial.write_text(text))
     return written
 

@@ -79,6 +79,7 @@ def is_sealed(folder: Path) -> bool:
     """Return whether a folder has an index, and all the parts that it lists."""
     if not (folder / INDEX).exists():
         return False
+    # A user deletes a damaged part to have it made again.
     return all((folder / part.name).exists() for part in read_index(folder).parts)
 
 
@@ -93,6 +94,7 @@ def read_index(folder: Path) -> ShardIndex:
         fields = json.loads(path.read_bytes())
         parts = [PartRecord(**part) for part in fields["parts"]]
         index = ShardIndex(fields["contents"], parts)
+        # Every field is compared, so that no flipped bit passes.
         if index.fields() == fields:
             return index
     except (OSError, ValueError, TypeError, KeyError):
@@ -109,12 +111,14 @@ def check_parts(folder: Path, parts: Sequence[PartRecord]) -> None:
         ArtifactRefused: a part is not as it was written.
         Interrupted: this process was asked to stop.
     """
+    # hashlib releases the interpreter's lock, so threads suffice.
     threads = min(_HASHING_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         try:
             for _ in pool.map(partial(_check_part, folder), parts):
                 pass
         finally:
+            # After a refusal, the other parts need no check.
             pool.shutdown(cancel_futures=True)
 
 
@@ -146,9 +150,11 @@ class TokenShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = read_index(folder)
+        # A unit may end with a part without tokens, which no place is in.
         self._parts = [part for part in self.index.parts if part.tokens]
         counts = [part.tokens for part in self._parts]
         self._ends = np.cumsum(counts, dtype=np.int64)
+        # Opening a part parses its header, so readers keep it open.
         self._open = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
 
     def __len__(self) -> int:
@@ -157,7 +163,9 @@ class TokenShards:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from place `start` to before `stop` of the stream, int32."""
         pieces = []
+        # The first part that ends after the place holds it.
         number = int(np.searchsorted(self._ends, start, side="right"))
+        # A sequence may begin in one part and end in another.
         while start < stop:
             part_end = int(self._ends[number])
             part_start = part_end - self._parts[number].tokens

@@ -4,7 +4,7 @@ from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import corpus_files
 from post_dist.errors import InputError
 
-TOKENS_PER_CORE_SECOND = 350_000
+TOKENS_PER_CORE_SECOND = 200_000
 """Speed of one process (benchmarks/corpus-cpu.md). Tokenizers differ by a factor of two."""
 MEMORY_GIB_PER_PROCESS = 0.5
 """Memory of one process with its imports."""
@@ -34,6 +34,7 @@ def _tokens_in_files(section: Corpus) -> float | None:
     """Estimate the tokens of local files by their size. Compressed text is counted as it is."""
     if section.path is None:
         return None
+    # A plan is often made where the text is not.
     try:
         size = sum(file.stat().st_size for file in corpus_files(section))
     except (InputError, OSError):

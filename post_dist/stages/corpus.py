@@ -48,9 +48,11 @@ def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
     section = config.corpus
     if section is None or config.teacher is None:
         raise InputError("the run file lacks one of the sections corpus and teacher", "add it")
+    # Of a hub model, only the tokenizer is downloaded.
     tokenizer = load_tokenizer(tokenizer_folder(config.teacher))
     folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))
     index = read_index(folder)
+    # The shards are kept, because another run may hold out fewer sequences.
     check_long_enough(section, index.tokens)
     sequences = index.tokens // section.sequence_length
     return TokenizedCorpus(folder, index.tokens, index.documents, sequences)
