@@ -62,11 +62,13 @@ def check_weights(folder: Path, model: PreTrainedModel) -> None:
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, layout in read_layout(path, _HEADER_BYTES).items():
+            # The headers alone are read here. A tensor of another shape is never loaded.
             if name in found or expected.shapes.get(name) != layout.shape:
                 raise ArtifactRefused(
                     f"{path.name} holds a tensor that the student of config.json does not have"
                 )
             found[name] = path
+    # One name of a tied tensor is enough.
     first_names = expected.first_names
     missing = set(first_names.values()) - {first_names[name] for name in found}
     if missing:
@@ -93,6 +95,7 @@ def _check_index(folder: Path, found: Mapping[str, Path]) -> None:
         return
     if not (folder / INDEX).exists():
         raise ArtifactRefused(f"the weights are in several files, and there is no {INDEX}")
+    # An index could name files outside the folder, which a library would open.
     places = read_object(folder / INDEX).get("weight_map")
     if places != {name: path.name for name, path in found.items()}:
         raise ArtifactRefused(f"{INDEX} does not name the file of each tensor")

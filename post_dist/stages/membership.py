@@ -167,8 +167,13 @@ class _Shadows:
         self.task = config.need_task("private_task")
         self.rows = world.on_main(lambda: _choose_rows(self.task, size.rows, config.seed))
         self.members_SN = balanced_members(size.shadows, len(self.rows.texts), config.seed)
-        # The shadows share the student and the public prompt of the run.
-        shared = {"student": pipeline.student, "public_prompt": pipeline.public_prompt_folder}
+        # The shadows share the student and the public prompt of the run, which are admitted
+        # already. Nobody signs the shadows.
+        shared = {
+            "student": pipeline.student,
+            "public_prompt": pipeline.public_prompt_folder,
+            "trusted_keys": (),
+        }
         self._inputs = config.inputs.model_copy(update=shared)
         self.models = ModelFolders(pipeline.student, None)
         self.digests = {"student": pipeline.student_digest}
@@ -185,12 +190,14 @@ class _Shadows:
             write = partial(_write_rows, members, self.rows, self.task, np.flatnonzero(members_N))
             self._world.on_main(write)
             config = self._shadow_config(number, members)
+            # A finished shadow of an interrupted audit is found by its signature.
             stages = Pipeline(config, self._world, frozenset(("tune",)))
             prompts.append(stages.tune().artifact)
         return prompts
 
     def transferred(self, prompts: Sequence[Path]) -> list[Path]:
         """Transfer shadow prompts to the large LLM, and return the folders of the results."""
+        # One transfer trains all of them together, so the target is loaded once.
         inputs = self._inputs.model_copy(update={"source_prompt": tuple(prompts)})
         changes = {"output": self.folder, "name": "transfer", "inputs": inputs}
         config = self._config.model_copy(update=changes)

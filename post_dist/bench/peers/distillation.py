@@ -38,6 +38,7 @@ def published_distillation_loss(
         teacher_logits = teacher_head(teacher_BTd)
     student_logits = student_head(student_BTd)
 
+    # The published code copies the unmasked positions even where nothing is padded.
     mask = torch.ones_like(labels_BT, dtype=torch.bool)[..., None]
     student_chosen = _masked_copy(student_logits, mask)
     teacher_chosen = _masked_copy(teacher_logits, mask)
@@ -79,6 +80,7 @@ def trl_distillation_loss(
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_BTd)
     student_logits = student_head(student_BTd)
+    # With beta 0, the generalized divergence is the forward KL of the published loss.
     divergence = GKDTrainer.generalized_jsd_loss(
         student_logits, teacher_logits, beta=0, temperature=section.temperature, reduction="sum"
     )
@@ -116,6 +118,7 @@ def liger_distillation_loss(
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
+    # Liger divides by the number of labels, and the published loss by that of all positions.
     labelled = int((labels_BT != -100).sum()) / labels_BT.numel()
     scale = section.alpha_ce * section.temperature**2
     liger = LigerFusedLinearJSDLoss(
@@ -133,6 +136,7 @@ def liger_distillation_loss(
         labels_BT.flatten(),
     )
 
+    # The divergence of the last positions, which Liger leaves out.
     last_BV = student_head(student_BTd[:, -1])
     wanted_BV = teacher_head(teacher_BTd[:, -1])
     last = (1 - labelled) * softened_kl(wanted_BV, last_BV, section.temperature)

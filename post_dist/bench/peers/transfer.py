@@ -105,6 +105,7 @@ def _logits_at_answers(
 
 def at_answers(states: torch.Tensor, batch: Batch, prompt_length: int) -> torch.Tensor:
     """Pick the states [B, ...] at the answers of states [B, n+T, ...]."""
+    # The answers are counted without the prompt, which comes before each text.
     positions_B = batch.answer + prompt_length
     examples_B = torch.arange(len(positions_B), device=positions_B.device)
     return states[examples_B, positions_B]

@@ -78,12 +78,14 @@ class OpacusHooks:
 
     def __call__(self, batch: Batch, classes_B: torch.Tensor) -> torch.Tensor:
         """Return the gradient [B, n, d] of each example."""
+        # Every example looks up all rows of the prompt, so that the hooks see it.
         copies_Bnd = self._prompt(self._indices_n.expand(len(classes_B), -1))
         losses_B = plain_losses(self._model, self._verbalizer, batch, classes_B, copies_Bnd)
         losses_B.sum().backward()
         # pyrefly: ignore[missing-attribute]
         weight = self._prompt._module.embedding.weight
         gradients: torch.Tensor = weight.grad_sample
+        # Opacus would add the next batch to these.
         weight.grad_sample = None
         weight.grad = None
         return gradients
@@ -105,6 +107,7 @@ class LowRank(nn.Module):
         self.frozen = frozen
         self.down = nn.Linear(frozen.in_features, rank, bias=False)
         self.up = nn.Linear(rank, frozen.out_features, bias=False)
+        # The change starts at zero, so the first step sees the student as it is.
         nn.init.zeros_(self.up.weight)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -140,6 +143,7 @@ class OpacusLora:
                 "the LoRA baseline needs a model with layers q_proj and v_proj",
                 "use a model of Llama's family",
             )
+        # The layers are replaced after the search, which would also find the new ones.
         for parent, name in projections:
             low_rank = LowRank(getattr(parent, name), rank)
             setattr(parent, name, low_rank.to(model.model.device))
