@@ -103,6 +103,7 @@ def _files_at(path: Path) -> list[Path]:
 
 def _visible_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
+        # Hidden folders hold caches and version control.
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.is_file() and not hidden:
             yield file
@@ -137,6 +138,7 @@ def source_digest(section: Corpus) -> str:
     """
     if section.path is None:
         return f"{section.hub}@{section.revision}"
+    # The names of the files do not count, so a moved corpus is still found.
     digests = [digest for _, digest in file_digests(section)]
     # One file counts by its own digest, as the files of other sections do.
     return digests[0] if len(digests) == 1 else digest_of(digests)
@@ -167,6 +169,7 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
     def between() -> None:
         phase(f"hashing {file}")
+        # Hashing a large file takes minutes, and a job has seconds after a signal.
         leave_if_requested("no file of the corpus was changed")
 
     return file_digest(file, between)
@@ -182,6 +185,7 @@ def units_of(section: Corpus, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     Raises:
         InputError: a file is missing or its type is unknown.
     """
+    # A stream of the hub cannot be entered in the middle.
     if section.path is None:
         return [Unit(None)]
     units: list[Unit] = []

@@ -62,6 +62,7 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     if unit.path is None:
         yield from _hub_tables(section)
         return
+    # The suffix of a compressed file is that of its contents.
     found = file_type(unit.path)
     suffix = "" if found is None else found.suffix
     try:
@@ -72,6 +73,7 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     except UnicodeError:
         raise InputError(f"corpus.path: {unit.path}: is not UTF-8 text") from None
     except _parsing_errors() as error:
+        # The parser's own message may quote a document of any length.
         place = _line_in(error)
         raise InputError(
             f"corpus.path: {unit.path}{place} cannot be read as {suffix[1:].upper()}"
@@ -162,6 +164,7 @@ def _decode(block: bytes, unit: Unit, place: int) -> str:
 
 def _line_at(unit: Unit, place: int) -> int:
     """Return the number of the line, from 1, that holds a byte of the uncompressed file."""
+    # Lines are counted only for a message, because a range begins in the middle of a file.
     line = 1
     with _open(unit) as file:
         while place > 0:
@@ -210,6 +213,7 @@ def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
 
 def _delimited(unit: Unit, separator: str) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
+        # pandas reports an empty file as a file without columns.
         if not file.read(1):
             raise InputError(f"corpus.path: {unit.path} is empty")
         file.seek(0)

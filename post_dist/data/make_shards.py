@@ -88,6 +88,7 @@ def _contents(
     # The same bytes are other documents in a file of another type. Names do not matter.
     for path, digest in file_digests(section):
         files.append([str(file_type(path)), digest])
+    # The length of sequences is left out, because the shards do not depend on it.
     fields = {"hub_config", "hub_split", "text", "max_rows", "max_tokens"}
     return {
         "version": FORMAT_VERSION,
@@ -217,6 +218,7 @@ def _tokenize(work: TokenizerWork) -> None:
         _tokenize_in_processes(work, workers)
         return
 
+    # One process needs no pool, which would cost seconds of imports.
     counter = _Counter(work)
     with progress("tokenizing the corpus", len(work.units)) as advance:
         for number in range(len(work.units)):
@@ -237,6 +239,7 @@ def _tokenize_in_processes(work: TokenizerWork, workers: int) -> None:
 
     Units after the last one that is needed may be made too. They are not used.
     """
+    # Units are counted in order, so the result does not depend on which ends first.
     counter = _Counter(work)
     pool = WorkerPool(work, workers)
     threads = ThreadPoolExecutor(workers)
@@ -266,6 +269,7 @@ def _used_parts(work: TokenizerWork) -> list[PartRecord]:
     documents_left = work.section.max_rows or sys.maxsize
     for unit in range(len(work.units)):
         for part in finished_parts(work.folder, unit):
+            # Parts were made before anyone knew where the limit is.
             if part.tokens > tokens_left or part.documents > documents_left:
                 part = cut_part(work.folder, part, tokens_left, documents_left)
             # The order of the parts is that of the text.

@@ -169,6 +169,7 @@ def cut_part(folder: Path, record: PartRecord, tokens: int, documents: int) -> P
     Returns:
         The record of the cut part.
     """
+    # The cut part replaces the whole one, so the index lists what is on the disk.
     with safe_open(folder / record.name, framework="numpy") as arrays:
         kept_tokens = arrays.get_tensor(TOKENS)
         lengths = arrays.get_tensor(DOCUMENT_LENGTHS)[:documents]
@@ -206,6 +207,7 @@ class _Part:
         arrays = []
         for tokens in token_lists:
             arrays.append(np.asarray([*tokens, self._work.separator], dtype=np.int32))
+        # One array a piece, because an array a document would take more memory than its tokens.
         self._arrays.append(np.concatenate(arrays))
         self._lengths.append(np.asarray([len(each) for each in arrays], dtype=np.int32))
         self.tokens += len(self._arrays[-1])

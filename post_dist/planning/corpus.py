@@ -39,4 +39,5 @@ def _tokens_in_files(section: Corpus) -> float | None:
         size = sum(file.stat().st_size for file in corpus_files(section))
     except (InputError, OSError):
         return None
+    # Text in other scripts than Latin has more bytes per token.
     return size / _TEXT_BYTES_PER_TOKEN
