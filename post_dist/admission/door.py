@@ -157,6 +157,7 @@ def check_description(inside: Quarantined) -> "PreTrainedModel":
     from post_dist.admission.weights import meta_student
     from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
+    # The cheap checks come first, so that most hostile folders cost no process.
     folder = inside.folder
     if inside.manifest.kind != "student":
         raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
@@ -185,6 +186,7 @@ def refuse_unchecked(folder: Path, *, trusted: bool) -> None:
     Raises:
         ArtifactRefused: it cannot be checked, and is not trusted.
     """
+    # Nobody can tell a model of one's own from one whose sender has left the manifest out.
     if not trusted:
         raise ArtifactRefused(
             f"{folder} has no {FILE_NAME}, so it cannot be checked",

@@ -147,6 +147,7 @@ def _copy(
         manifest = parse_manifest(copy / FILE_NAME)
         present = names - {FILE_NAME, SIGNATURE}
         listed = manifest.files
+        # The weights of a student may take minutes to copy, and not every command reads them.
         if only is not None:
             present &= only
             listed = {name: digest for name, digest in listed.items() if name in only}

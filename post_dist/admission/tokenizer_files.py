@@ -116,6 +116,7 @@ def try_tokenizer(path: Path, vocabulary: int) -> None:
     Raises:
         ArtifactRefused: it cannot be loaded within the limits, or its tokens do not fit the model.
     """
+    # Fixed limits would stop an honest tokenizer of 30 MB, or let a small one take the machine.
     size = path.stat().st_size
     memory = _LEAST_MEMORY_BYTES + _MEMORY_FACTOR * size
     seconds = _LEAST_SECONDS + size // _MIB
@@ -147,6 +148,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     Raises:
         ArtifactRefused: a token has no embedding. An example with it would end a run.
     """
+    # Examples are padded and closed with special tokens, so none of these may lack an embedding.
     unread = {token for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
     added = {getattr(tokenizer, name) for name in _TOKENS - {"unk_token"}}
     if unread & added or not all(map(_MARKER.fullmatch, unread)):

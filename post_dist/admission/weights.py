@@ -68,7 +68,7 @@ def check_weights(folder: Path, model: PreTrainedModel) -> None:
                     f"{path.name} holds a tensor that the student of config.json does not have"
                 )
             found[name] = path
-    # One name of a tied tensor is enough.
+    # A file holds a tied tensor under one of its names. If no name is there, it was not sent.
     first_names = expected.first_names
     missing = set(first_names.values()) - {first_names[name] for name in found}
     if missing:
@@ -80,6 +80,7 @@ def _expected(model: PreTrainedModel) -> _Expected:
     shapes = {}
     first_names: dict[str, str] = {}
     names_by_tensor: dict[int, str] = {}
+    # On the meta device, tied tensors are one object.
     for name, tensor in model.state_dict(keep_vars=True).items():
         shapes[name] = tuple(tensor.shape)
         first_names[name] = names_by_tensor.setdefault(id(tensor), name)

@@ -28,6 +28,7 @@ def steers_terminal(text: str, *, lines: bool = False) -> bool:
         text: the text.
         lines: whether line breaks and tabs are allowed.
     """
+    # A template may have several lines. A label word that has them could forge a line of a message.
     allowed = "\n\r\t" if lines else ""
     return any(_STEERING.match(each) and each not in allowed for each in text)
 

@@ -175,6 +175,7 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
     """
     problems = []
     for name, number in computed.items():
+        # An entry that is not computed here would be passed on unchecked.
         claims = statement.get(name)
         if isinstance(number, dict) and isinstance(claims, dict) and set(claims) - set(number):
             problems.append(f"its `{name}` holds more than post_dist computes")

@@ -330,6 +330,7 @@ class Pipeline:
         """
         from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer
 
+        # The owner's mistake is the owner's, and not one of the run file.
         request = TransferRequest(self._transfer_folder(self._config, source), source)
         with refusing(folder):
             refuse_transfer([request], self._described_models, self._world)
@@ -477,6 +478,7 @@ class Pipeline:
         else:
             given.append(inputs.source_prompt)
         if folder in given:
+            # What is too large depends on the model, which the door does not know.
             prompt = admit_prompt(folder, kind, inputs.trusted_keys)
             with refusing(folder):
                 check_norms(prompt, self._largest_norm(model))

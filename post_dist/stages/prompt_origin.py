@@ -53,6 +53,7 @@ def check_norms(prompt: SoftPromptArtifact, largest_embedding: float) -> None:
     Raises:
         ArtifactRefused: a vector is. It could make the model overflow, or say the same of any text.
     """
+    # One such vector is enough, so it is not averaged away.
     largest = float(prompt.embeddings.norm(dim=1).max())
     if largest > _MOST_EMBEDDINGS * largest_embedding:
         raise ArtifactRefused(

@@ -150,6 +150,7 @@ class _Check:
         if not given.is_dir():
             return read_model(given, stage, self.findings)
         note_missing_weights(given, self.findings)
+        # The rule is that of the stages. A foreign configuration is read only behind the door.
         inputs = self.config.inputs
         if not inputs.trusted_keys and not (given / FILE_NAME).exists():
             refuse_unchecked(given, trusted=inputs.trust_model)

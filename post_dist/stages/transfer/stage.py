@@ -151,6 +151,7 @@ def refuse_transfer(
         prompt = SourcePrompt(len(source.embeddings), source.task, source.head is not None)
         found |= dict.fromkeys(conflicts(request.folder.config, models, prompt, layout))
     raise_conflicts("transfer", list(found))
+    # A label word of two tokens must show before hours of training, and before others wait for it.
     for request in requests:
         public_task = request.folder.config.need_task("public_task")
         task = own_reading(request.source.task, public_task.template)

@@ -110,6 +110,7 @@ def _settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
     if config.privacy.enabled:
         places = {"ledger", "ledger_anchors"}
         settings["privacy"] = config.privacy.model_dump(mode="json", exclude=places)
+    # Whoever gets the prompt must know that its student may be anybody's.
     if model.trusted:
         settings["student_checked"] = False
     return settings
