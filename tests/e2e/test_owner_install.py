@@ -25,7 +25,8 @@ def packages(tmp_path: Path) -> Path:
     folder = tmp_path / "packages"
     folder.mkdir()
     for path in sys.path:
-        if "site-packages" not in path:
+        # Some packages add folders inside of theirs.
+        if Path(path).name != "site-packages":
             continue
         for package in Path(path).iterdir():
             if not EXTRAS.match(package.name):
