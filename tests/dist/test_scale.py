@@ -142,8 +142,9 @@ def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> N
             kept.append(line)
     run.write_text("".join(kept))
     code, out, err = main("bench", "scale", run, "--json")
-    assert (code, out) == (2, "")
-    assert "bench scale needs sections that the run file lacks: `corpus`, `public_task`" in err
+    refused = "bench scale needs sections that the run file lacks: `corpus`, `public_task`"
+    assert (code, json.loads(out)["error"]) == (2, refused)
+    assert refused in err
 
 
 @pytest.mark.parametrize(
