@@ -316,7 +316,7 @@ def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
     capped = "--set=privacy.max_total_epsilon=9"
     assert tune(main, folder, capped)[0] == 0
     code, out, err = tune(main, folder, capped, "--set=tune.learning_rate=0.02")
-    assert (code, out) == (5, "")
+    assert (code, json.loads(out)["exit_code"]) == (5, 5)
     assert "above its cap of 9" in err
     assert len(list(folder.glob("runs/tiny/tune-*/artifact"))) == 1
     assert len(budget(main, folder)["runs"]) == 1
@@ -437,7 +437,7 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
     # The key is destroyed, so a search whose prompt was lost cannot be repeated for free.
     shutil.rmtree(path)
     code, out, err = tune(main, folder, search)
-    assert (code, out) == (4, "")
+    assert (code, json.loads(out)["exit_code"]) == (4, 4)
     assert "key of run" in err
     assert "has been destroyed" in err
 
