@@ -52,7 +52,7 @@ def test_the_teachers_loss_is_that_of_transformers(tmp_path: Path) -> None:
         ({"unchanged_parameters": -1}, False),
         ({"unchanged_parameters": 10**9}, False),
         ({"teacher_parameters": 7}, False),
-        ({"teacher_parameters": float("inf")}, False),
+        ({"teacher_parameters": 1e9}, False),
         ({"teacher_parameters": "many"}, False),
         ({"teacher_parameters": True}, False),
         ({"more": 1}, False),
