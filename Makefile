@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
 .PHONY: demo demo-private test test-all test-slurm faults fuzz bench check clean
@@ -15,7 +15,7 @@ demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
-# Tests of one file stay in one worker process. Slurm makes one of the three wait most of the time.
+# Tests of one file stay in one worker process. Most of them wait for processes that they started.
 test: check
 	$(PYTEST) -m 'not slow'
 
