@@ -158,12 +158,8 @@ def check_description(inside: Quarantined) -> "PreTrainedModel":
     from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
     # The cheap checks come first, so that most hostile folders cost no process.
+    _check_kind(inside)
     folder = inside.folder
-    if inside.manifest.kind != "student":
-        raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a student")
-    for name in sorted(_DESCRIPTION):
-        if not (folder / name).exists():
-            raise ArtifactRefused(f"the student lacks {name}")
     rebuild_config(folder / "config.json")
     rebuild_tokenizer_config(folder / "tokenizer_config.json")
     described = meta_student(folder)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """How predictions are printed."""
+    """Format of the printed predictions."""
 
     jsonl = "jsonl"
     csv = "csv"

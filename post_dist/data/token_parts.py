@@ -37,7 +37,7 @@ _DOCUMENTS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What is known of a finished part.
+    """The record of a finished part.
 
     Attributes:
         unit: number of its unit.

@@ -46,7 +46,7 @@ class FoundRun:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far the run of a stage is.
+    """Progress of the run of a stage.
 
     Attributes:
         run: name of its folder.
