@@ -18,7 +18,7 @@ from post_dist.data.tasks import load_examples
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.privacy.accounting import private_plan
+from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.randomness import RandomSource
 from post_dist.runtime.distributed import World

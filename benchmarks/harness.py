@@ -14,7 +14,8 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.data.tasks import load_examples
 from post_dist.models.load import load_whole
-from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.accounting import account
+from post_dist.privacy.calibration import private_plan
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak

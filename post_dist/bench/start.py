@@ -33,10 +33,10 @@ def bench_stage(stage: BenchStage, config: RunConfig) -> dict[str, Any]:
     if stage == "distill":
         from post_dist.bench.distill import bench_distill
 
-        return bench_distill(config, stages.teacher, world)
+        return bench_distill(config, stages.inputs.teacher, world)
     from post_dist.bench.transfer import bench_transfer
 
-    return bench_transfer(config, stages.teacher, stages.student, world)
+    return bench_transfer(config, stages.inputs.teacher, stages.student, world)
 
 
 def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, An
     """
     world = join_ranks(config)
     from post_dist.bench.scale import bench_scale, write_scale
-    from post_dist.stages.pipeline import Pipeline
+    from post_dist.stages.run_inputs import RunInputs
 
-    result = bench_scale(config, Pipeline(config, world, frozenset()).teacher, world)
+    result = bench_scale(config, RunInputs(config, world).teacher, world)
     if write is not None and world.is_main:
         write_scale(write, result)
     return result

@@ -86,7 +86,7 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
     if command != "pipeline":
         return [Planned(last, StageJob(source, command), config.cluster)]
 
-    from post_dist.privacy.accounting import private_plans  # takes a second
+    from post_dist.privacy.calibration import private_plans  # takes a second
 
     # Otherwise an unreachable target epsilon would be found only after hours of distillation.
     private_plans(config)

@@ -79,7 +79,8 @@ def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
         prompts.append(_Prompt(config.tune.batch_size, config.tune.steps))
     epsilons = []
     if any(section.enabled for section in config.all_privacy):
-        from post_dist.privacy.accounting import account, private_plans  # takes a second
+        from post_dist.privacy.accounting import account  # takes a second
+        from post_dist.privacy.calibration import private_plans
 
         for plan in private_plans(config):
             examples = plan.expected_batch_size / plan.sampling_probability

@@ -1,4 +1,4 @@
-"""Compute the epsilon of a plan, and the smallest noise multiplier for a target epsilon.
+"""Compute the epsilon of a plan, and of several runs on the same data.
 
 The published epsilon comes from the privacy loss distribution (PLD) of dp-accounting, which is
 pessimistic ("connect the dots"). The RDP accountant of the same library and the PRV accountant of
@@ -10,43 +10,31 @@ accountants are then compared on a single trial.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from absl import logging as absl_logging
-from dp_accounting import DpEvent, PrivacyAccountant, rdp
-from dp_accounting.mechanism_calibration import ExplicitBracketInterval, calibrate_dp_mechanism
+from dp_accounting import PrivacyAccountant, rdp
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 
-from post_dist.config.schema import RunConfig
-from post_dist.errors import InputError, PrivacyRefused
-from post_dist.privacy.plan import PrivacyPlan, declared_plan
+from post_dist.errors import PrivacyRefused
+from post_dist.privacy.plan import PrivacyPlan
 
 # dp-accounting warns about each RDP order that it drops. Dropped orders only raise the bound.
 absl_logging.set_verbosity(absl_logging.ERROR)
 
-# Discretization interval of the privacy loss for published epsilons.
-_FINE = 1e-4
+FINE = 1e-4
+"""Discretization interval of the privacy loss for published epsilons."""
 
-# Discretization interval during the search for sigma. It raises epsilon by at most 6e-4 over
-# `_FINE`.
-_COARSE = 1e-3
+COARSE = 1e-3
+"""Discretization interval during the search for sigma. Epsilon is at most 6e-4 above `FINE`'s."""
 
 # Discretization interval for many different plans. With 60 of them it gives 12.53 for 12.18.
 _COARSEST = 5e-3
 _FEW_PLANS = 3
-
-# A calibrated sigma is rounded up to a multiple of this.
-_SIGMA_GRID = 1e-4
-_LEAST_SIGMA = 0.2
-_MOST_SIGMA = 200.0
-
-# Step of the bracket search, in log sigma. The search starts at sigma 1, because the privacy loss
-# of a small sigma takes longest to compute.
-_BRACKET_STEP = 0.5
 
 # PLD may exceed the upper end of PRV by twice PRV's own error in epsilon.
 PRV_ABOVE = 0.02
@@ -90,38 +78,6 @@ class Account(Cost):
     cross_checks: dict[str, float]
 
 
-def private_plan(config: RunConfig) -> PrivacyPlan:
-    """Return the plan of a run file, with calibrated noise where the file gives a target epsilon.
-
-    Raises:
-        InputError: the section `privacy` lacks a number, or no noise multiplier in range meets the
-            target.
-    """
-    section = config.privacy
-    if section.noise_multiplier is not None:
-        return declared_plan(config, section.noise_multiplier)
-    plan = declared_plan(config, noise_multiplier=1.0)
-    if section.target_epsilon is None:
-        raise InputError(
-            "privacy: give target_epsilon or noise_multiplier",
-            "for example --set privacy.target_epsilon=8",
-        )
-    return _calibrated(plan, section.target_epsilon)
-
-
-def private_plans(config: RunConfig) -> list[PrivacyPlan]:
-    """Return all plans of a pipeline: its own, and those of its `evaluate.private_rows`.
-
-    Raises:
-        InputError: see `private_plan`.
-    """
-    plans = []
-    for section in config.all_privacy:
-        if section.enabled:
-            plans.append(private_plan(config.model_copy(update={"privacy": section})))
-    return plans
-
-
 @cache
 def account(plan: PrivacyPlan) -> Account:
     """Compute the privacy cost of a plan with three accountants.
@@ -131,7 +87,7 @@ def account(plan: PrivacyPlan) -> Account:
     """
     # PLD and PRV do not support repeat-and-select, so the accountants are compared on one trial.
     trial = replace(plan, mean_trials=None)
-    accountant = _pld((trial,), _FINE)
+    accountant = _pld((trial,), FINE)
     checks = {
         "pld": float(accountant.get_epsilon(plan.delta)),
         "rdp": rdp_epsilon([trial], plan.delta),
@@ -166,8 +122,8 @@ def _cost_of(plans: tuple[PrivacyPlan, ...], stated_for: PrivacyPlan) -> Cost:
         deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
         profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
     else:
-        name = f"PLD (dp-accounting, discretisation {_FINE:g})"
-        accountant = pld = _pld(plans, _FINE)
+        name = f"PLD (dp-accounting, discretisation {FINE:g})"
+        accountant = pld = _pld(plans, FINE)
         epsilons = np.linspace(0, 20, 401)
         # One call for all of them: a call for each takes 14 s.
         # pyrefly: ignore[bad-argument-type]
@@ -255,74 +211,6 @@ def rdp_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
     return float(_rdp(tuple(plans)).get_epsilon(delta))
 
 
-@cache
-def _calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
-    """Return the plan with the smallest sigma on the grid that meets a target epsilon."""
-    accountant: Callable[[], PrivacyAccountant] = rdp.RdpAccountant
-    if plan.mean_trials is None:
-        accountant = partial(PLDAccountant, value_discretization_interval=_COARSE)
-
-    def with_noise(log_sigma: float) -> PrivacyPlan:
-        return replace(plan, noise_multiplier=math.exp(log_sigma))
-
-    def event(log_sigma: float) -> DpEvent:
-        return with_noise(log_sigma).event()
-
-    def excess(log_sigma: float) -> float:
-        return _epsilon(with_noise(log_sigma), _COARSE) - target
-
-    # The library finds the root in log sigma and returns a point on the safe side of it.
-    bracket = _bracket(excess, target)
-    log_sigma = calibrate_dp_mechanism(accountant, event, target, plan.delta, bracket, tol=1e-6)
-    # Rounded up, so that the noise is never less than needed.
-    multiples = math.ceil(math.exp(log_sigma) / _SIGMA_GRID)
-    # The coarse loss is the more pessimistic one, so the first multiple meets the target as a rule.
-    while True:
-        rounded = replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, 4))
-        if _epsilon(rounded, _FINE) <= target:
-            return rounded
-        multiples += 1
-
-
-def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracketInterval:
-    """Find an interval of log sigma in which epsilon crosses the target.
-
-    dp-accounting's own bracket search starts at the smallest sigma. It makes calibration 1.7 to 3
-    times as slow.
-
-    Args:
-        excess: epsilon minus the target, as a decreasing function of log sigma.
-        target: the target epsilon, for messages.
-
-    Raises:
-        InputError: epsilon crosses the target outside the range of sigma.
-    """
-    # If the largest sigma does not meet the target, no sigma in range does.
-    least = math.log(_LEAST_SIGMA)
-    most = math.log(_MOST_SIGMA)
-    if excess(most) > 0:
-        raise InputError(
-            f"privacy.target_epsilon: no noise multiplier up to {_MOST_SIGMA:g} reaches {target:g}",
-            "set fewer steps, a smaller sampling_probability or a larger target_epsilon",
-        )
-    # Raise sigma from 1 until the target is met.
-    high = 0.0
-    while excess(high) > 0:
-        high = min(most, high + _BRACKET_STEP)
-    # Lower sigma from there until the target is no longer met.
-    low = max(least, high - _BRACKET_STEP)
-    while excess(low) <= 0:
-        if low == least:
-            raise InputError(
-                f"privacy.target_epsilon: {target:g} is met with a noise multiplier "
-                f"below {_LEAST_SIGMA:g}",
-                "set a smaller target_epsilon, or set noise_multiplier",
-            )
-        high = low
-        low = max(least, low - _BRACKET_STEP)
-    return ExplicitBracketInterval(low, high)
-
-
 def _check_agreement(checks: dict[str, float]) -> None:
     """Compare the epsilons of the three accountants.
 
@@ -355,7 +243,7 @@ def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
     # A ledger may hold many different plans, and each takes half a second at the fine interval. A
     # coarser interval only raises epsilon.
     different = len(set(plans))
-    interval = _FINE if different <= _FEW_PLANS else min(_COARSEST, _COARSE * different / 10)
+    interval = FINE if different <= _FEW_PLANS else min(_COARSEST, COARSE * different / 10)
     return _pld(tuple(plans), interval)
 
 
@@ -369,7 +257,7 @@ def _pld(plans: tuple[PrivacyPlan, ...], interval: float) -> PLDAccountant:
     return accountant
 
 
-def _epsilon(plan: PrivacyPlan, interval: float) -> float:
+def epsilon_of(plan: PrivacyPlan, interval: float) -> float:
     """Return the epsilon of one run at its own delta.
 
     RDP composes a search and ignores the discretization interval.

@@ -24,7 +24,8 @@ from scipy.stats import beta
 
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
-from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.accounting import account
+from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource

@@ -12,8 +12,9 @@ import torch
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.accounting import account, private_plan
+from post_dist.privacy.accounting import account
 from post_dist.privacy.batch_sizes import independent_sizes
+from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source

@@ -118,14 +118,14 @@ def _folder(config: RunConfig, size: MembershipAttack, pipeline: Pipeline) -> Ru
     settings = config.transfer.model_dump(mode="json") if _transfers(config) else None
     inputs = {
         "model": pipeline.student_digest,
-        "private_task": pipeline.data_digest("private_task"),
+        "private_task": pipeline.inputs.data_digest("private_task"),
         "attack": digest_of({"shadows": size.shadows, "rows": size.rows, "transfer": settings}),
     }
     if pipeline.public_prompt is not None:
         inputs["public prompt"] = pipeline.public_prompt.manifest.digest
     if _transfers(config):
-        inputs["teacher"] = pipeline.teacher_digest
-        inputs["public_task"] = pipeline.data_digest("public_task")
+        inputs["teacher"] = pipeline.inputs.teacher_digest
+        inputs["public_task"] = pipeline.inputs.data_digest("public_task")
     return pipeline.private_folder(config, "tune", inputs, "membership")
 
 
@@ -178,8 +178,8 @@ class _Shadows:
         self.models = ModelFolders(pipeline.student, None)
         self.digests = {"student": pipeline.student_digest}
         if _transfers(config):
-            self.models = ModelFolders(pipeline.student, pipeline.teacher)
-            self.digests["teacher"] = pipeline.teacher_digest
+            self.models = ModelFolders(pipeline.student, pipeline.inputs.teacher)
+            self.digests["teacher"] = pipeline.inputs.teacher_digest
 
     def tuned(self) -> list[Path]:
         """Tune the shadow prompts on the student, and return their folders."""
@@ -240,7 +240,8 @@ def _privacy_of(config: RunConfig, members: int) -> Privacy:
     section = config.privacy
     if not section.enabled:
         return section
-    from post_dist.privacy.accounting import account, private_plan  # takes a second
+    from post_dist.privacy.accounting import account  # takes a second
+    from post_dist.privacy.calibration import private_plan
 
     plan = private_plan(config)
     expected = plan.expected_batch_size

@@ -14,32 +14,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked, refusing
-from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest, read_manifest
-from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact, read_prompt
+from post_dist.admission.door import refusing
+from post_dist.artifacts.manifest import read_manifest
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder, run_folder
-from post_dist.artifacts.task import PromptTask
-from post_dist.config.schema import Inputs, RunConfig, Stage
-from post_dist.config.sources import Corpus, DataSource
-from post_dist.data.corpus_files import source_digest
-from post_dist.data.public_text import load_public_texts
-from post_dist.data.task_reader import TaskReader
-from post_dist.data.tasks import load_examples
+from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import fingerprint
-from post_dist.models.embedding_table import largest_embedding_norm
-from post_dist.models.load import (
-    check_is_folder,
-    is_masked,
-    load_config,
-    load_tokenizer,
-    model_folder,
-    model_name,
-)
+from post_dist.models.load import model_name
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
 from post_dist.runtime.private_process import owner_only
-from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.evaluate.cached_answers import ModelFolders
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
@@ -48,7 +32,7 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
-from post_dist.stages.prompt_origin import check_norms
+from post_dist.stages.run_inputs import RunInputs, check_inputs
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
 if TYPE_CHECKING:
@@ -83,6 +67,9 @@ class Pipeline:
         may_run: the stages that this command may start. The others must be finished, or their
             artifacts given in `inputs`.
         resume: `auto` resumes an unfinished stage from its checkpoint; `never` starts it anew.
+
+    Attributes:
+        inputs: reads what the run file names.
     """
 
     def __init__(
@@ -92,7 +79,7 @@ class Pipeline:
         self._world = world
         self._may_run = may_run
         self._resume = resume
-        self._largest_norms: dict[Path, float] = {}
+        self.inputs = RunInputs(config, world)
 
     def distill(self) -> RunFolder:
         """Find or make the student.
@@ -103,12 +90,14 @@ class Pipeline:
         from post_dist.stages.distill.stage import distill, refuse_distillation
 
         self._config.need("distill")
-        inputs = {"teacher": self.teacher_digest, "corpus": self.data_digest("corpus")}
+        teacher = self.inputs.teacher
+        digest = self.inputs.teacher_digest
+        inputs = {"teacher": digest, "corpus": self.inputs.data_digest("corpus")}
         folder = run_folder(self._config, "distill", inputs)
         if self._unfinished([folder]):
-            refuse_distillation(folder.config, self.teacher, self._world)
+            refuse_distillation(folder.config, teacher, self._world)
             with self.running([folder]):
-                distill(folder, self.teacher, self.teacher_digest, self._world, self._resume)
+                distill(folder, teacher, digest, self._world, self._resume)
         return folder
 
     def warm_start(self) -> RunFolder:
@@ -124,11 +113,11 @@ class Pipeline:
         )
 
         self._config.need("warm_start")
-        digests = {"teacher": self.teacher_digest, "student": self.student_digest}
-        inputs = digests | {"public_task": self.data_digest("public_task")}
+        digests = {"teacher": self.inputs.teacher_digest, "student": self.student_digest}
+        inputs = digests | {"public_task": self.inputs.data_digest("public_task")}
         folder = run_folder(self._config, "warm_start", inputs)
         if self._unfinished([folder]):
-            models = WarmStartModels(self.teacher, self.student, self._student_name, digests)
+            models = WarmStartModels(self.inputs.teacher, self.student, self._student_name, digests)
             refuse_warm_start(folder.config, models, self._world)
             with self.running([folder]):
                 warm_start(folder, models, self._world, self._resume)
@@ -191,7 +180,7 @@ class Pipeline:
         variants = self._prompt_variants()
         inputs = {
             "student": self.student_digest,
-            "private_task": self.data_digest("private_task"),
+            "private_task": self.inputs.data_digest("private_task"),
         }
         if config.teacher is None:
             models = ModelFolders(self.student, None)
@@ -199,9 +188,9 @@ class Pipeline:
                 PromptSet(variant.label, self._source(variant.source), {}) for variant in variants
             ]
         else:
-            models = ModelFolders(self.student, self.teacher)
+            models = ModelFolders(self.student, self.inputs.teacher)
             prompts = self._with_target_prompts(variants)
-            inputs = {"teacher": self.teacher_digest, **inputs}
+            inputs = {"teacher": self.inputs.teacher_digest, **inputs}
 
         # The signature holds the digest of every prompt, so other prompts give another table.
         folder = self.private_folder(config, "evaluate", inputs | _prompt_digests(prompts))
@@ -219,7 +208,7 @@ class Pipeline:
         """
         self._config.need(*self._config.stages_until("evaluate"))
         # A wrong label word must show before hours of distillation.
-        self._world.on_main(partial(_check_inputs, self._config, self.teacher))
+        self._world.on_main(partial(check_inputs, self._config, self.inputs.teacher))
         return self.evaluate()
 
     # Prompts of the table. `evaluate.private_rows` adds one variant for each epsilon.
@@ -277,7 +266,8 @@ class Pipeline:
                 artifact = prompt.plan.folder
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
-            found[prompt.variant.label][prompt.row] = self._prompt(artifact, self.teacher)
+            on_target = self.inputs.prompt(artifact, self.inputs.teacher)
+            found[prompt.variant.label][prompt.row] = on_target
         return [
             PromptSet(variant.label, self._source(variant.source), found[variant.label])
             for variant in variants
@@ -292,14 +282,14 @@ class Pipeline:
             self.student_digest,
             self._student_name,
             self.public_prompt,
-            self._trusts_student,
+            self.inputs.trusts_student,
         )
         return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the target, for the baseline of full prompt tuning."""
-        name = model_name(self.teacher, self._config.teacher)
-        target = TunedModel(self.teacher, self.teacher_digest, name)
+        name = model_name(self.inputs.teacher, self._config.teacher)
+        target = TunedModel(self.inputs.teacher, self.inputs.teacher_digest, name)
         return self._tune(config, target, label="target")
 
     def _tune(self, config: RunConfig, model: TunedModel, *, label: str) -> RunFolder:
@@ -311,7 +301,7 @@ class Pipeline:
             label: part of the name of the run's folder.
         """
         config.need("tune")
-        inputs = {"model": model.digest, "private_task": self.data_digest("private_task")}
+        inputs = {"model": model.digest, "private_task": self.inputs.data_digest("private_task")}
         if model.public_prompt is not None:
             inputs["public prompt"] = model.public_prompt.manifest.digest
         folder = self.private_folder(config, "tune", inputs, label)
@@ -361,14 +351,14 @@ class Pipeline:
             missing = [by_folder[folder.path] for folder in unfinished]
             refuse_transfer(missing, self._described_models, self._world)
             with self.running(unfinished):
-                transfer(missing, self.teacher, self.student, self._world, self._resume)
+                transfer(missing, self.inputs.teacher, self.student, self._world, self._resume)
         return [request.folder for request in requests]
 
     def _transfer_folder(self, config: RunConfig, source: SoftPromptArtifact) -> RunFolder:
         """Return the folder for the transfer of a prompt."""
         self._config.need("transfer")
         inputs = {
-            "teacher": self.teacher_digest,
+            "teacher": self.inputs.teacher_digest,
             "student": self.student_digest,
             "public_task": self._public_digest,
             "source prompt": source.manifest.digest,
@@ -380,49 +370,26 @@ class Pipeline:
         """Student and target of a transfer, without their weights."""
         from post_dist.stages.transfer.stage import describe_models
 
-        return describe_models(self.teacher, self.student)
+        return describe_models(self.inputs.teacher, self.student)
 
     @cached_property
     def _public_digest(self) -> str:
         """Digest of the public text of a transfer."""
-        return self.data_digest("public_task")
+        return self.inputs.data_digest("public_task")
 
-    # Inputs of the stages, each with a digest for the signatures.
-
-    @cached_property
-    def teacher(self) -> Path:
-        """The folder of the large LLM.
-
-        Raises:
-            InputError: the run file has no teacher, or the model cannot be used.
-        """
-        if self._config.teacher is None:
-            raise InputError("the run file lacks the section teacher")
-        fetch = partial(model_folder, self._config.teacher)
-        with unwatched("fetching the teacher"):  # the hub's client has its own time limits
-            self._world.on_main(fetch)
-            folder = self._world.together(fetch)  # each node may have its own cache
-        load_config(folder)
-        return folder
-
-    @cached_property
-    def teacher_digest(self) -> str:
-        """Digest of the large LLM's files."""
-        with unwatched("hashing the teacher"):  # a disk may take minutes for hundreds of GB
-            return self._world.on_main(partial(fingerprint, self.teacher))
+    # Results of earlier stages, or what the run file gives in their place.
 
     @cached_property
     def student(self) -> Path:
         """The student's folder: admitted from `inputs`, or made by the distill stage."""
-        given = self._config.inputs.student
-        if given is None:
-            return self.distill().artifact
-        # A run file may name any model of one's own as its student, such as a smaller one of the
-        # teacher's family.
-        if self._trusts_student:
-            return given
-        keys = self._config.inputs.trusted_keys
-        return self._world.on_main(partial(admit_student, given, self._admitted, keys))
+        return self.inputs.student or self.distill().artifact
+
+    @cached_property
+    def student_digest(self) -> str:
+        """Digest of the student."""
+        if self.inputs.student is not None:
+            return self.inputs.student_digest
+        return self._world.on_main(lambda: read_manifest(self.student, "student").digest)
 
     @property
     def _student_name(self) -> str:
@@ -430,21 +397,10 @@ class Pipeline:
         return model_name(self._config.inputs.student or self.student)
 
     @cached_property
-    def _trusts_student(self) -> bool:
-        """Whether the given student has no manifest, and is used without a check."""
-        return self._world.on_main(partial(_is_trusted, self._config.inputs))
-
-    @cached_property
-    def student_digest(self) -> str:
-        """Digest of the student."""
-        given = self._config.inputs.student is not None
-        return self._world.on_main(partial(_digest_of_student, self.student, given=given))
-
-    @cached_property
     def public_prompt(self) -> SoftPromptArtifact | None:
         """The public prompt that tuning starts from: given, or made; None to start from text."""
         folder = self.public_prompt_folder
-        return None if folder is None else self._prompt(folder, self.student, PUBLIC_PROMPT)
+        return None if folder is None else self.inputs.prompt(folder, self.student, PUBLIC_PROMPT)
 
     @cached_property
     def public_prompt_folder(self) -> Path | None:
@@ -457,40 +413,7 @@ class Pipeline:
     @cached_property
     def _source_prompts(self) -> tuple[Path, ...]:
         """Folders of the prompts on the student: given in `inputs`, or made by the tune stage."""
-        given = self._config.inputs.source_prompt
-        if isinstance(given, tuple):
-            return given
-        return (given or self.tune().artifact,)
-
-    @property
-    def _admitted(self) -> Path:
-        """The folder for admitted students."""
-        return self._config.output / self._config.name / "admitted"
-
-    def _prompt(
-        self, folder: Path, model: Path, kind: ArtifactKind = "soft prompt"
-    ) -> SoftPromptArtifact:
-        """Read a prompt for a model. One of `inputs` comes from another party."""
-        inputs = self._config.inputs
-        given = [inputs.public_prompt, inputs.target_prompt]
-        if isinstance(inputs.source_prompt, tuple):
-            given += inputs.source_prompt
-        else:
-            given.append(inputs.source_prompt)
-        if folder in given:
-            # What is too large depends on the model, which the door does not know.
-            prompt = admit_prompt(folder, kind, inputs.trusted_keys)
-            with refusing(folder):
-                check_norms(prompt, self._largest_norm(model))
-            return prompt
-        return read_prompt(folder, kind)
-
-    def _largest_norm(self, model: Path) -> float:
-        """Return the largest norm of a model's embeddings. Each model is read once."""
-        if model not in self._largest_norms:
-            read = partial(largest_embedding_norm, model)
-            self._largest_norms[model] = self._world.on_main(read)
-        return self._largest_norms[model]
+        return self.inputs.source_prompts or (self.tune().artifact,)
 
     def _source(self, folder: Path) -> SoftPromptArtifact:
         """Read a prompt that was tuned on the student.
@@ -498,22 +421,16 @@ class Pipeline:
         Raises:
             ArtifactRefused: it was tuned on another student, by its own lineage.
         """
-        prompt = self._prompt(folder, self.student)
-        if not self._trusts_student and prompt.manifest.parents.get("model") != self.student_digest:
+        prompt = self.inputs.prompt(folder, self.student)
+        tuned_on = prompt.manifest.parents.get("model")
+        if not self.inputs.trusts_student and tuned_on != self.student_digest:
             raise ArtifactRefused(
                 f"{folder} was tuned on another student than {self.student}",
                 "give the student that the owner of the prompt has got",
             )
         return prompt
 
-    def data_digest(self, section: str) -> str:
-        """Identify the contents of a data section: a file's hash, or hub name and revision."""
-        source: DataSource | Corpus = getattr(self._config, section)
-        if isinstance(source, Corpus):
-            return self._world.on_main(partial(source_digest, source))
-        if source.path is None:
-            return f"{source.hub}@{source.revision}"
-        return self._world.on_main(partial(_digest_of_file, source.path, section))
+    # Folders of the stages.
 
     def private_folder(
         self, config: RunConfig, stage: Stage, inputs: dict[str, str], label: str = ""
@@ -582,70 +499,3 @@ def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
         for row, prompt in prompt_set.on_target.items():
             digests[row + prompt_set.label] = prompt.manifest.digest
     return digests
-
-
-def _is_trusted(inputs: Inputs) -> bool:
-    """Return whether the given student has no manifest, and is used without a check.
-
-    Raises:
-        InputError: it is not a folder.
-        ArtifactRefused: it has no manifest, and the run file does not trust it.
-    """
-    student = inputs.student
-    if student is None:
-        return False
-    check_is_folder(student)
-    # A sender might leave the manifest out, and with it the signature.
-    if inputs.trusted_keys or (student / FILE_NAME).exists():
-        return False
-    refuse_unchecked(student, trusted=inputs.trust_model)
-    return True
-
-
-def _digest_of_student(folder: Path, *, given: bool) -> str:
-    """Return the digest in a student's manifest, or that of its files if it has no manifest."""
-    if not given:
-        return read_manifest(folder, "student").digest
-    if not (folder / FILE_NAME).exists():
-        load_config(folder)
-        return fingerprint(folder)
-    # Its hashes have been compared when it was admitted.
-    return parse_manifest(folder / FILE_NAME).digest
-
-
-def _digest_of_file(path: Path, section: str) -> str:
-    """Hash a data file.
-
-    Raises:
-        InputError: the path is missing, or is not a file.
-    """
-    if not path.is_file():
-        problem = "no file" if path.exists() else "missing"
-        raise InputError(f"{section}.path: {path} is {problem}")
-    return fingerprint(path)
-
-
-def _check_inputs(config: RunConfig, teacher: Path) -> None:
-    """Check privacy plans, data files, templates and label words before any stage runs.
-
-    This also downloads hub data sets for all ranks.
-
-    Args:
-        config: the run file.
-        teacher: folder of the large LLM, whose tokenizer the student shares.
-
-    Raises:
-        PostDistError: an input cannot be used.
-    """
-    from post_dist.privacy.accounting import account, private_plans  # takes a second to import
-
-    for plan in private_plans(config):
-        account(plan)
-
-    task = config.private_task
-    if task is not None and task.template is not None:
-        load_examples(task, config.evaluate.split, "private_task")
-        prompt_task = PromptTask.of_section(task, config.tune.init_text)
-        TaskReader(prompt_task, load_tokenizer(teacher), masked=is_masked(load_config(teacher)))
-    if config.inputs.target_prompt is None and config.public_task is not None:
-        load_public_texts(config.public_task, "public_task")

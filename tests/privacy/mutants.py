@@ -396,14 +396,14 @@ MUTANTS = [
     ),
     Mutant(
         "sigma rounded down",
-        "privacy.accounting",
+        "privacy.calibration",
         "    multiples = math.ceil(math.exp(log_sigma) / _SIGMA_GRID)\n"
         "    # The coarse loss is the more pessimistic one, so the first multiple meets "
         "the target as a rule.\n"
         "    while True:\n"
         "        rounded = replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, "
         "4))\n"
-        "        if _epsilon(rounded, _FINE) <= target:\n"
+        "        if epsilon_of(rounded, FINE) <= target:\n"
         "            return rounded\n",
         "    multiples = math.floor(math.exp(log_sigma) / _SIGMA_GRID)\n"
         "    while True:\n"
@@ -526,7 +526,7 @@ MUTANTS = [
     ),
     Mutant(
         "noise multipliers out of range",
-        "privacy.accounting",
+        "privacy.calibration",
         "_MOST_SIGMA = 200.0\n",
         "_MOST_SIGMA = 1e6\n",
         "calibration_refuses_targets_out_of_range",

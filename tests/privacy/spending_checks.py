@@ -75,10 +75,10 @@ def config_of(tune: dict[str, Any] | None = None, **privacy: Any) -> Any:
 
 
 def calibration_meets_its_target_from_below() -> None:
-    accounting = part("privacy.accounting")
+    calibration = part("privacy.calibration")
     for target, sigma in CALIBRATED.items():
-        plan = accounting.private_plan(config_of(target_epsilon=target))
-        epsilon = accounting.account(plan).epsilon
+        plan = calibration.private_plan(config_of(target_epsilon=target))
+        epsilon = part("privacy.accounting").account(plan).epsilon
         assert target - 0.02 < epsilon <= target
         assert plan.noise_multiplier == sigma
 
@@ -86,11 +86,11 @@ def calibration_meets_its_target_from_below() -> None:
 def calibration_of_a_search_gives_the_known_noise() -> None:
     search = {"mean_trials": 3, "learning_rate": [0.1]}
     config = config_of(tune_section(search=search), target_epsilon=3.0)
-    assert part("privacy.accounting").private_plan(config).noise_multiplier == 0.7227
+    assert part("privacy.calibration").private_plan(config).noise_multiplier == 0.7227
 
 
 def calibration_refuses_targets_out_of_range() -> None:
-    accounting = part("privacy.accounting")
+    calibration = part("privacy.calibration")
     search = {"mean_trials": 3, "learning_rate": [0.1]}
     refused = {
         "up to 200 reaches": config_of(tune_section(search=search), target_epsilon=0.5),
@@ -99,14 +99,14 @@ def calibration_refuses_targets_out_of_range() -> None:
     for message, config in refused.items():
         found = ""
         try:
-            accounting.private_plan(config)
+            calibration.private_plan(config)
         except part("errors").InputError as error:
             found = str(error)
         assert message in found, "a target was accepted that needs noise out of range"
 
 
 def the_plan_is_declared_and_never_counted() -> None:
-    plan = part("privacy.accounting").private_plan(config_of(noise_multiplier=1.0))
+    plan = part("privacy.calibration").private_plan(config_of(noise_multiplier=1.0))
     assert plan.expected_batch_size == 60.0
     assert plan.sampling_probability == 0.01
     assert math.isclose(plan.delta, 6000**-1.1)

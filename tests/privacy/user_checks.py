@@ -105,7 +105,7 @@ def a_plan_for_users_says_so() -> None:
     task = {"name": "sst2", "visibility": "private", "path": "t.csv", "user_column": "user"}
     privacy = {"enabled": True, "declared_examples": 6000, "noise_multiplier": 1.0}
     fields = {"name": "a", "private_task": task, "privacy": privacy}
-    plan = part("privacy.accounting").private_plan(RunConfig.model_validate(fields))
+    plan = part("privacy.calibration").private_plan(RunConfig.model_validate(fields))
     assert plan.unit == "one user"
 
 

@@ -96,7 +96,7 @@ def test_a_stage_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_plan_and_its_run_file_cost_the_same() -> None:
-    from post_dist.privacy.accounting import private_plan
+    from post_dist.privacy.calibration import private_plan
 
     settings = ["privacy.noise_multiplier=1.5"]
     config = post_dist.load_run(asset("examples/demo.yaml"), settings)

@@ -13,7 +13,7 @@ from post_dist.errors import InputError
 from post_dist.runtime import watchdog
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
-from post_dist.stages.pipeline import Pipeline
+from post_dist.stages.run_inputs import RunInputs
 
 PROGRAM = """
 import atexit, sys, threading, time
@@ -55,7 +55,7 @@ def test_a_download_may_take_as_long_as_it_takes(
     monkeypatch.setattr(watchdog._Watch, "paused", False)
     config = RunConfig(name="a", teacher=Teacher(path="someone/something", revision="0" * 40))
     world = World(0, 1, 0, "none", torch.device("cpu"))
-    assert Pipeline(config, world, frozenset()).teacher == tmp_path
+    assert RunInputs(config, world).teacher == tmp_path
     assert not any(watched)
     assert watched
     assert not watchdog._Watch.paused

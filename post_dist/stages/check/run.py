@@ -392,7 +392,8 @@ class _Check:
         sections = [section for section in self.config.all_privacy if section.enabled]
         if not sections:
             return
-        from post_dist.privacy.accounting import account, private_plan  # takes a second
+        from post_dist.privacy.accounting import account  # takes a second
+        from post_dist.privacy.calibration import private_plan
 
         # Plans are computed one by one, so a target that no noise reaches does not hide the others.
         for section in sections:
