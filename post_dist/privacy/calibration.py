@@ -40,7 +40,7 @@ def private_plan(config: RunConfig) -> PrivacyPlan:
             "privacy: give target_epsilon or noise_multiplier",
             "for example --set privacy.target_epsilon=8",
         )
-    return _calibrated(plan, section.target_epsilon)
+    return calibrated(plan, section.target_epsilon)
 
 
 def private_plans(config: RunConfig) -> list[PrivacyPlan]:
@@ -57,8 +57,12 @@ def private_plans(config: RunConfig) -> list[PrivacyPlan]:
 
 
 @cache
-def _calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
-    """Return the plan with the smallest sigma on the grid that meets a target epsilon."""
+def calibrated(plan: PrivacyPlan, target: float) -> PrivacyPlan:
+    """Return the plan with the smallest sigma on the grid that meets a target epsilon.
+
+    Raises:
+        InputError: no sigma in range meets the target.
+    """
     accountant: Callable[[], PrivacyAccountant] = rdp.RdpAccountant
     if plan.mean_trials is None:
         accountant = partial(PLDAccountant, value_discretization_interval=COARSE)

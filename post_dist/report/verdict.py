@@ -8,6 +8,7 @@ from typing import Any
 from post_dist.report.charts import Reference, percent
 from post_dist.report.lineage import Made, number
 from post_dist.report.tables import (
+    DP_REGRESSION,
     TF_IDF,
     has_classes,
     measured_field,
@@ -19,6 +20,7 @@ ROW_NOTES = {
     "zero-shot": "large LLM, no prompt",
     "majority class": "no model: the most frequent class",
     TF_IDF: "no language model, fitted without privacy",
+    DP_REGRESSION: "no language model, the epsilon of the prompt",
     "student": "student, no prompt",
     "student + prompt": "student, the owner's prompt",
     "direct transfer": "large LLM, the owner's prompt unchanged",

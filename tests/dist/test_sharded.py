@@ -215,13 +215,13 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
 @pytest.mark.parametrize(
     ("ranks", "at_most", "frozen", "engine"),
     [
-        (1, 8, 0, {"zero_stage": 1}),
-        (2, 4, 0, {"zero_stage": 0}),
         (2, 4, 0, {"zero_stage": 2, "activation_checkpointing": True}),
-        (2, 4, 0, {"zero_stage": 3, "shard_group": 1}),
         (2, 4, 0, {"zero_stage": 1, "offload_optimizer": True, "offload": "cpu"}),
-        (2, 4, 0, {"zero_stage": 2, "offload_optimizer": True}),
         (2, 4, 1, {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True}),
+        pytest.param(1, 8, 0, {"zero_stage": 1}, marks=pytest.mark.slow),
+        pytest.param(2, 4, 0, {"zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param(2, 4, 0, {"zero_stage": 3, "shard_group": 1}, marks=pytest.mark.slow),
+        pytest.param(2, 4, 0, {"zero_stage": 2, "offload_optimizer": True}, marks=pytest.mark.slow),
         # 16 sequences among 3 ranks: one of them runs out.
         (3, 4, 1, {"zero_stage": 3}),
     ],

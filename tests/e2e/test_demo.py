@@ -64,6 +64,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
     accuracy = {row["name"]: row["accuracy_micro"] for row in rows}
     print(accuracy)
     assert {row["name"] for row in rows if row["epsilon"] is not None} == {
+        "DP logistic regression, epsilon 1",
         "student + prompt, epsilon 1",
         "student + prompt, epsilon 1, without biases",
         "direct transfer, epsilon 1",

@@ -289,11 +289,11 @@ PRIVATE = [
     ("stage", "by", "more"),
     [
         ("distill", "SIGKILL", []),
-        ("tune", "SIGKILL", []),
-        ("transfer", "SIGKILL", []),
-        ("distill", "SIGTERM", []),
         ("transfer", "SIGUSR2", []),
         ("tune", "SIGTERM", PRIVATE),
+        pytest.param("tune", "SIGKILL", [], marks=pytest.mark.slow),
+        pytest.param("transfer", "SIGKILL", [], marks=pytest.mark.slow),
+        pytest.param("distill", "SIGTERM", [], marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_stage_resumes_and_ends_as_if_it_had_not_been_stopped(

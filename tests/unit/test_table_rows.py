@@ -59,6 +59,7 @@ def inputs(
     student: Answers = Answers(1.0),
     source: Prompt = Prompt(0.5, 4.0),
     transfer: Transfer | None = None,
+    private_text_scores: torch.Tensor | None = None,
 ) -> RowInputs:
     config = RunConfig(
         name="a", transfer=transfer or Transfer(), evaluate=Evaluate(baselines=BASELINES)
@@ -71,7 +72,9 @@ def inputs(
     if target is None:
         on_target = {}
     baselines = {"majority class": torch.full((1, 2), 0.7)}
-    return RowInputs(config, label, student, target, source, on_target, baselines)
+    return RowInputs(
+        config, label, student, target, source, on_target, baselines, private_text_scores
+    )
 
 
 def values(entries: list[TableEntry]) -> dict[str, float]:
@@ -91,6 +94,14 @@ def test_all_rows_in_the_order_of_the_table() -> None:
         "full prompt tuning": 10.3,
     }
     assert [entry.epsilon for entry in entries] == [None, None, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+
+
+def test_a_classifier_of_words_stands_beside_each_private_prompt() -> None:
+    scores_NC = torch.full((1, 2), 0.6)
+    given = inputs(label=", epsilon 2", private_text_scores=scores_NC)
+    first, *_ = table_entries(given, first=False)
+    assert first.name == "DP logistic regression, epsilon 2"
+    assert (first.answers, first.epsilon) == (scores_NC, 4.0)
 
 
 def test_a_data_owner_gets_the_rows_of_the_student() -> None:

@@ -1,9 +1,14 @@
 """The baselines without a language model."""
 
+import math
+
 import numpy as np
 import torch
 
 from post_dist.data.tasks import Examples
+from post_dist.privacy.accounting import account
+from post_dist.stages.evaluate import private_text_baseline
+from post_dist.stages.evaluate.private_text_baseline import plan_like, private_text_scores
 from post_dist.stages.evaluate.text_baselines import MAJORITY, TF_IDF, text_baselines
 
 TEXTS = {
@@ -35,3 +40,42 @@ def test_a_class_without_training_examples_is_never_chosen() -> None:
 
 def test_one_class_alone_has_a_majority_only() -> None:
     assert list(text_baselines(examples(1, 1), ["x"], 2)) == [MAJORITY]
+
+
+STATEMENT = {"epsilon": 8.0, "delta": 1e-4, "declared_examples": 300, "unit": "one example"}
+
+
+def test_the_private_baseline_has_the_epsilon_of_the_prompt() -> None:
+    plan = plan_like(STATEMENT)
+    assert 7.9 < account(plan).epsilon <= 8.0
+    assert (plan.delta, plan.expected_batch_size) == (1e-4, 300.0)
+
+
+def test_there_is_no_private_baseline_for_users_or_an_epsilon_out_of_reach() -> None:
+    assert plan_like(STATEMENT | {"unit": "one user"}) is None
+    assert plan_like(STATEMENT | {"declared_examples": None}) is None
+    assert plan_like(STATEMENT | {"epsilon": 1e-3}) is None
+
+
+def test_the_private_baseline_learns_words_and_adds_noise() -> None:
+    training = examples(*(100 * [0, 1, 2]))
+    texts = [TEXTS[2], TEXTS[0], TEXTS[1]]
+    plan = plan_like(STATEMENT)
+    once = private_text_scores(training, texts, 3, plan)
+    assert once.argmax(dim=1).tolist() == [2, 0, 1]
+    assert not torch.equal(once, private_text_scores(training, texts, 3, plan))
+
+
+def test_one_example_moves_the_sum_by_the_norm_at_most() -> None:
+    features_Nd = private_text_baseline._features([TEXTS[0], "", TEXTS[1], TEXTS[1]])
+    weight_Cd = np.random.default_rng(0).normal(size=(3, features_Nd.shape[1]))
+    classes_N = np.array([0, 1, 2, 0])
+
+    def total(count: int) -> np.ndarray:
+        return private_text_baseline._clipped_sum(
+            features_Nd[:count], classes_N[:count], weight_Cd, 0.5
+        )
+
+    moved = [float(np.linalg.norm(total(count + 1) - total(count))) for count in range(4)]
+    assert max(moved) <= 0.5 + 1e-12
+    assert math.isclose(max(moved), 0.5), "some gradient is clipped"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 
 def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
@@ -26,6 +24,8 @@ def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict
         AUC is the mean over the classes that occur, each against all others; None if only one class
         occurs.
     """
+    from sklearn.metrics import balanced_accuracy_score  # takes a second
+
     predicted_N = scores_NC.argmax(axis=1)
     correct_N = predicted_N == classes_N
     return {
@@ -80,6 +80,8 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     Returns:
         Lower and upper end.
     """
+    from scipy.stats import binomtest  # takes a second
+
     # Unlike the normal approximation, Wilson's interval stays valid for proportions near 0 and 1.
     interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
     return (float(interval.low), float(interval.high))
@@ -87,6 +89,8 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 
 def _mean_auc(scores_NC: np.ndarray, classes_N: np.ndarray) -> float | None:
     """Compute the mean AUC over the classes that occur, each against all others."""
+    from sklearn.metrics import roc_auc_score  # takes a second
+
     # AUC compares examples of a class with all others, so it needs at least two classes.
     present = np.unique(classes_N)
     if len(present) < 2:

@@ -71,6 +71,8 @@ class RowInputs:
         source: the prompt on the student.
         on_target: prompts that were made for the target, by the name of their row.
         text_baselines: class scores [N, C] of classifiers without a language model, by their name.
+        private_text_scores: class scores [N, C] of such a classifier at the epsilon of the source
+            prompt, or None.
     """
 
     config: RunConfig
@@ -80,6 +82,7 @@ class RowInputs:
     source: SoftPromptArtifact
     on_target: Mapping[str, SoftPromptArtifact]
     text_baselines: Mapping[str, torch.Tensor]
+    private_text_scores: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,20 @@ class TextBaselines(Row):
             TableEntry(name, scores_NC, inputs.student)
             for name, scores_NC in inputs.text_baselines.items()
         ]
+
+
+class PrivateTextBaseline(Row):
+    """A classifier without a language model, at the epsilon of the prompt on the student."""
+
+    name = "DP logistic regression"
+
+    def entries(self, inputs: RowInputs) -> list[TableEntry]:
+        """Return a line if the prompt was tuned with privacy for examples."""
+        scores_NC = inputs.private_text_scores
+        if scores_NC is None:
+            return []
+        name = self.name + inputs.label
+        return [TableEntry(name, scores_NC, inputs.student, inputs.source.epsilon)]
 
 
 class StudentPrompt(Row):
@@ -266,6 +283,7 @@ class FullPromptTuning(TargetPromptRow):
 ROWS: tuple[Row, ...] = (
     WithoutPrompt(),
     TextBaselines(),
+    PrivateTextBaseline(),
     StudentPrompt(),
     DirectTransfer(),
     PublishedTransfer(),

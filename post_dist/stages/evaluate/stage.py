@@ -27,6 +27,7 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.stages.evaluate.cached_answers import EvaluationSplit, ModelFolders, load_answers
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
+from post_dist.stages.evaluate.private_text_baseline import plan_like, private_text_scores
 from post_dist.stages.evaluate.rows import (
     DirectTransfer,
     RowInputs,
@@ -55,6 +56,19 @@ class PromptSet:
     label: str
     source: SoftPromptArtifact
     on_target: Mapping[str, SoftPromptArtifact]
+
+
+@dataclass(frozen=True)
+class _WordScores:
+    """Class scores [N, C] of the classifiers without a language model.
+
+    Attributes:
+        without_privacy: by the name of the classifier.
+        private: those of DP logistic regression, by the label of the prompt that it is beside.
+    """
+
+    without_privacy: Mapping[str, torch.Tensor]
+    private: Mapping[str, torch.Tensor]
 
 
 def refuse_evaluation(
@@ -130,7 +144,7 @@ def evaluate(
         models, inputs, split, config, folder.path.parent / "answers", world
     )
 
-    baselines = world.on_main(lambda: _text_baselines(task, split.examples))
+    words = world.on_main(lambda: _word_scores(task, split.examples, prompts))
 
     # Compute the lines of each prompt in turn.
     rows: list[dict[str, Any]] = []
@@ -143,7 +157,8 @@ def evaluate(
             target=target,
             source=prompt_set.source,
             on_target=prompt_set.on_target,
-            text_baselines=baselines,
+            text_baselines=words.without_privacy,
+            private_text_scores=words.private.get(prompt_set.label),
         )
         entries = table_entries(row_inputs, first=not rows)
         rows += [_table_row(entry) for entry in entries]
@@ -202,18 +217,28 @@ def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -
     return EvaluationSplit(task, examples, digest)
 
 
-def _text_baselines(task: Task, examples: Examples) -> dict[str, torch.Tensor]:
-    """Classify the split with the text baselines.
+def _word_scores(task: Task, examples: Examples, prompts: Sequence[PromptSet]) -> _WordScores:
+    """Classify the split without a language model.
 
-    A task that generates text has none, and neither has a file without training examples.
+    A task that generates text has no such rows, and neither has a file without training examples.
     """
     if task.response_column is not None:
-        return {}
+        return _WordScores({}, {})
     try:
         training = load_examples(task, "train", "private_task")
     except InputError:
-        return {}
-    return text_baselines(training, examples.texts, len(task.labels))
+        return _WordScores({}, {})
+    classes = len(task.labels)
+    private = {}
+    for prompt_set in prompts:
+        statement = prompt_set.source.privacy
+        if statement is None or statement["epsilon"] is None:
+            continue
+        plan = plan_like(statement)
+        if plan is not None:
+            scores_NC = private_text_scores(training, examples.texts, classes, plan)
+            private[prompt_set.label] = scores_NC
+    return _WordScores(text_baselines(training, examples.texts, classes), private)
 
 
 def _table_row(entry: TableEntry) -> dict[str, Any]:
