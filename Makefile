@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test test-all test-slurm faults fuzz bench check clean
+.PHONY: demo demo-private test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -15,9 +15,16 @@ demo-private: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
-# Tests of one file stay in one worker process. Most of them wait for processes that they started.
+# The tests of Slurm mostly wait for its timers, so they run beside the others.
 test: check
-	$(PYTEST) -m 'not slow'
+	$(MAKE) --no-print-directory --jobs=2 tests-that-wait tests-that-work
+
+tests-that-wait: .venv/ready
+	$(BIN)/pytest tests/slurm -m 'not slow'
+
+# Tests of one file stay in one worker process.
+tests-that-work: .venv/ready
+	$(PYTEST) -m 'not slow' --ignore tests/slurm
 
 test-all: check
 	$(PYTEST)

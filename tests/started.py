@@ -25,6 +25,9 @@ _SERVER.set_forkserver_preload(
         "post_dist.stages.transfer.stage",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it: 3 s
         "jinja2",  # for the report
+        "sklearn.feature_extraction.text",
+        "sklearn.linear_model",
+        "sklearn.metrics",
     ]
 )
 

@@ -16,7 +16,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from privacy.checks import CPU, folder, fresh_source, part, plan_of, quiet_source
+from privacy.checks import (
+    CPU,
+    folder,
+    fresh_source,
+    on_a_coarse_grid,
+    part,
+    plan_of,
+    quiet_source,
+)
 
 from post_dist.runtime.distributed import World
 
@@ -189,6 +197,7 @@ def a_restart_repeats_or_pays() -> None:
         assert charged > 6, "steps on another gradient were not charged"
 
 
+@on_a_coarse_grid
 def a_budget_adds_up_all_runs_and_holds_its_cap() -> None:
     errors = part("errors")
     accounting = part("privacy.accounting")
@@ -266,6 +275,7 @@ def refused(call: Callable[[], object], error: str, word: str) -> bool:
     return False
 
 
+@on_a_coarse_grid
 def a_run_is_admitted_by_what_it_will_have_spent() -> None:
     """A repeated step must leave room for the steps that are still to come."""
     accounting = part("privacy.accounting")
@@ -286,6 +296,7 @@ def a_run_is_admitted_by_what_it_will_have_spent() -> None:
         assert (place / "ledger.jsonl").read_text() == before
 
 
+@on_a_coarse_grid
 def the_cap_belongs_to_the_data() -> None:
     """Neither another delta nor another run file passes it."""
     ledger = part("privacy.ledger")

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from privacy.checks import part, plan_of
+from privacy.checks import on_a_coarse_grid, part, plan_of
 from scipy import stats
 
 GOLDEN = [
@@ -121,6 +121,7 @@ ONCE = {(0, step): {"a"} for step in range(6)}
 """The intents of six steps that were each started once."""
 
 
+@on_a_coarse_grid
 def seeded_noise_is_not_called_private() -> None:
     plan = plan_of(noise_source="seeded", sampling_probability=0.05)
     claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
@@ -129,6 +130,7 @@ def seeded_noise_is_not_called_private() -> None:
     assert part("privacy.accounting").composed_epsilon([plan], 1e-5) == math.inf
 
 
+@on_a_coarse_grid
 def statements_hold_what_was_charged() -> None:
     statement = part("privacy.statement")
     plan = plan_of(sampling_probability=0.05)
@@ -216,6 +218,7 @@ def a_seeded_run_voids_the_others() -> None:
         assert accounting.composed_epsilon(made, 1e-5) == math.inf
 
 
+@on_a_coarse_grid
 def a_large_delta_is_warned_of() -> None:
     plan = plan_of(delta=5e-3, declared_examples=240)
     claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
@@ -225,6 +228,7 @@ def a_large_delta_is_warned_of() -> None:
     assert plan_of(delta=5e-3, declared_examples=190).warnings() == []
 
 
+@on_a_coarse_grid
 def accountants_must_agree() -> None:
     accounting = part("privacy.accounting")
     plan = plan_of(sampling_probability=0.02, steps=200)
@@ -245,6 +249,7 @@ def accountants_must_agree() -> None:
         raise AssertionError(f"a loss for {factor} of the noise was believed")
 
 
+@on_a_coarse_grid
 def a_repeated_step_costs_what_its_one_sample_tells() -> None:
     """Compare with delta by integration.
 
@@ -264,6 +269,7 @@ def a_repeated_step_costs_what_its_one_sample_tells() -> None:
     assert tight, f"epsilon {epsilon} holds at delta {delta}, not {plan.delta}"
 
 
+@on_a_coarse_grid
 def untrusted_statements_are_refused_soon() -> None:
     """A false statement is refused or called false, soon, and raises no other error."""
     statement = part("privacy.statement")

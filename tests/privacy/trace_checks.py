@@ -20,7 +20,7 @@ from unittest import mock
 
 import tiny
 import torch
-from privacy.checks import folder, part
+from privacy.checks import folder, on_a_coarse_grid, part
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,6 +57,7 @@ class Traces:
     name: str
 
 
+@on_a_coarse_grid
 def neighbors_leave_the_same_traces() -> None:
     """One more example, another label, one more user; finished, and stopped in the middle."""
     rows = data(40)
