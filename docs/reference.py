@@ -9,6 +9,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -177,17 +178,35 @@ def commands_page() -> str:
     parts = [_COMMANDS]
     for name, command in _commands(typer.main.get_command(app)):
         context = command.context_class(command, info_name=f"post-dist {name}")
+        arguments = [_plain(each) for each in command.collect_usage_pieces(context)[1:]]
         parts.append(f"## {name}\n")
         parts.append(f"{command.help}\n")
-        usage = " ".join(command.collect_usage_pieces(context)).replace("[OPTIONS]", "").strip()
-        parts.append(f"    post-dist {name} {usage}\n".replace("{", "").replace("}", ""))
-        records = [each.get_help_record(context) for each in command.params]
-        shown = [record for record in records if record is not None]
-        if shown:
-            parts.append("| option | meaning |\n|---|---|")
-            parts += [_row((f"`{option}`", meaning)) for option, meaning in shown]
-            parts.append("")
+        parts.append(f"```text\n{' '.join(['post-dist', name, *arguments])}\n```\n")
+        parts.append("| option | meaning |\n|---|---|")
+        for parameter in command.params:
+            option, meaning = parameter.get_help_record(context)
+            parts.append(_row((f"`{_plain(option)}`", meaning.replace("  [", " ["))))
+        parts.append("")
     return "\n".join(parts)
+
+
+def _plain(shown: str) -> str:
+    """Return an option as typer shows it, with plain words for the types of values."""
+    words = {
+        "<int range>": "NUMBER",
+        "<float range>": "NUMBER",
+        "<int>": "NUMBER",
+        "<str>": "TEXT",
+        "......": "...",
+        "[[": "[",
+        "]]": "]",
+    }
+    # An argument's own name says what it is.
+    if not shown.startswith("-"):
+        shown = re.sub(r" <.*>$|[{}]", "", shown)
+    for typed, plain in words.items():
+        shown = shown.replace(typed, plain)
+    return shown.replace("<path>", "PATH")
 
 
 def _commands(group: Any, place: str = "") -> Iterator[tuple[str, Any]]:
