@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check clean
+.PHONY: demo demo-private test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check docs clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -54,6 +54,22 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
+
+# Writes the reference from the code, and the site to .cache/site. A dead link is an error.
+SITE := README.md CHANGELOG.md CONTRIBUTING.md LICENSE constraints.txt docs benchmarks examples launch ds_configs
+
+docs: .venv/docs-ready
+	$(BIN)/python docs/reference.py
+	rm -rf .cache/site-source
+	mkdir -p .cache/site-source/post_dist
+	cp -r $(SITE) .cache/site-source
+	cp --parents post_dist/config/named_tasks.yaml post_dist/planning/hardware.yaml .cache/site-source
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site is .cache/site/index.html"
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch .venv/docs-ready
 
 demo/demo.yaml: examples/demo.yaml examples/fetch_demo.py | .venv/ready
 	rm -f demo/demo.yaml demo/fetch_demo.py

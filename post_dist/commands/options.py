@@ -51,7 +51,7 @@ TrustModel = Annotated[
     bool,
     typer.Option(
         "--trust-model",
-        help="Use an inputs.student that has no post_dist.json and cannot be checked: your own.",
+        help="Accept your own model as inputs.student: without post_dist.json, it is not checked.",
     ),
 ]
 AsJson = Annotated[

@@ -46,7 +46,7 @@ def pipeline(
 def corpus(
     run: RunFile, set_: Overrides = None, output: Output = None, json_: AsJson = False
 ) -> None:
-    """Provider: tokenize the public text on CPUs, once for all students. `distill` needs it."""
+    """Provider: tokenize the public text on CPUs. Without it, `distill` does the same first."""
     listen()
     result = api.tokenize_corpus(api.load_run(run, set_ or (), output))
     if json_:

@@ -41,15 +41,16 @@ class Verbalizer:
             tokens = [_word_token(word, tokenizer, allow_multi_token) for word in words]
             self.token_ids.append(tokens)
 
-        # A shared token would raise the scores of both classes.
-        class_of: dict[int, int] = {}
-        for index, ids in enumerate(self.token_ids):
-            for token_id in set(ids):
-                if class_of.setdefault(token_id, index) != index:
+        # A shared token would raise the scores of both classes. Words of one class may share one.
+        first_use: dict[int, tuple[int, str]] = {}
+        for index, words in enumerate(label_words):
+            for word, token_id in zip(words, self.token_ids[index], strict=True):
+                other_index, other_word = first_use.setdefault(token_id, (index, word))
+                if other_index != index:
                     token = tokenizer.convert_ids_to_tokens(token_id)
                     raise InputError(
-                        f"the label words of classes {class_of[token_id]} and {index} "
-                        f"share the token '{token}'"
+                        f"the label words '{other_word}' and '{word}' share the token '{token}'",
+                        "choose words that begin differently, or letters",
                     )
 
     def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:

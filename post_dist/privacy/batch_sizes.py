@@ -31,6 +31,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.micro_batches import LENGTH_STEP, planned_sizes, size_of_longest
 from post_dist.privacy.tuned_part import tuned_kind
+from post_dist.runtime.stop import leave_if_requested
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +70,18 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
 
     Raises:
         InputError: one example's gradient changes from pass to pass.
+        Interrupted: the process was asked to stop.
     """
     # The student's owner must not know the probes, or the student could behave for them alone.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     # The cheaper trial comes first and is the larger one. The student itself is run less often.
     kernels = replace(task, model=_with_random_weights(task, generator))
     sizes = {}
-    for length, planned in planned_sizes(task, size_of_longest(section, task)).items():
+    plan = planned_sizes(task, size_of_longest(section, task))
+    # On a CPU this takes minutes, and no step is taken meanwhile.
+    log.info("tune: checking that examples do not affect each other, at %d lengths", len(plan))
+    for length, planned in plan.items():
+        leave_if_requested("no step was taken yet")
         checks = [
             _IndependenceCheck(kernels, section, length, generator, all_patterns=True),
             _IndependenceCheck(task, section, length, generator, all_patterns=False),

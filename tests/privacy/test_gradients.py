@@ -3,6 +3,8 @@
 Shapes: B examples, n prompt tokens, d width.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -27,12 +29,14 @@ from post_dist.config.schema import RunConfig, Tune
 from post_dist.conflicts import Layout
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch
+from post_dist.errors import Interrupted
 from post_dist.models.facts import facts_of
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.batch_sizes import independent_sizes
 from post_dist.privacy.gradients import task_gradients
 from post_dist.privacy.tuned_prompt import prompt_parameters
+from post_dist.runtime.stop import listening
 from post_dist.stages.tune.conflicts import conflicts
 
 CAUSAL = [family for family in tiny.FAMILIES if family != "roberta"]
@@ -158,6 +162,14 @@ def test_chosen_sizes_have_no_place_that_counts(
             found = compute(batch, torch.zeros(size, dtype=torch.long))[0][place]
             seen = found if seen is None else seen
             assert torch.equal(found, seen), f"place {place} of {size}"
+
+
+def test_the_choice_of_sizes_can_be_stopped() -> None:
+    task, section = wide_task(48, 10)
+    with listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM: no step was taken yet"):
+            independent_sizes(section, task)
 
 
 @pytest.mark.parametrize("private", [True, False])

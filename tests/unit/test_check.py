@@ -113,7 +113,7 @@ def test_two_classes_that_share_a_token_are_found_beside_a_long_word(
     labels = "--set=private_task.labels={0: [bad, impossible words], 1: [bad]}"
     code, report = checked(main, run, labels)
     assert code == 2
-    assert "tune: the label words of classes 0 and 1 share the token 'Ġbad'" in messages(report)
+    assert "tune: the label words 'bad' and 'bad' share the token 'Ġbad'" in messages(report)
     assert any("'impossible words' is" in message for message in messages(report))
 
 

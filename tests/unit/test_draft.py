@@ -1,6 +1,5 @@
 """`post-dist init --data`: a run file for the owner's own table, which `check` accepts."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import tiny
 import post_dist
 from post_dist.artifacts.task import PromptTask
 
-ROOT = Path(__file__).resolve().parents[2]
 TOPICS = ("Good", "Bad", "News & 'more'")
 
 
@@ -54,23 +52,6 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
                 token = line.split("# token ")[1]
                 assert token in out, line
         assert config.tune.init_text == PromptTask.of_section(task, None).init_text
-
-
-def test_the_first_lines_of_the_page_work_as_they_stand(
-    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs/data.md").read_text()
-    (block,) = re.findall(r"\A# .*\n\n((?:    .*\n)+)", page)
-    monkeypatch.chdir(tmp_path)
-    table = pd.read_csv(write_table(tmp_path / "t.csv", labels=("good", "bad")))
-    table.rename(columns={"topic_name": "topic"}).to_csv("tickets.csv", index=False)
-    tiny.write_model(tmp_path / "DIR", "llama")
-    commands = block.split("\n")[:-1]
-    assert [command.split()[1] for command in commands] == ["init", "check", "tune", "evaluate"]
-    for command in commands:
-        code, out, err = main(*command.split()[1:])
-        assert code == 0, err
-    assert "student + prompt" in out
 
 
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:

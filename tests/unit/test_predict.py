@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import re
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from post_dist.errors import InputError
 from post_dist.files import fingerprint
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
-ROOT = Path(__file__).resolve().parents[2]
 TASK = PromptTask(
     "Review: {text} It was", (("bad",), ("good",)), 48, False, "good", label_names=("no", "yes")
 )
@@ -105,31 +102,6 @@ def test_every_input_and_format_gives_the_same_answers_in_order(
     for one, other in zip(alone, predictions, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
     assert post_dist.load_prompt(prompt).predict([], model) == []
-
-
-def test_the_page_s_commands_and_code_work(
-    tmp_path: Path,
-    model: Path,
-    prompt: Path,
-    main: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    page = (ROOT / "docs/use.md").read_text()
-    page = page.replace("PROMPT", str(prompt)).replace("MODEL", str(model))
-    monkeypatch.chdir(tmp_path)
-    Path("texts.csv").write_text("body\na film\n")
-    Path("texts.txt").write_text("a film\n")
-    commands = re.findall(r"^    .*(post-dist predict [^|>\n]*)", page, re.MULTILINE)
-    for command in commands:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a film\n")))
-        code, out, err = main(*command.split()[1:])
-        assert code == 0, err
-        assert "yes" in out
-    assert len(commands) == 3
-    (code,) = re.findall(r"\n\n((?:    .*\n|\n)*?    .*predictor\.predict.*\n    .*\n)", page)
-    exec(textwrap.dedent(code), {})
-    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:
