@@ -49,11 +49,22 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
     # A list, such as the problems of an artifact, has a line for each entry.
     for name, value in numbers.items():
         if isinstance(value, list):
-            print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
+            print(f"{name}:", *(f"  {_plain(entry)}" for entry in value), sep="\n")
         elif isinstance(value, float):
             print(f"{name}: {value:.6g}")
         else:
             print(f"{name}: {value}")
+
+
+def _plain(entry: Any) -> str:
+    """Return an entry of a list as text, such as `steps_planned 80, epsilon 7.99`."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    parts = []
+    for name, value in entry.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        parts.append(f"{name} {shown}")
+    return ", ".join(parts)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

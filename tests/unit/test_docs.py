@@ -186,6 +186,7 @@ class World(NamedTuple):
             arguments += [f"--set={setting}" for setting in settings]
         code, out, err = self.main(*arguments)
         assert code == 0, (words, out, err)
+        assert "{'" not in out, "a dictionary of Python is no answer"
 
     def expand(self, word: str) -> list[str]:
         """What a shell makes of a pattern: here the newest folder."""
@@ -213,6 +214,8 @@ def world(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> Wo
     write_world(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a film\n")))
+    # The ledger of the same table in another world would be found by its anchor.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(accounting, "FINE", 1e-3)
     return World(tmp_path, main, {})
 

@@ -38,6 +38,7 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
         code, out, err = main("check", run)
         assert code == 0, out + err
         assert "no conflicts: tune, evaluate" in out
+        assert "not checked" not in out
         assert "epsilon 7.9" in out
         config = post_dist.load_run(run)
         task = config.private_task
