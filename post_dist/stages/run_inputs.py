@@ -15,7 +15,7 @@ from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import fingerprint
+from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.load import (
     check_is_folder,
@@ -23,6 +23,7 @@ from post_dist.models.load import (
     load_config,
     load_tokenizer,
     model_folder,
+    weights_digest,
 )
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import unwatched
@@ -63,8 +64,17 @@ class RunInputs:
     @cached_property
     def teacher_digest(self) -> str:
         """Digest of the large LLM's files."""
+        return digest_of(self._teacher_files)
+
+    @cached_property
+    def teacher_weights(self) -> str:
+        """Digest of the large LLM's weights, by which a transferred prompt names it."""
+        return weights_digest(self._teacher_files)
+
+    @cached_property
+    def _teacher_files(self) -> dict[str, str]:
         with unwatched("hashing the teacher"):  # a disk may take minutes for hundreds of GB
-            return self._world.on_main(partial(fingerprint, self.teacher))
+            return self._world.on_main(partial(file_digests, self.teacher))
 
     @cached_property
     def student(self) -> Path | None:
