@@ -316,7 +316,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
         >>> 7.9 < cost.epsilon <= 8
         True
         >>> cost.steps, cost.private
-        (80, True)
+        (400, True)
     """
     from post_dist.privacy import accounting, calibration
 
