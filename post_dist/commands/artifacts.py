@@ -95,9 +95,10 @@ def _merge_measurements(files: list[Path]) -> dict[str, Any]:
 
 
 def _print_report(result: dict[str, Any]) -> None:
-    from post_dist.planning.scaling import lines
-
     for page in result["reports"]:
         print(page)
-    for line in lines(result.get("scaling", [])):
-        print(line)
+    if "scaling" in result:
+        from post_dist.planning.scaling import lines  # loads torch
+
+        for line in lines(result["scaling"]):
+            print(line)
