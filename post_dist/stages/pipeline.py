@@ -497,6 +497,7 @@ class Pipeline:
             if self._world.is_main:
                 for folder in folders:
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
+                    folder.link_latest()
 
 
 def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:
