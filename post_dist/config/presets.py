@@ -7,7 +7,7 @@ PresetName = Literal["laptop", "gpu", "cluster", "paper"]
 
 _OURS = """\
 transfer:                            # for the provider, who has the large LLM (docs/method.md)
-  objective: proxy                   # toward the LLM's answers, moved as the prompt moved the student's
+  objective: proxy                   # toward the LLM's answers plus what the prompt taught
   scores: classes                    # compares the label words alone
   match_class_shares: true           # the LLM takes over how often the student names each class
   trained_share: 1.0                 # starts from the tuned prompt; the student must be as wide
