@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import tiny
 import yaml
 
 from post_dist.cluster.sbatch import SRUN, job_parameters, job_text
@@ -271,7 +272,7 @@ def test_json_is_one_object_whatever_is_asked(
     tmp_path: Path, main: Callable, commands: Callable
 ) -> None:
     commands(sbatch="echo sbatch: Job 1 to start at noon >&2")
-    run = write_run(tmp_path)
+    run = tiny.write_run(tmp_path)
     text = main("submit", run, "distill", "--print")[1]
     assert json.loads(main("submit", run, "distill", "--print", "--json")[1]) == {
         "jobs": [{"stage": "distill", "batch_file": text[:-1]}]
@@ -279,6 +280,14 @@ def test_json_is_one_object_whatever_is_asked(
     assert main("submit", run, "distill", "--test-only")[1] == "distill: Job 1 to start at noon\n"
     answers = json.loads(main("submit", run, "distill", "--test-only", "--json")[1])
     assert answers == {"jobs": [{"stage": "distill", "answer": "Job 1 to start at noon"}]}
+    # Slurm cannot know that the corpus is missing, and `check` can.
+    (tmp_path / "public.csv").unlink()
+    (tmp_path / "private.csv").unlink()
+    code, out, error = main("submit", run, "distill", "--test-only")
+    assert (code, out) == (2, "")
+    assert "distill: " in error
+    assert str(tmp_path / "public.csv") in error
+    assert "private.csv" not in error, "another stage's file"
 
 
 def test_logs_that_cannot_be_written_are_named(
