@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import tiny
 import yaml
+from pydantic import ValidationError
 
 from post_dist.cluster.sbatch import SRUN, job_parameters, job_text
 from post_dist.config.cluster import Cluster, ClusterStage
@@ -302,6 +303,28 @@ def test_logs_that_cannot_be_written_are_named(
     assert f"cannot write {tmp_path / 'taken/x/slurm'}" in error
 
 
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("24:00:00", 1440),
+        ("1-12", 2160),
+        ("1-12:30", 2190),
+        ("2-00:00:01", 2881),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(written: str, minutes: int) -> None:
+    assert Cluster(time_minutes=written).time_minutes == minutes
+    assert Cluster(distill={"time_minutes": written}).for_stage("distill").time_minutes == minutes
+
+
+@pytest.mark.parametrize("written", ["", "1h", "1-2-3", "1:2:3:4", "-5", "0", "1-"])
+def test_another_time_limit_is_refused(written: str) -> None:
+    with pytest.raises(ValidationError):
+        Cluster(time_minutes=written)
+
+
 def test_doctor_names_a_lock_that_a_killed_compiler_left(
     tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,8 +332,12 @@ def test_doctor_names_a_lock_that_a_killed_compiler_left(
     code, text, _ = main("doctor", tmp_path / "runs", "--json")
     assert {check["name"] for check in json.loads(text)["checks"]} >= {
         "python",
+        "memory",
         "torch",
         "CUDA",
+        "hub",
+        "hub token",
+        "containers",
         "deepspeed",
         "ops",
         "Slurm",
