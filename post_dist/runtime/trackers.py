@@ -9,6 +9,8 @@ import contract keeps private tuning from importing this module. Its metrics go 
 `runtime/private_metrics.py`.
 """
 
+import atexit
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -90,6 +92,8 @@ class Mlflow:
     """Writes a run into `mlruns` beside the runs: `mlflow ui --backend-store-uri` shows them."""
 
     def __init__(self, folder: RunFolder) -> None:
+        # Its data base would need the server's packages.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
         self._client = MlflowClient((folder.path.parent / "mlruns").as_uri())
@@ -105,12 +109,16 @@ class Mlflow:
 
 
 class Trackio:
-    """Writes into the local data base of trackio: `trackio show` shows it."""
+    """Writes into `trackio` beside the runs: `TRACKIO_DIR=... trackio show` shows it."""
 
     def __init__(self, folder: RunFolder) -> None:
+        # trackio reads this when it is imported.
+        os.environ.setdefault("TRACKIO_DIR", str(folder.path.parent / "trackio"))
         import trackio
 
         self._run = trackio.init(project=folder.config.name, name=folder.path.name, embed=False)
+        # A thread writes the metrics, so the last ones may still wait when the process ends.
+        atexit.register(self._run.finish)
 
     def log(self, metrics: PublicMetrics) -> None:
         """Add the values of one step."""
