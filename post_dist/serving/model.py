@@ -75,13 +75,15 @@ def fitting_model(
     if (folder / FILE_NAME).exists():
         with TemporaryDirectory() as place:
             student = admit_student(folder, Path(place))
-            _check_lineage(prompt, student, parse_manifest(student / FILE_NAME).digest)
+            _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
+            _check_target(prompt, student)
             yield _checked(prompt, student)
         return
     load_config(folder)
-    # A large LLM is hashed once, for its weights alone.
-    digest = "" if _is_transferred(prompt) else fingerprint(folder)
-    _check_lineage(prompt, folder, digest)
+    # Only a tuned prompt names all files of its model. A large LLM is hashed for its weights alone.
+    if not _is_transferred(prompt):
+        _check_lineage(prompt, folder, fingerprint(folder))
+    _check_target(prompt, folder)
     yield _checked(prompt, folder)
 
 
@@ -95,29 +97,27 @@ def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> Non
 
     A student has the width and the tokenizer of its teacher, so only the lineage tells them apart.
 
-    Args:
-        prompt: the prompt.
-        folder: the model.
-        digest: digest of the model by which a tuned prompt names it.
-
     Raises:
         ArtifactRefused: it was made for another model, by its own lineage.
     """
     tuned_here = prompt.manifest.parents.get("model") == digest
-    if not _is_transferred(prompt):
-        if not tuned_here:
+    if _is_transferred(prompt):
+        # The lineage names the student that the source of the prompt was tuned on.
+        if tuned_here:
             raise ArtifactRefused(
-                "the prompt was tuned on another model",
-                "give the model that it was tuned on; `transfer` makes a prompt for the large LLM",
+                f"the prompt was transferred from {folder} to a large LLM",
+                "give the large LLM, or the prompt that was tuned on this student",
             )
-        return
-    # The lineage of a transferred prompt names the student that its source was tuned on.
-    if tuned_here:
+    elif not tuned_here:
         raise ArtifactRefused(
-            "the prompt was transferred from this student to a large LLM",
-            "give the large LLM, or the prompt that was tuned on this student",
+            f"the prompt was tuned on another model than {folder}",
+            "give the model that it was tuned on; `transfer` makes a prompt for the large LLM",
         )
-    # An older prompt does not name its LLM.
+
+
+def _check_target(prompt: SoftPromptArtifact, folder: Path) -> None:
+    """Check that a prompt was not transferred to an LLM with other weights."""
+    # Hashing takes minutes for a large LLM. An older prompt does not name its LLM.
     if "target" in prompt.manifest.parents:
         check_target(prompt, weights_of(folder))
 
