@@ -5,15 +5,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo demo-private test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check docs clean
+.PHONY: demo test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check docs clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
 	$(BIN)/post-dist pipeline demo/demo.yaml
-
-demo-private: .venv/ready demo/demo.yaml
-	$(BIN)/python demo/fetch_demo.py
-	$(BIN)/post-dist pipeline demo/demo.yaml --set 'evaluate.private_rows=[8, 1]' --set tune.class_bias=true
 
 # The tests of Slurm mostly wait for its timers, so they run beside the others.
 test: check

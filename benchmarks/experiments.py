@@ -1,4 +1,4 @@
-"""What `utility.py` measures: named settings that change the demo's run file.
+"""What `utility.py` measures: named settings that change `reviews.yaml`.
 
 Names of experiments are keys of the committed results, so they stay as they are.
 """
@@ -13,12 +13,12 @@ WITH_MORE = ", more of everything"
 
 PUBLIC_TEXTS: dict[str, list[str]] = {
     "IMDb": [],
-    "tweets": ["public_task.name=tweets", "public_task.path=tweets.csv"],
+    "tweets": ["public_task.name=tweets", "public_task.path=../demo/tweets.csv"],
 }
 """What each public text changes in the run file."""
 
 TWO_CORES = ["tune.steps=300", "transfer.steps=100"]
-"""What two cores have time for, in place of the demo's settings."""
+"""What two cores have time for, in place of the run file's settings."""
 LARGE_PLAN = ["privacy.expected_batch_size=512", "privacy.steps=200"]
 MORE = [
     "corpus.max_tokens=3000000",
@@ -139,7 +139,7 @@ GRADIENTS = {
     "512 x 200, C 0.3": [*LARGE_PLAN, "privacy.max_grad_norm=0.3"],
     "512 x 200, no bias": [*LARGE_PLAN, "tune.class_bias=false"],
 }
-"""Settings with more gradients, by expected batch size x steps. The demo has 64 x 80."""
+"""Settings with more gradients, by expected batch size x steps. `reviews.yaml` has 64 x 80."""
 
 STUDENT_LAYERS = {
     "4 of 30": [0, 1, 28, 29],
@@ -157,7 +157,7 @@ class Experiment:
 
     Attributes:
         name: name in the results.
-        settings: what it changes in the demo's run file, as `KEY=VALUE`.
+        settings: what it changes in the run file, as `KEY=VALUE`.
         epsilon: target epsilon, where the measurement is of one private model on the student alone.
     """
 

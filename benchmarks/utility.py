@@ -52,10 +52,10 @@ def main() -> None:
 
     # The harness is imported here because `show` does not need it, and because DeepSpeed reads the
     # environment that is set above.
-    fetch_tweets(chosen.demo / "tweets.csv")
+    fetch_tweets(BENCHMARKS.parent / "demo" / "tweets.csv")
     from harness import Harness
 
-    harness = Harness(chosen.demo / "demo.yaml", chosen.output)
+    harness = Harness(BENCHMARKS / "reviews.yaml", chosen.output)
     # Each measurement is written as soon as it is made: a stopped program loses one at most.
     for seed in chosen.seeds:
         for experiment in experiments(chosen.part, seed):
@@ -100,12 +100,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("part", choices=[*PARTS, "show"], metavar="PART")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--demo",
-        type=Path,
-        default=BENCHMARKS.parent / "demo",
-        help="folder of the demo's run file, model and data",
-    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -32,7 +32,13 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
 from post_dist.config.public_keys import read_public_key
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
-from post_dist.errors import EnvironmentFault, Interrupted
+from post_dist.errors import (
+    ArtifactRefused,
+    EnvironmentFault,
+    InputError,
+    Interrupted,
+    PrivacyRefused,
+)
 from post_dist.results import (
     CorpusResult,
     EvaluationResult,
@@ -316,7 +322,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
         >>> 7.9 < cost.epsilon <= 8
         True
         >>> cost.steps, cost.private
-        (80, True)
+        (400, True)
     """
     from post_dist.privacy import accounting, calibration
 
@@ -380,8 +386,13 @@ def _with_stages(
         world = join_ranks(config)
         from post_dist.stages.pipeline import Pipeline
 
+        stages = Pipeline(config, world, may_run, resume)
         try:
-            return run(Pipeline(config, world, may_run, resume), world)
+            return run(stages, world)
+        except (InputError, ArtifactRefused, PrivacyRefused):
+            if world.is_main:
+                stages.inputs.discard_student()
+            raise
         except KeyboardInterrupt:
             raise Interrupted("interrupted", _RESUMES) from None
         except Interrupted:

@@ -12,10 +12,10 @@ from post_dist.commands.check import check
 from post_dist.commands.init import init
 from post_dist.commands.jobs import doctor, submit
 from post_dist.commands.planning import plan
-from post_dist.commands.predict import predict
+from post_dist.commands.predict import export, predict
 from post_dist.commands.printing import expect_object, print_error, reserve_stdout
 from post_dist.commands.privacy import audit, budget, privacy
-from post_dist.commands.runs import ls, status
+from post_dist.commands.runs import clean, ls, status
 from post_dist.commands.stages import (
     corpus,
     distill,
@@ -47,6 +47,7 @@ _COMMANDS = (
     transfer,
     evaluate,
     predict,
+    export,
     submit,
     doctor,
     init,
@@ -60,6 +61,7 @@ _COMMANDS = (
     report,
     ls,
     status,
+    clean,
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task, is_label_name
 from post_dist.data.sources import read_table
 from post_dist.data.verbalizer import Verbalizer
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 _MOST_CLASSES = 50
 _FEWEST_ROWS = 100
 """With fewer rows, delta would be above the 0.01 that `verify` accepts."""
-_NUM_VIRTUAL_TOKENS = 10
 _MAX_LENGTH = 128
 _TRAIN_SHARE = 0.8
 _UNUSABLE = set('{}[].!:"\\')
@@ -54,7 +54,7 @@ tune:
   num_virtual_tokens: {num_virtual_tokens}
   # The prompt starts from the embeddings of these words.
   init_text: {init_text}
-privacy:                             # docs/privacy.md
+{tune}privacy:                             # docs/privacy.md
   enabled: true
   target_epsilon: 8                  # the noise is chosen so that the run meets this
   # The number of training texts is private. This is {share:.0%} of the rows, rounded up to one
@@ -62,10 +62,10 @@ privacy:                             # docs/privacy.md
   # delta becomes declared_examples^-1.1 = {delta:.1e}.
   declared_examples: {declared}
   expected_batch_size: {batch_size}
-  steps: 80
-  learning_rate: 2.0e-2
+  steps: {steps}
+  learning_rate: {learning_rate}
   max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
-"""
+{sections}"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,12 @@ class _LabelWords:
 
 
 def draft_run(
-    folder: Path, data: Path, text: str | None, label: str | None, model: Path | None
+    folder: Path,
+    data: Path,
+    text: str | None,
+    label: str | None,
+    model: Path | None,
+    preset: PresetName = "laptop",
 ) -> str:
     """Draft a run file for private tuning on a table of labeled texts.
 
@@ -122,6 +127,7 @@ def draft_run(
         text: column of the texts.
         label: column of the labels.
         model: the student, or any other model to tune on; None to name it later.
+        preset: name of the settings of tuning and transfer.
 
     Returns:
         The text of the run file.
@@ -146,6 +152,8 @@ def draft_run(
         template += " {mask}"
     # Rounding hides the exact count, and rounding up keeps delta below one over that count.
     declared = _round_up(_TRAIN_SHARE * len(table))
+    settings = PRESETS[preset]
+    batch_size = min(settings.expected_batch_size, declared // 10)
     return _FORMAT.format(
         name=_name(data),
         inputs=_inputs(folder, known),
@@ -155,13 +163,17 @@ def draft_run(
         labels=_label_lines(labels, words),
         multi=_MULTI if words.multi else "",
         template=_quoted(template),
-        max_length=_max_length(known),
-        num_virtual_tokens=_NUM_VIRTUAL_TOKENS,
+        max_length=_max_length(known, settings.num_virtual_tokens),
+        num_virtual_tokens=settings.num_virtual_tokens,
+        tune=settings.tune,
+        steps=settings.steps_for(declared, batch_size),
+        learning_rate=settings.learning_rate,
+        sections=settings.sections,
         init_text=_quoted(_init_text(labels, words)),
         share=_TRAIN_SHARE,
         declared=declared,
         delta=declared**-1.1,
-        batch_size=min(64, declared // 10),
+        batch_size=batch_size,
     )
 
 
@@ -320,13 +332,13 @@ def _inputs(folder: Path, model: _Model | None) -> str:
     return "\n".join(lines)
 
 
-def _max_length(model: _Model | None) -> int:
+def _max_length(model: _Model | None, num_virtual_tokens: int) -> int:
     """Return the default length, or what the context of the model leaves beside the prompt."""
     # It is no function of the texts, because it becomes part of the prompt.
     if model is None:
         return _MAX_LENGTH
     # Private tuning of a masked model keeps one position for padding.
-    room = model.facts.context_length - _NUM_VIRTUAL_TOKENS - 1
+    room = model.facts.context_length - num_virtual_tokens - 1
     return int(min(_MAX_LENGTH, room))
 
 

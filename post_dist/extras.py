@@ -9,7 +9,11 @@ _EXTRAS = {
     "datasets": "hub",
     "deepspeed": "provider",
     "matplotlib": "report",
+    "mlflow": "track",
     "submitit": "slurm",
+    "tensorboard": "track",
+    "trackio": "track",
+    "wandb": "track",
 }
 """The extra of pyproject.toml for each package that is imported."""
 

@@ -44,25 +44,26 @@ def file_digest(path: Path, between: Callable[[], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file in a folder, by the file's path relative to the folder."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digests[str(path.relative_to(folder))] = file_digest(path)
-    return digests
+def file_digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Return the sha256 of each file in a folder, by the file's path relative to the folder.
+
+    Args:
+        folder: the folder, with the folders in it.
+        pattern: pattern of the files' names, such as `*.safetensors`.
+    """
+    files = sorted(entry for entry in folder.rglob(pattern) if entry.is_file())
+    # A model folder may hold hundreds of GB. Hashing a file does not hold Python's lock.
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, files))
+    names = [str(file.relative_to(folder)) for file in files]
+    return dict(zip(names, digests, strict=True))
 
 
 def fingerprint(path: Path) -> str:
     """Return a digest of every byte of a file or of a model folder."""
     if path.is_file():
         return file_digest(path)
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    # A model folder may hold hundreds of GB. Hashing a file does not hold Python's lock.
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, files))
-    names = [str(file.relative_to(path)) for file in files]
-    return digest_of(dict(zip(names, digests, strict=True)))
+    return digest_of(file_digests(path))
 
 
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:

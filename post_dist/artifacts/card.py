@@ -10,7 +10,7 @@ _SOURCE = (
 )
 
 
-def write_card(
+def write_card(  # noqa: PLR0913 - one parameter for each part of a card
     folder: Path,
     title: str,
     summary: str,
@@ -19,6 +19,7 @@ def write_card(
     library: str,
     tag: str = "",
     notes: Mapping[str, Sequence[str]] = {},
+    base_model: str | None = None,
 ) -> None:
     """Write `README.md` into an artifact folder: metadata that the hub reads, and the text.
 
@@ -30,6 +31,7 @@ def write_card(
         library: the hub's name of the library that loads the artifact, such as `peft`.
         tag: one more tag for the hub.
         notes: lists of notes, by their heading.
+        base_model: hub name of the model that the artifact belongs to, for the hub's links.
     """
     from huggingface_hub import ModelCard, ModelCardData  # takes half a second to import
 
@@ -37,7 +39,7 @@ def write_card(
     tags = ["post_dist"]
     if tag:
         tags.append(tag)
-    metadata = ModelCardData(library_name=library, tags=tags)
+    metadata = ModelCardData(library_name=library, tags=tags, base_model=base_model)
     text = _text(title, summary, settings, notes)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}").save(folder / "README.md")
 

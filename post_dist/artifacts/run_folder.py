@@ -14,7 +14,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,13 @@ _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "pef
 
 _WITHOUT_INFLUENCE = {"path", "ledger", "ledger_anchors", "max_total_epsilon"}
 """Fields that do not change the result of a stage. Files count by digest, not by path."""
+
+SETTINGS = "resolved.yaml"
+"""The file with the settings of a run, which every run folder has."""
+ADMITTED = "admitted"
+"""Folder beside the runs with the checked copies of students from other parties."""
+LATEST = "latest"
+"""Folder beside the runs with a link to the newest finished run of each stage."""
 
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
@@ -82,6 +89,18 @@ class RunFolder:
         """Whether the artifact exists. It gets its name only when it is complete."""
         return (self.artifact / FILE_NAME).is_file()
 
+    def link_latest(self) -> None:
+        """Let `latest/<stage>` beside this folder lead to it, for people to type."""
+        title, _, _ = self.path.name.rpartition("-")
+        link = self.path.parent / LATEST / title
+        partial = link.with_name(f".{self.path.name}")
+        # A file system without links must not fail a finished run.
+        with suppress(OSError):
+            link.parent.mkdir(exist_ok=True)
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(Path("..") / self.path.name)
+            partial.replace(link)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Create and lock the folder, and write a description of the run into it.
@@ -127,7 +146,7 @@ class RunFolder:
             "packages": installed_versions(_PACKAGES),
         }
         settings = self.config.model_dump(mode="json")
-        (self.path / "resolved.yaml").write_text(write_yaml(settings))
+        (self.path / SETTINGS).write_text(write_yaml(settings))
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 

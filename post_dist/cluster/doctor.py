@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from post_dist.extras import installed_versions
 
 _FREE_GIB = 20
+_FREE_MEMORY_GIB = 4
+_HUB_SECONDS = 3.0
+_CONTAINERS = ("apptainer", "singularity", "enroot", "podman", "docker")
 _CLOCK_SECONDS = 5.0
 _LOCK_SECONDS = 600.0
 """No compilation takes longer, so an older compiler lock is abandoned."""
@@ -41,7 +45,16 @@ class Finding:
 def examine(folder: Path) -> list[Finding]:
     """Check this machine and the folder for the runs."""
     findings: list[Finding] = []
-    checks: list[Callable[[Path], Iterator[Finding]]] = [_python, _torch, _deepspeed, _slurm, _disk]
+    checks: list[Callable[[Path], Iterator[Finding]]] = [
+        _python,
+        _memory,
+        _torch,
+        _deepspeed,
+        _hub,
+        _containers,
+        _slurm,
+        _disk,
+    ]
     for check in checks:
         findings += check(folder)
     return findings
@@ -92,6 +105,18 @@ def _python(folder: Path) -> Iterator[Finding]:
     yield Finding("python", new_enough, platform.python_version(), cure)
 
 
+def _memory(folder: Path) -> Iterator[Finding]:
+    sizes = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, size = line.partition(":")
+        sizes[name] = int(size.split()[0]) / 2**20
+    total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    cure = ""
+    if free < _FREE_MEMORY_GIB:
+        cure = f"less than {_FREE_MEMORY_GIB} GiB: torch and a small model need that much"
+    yield Finding("memory", not cure, f"{total:.1f} GiB, {free:.1f} GiB free", cure)
+
+
 def _torch(folder: Path) -> Iterator[Finding]:
     import torch
 
@@ -101,6 +126,9 @@ def _torch(folder: Path) -> Iterator[Finding]:
         count = torch.cuda.device_count()
         names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
         yield Finding("CUDA", True, f"{torch.version.cuda}, {count} GPUs: {', '.join(names)}")
+        for index in range(count):
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
+            yield Finding(f"GPU {index}", True, f"{total:.1f} GiB, {free:.1f} GiB free")
         yield Finding("NCCL", True, ".".join(map(str, torch.cuda.nccl.version())))
     elif shutil.which("nvidia-smi") is not None:
         yield Finding(
@@ -154,6 +182,27 @@ def _ops() -> Finding:
     if not built:
         names = "none; only offload: nvme and quantized_gathers need some"
     return Finding("ops", True, f"in {cache}: {names}")
+
+
+def _hub(folder: Path) -> Iterator[Finding]:
+    from huggingface_hub import constants, get_token
+
+    # Models and data in folders need neither hub nor token, so a lack is no fault.
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+        found = "answers"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        found = f"cannot be reached ({reason}): give folders in place of hub names"
+    yield Finding("hub", True, found)
+    missing = "none: a gated model needs one; `hf auth login`, or set HF_TOKEN"
+    yield Finding("hub token", True, missing if get_token() is None else "found")
+
+
+def _containers(folder: Path) -> Iterator[Finding]:
+    found = [name for name in _CONTAINERS if shutil.which(name) is not None]
+    yield Finding("containers", True, ", ".join(found) or "none")
 
 
 def _slurm(folder: Path) -> Iterator[Finding]:

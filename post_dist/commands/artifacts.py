@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from post_dist.commands.options import AsJson
+from post_dist.commands.options import AsJson, TrustedKeys
 from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
@@ -15,14 +15,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's fold
 
 def verify(
     folder: Folder,
-    key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--key",
-            metavar="KEY",
-            help="A trusted public key: a .pub file, or its line. Several are allowed.",
-        ),
-    ] = None,
+    key: TrustedKeys = None,
     json_: AsJson = False,
 ) -> None:
     """Check an artifact: hashes, signature, lineage, finite values, and its recomputed epsilon."""
@@ -102,9 +95,10 @@ def _merge_measurements(files: list[Path]) -> dict[str, Any]:
 
 
 def _print_report(result: dict[str, Any]) -> None:
-    from post_dist.planning.scaling import lines
-
     for page in result["reports"]:
         print(page)
-    for line in lines(result.get("scaling", [])):
-        print(line)
+    if "scaling" in result:
+        from post_dist.planning.scaling import lines  # loads torch
+
+        for line in lines(result["scaling"]):
+            print(line)

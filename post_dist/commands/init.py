@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from post_dist.config.assets import asset
+from post_dist.config.presets import PresetName
 from post_dist.errors import InputError
 from post_dist.files import write_file
 
@@ -30,11 +31,17 @@ def init(
         Path | None,
         typer.Option(metavar="DIR", help="The student, or any other model to tune a prompt on."),
     ] = None,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(help="Settings for your machine, or the paper's. Default: laptop."),
+    ] = None,
 ) -> None:
     """Write a run file for your own table, or the demo's run file and download script."""
     if data is None:
-        if text or label or model:
-            raise InputError("--text, --label and --model describe a table", "give it with --data")
+        if text or label or model or preset:
+            raise InputError(
+                "--text, --label, --model and --preset are for a table", "give it with --data"
+            )
         _write_demo(folder)
         return
     # An edited run file is never overwritten.
@@ -44,7 +51,7 @@ def init(
     from post_dist.draft import draft_run  # loads torch
 
     # Draft first, so that wrong input leaves no folder behind.
-    drafted = draft_run(folder, data, text, label, model)
+    drafted = draft_run(folder, data, text, label, model, preset or "laptop")
     write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
     print(f"wrote {run}; it holds the values of your label column, as the prompt will")
     print(f"post-dist check {run}   lists what does not fit, and epsilon")

@@ -11,6 +11,8 @@ import typer
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, Submittable
 from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
+from post_dist.config.schema import RunConfig
+from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.errors import EnvironmentFault
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     test_only: Annotated[
         bool,
         typer.Option(
-            "--test-only", help="Ask Slurm when each job would start, but submit nothing."
+            "--test-only",
+            help="Ask Slurm when each job would start, and run `check`, but submit nothing.",
         ),
     ] = False,
     local: Annotated[
@@ -69,6 +72,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     else:
         answers = try_jobs(config, jobs)
         if test_only:
+            _check_stages(config, stages)
             _print_answers(stages, "answer", answers, json_)
             return
         submitted = submit_jobs(config, jobs)
@@ -84,6 +88,25 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     if wait and not local:
         sys.stdout.flush()
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _check_stages(config: RunConfig, stages: Sequence[str]) -> None:
+    """Check the stages of jobs as `post-dist check` does.
+
+    Raises:
+        InputError: a job would fail; the message lists every conflict.
+    """
+    from post_dist.stages.check.run import check_run  # loads torch
+
+    report = check_run(config)
+    # Another stage may be the other party's.
+    others = set(report.stages) - set(stages)
+    found = [
+        Conflict(f"{conflict.stage}: {conflict.message}", conflict.hint)
+        for conflict in report.conflicts
+        if conflict.stage not in others
+    ]
+    raise_conflicts("submit", found)
 
 
 def doctor(

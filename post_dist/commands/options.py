@@ -54,6 +54,14 @@ TrustModel = Annotated[
         help="Accept your own model as inputs.student: without post_dist.json, it is not checked.",
     ),
 ]
+TrustedKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help="A trusted public key: a .pub file, or its line. Several are allowed.",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 def plan(  # noqa: PLR0913 - typer reads the options from parameters
     run: RunFile,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes; default: that of `cluster`.")
+    ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs on each node; default: from the hardware file.")
+        int | None,
+        typer.Option(
+            min=1, help="GPUs on each node; default: from `cluster`, or from the hardware file."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option(help="Name of the GPU in the hardware file.")] = "h100",
     hardware: Annotated[
@@ -48,7 +53,9 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     if config.teacher is None:
         raise InputError("plan needs the section `teacher`")
     described = read_hardware(gpu, hardware)
-    machine = Machine(nodes, gpus_per_node or described.node.gpus, described)
+    requested = config.cluster.for_stage("distill")
+    of_node = gpus_per_node or requested.gpus_per_node or described.node.gpus
+    machine = Machine(nodes or requested.nodes, of_node, described)
     gpus = counts("--sweep", sweep) if sweep else []
     teacher = size_of(config_folder(config.teacher))
     result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}
@@ -94,8 +101,10 @@ def _precision(config: RunConfig, hardware: "Hardware") -> Precision:
 
 
 def _print_plan(result: dict[str, Any]) -> None:
-    from post_dist.planning.table import plan_lines, plan_table
+    from post_dist.planning.table import plan_lines, plan_table, plan_verdict
 
+    for line in plan_verdict(result):
+        print(line)
     print_wide(plan_table(result))
     for line in plan_lines(result):
         print(line)

@@ -1,4 +1,4 @@
-"""The command `predict`: labels and scores of texts, with a finished prompt."""
+"""The commands `predict` and `export`: labels of texts, and a prompt for other software."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from post_dist import api
+from post_dist.commands.options import TrustedKeys
 from post_dist.config.precision import PrecisionChoice
 from post_dist.runtime.logs import speak
 from post_dist.runtime.stop import listen
 
 if TYPE_CHECKING:
-    from post_dist.serving.predictor import ClassPrediction, Predictions, Response
+    from post_dist.serving.predictions import ClassPrediction, Predictions, Response
 
 
 class Format(StrEnum):
@@ -26,10 +27,27 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Form(StrEnum):
+    """What an exported prompt is for."""
+
+    vllm = "vllm"
+    peft = "peft"
+    hub = "hub"
+
+
+PromptFolder = Annotated[
+    Path, typer.Argument(metavar="PROMPT", help="The prompt: an artifact of tune or transfer.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="Folder or hub name of the prompt's model.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="COMMIT", help="Commit of a hub model.")
+]
+
+
 def predict(  # noqa: PLR0913 - typer reads the options from parameters
-    prompt: Annotated[
-        Path, typer.Argument(metavar="PROMPT", help="The prompt: an artifact of tune or transfer.")
-    ],
+    prompt: PromptFolder,
     texts: Annotated[
         str,
         typer.Argument(
@@ -38,12 +56,9 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
             "or - for standard input, one text a line.",
         ),
     ],
-    model: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder or hub name of the prompt's model.")
-    ],
-    revision: Annotated[
-        str | None, typer.Option(metavar="COMMIT", help="Commit of a hub model.")
-    ] = None,
+    model: ModelOption,
+    revision: Revision = None,
+    key: TrustedKeys = None,
     column: Annotated[
         str | None, typer.Option(help="Column of the texts in a table; default: text.")
     ] = None,
@@ -56,7 +71,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
     """Predict the class of each text, or its response, with a prompt and its model."""
     listen()
     # A prompt that is refused costs no time: its checks need no model.
-    loaded = api.load_prompt(prompt)
+    loaded = api.load_prompt(prompt, keys=key or ())
     from post_dist.serving.texts import read_texts
 
     speak(rank=0)
@@ -74,6 +89,25 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
     else:
         for prediction in found:
             print(json.dumps(asdict(prediction)))
+
+
+def export(
+    prompt: PromptFolder,
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="vllm: requests to a vLLM server. peft: an adapter that names its model. "
+            "hub: a folder to upload, with a model card."
+        ),
+    ],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder to create.")],
+    revision: Revision = None,
+    key: TrustedKeys = None,
+) -> None:
+    """Write a prompt in the form that vLLM, PEFT or the Hugging Face hub takes (docs/use.md)."""
+    api.load_prompt(prompt, keys=key or ()).export(to.value, model, output, revision=revision)
+    print(f"wrote {output}")
 
 
 def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None:

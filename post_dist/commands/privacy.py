@@ -10,11 +10,12 @@ import typer
 
 from post_dist import api
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile
-from post_dist.commands.printing import print_numbers
+from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PostDistError, PrivacyRefused
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
+from post_dist.runtime.terminal import bar
 
 
 def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
@@ -47,7 +48,41 @@ def budget(
 
     if cap is not None:
         change_cap(ledger, cap, delta)
-    print_numbers(budget_of(ledger, delta), json_)
+    result = budget_of(ledger, delta)
+    if json_:
+        print_json(result)
+    else:
+        print(*budget_lines(result), sep="\n")
+
+
+def budget_lines(result: Mapping[str, Any]) -> list[str]:
+    """Write a budget as a sentence, and a bar for the epsilon of each run and of all together."""
+    cap = result["cap"]
+    limit = "without a limit" if cap is None else f"of {cap:g}"
+    runs = result["runs"]
+    count = "1 run has" if len(runs) == 1 else f"{len(runs)} runs have"
+    lines = [
+        f"{count} spent epsilon {_epsilon(result)} {limit}, at delta {result['delta']:.3g}.",
+        "",
+    ]
+    # Epsilons do not add up: runs together cost less than their sum.
+    whole = cap or max(result["epsilon"], 1e-9)
+    for run in runs:
+        steps = f"{run['steps_charged']} of {run['steps_planned']} steps"
+        lines.append(f"{run['run']}  {_bar_of(run, whole)}  {run['opened'][:10]}  {steps}")
+    lines.append(f"{'together':<16}  {_bar_of(result, whole)}")
+    if result["anchor"] is not None:
+        lines.append(f"The anchor {result['anchor']} shows no removed row.")
+    return lines
+
+
+def _epsilon(entry: Mapping[str, Any]) -> str:
+    return f"{entry['epsilon']:.3f}" if entry["private"] else "infinity"
+
+
+def _bar_of(entry: Mapping[str, Any], whole: float) -> str:
+    share = entry["epsilon"] / whole if entry["private"] else 1.0
+    return f"{bar(share)} {_epsilon(entry):>8}"
 
 
 class Attack(StrEnum):

@@ -1,5 +1,6 @@
-"""The commands `ls` and `status`: which runs there are, and how far they are."""
+"""The commands `ls`, `status` and `clean`: which runs there are, how far, and what to remove."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,6 +48,36 @@ def status(
         return
     for stage in progress:
         print(plain(f"{stage.run}: {_progress_text(stage)}"))
+
+
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of the runs.")] = Path(
+        "runs"
+    ),
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """List unfinished runs and caches below a folder, and remove them if you say yes."""
+    from post_dist.report.leftovers import leftovers, remove
+    from post_dist.report.tables import plain
+
+    found = leftovers(folder)
+    # Only a terminal can answer. A script says --yes, or gets the list.
+    agreed = yes
+    if not json_:
+        for leftover in found:
+            print(plain(f"{leftover.mib:>10.1f} MiB  {leftover.what:<22}  {leftover.path}"))
+        print(f"{sum(leftover.mib for leftover in found):>10.1f} MiB  in all")
+        if found and not yes and sys.stdin.isatty():
+            agreed = typer.confirm("Remove them? What they spent stays in the ledgers.")
+    if agreed:
+        for leftover in found:
+            remove(leftover)
+    if json_:
+        listed = [asdict(leftover) | {"path": str(leftover.path)} for leftover in found]
+        print_json({"removed": agreed, "leftovers": listed})
+    elif found and not agreed:
+        print("nothing was removed; --yes removes them")
 
 
 def _progress_text(stage: "RunProgress") -> str:

@@ -1,8 +1,9 @@
 """The run file's section for Slurm: which resources each stage requests."""
 
-from typing import Annotated, Literal, get_args
+import math
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from post_dist.config.sections import PositiveInt, Section
 
@@ -16,6 +17,27 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _minutes(value: Any) -> Any:
+    """Return the minutes of a duration as Slurm writes it, rounded up, such as 1-12:00:00.
+
+    Like sbatch, it reads `90` as minutes and `90:30` as minutes and seconds.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = value.split("-")
+    try:
+        days = int(parts[0]) if len(parts) == 2 else 0
+        numbers = [int(part) for part in parts[-1].split(":")]
+    except ValueError:
+        return value
+    # After days come hours first; without days, one or two numbers begin with minutes.
+    hours_first = len(parts) == 2 or len(numbers) == 3
+    hours, minutes, seconds = ([*numbers, 0, 0] if hours_first else [0, *numbers, 0])[:3]
+    known = len(parts) <= 2 and len(numbers) <= 3 and min(days, *numbers) >= 0
+    return (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60) if known else value
+
+
+Minutes = Annotated[PositiveInt, BeforeValidator(_minutes)]
 OneLine = Annotated[str, AfterValidator(_one_line)]
 """The value of an option of sbatch."""
 
@@ -35,8 +57,8 @@ class Resources(Section):
     memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = None
     """Memory of each node, such as 64G. Without a unit, Slurm reads megabytes. Default: the
     partition's."""
-    time_minutes: PositiveInt = 60
-    """Time limit of the job, in minutes."""
+    time_minutes: Minutes = 60
+    """Time limit of the job: minutes, or a duration as sbatch takes it, such as `1-12:00:00`."""
     # Where Slurm runs the job. Each field is the option of sbatch with the same name.
     partition: OneLine | None = None
     """Partition of the cluster. Default: the cluster's."""

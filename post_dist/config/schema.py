@@ -25,6 +25,7 @@ from post_dist.config.stages import (
     Tune,
     WarmStart,
 )
+from post_dist.config.tracking import Tracking
 from post_dist.errors import InputError
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Student",
     "Task",
     "Teacher",
+    "Tracking",
     "Transfer",
     "Tune",
     "WarmStart",
@@ -128,6 +130,8 @@ class RunConfig(Section):
     """Precision, and layout of the models over the ranks."""
     cluster: Cluster = Cluster()
     """Resources of Slurm jobs."""
+    tracking: Tracking = Tracking()
+    """Trackers of public metrics."""
 
     @model_validator(mode="after")
     def _private_task_is_whole(self) -> "RunConfig":
@@ -295,6 +299,9 @@ class RunConfig(Section):
     def view(self, stage: Stage) -> "RunConfig":
         """Return the run file without the sections that `stage` does not read."""
         kept = {name: getattr(self, name) for name in (*_GENERAL_FIELDS, *STAGE_SECTIONS[stage])}
+        # A stage with private data knows no tracker. The signature does not cover the section.
+        if "private_task" not in STAGE_SECTIONS[stage]:
+            kept["tracking"] = self.tracking
         if not self.privacy.enabled:
             # A plan that is not used must not change the signature of the stage.
             kept.pop("privacy", None)

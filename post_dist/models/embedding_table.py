@@ -1,11 +1,19 @@
-"""Read the input embeddings of a model from its files, without loading the model."""
+"""Read the input embeddings of a model from its files, without loading the model.
+
+Shapes: V vocabulary, d width.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import nn
 
+from post_dist.errors import InputError
 from post_dist.models.facts import meta_model
 
 _ROWS_AT_ONCE = 8192
@@ -20,8 +28,40 @@ def largest_embedding_norm(folder: Path) -> float:
     Returns:
         The norm; infinite if no file holds the embeddings under a name that the model knows.
     """
-    # Loading a large LLM for one tensor would take minutes, and memory for all of it.
+    with _stored_table(folder, meta_model(folder).model) as table_Vd:
+        return math.inf if table_Vd is None else _largest_norm(table_Vd)
+
+
+def read_embedding_table(folder: Path) -> torch.Tensor:
+    """Read what a model puts in the place of each token, [V, d], in the precision of its file.
+
+    Args:
+        folder: folder of the model in Hugging Face format.
+
+    Raises:
+        InputError: no file holds the embeddings, or the family computes more than a look-up.
+    """
     model = meta_model(folder).model
+    module = model.get_input_embeddings()
+    # Gemma 3 multiplies the embeddings of tokens, but not given ones.
+    scale = getattr(module, "scalar_embed_scale", None)
+    if type(module) is not nn.Embedding and scale is None:
+        raise InputError(f"{folder}: a {type(module).__name__} is more than a table of embeddings")
+    with _stored_table(folder, model) as stored_Vd:
+        if stored_Vd is None:
+            raise InputError(f"{folder} has no embeddings under a name that its family knows")
+        table_Vd: torch.Tensor = stored_Vd[:]
+    return table_Vd if scale is None else table_Vd * torch.tensor(scale, dtype=table_Vd.dtype)
+
+
+@contextmanager
+def _stored_table(folder: Path, model: Any) -> Iterator[Any | None]:
+    """Open the file with the embeddings of a model that is on the meta device.
+
+    Yields:
+        A slice of safetensors, or None if no file holds them under a name that the model knows.
+    """
+    # Loading a large LLM for one tensor would take minutes, and memory for all of it.
     table = model.get_input_embeddings().get_parameter("weight")
     # A tied table may be stored under the name of the head. Some files omit the trunk's prefix.
     own = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor is table}
@@ -30,8 +70,9 @@ def largest_embedding_norm(folder: Path) -> float:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in known & set(weights.keys()):
-                return _largest_norm(weights.get_slice(name))
-    return math.inf
+                yield weights.get_slice(name)
+                return
+    yield None
 
 
 def _largest_norm(table_Vd: Any) -> float:

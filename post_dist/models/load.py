@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Teacher
 from post_dist.errors import EnvironmentFault, InputError
+from post_dist.files import digest_of, file_digests
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_split
 from post_dist.runtime.precision import DTYPES
@@ -39,7 +41,8 @@ transformers_logging.disable_progress_bar()
 # Otherwise the tokenizers library warns when a process forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+_WEIGHTS_SUFFIX = ".safetensors"
+_MODEL_FILES = [f"*{_WEIGHTS_SUFFIX}", "*.json", "*.txt", "*.model"]
 """Files that are downloaded of a hub model: weights, configuration and tokenizer, no pickles."""
 
 PROBES = (
@@ -170,6 +173,22 @@ def check_is_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
+
+
+def weights_digest(files: Mapping[str, str]) -> str:
+    """Return a digest of a model's weights.
+
+    Copies of a model, such as one of the hub, may differ in other files.
+
+    Args:
+        files: sha256 of the model's files, or of its weights alone, by name.
+    """
+    return digest_of(sorted(files[name] for name in files if name.endswith(_WEIGHTS_SUFFIX)))
+
+
+def weights_of(folder: Path) -> str:
+    """Return the `weights_digest` of a model, from its weights alone."""
+    return weights_digest(file_digests(folder, f"*{_WEIGHTS_SUFFIX}"))
 
 
 def is_masked(config: PretrainedConfig) -> bool:

@@ -52,6 +52,7 @@ def plan_run(
             conflicts.append(f"{stage['stage']}: {conflict}")
     return {
         "gpus": machine.ranks,
+        "gpu_memory_gib": machine.hardware.memory_gib,
         "precision": precision,
         "teacher_parameters": inputs.models.teacher.parameters,
         "student_parameters": inputs.models.student.parameters,

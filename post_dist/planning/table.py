@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from post_dist.planning.scaling import lines
+from post_dist.runtime.terminal import bar, duration
 
 _Stage = dict[str, Any]
 
@@ -52,11 +53,42 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def plan_verdict(plan: dict[str, Any]) -> list[str]:
+    """Write whether the run works as planned, and a bar for the memory and time of each stage."""
+    told = [_verdict(plan), ""]
+    widest = max(len(stage["stage"]) for stage in plan["stages"])
+    limit = plan["gpu_memory_gib"]
+    for stage in plan["stages"]:
+        memory = stage["memory_total_gib"]
+        share = stage["hours"] / plan["hours"] if plan["hours"] else 0.0
+        told.append(
+            f"{stage['stage']:<{widest}}  memory {bar(memory / limit)} {memory:6.1f} of {limit:g} "
+            f"GiB   time {bar(share)} {duration(3600 * stage['hours'])}"
+        )
+    return [*told, ""]
+
+
+def _verdict(plan: dict[str, Any]) -> str:
+    where = f"{plan['gpus']} x {plan['gpu']}"
+    fullest = max(plan["stages"], key=lambda stage: stage["memory_total_gib"])
+    needed = f"{fullest['memory_total_gib']:.1f} of {plan['gpu_memory_gib']:g} GiB"
+    if not all(stage["fits"] for stage in plan["stages"]):
+        told = f"It does not fit on {where}: {fullest['stage']} needs {needed} of a GPU's memory."
+        changes = plan.get("nearest_that_fits")
+        return f"{told} It {_fits_with(changes)}." if changes else told
+    told = f"It fits on {where} and takes {duration(3600 * plan['hours'])}. "
+    told += f"The fullest GPU holds {needed}, in {fullest['stage']}."
+    if plan["conflicts"]:
+        return f"It cannot run as planned, for {len(plan['conflicts'])} reasons below. {told}"
+    return told
+
+
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """Write the totals, assumptions and conflicts of a plan as lines below its table."""
     without = ", ".join(plan["not_counted"])
     told = [
-        f"total: {plan['hours']:.2f} hours, {plan['gpu_hours']:.1f} GPU-hours, without {without}",
+        f"total: {duration(3600 * plan['hours'])}, {plan['gpu_hours']:.3g} GPU-hours, "
+        f"without {without}",
         f"assumptions: {_listed(plan['assumptions'], digits=6)}",
         f"distill as a long run: {_listed(plan['long_run'], digits=4)}",
         *lines(plan.get("sweep", [])),

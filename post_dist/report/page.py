@@ -10,6 +10,7 @@ from post_dist.artifacts.strict_json import read_object
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import write_file
+from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.report.lineage import Made, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
@@ -127,7 +128,6 @@ def _printable(value: Any) -> Any:
 
 def _curves(runs: Path, made: Sequence[Made]) -> list[Any]:
     """Draw the losses of the provider's stages that the table rests on."""
-    from post_dist.losses.terms import METRIC_LABELS  # loads torch
     from post_dist.report.charts import loss_chart
 
     curves = []
@@ -152,7 +152,7 @@ def _budget(made: Sequence[Made]) -> dict[str, Any] | None:
         path = _ledger(settings_of(each.folder.parent))
         if path is None or not path.is_file():
             continue
-        from post_dist.privacy.budget import budget_of  # loads torch
+        from post_dist.privacy.budget import budget_of  # takes a second
 
         try:
             return budget_of(path, None)

@@ -7,18 +7,18 @@ is the only progress that is read: times of its steps would tell the sizes of it
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
 from post_dist.report.lineage import manifest_of, privacy_claim, settings_of
 
-_SETTINGS = "resolved.yaml"
 _TAIL_BYTES = 1 << 16
 _SILENT_SECONDS = 60.0
 _SILENT_STEPS = 10
@@ -73,9 +73,7 @@ def runs_below(folder: Path) -> list[FoundRun]:
     Raises:
         InputError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", "give the folder of your runs")
-    found = [_found(path) for path in _folders(folder)]
+    found = [_found(path) for path in run_folders(folder)]
     return sorted(found, key=lambda run: (run.date, run.path))
 
 
@@ -89,30 +87,38 @@ def progress_below(folder: Path) -> list[RunProgress]:
         InputError: it holds no run.
     """
     runs = [Path(run.path) for run in runs_below(folder)]
-    progress = [_progress(path) for path in runs if (path / _SETTINGS).is_file()]
+    progress = [_progress(path) for path in runs if (path / SETTINGS).is_file()]
     if not progress:
         raise InputError(f"{folder} holds no run", "`post-dist ls` lists the runs below a folder")
     return progress
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    """Find the folders of runs and of artifacts. They are not searched for more."""
+def run_folders(folder: Path) -> list[Path]:
+    """Find the folders of runs and of artifacts. They are not searched for more.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give the folder of your runs")
+    found = []
     for place, inner, files in os.walk(folder):
-        if _SETTINGS in files or FILE_NAME in files:
+        if SETTINGS in files or FILE_NAME in files:
             inner.clear()
-            yield Path(place)
+            found.append(Path(place))
         # Hidden folders hold half-written artifacts and environments of Python.
         inner[:] = [name for name in inner if not name.startswith(".")]
+    return found
 
 
 def _found(path: Path) -> FoundRun:
     """Describe the folder of a run, or of an artifact."""
-    is_run = (path / _SETTINGS).is_file()
+    is_run = (path / SETTINGS).is_file()
     artifact = path / "artifact" if is_run else path
     manifest = artifact / FILE_NAME
     finished = manifest.is_file()
     epsilon = privacy_claim(artifact).get("epsilon")
-    dated = path / _SETTINGS if is_run and not finished else manifest
+    dated = path / SETTINGS if is_run and not finished else manifest
     return FoundRun(
         stage=_stage(path.name) or path.name if is_run else _kind(manifest),
         state="finished" if finished else "unfinished",

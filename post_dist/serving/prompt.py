@@ -10,7 +10,9 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.precision import PrecisionChoice
 
 if TYPE_CHECKING:  # loads transformers, which a prompt without a model does not need
-    from post_dist.serving.predictor import Predictions, Predictor
+    from post_dist.serving.export import ExportFormat
+    from post_dist.serving.predictions import Predictions
+    from post_dist.serving.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,28 @@ class Prompt(SoftPromptArtifact):
         """
         predictor = self.on_model(model, revision=revision, precision=precision)
         return predictor.predict(texts, batch_size)
+
+    def export(
+        self,
+        form: "ExportFormat",
+        model: str | Path,
+        destination: str | Path,
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Write the prompt in the form that other software takes (docs/use.md).
+
+        Args:
+            form: `vllm`, `peft` or `hub`.
+            model: folder or hub name of the model that the prompt was made for.
+            destination: the folder to create.
+            revision: commit of a hub model, which must be given with a hub name.
+
+        Raises:
+            ArtifactRefused: the prompt does not belong to this model.
+            InputError: the form cannot hold this prompt, or the folder exists.
+            EnvironmentFault: the hub cannot be reached, or the disk is full.
+        """
+        from post_dist.serving.export import export_prompt
+
+        export_prompt(self, form, str(model), revision, Path(destination))

@@ -32,6 +32,7 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
+from post_dist.stages.prompt_origin import check_target
 from post_dist.stages.run_inputs import RunInputs, check_inputs
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
@@ -267,6 +268,7 @@ class Pipeline:
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
             on_target = self.inputs.prompt(artifact, self.inputs.teacher)
+            check_target(on_target, self.inputs.teacher_weights)
             found[prompt.variant.label][prompt.row] = on_target
         return [
             PromptSet(variant.label, self._source(variant.source), found[variant.label])
@@ -338,7 +340,12 @@ class Pipeline:
         """
         if not wanted:
             return []
-        from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer, transfer
+        from post_dist.stages.transfer.stage import (
+            Target,
+            TransferRequest,
+            refuse_transfer,
+            transfer,
+        )
 
         requests = []
         for config, source in wanted:
@@ -351,7 +358,8 @@ class Pipeline:
             missing = [by_folder[folder.path] for folder in unfinished]
             refuse_transfer(missing, self._described_models, self._world)
             with self.running(unfinished):
-                transfer(missing, self.inputs.teacher, self.student, self._world, self._resume)
+                target = Target(self.inputs.teacher, self.inputs.teacher_weights)
+                transfer(missing, target, self.student, self._world, self._resume)
         return [request.folder for request in requests]
 
     def _transfer_folder(self, config: RunConfig, source: SoftPromptArtifact) -> RunFolder:
@@ -489,6 +497,7 @@ class Pipeline:
             if self._world.is_main:
                 for folder in folders:
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
+                    folder.link_latest()
 
 
 def _prompt_digests(prompts: Sequence[PromptSet]) -> dict[str, str]:

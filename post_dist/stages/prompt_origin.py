@@ -43,6 +43,24 @@ def check_belongs(
         )
 
 
+def check_target(prompt: SoftPromptArtifact, weights: str) -> None:
+    """Check that a transferred prompt was made for a large LLM with these weights.
+
+    Args:
+        prompt: the soft prompt. An older one does not name its LLM, and passes.
+        weights: the `weights_digest` of the LLM.
+
+    Raises:
+        ArtifactRefused: it was made for another LLM.
+    """
+    # LLMs of one family have the same width and tokenizer.
+    if prompt.manifest.parents.get("target", weights) != weights:
+        raise ArtifactRefused(
+            "the prompt was transferred to an LLM with other weights",
+            "give the LLM that it was transferred to; its name is in adapter_config.json",
+        )
+
+
 def check_norms(prompt: SoftPromptArtifact, largest_embedding: float) -> None:
     """Check that a prompt's vectors are not far larger than the embeddings of its model.
 

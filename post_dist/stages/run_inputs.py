@@ -1,12 +1,15 @@
 """What a run file names: models, prompts and data, each with a digest for the signatures."""
 
+import shutil
 from collections.abc import Hashable
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
 from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked, refusing
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.artifacts.run_folder import ADMITTED, SETTINGS
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Inputs, RunConfig
 from post_dist.config.sources import Corpus, DataSource
@@ -15,7 +18,7 @@ from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import fingerprint
+from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.load import (
     check_is_folder,
@@ -23,6 +26,7 @@ from post_dist.models.load import (
     load_config,
     load_tokenizer,
     model_folder,
+    weights_digest,
 )
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import unwatched
@@ -63,8 +67,17 @@ class RunInputs:
     @cached_property
     def teacher_digest(self) -> str:
         """Digest of the large LLM's files."""
+        return digest_of(self._teacher_files)
+
+    @cached_property
+    def teacher_weights(self) -> str:
+        """Digest of the large LLM's weights, by which a transferred prompt names it."""
+        return weights_digest(self._teacher_files)
+
+    @cached_property
+    def _teacher_files(self) -> dict[str, str]:
         with unwatched("hashing the teacher"):  # a disk may take minutes for hundreds of GB
-            return self._world.on_main(partial(fingerprint, self.teacher))
+            return self._world.on_main(partial(file_digests, self.teacher))
 
     @cached_property
     def student(self) -> Path | None:
@@ -78,9 +91,30 @@ class RunInputs:
         # teacher's family.
         if given is None or self.trusts_student:
             return given
-        admitted = self._config.output / self._config.name / "admitted"
         keys = self._inputs.trusted_keys
-        return self._world.on_main(partial(admit_student, given, admitted, keys))
+        return self._world.on_main(partial(admit_student, given, self._admitted, keys))
+
+    @property
+    def _admitted(self) -> Path:
+        """The folder for copies of given students."""
+        return self._config.output / self._config.name / ADMITTED
+
+    def discard_student(self) -> None:
+        """Remove the copy of a given student, unless a run has been started beside it.
+
+        A refused command then leaves nothing behind.
+        """
+        around = self._admitted.parent
+        if any(around.glob(f"*/{SETTINGS}")):
+            return
+        # A property is kept under its name once it has been read.
+        copy = vars(self).get("student")
+        if copy is not None and copy.parent == self._admitted:
+            shutil.rmtree(copy, ignore_errors=True)
+        # Another process may have put something there in the meantime.
+        with suppress(OSError):
+            self._admitted.rmdir()
+            around.rmdir()
 
     @cached_property
     def trusts_student(self) -> bool:

@@ -183,8 +183,8 @@ def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> No
     code, _, err = main("transfer", run, *given)
     assert code == 4
     assert "was tuned on another student" in err
-    # The student that is read is the admitted copy.
-    assert list((tmp_path / "runs/tiny/admitted").iterdir())
+    # The copy of the student that was admitted for it is gone too.
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, main: Any) -> None:

@@ -55,6 +55,21 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
         assert config.tune.init_text == PromptTask.of_section(task, None).init_text
 
 
+@pytest.mark.parametrize("preset", ["laptop", "gpu", "cluster", "paper"])
+def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -> None:
+    data = write_table(tmp_path / "t.csv", rows=1200)
+    options = (f"--data={data}", "--text=body", "--label=topic_name", f"--preset={preset}")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    config = post_dist.load_run(tmp_path / "work/run.yaml")
+    ours = preset != "paper"
+    assert (config.transfer.objective == "proxy") == ours
+    assert (config.transfer.scores == "classes") == ours
+    assert config.privacy.steps == {"laptop": 80, "paper": 625}.get(preset, 200)
+    assert config.privacy.expected_batch_size == {"laptop": 64, "paper": 32}.get(preset, 100)
+    assert config.cluster.gpus_per_node == (preset == "cluster")
+
+
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", labels=("0", "1"))
     work = tmp_path / "work"

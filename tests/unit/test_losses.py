@@ -14,6 +14,7 @@ from post_dist.losses import distillation as losses
 from post_dist.losses.distillation import LossSettings, TermValues, distillation_loss
 from post_dist.losses.divergence import softened_kl, unexplained_share
 from post_dist.losses.heads import Head, Heads
+from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.losses.signals import (
     HiddenSignal,
     ProjectedSignal,
@@ -23,7 +24,7 @@ from post_dist.losses.signals import (
     sample_teacher,
     signal_of_tensors,
 )
-from post_dist.losses.terms import METRIC_LABELS, TERMS, hidden_terms_in_use, weights_of
+from post_dist.losses.terms import TERMS, hidden_terms_in_use, weights_of
 from post_dist.losses.transfer import proxy_logits, published_transfer_loss, share_matching_offsets
 
 WEIGHTS = {"ce": 5.0, "lm": 2.0, "cos": 1.0}
@@ -313,7 +314,7 @@ def test_every_term_has_a_weight_in_the_run_file_and_a_label() -> None:
     assert {term.weight_field for term in TERMS} <= set(Distill.model_fields)
     section = Distill(alpha_ce=3.0, alpha_lm=0.5, alpha_cos=0.25)
     assert weights_of(section) == {"ce": 3.0, "lm": 0.5, "cos": 0.25}
-    assert list(METRIC_LABELS) == ["loss", "ce", "lm", "cos"]
+    assert list(METRIC_LABELS) == ["loss", *(term.metric for term in TERMS)]
     assert [term.metric for term in hidden_terms_in_use(section)] == ["cos"]
     assert hidden_terms_in_use(section.model_copy(update={"alpha_cos": 0.0})) == []
 

@@ -1,6 +1,7 @@
 """`post-dist plan`: its numbers computed by hand, from configurations alone."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,8 +255,11 @@ def test_a_sweep_is_drawn(run: Path, main: Callable, tmp_path: Path) -> None:
         "a node's shards are gathered in the node, however many nodes there are"
     )
     assert rows["strong", 512]["distill_efficiency"] < rows["weak", 512]["distill_efficiency"]
-    code, out, _ = main("plan", run, "--nodes=8", "--sweep=8,64")
+    # The run file's cluster has eight nodes of eight GPUs.
+    code, out, _ = main("plan", run, "--sweep=8,64")
     assert code == 0
+    assert re.match(r"It fits on 64 x h100 and takes [0-9.]+ (hours|days)\. The fullest GPU", out)
+    assert re.search(r"^distill +memory [█░]{20} +[0-9.]+ of 80 GiB   time [█░]{20} ", out, re.M)
     assert "a model, not a measurement" in out
     assert "weak scaling, 64 GPUs" in out
 

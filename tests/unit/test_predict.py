@@ -10,55 +10,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import served
 import tiny
 import torch
 
 import post_dist
 from post_dist.artifacts.head import LinearHead
-from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
-from post_dist.artifacts.task import PromptTask
 from post_dist.errors import InputError
-from post_dist.files import fingerprint
-from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 
-TASK = PromptTask(
-    "Review: {text} It was", (("bad",), ("good",)), 48, False, "good", label_names=("no", "yes")
-)
 TEXTS = ["the film is lovely", "", 'the plot, "it" is dull and\u2028long ' * 3, "secret 7"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose answers depend on the text."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    tiny.write_model(folder, "llama")
-    tiny.speak_up(folder)
-    return folder
-
-
-def write(
-    folder: Path,
-    model: Path,
-    task: PromptTask = TASK,
-    head: LinearHead | None = None,
-    scale: float = 1.0,
-) -> Path:
-    """Write a prompt that was tuned on the model."""
-    torch.manual_seed(0)
-    contents = PromptContents(scale * torch.randn(5, 32), task, None, head)
-    origin = Provenance(
-        model_name="model",
-        tokenizer=tokenizer_fingerprint(load_tokenizer(model)),
-        parents={"model": fingerprint(model)},
-        config={},
-    )
-    write_prompt(folder, contents, origin, lambda _: None)
-    return folder
+    return served.write_model(tmp_path_factory.mktemp("served") / "model")
 
 
 @pytest.fixture
 def prompt(tmp_path: Path, model: Path) -> Path:
-    return write(tmp_path / "prompt", model)
+    return served.write_prompt(tmp_path / "prompt", model)
 
 
 def test_every_input_and_format_gives_the_same_answers_in_order(
@@ -106,19 +76,19 @@ def test_every_input_and_format_gives_the_same_answers_in_order(
 
 def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:
     for bias, label in ((50.0, "no"), (-50.0, "yes")):
-        task = replace(TASK, class_biases=(bias, 0.0))
-        folder = write(tmp_path / f"biased {bias}", model, task)
+        task = replace(served.TASK, class_biases=(bias, 0.0))
+        folder = served.write_prompt(tmp_path / f"biased {bias}", model, task)
         found = post_dist.load_prompt(folder).predict(TEXTS, model)
         assert {each.label for each in found} == {label}
         head = LinearHead.untrained(torch.randn(9, 32), 2)
         head = head.with_values(head.weight, torch.tensor([bias, 0.0]))
-        folder = write(tmp_path / f"headed {bias}", model, head=head)
+        folder = served.write_prompt(tmp_path / f"headed {bias}", model, head=head)
         found = post_dist.load_prompt(folder).predict(TEXTS, model)
         assert {each.label for each in found} == {label}
 
 
 def test_an_old_task_answers_with_its_label_words(tmp_path: Path, model: Path) -> None:
-    folder = write(tmp_path / "old", model, replace(TASK, label_names=()))
+    folder = served.write_prompt(tmp_path / "old", model, replace(served.TASK, label_names=()))
     (found,) = post_dist.load_prompt(folder).predict(["a film"], model)
     assert list(found.scores) == ["bad", "good"]
 
@@ -165,13 +135,13 @@ def test_wrong_input_is_refused_and_no_text_is_quoted(  # noqa: PLR0913
 def test_a_prompt_of_another_tokenizer_or_width_is_refused(tmp_path: Path, model: Path) -> None:
     # The manifest is the sender's, so a true lineage does not replace the other checks.
     other = tiny.write_model(tmp_path / "wide", "llama", width=48)
-    folder = write(tmp_path / "prompt", other)
+    folder = served.write_prompt(tmp_path / "prompt", other)
     with pytest.raises(post_dist.errors.ArtifactRefused, match="width 32, the model of width 48"):
         post_dist.load_prompt(folder).predict(["a"], other)
 
 
 def test_a_prompt_far_above_the_embeddings_is_refused(tmp_path: Path, model: Path) -> None:
-    folder = write(tmp_path / "loud", model, scale=1500.0)
+    folder = served.write_prompt(tmp_path / "loud", model, scale=1500.0)
     with pytest.raises(post_dist.errors.ArtifactRefused, match="has a vector of norm"):
         post_dist.load_prompt(folder).predict(["a"], model)
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from report_run import HOSTILE, write_full_run, write_metrics
 
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
+from post_dist.files import lock_file
 
 
 def write_unfinished(folder: Path, *checkpoints: int, **settings: dict) -> Path:
@@ -113,3 +116,44 @@ def test_of_a_private_search_no_step_is_told(tmp_path: Path, main: Callable) -> 
     run = write_unfinished(tmp_path / "tune-1", 10, tune=tune)
     known = {name: value for name, value in status_of(main, run).items() if value is not None}
     assert known == {"run": "tune-1", "state": "unfinished"}
+
+
+def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
+    tmp_path: Path, main: Callable
+) -> None:
+    runs = tmp_path / "a/demo"
+    write_full_run(runs)
+    (runs / "tune-1/resolved.yaml").write_text("{}")
+    unfinished = write_unfinished(runs / "tune-2", 3)
+    (unfinished / "lock").write_text("")
+    (runs / "answers").mkdir()
+    (runs / "answers/x.safetensors").write_bytes(b"x" * 2**20)
+    busy = write_unfinished(tmp_path / "b/tune-3")
+    (tmp_path / "b/answers").mkdir()
+    (tmp_path / "b/mine").mkdir()
+    with (busy / "lock").open("w") as lock:
+        assert lock_file(lock)
+        code, out, _ = main("clean", tmp_path)
+        assert (code, unfinished.exists()) == (0, True)
+        assert f"1.0 MiB  answers of models       {runs / 'answers'}" in out
+        code, out, _ = main("clean", tmp_path, "--json")
+        found = {each["path"] for each in json.loads(out)["leftovers"]}
+        assert found == {str(unfinished), str(runs / "answers")}
+        code, out, _ = main("clean", tmp_path, "--yes")
+        assert code == 0
+    assert not unfinished.exists()
+    assert not (runs / "answers").exists()
+    for kept in (runs / "tune-1/artifact", busy, tmp_path / "b/answers", tmp_path / "b/mine"):
+        assert kept.exists()
+
+
+def test_the_newest_run_of_a_stage_has_a_link(tmp_path: Path, main: Callable) -> None:
+    for signature in ("1a2b3c4d", "2a2b3c4d"):
+        folder = RunFolder(tmp_path / f"demo/tune-target-{signature}", "tune", RunConfig(name="a"))
+        folder.path.mkdir(parents=True)
+        (folder.path / "resolved.yaml").write_text("{}")
+        folder.link_latest()
+    assert (tmp_path / "demo/latest/tune-target").resolve() == folder.path
+    # It is no run of its own.
+    _, out, _ = main("ls", tmp_path, "--json")
+    assert len(json.loads(out)["runs"]) == 2

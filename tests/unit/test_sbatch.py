@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import tiny
 import yaml
+from pydantic import ValidationError
 
 from post_dist.cluster.sbatch import SRUN, job_parameters, job_text
 from post_dist.config.cluster import Cluster, ClusterStage
@@ -271,7 +273,7 @@ def test_json_is_one_object_whatever_is_asked(
     tmp_path: Path, main: Callable, commands: Callable
 ) -> None:
     commands(sbatch="echo sbatch: Job 1 to start at noon >&2")
-    run = write_run(tmp_path)
+    run = tiny.write_run(tmp_path)
     text = main("submit", run, "distill", "--print")[1]
     assert json.loads(main("submit", run, "distill", "--print", "--json")[1]) == {
         "jobs": [{"stage": "distill", "batch_file": text[:-1]}]
@@ -279,6 +281,14 @@ def test_json_is_one_object_whatever_is_asked(
     assert main("submit", run, "distill", "--test-only")[1] == "distill: Job 1 to start at noon\n"
     answers = json.loads(main("submit", run, "distill", "--test-only", "--json")[1])
     assert answers == {"jobs": [{"stage": "distill", "answer": "Job 1 to start at noon"}]}
+    # Slurm cannot know that the corpus is missing, and `check` can.
+    (tmp_path / "public.csv").unlink()
+    (tmp_path / "private.csv").unlink()
+    code, out, error = main("submit", run, "distill", "--test-only")
+    assert (code, out) == (2, "")
+    assert "distill: " in error
+    assert str(tmp_path / "public.csv") in error
+    assert "private.csv" not in error, "another stage's file"
 
 
 def test_logs_that_cannot_be_written_are_named(
@@ -293,6 +303,28 @@ def test_logs_that_cannot_be_written_are_named(
     assert f"cannot write {tmp_path / 'taken/x/slurm'}" in error
 
 
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("24:00:00", 1440),
+        ("1-12", 2160),
+        ("1-12:30", 2190),
+        ("2-00:00:01", 2881),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(written: str, minutes: int) -> None:
+    assert Cluster(time_minutes=written).time_minutes == minutes
+    assert Cluster(distill={"time_minutes": written}).for_stage("distill").time_minutes == minutes
+
+
+@pytest.mark.parametrize("written", ["", "1h", "1-2-3", "1:2:3:4", "-5", "0", "1-"])
+def test_another_time_limit_is_refused(written: str) -> None:
+    with pytest.raises(ValidationError):
+        Cluster(time_minutes=written)
+
+
 def test_doctor_names_a_lock_that_a_killed_compiler_left(
     tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +332,12 @@ def test_doctor_names_a_lock_that_a_killed_compiler_left(
     code, text, _ = main("doctor", tmp_path / "runs", "--json")
     assert {check["name"] for check in json.loads(text)["checks"]} >= {
         "python",
+        "memory",
         "torch",
         "CUDA",
+        "hub",
+        "hub token",
+        "containers",
         "deepspeed",
         "ops",
         "Slurm",

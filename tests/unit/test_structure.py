@@ -37,6 +37,7 @@ def test_what_starts_a_command_loads_no_torch() -> None:
         "runtime.process",
         "runtime.ranks",
         "report",
+        "losses.metric_labels",
         "api",
         "cluster",
         "commands",

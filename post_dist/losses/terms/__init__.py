@@ -13,9 +13,6 @@ TERMS: tuple[Term, ...] = (TeacherKl(), LabelCrossEntropy(), HiddenCosine())
 LOGIT_TERMS = tuple(term for term in TERMS if isinstance(term, LogitTerm))
 HIDDEN_TERMS = tuple(term for term in TERMS if isinstance(term, HiddenTerm))
 
-METRIC_LABELS = {"loss": "loss"} | {term.metric: term.label for term in TERMS}
-"""Labels of the loss curves, by metric name in `metrics.jsonl`, in the order of drawing."""
-
 
 def weights_of(section: Distill) -> dict[str, float]:
     """Return the weight of each term in a run file, by the term's metric name."""

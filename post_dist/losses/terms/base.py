@@ -42,12 +42,10 @@ class Term:
     Attributes:
         metric: name of the term in `metrics.jsonl` and in the student's manifest.
         weight_field: field of the section `distill` that holds the weight.
-        label: name of the term in reports.
     """
 
     metric: ClassVar[str]
     weight_field: ClassVar[str]
-    label: ClassVar[str]
 
 
 class LogitTerm(Term, ABC):

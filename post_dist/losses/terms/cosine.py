@@ -14,7 +14,6 @@ class HiddenCosine(HiddenTerm):
 
     metric = "cos"
     weight_field = "alpha_cos"
-    label = "cosine distance of hidden states"
 
     def value(self, student_Nd: torch.Tensor, teacher_Nd: torch.Tensor) -> torch.Tensor:
         """Return the mean of the term over positions, differentiable by autograd."""

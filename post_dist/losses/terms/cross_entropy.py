@@ -14,7 +14,6 @@ class LabelCrossEntropy(LogitTerm):
 
     metric = "lm"
     weight_field = "alpha_lm"
-    label = "language-modeling loss"
 
     def positions(self, labels_N: torch.Tensor) -> int:
         """Return the number of positions that have a label, at least 1."""

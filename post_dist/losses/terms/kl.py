@@ -16,7 +16,6 @@ class TeacherKl(LogitTerm):
 
     metric = "ce"
     weight_field = "alpha_ce"
-    label = "KL to the teacher"
 
     def positions(self, labels_N: torch.Tensor) -> int:
         """Return the number of all positions, because the teacher predicts a token at each."""

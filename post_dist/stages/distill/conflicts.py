@@ -4,6 +4,7 @@ from post_dist.config.schema import RunConfig, Student
 from post_dist.config.sources import Corpus
 from post_dist.conflicts import Conflict, Layout
 from post_dist.errors import InputError
+from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
 from post_dist.models.student import layer_conflicts
@@ -92,7 +93,8 @@ def _cache_conflicts(config: RunConfig, teacher: ModelFacts) -> list[Conflict]:
     for term in hidden_terms_in_use(config.distill):
         found.append(
             Conflict(
-                f"distill.cache: sampled keeps no hidden states, which the {term.label} compares",
+                "distill.cache: sampled keeps no hidden states, which the "
+                f"{METRIC_LABELS[term.metric]} compares",
                 f"set distill.{term.weight_field}: 0",
             )
         )

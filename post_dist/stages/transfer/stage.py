@@ -64,6 +64,19 @@ class TransferRequest:
 
 
 @dataclass(frozen=True)
+class Target:
+    """The large LLM that prompts are transferred to.
+
+    Attributes:
+        folder: its folder.
+        weights: digest of its weights, by which a prompt names it.
+    """
+
+    folder: Path
+    weights: str
+
+
+@dataclass(frozen=True)
 class TransferJob:
     """One prompt that is trained on the target.
 
@@ -161,7 +174,7 @@ def refuse_transfer(
 
 def transfer(
     requests: Sequence[TransferRequest],
-    teacher_folder: Path,
+    large: Target,
     student_folder: Path,
     world: World,
     resume: str,
@@ -173,7 +186,7 @@ def transfer(
 
     Args:
         requests: the prompts to transfer. All share teacher, student, public task, engine and seed.
-        teacher_folder: folder of the target.
+        large: the target.
         student_folder: folder of the model that the source prompts were tuned on.
         world: the ranks.
         resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
@@ -186,10 +199,10 @@ def transfer(
     public_task = config.need_task("public_task")
     # Read the public texts first, so that mistakes in a file are reported within seconds.
     texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
-    tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(teacher_folder))
+    tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(large.folder))
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
-    target = load_sharded(teacher_folder, config.engine, precision, world)
+    target = load_sharded(large.folder, config.engine, precision, world)
     models = ModelPair(student, target)
 
     # Prepare each prompt: its objective, its initial values and its optimizer.
@@ -208,7 +221,8 @@ def transfer(
     # Train the prompts. Each group is written as soon as it is trained.
     writer = partial(
         _write,
-        target=model_name(teacher_folder, config.teacher),
+        target=model_name(large.folder, config.teacher),
+        weights=large.weights,
         tokenizer=tokenizer_fingerprint(tokenizers.target),
     )
     for group in _groups(jobs, config.transfer.prompts_at_once):
@@ -300,13 +314,16 @@ def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World
     return batch
 
 
-def _write(job: TransferJob, effect: Mapping[str, Any], *, target: str, tokenizer: str) -> None:
+def _write(
+    job: TransferJob, effect: Mapping[str, Any], *, target: str, weights: str, tokenizer: str
+) -> None:
     """Write the artifact of a trained prompt.
 
     Args:
         job: the trained prompt.
         effect: its effect on public text.
         target: name of the target.
+        weights: digest of the target's weights.
         tokenizer: fingerprint of the target's tokenizer.
     """
     source = job.source
@@ -332,10 +349,11 @@ def _write(job: TransferJob, effect: Mapping[str, Any], *, target: str, tokenize
     # The new prompt depends on private data only through the source prompt. By post-processing, the
     # epsilon of the source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
+    parents = {"source prompt": source.manifest.digest, **source.manifest.parents}
     provenance = Provenance(
         model_name=target,
         tokenizer=tokenizer,
-        parents={"source prompt": source.manifest.digest, **source.manifest.parents},
+        parents=parents | {"target": weights},
         config={
             "transfer": settings,
             "task": asdict(task),

@@ -1,0 +1,152 @@
+"""Write a prompt in the form that other software takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from post_dist.artifacts.card import write_card
+from post_dist.artifacts.prompt import (
+    Provenance,
+    SoftPromptArtifact,
+    write_prompt,
+    write_prompt_files,
+)
+from post_dist.errors import InputError
+from post_dist.files import write_folder
+from post_dist.models.embedding_table import read_embedding_table
+from post_dist.serving.completions import write_completions
+from post_dist.serving.model import FittingModel, fitting_model
+
+ExportFormat = Literal["vllm", "peft", "hub"]
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A prompt, and the model that it is exported for.
+
+    Attributes:
+        prompt: the prompt.
+        model: the model, without its weights.
+        name: folder or hub name of the model, as the user gave it.
+    """
+
+    prompt: SoftPromptArtifact
+    model: FittingModel
+    name: str
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether the model is one of the hub; otherwise it is a folder of this machine."""
+        return not Path(self.name).exists()
+
+    @property
+    def address(self) -> str:
+        """Hub name of the model, or the absolute path of its folder."""
+        return self.name if self.is_hub_name else str(Path(self.name).resolve())
+
+
+def export_prompt(
+    prompt: SoftPromptArtifact,
+    form: ExportFormat,
+    model: str,
+    revision: str | None,
+    destination: Path,
+) -> None:
+    """Write a prompt in the form that other software takes.
+
+    Args:
+        prompt: the prompt.
+        form: `vllm`, `peft` or `hub`.
+        model: folder or hub name of the model that the prompt was made for.
+        revision: commit of a hub model.
+        destination: the folder to create.
+
+    Raises:
+        ArtifactRefused: the prompt does not belong to the model.
+        InputError: the form cannot hold this prompt, or the folder exists.
+        EnvironmentFault: the hub cannot be reached, or the disk is full.
+    """
+    if destination.exists():
+        raise InputError(f"{destination} exists already", "give another folder with --output")
+    if form != "hub" and prompt.head is not None:
+        raise InputError(
+            f"the prompt has a linear head behind it, which {form} does not run",
+            "use `post-dist predict`; `transfer` makes a prompt without a head from it",
+        )
+    with fitting_model(prompt, model, revision) as found:
+        if form == "vllm" and found.facts.masked:
+            raise InputError("vLLM generates text, and a masked model does not")
+        _WRITERS[form](_Export(prompt, found, model), destination)
+
+
+def _write_vllm(export: _Export, destination: Path) -> None:
+    """Write what `Completions` reads."""
+    table_Vd = read_embedding_table(export.model.folder)
+
+    def fill(folder: Path) -> None:
+        write_completions(folder, export.prompt, export.model.tokenizer, table_Vd, export.address)
+
+    write_folder(destination, fill)
+
+
+def _write_peft(export: _Export, destination: Path) -> None:
+    """Write an adapter that names its model, so that PEFT's auto classes load both."""
+    write_folder(
+        destination, lambda folder: write_prompt_files(folder, export.prompt, export.address)
+    )
+
+
+def _write_hub(export: _Export, destination: Path) -> None:
+    """Write an artifact with a card for the hub. `verify` and `predict` take it too."""
+    prompt = export.prompt
+    # The path of a folder would describe this machine.
+    name = export.name if export.is_hub_name else Path(export.address).name
+    provenance = Provenance(
+        model_name=name,
+        tokenizer=prompt.manifest.tokenizer,
+        parents=prompt.manifest.parents,
+        config=prompt.manifest.config,
+    )
+    write_prompt(destination, prompt, provenance, lambda folder: _write_card(export, name, folder))
+
+
+def _write_card(export: _Export, name: str, folder: Path) -> None:
+    """Write the card of a prompt on the hub: what it is, its privacy, and how to use it."""
+    prompt = export.prompt
+    notes = {"Use": [f"`post-dist predict DIR TEXTS --model {name}` answers with this prompt."]}
+    settings: dict[str, Any] = {
+        "model": name,
+        "prompt vectors": len(prompt.embeddings),
+        "template": repr(prompt.task.template),
+        "classes": ", ".join(prompt.task.class_names),
+    }
+    privacy = prompt.privacy
+    if privacy is None:
+        summary = "It was made WITHOUT differential privacy and may reveal its training data."
+        settings["epsilon"] = "none"
+    else:
+        summary = (
+            f"It is differentially private with epsilon {privacy['epsilon']:.4g} at delta "
+            f"{privacy['delta']:.2g}, for one {privacy['unit']}."
+        )
+        for field in ("epsilon", "delta", "unit", "neighbouring_relation", "accountant"):
+            settings[field] = privacy[field]
+        notes["What epsilon does not cover"] = privacy["not_covered"]
+    write_card(
+        folder,
+        f"Soft prompt for {name}",
+        f"A soft prompt for {name}. {summary}",
+        settings,
+        library="peft",
+        tag="prompt-tuning",
+        notes=notes,
+        base_model=name if export.is_hub_name else None,
+    )
+
+
+_WRITERS: dict[ExportFormat, Callable[[_Export, Path], None]] = {
+    "vllm": _write_vllm,
+    "peft": _write_peft,
+    "hub": _write_hub,
+}

@@ -1,0 +1,135 @@
+"""Find the model of a prompt, and check that they belong together before weights are loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.admission.door import admit_student
+from post_dist.artifacts.manifest import FILE_NAME, parse_manifest
+from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.config.models import Teacher
+from post_dist.data.task_reader import TaskReader
+from post_dist.errors import ArtifactRefused, InputError
+from post_dist.files import fingerprint
+from post_dist.models.embedding_table import largest_embedding_norm
+from post_dist.models.facts import ModelFacts, read_facts
+from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
+from post_dist.stages.prompt_origin import check_belongs, check_norms, check_target
+from post_dist.stages.room import room_conflicts
+
+_MODEL = "the model"
+
+
+@dataclass(frozen=True)
+class FittingModel:
+    """A model that a prompt belongs to, without its weights.
+
+    Attributes:
+        folder: its files, which have been checked. A student's are a private copy, which is deleted
+            after use.
+        facts: facts of the model.
+        tokenizer: its tokenizer.
+        reader: the prompt's task, bound to the tokenizer.
+    """
+
+    folder: Path
+    facts: ModelFacts
+    tokenizer: PreTrainedTokenizerBase
+    reader: TaskReader
+
+
+@contextmanager
+def fitting_model(
+    prompt: SoftPromptArtifact, model: str, revision: str | None
+) -> Iterator[FittingModel]:
+    """Find a model, and check that a prompt belongs to it.
+
+    Args:
+        prompt: the prompt.
+        model: folder or hub name of the model.
+        revision: commit of a hub model.
+
+    Yields:
+        The model.
+
+    Raises:
+        ArtifactRefused: the prompt belongs to another model, or the model is a student that does
+            not pass its checks.
+        InputError: the model cannot be found.
+        EnvironmentFault: the hub cannot be reached.
+    """
+    try:
+        section = Teacher(path=model, revision=revision)
+    except ValidationError:
+        raise InputError(
+            f"{model} is not a folder",
+            "give the folder of a model, or a hub name with its commit (--revision)",
+        ) from None
+    folder = model_folder(section)
+    # A model with a manifest is a student, perhaps of another party.
+    if (folder / FILE_NAME).exists():
+        with TemporaryDirectory() as place:
+            student = admit_student(folder, Path(place))
+            _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
+            _check_target(prompt, student)
+            yield _checked(prompt, student)
+        return
+    load_config(folder)
+    # Only a tuned prompt names all files of its model. A large LLM is hashed for its weights alone.
+    if not _is_transferred(prompt):
+        _check_lineage(prompt, folder, fingerprint(folder))
+    _check_target(prompt, folder)
+    yield _checked(prompt, folder)
+
+
+def _is_transferred(prompt: SoftPromptArtifact) -> bool:
+    """Return whether a prompt is for a large LLM."""
+    return "source prompt" in prompt.manifest.parents
+
+
+def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> None:
+    """Check that a prompt was not made for another model than this one.
+
+    A student has the width and the tokenizer of its teacher, so only the lineage tells them apart.
+
+    Raises:
+        ArtifactRefused: it was made for another model, by its own lineage.
+    """
+    tuned_here = prompt.manifest.parents.get("model") == digest
+    if _is_transferred(prompt):
+        # The lineage names the student that the source of the prompt was tuned on.
+        if tuned_here:
+            raise ArtifactRefused(
+                f"the prompt was transferred from {folder} to a large LLM",
+                "give the large LLM, or the prompt that was tuned on this student",
+            )
+    elif not tuned_here:
+        raise ArtifactRefused(
+            f"the prompt was tuned on another model than {folder}",
+            "give the model that it was tuned on; `transfer` makes a prompt for the large LLM",
+        )
+
+
+def _check_target(prompt: SoftPromptArtifact, folder: Path) -> None:
+    """Check that a prompt was not transferred to an LLM with other weights."""
+    # Hashing takes minutes for a large LLM. An older prompt does not name its LLM.
+    if "target" in prompt.manifest.parents:
+        check_target(prompt, weights_of(folder))
+
+
+def _checked(prompt: SoftPromptArtifact, folder: Path) -> FittingModel:
+    """Check what configuration, tokenizer and embeddings tell, before minutes of loading."""
+    facts = read_facts(folder)
+    tokenizer = load_tokenizer(folder)
+    check_belongs(prompt, facts, tokenizer, _MODEL)
+    check_norms(prompt, largest_embedding_norm(folder))
+    reader = TaskReader(prompt.task, tokenizer, masked=facts.masked)
+    found = room_conflicts(_MODEL, facts.context_length, len(prompt.embeddings), reader.longest)
+    if found:
+        raise ArtifactRefused(found[0].message, "the prompt was made for a longer context")
+    return FittingModel(folder, facts, tokenizer, reader)

@@ -1,0 +1,133 @@
+"""Prompts in the forms of other software give the answers of `predict`."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import served
+import torch
+from transformers import AutoModelForCausalLM
+
+import post_dist
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import read_prompt
+from post_dist.errors import ArtifactRefused, InputError
+from post_dist.models.load import load_whole, weights_of
+from post_dist.serving.completions import Completions
+from post_dist.verify import verify
+
+CPU = torch.device("cpu")
+TEXTS = ["the film is lovely", "the plot is dull " * 20]
+TASK = replace(
+    served.TASK, label_words=(("bad", "awful"), ("good", "great")), class_biases=(0.4, -0.3)
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served.write_model(tmp_path_factory.mktemp("served") / "model")
+
+
+def answer_of(model: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a request of classes as a vLLM server with processed log-probabilities does."""
+    embeddings = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+    with torch.no_grad():
+        logits = model(inputs_embeds=embeddings[None]).logits[0, -1]
+    for token, bias in body["logit_bias"].items():
+        logits[int(token)] += bias
+    allowed = body["allowed_token_ids"]
+    logprobs = logits[allowed].log_softmax(0).tolist()
+    named = {f"token_id:{token}": value for token, value in zip(allowed, logprobs, strict=True)}
+    return {"choices": [{"text": "", "logprobs": {"top_logprobs": [named]}}]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_request_to_vllm_gets_the_scores_of_predict(
+    tmp_path: Path, main: Callable, family: str
+) -> None:
+    model = served.write_model(tmp_path / "model", family)
+    prompt = served.write_prompt(tmp_path / "prompt", model, TASK)
+    folder = tmp_path / "served"
+    code, _, err = main("export", prompt, "--to=vllm", f"--model={model}", f"--output={folder}")
+    assert code == 0, err
+    completions = Completions(folder)
+    server = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    wanted = post_dist.load_prompt(prompt).predict(TEXTS, model, precision="fp32")
+    for text, expected in zip(TEXTS, wanted, strict=True):
+        body = json.loads(json.dumps(completions.body(text)))
+        assert body["model"] == str(model)
+        found = completions.prediction(answer_of(server, body))
+        assert found.label == expected.label
+        assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+
+
+def test_peft_loads_model_and_prompt_and_gives_the_same_logits(tmp_path: Path, model: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    prompt = post_dist.load_prompt(served.write_prompt(tmp_path / "prompt", model))
+    prompt.export("peft", model, tmp_path / "adapter")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    input_ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        expected = load_whole(model, "fp32", CPU)(
+            input_ids, None, prompt.embeddings, torch.tensor([11])
+        )
+        found = theirs(input_ids=input_ids).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_for_the_hub_is_an_artifact_with_a_card(
+    tmp_path: Path, model: Path, main: Callable
+) -> None:
+    from huggingface_hub import ModelCard
+
+    prompt = served.write_prompt(tmp_path / "prompt", model, TASK)
+    folder = tmp_path / "hub"
+    code, _, err = main("export", prompt, "--to=hub", f"--model={model}", f"--output={folder}")
+    assert code == 0, err
+    assert verify(folder)["ok"]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert "WITHOUT differential privacy" in card.text
+    # Nothing of this machine is uploaded.
+    for file in folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    assert torch.equal(read_prompt(folder).embeddings, read_prompt(prompt).embeddings)
+
+
+def test_a_transferred_prompt_is_refused_on_another_llm_of_its_family(
+    tmp_path: Path, model: Path
+) -> None:
+    other = served.write_model(tmp_path / "other", seed=1)
+    parents = {"model": "0" * 64, "source prompt": "1" * 64}
+    named = served.write_prompt(
+        tmp_path / "named", model, parents=parents | {"target": weights_of(model)}
+    )
+    prompt = post_dist.load_prompt(named)
+    assert prompt.predict(["a"], model)
+    with pytest.raises(ArtifactRefused, match="an LLM with other weights"):
+        prompt.predict(["a"], other)
+    with pytest.raises(ArtifactRefused, match="an LLM with other weights"):
+        prompt.export("peft", other, tmp_path / "out")
+    # A copy with a file more is the same LLM.
+    (model / "notes.txt").write_text("x")
+    assert prompt.predict(["a"], model)
+    # Version 0.1.0 did not name the LLM.
+    older = served.write_prompt(tmp_path / "older", model, parents=parents)
+    assert post_dist.load_prompt(older).predict(["a"], other)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, model: Path) -> None:
+    head = LinearHead.untrained(torch.randn(9, 32), 2)
+    headed = post_dist.load_prompt(served.write_prompt(tmp_path / "headed", model, head=head))
+    for form in ("vllm", "peft"):
+        with pytest.raises(InputError, match="linear head behind it"):
+            headed.export(form, model, tmp_path / "out")
+    headed.export("hub", model, tmp_path / "hub")
+    with pytest.raises(InputError, match="exists already"):
+        headed.export("hub", model, tmp_path / "hub")
