@@ -159,7 +159,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+        raise InputError(f"{folder} has no usable config.json: {first_line(error)}") from None
 
 
 def check_is_folder(folder: Path) -> None:
@@ -189,7 +189,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise InputError(f"{folder} has no usable tokenizer: {first_line(error)}") from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -257,7 +257,7 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
             **settings.arguments,
         )
     except _LOADING_ERRORS as error:
-        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
     check_none_missing(folder, report["missing_keys"])
     language_model = LanguageModel(model, masked=settings.masked)
     language_model = language_model.eval().to(device).requires_grad_(False)
@@ -278,7 +278,7 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of a library's error message, at most 200 characters."""
     text = str(error).strip()
     if not text:
