@@ -10,15 +10,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
     RobertaConfig,
 )
 
@@ -26,6 +30,7 @@ GOOD = ("great", "lovely", "brilliant", "moving", "funny")
 BAD = ("awful", "dull", "terrible", "boring", "weak")
 NOUNS = ("film", "story", "cast", "plot", "music", "scene")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "roberta")
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
@@ -97,9 +102,37 @@ def write_model(
     model = auto_class.from_config(config)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # DeepSeek's balance of the experts, which is no parameter.
+            buffer.add_(0.02 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+_EXPERTS = {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "sliding_window": 16,
+}
+_LATENT = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+_MIXTURES = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig, "gpt_oss": GptOssConfig}
 
 
 def _config(family: str, layers: int, width: int, vocabulary: int) -> PretrainedConfig:
@@ -130,7 +163,12 @@ def _config(family: str, layers: int, width: int, vocabulary: int) -> Pretrained
     if family == "opt":
         return OPTConfig(**common, ffn_dim=2 * width, word_embed_proj_dim=width)
 
+    if family == "deepseek_v3":
+        return DeepseekV3Config(**common, **_LATENT)
+
     common["num_key_value_heads"] = 2
+    if family in MIXTURES:
+        return _MIXTURES[family](**common, **_EXPERTS)
     if family == "gemma2":
         return Gemma2Config(**common, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
     if family == "qwen2":

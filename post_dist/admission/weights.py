@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from post_dist.artifacts.strict_json import read_object
 from post_dist.artifacts.tensor_file import read_layout
@@ -80,8 +81,10 @@ def _expected(model: PreTrainedModel) -> _Expected:
     shapes = {}
     first_names: dict[str, str] = {}
     names_by_tensor: dict[int, str] = {}
+    # A mixture of experts stores each expert by itself, in the files that transformers writes.
+    stored = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     # On the meta device, tied tensors are one object.
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in stored.items():
         shapes[name] = tuple(tensor.shape)
         first_names[name] = names_by_tensor.setdefault(id(tensor), name)
     return _Expected(shapes, first_names)

@@ -184,12 +184,12 @@ def _with_packing(attention: Attention) -> Attention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         packing: Packing | None = options.pop("packing", None)
         if packing is None:
-            return attention(module, query, key, value, mask, **options)
+            return attention(module, query, key, value, attention_mask, **options)
         return packing.attend(attention, module, query, key, value, **options), None
 
     return attend

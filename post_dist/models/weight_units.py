@@ -121,6 +121,24 @@ class WeightUnit:
             for target, values in converted.items():
                 yield Piece(target, index * values.numel(), values)
 
+    def whole(self, model: PreTrainedModel, reader: "WeightReader") -> dict[str, torch.Tensor]:
+        """Read and convert the unit, and join its pieces to flat weights.
+
+        Args:
+            model: the model on the meta device.
+            reader: reads the stored weights.
+
+        Raises:
+            InputError: a file is broken.
+        """
+        parts: dict[str, list[torch.Tensor]] = {target: [] for target in self.targets}
+        for piece in self.pieces(model, reader):
+            parts[piece.target].append(piece.values.reshape(-1))
+        joined = {}
+        for target, values in parts.items():
+            joined[target] = values[0] if len(values) == 1 else torch.cat(values)
+        return joined
+
     def _num_slices(self) -> int:
         """Return the number of slices along the first dimension that convert independently."""
         if not isinstance(self.transform, WeightConverter):
