@@ -23,11 +23,11 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from post_dist.config.deepspeed import frozen_settings
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole, model_settings
 from post_dist.models.model_checks import check_no_scale
-from post_dist.models.weight_units import Piece, WeightReader, WeightUnit, weight_units
+from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
 from post_dist.runtime.gathering import gathered_from_reader

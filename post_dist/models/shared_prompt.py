@@ -119,9 +119,7 @@ class Packing:
         # Put the outputs back in the order of the packed sequence.
         # Outputs are as wide as values, which latent attention makes narrower than queries.
         heads, width = example_outputs.shape[-2:]
-        packed_outputs = example_outputs.reshape(
-            len(query), self.rows * self.length, heads, width
-        )
+        packed_outputs = example_outputs.reshape(len(query), self.rows * self.length, heads, width)
         return torch.cat([prompt_outputs, packed_outputs], dim=1)
 
     def _at_answers(self, outputs: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from post_dist.config.schema import Student
 from post_dist.conflicts import Conflict, raise_conflicts
+from post_dist.errors import InputError
+from post_dist.models.agreement import agree
 from post_dist.models.cut import check_same_layers, cut_config
 from post_dist.models.facts import meta_from_config, meta_model
 from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.load import load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
 from post_dist.models.weight_units import WeightReader, weight_units
 from post_dist.runtime.distributed import World
@@ -142,7 +145,7 @@ def least_harmful_layers(
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
         weighted = []
-        with _without_layer(teacher, layer, in_tuple=in_tuple):
+        with _without_layers(teacher, [layer], in_tuple=in_tuple):
             for (input_ids_BT, weight), whole_BV in zip(batches, whole, strict=True):
                 cut_BV = _last_log_probabilities(teacher, input_ids_BT)
                 kl = nn.functional.kl_div(cut_BV, whole_BV, reduction="batchmean", log_target=True)
@@ -154,6 +157,36 @@ def least_harmful_layers(
     cheapest_first = sorted(costs, key=lambda layer: costs[layer])
     dropped = set(cheapest_first[:num_dropped])
     return tuple(layer for layer in range(len(teacher.layers)) if layer not in dropped)
+
+
+def check_cut(teacher: LanguageModel, student: LanguageModel, layers: Sequence[int]) -> None:
+    """Check that an untrained student computes what its teacher does without the other layers.
+
+    In some families, what a layer computes depends on its place among the layers. All ranks of a
+    sharded teacher must call this together.
+
+    Args:
+        teacher: the teacher.
+        student: the untrained student.
+        layers: the teacher's layers that the student keeps.
+
+    Raises:
+        InputError: the hidden states differ.
+    """
+    # Any tokens will do, but the first few are often special tokens.
+    input_ids = torch.arange(4, 12, device=teacher.model.device)[None]
+    skipped = [layer for layer in range(len(teacher.layers)) if layer not in layers]
+    in_tuple = layers_give_tuples(teacher)
+    with torch.no_grad(), _without_layers(teacher, skipped, in_tuple=in_tuple):
+        expected = teacher(input_ids).float()
+    with torch.no_grad():
+        ours = student(input_ids).float()
+    if not agree(ours, expected):
+        raise InputError(
+            f"a layer of a {type(teacher.model).__name__} depends on its place among the layers, "
+            f"so a student of the layers {list(layers)} is not its teacher without the others",
+            "use a teacher of another family",
+        )
 
 
 def write_student(
@@ -171,7 +204,7 @@ def write_student(
         InputError: the list of layers of the teacher's family cannot be identified.
     """
     teacher = meta_model(teacher_folder)
-    config = cut_config(teacher.model.config, layers)
+    config = cut_config(load_config(teacher_folder), layers)
     student = meta_from_config(config)
     check_same_layers(teacher, student, layers)
     places = teacher.model.state_dict(keep_vars=True)
@@ -236,14 +269,18 @@ def _identities(parameters: Iterable[nn.Parameter]) -> set[int]:
 
 
 @contextmanager
-def _without_layer(model: LanguageModel, layer: int, *, in_tuple: bool) -> Iterator[None]:
-    """Skip a layer of the model inside this context."""
-    removed = model.layers[layer]
-    model.layers[layer] = Passage(in_tuple=in_tuple)
+def _without_layers(
+    model: LanguageModel, skipped: Iterable[int], *, in_tuple: bool
+) -> Iterator[None]:
+    """Skip layers of the model inside this context."""
+    removed = {layer: model.layers[layer] for layer in skipped}
+    for layer in removed:
+        model.layers[layer] = Passage(in_tuple=in_tuple)
     try:
         yield
     finally:
-        model.layers[layer] = removed
+        for layer, module in removed.items():
+            model.layers[layer] = module
 
 
 @torch.no_grad()
