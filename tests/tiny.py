@@ -115,7 +115,6 @@ _EXPERTS = {
     "head_dim": 8,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
     "sliding_window": 16,
 }
 _LATENT = {
@@ -167,6 +166,8 @@ def _config(family: str, layers: int, width: int, vocabulary: int) -> Pretrained
         return DeepseekV3Config(**common, **_LATENT)
 
     common["num_key_value_heads"] = 2
+    if family == "qwen3_moe":
+        common["moe_intermediate_size"] = 24
     if family in MIXTURES:
         return _MIXTURES[family](**common, **_EXPERTS)
     if family == "gemma2":
