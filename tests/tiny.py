@@ -1,7 +1,9 @@
 """Small models of real families with their own tokenizer, and small labelled texts, for tests."""
 
+import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +133,11 @@ _LATENT = {
     "qk_nope_head_dim": 6,
     "v_head_dim": 8,
 }
-_MIXTURES = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig, "gpt_oss": GptOssConfig}
+_MIXTURES = {
+    "mixtral": MixtralConfig,
+    "qwen3_moe": partial(Qwen3MoeConfig, moe_intermediate_size=24),
+    "gpt_oss": GptOssConfig,
+}
 
 
 def _config(family: str, layers: int, width: int, vocabulary: int) -> PretrainedConfig:
@@ -166,8 +172,6 @@ def _config(family: str, layers: int, width: int, vocabulary: int) -> Pretrained
         return DeepseekV3Config(**common, **_LATENT)
 
     common["num_key_value_heads"] = 2
-    if family == "qwen3_moe":
-        common["moe_intermediate_size"] = 24
     if family in MIXTURES:
         return _MIXTURES[family](**common, **_EXPERTS)
     if family == "gemma2":
@@ -209,6 +213,24 @@ def speak_up(folder: Path) -> None:
     for name, tensor in load_file(file).items():
         scaled[name] = tensor if "norm" in name else 8 * tensor
     save_file(scaled, file, {"format": "pt"})
+
+
+def quantize(folder: Path) -> Path:
+    """Quantize the layers of a model to fp8, as the files of DeepSeek-V3 are."""
+    file = folder / "model.safetensors"
+    stored = {}
+    for name, weight in load_file(file).items():
+        stored[name] = weight
+        if name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight"):
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            # One block: 448 is the largest number of the format.
+            stored[f"{name}_scale_inv"] = scale.view(1, 1)
+    save_file(stored, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:

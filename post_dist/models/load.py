@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Teacher
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault, InputError, first_line
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_split
+from post_dist.models.quantized import dequantizer
 from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,10 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
         InputError: the model cannot be loaded, or weights are missing.
     """
     settings = model_settings(folder, precision, device)
+    arguments = dict(settings.arguments)
+    quantizer = dequantizer(folder, settings.config)
+    if quantizer is not None:
+        arguments["quantization_config"] = quantizer.quantization_config
     # The report lists the weights that are missing in all files.
     try:
         model, report = settings.auto_class.from_pretrained(
@@ -254,7 +259,7 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **settings.arguments,
+            **arguments,
         )
     except _LOADING_ERRORS as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
@@ -276,11 +281,3 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
             f"{folder} lacks weights, such as {min(missing)}",
             "get the whole model; missing weights would keep random values",
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message, at most 200 characters."""
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    return text.splitlines()[0][:200]

@@ -33,8 +33,8 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.base import HfQuantizer
 
-from post_dist.errors import InputError
-from post_dist.models.load import check_none_missing, first_line
+from post_dist.errors import InputError, first_line
+from post_dist.models.load import check_none_missing
 from post_dist.models.quantized import dequantizer
 
 Transform = WeightRenaming | WeightConverter

@@ -84,7 +84,8 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     place = tmp_path_factory.mktemp("mixtures")
-    return [tiny.write_model(place / family, family) for family in tiny.MIXTURES]
+    folders = [tiny.write_model(place / family, family) for family in tiny.MIXTURES]
+    return [*folders, tiny.quantize(tiny.write_model(place / "fp8", "deepseek_v3"))]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
