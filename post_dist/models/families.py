@@ -18,7 +18,7 @@ _LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _CONTEXT_LENGTHS = ("max_position_embeddings", "max_seq_len")
 """Configuration fields for the number of positions: most families, then MPT. BLOOM has none."""
 
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 """Configuration fields for the number of experts that compute each token."""
 
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
