@@ -40,7 +40,7 @@ def cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedC
     cut.post_dist_layers = list(layers)
     # The student's weights are written unquantized.
     if hasattr(cut, "quantization_config"):
-        del cut.quantization_config
+        delattr(cut, "quantization_config")
     return cut
 
 

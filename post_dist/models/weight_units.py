@@ -276,6 +276,7 @@ def _converted(
     # A conversion of transformers keeps what it was given, so each unit takes a fresh one.
     fresh = deepcopy(transform)
     for pattern, group in tensors.items():
+        # pyrefly: ignore[unsupported-operation] - tensors are taken too, as in saving
         fresh.collected_tensors[pattern] = group
     converted = {}
     for target, values in fresh.convert(name, model=model, config=model.config).items():

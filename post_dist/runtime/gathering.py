@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import nn
 
 
@@ -22,7 +21,7 @@ def gathered(module: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def gathered_from_reader(weights: list[torch.Tensor]) -> AbstractContextManager[None]:
+def gathered_from_reader(weights: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Gather sharded weights, and give all ranks the values of the first rank afterwards.
 
     The body may change the weights on the group's first rank. Weights that are not sharded are left
