@@ -12,6 +12,7 @@ from markdown_table import markdown_table
 from processor import BENCHMARKS
 
 from post_dist.models.facts import ModelFacts
+from post_dist.models.families import AttentionWidths
 from post_dist.models.size import LayerSize, ModelSize
 from post_dist.planning.cost import (
     backward_pass_bytes,
@@ -131,8 +132,7 @@ def model_size(model: TrainedModel) -> ModelSize:
         others=(VOCABULARY * model.width,),
         head=0,
         shares_prompt=True,
-        attention_width=model.width,
-        kv_width=model.width,
+        attention=AttentionWidths(model.width, model.width, model.width, model.width),
         mlp_width=4 * model.width,
     )
 

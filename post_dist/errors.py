@@ -56,3 +56,11 @@ class Interrupted(PostDistError):
     """The run was stopped from outside. The same command resumes from the last checkpoint."""
 
     exit_code = 6
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error message, at most 200 characters."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0][:200]

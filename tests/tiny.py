@@ -1,7 +1,9 @@
 """Small models of real families with their own tokenizer, and small labelled texts, for tests."""
 
+import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,15 +12,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
     RobertaConfig,
 )
 
@@ -26,6 +32,7 @@ GOOD = ("great", "lovely", "brilliant", "moving", "funny")
 BAD = ("awful", "dull", "terrible", "boring", "weak")
 NOUNS = ("film", "story", "cast", "plot", "music", "scene")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "roberta")
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
@@ -97,9 +104,40 @@ def write_model(
     model = auto_class.from_config(config)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # DeepSeek's balance of the experts, which is no parameter.
+            buffer.add_(0.02 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+_EXPERTS = {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+}
+_LATENT = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+_MIXTURES = {
+    "mixtral": MixtralConfig,
+    "qwen3_moe": partial(Qwen3MoeConfig, moe_intermediate_size=24),
+    "gpt_oss": GptOssConfig,
+}
 
 
 def _config(family: str, layers: int, width: int, vocabulary: int) -> PretrainedConfig:
@@ -130,7 +168,12 @@ def _config(family: str, layers: int, width: int, vocabulary: int) -> Pretrained
     if family == "opt":
         return OPTConfig(**common, ffn_dim=2 * width, word_embed_proj_dim=width)
 
+    if family == "deepseek_v3":
+        return DeepseekV3Config(**common, **_LATENT)
+
     common["num_key_value_heads"] = 2
+    if family in MIXTURES:
+        return _MIXTURES[family](**common, **_EXPERTS)
     if family == "gemma2":
         return Gemma2Config(**common, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
     if family == "qwen2":
@@ -170,6 +213,24 @@ def speak_up(folder: Path) -> None:
     for name, tensor in load_file(file).items():
         scaled[name] = tensor if "norm" in name else 8 * tensor
     save_file(scaled, file, {"format": "pt"})
+
+
+def quantize(folder: Path) -> Path:
+    """Quantize the layers of a model to fp8, as the files of DeepSeek-V3 are."""
+    file = folder / "model.safetensors"
+    stored = {}
+    for name, weight in load_file(file).items():
+        stored[name] = weight
+        if name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight"):
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            # One block: 448 is the largest number of the format.
+            stored[f"{name}_scale_inv"] = scale.view(1, 1)
+    save_file(stored, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:

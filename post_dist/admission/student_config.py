@@ -24,12 +24,17 @@ from post_dist.errors import ArtifactRefused
 _FAMILIES = frozenset(
     (
         *("bert", "bloom", "camembert", "cohere", "falcon", "gemma", "gemma2", "gemma3_text"),
-        *("gpt2", "gpt_neox", "gptj", "helium", "llama", "mistral", "olmo", "olmo2"),
-        *("opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "stablelm"),
-        *("starcoder2", "xlm-roberta"),
+        *("glm", "glm4", "gpt2", "gpt_neox", "gptj", "helium", "llama", "mistral", "mpt"),
+        *("olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta"),
+        *("seed_oss", "smollm3", "stablelm", "starcoder2", "xlm-roberta"),
+        *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "phimoe"),
+        *("qwen2_moe", "qwen3_moe"),
     )
 )
-"""Dense families whose code is part of transformers."""
+"""Families whose code is part of transformers. The last ones are mixtures of experts."""
+
+_READ_WITHOUT_DEFAULT = {"head_dim": 1}
+"""Fields that some models read, though their configuration does not declare them."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LAYER_COUNT = re.compile(r"(num_hidden_layers|n_layers?|num_layers|max_window_layers)")
@@ -56,7 +61,7 @@ def rebuild_config(path: Path) -> None:
             "config.json: its model_type is no known family",
             f"students may be of the families {', '.join(sorted(_FAMILIES))}",
         )
-    defaults = CONFIG_MAPPING[family]().to_dict()
+    defaults = _READ_WITHOUT_DEFAULT | CONFIG_MAPPING[family]().to_dict()
     # The fields of the family itself, without those that every configuration has.
     own = set(defaults) - set(PretrainedConfig().to_dict())
     rebuilt = {"model_type": family, "architectures": [_architecture(fields, family)]}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from post_dist.artifacts.strict_json import read_object
 from post_dist.artifacts.tensor_file import read_layout
@@ -15,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 _HEADER_BYTES = 4 << 20
 """Largest header; that of 512 layers with 12 tensors each has 1 MB."""
+_MOST_EXPERTS = 1 << 16
+"""Most experts of all layers; each takes more than 64 bytes of a header."""
 _BUFFER_BYTES = 128 << 20
 """Largest memory of what a model computes for itself, such as masks and rotary tables."""
 
@@ -42,6 +45,10 @@ def meta_student(folder: Path) -> PreTrainedModel:
     model = meta_model(folder).model
     if sum(buffer.nbytes for buffer in model.buffers()) > _BUFFER_BYTES:
         raise ArtifactRefused("config.json describes a model that needs too much memory")
+    # The experts of a layer are one weight of the model, and each is a weight of its own in a file.
+    experts = [len(weight) for weight in model.parameters() if weight.dim() == 3]
+    if sum(experts) > _MOST_EXPERTS:
+        raise ArtifactRefused("config.json describes more experts than a header has room for")
     return model
 
 
@@ -80,8 +87,10 @@ def _expected(model: PreTrainedModel) -> _Expected:
     shapes = {}
     first_names: dict[str, str] = {}
     names_by_tensor: dict[int, str] = {}
+    # A mixture of experts stores each expert by itself, in the files that transformers writes.
+    stored = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     # On the meta device, tied tensors are one object.
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in stored.items():
         shapes[name] = tuple(tensor.shape)
         first_names[name] = names_by_tensor.setdefault(id(tensor), name)
     return _Expected(shapes, first_names)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from post_dist.models.families import scales_attention_by_layer
 from post_dist.models.language_model import LanguageModel
@@ -69,7 +69,15 @@ def meta_model(folder: Path) -> LanguageModel:
     Raises:
         InputError: there is no usable config.json, or the family is not supported.
     """
-    config = read_config(folder)
+    return meta_from_config(read_config(folder))
+
+
+def meta_from_config(config: PretrainedConfig) -> LanguageModel:
+    """Build the model that a configuration describes on the meta device.
+
+    Raises:
+        InputError: the family is not supported.
+    """
     # A run refuses a model that scales its logits. The configuration is enough to know.
     check_no_scale(config)
     masked = is_masked(config)

@@ -18,21 +18,28 @@ _LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _CONTEXT_LENGTHS = ("max_position_embeddings", "max_seq_len")
 """Configuration fields for the number of positions: most families, then MPT. BLOOM has none."""
 
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+"""Configuration fields for the number of experts that compute each token."""
+
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Families whose positions start after the index of the padding token."""
 
 
 @dataclass(frozen=True)
 class AttentionWidths:
-    """Widths of the attention projections in a layer.
+    """Widths of the states that attention reads and makes in a layer.
 
     Attributes:
-        query: number of query heads times head width.
-        key: number of key heads times head width. Values have the same width.
+        query: number of query heads times the width of a query.
+        key: number of key heads times the width of a key, which is that of a query.
+        value: number of key heads times the width of a value.
+        output: number of query heads times the width of a value.
     """
 
     query: int
     key: int
+    value: int
+    output: int
 
 
 def context_length(config: PretrainedConfig) -> float:
@@ -70,14 +77,36 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 
 
 def attention_widths(config: PretrainedConfig) -> AttentionWidths:
-    """Return the widths of the attention projections. Some families share keys among heads."""
+    """Return the widths of attention. Some families share keys among heads.
+
+    In multi-head latent attention, values are narrower than queries and keys.
+    """
     settings = config.get_text_config()
     # Gemma's heads are wider than width / heads. Only families with grouped-query attention set a
     # number of key heads.
     heads = settings.num_attention_heads
-    head_width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     key_heads = getattr(settings, "num_key_value_heads", None) or heads
-    return AttentionWidths(query=heads * head_width, key=key_heads * head_width)
+    value_width = width
+    if getattr(settings, "kv_lora_rank", None):
+        width = settings.qk_nope_head_dim + settings.qk_rope_head_dim
+        value_width = settings.v_head_dim
+    return AttentionWidths(
+        query=heads * width,
+        key=key_heads * width,
+        value=key_heads * value_width,
+        output=heads * value_width,
+    )
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Return how many experts of a layer compute each token; None if the family does not say."""
+    settings = config.get_text_config()
+    for name in _EXPERTS_PER_TOKEN:
+        count = getattr(settings, name, None)
+        if isinstance(count, int):
+            return count
+    return None
 
 
 def mlp_of(layer: nn.Module) -> nn.Module | None:

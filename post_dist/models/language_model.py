@@ -89,6 +89,12 @@ class LanguageModel(nn.Module):
         return isinstance(head, nn.Linear) and head.bias is None and self.logit_cap is None
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a router chooses the weights that compute a token."""
+        stacked = any(weight.dim() == 3 for weight in self.layers.parameters())
+        return stacked or families.experts_per_token(self.model.config) is not None
+
+    @property
     def takes_packing(self) -> bool:
         """Whether the attention of this model takes a `packing`."""
         return self.model.config._attn_implementation in PACKABLE.values()

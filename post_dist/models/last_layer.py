@@ -5,6 +5,7 @@ Shapes: B examples, d width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,11 +34,14 @@ def run_at(mlp: nn.Module | None, rows_B: torch.Tensor, places_B: torch.Tensor) 
         return (inputs[0][rows_B, places_B][:, None], *inputs[1:])
 
     def put_back(
-        module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
+        module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        # Some mixtures of experts also return the scores of their router.
+        hidden, *others = output if isinstance(output, tuple) else (output,)
         # The layer adds this to its residual stream, so it must have the full shape.
-        zeros = output.new_zeros(*whole, output.shape[-1])
-        return zeros.index_put((rows_B, places_B), output[:, 0])
+        zeros = hidden.new_zeros(*whole, hidden.shape[-1])
+        put = zeros.index_put((rows_B, places_B), hidden[:, 0])
+        return (put, *others) if isinstance(output, tuple) else put
 
     hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
     try:

@@ -26,10 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Teacher
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault, InputError, first_line
 from post_dist.files import digest_of, file_digests
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_split
+from post_dist.models.quantized import dequantizer
 from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+        raise InputError(f"{folder} has no usable config.json: {first_line(error)}") from None
 
 
 def check_is_folder(folder: Path) -> None:
@@ -208,7 +209,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise InputError(f"{folder} has no usable tokenizer: {first_line(error)}") from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -266,6 +267,10 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
         InputError: the model cannot be loaded, or weights are missing.
     """
     settings = model_settings(folder, precision, device)
+    arguments = dict(settings.arguments)
+    quantizer = dequantizer(folder, settings.config)
+    if quantizer is not None:
+        arguments["quantization_config"] = quantizer.quantization_config
     # The report lists the weights that are missing in all files.
     try:
         model, report = settings.auto_class.from_pretrained(
@@ -273,10 +278,10 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **settings.arguments,
+            **arguments,
         )
     except _LOADING_ERRORS as error:
-        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
     check_none_missing(folder, report["missing_keys"])
     language_model = LanguageModel(model, masked=settings.masked)
     language_model = language_model.eval().to(device).requires_grad_(False)
@@ -295,11 +300,3 @@ def check_none_missing(folder: Path, missing: set[str]) -> None:
             f"{folder} lacks weights, such as {min(missing)}",
             "get the whole model; missing weights would keep random values",
         )
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of a library's error message, at most 200 characters."""
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    return text.splitlines()[0][:200]

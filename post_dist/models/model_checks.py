@@ -6,7 +6,7 @@ Shapes: T tokens.
 import torch
 from transformers import PretrainedConfig
 
-from post_dist.errors import InputError
+from post_dist.errors import InputError, first_line
 from post_dist.models.agreement import agree
 from post_dist.models.families import scales_logits
 from post_dist.models.language_model import LanguageModel
@@ -29,12 +29,20 @@ def check_split(model: LanguageModel) -> None:
     """Check that trunk and head, run separately, give the same logits as the model's own forward.
 
     Raises:
-        InputError: the logits differ. The model may scale or cap them in an unknown way.
+        InputError: the logits differ. The model may scale or cap them in an unknown way. Or it does
+            not run without its tokens.
     """
     # Any tokens will do, but the first few are often special tokens.
     input_ids = torch.arange(4, 8, device=model.model.device)[None]
     with torch.no_grad():
-        ours = model.head(model(input_ids)).float()
+        try:
+            ours = model.head(model(input_ids)).float()
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            raise InputError(
+                f"a {type(model.model).__name__} does not run on embeddings in place of tokens: "
+                f"{first_line(error)}",
+                "use a model of another family",
+            ) from error
         own_forward = model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
     if not agree(ours, own_forward.logits.float()):
         raise _changed_logits(type(model.model).__name__)

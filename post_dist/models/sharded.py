@@ -2,14 +2,13 @@
 
 No process ever holds more than its own shard and one whole weight. Under ZeRO-3, the loader of
 transformers needs more than a whole model on rank 0. Here the model is created in shards. Then one
-rank of a shard group reads each weight from the safetensors files. The weight is broadcast, and
-sharded before the next one is read.
+rank of a shard group reads each weight from the safetensors files, and converts it as transformers
+does. The weight is broadcast, and sharded before the next one is read.
 """
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import deepspeed
@@ -17,19 +16,18 @@ import torch
 
 # pyrefly: ignore[missing-module-attribute]
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from post_dist.config.deepspeed import frozen_settings
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import EnvironmentFault
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import check_none_missing, load_whole, model_settings
+from post_dist.models.load import load_whole, model_settings
 from post_dist.models.model_checks import check_no_scale
+from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
 from post_dist.runtime.gathering import gathered_from_reader
@@ -78,8 +76,12 @@ def _load_shards(
 ) -> LanguageModel:
     settings = model_settings(folder, precision, device)
     check_no_scale(settings.config)
-    largest_shard = math.ceil(_largest_weight(folder) / group.size)
-    zero_settings = frozen_settings(engine, precision, largest_shard)
+    with torch.device("meta"):
+        on_meta = settings.auto_class.from_config(settings.config, **settings.arguments)
+    # Whatever is wrong with the files is found here, on all ranks alike, before they share a step.
+    units = weight_units(on_meta, folder)
+    largest = max(parameter.numel() for parameter in on_meta.parameters())
+    zero_settings = frozen_settings(engine, precision, math.ceil(largest / group.size))
 
     # `from_config` can open zero.Init itself, but only for all ranks and not for a group. The dtype
     # comes only from DeepSpeed's settings, because DeepSpeed 0.19.8 turns any argument `dtype` into
@@ -93,73 +95,32 @@ def _load_shards(
         with no_init_weights(), prevent_arange_dtype_change(), created_in_shards:
             model = settings.auto_class.from_config(settings.config, **settings.arguments)
         model.tie_weights()
-        _fill(model, folder, reads=group.reads)
+        places = model.state_dict(keep_vars=True)
+        with WeightReader(folder) as reader:
+            for unit in units:
+                phase(f"loading {unit.name}")
+                weights = {name: places[name] for name in unit.targets}
+                _fill(weights, unit.pieces(on_meta, reader), reads=group.reads)
     language_model = LanguageModel(model, masked=settings.masked).eval()
     return freeze_sharded(language_model, zero_settings)
 
 
-def _largest_weight(folder: Path) -> int:
-    """Return the number of elements of the largest weight in the files."""
-    largest = 0
-    for file in folder.glob("*.safetensors"):
-        with _reading(folder), safe_open(file, framework="pt") as weights:
-            for name in weights.keys():
-                largest = max(largest, math.prod(weights.get_slice(name).get_shape()))
-    return largest
+@torch.no_grad()
+def _fill(weights: dict[str, torch.Tensor], pieces: Iterable[Piece], *, reads: bool) -> None:
+    """Copy the weights of a unit to the sharded model. All ranks must call it together.
 
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Convert errors of broken files into an InputError that names the folder."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder} cannot be loaded: {error}") from None
-
-
-def _fill(model: PreTrainedModel, folder: Path, *, reads: bool) -> None:
-    """Copy every weight from the files to the sharded model. All ranks must call it together."""
-    places: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
-    missing = {name for name, _ in model.named_parameters()}
-    for file in sorted(folder.glob("*.safetensors")):
-        with _reading(folder), safe_open(file, framework="pt") as weights, torch.no_grad():
-            for stored_name in weights.keys():
-                name = _name_in_model(stored_name, model.base_model_prefix, places)
-                # Skip second names of tied weights, and weights of other heads.
-                if name is None:
-                    continue
-                _check_shape(folder, stored_name, weights.get_slice(stored_name), places[name])
-                phase(f"loading {stored_name}")
-                with gathered_from_reader(places[name]):
-                    # Buffers are not sharded, so every rank reads them itself.
-                    if reads or not isinstance(places[name], nn.Parameter):
-                        places[name].copy_(weights.get_tensor(stored_name))
-                missing.discard(name)
-    check_none_missing(folder, missing)
-
-
-def _name_in_model(
-    stored_name: str, trunk_prefix: str, places: dict[str, torch.Tensor]
-) -> str | None:
-    """Return the name in the model of a stored weight; None if the model has no such weight.
-
-    Some files add or omit the trunk's prefix.
+    Args:
+        weights: the weights of the model that the unit becomes, by their names.
+        pieces: their values. A rank that does not need them does not read them.
+        reads: whether this is the rank of its shard group that reads the files.
     """
-    prefix = f"{trunk_prefix}."
-    for name in (stored_name, prefix + stored_name, stored_name.removeprefix(prefix)):
-        if name in places:
-            return name
-    return None
-
-
-def _check_shape(folder: Path, stored_name: str, stored: object, place: torch.Tensor) -> None:
-    # pyrefly: ignore[missing-attribute]
-    stored_shape = tuple(stored.get_shape())
-    # A sharded parameter itself is empty. DeepSpeed keeps its full shape in `ds_shape`.
-    expected_shape = tuple(getattr(place, "ds_shape", place.shape))
-    if stored_shape != expected_shape:
-        raise InputError(
-            f"{folder}: {stored_name} has shape {stored_shape}, "
-            f"but the configuration asks for {expected_shape}",
-            "get the model again; its files do not belong together",
-        )
+    # A conversion that makes several weights makes them together, so they are gathered together.
+    sharded = [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
+    # Buffers are not sharded, so every rank reads them itself.
+    reads = reads or len(sharded) < len(weights)
+    with gathered_from_reader(sharded):
+        if not reads:
+            return
+        for piece in pieces:
+            end = piece.first + piece.values.numel()
+            weights[piece.target].view(-1)[piece.first : end].copy_(piece.values.reshape(-1))

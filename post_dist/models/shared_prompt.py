@@ -82,11 +82,11 @@ class Packing:
             module: the attention layer.
             query: [G, H, S, h].
             key: [G, H, S, h], with fewer heads in a model with grouped queries.
-            value: same shape as `key`.
+            value: same shape as `key`, but for the width of a head.
             options: options of transformers for `attention`. `sliding_window` limits the mask.
 
         Returns:
-            The outputs [G, S, H, h].
+            The outputs [G, S, H, h], as wide as the values.
         """
         # Split the packed states. Each example gets the prompt's keys and values before its own.
         n = self.num_virtual_tokens
@@ -117,8 +117,9 @@ class Packing:
             module, query[:, :, :n], key[:, :, :n], value[:, :, :n], prompt_mask, **options
         )
         # Put the outputs back in the order of the packed sequence.
-        groups, heads, _, width = query.shape
-        packed_outputs = example_outputs.reshape(groups, self.rows * self.length, heads, width)
+        # Outputs are as wide as values, which latent attention makes narrower than queries.
+        heads, width = example_outputs.shape[-2:]
+        packed_outputs = example_outputs.reshape(len(query), self.rows * self.length, heads, width)
         return torch.cat([prompt_outputs, packed_outputs], dim=1)
 
     def _at_answers(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -181,12 +182,12 @@ def _with_packing(attention: Attention) -> Attention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         packing: Packing | None = options.pop("packing", None)
         if packing is None:
-            return attention(module, query, key, value, mask, **options)
+            return attention(module, query, key, value, attention_mask, **options)
         return packing.attend(attention, module, query, key, value, **options), None
 
     return attend

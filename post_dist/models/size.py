@@ -3,15 +3,16 @@
 Shapes: d width, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts, facts_of, meta_model
-from post_dist.models.families import attention_widths
+from post_dist.models.families import AttentionWidths, attention_widths, experts_per_token
 from post_dist.models.language_model import LanguageModel
 
 
@@ -23,7 +24,8 @@ class LayerSize:
         weights: number of elements of each of its parameters.
         attention: number of elements of the attention projections. Each token is multiplied by all
             of them.
-        mlp: number of elements of all other matrix products.
+        mlp: number of elements of all other matrix products that a token is multiplied by: the MLP,
+            or a router, the shared expert and the experts that the router chooses.
     """
 
     weights: tuple[int, ...]
@@ -40,9 +42,8 @@ class ModelSize:
         layers: sizes of its layers, from the first to the last.
         others: elements of each parameter outside the layers: embeddings, norms, an untied head.
         head: number of these elements that belong only to the head.
-        attention_width: number of query heads times head width.
-        kv_width: number of key heads times head width.
-        mlp_width: largest output width of a matrix product in a layer.
+        attention: widths of the states that attention reads and makes.
+        mlp_width: largest output width of the matrix products of a token in a layer.
         shares_prompt: whether the attention lets examples share one run of a prompt. A few families
             still cannot do it (see `LanguageModel.shares_prompt`).
     """
@@ -51,8 +52,7 @@ class ModelSize:
     layers: tuple[LayerSize, ...]
     others: tuple[int, ...]
     head: int
-    attention_width: int
-    kv_width: int
+    attention: AttentionWidths
     mlp_width: int
     shares_prompt: bool
 
@@ -116,15 +116,15 @@ def size_of(folder: Path) -> ModelSize:
         InputError: there is no usable config.json, or the family is not supported.
     """
     model = meta_model(folder)
-    attention = attention_widths(model.model.config)
+    config = model.model.config
+    products = [_products(layer, config) for layer in model.layers]
     return ModelSize(
         facts=facts_of(model),
-        layers=tuple(_layer_size(layer) for layer in model.layers),
+        layers=tuple(map(_layer_size, model.layers, products)),
         others=_sizes_outside_layers(model),
         head=_head_size(model),
-        attention_width=attention.query,
-        kv_width=attention.key,
-        mlp_width=max(_output_width(module) for module in _matrix_products(model.layers)),
+        attention=attention_widths(config),
+        mlp_width=max(product.width for of_layer in products for product in of_layer),
         shares_prompt=model.takes_packing,
     )
 
@@ -149,11 +149,53 @@ def _head_size(model: LanguageModel) -> int:
     return sum(own)
 
 
-def _matrix_products(module: nn.Module) -> Iterator[nn.Linear | Conv1D]:
-    """Yield every matrix product in a module."""
-    for inner in module.modules():
-        if isinstance(inner, nn.Linear | Conv1D):
-            yield inner
+@dataclass(frozen=True)
+class _Product:
+    """A matrix product of a layer.
+
+    Attributes:
+        name: name of its module in the layer.
+        elements: number of elements that each token is multiplied by.
+        width: width of its output.
+    """
+
+    name: str
+    elements: int
+    width: int
+
+
+def _products(layer: nn.Module, config: PretrainedConfig) -> list[_Product]:
+    """Return the matrix products of a layer.
+
+    Raises:
+        InputError: the layer has experts, and its configuration does not say how many run.
+    """
+    found = []
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found.append(_Product(name, module.weight.numel(), _output_width(module)))
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.dim() == 3:
+                found.append(_experts_product(name, weight, config))
+            elif weight.dim() == 2 and own == "weight":
+                # Routers are no nn.Linear, because they also choose the experts.
+                found.append(_Product(name, weight.numel(), len(weight)))
+    return found
+
+
+def _experts_product(name: str, weight: nn.Parameter, config: PretrainedConfig) -> _Product:
+    """Return the product of a token with one weight [experts, ., .] of the experts that it has."""
+    running = experts_per_token(config)
+    if running is None:
+        raise InputError(
+            f"{config.model_type}: its config.json does not say how many experts a token has",
+            "use a model of another family",
+        )
+    # One side of the matrix of an expert is the width of the model.
+    elements = running * weight[0].numel()
+    width = elements // config.get_text_config().hidden_size
+    return _Product(name, elements, width)
 
 
 def _output_width(product: nn.Linear | Conv1D) -> int:
@@ -162,16 +204,14 @@ def _output_width(product: nn.Linear | Conv1D) -> int:
     return int(columns if isinstance(product, Conv1D) else rows)
 
 
-def _layer_size(layer: nn.Module) -> LayerSize:
+def _layer_size(layer: nn.Module, products: list[_Product]) -> LayerSize:
     # All families have one of these names for attention. Other products count as MLP.
     attention = 0
     mlp = 0
-    for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        if "attn" in name or "attention" in name:
-            attention += module.weight.numel()
+    for product in products:
+        if "attn" in product.name or "attention" in product.name:
+            attention += product.elements
         else:
-            mlp += module.weight.numel()
+            mlp += product.elements
     weights = tuple(parameter.numel() for parameter in layer.parameters())
     return LayerSize(weights, attention, mlp)

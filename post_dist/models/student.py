@@ -5,30 +5,28 @@ The weights are copied from file to file, so the teacher need not be in memory.
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
-import copy
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from post_dist.config.schema import Student
 from post_dist.conflicts import Conflict, raise_conflicts
-from post_dist.models.families import layer_kinds, layer_list_name
+from post_dist.errors import InputError
+from post_dist.models.agreement import agree
+from post_dist.models.cut import check_same_layers, cut_config
+from post_dist.models.facts import meta_from_config, meta_model
+from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import is_masked, load_config
+from post_dist.models.load import load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
+from post_dist.models.weight_units import WeightReader, weight_units
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import phase
 
@@ -147,7 +145,7 @@ def least_harmful_layers(
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
         weighted = []
-        with _without_layer(teacher, layer, in_tuple=in_tuple):
+        with _without_layers(teacher, [layer], in_tuple=in_tuple):
             for (input_ids_BT, weight), whole_BV in zip(batches, whole, strict=True):
                 cut_BV = _last_log_probabilities(teacher, input_ids_BT)
                 kl = nn.functional.kl_div(cut_BV, whole_BV, reduction="batchmean", log_target=True)
@@ -159,6 +157,36 @@ def least_harmful_layers(
     cheapest_first = sorted(costs, key=lambda layer: costs[layer])
     dropped = set(cheapest_first[:num_dropped])
     return tuple(layer for layer in range(len(teacher.layers)) if layer not in dropped)
+
+
+def check_cut(teacher: LanguageModel, student: LanguageModel, layers: Sequence[int]) -> None:
+    """Check that an untrained student computes what its teacher does without the other layers.
+
+    In some families, what a layer computes depends on its place among the layers. All ranks of a
+    sharded teacher must call this together.
+
+    Args:
+        teacher: the teacher.
+        student: the untrained student.
+        layers: the teacher's layers that the student keeps.
+
+    Raises:
+        InputError: the hidden states differ.
+    """
+    # Any tokens will do, but the first few are often special tokens.
+    input_ids = torch.arange(4, 12, device=teacher.model.device)[None]
+    skipped = [layer for layer in range(len(teacher.layers)) if layer not in layers]
+    in_tuple = layers_give_tuples(teacher)
+    with torch.no_grad(), _without_layers(teacher, skipped, in_tuple=in_tuple):
+        expected = teacher(input_ids).float()
+    with torch.no_grad():
+        ours = student(input_ids).float()
+    if not agree(ours, expected):
+        raise InputError(
+            f"a layer of a {type(teacher.model).__name__} depends on its place among the layers, "
+            f"so a student of the layers {list(layers)} is not its teacher without the others",
+            "use a teacher of another family",
+        )
 
 
 def write_student(
@@ -175,41 +203,40 @@ def write_student(
     Raises:
         InputError: the list of layers of the teacher's family cannot be identified.
     """
-    # Read only the weights to keep, file by file, because the teacher may not fit in memory.
-    config = load_config(teacher_folder)
-    rename = _LayerRenamer(_layer_prefix(config), layers)
+    teacher = meta_model(teacher_folder)
+    config = cut_config(load_config(teacher_folder), layers)
+    student = meta_from_config(config)
+    check_same_layers(teacher, student, layers)
+    places = teacher.model.state_dict(keep_vars=True)
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(teacher_folder.glob("*.safetensors")):
-        phase(f"reading the student's weights from {file.name}")
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():
-                new_name = rename(name)
-                if new_name is not None:
-                    tensors[new_name] = weights.get_tensor(name)
+    # Read only the weights to keep, unit by unit, because the teacher may not fit in memory.
+    with WeightReader(teacher_folder) as reader:
+        for unit in weight_units(teacher.model, teacher_folder):
+            if _name_in_student(unit.name, teacher, layers) is None:
+                continue
+            phase(f"reading the student's {unit.name}")
+            for name, values in unit.whole(teacher.model, reader).items():
+                kept = str(_name_in_student(name, teacher, layers))
+                tensors[kept] = values.view(places[name].shape)
     phase("writing the untrained student")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _cut_config(config, layers).save_pretrained(folder)
+    # The files have the names of the hub, as in `save_pretrained`.
+    stored = revert_weight_conversion(student.model, tensors)
+    for name, tensor in stored.items():
+        stored[name] = tensor.contiguous()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-class _LayerRenamer:
-    """Converts the layer indices in weight names from the teacher's to the student's."""
-
-    def __init__(self, prefix: str, layers: tuple[int, ...]) -> None:
-        self._prefix = prefix
-        self._layer_name = re.compile(rf"^(.*?){re.escape(prefix)}\.(\d+)\.(.*)$")
-        self._new_numbers = {layer: index for index, layer in enumerate(layers)}
-
-    def __call__(self, name: str) -> str | None:
-        """Return the student's name of a weight; None if its layer is not kept."""
-        match = self._layer_name.match(name)
-        if match is None:
-            return name
-        before, number, rest = match.groups()
-        new_number = self._new_numbers.get(int(number))
-        if new_number is None:
-            return None
-        return f"{before}{self._prefix}.{new_number}.{rest}"
+def _name_in_student(name: str, teacher: LanguageModel, layers: tuple[int, ...]) -> str | None:
+    """Return the student's name of a weight of the teacher; None if its layer is not kept."""
+    prefix = f"{layer_list_name(teacher.model)}."
+    if not name.startswith(prefix):
+        return name
+    number, rest = name.removeprefix(prefix).split(".", 1)
+    if int(number) not in layers:
+        return None
+    return f"{prefix}{layers.index(int(number))}.{rest}"
 
 
 def freeze(student: LanguageModel, section: Student) -> None:
@@ -242,14 +269,18 @@ def _identities(parameters: Iterable[nn.Parameter]) -> set[int]:
 
 
 @contextmanager
-def _without_layer(model: LanguageModel, layer: int, *, in_tuple: bool) -> Iterator[None]:
-    """Skip a layer of the model inside this context."""
-    removed = model.layers[layer]
-    model.layers[layer] = Passage(in_tuple=in_tuple)
+def _without_layers(
+    model: LanguageModel, skipped: Iterable[int], *, in_tuple: bool
+) -> Iterator[None]:
+    """Skip layers of the model inside this context."""
+    removed = {layer: model.layers[layer] for layer in skipped}
+    for layer in removed:
+        model.layers[layer] = Passage(in_tuple=in_tuple)
     try:
         yield
     finally:
-        model.layers[layer] = removed
+        for layer, module in removed.items():
+            model.layers[layer] = module
 
 
 @torch.no_grad()
@@ -258,22 +289,3 @@ def _last_log_probabilities(model: LanguageModel, input_ids_BT: torch.Tensor) ->
     sequences, length = input_ids_BT.shape
     last_B = torch.full((sequences,), length - 1, device=input_ids_BT.device)
     return model(input_ids_BT, answer=last_B).float().log_softmax(dim=-1)
-
-
-def _layer_prefix(config: PretrainedConfig) -> str:
-    """Return the name of the list of layers, without the trunk's prefix. Some files omit it."""
-    auto_class = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
-    return layer_list_name(model).removeprefix(f"{model.base_model_prefix}.")
-
-
-def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
-    cut = copy.deepcopy(config)
-    cut.num_hidden_layers = len(layers)
-    cut.post_dist_layers = list(layers)
-    # Families with several kinds of attention list the kind of each layer.
-    kinds = layer_kinds(config)
-    if kinds:
-        cut.layer_types = [kinds[layer] for layer in layers]
-    return cut

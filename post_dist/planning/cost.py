@@ -37,10 +37,11 @@ class Sharding:
 def attention_flops(size: ModelSize, queries: float, keys: float) -> float:
     """Count the operations of attention: two products of each query with each key, in all heads.
 
-    Each product is a multiplication and an addition, so they are 2 x 2 x queries x keys x width.
+    Each product is a multiplication and an addition. The first one is as wide as the queries, and
+    the second one as wide as the outputs.
     """
     # The softmax is left out, as it is by torch's own counter.
-    return 4 * queries * keys * size.attention_width
+    return 2 * queries * keys * (size.attention.query + size.attention.output)
 
 
 def layer_flops(size: ModelSize, layer: LayerSize, tokens: float, keys: float) -> float:
@@ -291,7 +292,9 @@ def activation_elements(size: ModelSize, *, trained: bool = True) -> float:
     arXiv 2205.05198, section 4.1). Attention is fused and keeps no [T, T]. A layer that is not
     `trained` does not keep the inputs of its products: only gradients of weights need them.
     """
-    kept = 6 * size.width + 2 * size.attention_width + 2 * size.kv_width + 4 * size.mlp_width
+    states = size.attention
+    of_attention = states.query + states.key + states.value + states.output
+    kept = 6 * size.width + of_attention + 4 * size.mlp_width
     if trained:
         return kept
     # The inputs of two projections and of the last product of the MLP.

@@ -18,6 +18,8 @@ _RESTART_SECONDS = 600.0
 """Time from a failure to the next step: to notice it, to wait in the queue, to load the state."""
 _JITTER = 0.02
 """Standard deviation of a GPU's step time, divided by its mean."""
+_DRAWS = 10
+"""Simulated runs of a plan."""
 _STRAGGLER = 1.2
 """Slowdown of the slow GPU in `goodput_with_a_gpu_1.2_times_as_slow`."""
 STORAGE_GB_PER_SECOND = 2.0
@@ -127,7 +129,7 @@ def _step_seconds(run: Run, count: int, source: np.random.Generator) -> np.ndarr
     return run.step * seconds
 
 
-def mean_goodput(run: Run, draws: int = 10) -> float:
+def mean_goodput(run: Run, draws: int = _DRAWS) -> float:
     """Return the mean goodput over several seeds."""
     return float(np.mean([simulate(run, seed).goodput for seed in range(draws)]))
 
@@ -158,7 +160,8 @@ def goodput(stage: dict[str, Any]) -> dict[str, float]:
         stage: the plan of distillation.
 
     Returns:
-        The goodput, the goodput with one slow GPU, and the assumptions.
+        The goodput, the goodput with one slow GPU, the restarts, the days with failures and
+        checkpoints, and the assumptions.
     """
     save = stage["checkpoint_gib"] * 2**30 / (STORAGE_GB_PER_SECOND * 1e9)
     run = Run(
@@ -176,8 +179,11 @@ def goodput(stage: dict[str, Any]) -> dict[str, float]:
     young = round(young_interval(save, run.ranks) / run.step)
     interval = min(best_interval(run)[0], max(1, young))
     chosen = replace(run, interval=interval)
+    outcomes = [simulate(chosen, seed) for seed in range(_DRAWS)]
     return {
-        "goodput": mean_goodput(chosen),
+        "goodput": float(np.mean([outcome.goodput for outcome in outcomes])),
+        "restarts": float(np.mean([outcome.failures for outcome in outcomes])),
+        "days": float(np.mean([outcome.seconds for outcome in outcomes])) / 86400,
         "checkpoint_every_steps": interval,
         "jitter": _JITTER,
         "restart_seconds": _RESTART_SECONDS,

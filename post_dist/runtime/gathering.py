@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import nn
 
 
@@ -22,17 +21,17 @@ def gathered(module: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def gathered_from_reader(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """Gather a sharded weight, and give all ranks the value of the first rank afterwards.
+def gathered_from_reader(weights: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Gather sharded weights, and give all ranks the values of the first rank afterwards.
 
-    The body may change the weight on the group's first rank. A weight that is not sharded is left
+    The body may change the weights on the group's first rank. Weights that are not sharded are left
     unchanged.
     """
-    if not hasattr(weight, "ds_id"):
+    if not any(hasattr(weight, "ds_id") for weight in weights):
         return nullcontext()
     import deepspeed
 
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        [weight], modifier_rank=0
+        weights, modifier_rank=0
     )
     return context

@@ -46,7 +46,7 @@ def hostile(honest: Path, folder: Path, *changes: Change) -> Path:
     return student
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *tiny.MIXTURES])
 def test_an_honest_student_comes_in_with_equal_weights(tmp_path: Path, family: str) -> None:
     sent = tiny.write_student(tmp_path / "student", family)
     assert verify(sent)["ok"], verify(sent)

@@ -24,6 +24,7 @@ SETTINGS = {
     "ZeRO-2, frozen block": ["engine.zero_stage=2", "student.frozen_lower_layers=1"],
     "ZeRO-3, frozen block": ["engine.zero_stage=3", "student.frozen_lower_layers=1"],
     "two passes": ["engine.zero_stage=1", "distill.micro_batch_size_per_gpu=1"],
+    "mixture": ["engine.zero_stage=1"],
     "slow rank": [],
 }
 WITH_FOUR_RANKS = ("ZeRO-3", "two passes", "slow rank")
@@ -38,12 +39,13 @@ def main() -> None:
         # Four ranks on two cores are slow.
         if world.size == 4 and name not in WITH_FOUR_RANKS:
             continue
-        config = load_run(folder / "run.yaml", [*settings, *options], folder)
+        place = folder / "mixture" if name == "mixture" else folder
+        config = load_run(place / "run.yaml", [*settings, *options], place)
         if name == "slow rank" and world.rank == world.size - 1:
             torch.nn.modules.module.register_module_forward_hook(
                 lambda module, *_: time.sleep(0.01 * isinstance(module, torch.nn.Linear))
             )
-        found[name] = bench_scale(config, folder / "teacher", world, steps=2)
+        found[name] = bench_scale(config, place / "teacher", world, steps=2)
     if world.is_main:
         print(json.dumps(found))
     world.leave()

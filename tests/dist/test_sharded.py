@@ -11,6 +11,7 @@ from objectives import objective_of
 from safetensors.torch import load_file, save_file
 from started import run_script
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from post_dist.cluster.doctor import op_cache
 from post_dist.config.schema import Corpus as CorpusSection
@@ -80,6 +81,31 @@ def test_prompt_gradient_through_shards(tmp_path: Path, family: str, layout: str
     assert sharded["share"] == (1 if layout == "whole on each" else pytest.approx(0.5, abs=0.02))
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("mixtures")
+    folders = [tiny.write_model(place / family, family) for family in tiny.MIXTURES]
+    return [*folders, tiny.quantize(tiny.write_model(place / "fp8", "deepseek_v3"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_mixture_of_experts_in_shards_is_transformers_own(
+    mixtures: list[Path], ranks: int
+) -> None:
+    run_script(HERE / "mixtures.py", ranks, *mixtures)
+    for folder in mixtures:
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        prompt = torch.linspace(-1, 1, 3 * 32).view(3, -1).requires_grad_(True)
+        tokens = model.get_input_embeddings()(torch.arange(4, 28).view(2, 12))
+        inputs = torch.cat([prompt.expand(2, -1, -1), tokens], dim=1)
+        expected = model.base_model(inputs_embeds=inputs).last_hidden_state
+        expected.sum().backward()
+        for rank in range(ranks):
+            found = load_file(folder / f"found-{ranks}-{rank}")
+            torch.testing.assert_close(found["hidden"], expected.detach(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(found["gradient"], prompt.grad, rtol=1e-5, atol=1e-4)
+
+
 def test_the_head_of_a_sharded_model(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "model", "llama")
     scaled = tiny.write_model(tmp_path / "scaled", "granite")
@@ -109,15 +135,14 @@ def test_the_effect_of_a_prompt_on_a_sharded_model(tmp_path: Path) -> None:
 
 
 def test_no_rank_holds_more_than_its_shard_and_a_layer_while_loading(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
+    config = MixtralConfig(
         vocab_size=600,
         hidden_size=1024,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=2,
-        intermediate_size=2816,
+        intermediate_size=704,
+        num_local_experts=4,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(

@@ -123,9 +123,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def wide_task(length: int, micro_batch_size: int) -> tuple[TuningTask, Tune]:
+def wide_task(
+    length: int, micro_batch_size: int, family: str = "llama", width: int = 576
+) -> tuple[TuningTask, Tune]:
     """A task on a model of the demo's width, with texts of `length` tokens."""
-    folder = tiny.write_model(Path(MODELS.name) / f"wide-{length}", "llama", layers=2, width=576)
+    place = Path(MODELS.name) / f"{family}-{length}"
+    folder = tiny.write_model(place, family, layers=2, width=width)
     model = load_whole(folder, "fp32", CPU)
     prompt_task = PromptTask(
         template="Review: {text} It was",
@@ -135,7 +138,7 @@ def wide_task(length: int, micro_batch_size: int) -> tuple[TuningTask, Tune]:
         init_text="",
     )
     reader = TaskReader(prompt_task, load_tokenizer(folder), masked=False)
-    start_nd = torch.randn(10, 576) * 0.05
+    start_nd = torch.randn(10, width) * 0.05
     task = TuningTask(model, reader, [], torch.tensor([]), start_nd)
     return task, Tune(micro_batch_size_per_gpu=micro_batch_size, num_virtual_tokens=10)
 
@@ -162,6 +165,12 @@ def test_chosen_sizes_have_no_place_that_counts(
             found = compute(batch, torch.zeros(size, dtype=torch.long))[0][place]
             seen = found if seen is None else seen
             assert torch.equal(found, seen), f"place {place} of {size}"
+
+
+def test_an_example_of_a_mixture_runs_alone() -> None:
+    """Where the router sends other examples' tokens could change the shapes of its products."""
+    task, section = wide_task(12, 4, family="mixtral", width=32)
+    assert set(independent_sizes(section, task).values()) == {1}
 
 
 def test_the_choice_of_sizes_can_be_stopped() -> None:

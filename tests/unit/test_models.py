@@ -1,5 +1,6 @@
 """Models of each family: trunk and head, the prompt in front, and the student cut from them."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,12 +25,15 @@ from post_dist.config.schema import Student
 from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
+from post_dist.models.cut import check_same_layers
+from post_dist.models.facts import meta_model
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import (
+    check_cut,
     freeze,
     least_harmful_layers,
     listed_layers,
@@ -43,7 +48,7 @@ ALONE = World(0, 1, 0, "none", CPU)
 TASK = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "predict it")
 
 
-@pytest.fixture(scope="session", params=tiny.FAMILIES)
+@pytest.fixture(scope="session", params=[*tiny.FAMILIES, "deepseek_v3", "gpt_oss"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -146,6 +151,10 @@ def test_rows_behind_shared_prompts_are_as_behind_one_each(
 def test_packed_documents_do_not_see_each_other(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     if model.masked:
+        return
+    if "gpt_oss" in folder.name:
+        with pytest.raises(InputError, match="attends across packed documents"):
+            check_documents_apart(model)
         return
     first, second = torch.arange(4, 11)[None], torch.arange(30, 42)[None]
     positions = torch.cat([torch.arange(7), torch.arange(12)])[None].expand(2, -1)
@@ -382,7 +391,7 @@ def test_tokenizers_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_missing_are_never_left_random(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     tiny.write_model(tmp_path, "qwen2")
     tensors = load_file(tmp_path / "model.safetensors")
@@ -390,6 +399,42 @@ def test_weights_that_are_missing_are_never_left_random(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks weights, such as lm_head\.weight"):
         load_whole(tmp_path, "fp32", CPU)
+
+
+@torch.no_grad()
+def test_a_student_of_a_quantized_teacher_is_not_quantized(tmp_path: Path) -> None:
+    folder = tiny.quantize(tiny.write_model(tmp_path / "teacher", "deepseek_v3"))
+    student = tmp_path / "student"
+    student.mkdir()
+    write_student(student, folder, (0, 1, 2, 3), load_tokenizer(folder))
+    assert "quantization_config" not in (student / "config.json").read_text()
+    assert {tensor.dtype for tensor in load_file(student / "model.safetensors").values()} == {
+        torch.float32
+    }
+    input_ids = torch.arange(4, 20)[None]
+    teacher = load_whole(folder, "fp32", CPU)
+    assert torch.equal(load_whole(student, "fp32", CPU)(input_ids), teacher(input_ids))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quantized with awq"):
+        load_whole(folder, "fp32", CPU)
+
+
+def test_a_layer_keeps_its_kind_in_a_student(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "teacher", "deepseek_v3")
+    student = tmp_path / "student"
+    student.mkdir()
+    # Its first layer is dense, and the others are mixtures.
+    write_student(student, folder, (1, 3), load_tokenizer(folder))
+    teacher, cut = load_whole(folder, "fp32", CPU), load_whole(student, "fp32", CPU)
+    assert cut.model.config.first_k_dense_replace == 0
+    check_cut(teacher, cut, (1, 3))
+    with pytest.raises(InputError, match="depends on its place"):
+        check_cut(teacher, cut, (1, 2))
+    whole = meta_model(folder)
+    with pytest.raises(InputError, match="layer 1 cannot be layer 0"):
+        check_same_layers(whole, whole, (1, 2))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

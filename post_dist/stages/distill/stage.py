@@ -22,7 +22,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.sharded import load_sharded
-from post_dist.models.student import write_student
+from post_dist.models.student import check_cut, write_student
 from post_dist.runtime.checkpoint import start_step
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import load_engine
@@ -110,6 +110,7 @@ def distill(
     untrained = _write_untrained(folder, teacher, corpus, world)
     student = load_whole(untrained, precision, world.device)
     layers = student.model.config.post_dist_layers
+    check_cut(model, student, layers)
     engine = student_engine(student, config, student_section, precision, world)
     if first_step:
         load_engine(folder.checkpoints, first_step, engine)
