@@ -31,6 +31,9 @@ _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "pef
 _WITHOUT_INFLUENCE = {"path", "ledger", "ledger_anchors", "max_total_epsilon"}
 """Fields that do not change the result of a stage. Files count by digest, not by path."""
 
+_LATER_FIELDS = {"deduplicate"}
+"""Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
+
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
 
@@ -197,6 +200,7 @@ def _influential(value: object) -> object:
     # Sections are mappings inside mappings.
     kept = {}
     for key, inner in value.items():
-        if key not in _WITHOUT_INFLUENCE:
+        is_unset_later = key in _LATER_FIELDS and not inner
+        if key not in _WITHOUT_INFLUENCE and not is_unset_later:
             kept[key] = _influential(inner)
     return kept

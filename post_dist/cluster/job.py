@@ -30,8 +30,9 @@ from post_dist.runtime.stop import end_process, listen
 SUBMITTER = "POST_DIST_SUBMITTER"
 """Environment variable with the id of the process that waits for a job on this machine."""
 _SECONDS_BETWEEN_REQUESTS = 5.0
-Command = Literal["distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"]
+Command = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"]
 _RUNS: dict[Command, Callable[[RunConfig], object]] = {
+    "corpus": api.tokenize_corpus,
     "distill": api.distill,
     "warm_start": api.warm_start,
     "tune": api.tune,

@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from post_dist.cluster.job import SUBMITTER, Command, Job, RunSource, ScaleJob, StageJob
 from post_dist.cluster.sbatch import job_parameters, job_text
 from post_dist.config.cluster import Cluster, ClusterStage
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import EnvironmentFault, InputError, Interrupted
 from post_dist.files import writing
 
@@ -68,18 +68,22 @@ class Submitted:
 def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list[Planned]:
     """Plan the jobs of a command, in the order of the stages.
 
-    `pipeline` gets one job for each stage whose result is not given in `inputs`.
+    `pipeline` gets one job for each stage whose result is not given in `inputs`. If it distills,
+    the corpus is tokenized first, so that no GPU waits for it.
 
     Args:
         config: the run file as it is now.
         source: where each job reads the run file again.
-        command: a stage, or `pipeline`.
+        command: a stage, `corpus`, or `pipeline`.
 
     Raises:
         InputError: the run file lacks a section that a job needs, or no noise multiplier reaches
             its target epsilon.
     """
-    last: ClusterStage = "evaluate" if command == "pipeline" else command
+    if command == "corpus":
+        config.need("distill")
+        return [Planned("corpus", StageJob(source, "corpus"), config.cluster)]
+    last: Stage = "evaluate" if command == "pipeline" else command
     stages = config.stages_until(last)
     config.need(*stages)
     # A single stage is not checked further: its job finds out when it starts.
@@ -91,6 +95,8 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
     # Otherwise an unreachable target epsilon would be found only after hours of distillation.
     private_plans(config)
     planned = []
+    if "distill" in stages:
+        planned += planned_jobs(config, source, "corpus")
     for stage in stages:
         # The last job also runs the baselines that the table's rows need.
         job = StageJob(source, "pipeline" if stage == "evaluate" else stage)

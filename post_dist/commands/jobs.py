@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # typer needs an enumeration. Jobs hold plain strings, because jobs are pickled.
 _COMMANDS: "dict[Submittable, Command]" = {
+    Submittable.corpus: "corpus",
     Submittable.distill: "distill",
     Submittable.warm_start: "warm_start",
     Submittable.tune: "tune",

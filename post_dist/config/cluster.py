@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from post_dist.config.sections import PositiveInt, Section
 
-ClusterStage = Literal["distill", "warm_start", "tune", "transfer", "evaluate"]
+ClusterStage = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate"]
 
 
 def _one_line(text: str) -> str:
@@ -15,6 +15,12 @@ def _one_line(text: str) -> str:
         raise ValueError("must be one line of printable characters")
     return text
 
+
+_ONE_TASK: dict[ClusterStage, str] = {
+    "corpus": "tokenizing runs on one node, without GPUs",
+    "tune": "tuning runs in one process, so that private data stay there",
+}
+"""The stages whose jobs have one task, and why."""
 
 OneLine = Annotated[str, AfterValidator(_one_line)]
 """The value of an option of sbatch."""
@@ -72,6 +78,9 @@ class Cluster(Resources):
     """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
     job again, and it resumes."""
     # The fields that differ for a stage.
+    corpus: Resources = Resources()
+    """Resources of `corpus`, where they differ. Tokenizing has one node, one task and no GPU; its
+    processes use the cores of `cpus_per_task`."""
     distill: Resources = Resources()
     """Resources of `distill`, where they differ."""
     warm_start: Resources = Resources()
@@ -103,26 +112,35 @@ class Cluster(Resources):
         """Return the resources that a stage requests.
 
         Tuning always gets one task on one node, so that only one process sees the private data.
+        Tokenizing gets one task on one node, without GPUs.
 
         Raises:
-            ValueError: `cluster.tune` requests more than one node, task or GPU.
+            ValueError: `cluster.tune` or `cluster.corpus` requests more.
         """
         own: Resources = getattr(self, stage)
         # Only the fields that the stage sets itself replace the common ones.
         fields = self.model_dump(include=set(Resources.model_fields))
         fields |= own.model_dump(exclude_unset=True)
-        if stage == "tune":
-            single_task = {
-                "nodes": 1,
-                "tasks_per_node": 1,
-                "gpus_per_node": min(1, fields["gpus_per_node"]),
-            }
-            too_many = [name for name in single_task if (getattr(own, name) or 0) > 1]
-            if too_many:
-                raise ValueError(
-                    f"tune.{min(too_many)}: tuning runs in one process, "
-                    "so that private data stay there"
-                )
-            # The other stages may use many nodes, so the common fields are overridden silently.
-            fields |= single_task
+        if stage in _ONE_TASK:
+            fields |= _single_task(stage, own, fields["gpus_per_node"])
         return Resources.model_validate(fields)
+
+
+def _single_task(stage: ClusterStage, own: Resources, common_gpus: int) -> dict[str, int]:
+    """Return the size of a stage's job that has one task.
+
+    Args:
+        stage: the stage.
+        own: what the run file asks for this stage.
+        common_gpus: GPUs of a node, as for the other stages.
+
+    Raises:
+        ValueError: the stage asks for more.
+    """
+    gpus = min(1, common_gpus) if stage == "tune" else 0
+    most = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": int(stage == "tune")}
+    too_many = [name for name, limit in most.items() if (getattr(own, name) or 0) > limit]
+    if too_many:
+        raise ValueError(f"{stage}.{min(too_many)}: {_ONE_TASK[stage]}")
+    # The other stages may use many nodes, so the common fields are overridden silently.
+    return most | {"gpus_per_node": gpus}

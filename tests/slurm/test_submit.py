@@ -21,6 +21,7 @@ from post_dist.config.cluster import ClusterStage
 
 CLUSTER = {
     "partition": "main",
+    "corpus": {"cpus_per_task": 2, "time_minutes": 10},
     "distill": {"nodes": 2, "tasks_per_node": 2, "time_minutes": 10},
     "tune": {"time_minutes": 10},
     "transfer": {"nodes": 2, "time_minutes": 10},
@@ -108,8 +109,8 @@ def chained(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_a_pipeline_is_a_chain_of_jobs(chained: tuple[Path, str], post_dist: Callable) -> None:
     folder, output = chained
     ends = re.findall(r"(\w+) \(job \d+\): COMPLETED", output)
-    assert ends == ["distill", "tune", "transfer", "evaluate"]
-    for stage in ends[:3]:
+    assert ends == ["corpus", "distill", "tune", "transfer", "evaluate"]
+    for stage in ends[1:4]:
         assert post_dist("verify", artifact(folder, stage)).returncode == 0
     environments = {
         stage: logs(folder).count(f"of {ranks} on cpu (launcher: srun)")
@@ -138,7 +139,7 @@ def test_test_only_and_print_queue_nothing_and_print_is_what_is_sent(
     run = write_run(tmp_path)
     answer = submit(slurm, run, "pipeline", "--test-only")
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("to start at") == 4
+    assert answer.stdout.count("to start at") == 5
     printed = submit(slurm, run, "distill", "--print").stdout
     assert slurm.run("squeue", "--noheader").stdout == ""
     submitted = json.loads(submit(slurm, run, "distill", "--json").stdout)["jobs"][0]

@@ -17,6 +17,7 @@ from post_dist.config.cluster import Cluster, ClusterStage
 FOLDER = Path(__file__).parents[2] / "slurm"
 ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "srun ")
 COMMANDS = {
+    "corpus": "corpus",
     "distill": "distill",
     "warm_start": "warm-start",
     "tune": "tune",
@@ -69,6 +70,9 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
         next(line for line in lines[stage] if line.startswith("srun ")).count("--cpus-per-task=4 ")
         for stage in lines
     ] == [1, 1]
+    corpus = job_text("x", "/logs", job_parameters(cluster, "corpus"))
+    assert "--ntasks-per-node=1\n" in corpus
+    assert "gpus" not in corpus
     assert {
         "#SBATCH --dependency=afterok:7",
         "#SBATCH --kill-on-invalid-dep=yes",
@@ -101,6 +105,7 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
     [
         ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
         ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
+        ({"corpus": {"gpus_per_node": 1}}, "corpus.gpus_per_node: tokenizing runs on one node"),
         ({"tune": {"nodes": "two"}}, "cluster.tune.nodes: input should be a valid integer"),
         ({"distill": {"node": 2}}, "cluster.distill.node: unknown key; did you mean 'nodes'?"),
         (
@@ -145,7 +150,7 @@ def write_run(folder: Path, *without: str, **sections: dict) -> Path:
     ("given", "wanted"),
     [
         ({"student": "student", "source_prompt": "prompt"}, ["transfer", "evaluate"]),
-        ({"target_prompt": "prompt"}, ["distill", "tune", "evaluate"]),
+        ({"target_prompt": "prompt"}, ["corpus", "distill", "tune", "evaluate"]),
     ],
 )
 def test_what_is_given_in_inputs_needs_no_job(
