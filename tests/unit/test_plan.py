@@ -155,7 +155,7 @@ def test_the_corpus_is_counted_by_its_limit_or_its_files(
     _, plan = planned(main, run, *unlimited)
     assert plan["corpus"]["tokens"] == 200
     _, said, _ = main("plan", run, *unlimited)
-    assert "corpus on CPUs: tokens 200, core hours" in said
+    assert "corpus on CPUs: tokens 200, cores" in said
     _, plan = planned(main, run, "--set=corpus={path: missing.txt}")
     assert plan["corpus"] is None
 
