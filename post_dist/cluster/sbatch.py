@@ -21,7 +21,7 @@ AFTER = (
     # `restart` decides about other failures, such as a dead rank.
     "code=$?",
     'restart=("${POST_DIST_PYTHON:-python}" -m post_dist.cluster.restart $code)',
-    'if [[ -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
+    'if [[ $code != 0 && -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
     'scontrol requeue "$SLURM_JOB_ID"; fi',
     "exit $code",
 )
