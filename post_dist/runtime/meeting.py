@@ -39,7 +39,7 @@ def wait_for_ranks(rank: int, size: int, limit_seconds: float) -> dist.Store:
         else:
             return store
     raise EnvironmentFault(
-        f"{missing} of {size} not started within {limit_seconds:g} s",
+        f"{missing} within {limit_seconds:g} s",
         "look at the logs of the other ranks, and at the network between the nodes",
     )
 
@@ -77,6 +77,8 @@ def _missing(store: dist.Store, keys: list[str]) -> str:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     except (dist.DistError, RuntimeError):
         # Rank 0 holds the store, and was ended.
-        return "rank 0 has left before all ranks"
+        return "rank 0 has left before all ranks started"
     numbers = ", ".join(map(str, missing))
-    return f"rank {numbers} has" if len(missing) == 1 else f"ranks {numbers} have"
+    if len(missing) == 1:
+        return f"rank {numbers} of {len(keys)} has not started"
+    return f"ranks {numbers} of {len(keys)} have not started"
