@@ -25,6 +25,7 @@ Importing this module does not load torch. Errors that a user can fix are raised
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -50,7 +51,7 @@ from post_dist.results import (
 )
 from post_dist.runtime.launcher import remove_launcher_variables
 from post_dist.runtime.ranks import join_ranks, leave_ranks
-from post_dist.runtime.stop import listening
+from post_dist.runtime.stop import listening, stopped, was_requested
 from post_dist.runtime.watchdog import rest
 
 if TYPE_CHECKING:
@@ -396,14 +397,18 @@ def _with_stages(
         except KeyboardInterrupt:
             raise Interrupted("interrupted", _RESUMES) from None
         except Interrupted:
-            # All ranks have agreed to stop, so all of them come here.
-            leave_ranks()
+            # All ranks have agreed to stop, so all of them come here. One may have been ended.
+            with suppress(RuntimeError):
+                leave_ranks()
             raise
         except RuntimeError as error:
             # A collective that loses its connection raises a RuntimeError. Any other RuntimeError
             # is a bug of this package, and its traceback is needed.
             if not world.lost_a_rank(error):
                 raise
+            # It has left because it was asked to stop, as this rank was.
+            if was_requested():
+                raise stopped("another rank has left") from None
             raise EnvironmentFault(
                 "another rank has left, or cannot be reached",
                 f"look at the log of that rank; {_RESUMES}",

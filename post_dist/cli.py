@@ -1,5 +1,6 @@
 """The command line: the list of commands, and their exit codes. It loads torch only for a stage."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -25,10 +26,11 @@ from post_dist.commands.stages import (
     tune,
     warm_start,
 )
+from post_dist.runtime.launcher import keep_from_restarting
 from post_dist.runtime.logs import silence_deepspeed
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.ranks import this_rank
-from post_dist.runtime.stop import end_process
+from post_dist.runtime.stop import end_process, leave_in_seconds
 
 # `exit_code_of` handles exceptions. typer's own traceback would print local variables, which may
 # hold private data.
@@ -98,9 +100,12 @@ def run_command() -> int:
 def main() -> None:
     """Run the command line, and end the process with its exit code."""
     silence_deepspeed()
+    leave_in_seconds()
     if _asks_for_json():
         reserve_stdout()
-    end_process(run_command())
+    code = run_command()
+    keep_from_restarting(code, os.environ)
+    end_process(code)
 
 
 def _asks_for_json() -> bool:

@@ -37,6 +37,8 @@ ADMITTED = "admitted"
 """Folder beside the runs with the checked copies of students from other parties."""
 LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
+_LATER_FIELDS = {"deduplicate"}
+"""Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
 
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
@@ -216,6 +218,7 @@ def _influential(value: object) -> object:
     # Sections are mappings inside mappings.
     kept = {}
     for key, inner in value.items():
-        if key not in _WITHOUT_INFLUENCE:
+        is_unset_later = key in _LATER_FIELDS and not inner
+        if key not in _WITHOUT_INFLUENCE and not is_unset_later:
             kept[key] = _influential(inner)
     return kept

@@ -40,7 +40,7 @@ class _TimedCollective:
 
 
 @dataclass(frozen=True)
-class _Link:
+class Link:
     """Latency and bandwidth of a link, with the measurements that they were fitted to."""
 
     latency_seconds: float
@@ -55,7 +55,7 @@ class _Link:
         }
 
 
-_FREE_LINK = _Link(latency_seconds=0.0, bytes_per_second=1e15, measurements=[])
+_FREE_LINK = Link(latency_seconds=0.0, bytes_per_second=1e15, measurements=[])
 """The link of a rank without neighbors. No collective uses it, so it costs nothing."""
 
 
@@ -74,9 +74,9 @@ def measure_fabric(world: World) -> dict[str, Any]:
     teraflops = _reached_teraflops(world.device)
 
     # A group that spans nodes is as fast as the network. On one node, the network is never used.
-    node = _measure_link(world, ranks_per_node)
+    node = measure_link(world, ranks_per_node)
     has_network = world.size > ranks_per_node
-    network = _measure_link(world, world.size) if has_network else node
+    network = measure_link(world, world.size) if has_network else node
 
     host_memory_bytes = _host_memory_bytes()
     if world.device.type == "cuda":
@@ -154,8 +154,10 @@ def _host_memory_bytes() -> float:
     return 1024.0 * int(kib)
 
 
-def _measure_link(world: World, ranks: int) -> _Link:
+def measure_link(world: World, ranks: int) -> Link:
     """Time all-gathers and all-reduces among neighbors over a range of sizes, and fit the link.
+
+    All ranks call this function together.
 
     Args:
         world: all ranks. Each group of neighbors measures at the same time.
@@ -178,7 +180,7 @@ def _measure_link(world: World, ranks: int) -> _Link:
         [each.received_bytes for each in measurements],
         [each.seconds for each in measurements],
     )
-    return _Link(latency_seconds, bytes_per_second, measurements)
+    return Link(latency_seconds, bytes_per_second, measurements)
 
 
 def _time_all_gather(

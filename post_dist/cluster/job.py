@@ -25,13 +25,14 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.ranks import leave_ranks, this_rank
-from post_dist.runtime.stop import end_process, listen
+from post_dist.runtime.stop import end_process, leave_in_seconds, listen
 
 SUBMITTER = "POST_DIST_SUBMITTER"
 """Environment variable with the id of the process that waits for a job on this machine."""
 _SECONDS_BETWEEN_REQUESTS = 5.0
-Command = Literal["distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"]
+Command = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"]
 _RUNS: dict[Command, Callable[[RunConfig], object]] = {
+    "corpus": api.tokenize_corpus,
     "distill": api.distill,
     "warm_start": api.warm_start,
     "tune": api.tune,
@@ -127,6 +128,7 @@ class StageJob(Job):
     def work(self) -> None:
         """Run the command, and print the result on rank 0."""
         listen()
+        leave_in_seconds()
         result = _RUNS[self.command](self.source.load())
         if this_rank() == 0:
             print(result)

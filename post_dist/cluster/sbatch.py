@@ -3,19 +3,26 @@
 The files in `slurm/` have the same form, for people who call sbatch themselves.
 """
 
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from post_dist.config.cluster import Cluster, ClusterStage
+from post_dist.config.cluster import Cluster, ClusterStage, Resources
 
 BEFORE = ("trap 'cancelled=1' TERM",)
 AFTER = (
     # Exit code 6 means that the ranks have saved because time is up, so the job is queued again.
     # The batch script does this after all tasks have ended. The requeue would kill a task that
     # called scontrol itself.
+    # `restart` decides about other failures, such as a dead rank.
     "code=$?",
-    'if [[ $code == 6 && -z ${cancelled:-} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+    'restart=("${POST_DIST_PYTHON:-python}" -m post_dist.cluster.restart $code)',
+    'if [[ $code != 0 && -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
+    'scontrol requeue "$SLURM_JOB_ID"; fi',
     "exit $code",
 )
 SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
@@ -23,13 +30,14 @@ SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
 
 
 def job_parameters(
-    cluster: Cluster, stage: ClusterStage, after: str | None = None
+    cluster: Cluster, stage: ClusterStage, folder: Path, after: str | None = None
 ) -> dict[str, Any]:
     """Return submitit's parameters for the job of a stage.
 
     Args:
         cluster: the run file's section `cluster`.
         stage: the stage.
+        folder: folder of the job's logs.
         after: id of the job that must succeed first. If it fails, this job is cancelled.
     """
     asked = cluster.for_stage(stage)
@@ -37,7 +45,8 @@ def job_parameters(
         "job_name": f"post_dist-{stage}",
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks,
-        "gpus_per_node": asked.gpus_per_node or None,
+        "gpus_per_node": None if asked.gres else asked.gpus_per_node or None,
+        "gres": asked.gres,
         "cpus_per_task": asked.cpus_per_task,
         "time": asked.time_minutes,
         "mem": asked.memory,
@@ -45,6 +54,8 @@ def job_parameters(
         "account": asked.account,
         "qos": asked.qos,
         "constraint": asked.constraint,
+        "exclude": asked.exclude,
+        "exclusive": asked.exclusive or None,
         "dependency": None if after is None else f"afterok:{after}",
     }
     # Fields that the run file leaves out keep the cluster's defaults.
@@ -53,19 +64,70 @@ def job_parameters(
         if value is not None:
             parameters[name] = value
     parameters["signal_delay_s"] = cluster.signal_seconds
-    parameters["setup"] = [*BEFORE, *cluster.setup]
+    variables = {
+        "POST_DIST_PYTHON": sys.executable,
+        "POST_DIST_JOB_FOLDER": str(folder.resolve()),
+        "POST_DIST_MAX_RESTARTS": str(cluster.max_restarts),
+    }
+    parameters["setup"] = [*BEFORE, *_exports(variables), *setup_lines(cluster)]
     parameters["teardown"] = list(AFTER)
     # Since Slurm 22.05, srun ignores the --cpus-per-task of sbatch.
-    parameters["srun_args"] = [*SRUN, f"--cpus-per-task={asked.cpus_per_task}"]
+    parameters["srun_args"] = [*SRUN, f"--cpus-per-task={asked.cpus_per_task}", *_srun(asked)]
     # One log for each task, with all lines in the order in which they were written.
     parameters["stderr_to_stdout"] = True
     parameters["wckey"] = None
     more: dict[str, Any] = {"requeue": True}
+    if asked.reservation is not None:
+        more["reservation"] = asked.reservation
+    # An option that is false is left out. sbatch has no value for "not".
+    more |= {name: value for name, value in asked.sbatch.items() if value is not False}
     # Otherwise a job whose predecessor failed would wait in the queue forever.
     if after is not None:
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more
     return parameters
+
+
+def setup_lines(cluster: Cluster) -> list[str]:
+    """Return the shell lines that a job runs before its tasks start."""
+    # A line of `setup` may use or change a variable.
+    return [*_exports(cluster.environment), *cluster.setup]
+
+
+def _exports(variables: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def _srun(asked: Resources) -> list[str]:
+    """Return the options of srun that the run file asks for."""
+    options = [] if asked.mpi is None else [f"--mpi={asked.mpi}"]
+    container = asked.container
+    if container is not None and container.runtime == "pyxis":
+        options.append(f"--container-image={container.image}")
+        if container.mounts:
+            options.append(f"--container-mounts={','.join(map(_with_place, container.mounts))}")
+    return [*options, *asked.srun]
+
+
+def task_python(asked: Resources) -> str:
+    """Return the shell command that starts Python in a task."""
+    container = asked.container
+    if container is None:
+        return shlex.quote(sys.executable)
+    if container.runtime == "pyxis":
+        return shlex.quote(container.python)
+    command = ["apptainer", "exec"]
+    # Without the drivers of the node, the image sees no GPU.
+    if asked.gpus_per_node:
+        command.append("--nv")
+    for mount in container.mounts:
+        command += ["--bind", mount]
+    return shlex.join([*command, container.image, container.python])
+
+
+def _with_place(mount: str) -> str:
+    """Write a mount as pyxis reads it: without a place it would mean the image's own folder."""
+    return mount if ":" in mount else f"{mount}:{mount}"
 
 
 def job_text(command: str, folder: str, parameters: dict[str, Any]) -> str:

@@ -19,13 +19,12 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from post_dist.cluster.job import SUBMITTER, Command, Job, RunSource, ScaleJob, StageJob
-from post_dist.cluster.sbatch import job_parameters, job_text
+from post_dist.cluster.sbatch import job_parameters, job_text, setup_lines, task_python
 from post_dist.config.cluster import Cluster, ClusterStage
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import EnvironmentFault, InputError, Interrupted
 from post_dist.files import writing
 
-_SUBMITIT = "{python} -u -m submitit.core._submit {folder}"
 _UNREACHABLE = re.compile(
     "Could not establish a configuration source|Unable to contact slurm controller|Socket timed out"
 )
@@ -68,18 +67,22 @@ class Submitted:
 def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list[Planned]:
     """Plan the jobs of a command, in the order of the stages.
 
-    `pipeline` gets one job for each stage whose result is not given in `inputs`.
+    `pipeline` gets one job for each stage whose result is not given in `inputs`. If it distills,
+    the corpus is tokenized first, so that no GPU waits for it.
 
     Args:
         config: the run file as it is now.
         source: where each job reads the run file again.
-        command: a stage, or `pipeline`.
+        command: a stage, `corpus`, or `pipeline`.
 
     Raises:
         InputError: the run file lacks a section that a job needs, or no noise multiplier reaches
             its target epsilon.
     """
-    last: ClusterStage = "evaluate" if command == "pipeline" else command
+    if command == "corpus":
+        config.need("distill")
+        return [Planned("corpus", StageJob(source, "corpus"), config.cluster)]
+    last: Stage = "evaluate" if command == "pipeline" else command
     stages = config.stages_until(last)
     config.need(*stages)
     # A single stage is not checked further: its job finds out when it starts.
@@ -91,6 +94,8 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
     # Otherwise an unreachable target epsilon would be found only after hours of distillation.
     private_plans(config)
     planned = []
+    if "distill" in stages:
+        planned += planned_jobs(config, source, "corpus")
     for stage in stages:
         # The last job also runs the baselines that the table's rows need.
         job = StageJob(source, "pipeline" if stage == "evaluate" else stage)
@@ -141,11 +146,12 @@ def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     The previous job has no id yet, so the text names its stage instead.
     """
     folder = job_folder(config)
-    command = _SUBMITIT.format(python=shlex.quote(sys.executable), folder=shlex.quote(str(folder)))
     texts = []
     after = None
     for planned in jobs:
-        parameters = job_parameters(planned.cluster, planned.stage, after)
+        python = task_python(planned.cluster.for_stage(planned.stage))
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        parameters = job_parameters(planned.cluster, planned.stage, folder, after)
         texts.append(job_text(command, str(folder), parameters))
         after = f"<{planned.stage}>"
     return texts
@@ -185,9 +191,12 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
     try:
         for planned in jobs:
             after = submitted[-1].job_id if submitted and chained else None
+            executor.python = task_python(planned.cluster.for_stage(planned.stage))
             # submitit keeps parameters from one submission to the next.
             executor.parameters.clear()
-            executor.update_parameters(**job_parameters(planned.cluster, planned.stage, after))
+            folder = job_folder(config)
+            parameters = job_parameters(planned.cluster, planned.stage, folder, after)
+            executor.update_parameters(**parameters)
             submitted.append(_submit(executor, planned))
     except BaseException as error:  # Ctrl-C too must leave nothing in the queue
         # An incomplete chain is useless, so its jobs are cancelled.
@@ -222,7 +231,7 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
             raise InputError(f"cluster.{planned.stage}.nodes is {nodes}; --local has one node")
     # The lines of `setup` run in bash, as in a batch file. submitit would use the system's shell,
     # which may not know `module`.
-    setup = "\n".join([*config.cluster.setup, 'exec "$@"'])
+    setup = "\n".join([*setup_lines(config.cluster), 'exec "$@"'])
     python = shlex.join(["bash", "-c", setup, "bash", sys.executable])
     # submitit's processes outlive the process that starts them. Tell them which process to watch.
     os.environ[SUBMITTER] = str(os.getpid())
@@ -248,8 +257,9 @@ def _submit(executor: submitit.Executor, planned: Planned) -> Submitted:
 
 def _try_job(config: RunConfig, planned: Planned) -> str:
     """Ask Slurm about one job, and return its answer."""
-    parameters = job_parameters(planned.cluster, planned.stage)
-    text = job_text("true", str(job_folder(config)), parameters)
+    folder = job_folder(config)
+    parameters = job_parameters(planned.cluster, planned.stage, folder)
+    text = job_text("true", str(folder), parameters)
     # sbatch reads a file; `--test-only` asks the scheduler and queues nothing.
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)

@@ -14,6 +14,7 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.errors import EnvironmentFault
+from post_dist.runtime.ranks import this_rank
 
 if TYPE_CHECKING:
     from post_dist.cluster.doctor import Finding
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # typer needs an enumeration. Jobs hold plain strings, because jobs are pickled.
 _COMMANDS: "dict[Submittable, Command]" = {
+    Submittable.corpus: "corpus",
     Submittable.distill: "distill",
     Submittable.warm_start: "warm_start",
     Submittable.tune: "tune",
@@ -117,6 +119,17 @@ def doctor(
         bool,
         typer.Option("--build", help="First compile what DeepSpeed would compile inside a job."),
     ] = False,
+    ranks: Annotated[
+        bool,
+        typer.Option(
+            "--ranks",
+            help="Under a launcher: check versions, clocks, shared folder and links of all ranks.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="With --ranks: compare the links with what `plan` assumes for this GPU."),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """List what this machine lacks for post_dist, and what to do about it."""
@@ -125,6 +138,11 @@ def doctor(
     # Build first, so that the findings list the new ops.
     built = build_ops() if build else []
     findings = examine(folder)
+    if ranks:
+        findings += _findings_of_ranks(folder, gpu)
+        # The findings are those of all ranks, so one of them prints.
+        if this_rank():
+            return
     all_well = all(finding.ok for finding in findings)
     if json_:
         checks = [asdict(finding) for finding in findings]
@@ -134,6 +152,19 @@ def doctor(
             print(_line(finding))
     if not all_well:
         raise typer.Exit(EnvironmentFault.exit_code)
+
+
+def _findings_of_ranks(folder: Path, gpu: str | None) -> "list[Finding]":
+    """Join the ranks of the launcher and check them together."""
+    from post_dist.cluster.rank_doctor import examine_ranks
+    from post_dist.planning.hardware import read_hardware
+    from post_dist.runtime.distributed import start
+
+    planned = None if gpu is None else read_hardware(gpu, None)
+    world = start(0)
+    findings = examine_ranks(folder, world, planned)
+    world.leave()
+    return findings
 
 
 def _print_answers(stages: Sequence[str], name: str, answers: Sequence[str], as_json: bool) -> None:

@@ -24,6 +24,7 @@ class Resume(StrEnum):
 class Submittable(StrEnum):
     """What `submit` can start: a stage, or the pipeline."""
 
+    corpus = "corpus"
     distill = "distill"
     warm_start = "warm-start"
     tune = "tune"

@@ -3,18 +3,18 @@
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from post_dist.config.job_options import (
+    Container,
+    OneLine,
+    SbatchOption,
+    SrunOption,
+    VariableName,
+)
 from post_dist.config.sections import PositiveInt, Section
 
-ClusterStage = Literal["distill", "warm_start", "tune", "transfer", "evaluate"]
-
-
-def _one_line(text: str) -> str:
-    """Refuse a text that would end the line of a batch file, or is none."""
-    if not text.isprintable() or not text.strip():
-        raise ValueError("must be one line of printable characters")
-    return text
+ClusterStage = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate"]
 
 
 def _minutes(value: Any) -> Any:
@@ -38,8 +38,12 @@ def _minutes(value: Any) -> Any:
 
 
 Minutes = Annotated[PositiveInt, BeforeValidator(_minutes)]
-OneLine = Annotated[str, AfterValidator(_one_line)]
-"""The value of an option of sbatch."""
+
+_ONE_TASK: dict[ClusterStage, str] = {
+    "corpus": "tokenizing runs on one node, without GPUs",
+    "tune": "tuning runs in one process, so that private data stay there",
+}
+"""The stages whose jobs have one task, and why."""
 
 
 class Resources(Section):
@@ -68,6 +72,24 @@ class Resources(Section):
     """Quality of service. Default: the cluster's."""
     constraint: OneLine | None = None
     """Features that the nodes must have, such as `a100`. Default: none."""
+    reservation: OneLine | None = None
+    """Reservation to run in. Default: none."""
+    exclude: OneLine | None = None
+    """Nodes to leave out, such as `n[3,7]`. Default: none."""
+    gres: OneLine | None = None
+    """Generic resources of a node, such as `gpu:h100:8`, for clusters without `--gpus-per-node`.
+    That option is then left out; `gpus_per_node` still says how many tasks there are."""
+    exclusive: bool = False
+    """Whether no other job may use the nodes."""
+    # What the cluster needs beyond that.
+    mpi: OneLine | None = None
+    """Kind of MPI of srun, such as `pmix`. Default: the cluster's."""
+    sbatch: dict[SbatchOption, OneLine | int | bool] = Field(default_factory=dict)
+    """Further options of sbatch, such as `{comment: mine, nice: 100}`."""
+    srun: tuple[SrunOption, ...] = ()
+    """Further options of srun, such as `[--cpu-bind=cores]`."""
+    container: Container | None = None
+    """Container that the tasks run in. Default: none."""
 
     @model_validator(mode="after")
     def _one_task_a_gpu(self) -> "Resources":
@@ -90,10 +112,18 @@ class Cluster(Resources):
 
     setup: tuple[str, ...] = ()
     """Shell lines that a job runs first, such as `module load cuda`."""
+    environment: dict[VariableName, OneLine] = Field(default_factory=dict)
+    """Environment variables of all jobs, such as those of NCCL: `{NCCL_SOCKET_IFNAME: ib0}`."""
     signal_seconds: PositiveInt = 120
     """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
     job again, and it resumes."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """How often a job is queued again after a rank died or hung. Time limits, failed nodes and
+    preemption do not count. The same failure twice at the same step ends the job."""
     # The fields that differ for a stage.
+    corpus: Resources = Resources()
+    """Resources of `corpus`, where they differ. Tokenizing has one node, one task and no GPU; its
+    processes use the cores of `cpus_per_task`."""
     distill: Resources = Resources()
     """Resources of `distill`, where they differ."""
     warm_start: Resources = Resources()
@@ -125,26 +155,37 @@ class Cluster(Resources):
         """Return the resources that a stage requests.
 
         Tuning always gets one task on one node, so that only one process sees the private data.
+        Tokenizing gets one task on one node, without GPUs.
 
         Raises:
-            ValueError: `cluster.tune` requests more than one node, task or GPU.
+            ValueError: `cluster.tune` or `cluster.corpus` requests more.
         """
         own: Resources = getattr(self, stage)
         # Only the fields that the stage sets itself replace the common ones.
         fields = self.model_dump(include=set(Resources.model_fields))
         fields |= own.model_dump(exclude_unset=True)
-        if stage == "tune":
-            single_task = {
-                "nodes": 1,
-                "tasks_per_node": 1,
-                "gpus_per_node": min(1, fields["gpus_per_node"]),
-            }
-            too_many = [name for name in single_task if (getattr(own, name) or 0) > 1]
-            if too_many:
-                raise ValueError(
-                    f"tune.{min(too_many)}: tuning runs in one process, "
-                    "so that private data stay there"
-                )
-            # The other stages may use many nodes, so the common fields are overridden silently.
-            fields |= single_task
+        if stage == "corpus" and own.gres is None:
+            fields["gres"] = None
+        if stage in _ONE_TASK:
+            fields |= _single_task(stage, own, fields["gpus_per_node"])
         return Resources.model_validate(fields)
+
+
+def _single_task(stage: ClusterStage, own: Resources, common_gpus: int) -> dict[str, int]:
+    """Return the size of a stage's job that has one task.
+
+    Args:
+        stage: the stage.
+        own: what the run file asks for this stage.
+        common_gpus: GPUs of a node, as for the other stages.
+
+    Raises:
+        ValueError: the stage asks for more.
+    """
+    gpus = min(1, common_gpus) if stage == "tune" else 0
+    most = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": int(stage == "tune")}
+    too_many = [name for name, limit in most.items() if (getattr(own, name) or 0) > limit]
+    if too_many:
+        raise ValueError(f"{stage}.{min(too_many)}: {_ONE_TASK[stage]}")
+    # The other stages may use many nodes, so the common fields are overridden silently.
+    return most | {"gpus_per_node": gpus}

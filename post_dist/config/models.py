@@ -116,8 +116,12 @@ class Engine(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     # When a rank counts as lost.
-    hang_timeout_seconds: PositiveFloat = 1800.0
-    """Seconds without progress after which a process reports its phase and stack, and exits."""
+    hang_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
+    """Seconds without progress after which a process reports its phase and stack, and exits; a day
+    at most, because the collectives' own limit is two."""
+    join_timeout_seconds: PositiveFloat = 600.0
+    """Seconds that a rank waits at its start for all others. Then it names those that are missing,
+    and exits."""
 
     @model_validator(mode="after")
     def _layout_is_possible(self) -> "Engine":

@@ -80,6 +80,9 @@ class Corpus(DataSource):
     field or `hub`."""
     workers: PositiveInt | None = None
     """Number of processes that tokenize. Default: one per core. The tokens do not depend on it."""
+    deduplicate: bool = False
+    """Keep only the first of documents with equal text. `max_rows` and `max_tokens` count documents
+    before that."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of one sequence. Documents are packed into sequences of this length."""
     max_tokens: PositiveInt | None = None

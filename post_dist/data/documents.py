@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from post_dist.data.sources import (
     compose_texts,
     open_hub,
 )
-from post_dist.errors import EnvironmentFault, InputError
+from post_dist.errors import InputError
 
 _BLOCK_BYTES = 1 << 20
 """Bytes of lines that are read at once."""
@@ -34,7 +33,7 @@ _ROWS = 256
 """Rows of a table that are read at once. A row may hold a long document."""
 
 _PARSING_ERRORS = (ValueError, RecursionError, EOFError, zlib.error, ArrowException)
-"""Errors of the parsers that are always there. Those of pandas are ValueErrors."""
+"""Errors of the parsers. Those of pandas are ValueErrors."""
 
 
 def documents_of(section: Corpus, unit: Unit) -> Iterator[str]:
@@ -46,7 +45,7 @@ def documents_of(section: Corpus, unit: Unit) -> Iterator[str]:
 
     Raises:
         InputError: a file is not of its type or lacks a column. The message names file and line.
-        EnvironmentFault: the hub cannot be reached, or a package is missing.
+        EnvironmentFault: the hub cannot be reached, or the package `datasets` is missing.
     """
     names = section.text_columns
     is_first = unit.start == 0
@@ -72,20 +71,12 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         raise InputError(f"corpus.path: {unit.path}: {problem}") from None
     except UnicodeError:
         raise InputError(f"corpus.path: {unit.path}: is not UTF-8 text") from None
-    except _parsing_errors() as error:
+    except _PARSING_ERRORS as error:
         # The parser's own message may quote a document of any length.
         place = _line_in(error)
         raise InputError(
             f"corpus.path: {unit.path}{place} cannot be read as {suffix[1:].upper()}"
         ) from None
-
-
-def _parsing_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of parsers for a file that is not of its type."""
-    zstandard = sys.modules.get("zstandard")
-    if zstandard is None:
-        return _PARSING_ERRORS
-    return (*_PARSING_ERRORS, zstandard.ZstdError)
 
 
 def _line_in(error: Exception) -> str:
@@ -175,29 +166,15 @@ def _line_at(unit: Unit, place: int) -> int:
 
 
 def _open(unit: Unit) -> IO[bytes]:
-    """Open the file of a unit, and decompress it.
-
-    Raises:
-        EnvironmentFault: the package for .zst files is missing.
-    """
+    """Open the file of a unit, and decompress it."""
     path = cast(Path, unit.path)
     if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
-        return _open_zst(path)
+        # pyarrow has zstd built in, and reads several frames that follow each other.
+        stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd")
+        return io.BufferedReader(stream)
     return path.open("rb")
-
-
-def _open_zst(path: Path) -> IO[bytes]:
-    try:
-        import zstandard  # an optional package
-    except ImportError:
-        raise EnvironmentFault(
-            f"corpus.path: {path} needs the package zstandard",
-            "pip install zstandard, or compress the file as .gz",
-        ) from None
-    stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-    return io.BufferedReader(stream)
 
 
 # Tables.
@@ -213,10 +190,9 @@ def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
 
 def _delimited(unit: Unit, separator: str) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
-        # pandas reports an empty file as a file without columns.
-        if not file.read(1):
+        # pandas reports an empty file as a file without columns. A zstd stream has no way back.
+        if not cast(io.BufferedReader, file).peek(1):
             raise InputError(f"corpus.path: {unit.path} is empty")
-        file.seek(0)
         reader: Any = pd.read_csv(
             file, sep=separator, dtype=str, keep_default_na=False, chunksize=_ROWS
         )

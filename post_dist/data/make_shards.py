@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import file_digests, file_type, source_digest, units_of
+from post_dist.data.duplicates import without_duplicates
 from post_dist.data.shard_worker import WorkerPool
 from post_dist.data.token_parts import (
     PartRecord,
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 0.5
 _KEPT = "the finished parts of the tokenized corpus are kept"
 _LOCK = "lock"
+_WITH_DUPLICATES = "with-duplicates"
 
 
 def make_shards(
@@ -76,6 +79,8 @@ def make_shards(
                 work = TokenizerWork(section, tokenizer, separator, folder, units_of(section))
                 fill_folder(work, contents)
                 return folder
+    # A start that was killed after it had sealed the shards leaves this folder.
+    shutil.rmtree(folder / _WITH_DUPLICATES, ignore_errors=True)
     check_parts(folder, read_index(folder).parts)
     return folder
 
@@ -90,6 +95,9 @@ def _contents(
         files.append([str(file_type(path)), digest])
     # The length of sequences is left out, because the shards do not depend on it.
     fields = {"hub_config", "hub_split", "text", "max_rows", "max_tokens"}
+    # Older shards do not name this field.
+    if section.deduplicate:
+        fields.add("deduplicate")
     return {
         "version": FORMAT_VERSION,
         "source": source_digest(section),
@@ -147,6 +155,19 @@ def fill_folder(work: TokenizerWork, contents: dict[str, Any]) -> None:
     folder = work.folder
     with writing(folder):
         _prepare(folder)
+    make_parts = _distinct_parts if work.section.deduplicate else _made_parts
+    parts = make_parts(work)
+    index = ShardIndex(contents, parts)
+    # The index comes first. A start that is killed here leaves sealed shards.
+    with writing(folder):
+        index.write(folder)
+        _remove_unused(folder, parts)
+    log.info("corpus: %d tokens of %d documents in %s", index.tokens, index.documents, folder)
+
+
+def _made_parts(work: TokenizerWork) -> list[PartRecord]:
+    """Make the parts that are missing, and compare the others with their digests."""
+    folder = work.folder
     # A part of an earlier start may have been damaged since.
     kept = sorted(folder.glob("part-*.safetensors"))
     _tokenize(work)
@@ -156,12 +177,22 @@ def fill_folder(work: TokenizerWork, contents: dict[str, Any]) -> None:
         source = work.section.path or work.section.hub
         raise InputError(f"corpus: {source} has no rows")
     check_parts(folder, [part for part in parts if folder / part.name in kept])
-    index = ShardIndex(contents, parts)
-    # The index comes first. A start that is killed here leaves sealed shards.
-    with writing(folder):
-        index.write(folder)
-        _remove_unused(folder, parts)
-    log.info("corpus: %d tokens of %d documents in %s", index.tokens, index.documents, folder)
+    return parts
+
+
+def _distinct_parts(work: TokenizerWork) -> list[PartRecord]:
+    """Make the parts in a folder of their own, and write them without duplicates."""
+    whole = replace(work, folder=work.folder / _WITH_DUPLICATES)
+    with writing(whole.folder):
+        whole.folder.mkdir(exist_ok=True)
+        # What a killed search for duplicates has left is large.
+        for scratch in whole.folder.glob(".buckets-*"):
+            shutil.rmtree(scratch)
+        _prepare(whole.folder)
+    kept = [path.name for path in work.folder.glob("part-*.safetensors")]
+    parts = without_duplicates(whole.folder, _made_parts(whole), work.folder)
+    check_parts(work.folder, [part for part in parts if part.name in kept])
+    return parts
 
 
 def _prepare(folder: Path) -> None:
@@ -178,11 +209,12 @@ def _prepare(folder: Path) -> None:
 
 
 def _remove_unused(folder: Path, parts: list[PartRecord]) -> None:
-    """Remove the records, which the index replaces, and parts after `max_tokens` or `max_rows`."""
+    """Remove what the index replaces: records, duplicates, and parts after the limits."""
     used = {part.name for part in parts}
     for path in folder.glob("part-*"):
         if path.name not in used:
             path.unlink()
+    shutil.rmtree(folder / _WITH_DUPLICATES, ignore_errors=True)
 
 
 class _Counter:
@@ -211,9 +243,7 @@ class _Counter:
 
 def _tokenize(work: TokenizerWork) -> None:
     """Make the parts of all units that are needed."""
-    # A job may be allowed fewer cores than the machine has.
-    workers = work.section.workers or len(os.sched_getaffinity(0))
-    workers = min(workers, len(work.units))
+    workers = min(work.section.workers or _cores(), len(work.units))
     if workers > 1:
         _tokenize_in_processes(work, workers)
         return
@@ -227,6 +257,13 @@ def _tokenize(work: TokenizerWork) -> None:
             counter.add(number)
             if counter.enough:
                 return
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0))
+    # Not every cluster binds a task to the cores that it has asked for.
+    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK") or allowed))
 
 
 def _between() -> None:

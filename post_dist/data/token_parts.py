@@ -6,6 +6,7 @@ complete. Then its record, a small JSON file, is written beside it. A part witho
 again.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ TOKENS = "tokens"
 DOCUMENT_LENGTHS = "document_lengths"
 """Name of the array with the number of tokens of each document, separator included, int32."""
 
+_DIGEST_BYTES = 16
 _PART_CHARACTERS = 16 << 20
 _CHARACTERS_AT_ONCE = 1 << 20
 """Characters in one call of the tokenizer: less than a second of work, between two looks at
@@ -139,22 +141,30 @@ def tokenize_unit(work: TokenizerWork, number: int, between: Callable[[], None])
 def finished_parts(folder: Path, unit: int) -> list[PartRecord]:
     """Return the records of a unit's finished parts, in order, up to the first one missing."""
     records: list[PartRecord] = []
-    while True:
-        path = folder / part_name(unit, len(records))
-        try:
-            record = PartRecord(**json.loads(record_path(path).read_text()))
-            complete = path.stat().st_size == record.size
-        except (OSError, ValueError, TypeError):
-            return records
-        # A file of another size was cut off by a crash of the machine.
-        if not complete:
-            return records
+    while record := read_record(folder / part_name(unit, len(records))):
         records.append(record)
+    return records
+
+
+def read_record(part: Path) -> PartRecord | None:
+    """Return the record of a part, or None if the part is not finished."""
+    try:
+        record = PartRecord(**json.loads(record_path(part).read_text()))
+        complete = part.stat().st_size == record.size
+    except (OSError, ValueError, TypeError):
+        return None
+    # A file of another size was cut off by a crash of the machine.
+    return record if complete else None
 
 
 def record_path(part: Path) -> Path:
     """Return the path of the record of a part."""
     return part.with_suffix(".json")
+
+
+def digests_path(part: Path) -> Path:
+    """Return the path of the digests of a part's documents, which `corpus.deduplicate` needs."""
+    return part.with_suffix(".npy")
 
 
 def cut_part(folder: Path, record: PartRecord, tokens: int, documents: int) -> PartRecord:
@@ -180,6 +190,24 @@ def cut_part(folder: Path, record: PartRecord, tokens: int, documents: int) -> P
     return _write(folder, record, kept_tokens, lengths[lengths > 0])
 
 
+def keep_documents(source: Path, record: PartRecord, kept: np.ndarray, target: Path) -> PartRecord:
+    """Write a part with some of its documents into another folder.
+
+    Args:
+        source: folder of the part.
+        record: the part.
+        kept: whether to keep each document, bool [documents].
+        target: folder of the new part.
+
+    Returns:
+        The record of the new part.
+    """
+    with safe_open(source / record.name, framework="numpy") as arrays:
+        tokens = arrays.get_tensor(TOKENS)
+        lengths = arrays.get_tensor(DOCUMENT_LENGTHS)
+    return _write(target, record, tokens[np.repeat(kept, lengths)], lengths[kept])
+
+
 class _Part:
     """A part in memory.
 
@@ -197,6 +225,7 @@ class _Part:
         # An array takes four bytes for each token, a list of Python integers nine times as many.
         self._arrays: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
+        self._digests = bytearray()
 
     def add(self, documents: list[str]) -> None:
         """Tokenize documents, and add their tokens."""
@@ -211,6 +240,10 @@ class _Part:
         self._arrays.append(np.concatenate(arrays))
         self._lengths.append(np.asarray([len(each) for each in arrays], dtype=np.int32))
         self.tokens += len(self._arrays[-1])
+        if self._work.section.deduplicate:
+            for document in documents:
+                text = document.encode("utf-8", "surrogatepass")
+                self._digests += hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
 
     def write(self, *, is_last: bool) -> None:
         """Write the part and its record."""
@@ -219,6 +252,10 @@ class _Part:
         tokens = np.concatenate([nothing, *self._arrays])
         lengths = np.concatenate([nothing, *self._lengths])
         record = PartRecord(self._unit, self.number, 0, 0, 0, "", is_last)
+        if self._work.section.deduplicate:
+            digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)
+            path = digests_path(self._work.folder / record.name)
+            write_file(path, lambda partial: _save_array(partial, digests))
         _write(self._work.folder, record, tokens, lengths)
 
 
@@ -240,6 +277,12 @@ def _write(folder: Path, record: PartRecord, tokens: np.ndarray, lengths: np.nda
     # The record comes last, because it says that the part is complete.
     write_file(record_path(path), lambda partial: partial.write_text(text))
     return written
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    # Given a path, numpy would add a suffix to a temporary name.
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def _with_looks(documents: Iterator[str], between: Callable[[], None]) -> Iterator[str]:

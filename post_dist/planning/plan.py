@@ -56,7 +56,7 @@ def plan_run(
         "precision": precision,
         "teacher_parameters": inputs.models.teacher.parameters,
         "student_parameters": inputs.models.student.parameters,
-        "corpus": None if config.corpus is None else plan_corpus(config.corpus),
+        "corpus": plan_corpus(config),
         "stages": stages,
         "hours": sum(stage["hours"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),

@@ -14,9 +14,12 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
+from post_dist.runtime.meeting import wait_for_ranks
+from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import unwatched
 
 log = logging.getLogger(__name__)
@@ -162,7 +165,8 @@ class World:
         """
         if self.is_main:
             return self.from_main(self.together(work))
-        with unwatched("waiting for rank 0"):
+        # Rank 0 may save its work after a request to stop, so this rank leaves when rank 0 does.
+        with unwatched("waiting for rank 0"), saving():
             self.together(lambda: None)
         # The value of other ranks is ignored.
         return self.from_main(cast(Shared, None))
@@ -187,12 +191,16 @@ def _error_of_another_rank(exit_code: int) -> PostDistError:
     return error
 
 
-def start(seed: int) -> World:
+def start(seed: int, join_timeout_seconds: float = 600.0) -> World:
     """Join the other ranks and seed this process. Without a launcher it is the only rank.
 
+    Args:
+        seed: seed of this process.
+        join_timeout_seconds: longest wait for the other ranks.
+
     Raises:
-        EnvironmentFault: the launcher's variables are wrong (see `find_launcher`), or there are
-            more local ranks than GPUs.
+        EnvironmentFault: the launcher's variables are wrong (see `find_launcher`), there are more
+            local ranks than GPUs, or a rank does not come.
     """
     launcher = find_launcher(os.environ)
     if launcher == "none":
@@ -209,7 +217,13 @@ def start(seed: int) -> World:
     world = World(rank, size, local_rank, launcher, _use_device(local_rank))
     # A process alone needs no group until it shards a model. The private stages never do.
     if size > 1:
+        # torch would wait for a missing rank without saying which. Its own store, at the same port,
+        # must begin before this one ends: they share a server, and some ranks may be there already.
+        store = None
+        if not dist.is_initialized():
+            store = wait_for_ranks(rank, size, join_timeout_seconds)
         prepare_deepspeed(world)
+        del store
     torch.manual_seed(seed)
     log.info("rank %d of %d on %s (launcher: %s)", rank, size, world.device, launcher)
     return world
@@ -232,6 +246,10 @@ def prepare_deepspeed(world: World) -> None:
     if world.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
+    # DeepSpeed makes groups of its own, and torch more, without a time limit of theirs. NCCL's
+    # default of 10 minutes would abort the process before the watchdog could say where it was.
+    distributed_c10d.default_pg_timeout = _TIMEOUT
+    distributed_c10d.default_pg_nccl_timeout = _TIMEOUT
     if world.size == 1 and not dist.is_initialized():
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

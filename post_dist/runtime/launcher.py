@@ -1,11 +1,31 @@
 """Find out which launcher started this process, by the environment variables that it sets."""
 
+import ctypes
+import os
+import signal
 from collections.abc import Mapping, MutableMapping
 
-from post_dist.errors import EnvironmentFault
+from post_dist.errors import (
+    ArtifactRefused,
+    EnvironmentFault,
+    InputError,
+    Interrupted,
+    PrivacyRefused,
+)
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun and the deepspeed launcher set, and that torch reads."""
+
+FINAL_EXIT_CODES = (
+    InputError.exit_code,
+    ArtifactRefused.exit_code,
+    PrivacyRefused.exit_code,
+    Interrupted.exit_code,
+)
+"""Exit codes after which another start would not help, or was not asked for."""
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of <sys/prctl.h>."""
 
 ENVIRONMENT_OF_ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """Variables for a process that no launcher started. DeepSpeed's engine reads them."""
@@ -61,6 +81,29 @@ def _checked_world_size(environment: Mapping[str, str]) -> int:
     if not 0 <= rank < size:
         raise EnvironmentFault(f"RANK={rank} is not below WORLD_SIZE={size}")
     return size
+
+
+def end_with_launcher(environment: Mapping[str, str]) -> None:
+    """Ask the kernel to send this process SIGTERM when torchrun or the deepspeed launcher ends.
+
+    A launcher that is killed cannot end its ranks, which would go on working in the run's folder.
+    Slurm ends its tasks itself.
+    """
+    if environment.get("TORCHELASTIC_RUN_ID") or environment.get("CROSS_RANK"):
+        # This call of Linux has no Python function. Other systems lack it.
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def keep_from_restarting(exit_code: int, environment: Mapping[str, str]) -> None:
+    """End torchrun if another start of its ranks would end in the same way.
+
+    torchrun restarts ranks after any exit code but 0. A wrong run file or a refusal comes again,
+    and a run that was asked to stop should not go on.
+    """
+    if exit_code in FINAL_EXIT_CODES and environment.get("TORCHELASTIC_RUN_ID"):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def remove_launcher_variables(environment: MutableMapping[str, str]) -> None:

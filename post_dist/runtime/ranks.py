@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from post_dist.config.schema import RunConfig
+from post_dist.runtime.launcher import end_with_launcher
 from post_dist.runtime.watchdog import rest, watch
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def join_ranks(config: RunConfig) -> "World":
     A second call in the same process seeds the process again and keeps the process group.
 
     Raises:
-        EnvironmentFault: the launcher's variables contradict each other, or there are too few GPUs.
+        EnvironmentFault: the launcher's variables contradict each other, there are too few GPUs, or
+            a rank does not come within `engine.join_timeout_seconds`.
     """
+    end_with_launcher(os.environ)
     # Waiting OpenMP threads should give up their core instead of spinning. With another busy
     # process on two cores, spinning made a tuning step eighteen times slower (15 s against 0.8 s).
     # libgomp reads this variable when torch is loaded, so it is set before these imports.
@@ -41,7 +44,7 @@ def join_ranks(config: RunConfig) -> "World":
     limit_seconds = config.engine.hang_timeout_seconds
     speak(this_rank())
     watch(this_rank(), limit_seconds)
-    world = start(config.seed)
+    world = start(config.seed, config.engine.join_timeout_seconds)
     _Joined.world = world
     _Joined.hang_timeout_seconds = limit_seconds
     return world

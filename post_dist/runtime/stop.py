@@ -4,6 +4,10 @@ Slurm sends SIGUSR2 before a time limit and SIGTERM when it cancels a job. Ctrl-
 signal handler only sets a flag. It raises no exception, because some libraries swallow those that
 are raised in their callbacks. Between two steps, all ranks check the flag together. They then save
 their state and leave with exit code 6. The same command resumes the run.
+
+Python calls a signal handler only between two instructions of the main thread, which may be inside
+a collective or a read for minutes. A thread of its own therefore ends a process that has nothing to
+save (see `leave_in_seconds`).
 """
 
 import atexit
@@ -11,20 +15,32 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from post_dist.errors import Interrupted
+from post_dist.runtime.watchdog import current_phase
 
 if TYPE_CHECKING:  # this import loads torch, but the handlers must be ready before that
     from post_dist.runtime.distributed import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
+_SECONDS_TO_LEAVE = 4.0
+"""Seconds after which a request to stop ends work that nobody saves. Slurm kills after 30."""
+_SECONDS_BETWEEN_LOOKS = 0.2
+
 _requested: list[str] = []
 """Names of the signals that this process has received."""
+
+
+class _Work:
+    """Whether the work of this process leaves by itself after a request to stop."""
+
+    saves = 0
 
 
 def listen() -> None:
@@ -54,6 +70,53 @@ def listening() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # a handler from C code is None and cannot be restored
                 signal.signal(number, handler)
+
+
+def leave_in_seconds() -> None:
+    """End this process a few seconds after SIGTERM or SIGUSR2, unless its work saves its state.
+
+    Loading, hashing or a collective may take minutes, and saves nothing. Whatever was finished is
+    on the disk already, so the same command resumes. Only the process of a command or a job calls
+    this function, because a notebook must not end with its work.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # The interpreter writes the number of each signal there, even while the main thread waits.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A forked process has the same pipe. Its signals are not requests to this one.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_in_time, args=(reader,), daemon=True, name="stop").start()
+
+
+def _end_in_time(signals: int) -> None:
+    """Wait for a request to stop. Then end the process, as soon as its work saves nothing."""
+    name = ""
+    while name not in ("SIGTERM", "SIGUSR2"):
+        name = signal.Signals(os.read(signals, 1)[0]).name
+    time.sleep(_SECONDS_TO_LEAVE)
+    while _Work.saves:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    stop = Interrupted(
+        f"stopped by {name} in: {current_phase()}",
+        "the same command resumes from what is saved",
+    )
+    print(f"post-dist: {stop}", file=sys.stderr, flush=True)
+    os._exit(Interrupted.exit_code)
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Mark work that saves its state and leaves by itself after a request to stop."""
+    _Work.saves += 1
+    try:
+        yield
+    finally:
+        _Work.saves -= 1
+
+
+def was_requested() -> bool:
+    """Return whether this process was asked to stop."""
+    return bool(_requested)
 
 
 def leave_quietly() -> None:

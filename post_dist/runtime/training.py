@@ -5,7 +5,7 @@ from typing import Protocol
 
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
-from post_dist.runtime.stop import stop_requested, stopped
+from post_dist.runtime.stop import saving, stop_requested, stopped
 
 
 class TrainingJob(Protocol):
@@ -86,7 +86,8 @@ def run_training(
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
     """
-    with progress(job.label, job.steps, first_step, show=show and world.is_main) as advance:
+    shown = progress(job.label, job.steps, first_step, show=show and world.is_main)
+    with saving(), shown as advance:
         for step in range(first_step, job.steps):
             text = job.take_step(step)
             # This is a collective, so every rank calls it in every step.

@@ -60,6 +60,11 @@ def phase(name: str) -> None:
     _Watch.moved = time.monotonic()
 
 
+def current_phase() -> str:
+    """Return the phase that this process has begun last."""
+    return _Watch.phase
+
+
 @contextmanager
 def unwatched(name: str) -> Iterator[None]:
     """Pause the watch for a wait of unknown length, such as a download or another rank's work."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from started import run_ranks
 
 from post_dist.bench.fabric import fit_link
 
@@ -62,6 +63,20 @@ def test_ranks_on_two_nodes_measure_the_network_under_any_launcher() -> None:
     assert list(collectives) == ["node", "network"]
     assert len(collectives["node"]) == 0
     assert len(collectives["network"]) == COLLECTIVES_OF_A_LINK
+
+
+def test_the_ranks_are_checked_together(tmp_path: Path) -> None:
+    ranks = run_ranks("doctor", tmp_path / "runs", "--ranks", "--gpu=h100", "--json")
+    assert ranks[1].stdout == ""
+    checks = {each["name"]: each for each in json.loads(ranks[0].stdout)["checks"]}
+    for name in ("ranks", "versions", "clocks", "shared folder", "locks"):
+        assert checks[name]["ok"], checks[name]
+    assert checks["ranks"]["found"].startswith("2 on 1 hosts")
+    # gloo on a processor is slower than NVLink.
+    assert not checks["links"]["ok"]
+    assert "the plan assumes 337.50" in checks["links"]["found"]
+    assert ranks[0].returncode == 3
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_fit_finds_latency_and_bandwidth() -> None:

@@ -1,13 +1,15 @@
 """What ranks tell each other: a stop or refusal of rank 0, its view of the disk, its progress."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
-from started import rank_variables, run_ranks
+from started import Command, rank_variables, run_ranks
 
 
 def two_ranks(
@@ -110,6 +112,37 @@ def test_rank_0_alone_holds_the_student_whole(distilled: Path, tmp_path: Path) -
     command = ("distill", distilled, f"--output={tmp_path}", "--set=engine.zero_stage=3")
     codes, said = two_ranks(*command, prepare=("nothing", "given no whole model"))
     assert codes == [0, 0], said
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (0, "rank 1 of 2 has not started within 2 s"),
+        (1, "rank 1 of 2 has not reached rank 0 on 127.0.0.1"),
+    ],
+)
+def test_a_rank_that_never_comes_is_named(distilled: Path, rank: int, said: str) -> None:
+    command = Command(
+        "distill",
+        distilled,
+        "--set=engine.join_timeout_seconds=2",
+        variables=rank_variables(2)[rank],
+    )
+    message = command.communicate()[1]
+    assert command.returncode == 3, message
+    assert said in message
+
+
+def test_a_rank_that_waits_for_others_leaves_in_seconds(distilled: Path) -> None:
+    command = Command("distill", distilled, variables=rank_variables(2)[0])
+    # It listens from its start on, and waits ten minutes for rank 1.
+    time.sleep(3)
+    command.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    message = command.communicate(30)[1]
+    assert command.returncode == 6, message
+    assert "stopped by SIGTERM in: waiting for all ranks to start" in message
+    print(f"left {time.monotonic() - asked:.1f} s after SIGTERM")
 
 
 WATCHED = """

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import tiny
 import torch
@@ -25,8 +26,8 @@ from safetensors.numpy import load_file
 from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.sources import DataSource
 from post_dist.data import documents as documents_module
+from post_dist.data import duplicates, token_parts
 from post_dist.data import make_shards as make_shards_module
-from post_dist.data import token_parts
 from post_dist.data.corpus import build_corpus
 from post_dist.data.corpus_files import units_of
 from post_dist.data.documents import documents_of
@@ -128,6 +129,13 @@ def test_ranges_of_text_give_the_lines_of_the_whole_file(
     assert found == [line.strip() for line in whole]
 
 
+def zst(content: bytes) -> bytes:
+    """Two zstd frames, as a parallel compressor writes them."""
+    half = len(content) // 2
+    codec = pyarrow.Codec("zstd")
+    return b"".join(codec.compress(part).to_pybytes() for part in (content[:half], content[half:]))
+
+
 def tables() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for number, line in enumerate(ODD_LINES * 80):
@@ -158,9 +166,14 @@ def test_tables_give_the_rows_that_the_reader_of_whole_files_gives(
     section = section_of(path, text=text)
     assert documents(section, 700) == whole
     if suffix != "parquet":
-        compressed = tmp_path / f"b.{suffix}.gz"
-        compressed.write_bytes(gzip.compress(path.read_bytes()))
-        assert documents(section_of(compressed, text=text)) == whole
+        content = path.read_bytes()
+        for name, packed in (
+            (f"b.{suffix}.gz", gzip.compress(content)),
+            (f"b.{suffix}.zst", zst(content)),
+        ):
+            compressed = tmp_path / name
+            compressed.write_bytes(packed)
+            assert documents(section_of(compressed, text=text)) == whole
 
 
 def test_lists_folders_and_patterns_name_files_in_order(tmp_path: Path) -> None:
@@ -193,6 +206,12 @@ def test_lists_folders_and_patterns_name_files_in_order(tmp_path: Path) -> None:
         ("a.parquet", b"no table", "cannot be read as PARQUET"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 9000, mtime=0)[:-12], "cannot be read as TXT"),
+        ("a.txt.zst", b"no zstd at all", "a.txt.zst: cannot be read"),
+        (
+            "a.txt.zst",
+            pyarrow.Codec("zstd").compress(b"x" * 9000).to_pybytes()[:-4],
+            "a.txt.zst: cannot",
+        ),
         ("a.pdf", b"x", "a.pdf has no known file type"),
     ],
 )
@@ -322,6 +341,48 @@ def test_processes_make_the_bytes_that_one_makes(tmp_path: Path, workers: int) -
     section = section_of([tmp_path / "a.txt", tmp_path / "d.jsonl"], workers=workers)
     with pytest.raises(InputError, match=r"d.jsonl, line 2, is not a JSON object"):
         fill_folder(work_in(tmp_path / "wrong", section), {})
+
+
+def test_the_first_of_equal_documents_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = texts(50) + texts(30) + ["", "twice", "twice"] + texts(40, 1) + texts(50)
+    distinct = list(dict.fromkeys(lines))
+    (tmp_path / "a.txt").write_text("\n".join(lines[:70]))
+    (tmp_path / "b.txt").write_text("\n".join(lines[70:]))
+    section = section_of(tmp_path / "*.txt", deduplicate=True)
+    monkeypatch.setattr(duplicates, "_DOCUMENTS_IN_BUCKET", 20)
+    work = work_in(tmp_path / "shards", section)
+    fill_folder(work, {})
+    assert tokens_in(work.folder) == stream_of(distinct)
+    index = read_index(work.folder)
+    assert index.documents == len(distinct)
+    assert len(index.parts) > 10
+
+    # A start that is killed while it writes the parts leaves the same shards.
+    killed = work_in(tmp_path / "killed", section)
+    real = duplicates.keep_documents
+    calls = iter(range(6))
+
+    def stops(*given: Any) -> Any:
+        if next(calls, None) is None:
+            raise Interrupted("as if it was killed")
+        return real(*given)
+
+    monkeypatch.setattr(duplicates, "keep_documents", stops)
+    with pytest.raises(Interrupted):
+        fill_folder(killed, {})
+    assert len(list(killed.folder.glob("part-*.safetensors"))) == 6
+    monkeypatch.setattr(duplicates, "keep_documents", real)
+    fill_folder(killed, {})
+    assert files_of(killed.folder) == files_of(work.folder)
+
+    # All documents are read first, and the folder of a plain corpus is another one.
+    limited = work_in(tmp_path / "limited", section.model_copy(update={"max_rows": 60}))
+    fill_folder(limited, {})
+    assert tokens_in(limited.folder) == stream_of(list(dict.fromkeys(lines[:60])))
+    plain = make_shards(section_of(tmp_path / "*.txt"), WORDS, END, tmp_path / "corpora")
+    assert make_shards(section, WORDS, END, tmp_path / "corpora") != plain
 
 
 def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from post_dist.config.assets import asset
 from post_dist.errors import InputError
 from post_dist.models.size import size_of
-from post_dist.planning.corpus import TOKENS_PER_CORE_SECOND
+from post_dist.planning.corpus import MEMORY_GIB_PER_PROCESS, TOKENS_PER_CORE_SECOND
 from post_dist.planning.hardware import Machine, read_hardware
 from post_dist.planning.simulation import young_interval
 
@@ -145,6 +145,10 @@ def test_the_corpus_is_counted_by_its_limit_or_its_files(
     _, plan = planned(main, run, "--set=corpus.max_tokens=2000000000")
     assert plan["corpus"]["core_hours"] == pytest.approx(2e9 / TOKENS_PER_CORE_SECOND / 3600)
     assert plan["corpus"]["disk_gb"] == pytest.approx(8)
+    on_ten = "--set=cluster.corpus={cpus_per_task: 10}"
+    faster = planned(main, run, on_ten, "--set=corpus.max_tokens=2000000000")[1]["corpus"]
+    assert faster["hours"] == pytest.approx(plan["corpus"]["core_hours"] / 10)
+    assert faster["memory_gib"] == pytest.approx(11 * MEMORY_GIB_PER_PROCESS)
     (tmp_path / "text").mkdir()
     for name in "ab":
         (tmp_path / "text" / f"{name}.txt").write_bytes(b"12345678" * 50)
@@ -152,7 +156,7 @@ def test_the_corpus_is_counted_by_its_limit_or_its_files(
     _, plan = planned(main, run, *unlimited)
     assert plan["corpus"]["tokens"] == 200
     _, said, _ = main("plan", run, *unlimited)
-    assert "corpus on CPUs: tokens 200, core hours" in said
+    assert "corpus on CPUs: tokens 200, cores" in said
     _, plan = planned(main, run, "--set=corpus={path: missing.txt}")
     assert plan["corpus"] is None
 

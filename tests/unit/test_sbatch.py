@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ import tiny
 import yaml
 from pydantic import ValidationError
 
-from post_dist.cluster.sbatch import SRUN, job_parameters, job_text
+from post_dist.cluster.restart import decide
+from post_dist.cluster.sbatch import SRUN, job_parameters, job_text, task_python
 from post_dist.config.cluster import Cluster, ClusterStage
 
 FOLDER = Path(__file__).parents[2] / "slurm"
-ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "srun ")
+ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "export POST_DIST_", "srun ")
 COMMANDS = {
+    "corpus": "corpus",
     "distill": "distill",
     "warm_start": "warm-start",
     "tune": "tune",
@@ -30,7 +33,7 @@ COMMANDS = {
 @pytest.mark.parametrize("stage", get_args(ClusterStage))
 def test_a_file_in_slurm_has_the_lines_of_a_submitted_job(stage: ClusterStage) -> None:
     text = (FOLDER / f"{stage}.sbatch").read_text()
-    parameters = job_parameters(Cluster(), stage)
+    parameters = job_parameters(Cluster(), stage, FOLDER)
     parameters["additional_parameters"]["output"] = f"post_dist-{stage}-%j.log"
     wanted = [
         line
@@ -52,7 +55,7 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
         partition="gpu", account="lab", gpus_per_node=8, cpus_per_task=4, distill=distill, tune=tune
     )
     lines = {
-        stage: job_text("x", "/logs", job_parameters(cluster, stage, "7")).splitlines()
+        stage: job_text("x", "/logs", job_parameters(cluster, stage, FOLDER, "7")).splitlines()
         for stage in ("distill", "tune")
     }
     assert {
@@ -71,6 +74,9 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
         next(line for line in lines[stage] if line.startswith("srun ")).count("--cpus-per-task=4 ")
         for stage in lines
     ] == [1, 1]
+    corpus = job_text("x", "/logs", job_parameters(cluster, "corpus", FOLDER))
+    assert "--ntasks-per-node=1\n" in corpus
+    assert "gpus" not in corpus
     assert {
         "#SBATCH --dependency=afterok:7",
         "#SBATCH --kill-on-invalid-dep=yes",
@@ -80,9 +86,16 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
 
 @pytest.mark.parametrize(
     ("code", "cancelled", "requeued"),
-    [(6, False, True), (6, True, False), (0, False, False), (2, False, False)],
+    [
+        (6, False, True),
+        (6, True, False),
+        (0, False, False),
+        (2, False, False),
+        (137, False, True),
+        (137, True, False),
+    ],
 )
-def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
+def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
     tmp_path: Path, code: int, cancelled: bool, requeued: bool
 ) -> None:
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
@@ -91,11 +104,106 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
     )
     for program in ("scontrol", "srun"):
         (tmp_path / program).chmod(0o755)
-    text = job_text("work", str(tmp_path), job_parameters(Cluster(), "distill"))
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    text = job_text("work", str(tmp_path), job_parameters(Cluster(), "distill", tmp_path))
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "PYTHONPATH": str(FOLDER.parent),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NAME": "post_dist-distill",
+    }
     assert subprocess.run(["bash", "-c", text], env=environment, check=False).returncode == code
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 17\n" if requeued else "")
+
+
+SCHEDULER = {
+    "gpus_per_node": 2,
+    "gres": "gpu:h100:2",
+    "exclusive": True,
+    "reservation": "night shift",
+    "exclude": "n[3,7]",
+    "mpi": "pmix",
+    "sbatch": {"comment": "it's $HOME; `id`", "nice": 100, "hold": False, "spread-job": True},
+    "srun": ["--cpu-bind=cores"],
+    "environment": {"NCCL_SOCKET_IFNAME": "ib0", "A": "x; touch $HOME"},
+    "container": {"runtime": "pyxis", "image": "lab#img:1", "mounts": ["/data", "/a b:/b"]},
+}
+
+
+def test_options_of_the_scheduler_are_quoted_values(tmp_path: Path) -> None:
+    cluster = Cluster.model_validate(SCHEDULER)
+    text = job_text("work", str(tmp_path), job_parameters(cluster, "distill", tmp_path))
+    lines = text.splitlines()
+    assert {
+        "#SBATCH --gres=gpu:h100:2",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --exclusive",
+        "#SBATCH --reservation='night shift'",
+        "#SBATCH --exclude='n[3,7]'",
+        "#SBATCH --nice=100",
+        "#SBATCH --spread-job",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export A='x; touch $HOME'",
+    } <= set(lines)
+    assert "gpus-per-node" not in text
+    assert "hold" not in text
+    (comment,) = [line for line in lines if "--comment=" in line]
+    assert shlex.split(comment.removeprefix("#SBATCH ")) == ["--comment=it's $HOME; `id`"]
+    (srun,) = [line for line in lines if line.startswith("srun ")]
+    assert shlex.split(srun)[-5:] == [
+        "--mpi=pmix",
+        "--container-image=lab#img:1",
+        "--container-mounts=/data:/data,/a b:/b",
+        "--cpu-bind=cores",
+        "work",
+    ]
+    assert task_python(cluster.for_stage("distill")) == "python"
+    assert "gres" not in job_text("", ".", job_parameters(cluster, "corpus", tmp_path))
+
+    inside = {"runtime": "apptainer", "image": "/my images/a.sif", "mounts": ["/data"]}
+    apptainer = Cluster.model_validate({"gpus_per_node": 1, "container": inside})
+    assert shlex.split(task_python(apptainer.for_stage("distill"))) == [
+        *("apptainer", "exec", "--nv", "--bind", "/data", "/my images/a.sif", "python")
+    ]
+
+
+def fail(folder: Path, code: int, step: int, message: str = "") -> tuple[bool, str]:
+    """Decide about a failure of a run that has done so many steps."""
+    run = folder / "distill-01234567"
+    run.mkdir(exist_ok=True)
+    (run / "resolved.yaml").write_text("distill: {steps: 100}")
+    lines = [json.dumps({"step": each, "seconds": each}) + "\n" for each in range(step)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    logs = folder / "slurm"
+    logs.mkdir(exist_ok=True)
+    with (logs / "17_0_log.out").open("a") as log:
+        log.write(f"{message}\n")
+    variables = {"POST_DIST_JOB_FOLDER": str(logs), "POST_DIST_MAX_RESTARTS": "3"}
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "post_dist-distill"}
+    again, told = decide(code, variables | slurm)
+    with (logs / "17_0_log.out").open("a") as log:
+        log.write(f"post-dist: {told}\n")
+    return again, told
+
+
+def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -> None:
+    message = "post-dist: rank 0 has made no progress for 5 s in: distill"
+    assert fail(tmp_path, 3, 17, message) == (
+        True,
+        "restart 1 of 3: exit code 3 at step 17 (rank 0 has made no progress for 5 s in: distill)",
+    )
+    # Another failure at the same step, then the same failure at another step.
+    assert fail(tmp_path, 137, 17) == (True, "restart 2 of 3: exit code 137 at step 17")
+    assert fail(tmp_path, 137, 40)[0]
+    again, told = fail(tmp_path, 137, 40)
+    assert (again, told) == (
+        False,
+        "not restarted: exit code 137 at step 40, for the second time at the same step",
+    )
+    assert fail(tmp_path, 137, 60)[1] == "not restarted: exit code 137 at step 60, after 3 restarts"
+    assert len((tmp_path / "slurm" / "17_failures.jsonl").read_text().splitlines()) == 5
+    for code in (0, 2, 4, 5, 6):
+        assert fail(tmp_path, code, 70) == (False, "")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +211,7 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
     [
         ({"tune": {"nodes": 2}}, "tune.nodes: tuning runs in one process"),
         ({"tune": {"nodes": "2"}}, "tune.nodes: tuning runs in one process"),
+        ({"corpus": {"gpus_per_node": 1}}, "corpus.gpus_per_node: tokenizing runs on one node"),
         ({"tune": {"nodes": "two"}}, "cluster.tune.nodes: input should be a valid integer"),
         ({"distill": {"node": 2}}, "cluster.distill.node: unknown key; did you mean 'nodes'?"),
         (
@@ -114,6 +223,16 @@ def test_only_a_run_that_saved_for_lack_of_time_is_queued_again(
             "evaluate: signal_seconds (120) leaves nothing of time_minutes (2)",
         ),
         ({"memory": "lots"}, "cluster.memory"),
+        ({"reservation": "a\n#SBATCH --uid=0"}, "cluster.reservation: must be one line"),
+        ({"environment": {"A": "a\nid"}}, "cluster.environment.A: must be one line"),
+        ({"environment": {"A=1;id": "a"}}, "cluster.environment.A=1;id"),
+        ({"sbatch": {"comment": "a\nid"}}, "must be one line"),
+        ({"sbatch": {"time": "9"}}, "time is set by post_dist"),
+        ({"srun": ["id"]}, "cluster.srun.0: must be a long option"),
+        (
+            {"container": {"runtime": "pyxis", "image": "a", "mounts": ["data"]}},
+            "cluster.container.mounts.0",
+        ),
     ],
 )
 def test_wrong_resources_are_named(
@@ -147,7 +266,7 @@ def write_run(folder: Path, *without: str, **sections: dict) -> Path:
     ("given", "wanted"),
     [
         ({"student": "student", "source_prompt": "prompt"}, ["transfer", "evaluate"]),
-        ({"target_prompt": "prompt"}, ["distill", "tune", "evaluate"]),
+        ({"target_prompt": "prompt"}, ["corpus", "distill", "tune", "evaluate"]),
     ],
 )
 def test_what_is_given_in_inputs_needs_no_job(

@@ -1,5 +1,6 @@
 """How a process ends, and when a watchdog may not end it."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,67 @@ def test_a_process_ends_tidily(how: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (6, "tidied up\n", "")
+
+
+STOPPED = """
+import sys, threading, time
+from contextlib import nullcontext
+from post_dist.runtime import stop
+from post_dist.runtime.watchdog import phase
+stop._SECONDS_TO_LEAVE = 0.2
+stop.listen()
+stop.leave_in_seconds()
+phase("reading the weights")
+print("ready", flush=True)
+lock = threading.Lock()
+lock.acquire()
+with stop.saving() if sys.argv[1] == "saves" else nullcontext():
+    lock.acquire(timeout=1.5)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("work", "code"), [("waits", 6), ("saves", 0)])
+def test_a_signal_ends_work_that_nobody_saves(work: str, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, work],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert (out, "stopped by SIGUSR2 in: reading the weights" in err) == (
+        ("", True) if work == "waits" else ("done\n", False)
+    )
+
+
+ORPHAN = """
+import os, signal, subprocess, sys
+from post_dist.runtime.launcher import end_with_launcher
+if sys.argv[1] == "launcher":
+    rank = subprocess.Popen([sys.executable, "-c", open(sys.argv[2]).read(), "rank"])
+    rank.wait()
+signal.signal(signal.SIGTERM, lambda *given: os._exit(print("told", flush=True) or 0))
+end_with_launcher({"TORCHELASTIC_RUN_ID": "x"})
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
+    (tmp_path / "program").write_text(ORPHAN)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, "launcher", tmp_path / "program"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    # The rank has the same standard output, which ends with it.
+    assert launcher.communicate(timeout=30)[0] == "told\n"
 
 
 def test_a_download_may_take_as_long_as_it_takes(
