@@ -9,6 +9,7 @@ Shapes: T tokens, n prompt tokens, V vocabulary, d width, C classes.
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.artifacts.prompt import PromptContents
 from post_dist.artifacts.prompt_reader import read_task
 from post_dist.data.task_reader import TaskReader
+from post_dist.errors import EnvironmentFault
 from post_dist.models.load import load_tokenizer
 from post_dist.serving.predictions import ClassPrediction, Response, class_prediction
 
 _EMBEDDINGS = "embeddings.safetensors"
 _TASK = "task.json"
 _REQUEST = "request.json"
+_ROUNDING = 0.01
+"""How far probabilities in half precision may be from 1 in sum."""
 _TOKEN = "token_id:"
 """How the server writes a token if the request has `return_tokens_as_token_ids`."""
 
@@ -58,17 +62,33 @@ class Completions:
         return self._request | {"prompt_embeds": _encoded(embeddings_Td)}
 
     def prediction(self, answer: Mapping[str, Any]) -> ClassPrediction | Response:
-        """Read the server's answer, which was parsed from JSON."""
+        """Read the server's answer, which was parsed from JSON.
+
+        Raises:
+            EnvironmentFault: the server does not give the probabilities of the label words.
+        """
         choice = answer["choices"][0]
         if self._reader.generates:
             return Response(choice["text"])
         (of_first_token,) = choice["logprobs"]["top_logprobs"]
         logprobs = {int(name.removeprefix(_TOKEN)): of_first_token[name] for name in of_first_token}
+        self._check_processed(logprobs)
         # Scores are means of logits. Log-probabilities differ from them by one constant.
         scores_C = []
         for ids in self._reader.verbalizer.token_ids:
             scores_C.append(sum(logprobs[token] for token in ids) / len(ids))
         return class_prediction(self._reader.task.class_names, torch.tensor(scores_C))
+
+    def _check_processed(self, logprobs: Mapping[int, float]) -> None:
+        """Check that the probabilities are those of the label words alone, with the biases."""
+        words = self._request["allowed_token_ids"]
+        share = sum(math.exp(logprobs.get(token, -math.inf)) for token in words)
+        # Over the whole vocabulary, the label words would have less than all of the probability.
+        if not logprobs.keys() >= set(words) or abs(share - 1) > _ROUNDING:
+            raise EnvironmentFault(
+                "the server answers with probabilities over its whole vocabulary",
+                "start it with --logprobs-mode processed_logprobs",
+            )
 
 
 def write_completions(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import post_dist
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import read_prompt
-from post_dist.errors import ArtifactRefused, InputError
+from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError
 from post_dist.models.load import load_whole, weights_of
 from post_dist.serving.completions import Completions
 from post_dist.verify import verify
@@ -64,6 +64,10 @@ def test_a_request_to_vllm_gets_the_scores_of_predict(
         found = completions.prediction(answer_of(server, body))
         assert found.label == expected.label
         assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+    # Without its option, the server gives probabilities over the vocabulary, and leaves biases out.
+    answer = answer_of(server, body | {"allowed_token_ids": list(range(600))})
+    with pytest.raises(EnvironmentFault, match="over its whole vocabulary"):
+        completions.prediction(answer)
 
 
 def test_peft_loads_model_and_prompt_and_gives_the_same_logits(tmp_path: Path, model: Path) -> None:

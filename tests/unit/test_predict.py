@@ -18,6 +18,7 @@ import post_dist
 from post_dist.artifacts.head import LinearHead
 from post_dist.errors import InputError
 
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 TEXTS = ["the film is lovely", "", 'the plot, "it" is dull and\u2028long ' * 3, "secret 7"]
 
 
@@ -106,6 +107,7 @@ def test_an_old_task_answers_with_its_label_words(tmp_path: Path, model: Path) -
         ("t.csv", ("--column=body", "--model=./none"), 2, "is not a folder"),
         ("t.csv", ("--column=body", "--precision=fp16"), 2, "fp16 does not run on a CPU"),
         ("t.csv", ("--column=body", "--model={other}"), 4, "was tuned on another model"),
+        ("t.csv", ("--column=body", f"--key={KEY}"), 4, "it is not signed, and trusted keys are"),
     ],
 )
 def test_wrong_input_is_refused_and_no_text_is_quoted(  # noqa: PLR0913
