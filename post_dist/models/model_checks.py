@@ -40,7 +40,10 @@ def check_split(model: LanguageModel) -> None:
     with torch.no_grad():
         with running(model, "on embeddings in place of tokens"):
             ours = model.head(model(input_ids)).float()
-        own_forward = model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        with running(model, "as a whole"):
+            own_forward = model.model(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
+            )
     if not agree(ours, own_forward.logits.float()):
         raise _changed_logits(type(model.model).__name__)
 
