@@ -93,6 +93,11 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     if isinstance(value, dict) and isinstance(default, dict):
         if len(value) <= _MOST_ENTRIES and all(map(_is_entry, value, value.values())):
             return value
+    elif name.endswith("_token_id"):
+        # Some models end a text with several tokens, whatever the default of their family is.
+        ids = value if isinstance(value, list) else [value]
+        if len(ids) <= _MOST_ENTRIES and all(map(_is_token, ids)):
+            return value
     elif isinstance(value, list) and isinstance(default, list):
         if len(value) <= _MOST_ENTRIES and all(map(_is_scalar, value)):
             return value
@@ -111,6 +116,11 @@ def _is_entry(name: str, value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     plain = len(values) <= _MOST_ENTRIES and all(map(_is_scalar, values))
     return _WORD.fullmatch(name) is not None and plain
+
+
+def _is_token(value: Any) -> bool:
+    """Return whether a value is a token id, or None for no token."""
+    return value is None or (type(value) is int and abs(value) <= _LARGEST)
 
 
 def _is_scalar(value: Any) -> bool:

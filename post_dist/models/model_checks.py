@@ -3,6 +3,9 @@
 Shapes: T tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PretrainedConfig
 
@@ -35,17 +38,34 @@ def check_split(model: LanguageModel) -> None:
     # Any tokens will do, but the first few are often special tokens.
     input_ids = torch.arange(4, 8, device=model.model.device)[None]
     with torch.no_grad():
-        try:
+        with running(model, "on embeddings in place of tokens"):
             ours = model.head(model(input_ids)).float()
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
-            raise InputError(
-                f"a {type(model.model).__name__} does not run on embeddings in place of tokens: "
-                f"{first_line(error)}",
-                "use a model of another family",
-            ) from error
-        own_forward = model.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        with running(model, "as a whole"):
+            own_forward = model.model(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
+            )
     if not agree(ours, own_forward.logits.float()):
         raise _changed_logits(type(model.model).__name__)
+
+
+@contextmanager
+def running(model: LanguageModel, how: str) -> Iterator[None]:
+    """Convert the errors of a trial run, in code of a family that never ran like this.
+
+    Args:
+        model: the model that runs inside this context.
+        how: what is unusual, for the message.
+
+    Raises:
+        InputError: the model does not run like this.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise InputError(
+            f"a {type(model.model).__name__} does not run {how}: {first_line(error)}",
+            "use a model of another family",
+        ) from error
 
 
 def check_documents_apart(model: LanguageModel) -> None:

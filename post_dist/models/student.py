@@ -26,6 +26,7 @@ from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config
 from post_dist.models.lower_block import Passage, layers_give_tuples
+from post_dist.models.model_checks import running
 from post_dist.models.weight_units import WeightReader, weight_units
 from post_dist.runtime.distributed import World
 from post_dist.runtime.watchdog import phase
@@ -176,10 +177,10 @@ def check_cut(teacher: LanguageModel, student: LanguageModel, layers: Sequence[i
     # Any tokens will do, but the first few are often special tokens.
     input_ids = torch.arange(4, 12, device=teacher.model.device)[None]
     skipped = [layer for layer in range(len(teacher.layers)) if layer not in layers]
-    in_tuple = layers_give_tuples(teacher)
-    with torch.no_grad(), _without_layers(teacher, skipped, in_tuple=in_tuple):
-        expected = teacher(input_ids).float()
-    with torch.no_grad():
+    with torch.no_grad(), running(teacher, "without some of its layers"):
+        in_tuple = layers_give_tuples(teacher)
+        with _without_layers(teacher, skipped, in_tuple=in_tuple):
+            expected = teacher(input_ids).float()
         ours = student(input_ids).float()
     if not agree(ours, expected):
         raise InputError(
