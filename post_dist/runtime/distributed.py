@@ -131,6 +131,14 @@ class World:
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
 
+    def merged(self, own: dict[str, str]) -> dict[str, str]:
+        """Return the entries of all ranks' dictionaries, in rank order. All ranks call it."""
+        if self.size == 1:
+            return own
+        gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(gathered, own)
+        return {key: value for each in gathered for key, value in each.items()}
+
     def together(self, work: Callable[[], Shared]) -> Shared:
         """Do each rank's own work. If it fails on one rank, all ranks raise an error.
 
