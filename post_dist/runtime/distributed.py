@@ -20,7 +20,7 @@ from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDist
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
 from post_dist.runtime.meeting import wait_for_ranks
 from post_dist.runtime.stop import saving
-from post_dist.runtime.watchdog import unwatched
+from post_dist.runtime.watchdog import phase, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +230,7 @@ def start(seed: int, join_timeout_seconds: float = 600.0) -> World:
         store = None
         if not dist.is_initialized():
             store = wait_for_ranks(rank, size, join_timeout_seconds)
+        phase("starting DeepSpeed")
         prepare_deepspeed(world)
         del store
     torch.manual_seed(seed)
