@@ -8,18 +8,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
-import torch
-import torch.distributed as dist
-
-from post_dist.bench.fabric import measure_link
 from post_dist.cluster.doctor import Finding
 from post_dist.extras import installed_versions
 from post_dist.files import writing
 from post_dist.planning.hardware import Hardware, LinkName
-from post_dist.runtime.distributed import World
+
+if TYPE_CHECKING:  # this import loads torch
+    from post_dist.runtime.distributed import World
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "numpy", "safetensors")
 _CLOCK_SECONDS = 5.0
@@ -30,7 +28,7 @@ _SLOW = 0.5
 """Share of the planned rate below which a link counts as slow."""
 
 
-def examine_ranks(folder: Path, world: World, planned: Hardware | None) -> list[Finding]:
+def examine_ranks(folder: Path, world: "World", planned: Hardware | None) -> list[Finding]:
     """Check what only several ranks can. All ranks call it together.
 
     Args:
@@ -56,8 +54,10 @@ def examine_ranks(folder: Path, world: World, planned: Hardware | None) -> list[
     return found
 
 
-def _of_all_ranks(world: World, own: Any) -> list[Any]:
+def _of_all_ranks(world: "World", own: Any) -> list[Any]:
     """Return a value of each rank, in rank order."""
+    import torch.distributed as dist
+
     if world.size == 1:
         return [own]
     gathered: list[Any] = [None] * world.size
@@ -65,7 +65,9 @@ def _of_all_ranks(world: World, own: Any) -> list[Any]:
     return gathered
 
 
-def _versions(world: World, hosts: list[str]) -> Iterator[Finding]:
+def _versions(world: "World", hosts: list[str]) -> Iterator[Finding]:
+    import torch
+
     own = installed_versions(_PACKAGES) | {"python": sys.version.split()[0]}
     if world.device.type == "cuda":
         own["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -80,7 +82,7 @@ def _versions(world: World, hosts: list[str]) -> Iterator[Finding]:
     yield Finding("versions", not different, "; ".join(different) or "equal on all ranks", cure)
 
 
-def _clocks(world: World, hosts: list[str]) -> Iterator[Finding]:
+def _clocks(world: "World", hosts: list[str]) -> Iterator[Finding]:
     # Ranks leave a barrier at about the same time.
     world.barrier()
     times = _of_all_ranks(world, time.time())
@@ -93,7 +95,7 @@ def _clocks(world: World, hosts: list[str]) -> Iterator[Finding]:
     yield Finding("clocks", not cure, f"within {spread:.2f} s of each other", cure)
 
 
-def _shared_folder(world: World, hosts: list[str], folder: Path) -> Iterator[Finding]:
+def _shared_folder(world: "World", hosts: list[str], folder: Path) -> Iterator[Finding]:
     """Write a file on each rank, look for those of all others, and try locks."""
     token = world.from_main(uuid4().hex[:8])
     paths = [folder / f".post_dist-doctor-{token}-{rank}" for rank in range(world.size)]
@@ -139,7 +141,7 @@ def _visibility(waits: list[float | None], hosts: list[str]) -> Finding:
     return Finding("shared folder", True, f"all ranks see new files within {slowest:.1f} s")
 
 
-def _locks(world: World, path: Path) -> Finding:
+def _locks(world: "World", path: Path) -> Finding:
     """Lock a file on rank 0, and try to lock it on all others."""
     with path.open("r+") as file:
         if world.is_main:
@@ -161,7 +163,7 @@ def _can_lock(path: Path) -> bool:
     return True
 
 
-def _gpu_errors(world: World, hosts: list[str]) -> Iterator[Finding]:
+def _gpu_errors(world: "World", hosts: list[str]) -> Iterator[Finding]:
     """Count memory errors that the GPU could not correct since its driver was loaded."""
     if world.device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return
@@ -181,8 +183,12 @@ def _gpu_errors(world: World, hosts: list[str]) -> Iterator[Finding]:
     yield Finding("GPU memory", not damaged, f"{sum(errors)} uncorrected errors", cure)
 
 
-def _links(world: World, planned: Hardware | None) -> Iterator[Finding]:
+def _links(world: "World", planned: Hardware | None) -> Iterator[Finding]:
     """Measure the collectives among all ranks, and compare them with the plan's rate."""
+    import torch.distributed as dist
+
+    from post_dist.bench.fabric import measure_link
+
     if world.size == 1:
         return
     ranks_per_node = world.ranks_of_a_node()

@@ -34,7 +34,7 @@ class Failure:
     Attributes:
         time: seconds since 1970.
         exit_code: exit code of srun: that of a rank, or 128 and the number of its signal.
-        step: number of steps that the stage had done; None if it is not known.
+        step: number of steps that the stage had done; None for a job that is not `submit`'s.
         reason: the last message of a rank in its log; empty if none has written one.
     """
 
@@ -96,14 +96,18 @@ def _read(record: Path) -> list[Failure]:
     return [Failure(**json.loads(line)) for line in record.read_text().splitlines()]
 
 
-def _step(folder: Path, stage: str) -> int | None:
-    """Return the number of steps that the newest run of a stage has done."""
+def _step(folder: Path, stage: str) -> int:
+    """Return the number of steps that the newest run of a stage has done.
+
+    It is 0 for a stage without steps, such as `evaluate`. Nothing else tells whether such a stage
+    has come further than before.
+    """
     try:
         runs = progress_below(folder)
     except (InputError, OSError):
-        return None
+        return 0
     steps = [run.step for run in runs if run.run.startswith(f"{stage}-")]
-    return steps[-1] if steps else None
+    return (steps[-1] or 0) if steps else 0
 
 
 def _reason(folder: Path, job: str, since: float) -> str:

@@ -144,9 +144,14 @@ def start_step(folder: Path, resume: str, world: World) -> int:
     return step
 
 
-def seal(folder: Path) -> None:
-    """Write the sha256 of each file of a checkpoint into it."""
-    (folder / _SEAL).write_text(json.dumps(file_digests(folder)))
+def seal(folder: Path, digests: dict[str, str] | None = None) -> None:
+    """Write the sha256 of each file of a checkpoint into it.
+
+    Args:
+        folder: the checkpoint.
+        digests: the digests by name, if they are known.
+    """
+    (folder / _SEAL).write_text(json.dumps(digests or file_digests(folder)))
 
 
 def _is_whole(folder: Path) -> bool:

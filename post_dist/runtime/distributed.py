@@ -20,7 +20,7 @@ from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDist
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
 from post_dist.runtime.meeting import wait_for_ranks
 from post_dist.runtime.stop import saving
-from post_dist.runtime.watchdog import unwatched
+from post_dist.runtime.watchdog import phase, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,14 @@ class World:
         dist.broadcast_object_list(shared, 0, device=self.device)
         return shared[0]
 
+    def merged(self, own: dict[str, str]) -> dict[str, str]:
+        """Return the entries of all ranks' dictionaries, in rank order. All ranks call it."""
+        if self.size == 1:
+            return own
+        gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(gathered, own)
+        return {key: value for each in gathered for key, value in each.items()}
+
     def together(self, work: Callable[[], Shared]) -> Shared:
         """Do each rank's own work. If it fails on one rank, all ranks raise an error.
 
@@ -222,6 +230,7 @@ def start(seed: int, join_timeout_seconds: float = 600.0) -> World:
         store = None
         if not dist.is_initialized():
             store = wait_for_ranks(rank, size, join_timeout_seconds)
+        phase("starting DeepSpeed")
         prepare_deepspeed(world)
         del store
     torch.manual_seed(seed)

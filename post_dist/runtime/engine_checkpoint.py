@@ -6,7 +6,7 @@ from pathlib import Path
 import deepspeed
 from safetensors.torch import save_file
 
-from post_dist.files import put_in_place, writing
+from post_dist.files import file_digest, put_in_place, writing
 from post_dist.runtime.checkpoint import drop_old, seal
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, restore_engine
@@ -35,22 +35,26 @@ def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, worl
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def write() -> None:
+    def write() -> dict[str, str]:
         tensors = engine_state(engine)
-        if tensors:
-            with writing(place):
-                save_file(tensors, partial / f"rank{world.rank}.safetensors")
+        if not tensors:
+            return {}
+        file = partial / f"rank{world.rank}.safetensors"
+        with writing(place):
+            save_file(tensors, file)
+            # Rank 0 alone would need a minute to hash the files of a large student.
+            return {file.name: file_digest(file)}
 
     def finish() -> None:
         with writing(place):
-            seal(partial)
+            seal(partial, digests)
             put_in_place(partial, place)
         drop_old(folder)
 
     try:
         world.on_main(make_room)
         # This call returns when every rank has written, so rank 0 seals complete files.
-        world.together(write)
+        digests = world.merged(world.together(write))
         world.on_main(finish)
     finally:
         # After a failure, the temporary folder is of no use.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # this import loads torch, but the handlers must be ready bef
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 _SECONDS_TO_LEAVE = 4.0
-"""Seconds after which a request to stop ends work that nobody saves. Slurm kills after 30."""
+"""Seconds until a request to stop ends work that nobody saves. Slurm kills after 30."""
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 _requested: list[str] = []
@@ -93,9 +93,12 @@ def _end_in_time(signals: int) -> None:
     name = ""
     while name not in ("SIGTERM", "SIGUSR2"):
         name = signal.Signals(os.read(signals, 1)[0]).name
-    time.sleep(_SECONDS_TO_LEAVE)
-    while _Work.saves:
+    # After its work has saved, the process still tells the other ranks why it leaves.
+    deadline = time.monotonic() + _SECONDS_TO_LEAVE
+    while time.monotonic() < deadline:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if _Work.saves:
+            deadline = time.monotonic() + _SECONDS_TO_LEAVE
     stop = Interrupted(
         f"stopped by {name} in: {current_phase()}",
         "the same command resumes from what is saved",

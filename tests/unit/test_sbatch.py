@@ -167,8 +167,10 @@ def test_options_of_the_scheduler_are_quoted_values(tmp_path: Path) -> None:
     ]
 
 
-def fail(folder: Path, code: int, step: int, message: str = "") -> tuple[bool, str]:
-    """Decide about a failure of a run that has done so many steps."""
+def fail(
+    folder: Path, code: int, step: int, message: str = "", stage: str = "distill"
+) -> tuple[bool, str]:
+    """Decide about a failure of a job, whose distillation has done so many steps."""
     run = folder / "distill-01234567"
     run.mkdir(exist_ok=True)
     (run / "resolved.yaml").write_text("distill: {steps: 100}")
@@ -179,7 +181,7 @@ def fail(folder: Path, code: int, step: int, message: str = "") -> tuple[bool, s
     with (logs / "17_0_log.out").open("a") as log:
         log.write(f"{message}\n")
     variables = {"POST_DIST_JOB_FOLDER": str(logs), "POST_DIST_MAX_RESTARTS": "3"}
-    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "post_dist-distill"}
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": f"post_dist-{stage}"}
     again, told = decide(code, variables | slurm)
     with (logs / "17_0_log.out").open("a") as log:
         log.write(f"post-dist: {told}\n")
@@ -204,6 +206,11 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     assert len((tmp_path / "slurm" / "17_failures.jsonl").read_text().splitlines()) == 5
     for code in (0, 2, 4, 5, 6):
         assert fail(tmp_path, code, 70) == (False, "")
+
+    # A stage without steps never comes further.
+    (tmp_path / "other").mkdir()
+    assert fail(tmp_path / "other", 1, 10, stage="evaluate")[0]
+    assert not fail(tmp_path / "other", 1, 20, stage="evaluate")[0]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ import sys, threading, time
 from contextlib import nullcontext
 from post_dist.runtime import stop
 from post_dist.runtime.watchdog import phase
-stop._SECONDS_TO_LEAVE = 0.2
+stop._SECONDS_TO_LEAVE = 1.0
 stop.listen()
 stop.leave_in_seconds()
 phase("reading the weights")
@@ -54,7 +54,7 @@ print("ready", flush=True)
 lock = threading.Lock()
 lock.acquire()
 with stop.saving() if sys.argv[1] == "saves" else nullcontext():
-    lock.acquire(timeout=1.5)
+    lock.acquire(timeout=3)
 print("done", flush=True)
 """
 
