@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from operations import operations_of
+from operations import READS, operations_of
 from privacy.checks import CPU
 from privacy.gradient_checks import (
     MODELS,
@@ -77,6 +77,7 @@ def test_no_operation_is_repeated_for_each_example(family: str) -> None:
         few = operations([3, 1])
         many = operations([0, 1, 2, 3, 4, 5, 6])
     assert many == few
+    assert not set(many) & set(READS)
 
 
 @pytest.mark.parametrize(("family", "share"), [("gpt2", True), ("gpt2", False), ("roberta", False)])
