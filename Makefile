@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAULTS := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python
 
-.PHONY: demo test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench check docs clean
+.PHONY: demo test tests-that-wait tests-that-work test-all test-slurm faults fuzz bench gpu check docs clean
 
 demo: .venv/ready demo/demo.yaml
 	$(BIN)/python demo/fetch_demo.py
@@ -44,6 +44,10 @@ fuzz: .venv/ready
 # Compares with the committed ratios of this processor; `--write` updates them. benchmarks/scaling.py measures how costs grow.
 bench: .venv/ready
 	$(BIN)/python benchmarks/regression.py
+
+# Measures all stages on one GPU in six minutes, and writes pages that carry its name. Needs no network.
+gpu: .venv/ready
+	$(BIN)/python benchmarks/on_gpu.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 _NUM_WORDS = 3000
 _NUM_TEXTS = 400
@@ -46,18 +51,52 @@ def write_run(folder: Path, *, width: int, layers: int, vocabulary: int) -> Path
         layers: layers of the model.
         vocabulary: rows of its embeddings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_model(folder / "model", width, layers, vocabulary)
-    _write_texts(folder / "public.csv")
+    write_model(folder / "model", _llama(width, layers, vocabulary))
+    return write_run_file(folder, _NUM_TEXTS)
+
+
+def write_run_file(folder: Path, num_texts: int) -> Path:
+    """Write a run file and its data for the model in `folder / "model"`.
+
+    Args:
+        folder: an existing folder.
+        num_texts: number of texts.
+    """
+    _write_texts(folder / "public.csv", num_texts)
     run = folder / "run.yaml"
     run.write_text(_RUN_FILE)
     return run
 
 
-def _write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
-    """Write a Llama with random weights and its tokenizer."""
+def write_model(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Write a model with random weights and its tokenizer.
+
+    Args:
+        folder: folder to write into; made where it is missing.
+        config: configuration of the model.
+        dtype: dtype of the weights.
+        device: device that draws the weights.
+    """
     torch.manual_seed(0)
-    config = LlamaConfig(
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer for a model with a vocabulary of this size."""
+    _trained_tokenizer(min(vocabulary, _MOST_TOKENS)).save_pretrained(folder)
+
+
+def _llama(width: int, layers: int, vocabulary: int) -> LlamaConfig:
+    """Return the configuration of a small Llama."""
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -71,8 +110,6 @@ def _write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None
         eos_token_id=2,
         tie_word_embeddings=True,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    _trained_tokenizer(min(vocabulary, _MOST_TOKENS)).save_pretrained(folder)
 
 
 def _trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -92,12 +129,12 @@ def _trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _write_texts(path: Path) -> None:
+def _write_texts(path: Path, count: int) -> None:
     """Write labeled texts of about 20 words, the length of SST-2's sentences and of tweets."""
     source = random.Random(1)
     words = _words()
     lengths = []
-    for _ in range(_NUM_TEXTS):
+    for _ in range(count):
         length = round(source.lognormvariate(3, 0.5))
         lengths.append(min(100, max(4, length)))
     lines = ["text,label"]

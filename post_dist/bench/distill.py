@@ -17,7 +17,7 @@ from post_dist.bench.peers.distillation import (
     published_distillation_loss,
     trl_distillation_loss,
 )
-from post_dist.bench.timing import time_steps
+from post_dist.bench.timing import Measure, time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
@@ -72,7 +72,9 @@ class _Inputs:
     world: World
 
 
-def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict[str, Any]:
+def bench_distill(
+    config: RunConfig, teacher_folder: Path, world: World, measure: Measure = time_steps
+) -> dict[str, Any]:
     """Measure time and memory of a whole step, including AdamW's update.
 
     The learning rate is 0, so that every way sees the same batches and the same student.
@@ -81,9 +83,10 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
         config: the run file.
         teacher_folder: the teacher in Hugging Face format.
         world: the ranks.
+        measure: measures the steps.
 
     Returns:
-        The result of `time_steps`, with `settings` and the sizes of the models. `max_difference` is
+        The result of `measure`, with `settings` and the sizes of the models. `max_difference` is
         the largest relative difference of an fp32 loss from the published distiller's.
 
     Raises:
@@ -114,7 +117,7 @@ def bench_distill(config: RunConfig, teacher_folder: Path, world: World) -> dict
             "student_parameters": number_of_parameters(ways[0].student()),
         }
         tokens = config.distill.batch_size * corpus_section.sequence_length
-        measured = time_steps(steps, tokens, "tokens", world.device)
+        measured = measure(steps, tokens, "tokens", world.device)
 
     return measured | {
         "max_difference": _max_difference(first_losses),

@@ -23,6 +23,9 @@ from post_dist.runtime.allocator import memory_given_back_at_once
 _REPEATS = 7
 _MIB = 2**20
 
+Measure = Callable[[Mapping[str, Callable[[], object]], int, str, torch.device], dict[str, Any]]
+"""Function that measures variants of a step, with the arguments and the result of `time_steps`."""
+
 
 @dataclass
 class _Measurement:
@@ -60,17 +63,23 @@ class _Measurement:
 
 
 def time_steps(
-    steps: Mapping[str, Callable[[], object]], amount: int, unit: str, device: torch.device
+    steps: Mapping[str, Callable[[], object]],
+    amount: int,
+    unit: str,
+    device: torch.device,
+    *,
+    repeats: int = _REPEATS,
 ) -> dict[str, Any]:
     """Measure several variants of a step in turns.
 
-    Each variant runs once to warm up, once for its memory, and seven times for its time.
+    Each variant runs once to warm up, once for its memory, and several times for its time.
 
     Args:
         steps: the variants by name. The first is the baseline of the ratios.
         amount: number of units that one step processes.
         unit: unit of the amount, `samples` or `tokens`.
         device: device that the steps use.
+        repeats: number of times that each variant is timed, at least 2.
 
     Returns:
         `device`: its name. `rows`: for each variant the median seconds per step, the amount per
@@ -90,7 +99,7 @@ def time_steps(
             measurements[name] = _Measurement(_step_memory_mib(step, device))
 
     # The variants take turns, so that a slow minute of the machine slows all of them.
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         for name, step in steps.items():
             measurements[name].seconds.append(seconds_of(step, device))
 

@@ -19,7 +19,7 @@ from post_dist.bench.peers.transfer import (
     cached_transfer_step,
     published_transfer_step,
 )
-from post_dist.bench.timing import time_steps
+from post_dist.bench.timing import Measure, time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine, RunConfig
 from post_dist.config.sources import Task
@@ -52,7 +52,9 @@ LossOf = Callable[[list[int], torch.Tensor], torch.Tensor]
 """Maps the indices of B examples and a prompt [n, d] to a loss."""
 
 
-def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World) -> dict[str, Any]:
+def bench_transfer(
+    config: RunConfig, teacher: Path, student: Path, world: World, measure: Measure = time_steps
+) -> dict[str, Any]:
     """Measure time and memory of a whole step with Adam, for the published loss on the vocabulary.
 
     The published loop pads every text to `max_length`, as its code does.
@@ -62,9 +64,10 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
         teacher: folder of the target.
         student: folder of the student.
         world: the ranks.
+        measure: measures the steps.
 
     Returns:
-        The result of `time_steps` and three more entries. `max_difference` is the largest relative
+        The result of `measure` and three more entries. `max_difference` is the largest relative
         difference of loss or gradient from the published loop, among the variants in fp32. `once`
         describes the work before the first step. `settings` holds the shapes.
 
@@ -96,7 +99,7 @@ def bench_transfer(config: RunConfig, teacher: Path, student: Path, world: World
 
     difference = _max_difference(ordered)
     batch_size = config.transfer.batch_size
-    measured = time_steps(ordered, batch_size, "samples", world.device)
+    measured = measure(ordered, batch_size, "samples", world.device)
     return measured | {
         "max_difference": difference,
         "once": {"rows": len(lengths), **seconds_before},

@@ -14,7 +14,7 @@ import torch
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.bench.peers.tuning import OpacusHooks, plain_losses
-from post_dist.bench.timing import time_steps
+from post_dist.bench.timing import Measure, time_steps
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.task_reader import TaskReader
@@ -47,7 +47,9 @@ _GradientsAt = Callable[[torch.Tensor], torch.Tensor]
 """Compute the gradients of all examples [B, n, d] at a prompt [n, d]."""
 
 
-def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]:
+def bench_tune(
+    config: RunConfig, student: Path, world: World, measure: Measure = time_steps
+) -> dict[str, Any]:
     """Measure time and memory of five kinds of tuning step.
 
     A step is a whole step with Adam on `tune.batch_size` examples of `private_task.max_length`
@@ -57,9 +59,10 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         config: the run file.
         student: folder of the student.
         world: a single rank.
+        measure: measures the steps.
 
     Returns:
-        The result of `time_steps` and two more entries. `max_difference` is the largest relative
+        The result of `measure` and two more entries. `max_difference` is the largest relative
         difference between gradients that should be equal. It compares each example's gradient with
         that of the plain private step, and the non-private gradient with the sum over examples.
         `settings` holds the precision and the shapes.
@@ -104,7 +107,7 @@ def bench_tune(config: RunConfig, student: Path, world: World) -> dict[str, Any]
         "tokens": task.max_length,
         "num_virtual_tokens": config.tune.num_virtual_tokens,
     }
-    timings = time_steps(steps, config.tune.batch_size, "samples", world.device)
+    timings = measure(steps, config.tune.batch_size, "samples", world.device)
     return timings | {"max_difference": max_difference, "settings": settings}
 
 

@@ -4,7 +4,8 @@ Shapes: B examples, T tokens, n prompt tokens, d width, V vocabulary, K selected
 that share a forward pass, M earlier answers, S = n + B T positions of a packed sequence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -169,6 +170,19 @@ class LanguageModel(nn.Module):
         for layer in cache.layers:
             prefix += [layer.keys, layer.values]
         return prefix
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Run attention as matrix products inside this context, if the family allows a choice."""
+        fused = str(self.model.config._attn_implementation)
+        if not self.takes_packing or fused == PACKABLE["eager"]:
+            yield
+            return
+        self.model.set_attn_implementation(PACKABLE["eager"])
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(fused)
 
     def checkpoint_activations(self) -> None:
         """Turn on activation checkpointing: keep each layer's inputs, and recompute the rest.

@@ -64,8 +64,9 @@ class PrivateOptimizer(DPOptimizer):
         self._plan = plan
         self._source = source
         self._trial = trial
-        # Twice the number of unclipped gradients minus half the number of all.
-        self._unclipped = 0
+        # Twice the number of unclipped gradients minus the number of all. It stays on the device:
+        # reading it for each micro-batch would wait for the device.
+        self._unclipped: torch.Tensor | int = 0
         self._step_number = 0
         self._intend: Intend = lambda commitment: None
 
@@ -104,7 +105,7 @@ class PrivateOptimizer(DPOptimizer):
         norm_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0).sqrt()
         factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)
         unclipped_B = finite_B & (norm_B <= self.max_grad_norm)
-        self._unclipped += int((2 * unclipped_B.long() - 1).sum())
+        self._unclipped = self._unclipped + (2 * unclipped_B.long() - 1).sum()
         for parameter, gradient in zip(self.params, flat, strict=True):
             # NaN times zero is NaN, so values that are not finite are replaced first.
             finite = torch.where(finite_B[:, None], gradient, 0.0)
@@ -125,7 +126,7 @@ class PrivateOptimizer(DPOptimizer):
         place = (self._trial, self._step_number)
         data = b"".join(total.numpy().tobytes() for total in sums)
         if self._plan.clip_quantile is not None:
-            data += str(self._unclipped).encode()
+            data += str(int(self._unclipped)).encode()
         commitment = self._source.commitment(data, "sum", *place)
         sizes = [total.numel() for total in sums]
         # The ledger charges the step before its noise exists, so a kill cannot hide spending.
@@ -150,7 +151,7 @@ class PrivateOptimizer(DPOptimizer):
             *name: name of the step, for its noise.
         """
         noise = float(self._source.normal(1, "unclipped", *name)[0])
-        noisy_count = self._unclipped / 2 + noise * self._plan.count_deviation
+        noisy_count = int(self._unclipped) / 2 + noise * self._plan.count_deviation
         fraction = 0.5 + noisy_count / self._plan.expected_batch_size
         norm = self.max_grad_norm * math.exp(-_CLIP_RATE * (fraction - quantile))
         self.max_grad_norm = min(max(norm, _LEAST_NORM), _MOST_NORM)

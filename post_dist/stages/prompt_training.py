@@ -142,11 +142,14 @@ class PromptTrainer:
         losses = torch.stack(list(self._losses_at(step)))
         losses.sum().backward()
         # `World.mean` averages in place, so the metrics get a copy.
-        mean_losses = self._world.mean(losses.detach().clone()).tolist()
+        means = self._world.mean(losses.detach().clone())
+        finite = torch.stack([prompt.average_gradients() for prompt in self._prompts])
+        # All values are read at once, because each read waits for the GPU.
+        mean_losses, are_finite = torch.stack([means, finite.to(means.dtype)]).tolist()
 
         # One prompt may skip its step while the others take theirs.
-        for prompt, loss in zip(self._prompts, mean_losses, strict=True):
-            prompt.finish_step(step, loss)
+        for prompt, loss, is_finite in zip(self._prompts, mean_losses, are_finite, strict=True):
+            prompt.finish_step(step, loss, finite=bool(is_finite))
         if not self._show_loss:
             return ""
         return f"loss {sum(mean_losses) / len(mean_losses):.4f}"
@@ -174,21 +177,26 @@ class _TrainedPrompt:
         self._rates.apply(step)
         self.run.optimizer.zero_grad()
 
-    def finish_step(self, step: int, loss: float) -> None:
-        """Average the gradients over ranks, and take the step if they are finite.
+    def average_gradients(self) -> torch.Tensor:
+        """Average the gradients over ranks, and return whether all are finite, as a scalar."""
+        finite = []
+        for gradient in self.run.gradients:
+            self._world.mean(gradient)
+            finite.append(gradient.isfinite().all())
+        # All ranks hold the same mean, so they make the same decision.
+        return torch.stack(finite).all()
+
+    def finish_step(self, step: int, loss: float, *, finite: bool) -> None:
+        """Take the step if the gradients are finite.
 
         Args:
             step: number of the step.
             loss: loss of the step, averaged over ranks.
+            finite: whether the averaged gradients are finite.
 
         Raises:
             InputError: five steps in a row were not finite.
         """
-        gradients = self.run.gradients
-        for gradient in gradients:
-            self._world.mean(gradient)
-        # All ranks hold the same mean, so they make the same decision.
-        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
         if finite:
             self.run.optimizer.step()
         self._guard.record(step, finite=finite)

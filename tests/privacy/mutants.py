@@ -976,8 +976,8 @@ MUTANTS = [
     Mutant(
         "a quantile without noise",
         "privacy.mechanism",
-        "noisy_count = self._unclipped / 2 + noise * self._plan.count_deviation",
-        "noisy_count = self._unclipped / 2",
+        "noisy_count = int(self._unclipped) / 2 + noise * self._plan.count_deviation",
+        "noisy_count = int(self._unclipped) / 2",
         "the_clipping_norm_moves_by_a_noisy_quantile",
     ),
     Mutant(

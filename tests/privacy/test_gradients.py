@@ -5,6 +5,7 @@ Shapes: B examples, n prompt tokens, d width.
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from operations import READS, operations_of
 from privacy.checks import CPU
 from privacy.gradient_checks import (
     MODELS,
     apart,
+    attention_as_on_a_gpu,
     change_each_example,
     example_gradients,
     gradients_of,
@@ -57,6 +60,24 @@ def test_the_shared_prefix_gives_the_same(family: str) -> None:
     difference = apart(shared, example_gradients(family, share=False))
     print(family, difference)
     assert difference < TIGHT.get(family, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])  # Gemma 2 has no fused attention
+def test_no_operation_is_repeated_for_each_example(family: str) -> None:
+    """PyTorch repeats an operation that has no rule for batches: a thousand kernels per step."""
+    task = tuning_task(family, torch.float32)
+
+    def operations(examples: list[int]) -> Counter[str]:
+        batch = task.reader.collate([task.examples[example] for example in examples])
+        targets = task.targets[examples]
+        parameters = [task.start_nd.float()]
+        return operations_of(lambda: gradients_of(task, parameters, share=True)(batch, targets))
+
+    with attention_as_on_a_gpu(task.model):
+        few = operations([3, 1])
+        many = operations([0, 1, 2, 3, 4, 5, 6])
+    assert many == few
+    assert not set(many) & set(READS)
 
 
 @pytest.mark.parametrize(("family", "share"), [("gpt2", True), ("gpt2", False), ("roberta", False)])

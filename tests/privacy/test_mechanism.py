@@ -6,13 +6,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import reads_of
 from privacy.all_checks import CHECKS
-from privacy.checks import noisy_sums, quiet_source
+from privacy.checks import noisy_sums, plan_of, quiet_source
+
+from post_dist.privacy.mechanism import PrivateOptimizer
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=lambda check: check.__name__)
 def test_mechanism(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize("clip_quantile", [None, 0.5])
+def test_the_host_reads_no_value_before_the_sum_is_complete(clip_quantile: float | None) -> None:
+    parameter = torch.zeros(3, 2, requires_grad=True)
+    private = PrivateOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        plan_of(clip_quantile=clip_quantile),
+        quiet_source(),
+    )
+    assert reads_of(lambda: private.accumulate([torch.randn(4, 3, 2)])) == 0
 
 
 EXTREMES = [

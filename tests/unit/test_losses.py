@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from operations import reads_of
 from torch import nn
 from torch.nn import functional
 
@@ -106,6 +107,24 @@ def test_distillation_terms_and_gradients_do_not_depend_on_pieces(
     torch.testing.assert_close(terms.stacked().double(), expected, rtol=1e-5, atol=0)
     for one, other in zip(ours, direct, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_the_host_reads_one_value_of_a_batch(pieces: int) -> None:
+    """The number of labels. Reading a value of each piece would wait for the GPU each time."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11, bias=False).requires_grad_(False)
+    hidden_Nd = torch.randn(10, 6, requires_grad=True)
+    labels_N = torch.arange(10)
+    labels_N[3] = -100
+    signal = HiddenSignal(hidden=torch.randn(10, 6))
+    settings = LossSettings(WEIGHTS, 2.0, pieces)
+
+    def step() -> None:
+        loss, _ = distillation_loss(hidden_Nd, signal, labels_N, Heads(head, head), settings)
+        loss.backward()
+
+    assert reads_of(step) == 1
 
 
 def plain_loss(
@@ -266,6 +285,7 @@ def test_a_product_stands_for_the_whole_distribution() -> None:
 
 @pytest.mark.usefixtures("few_in_cache")
 def test_samples_are_right_on_average() -> None:
+    torch.manual_seed(0)
     student = torch.randn(4, 8, requires_grad=True)
     teacher = 2 * torch.randn(4, 8)
     head = nn.Linear(8, 50, bias=False).requires_grad_(False)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operations import reads_of
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig, Transfer
@@ -51,6 +52,15 @@ def train(folders: list[Path], bad_steps: list[set[int]], steps: int = 12) -> li
 def skipped_steps(folder: Path) -> list[int]:
     lines = read_metric_log(folder / "metrics.jsonl")
     return [line["step"] for line in lines if line["skipped"]]
+
+
+def test_a_step_of_several_prompts_reads_all_values_at_once(tmp_path: Path) -> None:
+    """`tolist` of one tensor, which a CPU does not count as a read. A `bool` of a tensor counts."""
+    runs = [make_run(tmp_path / name, 12) for name in ("one", "other")]
+    for run in runs:
+        run.take_up("auto", ALONE)
+    trainer = PromptTrainer(runs, lambda step: [run.parameters[0].sum() for run in runs], ALONE)
+    assert reads_of(lambda: trainer.take_step(1)) == 0
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:

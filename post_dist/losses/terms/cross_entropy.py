@@ -29,18 +29,19 @@ class LabelCrossEntropy(LogitTerm):
             scale: factor of the gradient.
             gradient_BV: gradient of earlier terms, or None.
         """
-        # Positions without a label would index the vocabulary with -100, so they are excluded.
-        has_label_B = chunk.labels_B != NO_LABEL
-        labelled = has_label_B.nonzero().squeeze(1)
-        labels = chunk.labels_B[labelled]
+        # Positions without a label take token 0, with a mask of zero. Picking out the others would
+        # wait for the GPU, which alone knows how many there are.
+        has_label_B1 = (chunk.labels_B != NO_LABEL)[:, None]
+        labels_B1 = chunk.labels_B[:, None].clamp(min=0)
         # No temperature here: labels are tokens of the text, not a softened distribution.
         log_q_BV = chunk.student_BV.log_softmax(dim=-1)
-        cross_entropy = -log_q_BV[labelled, labels].sum()
+        # `where` and no product: the log-probability of token 0 may be minus infinity.
+        log_q_B1 = torch.where(has_label_B1, log_q_BV.gather(1, labels_B1), 0.0)
 
         if gradient_BV is None:
             gradient_BV = torch.zeros_like(log_q_BV)
         # One pass over the logits: the mask keeps positions without a label out of the gradient.
-        mask_B1 = has_label_B[:, None].to(gradient_BV.dtype)
+        mask_B1 = has_label_B1.to(gradient_BV.dtype)
         gradient_BV.addcmul_(log_q_BV.exp_(), mask_B1, value=scale)
-        gradient_BV[labelled, labels] -= scale
-        return cross_entropy, gradient_BV
+        gradient_BV.scatter_add_(1, labels_B1, -scale * mask_B1)
+        return -log_q_B1.sum(), gradient_BV
