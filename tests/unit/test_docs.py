@@ -264,5 +264,5 @@ def test_the_python_of_the_readme_works(world: World, capsys: pytest.CaptureFixt
     tiny.write_run(world.folder)
     (block,) = blocks(ROOT / "README.md", "python")
     small = ['"privacy.declared_examples=160"', '"privacy.steps=2"', '"evaluate.baselines=[]"']
-    exec(block.text.replace('["', f'[{", ".join(small)}, "'), {})
+    exec(block.text.replace('["', f'[{", ".join(small)}, "', 1), {})
     assert "transferred" in capsys.readouterr().out
