@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from post_dist.config.deepspeed import bucket_elements, preset
 from post_dist.config.schema import Engine
-from post_dist.losses.pieces import LOGITS_AT_ONCE
+from post_dist.losses.pieces import LOGITS_ON_GPU
 from post_dist.models.size import ModelSize
 from post_dist.planning import cost
 
@@ -88,7 +88,7 @@ def student_memory(
         "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
         "student_optimizer": optimizer,
         "activations": activations,
-        "logits": 2 * min(LOGITS_AT_ONCE, tokens * student.vocabulary) * 4,
+        "logits": 2 * min(LOGITS_ON_GPU, tokens * student.vocabulary) * 4,
     }
     return {part: size / GIB for part, size in held.items()}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from operations import reads_of
+from operations import operations_of, reads_of
 from torch import nn
 from torch.nn import functional
 
@@ -16,6 +16,7 @@ from post_dist.losses.distillation import LossSettings, TermValues, distillation
 from post_dist.losses.divergence import softened_kl, unexplained_share
 from post_dist.losses.heads import Head, Heads
 from post_dist.losses.metric_labels import METRIC_LABELS
+from post_dist.losses.pieces import step_pieces
 from post_dist.losses.signals import (
     HiddenSignal,
     ProjectedSignal,
@@ -125,6 +126,26 @@ def test_the_host_reads_one_value_of_a_batch(pieces: int) -> None:
         loss.backward()
 
     assert reads_of(step) == 1
+
+
+def test_a_step_on_a_gpu_starts_a_third_of_the_kernels() -> None:
+    """With 32 sequences of 512 tokens, and a vocabulary of 49,152."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11, bias=False).requires_grad_(False)
+    hidden_Nd = torch.randn(100, 6, requires_grad=True)
+    signal = HiddenSignal(hidden=torch.randn(100, 6))
+    labels_N = torch.arange(100) % 11
+
+    def operations(device_type: str) -> int:
+        pieces = step_pieces(32 * 512, 49152, device_type)
+        settings = LossSettings(WEIGHTS, 2.0, pieces)
+        heads = Heads(head, head)
+        counts = operations_of(
+            lambda: distillation_loss(hidden_Nd, signal, labels_N, heads, settings)[0].backward()
+        )
+        return counts.total()
+
+    assert operations("cuda") < 0.33 * operations("cpu")
 
 
 def plain_loss(

@@ -15,7 +15,7 @@ from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.data.order import rank_batches
 from post_dist.losses.distillation import LossSettings, TermValues, distillation_loss
 from post_dist.losses.heads import Heads
-from post_dist.losses.pieces import logit_pieces
+from post_dist.losses.pieces import step_pieces
 from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import weights_of
 from post_dist.models.language_model import LanguageModel
@@ -105,7 +105,9 @@ class DistillationModel(nn.Module):
         return LossSettings(
             weights=weights_of(self._section),
             temperature=self._section.temperature,
-            pieces=logit_pieces(most_positions, self.student.vocabulary_size),
+            pieces=step_pieces(
+                most_positions, self.student.vocabulary_size, self.student.model.device.type
+            ),
         )
 
 
