@@ -81,8 +81,8 @@ def _verdict(failures: list[Failure], most: int) -> tuple[bool, str]:
     told = f"exit code {last.exit_code}{place}"
     if last.reason:
         told += f" ({last.reason})"
-    # Messages may differ from start to start, as those of two ranks that lose each other do.
-    kinds = [(failure.exit_code, failure.step) for failure in failures]
+    # A rank that hangs, and then one that starts too slowly, are not the same failure.
+    kinds = [(failure.exit_code, failure.step, failure.reason) for failure in failures]
     if last.step is not None and kinds[-_SAME_FAILURE:].count(kinds[-1]) == _SAME_FAILURE:
         return False, f"not restarted: {told}, for the second time at the same step"
     if len(failures) > most:

@@ -301,7 +301,7 @@ def test_a_rank_that_dies_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rank_that_hangs_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -> None:
-    engine = {"hang_timeout_seconds": 60}
+    engine = {"hang_timeout_seconds": 90}
     run = write_run(tmp_path / "hung", **SURVIVES, engine=engine)
     failure = lose_a_rank(slurm, run, signal.SIGSTOP)
     assert (failure["exit_code"], "no progress" in failure["reason"]) == (3, True)
