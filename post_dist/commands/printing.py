@@ -53,16 +53,16 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
         elif isinstance(value, float):
             print(f"{name}: {value:.6g}")
         else:
-            print(f"{name}: {value}")
+            print(f"{name}: {_plain(value)}")
 
 
-def _plain(entry: Any) -> str:
-    """Return an entry of a list as text, such as `steps_planned 80, epsilon 7.99`."""
-    if not isinstance(entry, Mapping):
-        return str(entry)
+def _plain(value: Any) -> str:
+    """Return a value as text; a mapping as `steps_planned 80, epsilon 7.99`."""
+    if not isinstance(value, Mapping):
+        return str(value)
     parts = []
-    for name, value in entry.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
+    for name, inner in value.items():
+        shown = f"{inner:.6g}" if isinstance(inner, float) else inner
         parts.append(f"{name} {shown}")
     return ", ".join(parts)
 
