@@ -53,11 +53,11 @@ def print_numbers(numbers: Mapping[str, Any], as_json: bool) -> None:
         elif isinstance(value, float):
             print(f"{name}: {value:.6g}")
         else:
-            print(f"{name}: {value}")
+            print(f"{name}: {_plain(value)}")
 
 
 def _plain(entry: Any) -> str:
-    """Return an entry of a list as text, such as `steps_planned 80, epsilon 7.99`."""
+    """Return a mapping as text, such as `steps_planned 80, epsilon 7.99`."""
     if not isinstance(entry, Mapping):
         return str(entry)
     parts = []
