@@ -1,7 +1,8 @@
 """Run on ranks: `bench scale` with several settings in one process, as JSON.
 
-    scaled_ranks.py FOLDER [KEY=VALUE]...
+    scaled_ranks.py FOLDER SETTINGS [KEY=VALUE]...
 
+SETTINGS are names of settings, joined by semicolons.
 With the setting `slow rank`, the last rank sleeps in every matrix product.
 """
 
@@ -27,20 +28,17 @@ SETTINGS = {
     "mixture": ["engine.zero_stage=1"],
     "slow rank": [],
 }
-WITH_FOUR_RANKS = ("ZeRO-3", "two passes", "slow rank")
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    options = sys.argv[2:]
+    names = sys.argv[2].split(";")
+    options = sys.argv[3:]
     world = start(0)
     found = {}
-    for name, settings in SETTINGS.items():
-        # Four ranks on two cores are slow.
-        if world.size == 4 and name not in WITH_FOUR_RANKS:
-            continue
+    for name in names:
         place = folder / "mixture" if name == "mixture" else folder
-        config = load_run(place / "run.yaml", [*settings, *options], place)
+        config = load_run(place / "run.yaml", [*SETTINGS[name], *options], place)
         if name == "slow rank" and world.rank == world.size - 1:
             torch.nn.modules.module.register_module_forward_hook(
                 lambda module, *_: time.sleep(0.01 * isinstance(module, torch.nn.Linear))

@@ -28,22 +28,30 @@ def torchrun(ranks: int, port: int) -> list[str]:
     return [*launcher, f"--nproc-per-node={ranks}", f"--master-port={port}"]
 
 
-def run_scaled_ranks(folder: Path, ranks: int, options: list[str]) -> dict:
-    done = run_script(HERE / "scaled_ranks.py", ranks, folder, *options)
-    return json.loads(done.stdout.splitlines()[-1])
+# Each setting takes several seconds, and four ranks on two cores are slow.
+QUICK = ("ZeRO-2, frozen block", "ZeRO-3", "two passes", "mixture", "slow rank")
+OTHERS = ("ZeRO-0", "ZeRO-1", "ZeRO-3, frozen block", "slow rank")
+WITH_FOUR_RANKS = ("ZeRO-3", "two passes", "slow rank")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "group", "options"),
-    [(2, 2, []), pytest.param(4, 2, ["engine.shard_group=2"], marks=pytest.mark.slow)],
+    ("ranks", "settings", "options"),
+    [
+        (2, QUICK, []),
+        pytest.param(2, OTHERS, [], marks=pytest.mark.slow),
+        pytest.param(4, WITH_FOUR_RANKS, ["engine.shard_group=2"], marks=pytest.mark.slow),
+    ],
 )
 def test_measured_bytes_are_the_planned_ones(
-    tmp_path: Path, ranks: int, group: int, options: list[str]
+    tmp_path: Path, ranks: int, settings: tuple[str, ...], options: list[str]
 ) -> None:
     config = load_run(tiny.write_run(tmp_path), options, None)
     tiny.write_run(tmp_path / "mixture", "deepseek_v3")
-    measured = run_scaled_ranks(tmp_path, ranks, options)
-    sharding = Sharding(ranks=ranks, group=group, bytes_each=FP32_BYTES)
+    arguments = (tmp_path, ";".join(settings), *options)
+    done = run_script(HERE / "scaled_ranks.py", ranks, *arguments)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert tuple(measured) == settings
+    sharding = Sharding(ranks=ranks, group=2, bytes_each=FP32_BYTES)
 
     for row in measured.pop("slow rank")["rows"]:
         assert row["straggler"].startswith(f"rank {ranks - 1} on ")

@@ -91,7 +91,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [*folders, tiny.quantize(tiny.write_model(place / "fp8", "deepseek_v3"))]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_in_shards_is_transformers_own(
     mixtures: list[Path], ranks: int
 ) -> None:
