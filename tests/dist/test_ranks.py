@@ -1,7 +1,9 @@
 """What ranks tell each other: a stop or refusal of rank 0, its view of the disk, its progress."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,9 +136,14 @@ def test_a_rank_that_never_comes_is_named(distilled: Path, rank: int, said: str)
 
 
 def test_a_rank_that_waits_for_others_leaves_in_seconds(distilled: Path) -> None:
-    command = Command("distill", distilled, variables=rank_variables(2)[0])
-    # It listens from its start on, and waits ten minutes for rank 1.
-    time.sleep(3)
+    variables = rank_variables(2)[0]
+    command = Command("distill", distilled, variables=variables)
+    # It waits ten minutes for rank 1, once its store is there.
+    place = ("127.0.0.1", int(variables["MASTER_PORT"]))
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(place):
+            break
+        time.sleep(0.1)
     command.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     message = command.communicate(30)[1]
