@@ -281,7 +281,9 @@ def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> Non
     )
     assert fast["seconds"]["teacher"] == pytest.approx(slow["seconds"]["teacher"] / 10)
     mine.write_text(yaml.safe_dump({"h900": entry | {"node": entry["node"] | {"gpus": 4}}}))
-    assert planned(main, run, "--nodes=8", "--gpu=h900", f"--hardware={mine}")[1]["gpus"] == 8 * 4
+    # Without GPUs in `cluster`, a node has those of the hardware file.
+    more = ("--gpu=h900", f"--hardware={mine}", "--set=cluster.gpus_per_node=0")
+    assert planned(main, run, "--nodes=8", *more)[1]["gpus"] == 8 * 4
     mine.write_text(yaml.safe_dump({"h900": entry | {"share": {"compute": 2}}}))
     assert (
         "h900.share.compute" in planned(main, run, "--gpu=h900", f"--hardware={mine}")[1]["error"]
