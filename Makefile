@@ -84,4 +84,4 @@ demo/demo.yaml: examples/demo.yaml examples/fetch_demo.py | .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv demo runs .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .cache demo runs .ruff_cache .pytest_cache .import_linter_cache

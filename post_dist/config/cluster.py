@@ -37,7 +37,7 @@ def _minutes(value: Any) -> Any:
     return (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60) if known else value
 
 
-Minutes = Annotated[PositiveInt, BeforeValidator(_minutes)]
+Minutes = Annotated[PositiveInt, BeforeValidator(_minutes, json_schema_input_type=int | str)]
 
 _ONE_TASK: dict[ClusterStage, str] = {
     "corpus": "tokenizing runs on one node, without GPUs",
