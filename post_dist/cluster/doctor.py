@@ -106,8 +106,12 @@ def _python(folder: Path) -> Iterator[Finding]:
 
 
 def _memory(folder: Path) -> Iterator[Finding]:
+    # Only Linux has this file.
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return
     sizes = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in meminfo.read_text().splitlines():
         name, _, size = line.partition(":")
         sizes[name] = int(size.split()[0]) / 2**20
     total, free = sizes["MemTotal"], sizes["MemAvailable"]
