@@ -20,7 +20,7 @@ tests-that-wait: .venv/ready
 
 # Tests of one file stay in one worker process.
 tests-that-work: .venv/ready
-	$(PYTEST) -m 'not slow' --ignore tests/slurm
+	$(PYTEST) -m 'not slow' --deselect tests/slurm
 
 test-all: check
 	$(PYTEST)

@@ -175,17 +175,14 @@ def test_a_task_of_a_file_by_hand_has_the_script_s_environment(
 
 
 @pytest.mark.timeout(900)
-def test_a_distillation_that_fails_cancels_what_waits_for_it(
-    slurm: Cluster, tmp_path: Path
-) -> None:
+def test_a_stage_that_fails_cancels_what_waits_for_it(slurm: Cluster, tmp_path: Path) -> None:
     done = submit(
         slurm, write_run(tmp_path, corpus={"held_out_sequences": 10_000}), "pipeline", "--wait"
     )
     assert done.returncode == 3
-    assert re.search(r"distill \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), (
-        done.stderr
-    )
+    assert re.search(r"corpus \(job \d+\) ended as FAILED, exit code 2:0", done.stderr), done.stderr
     assert re.findall(r"(\w+) \(job \d+\): CANCELLED", done.stderr) == [
+        "distill",
         "tune",
         "transfer",
         "evaluate",
