@@ -102,7 +102,10 @@ def keep_from_restarting(exit_code: int, environment: Mapping[str, str]) -> None
     torchrun restarts ranks after any exit code but 0. A wrong run file or a refusal comes again,
     and a run that was asked to stop should not go on.
     """
-    if exit_code in FINAL_EXIT_CODES and environment.get("TORCHELASTIC_RUN_ID"):
+    # All ranks leave with rank 0's exit code, and torchrun ends them all. Rank 0 must have spoken.
+    speaks = environment.get("RANK") == "0"
+    under_torchrun = environment.get("TORCHELASTIC_RUN_ID")
+    if exit_code in FINAL_EXIT_CODES and speaks and under_torchrun:
         os.kill(os.getppid(), signal.SIGTERM)
 
 

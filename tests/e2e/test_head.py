@@ -60,7 +60,12 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     assert "says nearly the same of all public texts" not in err
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     # The prompt alone is not what was tuned, so there is no row of direct transfer.
-    assert list(rows)[3:] == ["student + prompt", "transferred", "proxy-tuning"]
+    assert list(rows)[3:] == [
+        "DP logistic regression",
+        "student + prompt",
+        "transferred",
+        "proxy-tuning",
+    ]
     assert rows["transferred"]["epsilon"] <= 8
 
     public = read_prompt(artifact(tmp_path, "warm_start"), PUBLIC_PROMPT)

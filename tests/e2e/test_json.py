@@ -29,6 +29,7 @@ FAILURES = {
     "doctor": ("--bogus",),
     "check": (),
     "ls": ("--bogus",),
+    "clean": ("{folder}/none",),
     "status": (),
     "verify": (),
 }

@@ -26,7 +26,7 @@ from post_dist.config.assets import asset
 from post_dist.config.load import load_run
 from post_dist.data.tasks import load_examples
 from post_dist.errors import EnvironmentFault
-from post_dist.models.load import load_whole
+from post_dist.models.load import load_whole, weights_of
 from post_dist.stages.distill import stage as distill
 from post_dist.stages.evaluate.metrics import classification_metrics
 
@@ -223,6 +223,7 @@ def test_lineage_leads_from_the_prompt_back_to_the_teacher(finished: Path) -> No
         assert read_prompt(folder).manifest.parents == {
             "source prompt": source.digest,
             "model": student.digest,
+            "target": weights_of(finished / "teacher"),
         }
     wanted = {"unexplained_share", "last_position_kl_nats", "teacher_lm"}
     assert set(student.config["held_out"]) >= wanted
