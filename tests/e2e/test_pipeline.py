@@ -425,7 +425,7 @@ def test_launchers_give_equal_artifacts_and_one_process_s_losses(
             _, err = process.communicate(timeout=500)
             assert process.returncode == 0, err[-3000:]
         made[launcher] = {}
-        for path in output.rglob("*/artifact/*model.safetensors"):
+        for path in output.glob("runs/tiny/*-????????/artifact/*model.safetensors"):
             # The names of private folders are keyed, so they differ between two outputs.
             name = re.sub("(tune.*)-[0-9a-f]{8}", r"\1", path.parent.parent.name)
             made[launcher][name] = path.read_bytes()
