@@ -45,6 +45,7 @@ def test_the_demo_on_its_real_model(tmp_path: Path, post_dist: Callable) -> None
         "evaluate.split=validation",
         "private_task.validation_share=0.003",
         "private_task.test_share=0.99",
+        "tune.micro_batch_size_per_gpu=1",
     ]
     done = post_dist(
         "pipeline",
