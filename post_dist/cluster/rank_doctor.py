@@ -1,6 +1,5 @@
 """Check the ranks of a launcher together: versions, clocks, the shared folder, and the links."""
 
-import fcntl
 import shutil
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from uuid import uuid4
 
 from post_dist.cluster.doctor import Finding
 from post_dist.extras import installed_versions
-from post_dist.files import writing
+from post_dist.files import lock_file, writing
 from post_dist.planning.hardware import Hardware, LinkName
 
 if TYPE_CHECKING:  # this import loads torch
@@ -143,24 +142,16 @@ def _visibility(waits: list[float | None], hosts: list[str]) -> Finding:
 
 def _locks(world: "World", path: Path) -> Finding:
     """Lock a file on rank 0, and try to lock it on all others."""
+    # Each rank opens the file by itself. Without locks, every rank believes that it holds one.
     with path.open("r+") as file:
         if world.is_main:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
         world.barrier()
-        excluded = world.is_main or not _can_lock(path)
+        excluded = world.is_main or not lock_file(file)
         works = not world.any(not excluded)
     cure = "" if works else "start one command at a time in a run's folder"
     found = "a rank excludes the others" if works else "two ranks can hold one lock"
     return Finding("locks", works, found, cure)
-
-
-def _can_lock(path: Path) -> bool:
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
 
 
 def _gpu_errors(world: "World", hosts: list[str]) -> Iterator[Finding]:

@@ -118,8 +118,9 @@ class Cluster(Resources):
     """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
     job again, and it resumes."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """How often a job is queued again after a rank died or hung. Time limits, failed nodes and
-    preemption do not count. The same failure twice at the same step ends the job."""
+    """Largest number of times that a job is queued again after a rank died or hung. Time limits,
+    failed nodes and preemption do not count. The same failure twice at the same step ends the
+    job."""
     # The fields that differ for a stage.
     corpus: Resources = Resources()
     """Resources of `corpus`, where they differ. Tokenizing has one node, one task and no GPU; its

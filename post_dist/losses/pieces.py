@@ -8,7 +8,7 @@ LOGITS_AT_ONCE = 1 << 24
 That is 341 positions with a vocabulary of 49,152 tokens.
 """
 LOGITS_ON_GPU = 1 << 26
-"""The same in a training step on a GPU: 256 MiB in fp32.
+"""Largest number of logits of one model in a training step on a GPU: 256 MiB in fp32.
 
 Reading and writing a smaller piece takes less time than starting its kernels.
 """

@@ -30,9 +30,9 @@ _EMBEDDINGS = "embeddings.safetensors"
 _TASK = "task.json"
 _REQUEST = "request.json"
 _ROUNDING = 0.01
-"""How far probabilities in half precision may be from 1 in sum."""
+"""Largest difference from 1 of a sum of probabilities in half precision."""
 _TOKEN = "token_id:"
-"""How the server writes a token if the request has `return_tokens_as_token_ids`."""
+"""Start of a token in the answer to a request with `return_tokens_as_token_ids`."""
 
 
 class Completions:
