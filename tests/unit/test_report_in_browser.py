@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import pytest
 from report_run import HOSTILE, write_full_run
@@ -60,6 +63,14 @@ window.onload = () => {
   document.getElementById('out').textContent = JSON.stringify(found);
 };
 """
+RUN_AXE = """
+axe.run(document).then(found => {
+  const failed = found.violations.map(each => [each.id, each.impact, each.nodes[0].html]);
+  document.body.innerHTML = '<pre id=out></pre>';
+  document.getElementById('out').textContent =
+    JSON.stringify({failed, passed: found.passes.map(each => each.id)});
+});
+"""
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +84,22 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for width in WIDTHS:
             source = html.escape(text)
             frames.append(f'<iframe style="width:{width}px;height:900px" srcdoc="{source}">')
-    harness = folder / "harness.html"
     frames_html = "</iframe>".join(frames)
-    harness.write_text(f"<meta charset=utf-8>{frames_html}</iframe><script>{MEASURE}</script>")
+    return answer_of(
+        folder, f"<meta charset=utf-8>{frames_html}</iframe><script>{MEASURE}</script>"
+    )
+
+
+def answer_of(folder: Path, source: str) -> Any:
+    """Return what the scripts of a page write as JSON into its element `out`."""
+    page = folder / "harness.html"
+    page.write_text(source)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    # Its profile stays out of the home folder.
-    command += [f"--user-data-dir={folder / 'profile'}", harness.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    # Virtual time runs ahead until all promises are kept. The profile stays out of the home folder.
+    command += ["--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
     answer = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
     assert answer is not None, done.stderr[-2000:]
     return json.loads(html.unescape(answer[1]))
@@ -108,3 +128,13 @@ def test_every_drawing_has_a_role_and_a_text(measured: list[dict]) -> None:
     for each in measured:
         assert len(each["images"]) == 4
         assert all(role == "img" and label for role, label in each["images"])
+
+
+@pytest.mark.parametrize("colors", ["not all", "all"], ids=["light", "dark"])
+def test_axe_finds_nothing(tmp_path: Path, colors: str) -> None:
+    axe = files("axe_core_python").joinpath("axe.min.js").read_text()
+    page = write_report(write_full_run(tmp_path / "demo", task=HOSTILE)).read_text()
+    opened = page.replace(DARK, colors).replace("<details", "<details open")
+    found = answer_of(tmp_path, f"{opened}<script>{axe}</script><script>{RUN_AXE}</script>")
+    assert found["failed"] == []
+    assert {"document-title", "html-has-lang", "svg-img-alt"} <= set(found["passed"])
