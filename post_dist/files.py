@@ -100,11 +100,11 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
-            _flush(partial)
+            flush(partial)
             partial.rename(destination)
         finally:
             partial.unlink(missing_ok=True)
-        _flush(destination.parent)
+        flush(destination.parent)
 
 
 def lock_file(file: IO[str]) -> bool:
@@ -151,12 +151,12 @@ def put_in_place(partial: Path, destination: Path) -> None:
     """Flush a finished folder to disk, then give it its final name."""
     # If the folder were renamed first, a power failure could leave it with empty files.
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        flush(path)
     partial.rename(destination)
-    _flush(destination.parent)
+    flush(destination.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until the contents of a file or folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -31,7 +31,7 @@ def newest_step(folder: Path) -> int:
     A damaged checkpoint is named in the log and deleted.
     """
     for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
-        if _is_whole(path):
+        if is_whole(path):
             return _step_of(path)
         log.warning("%s is damaged: going back to the checkpoint before it", path)
         shutil.rmtree(path)
@@ -145,25 +145,33 @@ def start_step(folder: Path, resume: str, world: World) -> int:
 
 
 def seal(folder: Path, digests: dict[str, str] | None = None) -> None:
-    """Write the sha256 of each file of a checkpoint into it.
+    """Write the sha256 of each file of a folder into it.
 
     Args:
-        folder: the checkpoint.
+        folder: a checkpoint, or what a run made before its first one.
         digests: the digests by name, if they are known.
     """
     (folder / _SEAL).write_text(json.dumps(digests or file_digests(folder)))
 
 
-def _is_whole(folder: Path) -> bool:
-    """Return whether the files of a checkpoint are unchanged since they were sealed."""
+def sealed_digests(folder: Path) -> dict[str, str] | None:
+    """Return the digests in a folder's seal, or None if it has no seal that can be read."""
     try:
         sealed = json.loads((folder / _SEAL).read_text())
-        found = file_digests(folder)
-        # The seal does not hold its own hash.
-        found.pop(_SEAL)
-        return bool(sealed == found)
     except (OSError, ValueError):
+        return None
+    return sealed if isinstance(sealed, dict) else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether the files of a sealed folder are unchanged since they were sealed."""
+    sealed = sealed_digests(folder)
+    if sealed is None:
         return False
+    found = file_digests(folder)
+    # The seal does not hold its own hash.
+    found.pop(_SEAL)
+    return sealed == found
 
 
 def _step_of(path: Path) -> int:

@@ -1,65 +1,142 @@
-"""Checkpoints of a training engine: the state of the student in one file per rank."""
+"""Checkpoints of a training engine: the state of the student in one file per rank.
+
+Only the copy of the state into the host's memory stops the training. Each rank then writes and
+hashes its own file in a thread, behind the next steps.
+"""
 
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
+import torch
 from safetensors.torch import save_file
 
-from post_dist.files import file_digest, put_in_place, writing
+from post_dist.errors import Interrupted
+from post_dist.files import file_digest, flush, put_in_place, writing
 from post_dist.runtime.checkpoint import drop_old, seal
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, restore_engine
+from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import phase
 
 
-def save_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
-    """Save the trained weights and the optimizer of an engine. All ranks call it together.
+@dataclass(frozen=True)
+class _Write:
+    """A checkpoint that is being written.
+
+    Attributes:
+        place: its folder, once it is complete.
+        partial: the folder that holds the ranks' files until then.
+        digests: the digest of this rank's file by its name; empty if the rank has no state.
+    """
+
+    place: Path
+    partial: Path
+    digests: Future[dict[str, str]]
+
+
+class EngineCheckpoints:
+    """Writes the checkpoints of a training engine while it trains. All ranks call each method.
+
+    A checkpoint gets its name when every rank has written its file. Until then the one before it is
+    the newest. At most one is being written, so the copies in memory are bounded.
 
     Args:
         folder: the folder of all checkpoints.
-        step: the next step of the run.
-        engine: a training engine.
+        engine: the training engine.
         world: the ranks.
-
-    Raises:
-        InputError: a rank cannot write; earlier checkpoints are unchanged.
-        EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
     """
-    place = folder / f"step-{step}"
-    partial = folder / f".step-{step}.partial"
-    phase(f"writing the checkpoint of step {step}")
 
-    def make_room() -> None:
-        with writing(place):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    def __init__(self, folder: Path, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._world = world
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: _Write | None = None
 
-    def write() -> dict[str, str]:
-        tensors = engine_state(engine)
-        if not tensors:
-            return {}
-        file = partial / f"rank{world.rank}.safetensors"
-        with writing(place):
-            save_file(tensors, file)
-            # Rank 0 alone would need a minute to hash the files of a large student.
-            return {file.name: file_digest(file)}
+    def begin(self, step: int) -> None:
+        """Copy the trained weights and the optimizer's state, and begin to write the copy.
 
-    def finish() -> None:
-        with writing(place):
-            seal(partial, digests)
-            put_in_place(partial, place)
-        drop_old(folder)
+        Args:
+            step: the next step of the run.
 
+        Raises:
+            InputError: a rank cannot write; earlier checkpoints are unchanged.
+            EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
+        """
+        self.finish()
+        phase(f"copying the state of step {step}")
+        place = self._folder / f"step-{step}"
+        files = self._folder / f".step-{step}.partial"
+        self._world.on_main(partial(_make_room, files, place))
+        file = files / f"rank{self._world.rank}.safetensors"
+        digests = self._thread.submit(_write_file, file, place, engine_state(self._engine))
+        self._write = _Write(place, files, digests)
+
+    def settle(self) -> None:
+        """Complete the checkpoint that is being written, if no rank has to wait for it.
+
+        Raises:
+            InputError: a rank could not write; earlier checkpoints are unchanged.
+            EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
+        """
+        # All ranks began the same checkpoint, so all of them take part in this collective.
+        if self._write and not self._world.any(not self._write.digests.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete. Without one, do nothing.
+
+        Raises:
+            InputError: a rank could not write; earlier checkpoints are unchanged.
+            EnvironmentFault: the disk is full; earlier checkpoints are unchanged.
+        """
+        if self._write is None:
+            return
+        write, self._write = self._write, None
+        phase(f"writing the checkpoint {write.place.name}")
+
+        def complete() -> None:
+            with writing(write.place):
+                seal(write.partial, digests)
+                put_in_place(write.partial, write.place)
+            drop_old(self._folder)
+
+        try:
+            with saving():
+                # This returns when every rank has written, so rank 0 seals complete files.
+                digests = self._world.merged(self._world.together(write.digests.result))
+                self._world.on_main(complete)
+        finally:
+            # After a failure, the temporary folder is of no use.
+            if self._world.is_main:
+                shutil.rmtree(write.partial, ignore_errors=True)
+
+
+@contextmanager
+def engine_checkpoints(
+    folder: Path, engine: deepspeed.DeepSpeedEngine, world: World
+) -> Iterator[EngineCheckpoints]:
+    """Give the body checkpoints to write, and complete the last one when it ends or is stopped.
+
+    Args:
+        folder: the folder of all checkpoints.
+        engine: the training engine.
+        world: the ranks, which all call this function.
+    """
+    checkpoints = EngineCheckpoints(folder, engine, world)
     try:
-        world.on_main(make_room)
-        # This call returns when every rank has written, so rank 0 seals complete files.
-        digests = world.merged(world.together(write))
-        world.on_main(finish)
-    finally:
-        # After a failure, the temporary folder is of no use.
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+        yield checkpoints
+    except Interrupted:
+        # All ranks stop after the same step. After any other error a rank may be gone.
+        checkpoints.finish()
+        raise
+    checkpoints.finish()
 
 
 def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -68,3 +145,22 @@ def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> N
     The number of ranks may differ from that of the run that saved it.
     """
     restore_engine(engine, sorted((folder / f"step-{step}").glob("*.safetensors")))
+
+
+def _make_room(files: Path, place: Path) -> None:
+    with writing(place):
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(parents=True)
+
+
+def _write_file(file: Path, place: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Write a rank's file to the disk, and return its digest by its name.
+
+    It runs in a thread. Rank 0 alone would need a minute to hash the files of a large student.
+    """
+    if not tensors:
+        return {}
+    with writing(place):
+        save_file(tensors, file)
+        flush(file)
+        return {file.name: file_digest(file)}

@@ -26,7 +26,10 @@ class TrainingJob(Protocol):
         """
 
     def save(self, step: int) -> None:
-        """Save a checkpoint from which step number `step` is the next one. All ranks call it."""
+        """Save a checkpoint from which step number `step` is the next one. All ranks call it.
+
+        A job may write it behind the next steps, and is then responsible for its completion.
+        """
 
 
 class CheckpointPolicy(Protocol):

@@ -65,6 +65,18 @@ def in_half_a_shard(number: int) -> None:
     engine_checkpoint.save_file = save_file
 
 
+def behind_a_slow_write(number: int) -> None:
+    """Die in a later step, while a rank's file of a checkpoint is being written."""
+    real = engine_checkpoint.save_file
+
+    def save_file(tensors: dict, path: Path) -> None:
+        time.sleep(0.5)
+        real(tensors, path)
+
+    engine_checkpoint.save_file = save_file
+    at_call(DistillationModel, "forward", number, before=True)
+
+
 def in_a_gather(number: int) -> None:
     """Die in a gather of the teacher's weights, after training has begun."""
     real = distill_stage.run_training
@@ -100,6 +112,7 @@ KILLS: dict[str, Prepare] = {
     ),
     "SIGKILL in the optimizer": after_call(torch.optim.AdamW, "step", random_step),
     "SIGKILL while a shard is written": lambda: in_half_a_shard(random_save()),
+    "SIGKILL behind a slow write": lambda: behind_a_slow_write(random_step()),
     "SIGKILL before the rename": before_call(engine_checkpoint, "put_in_place", random_save),
     "SIGKILL after the rename": after_call(engine_checkpoint, "put_in_place", random_save),
 }
@@ -349,6 +362,16 @@ FILES = ("rank0.safetensors", "rank1.safetensors", "checkpoint.json")
 DAMAGES = {"truncated": truncate, "flipped": flip, "deleted": Path.unlink}
 
 
+def with_a_damaged_start(base: Path, output: Path, expected: Expected) -> Outcome:
+    """Flip a bit of the untrained student, which is made again from the teacher."""
+    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]})
+    _, detected = run.wait()
+    flip(run.folder() / "checkpoints" / "untrained" / "model.safetensors")
+    outcome = resume(base, run, detected, expected)
+    assert "untrained is damaged: it is made again from the teacher" in run.log()
+    return outcome
+
+
 def other_world_sizes(base: Path, output: Path, expected: Expected) -> Outcome:
     """Run on two ranks, then on one, then on two; each is stopped by SIGTERM."""
     run = start(base, output)
@@ -437,6 +460,7 @@ def rows(times: int) -> Iterator[tuple[str, int, Broken]]:
         for kind, damage in DAMAGES.items():
             name = f"newest checkpoint's {file} {kind}"
             yield name, 1, with_arguments(with_a_damaged_file, file, damage)
+    yield "untrained student flipped", 1, with_a_damaged_start
     for zero_stage in (1, 3):
         name = f"loss not finite once, ZeRO-{zero_stage}{ANOTHER}"
         yield name, 1, with_arguments(spoiled_once, zero_stage)

@@ -14,8 +14,10 @@ import pytest
 QUICK = (
     "SIGKILL in the student's forward",
     "SIGKILL while a shard is written",
+    "SIGKILL behind a slow write",
     "SIGTERM",
     "newest checkpoint's rank1.safetensors flipped",
+    "untrained student flipped",
     "loss not finite once, ZeRO-3 *",
     "2 ranks, then 1, then 2 *",
 )

@@ -1,14 +1,16 @@
 """Checkpoints and files on disk are complete, or are not there."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from post_dist.errors import InputError
 from post_dist.files import write_file
-from post_dist.runtime import checkpoint
+from post_dist.runtime import checkpoint, engine_checkpoint
 from post_dist.runtime.checkpoint import (
     load_tensors,
     newest_step,
@@ -120,3 +122,30 @@ def test_an_optimizer_goes_on_from_its_checkpoint(tmp_path: Path, name: str, sto
         torch.testing.assert_close(whole, torch.stack(values[steps // 2 :]).mean(dim=0))
     else:
         assert torch.equal(whole, values[-1])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write waits for the step that follows it, which a blocked loop would never take."""
+    save_file = engine_checkpoint.save_file
+    steps, saved = 6, []
+
+    def steps_taken() -> int:
+        (metrics,) = tmp_path.glob("runs/*/distill-*/metrics.jsonl")
+        return len(metrics.read_text().splitlines())
+
+    def save_slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        step = int(path.parent.name.removeprefix(".step-").removesuffix(".partial"))
+        deadline = time.monotonic() + 20
+        while steps_taken() < min(step + 1, steps) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        saved.append((step, steps_taken() > step or step == steps))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(engine_checkpoint, "save_file", save_slowly)
+    settings = ("--set=distill.checkpoint_every_steps=2", f"--output={tmp_path / 'runs'}")
+    run = tiny.write_run(tmp_path)
+    code, _, err = main("distill", run, f"--set=distill.steps={steps}", *settings)
+    assert code == 0, err
+    assert saved == [(2, True), (4, True), (6, True)]

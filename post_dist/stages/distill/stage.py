@@ -1,6 +1,7 @@
 """Stage 1, run by the provider: distill the large LLM into a student for data owners."""
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerpr
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import check_cut, write_student
-from post_dist.runtime.checkpoint import start_step
+from post_dist.runtime.checkpoint import is_whole, seal, sealed_digests, start_step
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_checkpoint import load_engine
+from post_dist.runtime.engine_checkpoint import engine_checkpoints, load_engine
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
@@ -107,7 +108,7 @@ def distill(
     log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
 
     # Choose layers, and make the student from them.
-    untrained = _write_untrained(folder, teacher, corpus, world)
+    untrained = _write_untrained(folder, teacher, corpus, world, resumes=first_step > 0)
     student = load_whole(untrained, precision, world.device)
     layers = student.model.config.post_dist_layers
     check_cut(model, student, layers)
@@ -123,8 +124,9 @@ def distill(
         maker = SignalMaker(model, section, student_section, config.seed)
         source = cache_teacher(folder.path.parent, teacher_digest, maker, corpus, world)
     student_step = StudentStep(engine, text, source, section, world)
-    job = DistillationJob(student_step, folder, world)
-    run_training(job, first_step, world, EverySteps(section.checkpoint_every_steps))
+    with engine_checkpoints(folder.checkpoints, engine, world) as checkpoints:
+        job = DistillationJob(student_step, checkpoints, folder, world)
+        run_training(job, first_step, world, EverySteps(section.checkpoint_every_steps))
 
     # Evaluate the student on the held-out split, which a cache does not cover.
     metrics = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
@@ -153,21 +155,37 @@ def distill(
     world.on_main(write)
 
 
-def _write_untrained(folder: RunFolder, teacher: _Teacher, corpus: Corpus, world: World) -> Path:
-    """Write the untrained student unless an earlier start has written it, and return its folder."""
+def _write_untrained(
+    folder: RunFolder, teacher: _Teacher, corpus: Corpus, world: World, *, resumes: bool
+) -> Path:
+    """Write the untrained student unless an earlier start has written it, and return its folder.
+
+    Raises:
+        InputError: it was damaged, and now differs from the one that the checkpoints belong to.
+    """
     untrained = folder.checkpoints / "untrained"
-    if world.on_main(untrained.exists):
+    if world.on_main(lambda: is_whole(untrained)):
         return untrained
     _, student_section = required_sections(folder.config)
     # Layers are chosen once. A resumed run keeps them, because its checkpoints need these layers.
     micro_batch_size = folder.config.distill.micro_batch_size_per_gpu
     layers = choose_layers(student_section, teacher.model, corpus, micro_batch_size, world)
 
+    def fill(unfinished: Path) -> None:
+        write_student(unfinished, teacher.folder, layers, teacher.tokenizer)
+        seal(unfinished)
+
     def write() -> None:
-        write_folder(
-            untrained,
-            lambda partial: write_student(partial, teacher.folder, layers, teacher.tokenizer),
-        )
+        before = sealed_digests(untrained)
+        if untrained.exists():
+            log.warning("%s is damaged: it is made again from the teacher", untrained)
+            shutil.rmtree(untrained)
+        write_folder(untrained, fill)
+        if resumes and before not in (None, sealed_digests(untrained)):
+            raise InputError(
+                f"{untrained} was damaged, and the teacher now gives another student",
+                "start again with --resume never",
+            )
 
     world.on_main(write)
     return untrained

@@ -15,7 +15,7 @@ from post_dist.losses.distillation import TermValues
 from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_checkpoint import save_engine
+from post_dist.runtime.engine_checkpoint import EngineCheckpoints
 from post_dist.runtime.nonfinite import NonFiniteGuard
 from post_dist.runtime.schedule import Schedule, ScheduledRates
 from post_dist.runtime.trackers import open_public_metrics
@@ -147,18 +147,24 @@ class DistillationJob:
 
     Args:
         student_step: takes the steps.
-        folder: the run folder, for checkpoints and metrics.
+        checkpoints: writes the checkpoints.
+        folder: the run folder, for the metrics.
         world: the ranks.
     """
 
     label = "distill"
 
-    def __init__(self, student_step: StudentStep, folder: RunFolder, world: World) -> None:
+    def __init__(
+        self,
+        student_step: StudentStep,
+        checkpoints: EngineCheckpoints,
+        folder: RunFolder,
+        world: World,
+    ) -> None:
         section = student_step.section
         self.steps = section.steps
         self._student_step = student_step
-        self._folder = folder
-        self._world = world
+        self._checkpoints = checkpoints
         self._optimizer = student_step.engine.optimizer
         schedule = Schedule("linear", section.warmup_share, section.steps)
         self._rates = ScheduledRates(self._optimizer, schedule)
@@ -170,6 +176,7 @@ class DistillationJob:
         self._rates.apply(step)
         # `tolist` copies all terms from the device at once.
         means_K = self._student_step.take(step).tolist()
+        self._checkpoints.settle()
         means = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
         self._metrics.write(
             step=step,
@@ -180,5 +187,5 @@ class DistillationJob:
         return " ".join(f"{metric} {mean:.3f}" for metric, mean in means.items())
 
     def save(self, step: int) -> None:
-        """Save a checkpoint from which step number `step` is the next one. All ranks call it."""
-        save_engine(self._folder.checkpoints, step, self._student_step.engine, self._world)
+        """Begin a checkpoint from which step number `step` is the next one. All ranks call it."""
+        self._checkpoints.begin(step)
