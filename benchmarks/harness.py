@@ -11,7 +11,7 @@ from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.bench.timing import device_name
 from post_dist.config.load import load_run
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import STAGE_SECTIONS, RunConfig
 from post_dist.data.tasks import load_examples
 from post_dist.models.load import load_whole
 from post_dist.privacy.accounting import account
@@ -24,7 +24,7 @@ from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedMod
 from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
 
-_STAGES = frozenset({"distill", "tune", "transfer", "evaluate"})
+_STAGES = frozenset(STAGE_SECTIONS)
 _LORA_LEARNING_RATES = (1e-3, 4e-3)
 
 Row = dict[str, Any]
