@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         transfer,
         tune,
         warm_start,
+        write_signals,
     )
 
 __version__ = "0.2.0"
@@ -49,6 +50,7 @@ __all__ = [
     "transfer",
     "tune",
     "warm_start",
+    "write_signals",
 ]
 
 

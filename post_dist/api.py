@@ -121,6 +121,27 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
     return CorpusResult(made.path, made.tokens, made.documents, made.sequences)
 
 
+def write_signals(config: RunConfig) -> None:
+    """Write the teacher's signals that `distill` will read (optional: `distill` does it too).
+
+    Any number of processes, or groups of ranks, may call it for one run file at the same time. Each
+    returns once all files exist. The files of a process that dies are made by the others.
+
+    Args:
+        config: a run file with the sections of `distill`; `distill.cache` is not `none`.
+
+    Raises:
+        InputError: a section or a file is missing, or the settings do not fit the teacher.
+        EnvironmentFault: the disk is full, or another rank was lost.
+        Interrupted: the call was asked to stop; complete files are kept.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> None:
+        stages.signals()
+
+    _with_stages(config, frozenset(("distill",)), "auto", run)
+
+
 def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
     """Distill the large LLM into a student (the provider's first stage).
 

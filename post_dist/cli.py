@@ -22,6 +22,7 @@ from post_dist.commands.stages import (
     distill,
     evaluate,
     pipeline,
+    signals,
     transfer,
     tune,
     warm_start,
@@ -43,6 +44,7 @@ app = typer.Typer(
 _COMMANDS = (
     pipeline,
     corpus,
+    signals,
     distill,
     warm_start,
     tune,

@@ -55,6 +55,18 @@ def corpus(
         print(f"{result.path}: {result.tokens} tokens of {result.documents} documents")
 
 
+def signals(run: RunFile, set_: Overrides = None, output: Output = None) -> None:
+    """Provider: write the teacher's signals for `distill`. Any number of workers may do so at once.
+
+    Each worker is one process, or the ranks of one launcher.
+    """
+    listen()
+    api.write_signals(api.load_run(run, set_ or (), output))
+    if this_rank() == 0:
+        print("all signals are written")
+    leave_ranks()
+
+
 def distill(
     run: RunFile,
     set_: Overrides = None,

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus as CorpusSection
 from post_dist.data.make_shards import make_shards
-from post_dist.data.order import RankBatch, rank_batches, shuffled_rows
+from post_dist.data.order import RankBatch, first_places, rank_batches, shuffled_rows
 from post_dist.data.token_shards import TokenShards
 from post_dist.errors import InputError
 from post_dist.files import digest_of
@@ -78,18 +79,26 @@ class Corpus:
         places = range(step * batch_size, (step + 1) * batch_size)
         return rank_batches(places, micro_batch_size, world.rank, world.size)
 
+    @property
+    def order(self) -> dict[str, int]:
+        """The settings on which the reading order depends."""
+        return {"sequences": self.num_training_sequences, "seed": self._seed}
+
     def numbers(self, batch: RankBatch) -> list[int]:
         """Return the numbers of the sequences at the places of a micro-batch."""
+        return self.numbers_at(batch.rows)
+
+    def numbers_at(self, places: Sequence[int]) -> list[int]:
+        """Return the numbers of the sequences at places of the reading order."""
         numbers: list[int] = []
-        for place in batch.rows:
+        for place in places:
             numbers += shuffled_rows(place, 1, self.num_training_sequences, self._seed)
         return numbers
 
-    def numbers_of_first(self, places: int) -> list[int]:
-        """Return the numbers of the sequences at the first `places` places, ascending."""
-        # One epoch contains every sequence.
-        count = min(places, self.num_training_sequences)
-        return sorted(shuffled_rows(0, count, self.num_training_sequences, self._seed))
+    def places_of(self, numbers: Sequence[int]) -> list[int]:
+        """Return the places of sequences in the first epoch of the reading order."""
+        places = first_places(self.num_training_sequences, self._seed)
+        return [int(places[number]) for number in numbers]
 
     def training(self, batch: RankBatch) -> torch.Tensor:
         """Return the training sequences [B, T] of a micro-batch."""

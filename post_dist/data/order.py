@@ -76,6 +76,15 @@ def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:
     return rows
 
 
+@lru_cache(maxsize=1)
+def first_places(total: int, seed: int) -> np.ndarray:
+    """Return the place of each example in the first epoch: 4 bytes an example below 2^32."""
+    order = _order(total, seed, 0)
+    places = np.empty_like(order)
+    places[order] = np.arange(total, dtype=order.dtype)
+    return places
+
+
 def rows_of_like_length(step: int, batch_size: int, lengths: Sequence[int], seed: int) -> list[int]:
     """Return the batch of a step, with examples of similar length to keep padding short.
 

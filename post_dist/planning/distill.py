@@ -20,6 +20,7 @@ from post_dist.planning.layout import (
 from post_dist.planning.memory import GATHERED, GIB, frozen_memory, student_memory
 from post_dist.planning.simulation import STORAGE_GB_PER_SECOND, young_interval
 from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, files_of
 from post_dist.stages.distill.signal_format import exact_product, kept_bytes, kept_names
 
 _STORAGE_BYTES_PER_SECOND = STORAGE_GB_PER_SECOND * 1e9
@@ -211,16 +212,18 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
 def _teacher_share(inputs: PlanInputs, corpus: Corpus) -> float:
     """Compute the share of the steps' sequences that a cached teacher runs over.
 
-    The teacher runs once over each sequence of the corpus. If the size of the corpus is unknown,
-    the plan assumes that no step repeats a sequence.
+    The teacher runs once over each sequence of the files that are read, so the share of a short run
+    may be above 1. If the size of the corpus is unknown, the plan assumes that no step repeats a
+    sequence.
     """
     section = inputs.config.distill
-    # Later epochs read what the first one kept.
+    # Later epochs read what the first one kept. Workers write whole files.
     wanted = section.steps * section.batch_size
+    in_files = files_of(wanted) * SEQUENCES_A_FILE
     if not corpus.max_tokens:
-        return 1.0
+        return in_files / wanted
     in_corpus = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences
-    return min(1.0, max(0, in_corpus) / wanted)
+    return min(in_files, max(0, in_corpus)) / wanted
 
 
 def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:

@@ -101,6 +101,19 @@ class Pipeline:
                 distill(folder, teacher, digest, self._world, self._resume)
         return folder
 
+    def signals(self) -> None:
+        """Write the teacher's signals that `distill` will read, beside other workers."""
+        from post_dist.stages.distill.stage import refuse_distillation, write_signals
+
+        self._config.need("distill")
+        teacher = self.inputs.teacher
+        digest = self.inputs.teacher_digest
+        inputs = {"teacher": digest, "corpus": self.inputs.data_digest("corpus")}
+        # The folder is not made: its parent holds the signals.
+        folder = run_folder(self._config, "distill", inputs)
+        refuse_distillation(folder.config, teacher, self._world)
+        write_signals(folder.config, teacher, digest, folder.path.parent, self._world)
+
     def warm_start(self) -> RunFolder:
         """Find or make the public prompt for the student.
 

@@ -75,18 +75,18 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(
     one = next(tmp_path.glob("tiny/teacher-signals-*"))
     two = next((tmp_path / "elsewhere").glob("tiny/teacher-signals-*"))
     assert one.name == two.name
-    of_one_rank = signal_of(one)
-    of_two_ranks = signal_of(two)
-    assert of_one_rank.keys() == of_two_ranks.keys()
-    for name, tensor in of_one_rank.items():
-        torch.testing.assert_close(of_two_ranks[name], tensor, rtol=1e-4, atol=1e-4)
+    assert contents(one) == contents(two)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file of signals, by its name."""
+    return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}
 
 
 def signal_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a cache folder, in the order of the sequences."""
+    """Return all tensors of a cache folder, in the order of the places."""
     files = [load_file(file) for file in sorted(folder.rglob("*.safetensors"))]
-    whole = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-    return {name: tensor[whole["numbers"].argsort()] for name, tensor in whole.items()}
+    return {name: torch.cat([file[name] for file in files]) for name in files[0]}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_kept_takes_as_much_as_was_planned(
     code, said, errors = main("plan", run, "--nodes=1", "--gpus-per-node=1", "--json", *given)
     assert code == 0, errors
     planned = json.loads(said)["stages"][0]["teacher_signals_gib"] * 2**30
-    assert planned == sum(tensor.nbytes for name, tensor in kept.items() if name != "numbers")
+    assert planned == sum(tensor.nbytes for tensor in kept.values())
 
 
 def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_samples_train_a_student_for_116_bytes_a_token(main: Callable, tmp_path:
     )
     online, _ = distilled(main, run, tmp_path, *options)
     cached, _ = distilled(main, run, tmp_path, *options, "--set=distill.cache=sampled")
-    files = list(tmp_path.glob("tiny/teacher-signals-*/*.safetensors"))
+    files = list(tmp_path.glob("tiny/teacher-signals-*/*/*.safetensors"))
     tokens = sum(load_file(file)["entropy"].numel() for file in files)
-    assert sum(file.stat().st_size for file in files) < 120 * tokens + 1000 * len(files)
+    assert sum(file.stat().st_size for file in files) < 120 * tokens + 6000 * len(files)
     of_online = held_out_ce(online)
     of_cached = held_out_ce(cached)
     untrained = losses(online)[0]
@@ -159,7 +159,7 @@ def test_signals_written_before_an_interruption_are_kept(main: Callable, tmp_pat
     )
     slow, fast = (f"--set=distill.micro_batch_size_per_gpu={size}" for size in (1, 200))
     process = Command("distill", run, f"--output={tmp_path}", *options, slow)
-    while not list(tmp_path.glob("tiny/teacher-signals-*/0*.safetensors")):
+    while not list(tmp_path.glob("tiny/teacher-signals-*/*/0*.safetensors")):
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -168,11 +168,11 @@ def test_signals_written_before_an_interruption_are_kept(main: Callable, tmp_pat
     assert "the teacher signals written so far are kept" in said
     kept = {
         file: file.stat().st_mtime_ns
-        for file in tmp_path.glob("tiny/teacher-signals-*/*.safetensors")
+        for file in tmp_path.glob("tiny/teacher-signals-*/*/*.safetensors")
     }
     _, said = distilled(main, run, tmp_path, *options, fast)
     assert RAN in said
-    assert "0 are in" not in said
+    assert " 0 files of" not in said
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
 
 
@@ -193,3 +193,65 @@ def test_what_cannot_be_kept_is_refused(run: Path, main: Callable, tmp_path: Pat
     code, _, said = main("distill", masked, "--set=distill.cache=hidden")
     assert code == 2
     assert "a masked model reads a sequence with other masks each time" in said
+
+
+LONG = (FP32, "--set=distill.cache=hidden", "--set=corpus.sequence_length=8")
+LONG += ("--set=distill.batch_size=600", "--set=distill.steps=1")
+
+
+@pytest.fixture(scope="module")
+def by_one(main: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Distill from signals made in the process; return the run file, the signals, the student."""
+    folder = tmp_path_factory.mktemp("signals")
+    run = tiny.write_run(folder)
+    tiny.write_csv(folder / "public.csv", tiny.sentences(600, 2))
+    student, _ = distilled(main, run, folder / "alone", *LONG)
+    return run, next(folder.glob("alone/tiny/teacher-signals-*")), student
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_that_are_killed_leave_the_same_files_and_the_same_student(
+    by_one: tuple[Path, Path, Path], main: Callable, tmp_path: Path, workers: int
+) -> None:
+    run, expected, student = by_one
+    command = ("signals", run, f"--output={tmp_path}", *LONG)
+    working = [Command(*command) for _ in range(workers)]
+    # A worker dies as soon as a file is there: it holds at most one file that is not.
+    while not list(tmp_path.glob("tiny/teacher-signals-*/*/0*.safetensors")):
+        assert any(worker.poll() is None for worker in working)
+        time.sleep(0.01)
+    working[0].send_signal(signal.SIGKILL)
+    said = [worker.communicate() for worker in working]
+    assert all(worker.returncode == 0 for worker in working[1:]), said
+    made = next(tmp_path.glob("tiny/teacher-signals-*"))
+    assert len(contents(expected)) >= 8
+    assert contents(made) == contents(expected)
+    of_workers, errors = distilled(main, run, tmp_path, *LONG)
+    assert RAN not in errors
+    for name, tensor in load_file(student / "model.safetensors").items():
+        assert torch.equal(load_file(of_workers / "model.safetensors")[name], tensor)
+
+
+def test_a_flipped_bit_is_found_by_name_and_made_again(
+    by_one: tuple[Path, Path, Path], main: Callable, tmp_path: Path
+) -> None:
+    run, expected, _ = by_one
+    command = ("distill", run, f"--output={tmp_path}", *LONG)
+    assert main("signals", *command[1:])[0] == 0
+    made = next(tmp_path.glob("tiny/teacher-signals-*"))
+    file = sorted(made.rglob("*.safetensors"))[3]
+    damaged = bytearray(file.read_bytes())
+    damaged[-5] ^= 4
+    file.write_bytes(damaged)
+    code, _, said = main(*command)
+    assert code == 3
+    assert f"{file.name} was damaged" in said
+    code, _, said = main(*command)
+    assert code == 0, said
+    assert contents(made) == contents(expected)
+
+
+def test_signals_without_a_cache_are_refused(run: Path, main: Callable, tmp_path: Path) -> None:
+    code, _, said = main("signals", run, f"--output={tmp_path}")
+    assert code == 2
+    assert "distill.cache is none" in said

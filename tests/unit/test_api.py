@@ -35,6 +35,7 @@ NAMES = [
     "transfer",
     "tune",
     "warm_start",
+    "write_signals",
 ]
 
 

@@ -91,21 +91,14 @@ def distill(
         Interrupted: a rank was asked to stop; the state is saved.
     """
     config = folder.config
-    corpus_section, student_section = required_sections(config)
+    _, student_section = required_sections(config)
     section = config.distill
     first_step = start_step(folder.checkpoints, resume, world)
 
-    # Read the corpus with the teacher's tokenizer, and load the teacher in shards.
-    tokenizer = load_tokenizer(teacher_folder)
-    corpora = corpora_folder(config)
-    corpus = build_corpus(corpus_section, tokenizer, corpora, config.seed, world)
+    corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
+    model = teacher.model
+    tokenizer = teacher.tokenizer
     precision = choose_precision(config.engine, world.device)
-    model = load_sharded(teacher_folder, config.engine, precision, world)
-    teacher = _Teacher(teacher_folder, teacher_digest, model, tokenizer)
-    if corpus_section.separate_documents and not model.masked:
-        check_documents_apart(model)
-    percent = 100 * shard_share(model)
-    log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
 
     # Choose layers, and make the student from them.
     untrained = _write_untrained(folder, teacher, corpus, world, resumes=first_step > 0)
@@ -153,6 +146,46 @@ def distill(
         _write_artifact(folder.artifact, teacher, whole, precision, settings)
 
     world.on_main(write)
+
+
+def write_signals(
+    config: RunConfig, teacher_folder: Path, teacher_digest: str, parent: Path, world: World
+) -> None:
+    """Write the signals that `distill` will read, beside other workers. All ranks call it.
+
+    Args:
+        config: the run file; `distill.cache` is not `none`.
+        teacher_folder: the large LLM in Hugging Face format.
+        teacher_digest: digest of its files.
+        parent: folder that holds the run folders and the signals.
+        world: the ranks of this worker.
+
+    Raises:
+        InputError: the corpus cannot be used, or `distill.cache` is `none`.
+        EnvironmentFault: the disk is full.
+        Interrupted: a rank was asked to stop; complete files are kept.
+    """
+    _, student_section = required_sections(config)
+    if config.distill.cache == "none":
+        raise InputError("distill.cache is none, so distill reads no signals", "set it to hidden")
+    corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
+    maker = SignalMaker(teacher.model, config.distill, student_section, config.seed)
+    cache_teacher(parent, teacher_digest, maker, corpus, world)
+
+
+def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[Corpus, _Teacher]:
+    """Read the corpus with the teacher's tokenizer, and load the teacher in shards."""
+    corpus_section, _ = required_sections(config)
+    tokenizer = load_tokenizer(folder)
+    corpora = corpora_folder(config)
+    corpus = build_corpus(corpus_section, tokenizer, corpora, config.seed, world)
+    precision = choose_precision(config.engine, world.device)
+    model = load_sharded(folder, config.engine, precision, world)
+    if corpus_section.separate_documents and not model.masked:
+        check_documents_apart(model)
+    percent = 100 * shard_share(model)
+    log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
+    return corpus, _Teacher(folder, digest, model, tokenizer)
 
 
 def _write_untrained(
