@@ -255,3 +255,34 @@ def test_signals_without_a_cache_are_refused(run: Path, main: Callable, tmp_path
     code, _, said = main("signals", run, f"--output={tmp_path}")
     assert code == 2
     assert "distill.cache is none" in said
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_one_file_each_at_most(main: Callable, tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path)
+    tiny.write_csv(tmp_path / "public.csv", tiny.sentences(1200, 2))
+    options = (
+        *LONG,
+        "--set=distill.batch_size=1536",
+        "--set=distill.micro_batch_size_per_gpu=4",
+    )
+    written: dict[Path, int] = {}
+    for kill in range(20):
+        worker = Command("signals", run, f"--output={tmp_path / 'killed'}", *options)
+        while len(found := list(tmp_path.glob("killed/tiny/*/*/0*.safetensors"))) <= kill:
+            assert worker.poll() is None
+            time.sleep(0.005)
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        # What was there is not made again, and each start has added a file before it was killed.
+        assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in written.items())
+        written = {file: file.stat().st_mtime_ns for file in found}
+    for folder in ("killed", "alone"):
+        code, _, said = main("signals", run, f"--output={tmp_path / folder}", *options)
+        assert code == 0, said
+    assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in written.items())
+    made, expected = (
+        next(tmp_path.glob(f"{folder}/tiny/teacher-signals-*")) for folder in ("killed", "alone")
+    )
+    assert len(contents(expected)) == 24
+    assert contents(made) == contents(expected)
