@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import started
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -200,12 +201,14 @@ LONG += ("--set=distill.batch_size=600", "--set=distill.steps=1")
 
 
 @pytest.fixture(scope="module")
-def by_one(main: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def by_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Distill from signals made in the process; return the run file, the signals, the student."""
     folder = tmp_path_factory.mktemp("signals")
     run = tiny.write_run(folder)
     tiny.write_csv(folder / "public.csv", tiny.sentences(600, 2))
-    student, _ = distilled(main, run, folder / "alone", *LONG)
+    done = started.run("distill", run, f"--output={folder / 'alone'}", "--json", *LONG)
+    assert done.returncode == 0, done.stderr
+    student = Path(json.loads(done.stdout)["artifact"])
     return run, next(folder.glob("alone/tiny/teacher-signals-*")), student
 
 
