@@ -79,6 +79,7 @@ def shuffled_rows(first: int, count: int, total: int, seed: int) -> list[int]:
 @lru_cache(maxsize=1)
 def first_places(total: int, seed: int) -> np.ndarray:
     """Return the place of each example in the first epoch: 4 bytes an example below 2^32."""
+    # Sequences are looked up one at a time, so the inverse is computed once.
     order = _order(total, seed, 0)
     places = np.empty_like(order)
     places[order] = np.arange(total, dtype=order.dtype)

@@ -81,6 +81,7 @@ class SignalFiles:
             InputError: the folder cannot be written to.
             EnvironmentFault: the disk is full.
         """
+        # One digest for a whole file would make every rank read all of it to check a few sequences.
         digests = []
         for index, place in enumerate(self.places(file)):
             sequence = {name: tensor[index] for name, tensor in tensors.items()}
@@ -115,6 +116,7 @@ class SignalFiles:
             expected, tensors = "", {}
         whole = _digest(place, {name: tensor[0] for name, tensor in tensors.items()})
         if whole != expected:
+            # An open file would still be read after it is replaced.
             self._open.cache_clear()
             path.unlink(missing_ok=True)
             raise EnvironmentFault(

@@ -47,6 +47,7 @@ class _Claims:
         path = files.folder / _CLAIMS
         with writing(path):
             files.folder.mkdir(parents=True, exist_ok=True)
+            # One open file for all claims: closing a second one would drop the locks of the first.
             self._locks = path.open("a")
 
     def next(self, at_most: int) -> list[int] | None:
@@ -59,9 +60,11 @@ class _Claims:
             Their numbers; none if other workers are making all that are missing. None if no file
             is missing.
         """
+        # A file is released after it is written, so another worker that gets the lock finds it.
         for file in self._claimed:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
         self._claimed = []
+        # Full subfolders are not listed again: with a million files that would take hours.
         first_missing = None
         for file in self._files.missing(self._first, self._count):
             if first_missing is None:
@@ -138,6 +141,7 @@ def fill(files: SignalFiles, count: int, maker: SignalMaker, corpus: Corpus, wor
                 # The run stops only between files, so no finished signal is lost.
                 if stop_requested(world):
                     raise stopped("the teacher signals written so far are kept")
+                # A worker that waits is not stuck, so it tells the watchdog.
                 if not numbers:
                     phase("teacher signals: waiting for other workers")
                     time.sleep(_SECONDS_BETWEEN_LOOKS)

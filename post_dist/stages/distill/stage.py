@@ -166,6 +166,7 @@ def write_signals(
         Interrupted: a rank was asked to stop; complete files are kept.
     """
     _, student_section = required_sections(config)
+    # Otherwise the workers would take hours to write files that nothing reads.
     if config.distill.cache == "none":
         raise InputError("distill.cache is none, so distill reads no signals", "set it to hidden")
     corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
