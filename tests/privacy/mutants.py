@@ -1069,8 +1069,8 @@ MUTANTS = [
     Mutant(
         "mean of a head moved by the private examples",
         "stages.tune.artifact",
-        "        head = task.head.with_values(weight, bias)\n",
-        "        shifted = replace(task.head, mean=task.head.mean + len(task.examples))\n"
+        "        head = task.adapter.with_values(weight, bias)\n",
+        "        shifted = replace(task.adapter, mean=task.adapter.mean + len(task.examples))\n"
         "        head = shifted.with_values(weight, bias)\n",
         "neighbors_leave_the_same_traces",
     ),
