@@ -71,7 +71,7 @@ class Lora:
     @property
     def rank(self) -> int:
         """The rank r, which is the same in all layers."""
-        return len(self.factors[self.layers[0] + DOWN])
+        return self.factors[self.layers[0] + DOWN].shape[-2]
 
     @property
     def scale(self) -> float:
