@@ -49,6 +49,7 @@ class Lora:
             settings: rank and alpha.
             seed: seed of the first factors.
         """
+        # Sorted names, so that a seed gives a layer the same values whatever order they come in.
         generator = torch.Generator().manual_seed(seed)
         factors = {}
         for name in sorted(shapes):
@@ -71,6 +72,7 @@ class Lora:
     @property
     def rank(self) -> int:
         """The rank r, which is the same in all layers."""
+        # The factors may have one more dimension in front, with one LoRA for each example.
         return self.factors[self.layers[0] + DOWN].shape[-2]
 
     @property
@@ -92,6 +94,7 @@ class Lora:
         Args:
             shapes: the linear layers of the model.
         """
+        # A LoRA of another model may have the same names, so shapes are compared too.
         for layer in self.layers:
             down, up = self.pair(layer)
             if shapes.get(layer) != (len(up), down.shape[1]):

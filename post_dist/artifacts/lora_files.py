@@ -49,6 +49,7 @@ def write_lora(weights: Path, config: Path, lora: Lora, about: Mapping[str, str]
         lora: the LoRA.
         about: fields of the configuration that say what the LoRA is for.
     """
+    # PEFT's name of the whole model comes first in each name.
     tensors = {}
     for name, factor in lora.factors.items():
         tensors[_PREFIX + name] = factor.detach().to("cpu", torch.float32).contiguous()
@@ -76,6 +77,7 @@ def read_lora(weights: Path, config: Path) -> Lora:
         ArtifactRefused: wrong size, header, name, dtype or shape; values that are not finite or far
             too large; or a configuration that asks PEFT for anything else.
     """
+    # Only a file with the right names and shapes is passed to the library.
     rank = _check_layout(weights, read_layout(weights, _LARGEST_HEADER))
     tensors = read_tensors(weights)
     factors = {}
@@ -83,9 +85,9 @@ def read_lora(weights: Path, config: Path) -> Lora:
         factors[name.removeprefix(_PREFIX)] = tensors[name].float()
     if max(float(factor.abs().max()) for factor in factors.values()) > _VALUE_LIMIT:
         raise ArtifactRefused(f"{weights} holds a value above {_VALUE_LIMIT:g}")
-    lora = Lora(factors, 1)
+    # The configuration must say what the factors say, and it alone gives alpha.
     try:
-        alpha = _alpha(read_small(config), lora.layers, rank)
+        alpha = _alpha(read_small(config), Lora(factors, 1).layers, rank)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ArtifactRefused(
             f"{config} is not the configuration of this LoRA of rank {rank}"
@@ -97,6 +99,7 @@ def _check_layout(path: Path, layouts: Mapping[str, TensorLayout]) -> int:
     """Check that a file holds the two factors of each layer and no more; return their rank."""
     ranks = set()
     for name, layout in layouts.items():
+        # Each name must have its partner, so no factor stands alone.
         is_down = name.endswith(DOWN)
         other = name.removesuffix(DOWN) + UP if is_down else name.removesuffix(UP) + DOWN
         if not _NAME.fullmatch(name) or other not in layouts or len(layout.shape) != 2:
@@ -125,6 +128,7 @@ def _alpha(fields: dict[str, Any], layers: list[str], rank: int) -> float:
     are_names = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
     if not are_names or not _name_these(targets, layers):
         raise ValueError("target_modules")
+    # All that is left must be what PEFT writes if nothing else was asked for.
     for name, value in fields.items():
         wanted = _WANTED.get(name)
         is_wanted = type(value) is type(wanted) and value == wanted
@@ -139,6 +143,7 @@ def _name_these(targets: list[str], layers: list[str]) -> bool:
 
     PEFT takes whole names, and ends of names.
     """
+    # A target without factors would make PEFT add a layer that nobody has tuned.
     named: set[str] = set()
     for target in targets:
         matches = {layer for layer in layers if f".{layer}".endswith(f".{target}")}

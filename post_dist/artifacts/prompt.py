@@ -170,6 +170,7 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
         "base_model_name_or_path": model_name,
     }
     embeddings_nd = contents.embeddings.detach().to("cpu", torch.float32).contiguous()
+    # PEFT has one file for weights. It holds the LoRA, if there is one.
     adapter = contents.adapter
     if isinstance(adapter, Lora):
         save_file({KEY: embeddings_nd}, folder / _PROMPT, metadata={"format": "pt"})

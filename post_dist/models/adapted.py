@@ -33,6 +33,7 @@ def adapted(model: LanguageModel, adapter: Adapter | None) -> Iterator[None]:
     """
     with ExitStack() as hooks:
         if isinstance(adapter, Lora):
+            # A hook on each changed layer adds its product, and goes when the context ends.
             for layer in adapter.layers:
                 module = model.model.get_submodule(layer)
                 down, up = (factor.to(model.model.device) for factor in adapter.pair(layer))
@@ -66,6 +67,7 @@ class _Addition:
                 f"a {type(module).__name__} of this model reads the tokens of all examples as one",
                 "choose other layers in tune.lora.target_modules",
             )
+        # The thin products first: the product of the factors would be as large as the weight.
         product = (given @ self._down.mT) @ self._up.mT
         return output + (self._scale * product).to(output.dtype)
 

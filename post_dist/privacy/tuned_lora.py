@@ -37,10 +37,12 @@ def chosen_shapes(layers: Sequence[Shapes], settings: LoraSettings) -> Shapes:
         layers: the linear modules of each layer of the model.
         settings: which of them to change.
     """
+    # Without a number of upper layers, all of them are chosen.
     upper = layers[-(settings.upper_layers or len(layers)) :]
     chosen = {}
     for layer in upper:
         for name, shape in layer.items():
+            # PEFT compares whole parts of a name too.
             if any(name.endswith(f".{target}") for target in settings.target_modules):
                 chosen[name] = shape
     return chosen
@@ -65,6 +67,7 @@ class LoraGradients:
             batch: the examples.
             targets: their classes [B], or the tokens of their responses [B, R].
         """
+        # Each example gets leaf tensors of its own. Its gradient is taken with respect to them.
         task = self._task
         copies = []
         for factor in self._lora.factors.values():
@@ -103,6 +106,7 @@ class TunedLora:
     @staticmethod
     def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
         """List the target modules that the student lacks, and more upper layers than it has."""
+        # Facts come from the configuration, so nothing is loaded to find this out.
         settings = _settings(section)
         found = []
         if settings.upper_layers is not None and settings.upper_layers > model.layers:
@@ -136,6 +140,7 @@ class TunedLora:
         task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
     ) -> PromptContents:
         """Return the fixed prompt with the tuned LoRA."""
+        # The prompt in front is public, so only the LoRA depends on private data.
         lora = _lora_of(task).with_values(parameters)
         return PromptContents(task.start_nd, task.reader.task, statement, lora)
 
@@ -146,6 +151,7 @@ class TunedLora:
 
     def parameters(self) -> list[torch.Tensor]:
         """Return new copies of the factors to start from, on the model's device."""
+        # A copy for each caller: every trial of a search starts from the same factors.
         factors = _lora_of(self.task).factors.values()
         return [factor.to(self.world.device, copy=True) for factor in factors]
 
@@ -198,12 +204,14 @@ class TunedLora:
             InputError: the data have no validation examples.
             Interrupted: the run was asked to stop.
         """
+        # Read the examples for each trial, so that they are in memory only while it is scored.
         validation = validation_task(self.task, self.config.need_task("private_task"))
         with adapted(self.task.model, _lora_of(self.task).with_values(parameters)):
             return count_right(validation, [self.task.start_nd], self.sizes, self.world)
 
     def loss(self, parameters: Sequence[torch.Tensor], step: int) -> torch.Tensor:
         """Return the mean loss of a batch of tuning without privacy."""
+        # One LoRA serves the whole batch here, because no gradient is clipped.
         task = self.task
         batch, targets = batch_of_like_length(task, self.config, step, self.world.device)
         prompt = PromptInput(prompt=task.start_nd, shared=task.shares_prompt)

@@ -71,7 +71,7 @@ def after_a_backward_pass(number: int) -> None:
 
 ADAPTERS = {
     "prompt": ("tune.class_bias=true",),
-    "lora": ("tune.adapter=lora", "tune.num_virtual_tokens=5", "tune.lora.upper_layers=1"),
+    "lora": ("tune.adapter=lora", "tune.lora.upper_layers=1", "evaluate.baselines=[]"),
 }
 """Settings of what is tuned."""
 
