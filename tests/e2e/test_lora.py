@@ -61,6 +61,11 @@ def test_a_lora_is_tuned_transferred_and_compared(tmp_path: Path, main: Callable
         code, out, _ = main("verify", artifact(tmp_path, stage), "--json")
         assert code == 0, out
 
+    # The page shows the size of a prompt.
+    assert main("report", tmp_path / "runs/tiny")[0] == 0
+    page = next(tmp_path.rglob("report.html")).read_text()
+    assert "<b>5×32</b>prompt vectors" in page
+
     # Predictions with a LoRA are those of the table.
     config = load_run(run)
     examples = load_examples(config.private_task, "test", "private_task")
