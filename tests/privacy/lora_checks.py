@@ -87,8 +87,8 @@ def a_lora_s_gradients_are_each_example_s_own() -> None:
         )
         found = gradients(task.reader.collate(task.examples), task.targets)
         assert [one.shape for one in found] == [other.shape for other in expected]
-        # The norms of Llama compute in fp32, whatever the weights are.
-        assert apart(found, expected) < (1e-6 if family == "llama" else 1e-12)
+        # Llama's norms and OPT's attention compute in fp32, whatever the weights are.
+        assert apart(found, expected) < (1e-12 if family == "roberta" else 1e-6)
     # A user's gradient is the sum over all of the user's examples.
     of_users, _ = tuned_lora("roberta", torch.float64, users=USERS)
     (found,) = of_users.gradients(parameters, [2, 0])
