@@ -75,13 +75,17 @@ class ModelSettings:
     arguments: dict[str, Any]
 
 
-def model_folder(teacher: Teacher) -> Path:
+def model_folder(teacher: Teacher, *, is_here: bool = False) -> Path:
     """Return the folder of a model. A hub model is downloaded once, without pickles.
+
+    Args:
+        teacher: the section of the run file.
+        is_here: another process has downloaded the model to this node, so the hub is not asked.
 
     Raises:
         EnvironmentFault: the hub cannot be reached.
     """
-    return _local_folder(teacher, _MODEL_FILES)
+    return _local_folder(teacher, _MODEL_FILES, is_here=is_here)
 
 
 def model_name(folder: Path, section: Teacher | None = None) -> str:
@@ -108,7 +112,7 @@ def config_folder(teacher: Teacher) -> Path:
     return _local_folder(teacher, ["config.json"])
 
 
-def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
+def _local_folder(teacher: Teacher, hub_files: list[str], *, is_here: bool = False) -> Path:
     """Return the folder of a model. Of a hub model, download the files `hub_files`."""
     # Loading the run file makes the path of a folder absolute, so other paths are hub names.
     if Path(teacher.path).is_absolute():
@@ -119,7 +123,10 @@ def _local_folder(teacher: Teacher, hub_files: list[str]) -> Path:
 
     try:
         folder = snapshot_download(
-            teacher.path, revision=teacher.revision, allow_patterns=hub_files
+            teacher.path,
+            revision=teacher.revision,
+            allow_patterns=hub_files,
+            local_files_only=is_here,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentFault(

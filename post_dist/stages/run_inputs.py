@@ -60,7 +60,11 @@ class RunInputs:
         fetch = partial(model_folder, self._config.teacher)
         with unwatched("fetching the teacher"):  # the hub's client has its own time limits
             self._world.on_main(fetch)
-            folder = self._world.together(fetch)  # each node may have its own cache
+            # Each node may have its own cache. One rank of a node asks the hub, because the hub
+            # limits how often it is asked. The others find what that rank has fetched.
+            self._world.together(fetch if self._world.local_rank == 0 else lambda: None)
+            found = partial(model_folder, self._config.teacher, is_here=True)
+            folder = self._world.together(found)
         load_config(folder)
         return folder
 

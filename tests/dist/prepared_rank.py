@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import huggingface_hub
+
 from post_dist.runtime.schedule import Schedule
 from post_dist.stages.distill import stage as distill_stage
 
@@ -82,6 +84,18 @@ def allowed_to_hash_prompts_alone() -> None:
     hashlib.file_digest = file_digest
 
 
+def told_when_the_hub_is_asked() -> None:
+    """Take a folder for a hub model's cache, and say on standard error when the hub is asked."""
+    folder = os.environ["HUB_CACHE_OF_THIS_TEST"]
+
+    def snapshot_download(name: str, *, local_files_only: bool, **_: object) -> str:
+        if not local_files_only:
+            print(f"asked the hub for {name}", file=sys.stderr)
+        return folder
+
+    huggingface_hub.snapshot_download = snapshot_download
+
+
 def given_no_whole_model() -> None:
     real = distill_stage.full_weights
 
@@ -98,4 +112,5 @@ PREPARATIONS: dict[str, Callable[[], object]] = {
     "on a node that remembers what it missed": lambda: NfsClient().start(),
     "allowed to hash prompts alone": allowed_to_hash_prompts_alone,
     "given no whole model": given_no_whole_model,
+    "told when the hub is asked": told_when_the_hub_is_asked,
 }

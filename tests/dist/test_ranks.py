@@ -64,6 +64,23 @@ def test_all_ranks_stop_with_rank_0_while_it_tunes(distilled: Path, tmp_path: Pa
     assert "resuming from step 3" in said[0]
 
 
+def test_one_rank_of_a_node_asks_the_hub(
+    distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUB_CACHE_OF_THIS_TEST", str(distilled.parent / "teacher"))
+    settings = ["teacher.path=some/teacher", f"teacher.revision={'a' * 40}", "distill.steps=1"]
+    codes, said = two_ranks(
+        "distill",
+        distilled,
+        *(f"--set={setting}" for setting in settings),
+        f"--output={tmp_path}",
+        prepare=2 * ("told when the hub is asked",),
+    )
+    assert codes == [0, 0], said
+    assert "asked the hub for some/teacher" in said[0]
+    assert "asked the hub" not in said[1]
+
+
 def test_all_ranks_are_refused_with_rank_0(distilled: Path, tmp_path: Path) -> None:
     settings = [
         "privacy.enabled=true",
