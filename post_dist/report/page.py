@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.prompt_reader import read_embeddings
 from post_dist.artifacts.strict_json import read_object
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
@@ -212,6 +211,8 @@ def _is_alone(folder: Path) -> bool:
 
 def _size(folder: Path) -> str:
     """Return the numbers of vectors and of their components, such as `10×576`."""
+    from post_dist.artifacts.prompt_reader import read_embeddings  # loads torch
+
     # The prompt in front of a LoRA has a file of its own.
     own = folder / "prompt.safetensors"
     if own.exists():
