@@ -1,6 +1,8 @@
 """What distillation refuses, and what it does with a loss that is not finite."""
 
+import multiprocessing
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from post_dist.losses.distillation import TermValues
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, SignalFiles
 from post_dist.stages.distill.signal_format import kept_bytes, kept_names
+from post_dist.stages.distill.signal_worker import _Claims
 from post_dist.stages.distill.trainer import _StandIn
 
 LLAMA = ModelFacts(
@@ -153,3 +157,26 @@ def test_five_bad_micro_batches_in_a_row_end_the_run() -> None:
     message = r"5 micro-batches in a row were not finite, up to step 5 \(on rank 0\)"
     with pytest.raises(InputError, match=message):
         stand_in.forward(FakeEngine([float("nan")]), ("bad",), 5)
+
+
+def test_two_workers_never_claim_one_file(tmp_path: Path) -> None:
+    """Another process gets other files, until the one that claimed them is gone."""
+    files = SignalFiles(tmp_path / "signals", 3 * SEQUENCES_A_FILE)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def claim_as_asked(asked: Connection) -> None:
+        claims = _Claims(files, 3)
+        while asked.recv():
+            asked.send(claims.next(1))
+
+    other = context.Process(target=claim_as_asked, args=(theirs,), daemon=True)
+    other.start()
+    ours.send(True)
+    assert ours.recv() == [0]
+    claims = _Claims(files, 3)
+    assert claims.next(3) == [1, 2]
+    other.kill()
+    other.join()
+    assert claims.next(3) == [0, 1, 2], "the file of a dead worker is free at once"
+    claims.close()
