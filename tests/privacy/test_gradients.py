@@ -158,7 +158,9 @@ def wide_task(
         allow_multi_token=False,
         init_text="",
     )
-    reader = TaskReader(prompt_task, load_tokenizer(folder), masked=False)
+    reader = TaskReader(
+        prompt_task, load_tokenizer(folder), masked=False, vocabulary=model.vocabulary_size
+    )
     start_nd = torch.randn(10, width) * 0.05
     task = TuningTask(model, reader, [], torch.tensor([]), start_nd)
     return task, Tune(micro_batch_size_per_gpu=micro_batch_size, num_virtual_tokens=10)

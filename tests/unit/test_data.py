@@ -155,7 +155,7 @@ def test_columns_are_composed(tmp_path: Path) -> None:
 
 @given(st.text(max_size=300))
 def test_template_stays_whole_whatever_the_text(text: str) -> None:
-    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    template = Template("Review: {text} It was", WORDS, 24, masked=False, vocabulary=600)
     (row,) = template.encode([text])
     assert len(row.token_ids) <= 24
     assert row.answer == len(row.token_ids) - 1
@@ -165,20 +165,20 @@ def test_template_stays_whole_whatever_the_text(text: str) -> None:
 
 
 def test_a_long_text_loses_its_beginning() -> None:
-    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    template = Template("Review: {text} It was", WORDS, 24, masked=False, vocabulary=600)
     (row,) = template.encode(["the start " + "the film is dull " * 20 + "the finish"])
     assert "the finish It was" in WORDS.decode(row.token_ids)
 
 
 def test_only_the_template_s_mask_asks_for_an_answer() -> None:
-    template = Template("{text} It was {mask}.", MASKED_WORDS, 32, masked=True)
+    template = Template("{text} It was {mask}.", MASKED_WORDS, 32, masked=True, vocabulary=600)
     (row,) = template.encode(["a <mask> in the text"])
     assert row.token_ids.count(MASKED_WORDS.mask_token_id) == 1
     assert row.token_ids[row.answer] == MASKED_WORDS.mask_token_id
 
 
 def test_padding_is_on_the_right() -> None:
-    template = Template("{text} It was", WORDS, 32, masked=False)
+    template = Template("{text} It was", WORDS, 32, masked=False, vocabulary=600)
     batch = template.collate(template.encode(["the film", "the film is dull"]))
     assert batch.attention_mask.tolist()[0] == sorted(
         batch.attention_mask.tolist()[0], reverse=True
