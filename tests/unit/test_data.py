@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from post_dist.config.sources import Task
 from post_dist.data.order import rank_batches, rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
+from post_dist.data.sources import read_table
 from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
@@ -250,3 +253,19 @@ def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
     )
     assert int((lifted != logits).any(dim=0).sum()) == 3
     assert verbalizer.lift(logits, ()) is logits
+
+
+def test_half_a_character_in_a_json_file_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "secret \\ud800", "label": 1}\n')
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        read_table(path, "private_task")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_date_that_python_does_not_know_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    dates = pyarrow.array([3 * 10**8], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": dates}), path)
+    with pytest.raises(InputError, match="cannot be read as PARQUET"):
+        read_table(path, "private_task")
