@@ -1,14 +1,19 @@
 """A student whose gradients are rounding, and how far one example then moves a private step.
 
-The two MLPs of a dense Llama cancel each other: the second is the first with its hidden units in
-another order and the opposite sign. In exact arithmetic the prompt has no effect, and its gradient
-is zero. In floating-point numbers it is what rounding leaves. Made large enough to be clipped, it
-has the norm C, and a direction that follows from the order of additions in a matrix product. If
-that order depends on the example's place in a micro-batch, one more example changes all others.
+The MLPs of a small Llama cancel to zero in exact arithmetic, so the prompt has no effect, and its
+gradient is zero. In floating-point numbers it is what rounding leaves. Made large enough to be
+clipped, it has the norm C, and a direction that follows from the order of additions in a matrix
+product. If that order depends on the example's place in a micro-batch, one more example changes all
+others. There are two such students:
+
+- `layers`: the second MLP is the first with its hidden units in another order and the opposite
+  sign.
+- `pairs`: each hidden unit of one MLP has a twin of the opposite sign. They cancel within one
+  product, which adds in fp32 in bf16 too.
 
     python tests/privacy/hostile_student.py --trials 2000
 
-prints the largest change for each shape, number of threads and precision.
+prints the largest change for each student, shape, number of threads and precision.
 """
 
 import argparse
@@ -27,7 +32,11 @@ import torch
 from privacy.checks import CPU, noisy_sums, part, quiet_source
 from transformers import LlamaConfig, LlamaForCausalLM
 
+ATTACKS = (("layers", "fp32"), ("pairs", "fp32"), ("pairs", "bf16"))
+"""Each student with a precision in which its gradients are clipped. `layers` has none in bf16."""
 WIDTH = 576
+UNITS = 1536
+"""Hidden units of an MLP."""
 TOKENS = 10
 NORM = 1e-6
 """The clipping norm, below the norm of rounding."""
@@ -37,14 +46,14 @@ _CONSTANT = 1e9
 _GAIN = 30.0
 
 
-def write_hostile_student(folder: Path) -> Path:
-    """Write the student. Half of the coordinates feed the MLPs, the other half feed the head."""
+def write_hostile_student(folder: Path, kind: str) -> Path:
+    """Write a student. Half of the coordinates feed the MLPs, the other half feed the head."""
     torch.manual_seed(0)
     words = tiny.tokenizer("llama")
     model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=WIDTH,
-            intermediate_size=1536,
+            intermediate_size=UNITS,
             num_hidden_layers=2,
             num_attention_heads=9,
             num_key_value_heads=9,
@@ -74,17 +83,26 @@ def write_hostile_student(folder: Path) -> Path:
         for projection in (first.self_attn.v_proj, first.self_attn.o_proj):
             projection.weight[1:half, 1:half] = torch.randn(half - 1, half - 1) / half**0.5
         # The MLPs read the first half and write to the second.
-        gate = torch.zeros(1536, WIDTH)
-        up = torch.zeros(1536, WIDTH)
-        gate[:, 1:half] = torch.randn(1536, half - 1) / half**0.5
-        up[:, 1:half] = torch.randn(1536, half - 1) / half**0.5
-        down = torch.zeros(WIDTH, 1536)
-        down[half:] = _GAIN * torch.randn(WIDTH - half, 1536)
-        order = torch.randperm(1536)
-        for layer, sign, units in ((first, 1.0, torch.arange(1536)), (second, -1.0, order)):
+        gate = torch.zeros(UNITS, WIDTH)
+        up = torch.zeros(UNITS, WIDTH)
+        gate[:, 1:half] = torch.randn(UNITS, half - 1) / half**0.5
+        up[:, 1:half] = torch.randn(UNITS, half - 1) / half**0.5
+        down = torch.zeros(WIDTH, UNITS)
+        down[half:] = _GAIN * torch.randn(WIDTH - half, UNITS)
+        order = torch.randperm(UNITS)
+        ones = torch.ones(UNITS)
+        if kind == "layers":
+            mlps = ((first, ones, torch.arange(UNITS)), (second, -ones, order))
+        else:
+            # Nothing else is in the second half, which would swallow what rounding leaves.
+            embeddings[:, half:] = 0
+            twins = order % (UNITS // 2)
+            signs = torch.where(order < UNITS // 2, 1.0, -1.0)
+            mlps = ((first, signs, twins), (second, 0 * ones, twins))
+        for layer, signs, units in mlps:
             layer.mlp.gate_proj.weight.copy_(gate[units])
             layer.mlp.up_proj.weight.copy_(up[units])
-            layer.mlp.down_proj.weight.copy_(sign * down[:, units])
+            layer.mlp.down_proj.weight.copy_(signs * down[:, units])
         model.lm_head.weight.zero_()
         model.lm_head.weight[:, half:] = torch.randn(len(words), WIDTH - half) / WIDTH**0.5
     model.save_pretrained(folder)
@@ -129,6 +147,10 @@ class Attack:
     task: Any
     sizes: Mapping[int, int]
 
+    def is_clipped(self) -> bool:
+        """Return whether an example's gradient has the clipping norm, so that it can attack."""
+        return float(self.sum_of([0]).norm()) > 1 - 1e-3
+
     def sum_of(self, examples: Sequence[int]) -> torch.Tensor:
         """Return the clipped sum of a step, in units of the clipping norm."""
         parameters = [self.task.start_nd.float()]
@@ -151,9 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
-    with tempfile.TemporaryDirectory() as place:
-        student = write_hostile_student(Path(place))
-        for precision in ("fp32", "bf16"):
+    for kind, precision in ATTACKS:
+        with tempfile.TemporaryDirectory() as place:
+            student = write_hostile_student(Path(place), kind)
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 planned, tried = attacks(student, precision)
@@ -164,7 +186,7 @@ def main() -> None:
                 ):
                     moved = largest_change(attack, count, seed=threads)
                     print(
-                        f"{precision}, {threads} threads, {name} sizes, {count} trials: "
+                        f"{kind}, {precision}, {threads} threads, {name} sizes, {count} trials: "
                         f"one example moves the sum by {moved:.7f} C",
                         flush=True,
                     )

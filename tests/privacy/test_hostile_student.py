@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from privacy.hostile_student import attacks, largest_change, write_hostile_student
+from privacy.hostile_student import ATTACKS, attacks, largest_change, write_hostile_student
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -17,8 +17,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("kind", "precision"), ATTACKS)
 def test_a_student_made_of_rounding_moves_no_sum_by_more_than_the_clipping_norm(
-    tmp_path: Path, threads: int
+    tmp_path: Path, threads: int, kind: str, precision: str
 ) -> None:
-    _, tried = attacks(write_hostile_student(tmp_path), "fp32", lengths=(48,))
+    _, tried = attacks(write_hostile_student(tmp_path, kind), precision, lengths=(48,))
+    assert tried.is_clipped()
     assert largest_change(tried, trials=3, seed=threads) <= 1 + 1e-6
