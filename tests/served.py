@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from post_dist.artifacts import prompt as artifact
-from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.task import PromptTask
 from post_dist.files import fingerprint
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
@@ -28,13 +27,13 @@ def write_prompt(
     folder: Path,
     model: Path,
     task: PromptTask = TASK,
-    head: LinearHead | None = None,
+    adapter: artifact.Adapter | None = None,
     scale: float = 1.0,
     parents: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a prompt that was tuned on the model, or has other parents."""
     torch.manual_seed(0)
-    contents = artifact.PromptContents(scale * torch.randn(5, 32), task, None, head)
+    contents = artifact.PromptContents(scale * torch.randn(5, 32), task, None, adapter)
     origin = artifact.Provenance(
         model_name="model",
         tokenizer=tokenizer_fingerprint(load_tokenizer(model)),

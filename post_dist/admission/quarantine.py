@@ -65,8 +65,10 @@ _PROMPT = (
     FileRule(r"(adapter_config|task|privacy)\.json", 64 * _KIB),
     _CARD,
 )
+# A LoRA stands behind a prompt of its own file. No public prompt has one.
+_TUNED_PROMPT = (*_PROMPT, FileRule(r"prompt\.safetensors", 256 * _MIB))
 _RULES: Mapping[ArtifactKind, tuple[FileRule, ...]] = {
-    "soft prompt": _PROMPT,
+    "soft prompt": _TUNED_PROMPT,
     "public prompt": _PROMPT,
     "evaluation": (FileRule(r"table\.json", 4 * _MIB),),
     "student": (

@@ -3,7 +3,9 @@
 Shapes: B examples, C classes, d width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -19,7 +21,12 @@ class LinearHead:
         scale: their standard deviation [d].
         weight: one vector [C, d] for each class.
         bias: one number [C] for each class.
+        title: name of this kind of adapter in messages.
+        in_peft: whether PEFT runs it.
     """
+
+    title: ClassVar[str] = "linear head"
+    in_peft: ClassVar[bool] = False
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -39,6 +46,11 @@ class LinearHead:
         scale = hidden.std(dim=0).clamp_min(torch.finfo(torch.float32).eps)
         weight = hidden.new_zeros(num_classes, hidden.shape[1])
         return cls(hidden.mean(dim=0), scale, weight, hidden.new_zeros(num_classes))
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """All values, by name."""
+        return vars(self)
 
     @property
     def trained(self) -> bool:

@@ -1,4 +1,4 @@
-"""Read and write a soft prompt as an artifact: PEFT's files, head, task and privacy statement.
+"""Read and write a soft prompt as an artifact: PEFT's files, adapter, task and privacy statement.
 
 Shapes: n prompt tokens, d width.
 """
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.lora import Lora
+from post_dist.artifacts.lora_files import read_lora, write_lora
 from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_manifest, write_artifact
 from post_dist.artifacts.prompt_reader import (
     KEY,
@@ -32,6 +34,11 @@ _WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _TASK = "task.json"
 _HEAD = "head.safetensors"
+_PROMPT = "prompt.safetensors"
+"""The prompt in front of a LoRA, whose factors are then PEFT's file."""
+
+Adapter = LinearHead | Lora
+"""What may be tuned behind a fixed prompt."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,13 @@ class PromptContents:
         embeddings: the vectors [n, d] of the prompt.
         task: the task that the prompt was tuned for.
         privacy: contents of `privacy.json`; None for a prompt that was tuned without privacy.
-        head: a linear head behind the prompt, if there is one.
+        adapter: what was tuned behind the prompt; None if it was the prompt itself.
     """
 
     embeddings: torch.Tensor
     task: PromptTask
     privacy: dict[str, Any] | None
-    head: LinearHead | None = None
+    adapter: Adapter | None = None
 
     @property
     def epsilon(self) -> float | None:
@@ -115,7 +122,7 @@ def write_prompt(
         # The prompt that is read must equal the trained one bit for bit.
         expected = contents.embeddings.detach().float().cpu()
         same = torch.equal(found.embeddings, expected) and found.task == contents.task
-        if not same or not _same_head(found.head, contents.head):
+        if not same or not _same_adapter(found.adapter, contents.adapter):
             raise EnvironmentFault(
                 f"{folder} does not read back as it was written", "check the disk"
             )
@@ -131,48 +138,70 @@ def write_prompt(
     )
 
 
-def _same_head(one: LinearHead | None, other: LinearHead | None) -> bool:
-    """Return whether two heads hold equal values, or both are missing."""
+def _same_adapter(one: Adapter | None, other: Adapter | None) -> bool:
+    """Return whether two adapters hold equal values, or both are missing."""
     if one is None or other is None:
         return one is other
-    return all(torch.equal(value, vars(other)[name].cpu()) for name, value in vars(one).items())
+    values = one.tensors
+    expected = other.tensors
+    same_names = type(one) is type(other) and set(values) == set(expected)
+    return same_names and all(
+        torch.equal(value, expected[name].detach().cpu()) for name, value in values.items()
+    )
 
 
 def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) -> None:
     """Write the files that `PeftModel.from_pretrained` loads, and what PEFT does not know.
 
     That is `task.json`, `privacy.json` for a prompt with a privacy statement, and
-    `head.safetensors` for one with a head.
+    `head.safetensors` for one with a head. PEFT loads a LoRA without the prompt in front of it,
+    which is in `prompt.safetensors`.
 
     Args:
         folder: an existing folder.
         contents: the prompt.
         model_name: name of the model that the prompt is for, in PEFT's configuration.
     """
-    from peft import PromptTuningConfig  # takes 5 s to import
-
-    embeddings_nd = contents.embeddings.detach().to("cpu", torch.float32).contiguous()
-    save_file({KEY: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
-    if contents.head is not None:
-        tensors = {name: value.cpu().contiguous() for name, value in vars(contents.head).items()}
-        save_file(tensors, folder / _HEAD, metadata={"format": "pt"})
-
     # PEFT has no task type for masked models. FEATURE_EXTRACTION puts the prompt in front of the
     # text and leaves the head alone.
     is_masked = "{mask}" in contents.task.template
+    about = {
+        "task_type": "FEATURE_EXTRACTION" if is_masked else "CAUSAL_LM",
+        "base_model_name_or_path": model_name,
+    }
+    embeddings_nd = contents.embeddings.detach().to("cpu", torch.float32).contiguous()
+    # PEFT has one file for weights. It holds the LoRA, if there is one.
+    adapter = contents.adapter
+    if isinstance(adapter, Lora):
+        save_file({KEY: embeddings_nd}, folder / _PROMPT, metadata={"format": "pt"})
+        write_lora(folder / _WEIGHTS, folder / _ADAPTER_CONFIG, adapter, about)
+    else:
+        save_file({KEY: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
+        _write_prompt_config(folder, embeddings_nd, about)
+    if isinstance(adapter, LinearHead):
+        tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors.items()}
+        save_file(tensors, folder / _HEAD, metadata={"format": "pt"})
+
+    (folder / _TASK).write_text(json.dumps(asdict(contents.task), indent=2) + "\n")
+    if contents.privacy is not None:
+        (folder / PRIVACY).write_text(json.dumps(contents.privacy, indent=2) + "\n")
+
+
+def _write_prompt_config(
+    folder: Path, embeddings_nd: torch.Tensor, about: Mapping[str, str]
+) -> None:
+    """Write PEFT's configuration of a prompt."""
+    from peft import PromptTuningConfig  # takes 5 s to import
+
     num_virtual_tokens, width = embeddings_nd.shape
     adapter_config = PromptTuningConfig(
-        task_type="FEATURE_EXTRACTION" if is_masked else "CAUSAL_LM",
-        base_model_name_or_path=model_name,
+        task_type=about["task_type"],
+        base_model_name_or_path=about["base_model_name_or_path"],
         num_virtual_tokens=num_virtual_tokens,
         token_dim=width,
         inference_mode=True,
     )
     adapter_config.save_pretrained(str(folder))
-
-    (folder / _TASK).write_text(json.dumps(asdict(contents.task), indent=2) + "\n")
-    if contents.privacy is not None:
-        (folder / PRIVACY).write_text(json.dumps(contents.privacy, indent=2) + "\n")
 
 
 def read_prompt(folder: Path, kind: ArtifactKind = "soft prompt") -> SoftPromptArtifact:
@@ -198,14 +227,40 @@ def read_prompt_files(folder: Path, manifest: Manifest) -> SoftPromptArtifact:
     """
     if not {_WEIGHTS, _TASK, _ADAPTER_CONFIG} <= set(manifest.files):
         raise ArtifactRefused(f"{folder} lacks a file of a soft prompt")
-    embeddings_nd = read_embeddings(folder / _WEIGHTS)
-    check_adapter_config(folder / _ADAPTER_CONFIG, embeddings_nd)
     # A prompt that was tuned without privacy has no statement.
     privacy = None
     if PRIVACY in manifest.files:
         privacy = read_privacy(folder / PRIVACY)
     task = read_task(folder / _TASK)
-    head = None
-    if _HEAD in manifest.files:
-        head = read_head(folder / _HEAD, embeddings_nd.shape[1], len(task.label_words))
-    return SoftPromptArtifact(embeddings_nd, task, privacy, head, manifest=manifest)
+    # The prompt is PEFT's file, unless it stands in front of a LoRA.
+    if _PROMPT in manifest.files:
+        embeddings_nd = read_embeddings(folder / _PROMPT)
+    else:
+        embeddings_nd = read_embeddings(folder / _WEIGHTS)
+        check_adapter_config(folder / _ADAPTER_CONFIG, embeddings_nd)
+    adapter = _read_adapter(folder, manifest, embeddings_nd, task)
+    return SoftPromptArtifact(embeddings_nd, task, privacy, adapter, manifest=manifest)
+
+
+def _read_adapter(
+    folder: Path, manifest: Manifest, embeddings_nd: torch.Tensor, task: PromptTask
+) -> Adapter | None:
+    """Read what was tuned behind a prompt; None if it was the prompt itself.
+
+    Args:
+        folder: the folder.
+        manifest: its manifest.
+        embeddings_nd: the prompt.
+        task: its task.
+
+    Raises:
+        ArtifactRefused: as in `read_prompt`.
+    """
+    has_head = _HEAD in manifest.files
+    if _PROMPT not in manifest.files:
+        if not has_head:
+            return None
+        return read_head(folder / _HEAD, embeddings_nd.shape[1], len(task.label_words))
+    if has_head:
+        raise ArtifactRefused(f"{folder} has a head and a LoRA; a prompt has one of them")
+    return read_lora(folder / _WEIGHTS, folder / _ADAPTER_CONFIG)

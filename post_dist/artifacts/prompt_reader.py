@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from post_dist.artifacts.head import LinearHead
-from post_dist.artifacts.strict_json import parse_object
+from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_small
 from post_dist.artifacts.task import PromptTask
-from post_dist.artifacts.tensor_file import read_layout
+from post_dist.artifacts.tensor_file import read_layout, read_tensors
 from post_dist.config.sections import steers_terminal
 from post_dist.config.sources import has_places, is_label_name
 from post_dist.errors import ArtifactRefused
@@ -24,8 +22,6 @@ KEY = "prompt_embeddings"
 """Name of the prompt's only tensor in PEFT's file."""
 MAX_VIRTUAL_TOKENS = 512
 
-_SMALL_FILE_BYTES = 1 << 16
-"""A JSON file or a safetensors header above this size is refused before it is parsed."""
 _PROMPT_DIMENSIONS = {KEY: 2}
 _HEAD_DIMENSIONS = {"bias": 1, "mean": 1, "scale": 1, "weight": 2}
 """Number of dimensions of each tensor in a file."""
@@ -55,7 +51,7 @@ def read_embeddings(path: Path) -> torch.Tensor:
         ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
             large.
     """
-    embeddings_nd = _read_tensors(path, _PROMPT_DIMENSIONS)[KEY].float()
+    embeddings_nd = _read_known(path, _PROMPT_DIMENSIONS)[KEY].float()
     if len(embeddings_nd) > MAX_VIRTUAL_TOKENS:
         raise ArtifactRefused(
             f"{path}: has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
@@ -77,7 +73,7 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
         ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
             large; a scale that is too small.
     """
-    tensors = _read_tensors(path, _HEAD_DIMENSIONS)
+    tensors = _read_known(path, _HEAD_DIMENSIONS)
     head = LinearHead(**{name: tensor.double() for name, tensor in tensors.items()})
     fits = head.weight.shape == (num_classes, width) and len(head.bias) == num_classes
     if not fits or len(head.mean) != width or len(head.scale) != width:
@@ -100,7 +96,7 @@ def check_adapter_config(path: Path, embeddings_nd: torch.Tensor) -> None:
         ArtifactRefused: a field asks PEFT for anything else, such as another adapter or a file.
     """
     try:
-        fields = _read_small_json(path)
+        fields = read_small(path)
         num_virtual_tokens, width = embeddings_nd.shape
         sizes = {"num_virtual_tokens": num_virtual_tokens, "token_dim": width}
         wanted = sizes | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
@@ -126,7 +122,7 @@ def read_privacy(path: Path) -> dict[str, Any]:
         ArtifactRefused: it is too large, is not a JSON object, or has no usable epsilon.
     """
     try:
-        fields = _read_small_json(path)
+        fields = read_small(path)
         epsilon = fields["epsilon"]
         # Python's JSON parser accepts Infinity, and `isinstance` would accept True as a number.
         if epsilon is not None and type(epsilon) not in (int, float):
@@ -145,7 +141,7 @@ def read_task(path: Path) -> PromptTask:
         ArtifactRefused: it is too large, is not a JSON object, or a field has the wrong type.
     """
     try:
-        fields = _read_small_json(path)
+        fields = read_small(path)
         # JSON has only lists. The task needs tuples, because it is compared and hashed.
         fields["label_words"] = tuple(map(_words, fields["label_words"]))
         fields["class_biases"] = tuple(map(float, fields.get("class_biases", ())))
@@ -207,13 +203,7 @@ def _has_sound_answers(task: PromptTask) -> bool:
     return has_classes != generates and fits_classes and small_biases
 
 
-def _read_small_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _SMALL_FILE_BYTES:
-        raise ValueError("too large")
-    return parse_object(path.read_bytes())
-
-
-def _read_tensors(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def _read_known(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file.
 
     Args:
@@ -224,18 +214,11 @@ def _read_tensors(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.
         ArtifactRefused: the file holds anything else, or values that are not finite.
     """
     # Only a file with a valid header is passed to the library.
-    layouts = read_layout(path, _SMALL_FILE_BYTES)
+    layouts = read_layout(path, SMALL_FILE_BYTES)
     # The library would load any other tensor as well.
     if set(layouts) != set(dimensions):
         raise ArtifactRefused(f"{path}: does not hold {', '.join(dimensions)} alone")
     for name, count in dimensions.items():
         if len(layouts[name].shape) != count:
             raise ArtifactRefused(f"{path}: has a tensor without {count} dimensions")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError):
-        raise ArtifactRefused(f"{path}: is not a safetensors file") from None
-    for tensor in tensors.values():
-        if not torch.isfinite(tensor).all():
-            raise ArtifactRefused(f"{path} holds values that are not finite")
-    return tensors
+    return read_tensors(path)

@@ -6,6 +6,9 @@ from typing import Any
 
 from post_dist.errors import ArtifactRefused
 
+SMALL_FILE_BYTES = 1 << 16
+"""A JSON file, or the header of a small safetensors file, above this size is not parsed."""
+
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file whose size has been limited.
@@ -18,6 +21,17 @@ def read_object(path: Path) -> dict[str, Any]:
         return parse_object(path.read_bytes())
     except ValueError as error:
         raise ArtifactRefused(f"{path.name} is {error}") from None
+
+
+def read_small(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a small file.
+
+    Raises:
+        ValueError: the file is too large, or holds anything else.
+    """
+    if path.stat().st_size > SMALL_FILE_BYTES:
+        raise ValueError("too large")
+    return parse_object(path.read_bytes())
 
 
 def parse_object(text: bytes) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Check the layout of a safetensors file before a library allocates memory for it."""
+"""Read a safetensors file. Its layout is checked before a library allocates memory for it."""
 
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from post_dist.artifacts.strict_json import parse_object
 from post_dist.errors import ArtifactRefused
@@ -59,6 +63,22 @@ def read_layout(path: Path, most_header_bytes: int) -> dict[str, TensorLayout]:
     if path.stat().st_size != _LENGTH_BYTES + header_bytes + end:
         raise _does_not_fit(path)
     return layouts
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file, whose layout has been checked.
+
+    Raises:
+        ArtifactRefused: the library refuses the file, or values are not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError):
+        raise ArtifactRefused(f"{path}: is not a safetensors file") from None
+    for tensor in tensors.values():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactRefused(f"{path} holds values that are not finite")
+    return tensors
 
 
 def _layout(path: Path, entry: Any) -> TensorLayout:

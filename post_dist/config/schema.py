@@ -182,19 +182,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _head_is_for_classes(self) -> "RunConfig":
-        if self.tune.adapter == "prompt":
-            return self
-        if self.private_task is not None and self.private_task.response_column is not None:
-            raise ValueError("tune.adapter: head is for tasks with classes")
-        if self.transfer.scores != "classes" and self.teacher is not None:
+    def _adapter_fits_the_task(self) -> "RunConfig":
+        name = f"tune.adapter: {self.tune.adapter}"
+        if self.tune.scores_classes_alone:
+            if self.private_task is not None and self.private_task.response_column is not None:
+                raise ValueError(f"{name} is for tasks with classes")
+            if self.transfer.scores != "classes" and self.teacher is not None:
+                raise ValueError(
+                    f"{name} scores the classes and no other word: set transfer.scores: classes"
+                )
+        if self.tune.adapter != "prompt" and self.evaluate.baselines:
             raise ValueError(
-                "tune.adapter: head scores the classes and no other word: "
-                "set transfer.scores: classes"
-            )
-        if self.evaluate.baselines:
-            raise ValueError(
-                "tune.adapter: head has nothing in common with the baselines, which tune a prompt: "
+                f"{name} has nothing in common with the baselines, which tune a prompt: "
                 "remove evaluate.baselines"
             )
         return self

@@ -1,5 +1,6 @@
 """The run file's sections for the stages: distill, tune, transfer and evaluate."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -9,16 +10,23 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
-_HEAD_DEFAULTS = {
-    "num_virtual_tokens": 10,
-    "steps": 400,
-    "batch_size": 512,
-    "learning_rate": 1.0,
-    "schedule": "constant",
-    "warmup_share": 0.0,
-    "optimizer": "averaged_sgd",
+AdapterName = Literal["prompt", "head", "lora"]
+
+_ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "prompt": {},
+    # Training of a linear head on features of length 1.
+    "head": {
+        "num_virtual_tokens": 10,
+        "steps": 400,
+        "batch_size": 512,
+        "learning_rate": 1.0,
+        "schedule": "constant",
+        "warmup_share": 0.0,
+        "optimizer": "averaged_sgd",
+    },
+    "lora": {"num_virtual_tokens": 10, "lora": {}},
 }
-"""Settings of the training of a linear head on features of length 1."""
+"""Defaults of `tune` that differ from those of a prompt."""
 
 
 def _usable(text: str) -> str:
@@ -137,14 +145,31 @@ class WarmStart(PromptTraining):
     learning_rate: PositiveFloat = 1e-2
 
 
+class LoraSettings(Section):
+    """The layers that a LoRA changes, and its rank. The names are those of PEFT."""
+
+    r: Annotated[int, Field(gt=0, le=256)] = 8
+    """Rank of the added matrices."""
+    lora_alpha: Annotated[int, Field(gt=0, le=1 << 16)] = 16
+    """The added matrices are scaled by `lora_alpha / r`."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    """Linear modules of each layer to change, by the end of their names."""
+    upper_layers: PositiveInt | None = None
+    """Change only this many layers, from the top. The backward pass then ends below them. Default:
+    all layers."""
+
+
 class Tune(PromptTraining):
     """Stage 2, tuning. In a private run, `batch_size` is the expected batch size."""
 
     # What is tuned.
-    adapter: Literal["prompt", "head"] = "prompt"
+    adapter: AdapterName = "prompt"
     """`prompt` tunes the vectors of the prompt. `head` keeps a public prompt as it is, and tunes a
     linear head on the hidden states behind it. These are computed once, so that a step takes
-    milliseconds. A head has its own defaults for the training."""
+    milliseconds. A head has its own defaults for the training. `lora` keeps the prompt as it
+    starts, from a public prompt or from `init_text`, and tunes a LoRA on the student."""
+    lora: LoraSettings | None = None
+    """Settings of `adapter: lora`."""
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     """Number of vectors of the prompt."""
@@ -156,7 +181,7 @@ class Tune(PromptTraining):
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
     optimizer: OptimizerName = "adam"
-    """Optimizer of the prompt or the head. `averaged_sgd` takes the mean of the second half of the
+    """Optimizer of the tuned values. `averaged_sgd` takes the mean of the second half of the
     steps."""
     class_bias: bool = False
     """Tune one bias per class along with the prompt. In a private run, its gradient is clipped and
@@ -168,18 +193,27 @@ class Tune(PromptTraining):
     search: Search | None = None
     """Choose the learning rate or the clipping norm privately; needs `privacy.enabled`."""
 
+    @property
+    def scores_classes_alone(self) -> bool:
+        """Whether what is tuned scores the classes and no other word."""
+        return self.adapter == "head"
+
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_a_head(cls, fields: Any) -> Any:
-        # pydantic reports a section of another type itself.
-        if isinstance(fields, dict) and fields.get("adapter") == "head":
-            return _HEAD_DEFAULTS | fields
+    def _defaults_of_the_adapter(cls, fields: Any) -> Any:
+        # pydantic reports a section or an adapter of another type itself.
+        if isinstance(fields, dict) and isinstance(fields.get("adapter"), str):
+            return {**_ADAPTER_DEFAULTS.get(fields["adapter"], {}), **fields}
         return fields
 
     @model_validator(mode="after")
-    def _a_head_has_its_biases(self) -> "Tune":
-        if self.adapter == "head" and self.class_bias:
-            raise ValueError("class_bias is for adapter: prompt; a head has a bias for each class")
+    def _fits_its_adapter(self) -> "Tune":
+        if self.adapter != "prompt" and self.class_bias:
+            raise ValueError(
+                f"class_bias is for adapter: prompt; a {self.adapter} needs no other biases"
+            )
+        if (self.lora is None) == (self.adapter == "lora"):
+            raise ValueError("lora holds the settings of adapter: lora, and of no other")
         return self
 
 

@@ -5,9 +5,11 @@ Shapes: N examples, C classes, R tokens of a response.
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import PromptContents
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
+from post_dist.models.adapted import adapted
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.generation import generate_responses
 from post_dist.models.headed import headed_scores
@@ -27,18 +29,20 @@ def answers_of(
         model: the frozen model.
         examples: the examples, encoded by `reader`.
         reader: the task, bound to the model's tokenizer.
-        prompt: the soft prompt, perhaps with a head; None for no prompt.
+        prompt: the soft prompt, perhaps with an adapter; None for no prompt.
         run: batch size, ranks and label.
 
     Returns:
-        Class scores [N, C] with the prompt's head, and without the class biases of its task; or the
-        tokens [N, R] of generated responses, padded with NO_TOKEN. They are on the CPU.
+        Class scores [N, C] with the prompt's adapter, and without the class biases of its task; or
+        the tokens [N, R] of generated responses, padded with NO_TOKEN. They are on the CPU.
     """
-    # A head adds its scores to those of the label words. It has no use for generated text.
     prompt_nd = None if prompt is None else prompt.embeddings.to(run.world.device)
-    if prompt is not None and prompt.head is not None:
-        return headed_scores(model, examples, reader, prompt_nd, prompt.head, run)
-    if reader.generates:
-        end_token = reader.tokenizer.eos_token_id
-        return generate_responses(model, examples, reader.template, prompt_nd, end_token, run)
-    return outputs_at_answers(model, examples, reader.template, prompt_nd, reader.scores, run)
+    adapter = None if prompt is None else prompt.adapter
+    # A head adds its scores to those of the label words. It has no use for generated text.
+    if isinstance(adapter, LinearHead):
+        return headed_scores(model, examples, reader, prompt_nd, adapter, run)
+    with adapted(model, adapter):
+        if reader.generates:
+            end_token = reader.tokenizer.eos_token_id
+            return generate_responses(model, examples, reader.template, prompt_nd, end_token, run)
+        return outputs_at_answers(model, examples, reader.template, prompt_nd, reader.scores, run)

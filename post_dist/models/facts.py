@@ -1,12 +1,14 @@
 """Facts about a model that decide what a run can do, from `config.json` or a loaded model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
+from post_dist.models.adapted import layer_linears
 from post_dist.models.families import scales_attention_by_layer
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, read_config
@@ -28,6 +30,7 @@ class ModelFacts:
         matrix_head: whether the head is one matrix, perhaps with a bias.
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
         scales_attention_by_layer: whether attention depends on the index of the layer.
+        linears: outputs and inputs of the linear modules of each layer, by name in the model.
     """
 
     family: str
@@ -40,6 +43,7 @@ class ModelFacts:
     matrix_head: bool
     linear_head: bool
     scales_attention_by_layer: bool
+    linears: Sequence[Mapping[str, tuple[int, int]]] = field(default=(), compare=False)
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
@@ -60,6 +64,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         matrix_head=isinstance(model.head_module, nn.Linear),
         linear_head=model.has_linear_head,
         scales_attention_by_layer=scales_attention_by_layer(inner.config),
+        linears=layer_linears(model),
     )
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import Adapter
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
 from post_dist.data.verbalizer import Verbalizer
@@ -30,7 +30,7 @@ class TuningTask:
         targets: the classes [N], or the tokens of the responses [N, R].
         start_nd: the initial prompt.
         users: the number of each example's user; empty if every example is a unit of its own.
-        head: the head behind the prompt to start from; None if the prompt itself is tuned.
+        adapter: the adapter behind the prompt to start from; None if the prompt itself is tuned.
     """
 
     model: LanguageModel
@@ -39,7 +39,7 @@ class TuningTask:
     targets: torch.Tensor
     start_nd: torch.Tensor
     users: Sequence[int] = ()
-    head: LinearHead | None = None
+    adapter: Adapter | None = None
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -51,15 +51,13 @@ class TuningTask:
             units[user].append(example)
         return units
 
-    def need_head(self) -> LinearHead:
-        """Return the head behind the prompt.
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether a batch may run the prompt once for all its examples.
 
-        Raises:
-            TypeError: the task tunes a prompt, which is a bug of the caller.
+        That needs one answer position for each example, but responses have many.
         """
-        if self.head is None:
-            raise TypeError("the task has no head")
-        return self.head
+        return not self.reader.generates and self.model.shares_prompt
 
 
 class AnswerStates:

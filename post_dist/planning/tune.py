@@ -1,4 +1,4 @@
-"""The plan of tuning: one GPU, and one prompt or head for each privacy plan of the run."""
+"""The plan of tuning: one GPU, and one prompt or adapter for each privacy plan of the run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from post_dist.stages.conflicts import tune_conflicts
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt or head that is tuned.
+    """One prompt or adapter that is tuned.
 
     Attributes:
         batch_size: number of examples in a step; in a private run, the expected number.
@@ -92,7 +92,8 @@ def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
 def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
     """Count the operations of a step.
 
-    No weight of the model is trained, so backward costs one forward.
+    No weight of the model is trained, so backward costs one forward of the layers that it passes.
+    The products of a LoRA are small and not counted.
     """
     student = inputs.models.student
     if inputs.config.tune.adapter == "head":
@@ -100,9 +101,18 @@ def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
         return 4 * batch_size * _classes(inputs.config) * student.width
     text, response = inputs.text_lengths()
     length = inputs.config.tune.num_virtual_tokens + text + response
-    trunk = cost.forward_flops(student, batch_size, length)
+    forward = cost.forward_flops(student, batch_size, length)
     head = cost.head_flops(student, batch_size * (response or 1))
-    return 2 * (trunk + head)
+    # The gradients of a LoRA need no backward pass below its lowest layer.
+    lora = inputs.config.tune.lora
+    passed = len(student.layers)
+    if lora is not None and lora.upper_layers is not None:
+        passed = lora.upper_layers
+    tokens = batch_size * length
+    backward = sum(
+        cost.layer_flops(student, layer, tokens, length) for layer in student.layers[-passed:]
+    )
+    return forward + backward + 2 * head
 
 
 def _classes(config: RunConfig) -> int:

@@ -212,7 +212,7 @@ class _IndependenceCheck:
 
         The results are gradients and scores; for a head, the hidden states that it reads.
         """
-        results = tuned_kind(self._task).results(self._task, self._section)
+        results = tuned_kind(self._section).results(self._task, self._section)
         known: dict[int, list[torch.Tensor]] = {}
         for rows in self._patterns(size):
             batch, targets = self._batch(rows)

@@ -30,6 +30,9 @@ _SHARE_FROM_TOKENS = 20
 Product = Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
 """Maps the gradients [B, 1, ...] of a prefix to those of the prompt [B, n, d]."""
 
+Gradients = Callable[[Batch, torch.Tensor], list[torch.Tensor]]
+"""Maps examples and their targets to the gradients [B, ...] of each parameter."""
+
 # Users whose sums of gradients are in memory at the same time.
 _USERS_AT_ONCE = 64
 
@@ -124,15 +127,18 @@ def unit_gradients(
     units: Sequence[int],
     sizes: Mapping[int, int],
     device: torch.device,
+    gradients_of_step: Callable[[], Gradients] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """Yield the gradients of a step's units, some of them at a time.
 
     Args:
         task: holds the model and the examples.
-        parameters: current values of the prompt, and of the biases if they are tuned.
+        parameters: current values of the parameters.
         units: numbers of the units of the step: examples, or users; may be empty.
         sizes: number of examples in a micro-batch of each padded length.
         device: the model's device.
+        gradients_of_step: returns what computes the gradients of a micro-batch; None for those of
+            the prompt, and of the biases if they are tuned.
 
     Yields:
         The gradients [B, ...] of each parameter for B units.
@@ -140,8 +146,8 @@ def unit_gradients(
     # A step without examples needs no prefix.
     if not units:
         return
-    # The prefix is computed once for the whole step.
-    gradients = task_gradients(task, parameters)
+    # The prefix of a prompt is computed once for the whole step.
+    gradients = gradients_of_step() if gradients_of_step else task_gradients(task, parameters)
     if not task.users:
         for _, found in _micro_gradients(task, gradients, units, sizes, device):
             yield found
@@ -164,7 +170,7 @@ def unit_gradients(
 
 def _micro_gradients(
     task: TuningTask,
-    gradients: ExampleGradients,
+    gradients: Gradients,
     examples: Sequence[int],
     sizes: Mapping[int, int],
     device: torch.device,

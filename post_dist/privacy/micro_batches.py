@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.config.schema import Tune
 from post_dist.data.template import Batch
 from post_dist.models.tuning_task import TuningTask
@@ -69,7 +70,7 @@ def size_of_longest(section: Tune, task: TuningTask) -> int:
 
     A head needs no gradient of the model. Its passes keep the activations of one layer at a time.
     """
-    factor = _WITHOUT_GRADIENTS if task.head is not None else 1
+    factor = _WITHOUT_GRADIENTS if isinstance(task.adapter, LinearHead) else 1
     return factor * section.micro_batch_size_per_gpu
 
 

@@ -62,7 +62,7 @@ def tune_privately(
         ledger = LedgerRun(open_ledger, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
-        trainer = PrivateTrainer(tuned_kind(task)(task, config, sizes, world), config, run)
+        trainer = PrivateTrainer(tuned_kind(config.tune)(task, config, sizes, world), config, run)
         learning_rate = config.privacy.learning_rate or config.tune.learning_rate
         settings = TrialSettings(learning_rate, plan.max_grad_norm)
         if config.tune.search is None:

@@ -9,14 +9,20 @@ Shapes: B units, N examples, C classes, d width.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import Adapter, PromptContents, SoftPromptArtifact
 from post_dist.config.schema import RunConfig, Tune
+from post_dist.conflicts import Conflict
 from post_dist.data.order import shuffled_rows
 from post_dist.data.template import Batch
+from post_dist.models.facts import ModelFacts
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.scoring import validation_task
@@ -59,7 +65,7 @@ def head_inputs(task: TuningTask, sizes: Mapping[int, int], world: World) -> Hea
     Raises:
         Interrupted: the run was asked to stop.
     """
-    head = task.need_head()
+    head = _head_of(task)
     count = len(task.examples)
     features_Nd = np.zeros((count, len(head.mean)))
     scores_NC = np.zeros((count, len(head.bias)))
@@ -91,7 +97,7 @@ class TunedHead:
         self, task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
     ) -> None:
         self._task = task
-        self._head = task.need_head()
+        self._head = _head_of(task)
         self._config = config
         self._sizes = sizes
         self._world = world
@@ -99,6 +105,46 @@ class TunedHead:
         # Every example is computed at the same place in memory, because kernels may treat the ends
         # of an array by its address.
         self._feature_d = np.zeros(len(self._head.mean))
+
+    @staticmethod
+    def start(
+        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+    ) -> Adapter | None:
+        """Return the head of the public prompt, which `start_conflicts` has found there."""
+        return None if public is None else public.adapter
+
+    @staticmethod
+    def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
+        """Return none: every model has hidden states."""
+        return []
+
+    @staticmethod
+    def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
+        """Find that there is no public prompt, or none with a head."""
+        if start is None:
+            return [
+                Conflict(
+                    "tune.adapter: head needs a public prompt to stand behind",
+                    "give inputs.public_prompt, or add the section warm_start",
+                )
+            ]
+        if start.adapter is None:
+            return [
+                Conflict(
+                    "inputs.public_prompt has no head to tune",
+                    "let `post-dist warm-start` make it",
+                )
+            ]
+        return []
+
+    @staticmethod
+    def contents(
+        task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
+    ) -> PromptContents:
+        """Return the public prompt with the tuned head."""
+        weight, bias = parameters
+        head = _head_of(task).with_values(weight, bias)
+        return PromptContents(task.start_nd, task.reader.task, statement, head)
 
     @property
     def units(self) -> Sequence[Sequence[int]]:
@@ -195,3 +241,14 @@ class TunedHead:
         p_C: np.ndarray = np.exp(scores_C - scores_C.max())
         p_C /= p_C.sum()
         return p_C
+
+
+def _head_of(task: TuningTask) -> LinearHead:
+    """Return the head of a task.
+
+    Raises:
+        TypeError: the task tunes something else, which is a bug of the caller.
+    """
+    if not isinstance(task.adapter, LinearHead):
+        raise TypeError("the task has no head")
+    return task.adapter

@@ -1,17 +1,25 @@
-"""What tuning trains: the prompt itself, or a head behind a public prompt.
+"""What tuning trains: the prompt itself, or an adapter behind a fixed prompt.
+
+A new adapter is one class here, and its name and settings in `config/stages.py`.
 
 Shapes: B units or examples, C classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from post_dist.artifacts.prompt import Adapter, PromptContents, SoftPromptArtifact
 from post_dist.config.schema import RunConfig, Tune
+from post_dist.config.stages import AdapterName
+from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
+from post_dist.models.facts import ModelFacts
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_head import TunedHead
+from post_dist.privacy.tuned_lora import TunedLora
 from post_dist.privacy.tuned_prompt import TunedPrompt
 from post_dist.runtime.distributed import World
 
@@ -20,7 +28,7 @@ class TunedPart(Protocol):
     """What tuning trains.
 
     Args:
-        task: the model, the training examples, and the prompt and head to start from.
+        task: the model, the training examples, and the prompt and adapter to start from.
         config: the run file.
         sizes: number of examples in a micro-batch of each padded length.
         world: this process, alone.
@@ -29,6 +37,38 @@ class TunedPart(Protocol):
     def __init__(
         self, task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
     ) -> None: ...
+
+    @staticmethod
+    def start(
+        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+    ) -> Adapter | None:
+        """Return the adapter that tuning starts from; None if the prompt itself is tuned.
+
+        Args:
+            model: the model.
+            config: the run file.
+            public: the public prompt; None to start from text.
+        """
+
+    @staticmethod
+    def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
+        """Find what keeps it from being tuned on a model."""
+
+    @staticmethod
+    def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
+        """Find what keeps it from starting at a public prompt, or from text."""
+
+    @staticmethod
+    def contents(
+        task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
+    ) -> PromptContents:
+        """Return the tuned prompt, with its adapter.
+
+        Args:
+            task: what was tuned.
+            parameters: the tuned values.
+            statement: the privacy statement; None without privacy.
+        """
 
     @property
     def units(self) -> Sequence[Sequence[int]]:
@@ -49,7 +89,7 @@ class TunedPart(Protocol):
         """Return all that a private run computes of the examples [B] of a micro-batch.
 
         Args:
-            task: the model, and the prompt and head to start from.
+            task: the model, and the prompt and adapter to start from.
             section: says whether biases are tuned, and whether trials are scored.
         """
 
@@ -65,6 +105,13 @@ class TunedPart(Protocol):
         """Return the mean loss of a batch of tuning without privacy."""
 
 
-def tuned_kind(task: TuningTask) -> type[TunedPart]:
-    """Return the class of what the task tunes."""
-    return TunedPrompt if task.head is None else TunedHead
+_KINDS: Mapping[AdapterName, type[TunedPart]] = {
+    "prompt": TunedPrompt,
+    "head": TunedHead,
+    "lora": TunedLora,
+}
+
+
+def tuned_kind(section: Tune) -> type[TunedPart]:
+    """Return the class of what the run file tunes."""
+    return _KINDS[section.adapter]

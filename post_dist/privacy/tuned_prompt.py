@@ -4,16 +4,21 @@ Shapes: B examples or units, n prompt tokens, d width, C classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from post_dist.artifacts.prompt import Adapter, PromptContents, SoftPromptArtifact
 from post_dist.config.schema import RunConfig, Tune
-from post_dist.data.order import rows_of_like_length
+from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
-from post_dist.models.classifier import BIAS_RATE, PromptInput
+from post_dist.models.classifier import BIAS_RATE, BIAS_SCALE, PromptInput
+from post_dist.models.facts import ModelFacts
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import task_gradients, unit_gradients
+from post_dist.privacy.plain_batches import batch_of_like_length
 from post_dist.privacy.scoring import class_scores, count_right, validation_task
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import averaging_from, make_optimizer
@@ -43,6 +48,34 @@ class TunedPrompt:
     config: RunConfig
     sizes: Mapping[int, int]
     world: World
+
+    @staticmethod
+    def start(
+        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+    ) -> Adapter | None:
+        """Return no adapter: the prompt itself is tuned."""
+        return None
+
+    @staticmethod
+    def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
+        """Return none: every model takes a prompt."""
+        return []
+
+    @staticmethod
+    def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
+        """Return none: tuning starts from a public prompt, or from the embeddings of a text."""
+        return []
+
+    @staticmethod
+    def contents(
+        task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
+    ) -> PromptContents:
+        """Return the tuned prompt. Its task carries the biases, in units of the class scores."""
+        prompt_task = task.reader.task
+        if len(parameters) > 1:
+            biases = tuple((BIAS_SCALE * parameters[1]).tolist())
+            prompt_task = replace(prompt_task, class_biases=biases)
+        return PromptContents(parameters[0], prompt_task, statement)
 
     @property
     def units(self) -> Sequence[Sequence[int]]:
@@ -104,26 +137,10 @@ class TunedPrompt:
         return count_right(validation, parameters, self.sizes, self.world)
 
     def loss(self, parameters: Sequence[torch.Tensor], step: int) -> torch.Tensor:
-        """Return the mean loss of a batch of tuning without privacy.
-
-        Such a batch holds examples of similar length. Private batches are drawn at random instead.
-        """
+        """Return the mean loss of a batch of tuning without privacy."""
         task = self.task
-        lengths = [len(example.token_ids) for example in task.examples]
-        size = self.config.tune.batch_size
-        chosen = rows_of_like_length(step, size, lengths, self.config.seed)
-        batch = task.reader.collate([task.examples[index] for index in chosen])
-        targets = task.targets[chosen].to(self.world.device)
-        # A shared prompt needs one answer position for each example, but responses have many.
-        shared = not task.reader.generates and task.model.shares_prompt
-        prompt = PromptInput(prompt=parameters[0], shared=shared)
+        batch, targets = batch_of_like_length(task, self.config, step, self.world.device)
+        prompt = PromptInput(prompt=parameters[0], shared=task.shares_prompt)
         bias = parameters[1] if len(parameters) > 1 else None
-        losses_B = example_losses(
-            task.model,
-            task.reader.verbalizer,
-            batch.to(self.world.device),
-            targets,
-            prompt,
-            bias,
-        )
+        losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt, bias)
         return losses_B.mean()

@@ -184,7 +184,7 @@ def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
             "quoted": shlex.quote(str(each.folder)),
             "literal": repr(str(each.folder)),
             "masked": _is_masked(each.folder),
-            "head": (each.folder / "head.safetensors").exists(),
+            "alone": _is_alone(each.folder),
             "size": _size(each.folder),
             "model": "the student" if each.by_owner else "the large LLM",
         }
@@ -203,8 +203,21 @@ def _is_masked(folder: Path) -> bool:
     return _adapter(folder).get("task_type") != "CAUSAL_LM"
 
 
+def _is_alone(folder: Path) -> bool:
+    """Return whether PEFT runs all of a prompt: there is nothing behind it."""
+    is_prompt = _adapter(folder).get("peft_type") == "PROMPT_TUNING"
+    return is_prompt and not (folder / "head.safetensors").exists()
+
+
 def _size(folder: Path) -> str:
     """Return the numbers of vectors and of their components, such as `10×576`."""
+    from post_dist.artifacts.prompt_reader import read_embeddings  # loads torch
+
+    # The prompt in front of a LoRA has a file of its own.
+    own = folder / "prompt.safetensors"
+    if own.exists():
+        count, width = read_embeddings(own).shape
+        return f"{count}×{width}"
     adapter = _adapter(folder)
     return f"{adapter.get('num_virtual_tokens')}×{adapter.get('token_dim')}"
 

@@ -69,10 +69,12 @@ def export_prompt(
     """
     if destination.exists():
         raise InputError(f"{destination} exists already", "give another folder with --output")
-    if form != "hub" and prompt.head is not None:
+    adapter = prompt.adapter
+    takes = adapter is None or form == "hub" or (form == "peft" and adapter.in_peft)
+    if adapter is not None and not takes:
         raise InputError(
-            f"the prompt has a linear head behind it, which {form} does not run",
-            "use `post-dist predict`; `transfer` makes a prompt without a head from it",
+            f"the prompt has a {adapter.title} behind it, which {form} does not run",
+            "use `post-dist predict`; `transfer` makes a prompt alone from it",
         )
     with fitting_model(prompt, model, revision) as found:
         if form == "vllm" and found.facts.masked:

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
 from post_dist.models.facts import ModelFacts
@@ -21,7 +22,7 @@ def check_belongs(
     tokenizer: PreTrainedTokenizerBase,
     whose: str = "the student",
 ) -> None:
-    """Check that a prompt was made for a model with this width and tokenizer.
+    """Check that a prompt was made for a model with this width, tokenizer and layers.
 
     Args:
         prompt: the soft prompt.
@@ -30,7 +31,8 @@ def check_belongs(
         whose: name of the model in the message.
 
     Raises:
-        ArtifactRefused: the widths or the tokenizers of prompt and model differ.
+        ArtifactRefused: the widths or the tokenizers of prompt and model differ, or the model lacks
+            a layer of its LoRA.
     """
     width = prompt.embeddings.shape[1]
     if model.width != width:
@@ -41,6 +43,11 @@ def check_belongs(
         raise ArtifactRefused(
             f"the tokenizer of {whose} is not the one that the prompt was tuned with"
         )
+    if isinstance(prompt.adapter, Lora):
+        linears = {name: shape for layer in model.linears for name, shape in layer.items()}
+        misfit = prompt.adapter.misfit(linears)
+        if misfit is not None:
+            raise ArtifactRefused(f"the LoRA changes {misfit}, which does not fit {whose}")
 
 
 def check_target(prompt: SoftPromptArtifact, weights: str) -> None:

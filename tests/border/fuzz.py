@@ -84,14 +84,13 @@ class Result:
 
 
 def prompts(folder: Path) -> Target:
-    """Return the prompts to send. A quarter of them has a privacy statement.
+    """Return the prompts to send. A quarter of them has a privacy statement, and a quarter a LoRA.
 
-    The accountant would take most of the time if all of them had one.
+    The accountant would take most of the time if all of them had a statement.
     """
-    honest = prompt_changes.HONEST
-    return Target(
-        [honest, *3 * [without_statement(folder)]], prompt_changes.CHANGES, prompt_changes.admit
-    )
+    lora = prompt_changes.write_lora(folder.with_name(f"{folder.name}-lora"))
+    honest = [prompt_changes.HONEST, lora, *2 * [without_statement(folder)]]
+    return Target(honest, prompt_changes.CHANGES, prompt_changes.admit)
 
 
 def without_statement(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from border.hostile import (
     replace_by_sparse,
     sign,
 )
+from border.prompt_changes import write_lora
+from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
-from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused
 from post_dist.verify import verify
@@ -163,6 +166,85 @@ def test_a_hostile_prompt_is_refused(tmp_path: Path, attack: str) -> None:
         assert all(line.isprintable() for line in problem.splitlines())
     with pytest.raises(ArtifactRefused):
         admit_prompt(sent)
+
+
+def change_factors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    """Return a change of the tensors of a LoRA."""
+
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return changed
+
+
+def renamed(old: str, new: str) -> Change:
+    """Return a change of the names of a LoRA's tensors."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in sorted(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change_factors(rename)
+
+
+FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+REFUSED_LORAS: dict[str, Change] = {
+    "another rank": adapter(r=3),
+    "a rank that is true": adapter(r=True),
+    "no rank": adapter(r=None),
+    "alpha of zero": adapter(lora_alpha=0),
+    "alpha without end": adapter(lora_alpha=1e300),
+    "alpha as text": adapter(lora_alpha="8"),
+    "another adapter": adapter(peft_type="PROMPT_TUNING"),
+    "biases": adapter(bias="all"),
+    "weights that are decomposed": adapter(use_dora=True),
+    "a scale of another rule": adapter(use_rslora=True),
+    "ranks by layer": adapter(rank_pattern={"q_proj": 9}),
+    "alphas by layer": adapter(alpha_pattern={"q_proj": 9}),
+    "modules to save": adapter(modules_to_save=["lm_head"]),
+    "code of the sender": adapter(auto_mapping={"base_model_class": "x"}),
+    "first values from a file": adapter(init_lora_weights="pissa"),
+    "settings of another kind": adapter(loftq_config={"x": 1}),
+    "a field that PEFT may learn": adapter(anything=1),
+    "all modules": adapter(target_modules="all-linear"),
+    "a module without factors": adapter(target_modules=["q_proj", "lm_head"]),
+    "a layer that is not named": adapter(target_modules=["layers.0.self_attn.q_proj"]),
+    "a module that is a number": adapter(target_modules=[7]),
+    "a prompt of another form": put_text("prompt.safetensors", b"\x80\x04."),
+    "a head as well": put_text("head.safetensors", b"\x80\x04."),
+    "sparse factors": replace_by_sparse(WEIGHTS, 1 << 40),
+    "factors through a link": replace_by_link(WEIGHTS),
+    "no prompt in front": lambda folder: (folder / "prompt.safetensors").unlink(),
+    "one factor": change_factors(lambda tensors: tensors.pop(FACTOR)),
+    "factors of two ranks": change_factors(lambda t: t.update({FACTOR: torch.zeros(3, 32)})),
+    "a factor that is a vector": change_factors(lambda t: t.update({FACTOR: torch.zeros(32)})),
+    "a huge value": change_factors(lambda t: t[FACTOR].fill_(1e9)),
+    "an infinite value": change_factors(lambda t: t[FACTOR].fill_(float("inf"))),
+    "one more tensor": change_factors(lambda t: t.update({"more": torch.zeros(2, 32)})),
+    "a name without PEFT's beginning": renamed("base_model.model.", ""),
+    "a name with a path": renamed("layers.0", "layers/../0"),
+    "an empty part of a name": renamed("self_attn.", "self_attn.."),
+}
+
+
+@pytest.mark.parametrize("attack", REFUSED_LORAS)
+def test_a_hostile_lora_is_refused(tmp_path: Path, attack: str) -> None:
+    sent = write_lora(tmp_path / "sent")
+    assert admit_prompt(sent).adapter is not None
+    REFUSED_LORAS[attack](sent)
+    sign(sent)
+    assert not verify(sent)["ok"]
+    with pytest.raises(ArtifactRefused):
+        admit_prompt(sent)
+
+
+def test_a_public_prompt_has_no_lora(tmp_path: Path) -> None:
+    sent = write_lora(tmp_path / "sent")
+    edit_json("post_dist.json", kind="public prompt")(sent)
+    with pytest.raises(ArtifactRefused, match=r"prompt.safetensors is no file of a public prompt"):
+        admit_prompt(sent, PUBLIC_PROMPT)
 
 
 def test_a_claim_is_checked_wherever_a_prompt_comes_in(tmp_path: Path, main: Any) -> None:

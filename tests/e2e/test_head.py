@@ -71,13 +71,13 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     public = read_prompt(artifact(tmp_path, "warm_start"), PUBLIC_PROMPT)
     tuned = read_prompt(artifact(tmp_path, "tune"))
     assert public.privacy is None
-    assert not public.head.trained
-    assert tuned.head.trained
+    assert not public.adapter.trained
+    assert tuned.adapter.trained
     # Only the head has seen private data.
     assert torch.equal(public.embeddings, tuned.embeddings)
-    assert torch.equal(public.head.mean, tuned.head.mean)
+    assert torch.equal(public.adapter.mean, tuned.adapter.mean)
     assert tuned.manifest.parents["public prompt"] == public.manifest.digest
-    assert read_prompt(artifact(tmp_path, "transfer")).head is None
+    assert read_prompt(artifact(tmp_path, "transfer")).adapter is None
     for stage in ("warm_start", "tune", "transfer"):
         code, out, _ = main("verify", artifact(tmp_path, stage), "--json")
         assert code == 0, out
@@ -170,7 +170,7 @@ def test_a_warm_start_that_says_the_same_of_all_texts_is_not_taken(
     [
         (["warm_start.num_virtual_tokens=7"], "is not tune.num_virtual_tokens (5)"),
         (["transfer.scores=vocabulary"], "set transfer.scores: classes"),
-        (["tune.class_bias=true"], "a head has a bias for each class"),
+        (["tune.class_bias=true"], "a head needs no other biases"),
         (["evaluate.baselines=[published transfer]"], "remove evaluate.baselines"),
         (["warm_start=null"], "needs a public prompt to stand behind"),
         (["public_task.labels={}"], "public_task has no template or no labels"),

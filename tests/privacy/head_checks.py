@@ -30,7 +30,7 @@ def tuned_head(**changes: Any) -> Any:
     task = replace(tuning_task("llama", torch.float32), **changes)
     hidden = torch.randn(50, task.model.width, generator=torch.Generator().manual_seed(3))
     head = LinearHead.untrained(hidden, 2)
-    task = replace(task, start_nd=task.start_nd.float(), head=head)
+    task = replace(task, start_nd=task.start_nd.float(), adapter=head)
     config = SimpleNamespace(tune=Tune(adapter="head"), need_task=lambda role: None)
     sizes = part("privacy.micro_batches").planned_sizes(task, 4)
     made = part("privacy.tuned_head").TunedHead(task, config, sizes, WORLD)
@@ -108,7 +108,7 @@ def a_head_reads_the_prompted_student() -> None:
     made, parameters = tuned_head()
     task = made._task
     weight, bias = parameters
-    head = task.head.with_values(weight, bias)
+    head = task.adapter.with_values(weight, bias)
     right = 0
     for example, target in zip(task.examples, task.targets, strict=True):
         batch = task.reader.collate([example])

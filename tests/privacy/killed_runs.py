@@ -1,7 +1,7 @@
 """Kill private tuning at a place of its step, run the same command again, and compare the results.
 
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests
-    python tests/privacy/killed_runs.py FOLDER [--times N] [--table FILE]
+    python tests/privacy/killed_runs.py FOLDER [--times N] [--table FILE] [--adapter lora]
 
 The reference is a run that was left alone. Every run is a process of its own (forked, so that the
 libraries are loaded once) and dies by SIGKILL from within, at a random step. The noise source is
@@ -24,7 +24,7 @@ import tiny
 import torch
 from faults import at_call, die, fork_command
 
-from post_dist.privacy import gradients, ledger, trainer
+from post_dist.privacy import gradients, ledger, trainer, tuned_lora
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.sampling import PoissonSampler
 from post_dist.privacy.spending import read_ledger
@@ -63,10 +63,22 @@ def in_half_a_state(number: int) -> None:
     Path.rename = rename
 
 
+def after_a_backward_pass(number: int) -> None:
+    """Die with the gradients of a micro-batch computed."""
+    for kind in (gradients.ExampleGradients, tuned_lora.LoraGradients):
+        at_call(kind, "__call__", number, before=False)
+
+
+ADAPTERS = {
+    "prompt": ("tune.class_bias=true",),
+    "lora": ("tune.adapter=lora", "tune.lora.upper_layers=1", "evaluate.baselines=[]"),
+}
+"""Settings of what is tuned."""
+
 PLACES: dict[str, Callable[[int], None]] = {
     "before the examples are drawn": partial(at_call, PoissonSampler, "draw", before=True),
     "after the examples are drawn": partial(at_call, PoissonSampler, "draw", before=False),
-    "after a backward pass": partial(at_call, gradients.ExampleGradients, "__call__", before=False),
+    "after a backward pass": after_a_backward_pass,
     "before the intent": partial(at_call, ledger.LedgerRun, "intend", before=True),
     "in the intent's row": in_half_a_row,
     "after the intent": partial(at_call, ledger.LedgerRun, "intend", before=False),
@@ -86,7 +98,9 @@ class Outcome(NamedTuple):
     repeated: int
 
 
-def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
+def run(
+    folder: Path, output: Path, adapter: str, prepare: Callable[[], None] = lambda: None
+) -> int:
     """Tune in a forked child; returns its wait status."""
     settings = [
         f"inputs.student={folder / 'student'}",
@@ -97,7 +111,7 @@ def run(folder: Path, output: Path, prepare: Callable[[], None] = lambda: None) 
         f"privacy.ledger={output}.ledger",
         f"privacy.ledger_anchors={output}.anchors",
         f"tune.steps={STEPS}",
-        "tune.class_bias=true",
+        *ADAPTERS[adapter],
     ]
     arguments = ["tune", str(folder / "run.yaml"), f"--output={output}"]
     arguments += [f"--set={setting}" for setting in settings]
@@ -125,13 +139,13 @@ def make_student(folder: Path) -> None:
     next(folder.glob("made/tiny/distill-*/artifact")).rename(folder / "student")
 
 
-def kill_and_resume(folder: Path, output: Path, place: str) -> Outcome:
+def kill_and_resume(folder: Path, output: Path, adapter: str, place: str) -> Outcome:
     """Kill a run at a random step, run the command again, and read what it left."""
     number = random.randrange(1, STEPS + 1)
-    status = run(folder, output, partial(PLACES[place], number))
+    status = run(folder, output, adapter, partial(PLACES[place], number))
     assert os.WIFSIGNALED(status), f"{place}: the run was not killed"
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert run(folder, output) == 0, f"{place}: the run did not resume"
+    assert run(folder, output, adapter) == 0, f"{place}: the run did not resume"
     return outcome(output)
 
 
@@ -140,19 +154,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--adapter", choices=ADAPTERS, default="prompt")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     options = parser.parse_args()
     folder: Path = options.folder
     make_student(folder)
-    assert run(folder, folder / "alone") == 0
+    assert run(folder, folder / "alone", options.adapter) == 0
     expected = outcome(folder / "alone")
     assert expected[1:] == (1, STEPS, 0)
     lines = ["| killed | times | prompt bit-equal | ledger exact |", "|---|---|---|---|"]
     failures = 0
-    for place in PLACES:
+    for place in options.places:
         right = Counter()
         for time in range(options.times):
             output = folder / f"{place.replace(' ', '-')}-{time}"
-            found = kill_and_resume(folder, output, place)
+            found = kill_and_resume(folder, output, options.adapter, place)
             right["prompt"] += found.prompt == expected.prompt
             right["ledger"] += found[1:] == expected[1:]
         failures += 2 * options.times - right.total()

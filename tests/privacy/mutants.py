@@ -916,37 +916,37 @@ MUTANTS = [
     ),
     Mutant(
         "length of the longest text in the task",
-        "stages.tune.artifact",
-        "    prompt_task = task.reader.task\n",
-        "    longest = max(len(example.token_ids) for example in task.examples)\n"
-        "    prompt_task = replace(task.reader.task, max_length=longest)\n",
+        "privacy.tuned_prompt",
+        "        prompt_task = task.reader.task\n",
+        "        longest = max(len(example.token_ids) for example in task.examples)\n"
+        "        prompt_task = replace(task.reader.task, max_length=longest)\n",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in a file's name",
         "stages.tune.artifact",
-        "    contents = _contents(",
-        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = _contents(",
+        "    contents = kind.contents(",
+        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = kind.contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in a file's mode",
         "stages.tune.artifact",
-        "    contents = _contents(",
+        "    contents = kind.contents(",
         "    (folder.path / 'lock').with_name('resolved.yaml').chmod(\n"
         "        0o600 + 0o100 * (len(task.examples) % 2)\n"
         "    )\n"
-        "    contents = _contents(",
+        "    contents = kind.contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in the exit code",
         "stages.tune.artifact",
-        "    contents = _contents(",
+        "    contents = kind.contents(",
         "    if len(task.examples) % 2:\n"
         "        from post_dist.errors import InputError\n\n"
         "        raise InputError('an odd number')\n"
-        "    contents = _contents(",
+        "    contents = kind.contents(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
@@ -1068,9 +1068,10 @@ MUTANTS = [
     ),
     Mutant(
         "mean of a head moved by the private examples",
-        "stages.tune.artifact",
-        "        head = task.head.with_values(weight, bias)\n",
-        "        shifted = replace(task.head, mean=task.head.mean + len(task.examples))\n"
+        "privacy.tuned_head",
+        "        head = _head_of(task).with_values(weight, bias)\n",
+        "        from dataclasses import replace\n\n"
+        "        shifted = replace(task.adapter, mean=task.adapter.mean + len(task.examples))\n"
         "        head = shifted.with_values(weight, bias)\n",
         "neighbors_leave_the_same_traces",
     ),
@@ -1087,5 +1088,78 @@ MUTANTS = [
         "if done and self._adapts:",
         "if False:",
         "an_adaptive_run_resumes_with_its_norm",
+    ),
+    Mutant(
+        "one LoRA for the whole batch",
+        "privacy.tuned_lora",
+        "factor.detach().expand(len(targets), *factor.shape)",
+        "factor.detach().clone()",
+        "a_lora_s_gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "mean of losses of a LoRA before the clip",
+        "privacy.tuned_lora",
+        "torch.autograd.grad(losses_B.sum(), copies)",
+        "torch.autograd.grad(losses_B.mean(), copies)",
+        "a_lora_s_gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "the prompt in front of a LoRA left out",
+        "privacy.tuned_lora",
+        "        prompt = PromptInput(prompt=task.start_nd)\n"
+        "        with adapted(task.model, self._lora",
+        "        prompt = PromptInput()\n        with adapted(task.model, self._lora",
+        "a_lora_s_gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "a LoRA's product without its scale",
+        "models.adapted",
+        "(self._scale * product)",
+        "product",
+        "a_lora_s_gradients_are_each_example_s_own",
+    ),
+    Mutant(
+        "upper layers of a LoRA counted from the bottom",
+        "privacy.tuned_lora",
+        "layers[-(settings.upper_layers or len(layers)) :]",
+        "layers[: settings.upper_layers or len(layers)]",
+        "a_lora_changes_the_upper_layers",
+    ),
+    Mutant(
+        "factors of a LoRA beside the rows of other examples",
+        "models.adapted",
+        "if self._down.dim() == 3 and",
+        "if False and",
+        "layers_that_mix_the_rows_of_examples_are_refused",
+    ),
+    Mutant(
+        "gradients of a LoRA not compared at other places",
+        "privacy.tuned_lora",
+        "            found = gradients(batch, targets)\n",
+        "            found = [torch.zeros(len(targets))]\n",
+        "no_place_counts_for_a_lora",
+    ),
+    Mutant(
+        "scores of a search over LoRAs not compared",
+        "privacy.tuned_lora",
+        "            if section.search is not None:\n",
+        "            if False:\n",
+        "no_place_counts_for_a_lora",
+    ),
+    Mutant(
+        "a LoRA scored without its factors",
+        "privacy.tuned_lora",
+        "        with adapted(self.task.model, _lora_of(self.task).with_values(parameters)):\n"
+        "            return count_right",
+        "        with adapted(self.task.model, None):\n            return count_right",
+        "a_lora_is_scored_as_evaluate_does",
+    ),
+    Mutant(
+        "number of examples in the alpha of a LoRA",
+        "privacy.tuned_lora",
+        "        lora = _lora_of(task).with_values(parameters)\n",
+        "        lora = _lora_of(task).with_values(parameters)\n"
+        "        lora = Lora(lora.factors, len(task.examples))\n",
+        "neighbors_leave_the_same_traces",
     ),
 ]

@@ -11,14 +11,15 @@ from pathlib import Path
 DRIVER = Path(__file__).with_name("killed_runs.py")
 
 
-def test_a_kill_at_any_place_changes_neither_prompt_nor_ledger(tmp_path: Path) -> None:
+def killed(folder: Path, *options: str) -> str:
+    """Run the driver, and return its table."""
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(DRIVER.parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, DRIVER, tmp_path],
+        [sys.executable, DRIVER, folder, *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -27,4 +28,14 @@ def test_a_kill_at_any_place_changes_neither_prompt_nor_ledger(tmp_path: Path) -
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("| 1 | 1 | 1 |") == 10
+    return done.stdout
+
+
+def test_a_kill_at_any_place_changes_neither_prompt_nor_ledger(tmp_path: Path) -> None:
+    assert killed(tmp_path).count("| 1 | 1 | 1 |") == 10
+
+
+def test_a_killed_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    places = ("after a backward pass", "after the intent", "after the state")
+    found = killed(tmp_path, "--adapter", "lora", "--places", *places)
+    assert found.count("| 1 | 1 | 1 |") == len(places)

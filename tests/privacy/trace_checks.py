@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 Rows = list[tuple[str, int, str]]
 """Text, label and user of each row."""
 
-NOISY = re.compile(r"\d+(\.(exp_avg(_sq)?|ax))?|clipping_norm")
-"""Tensors of a checkpoint that hold noise: parameters, their moments or mean, an adapted norm."""
+NOISY = re.compile(r"\d+(\.(exp_avg(_sq)?|ax))?|clipping_norm|.*lora_B\.weight")
+"""Tensors that hold noise: in a checkpoint the parameters, their moments or mean, and an adapted
+norm; of a LoRA the factors that start at zero, which the smallest noise changes."""
 
 OWNERS_OWN = {"lock", ".name_key", "randomness.json"}
 
@@ -74,6 +75,9 @@ def neighbors_leave_the_same_traces() -> None:
     head = ["inputs.public_prompt=public", "tune.adapter=head"]
     compare([rows, more, changed], [*head, *still])
     compare([rows, more], head, stop=True)
+    lora = ["tune.adapter=lora", "tune.lora.r=2", "tune.lora.upper_layers=1"]
+    compare([rows, more, changed], [*lora, *still])
+    compare([rows, more], lora, stop=True)
 
 
 def compare(data_sets: Sequence[Rows], settings: Sequence[str], *, stop: bool = False) -> None:

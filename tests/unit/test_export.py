@@ -128,7 +128,7 @@ def test_a_transferred_prompt_is_refused_on_another_llm_of_its_family(
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, model: Path) -> None:
     head = LinearHead.untrained(torch.randn(9, 32), 2)
-    headed = post_dist.load_prompt(served.write_prompt(tmp_path / "headed", model, head=head))
+    headed = post_dist.load_prompt(served.write_prompt(tmp_path / "headed", model, adapter=head))
     for form in ("vllm", "peft"):
         with pytest.raises(InputError, match="linear head behind it"):
             headed.export(form, model, tmp_path / "out")

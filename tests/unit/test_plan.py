@@ -572,6 +572,19 @@ def test_a_plot_that_cannot_be_written_is_no_traceback(
     assert f"cannot write {tmp_path / 'scaling.png'}: Is a directory" in err
 
 
+def test_a_lora_in_the_upper_layers_has_a_short_backward_pass(run: Path, main: Callable) -> None:
+    tokens = "--set=tune.num_virtual_tokens=10"
+    flops = {}
+    for name, lora in {"all": "{}", "one": "{upper_layers: 1}"}.items():
+        sets = (tokens, "--set=tune.adapter=lora", f"--set=tune.lora={lora}")
+        code, plan = planned(main, run, "--nodes=8", *sets)
+        assert code == 0, plan["conflicts"]
+        flops[name] = plan["stages"][1]["flops_per_gpu"]["forward_and_backward"]
+    code, plan = planned(main, run, "--nodes=8", tokens)
+    assert flops["all"] == plan["stages"][1]["flops_per_gpu"]["forward_and_backward"]
+    assert 0.5 * flops["all"] < flops["one"] < 0.8 * flops["all"]
+
+
 def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
     texts = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
     fields = yaml.safe_load(run.read_text())

@@ -83,7 +83,7 @@ def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:
         assert {each.label for each in found} == {label}
         head = LinearHead.untrained(torch.randn(9, 32), 2)
         head = head.with_values(head.weight, torch.tensor([bias, 0.0]))
-        folder = served.write_prompt(tmp_path / f"headed {bias}", model, head=head)
+        folder = served.write_prompt(tmp_path / f"headed {bias}", model, adapter=head)
         found = post_dist.load_prompt(folder).predict(TEXTS, model)
         assert {each.label for each in found} == {label}
 

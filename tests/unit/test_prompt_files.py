@@ -158,7 +158,7 @@ def write_with_head(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def test_a_head_adds_to_the_scores_of_standardized_states_of_length_1(tmp_path: Path) -> None:
     tensors = head_tensors(mean=torch.full((4,), 1.0), scale=torch.full((4,), 2.0))
-    head = read_prompt(write_with_head(tmp_path / "p", tensors)).head
+    head = read_prompt(write_with_head(tmp_path / "p", tensors)).adapter
     # (7 - 1) / 2 = 3 and (9 - 1) / 2 = 4, of length 5.
     states = torch.tensor([[7.0, 9.0, 1.0, 1.0]])
     torch.testing.assert_close(head.scores(states), torch.tensor([[0.6 + 0.5, 0.8 - 0.5]]))

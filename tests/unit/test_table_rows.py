@@ -33,7 +33,7 @@ class Prompt:
     value: float
     epsilon: float | None = None
     task: Task = field(default_factory=Task)
-    head: object = None
+    adapter: object = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def test_biases_are_added_and_shown_without_but_not_for_the_direct_transfer() ->
 
 
 def test_a_prompt_with_a_head_is_not_used_without_it() -> None:
-    headed = Prompt(0.5, None, Task(), head=object())
+    headed = Prompt(0.5, None, Task(), adapter=object())
     found = values(table_entries(inputs(source=headed), first=False))
     assert "student + prompt" in found
     assert "direct transfer" not in found

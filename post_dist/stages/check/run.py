@@ -315,8 +315,7 @@ class _Check:
         for folder in given if isinstance(given, tuple) else (given,):
             prompt = self._read_prompt(stage, folder)
             if prompt is not None:
-                has_head = prompt.head is not None
-                found.append(SourcePrompt(len(prompt.embeddings), prompt.task, has_head))
+                found.append(SourcePrompt.of(prompt))
         return found
 
     def _read_prompt(

@@ -135,8 +135,8 @@ class CachedAnswers:
             label: name of the forward pass in progress bars.
 
         Returns:
-            Class scores [N, C] with the prompt's head, and without the class biases of its task; or
-            the tokens [N, R] of generated responses, padded with NO_TOKEN.
+            Class scores [N, C] with the prompt's adapter, and without the class biases of its task;
+            or the tokens [N, R] of generated responses, padded with NO_TOKEN.
         """
         world = self._world
         prompt_digest = None if prompt is None else prompt.manifest.digest

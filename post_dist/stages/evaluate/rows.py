@@ -187,9 +187,9 @@ class DirectTransfer(Row):
     def entries(self, inputs: RowInputs) -> list[TableEntry]:
         """Compute the answers, if the prompt fits the target's width and tokenizer.
 
-        A head fits the hidden states of the student alone, and the prompt is nothing without it.
+        An adapter fits the student alone, and the prompt is nothing without it.
         """
-        if inputs.target is None or inputs.source.head is not None:
+        if inputs.target is None or inputs.source.adapter is not None:
             return []
         if not inputs.target.accepts(inputs.source):
             return []

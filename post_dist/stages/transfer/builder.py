@@ -11,11 +11,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import Adapter
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
+from post_dist.models.adapted import adapted
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
 from post_dist.models.classifier import word_scores
 from post_dist.models.generation import response_hidden
@@ -111,7 +113,7 @@ class ObjectiveBuilder:
         task: PromptTask,
         source_nd: torch.Tensor,
         section: Transfer,
-        head: LinearHead | None = None,
+        adapter: Adapter | None = None,
     ) -> TransferObjective:
         """Build the objective of one prompt.
 
@@ -119,7 +121,7 @@ class ObjectiveBuilder:
             task: task of the source prompt.
             source_nd: the source prompt [n, d], on the student's device.
             section: settings of the loss.
-            head: the head behind the source prompt, if there is one.
+            adapter: what was tuned behind the source prompt; None if it was the prompt itself.
 
         Returns:
             The objective.
@@ -145,7 +147,7 @@ class ObjectiveBuilder:
         # same order, because each forward of a sharded target needs all ranks.
         outputs = FixedOutputs(
             source=self._unprompted_outputs(student),
-            source_prompted=student.outputs(source_nd, "student + prompt", head),
+            source_prompted=student.outputs(source_nd, "student + prompt", adapter),
             target=self._unprompted_outputs(target),
         )
 
@@ -219,14 +221,14 @@ class PublicReading:
     world: World
 
     def outputs(
-        self, prompt_nd: torch.Tensor | None, label: str, head: LinearHead | None = None
+        self, prompt_nd: torch.Tensor | None, label: str, adapter: Adapter | None = None
     ) -> torch.Tensor:
         """Compute the outputs to store for all public examples.
 
         Args:
             prompt_nd: soft prompt [n, d], or None.
             label: name of the forward pass in progress bars.
-            head: a head behind the prompt, which adds to the class scores.
+            adapter: an adapter behind the prompt.
 
         Returns:
             One of three kinds. Class scores [N, C], which include the task's class biases if there
@@ -236,6 +238,13 @@ class PublicReading:
         # Without gradients, more examples fit into one forward than in a training step.
         trained_at_once = -(-self.section.batch_size // self.world.size)
         run = InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
+        if isinstance(adapter, LinearHead):
+            return headed_scores(self.model, self.examples, self.reader, prompt_nd, adapter, run)
+        with adapted(self.model, adapter):
+            return self._model_outputs(prompt_nd, run)
+
+    def _model_outputs(self, prompt_nd: torch.Tensor | None, run: InferenceRun) -> torch.Tensor:
+        """Run the model on all public examples."""
         if self.reader.generates:
             return map_batches(
                 self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
@@ -245,9 +254,6 @@ class PublicReading:
         # then added after the head has run.
         by_classes = self.section.scores == "classes"
         biases = () if prompt_nd is None else self.reader.task.class_biases
-
-        if head is not None:
-            return headed_scores(self.model, self.examples, self.reader, prompt_nd, head, run)
 
         def reduce(outputs: torch.Tensor) -> torch.Tensor:
             if not by_classes:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import PromptContents
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Transfer
 from post_dist.config.sources import Task
@@ -39,6 +41,12 @@ class SourcePrompt:
     num_virtual_tokens: int
     task: PromptTask
     has_head: bool = False
+
+    @classmethod
+    def of(cls, prompt: PromptContents) -> "SourcePrompt":
+        """Describe a prompt that is there."""
+        has_head = isinstance(prompt.adapter, LinearHead)
+        return cls(len(prompt.embeddings), prompt.task, has_head)
 
 
 def conflicts(

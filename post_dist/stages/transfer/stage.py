@@ -161,7 +161,7 @@ def refuse_transfer(
     found: dict[Conflict, None] = {}
     for request in requests:
         source = request.source
-        prompt = SourcePrompt(len(source.embeddings), source.task, source.head is not None)
+        prompt = SourcePrompt.of(source)
         found |= dict.fromkeys(conflicts(request.folder.config, models, prompt, layout))
     raise_conflicts("transfer", list(found))
     # A label word of two tokens must show before hours of training, and before others wait for it.
@@ -216,7 +216,7 @@ def transfer(
         source = request.source
         source_nd = source.embeddings.to(world.device)
         section = request.folder.config.transfer
-        objective = builder.build(source.task, source_nd, section, source.head)
+        objective = builder.build(source.task, source_nd, section, source.adapter)
         start_nd = _start(models, tokenizers, source, source_nd, section)
         run = _prompt_run(start_nd, request.folder)
         jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))

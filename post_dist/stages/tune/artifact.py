@@ -1,22 +1,19 @@
-"""The artifact of `tune`: files, settings and card of a tuned prompt.
-
-Shapes: n prompt tokens, d width, C classes.
-"""
+"""The artifact of `tune`: files, settings and card of a tuned prompt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.prompt import Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
-from post_dist.models.classifier import BIAS_SCALE
 from post_dist.models.load import tokenizer_fingerprint
 from post_dist.models.tuning_task import TuningTask
+from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.stages.tune.tuned_model import TunedModel
 
 _PRIVATE = (
@@ -38,8 +35,7 @@ class TunedValues:
     """The outcome of tuning.
 
     Attributes:
-        parameters: the prompt [n, d] and its biases [C], or the weight [C, d] and bias [C] of a
-            head.
+        parameters: the tuned values, in the order of the part's `parameters`.
         statement: the contents of `privacy.json`; None for a run without privacy.
     """
 
@@ -62,7 +58,8 @@ def write_tuned_prompt(
     def card(artifact: Path) -> None:
         _write_card(artifact, folder.config, tuned.statement, model.title)
 
-    contents = _contents(task, tuned.parameters, tuned.statement)
+    kind = tuned_kind(folder.config.tune)
+    contents = kind.contents(task, tuned.parameters, tuned.statement)
     provenance = Provenance(
         model_name=model.name,
         tokenizer=tokenizer_fingerprint(task.reader.tokenizer),
@@ -78,22 +75,6 @@ def _parents(model: TunedModel) -> dict[str, str]:
     if model.public_prompt is not None:
         parents["public prompt"] = model.public_prompt.manifest.digest
     return parents
-
-
-def _contents(
-    task: TuningTask, parameters: Sequence[torch.Tensor], statement: dict[str, Any] | None
-) -> PromptContents:
-    """Return the tuned prompt, or the public prompt with the tuned head."""
-    prompt_task = task.reader.task
-    if task.head is not None:
-        weight, bias = parameters
-        head = task.head.with_values(weight, bias)
-        return PromptContents(task.start_nd, prompt_task, statement, head)
-    # The task carries the biases, in units of the class scores.
-    if len(parameters) > 1:
-        biases = tuple((BIAS_SCALE * parameters[1]).tolist())
-        prompt_task = replace(prompt_task, class_biases=biases)
-    return PromptContents(parameters[0], prompt_task, statement)
 
 
 def _settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:

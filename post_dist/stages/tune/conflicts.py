@@ -4,6 +4,7 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.shard_group import precision_conflicts
 from post_dist.stages.room import room_conflicts
 
@@ -30,6 +31,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
     found += room_conflicts("the model", model.context_length, prompt, longest)
+    found += tuned_kind(config.tune).conflicts(config.tune, model)
     return found
 
 
@@ -41,16 +43,9 @@ def start_conflicts(config: RunConfig, start: SoftPromptArtifact | None) -> list
         start: the public prompt; None to start from text.
     """
     section = config.tune
+    found = tuned_kind(section).start_conflicts(start)
     if start is None:
-        if section.adapter == "prompt":
-            return []
-        return [
-            Conflict(
-                "tune.adapter: head needs a public prompt to stand behind",
-                "give inputs.public_prompt, or add the section warm_start",
-            )
-        ]
-    found = []
+        return found
     if len(start.embeddings) != section.num_virtual_tokens:
         found.append(
             Conflict(
@@ -65,13 +60,6 @@ def start_conflicts(config: RunConfig, start: SoftPromptArtifact | None) -> list
                 "the public prompt was made for other label words than private_task.labels, or in "
                 "another order",
                 "make it again with these label words",
-            )
-        )
-    if section.adapter == "head" and start.head is None:
-        found.append(
-            Conflict(
-                "inputs.public_prompt has no head to tune",
-                "let `post-dist warm-start` make it",
             )
         )
     return found

@@ -20,6 +20,7 @@ from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.tuning_task import TuningTask
+from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.private_process import offline
@@ -101,15 +102,14 @@ def _load_task(
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
     # The prompt starts from the public one, or from the embeddings of a text.
-    head = None
     if tuned.public_prompt is not None:
         start_nd = tuned.public_prompt.embeddings.to(world.device)
-        head = tuned.public_prompt.head if section.adapter == "head" else None
     else:
         start_nd = prompt_from_text(
             model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
         )
-    return TuningTask(model, reader, examples, targets, start_nd, loaded.users, head)
+    adapter = tuned_kind(section).start(model, config, tuned.public_prompt)
+    return TuningTask(model, reader, examples, targets, start_nd, loaded.users, adapter)
 
 
 def _train(

@@ -15,11 +15,11 @@ from post_dist.stages.prompt_training import PromptRun, train_prompts
 def tune_without_privacy(
     folder: RunFolder, task: TuningTask, world: World, resume: str
 ) -> list[torch.Tensor]:
-    """Tune a prompt, or a head behind it. The losses go to a file that only the owner can read.
+    """Tune a prompt, or an adapter behind it. The losses go to a file that only the owner can read.
 
     Args:
         folder: holds checkpoints and losses.
-        task: the model, the examples, and the prompt and head to start from.
+        task: the model, the examples, and the prompt and adapter to start from.
         world: this process, alone.
         resume: `auto` or `never`.
 
@@ -28,7 +28,7 @@ def tune_without_privacy(
     """
     section = folder.config.tune
     sizes = planned_sizes(task, size_of_longest(section, task))
-    part = tuned_kind(task)(task, folder.config, sizes, world)
+    part = tuned_kind(section)(task, folder.config, sizes, world)
     parameters = part.parameters()
     optimizer = part.optimizer(parameters, section.learning_rate, section.steps)
     run = PromptRun(
