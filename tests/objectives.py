@@ -24,7 +24,9 @@ def objective_of(folder: Path, target: LanguageModel, task: PromptTask = TASK) -
         target: the target.
         task: the task.
     """
-    reader = TaskReader(task, load_tokenizer(folder), masked=target.masked)
+    reader = TaskReader(
+        task, load_tokenizer(folder), masked=target.masked, vocabulary=target.vocabulary_size
+    )
     texts = [text for text, _ in tiny.sentences(80, 2)]
     nothing = torch.zeros(0)
     return TransferObjective(

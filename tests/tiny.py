@@ -20,6 +20,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
+    MptConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -133,6 +134,13 @@ _LATENT = {
     "qk_nope_head_dim": 6,
     "v_head_dim": 8,
 }
+_OTHER_NAMES = {
+    "gpt2": partial(GPT2Config, n_head=4, n_positions=128),
+    "mpt": partial(MptConfig, n_heads=4, max_seq_len=128),
+}
+"""Families whose sizes have other names than those of most families."""
+_WIDTH = {"gpt2": "n_embd", "mpt": "d_model"}
+_LAYERS = {"gpt2": "n_layer", "mpt": "n_layers"}
 _MIXTURES = {
     "mixtral": MixtralConfig,
     "qwen3_moe": partial(Qwen3MoeConfig, moe_intermediate_size=24),
@@ -143,8 +151,9 @@ _MIXTURES = {
 def _config(family: str, layers: int, width: int, vocabulary: int) -> PretrainedConfig:
     """The configuration of a small model."""
     common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if family == "gpt2":
-        return GPT2Config(**common, n_embd=width, n_layer=layers, n_head=4, n_positions=128)
+    if family in _OTHER_NAMES:
+        sizes = {_WIDTH[family]: width, _LAYERS[family]: layers}
+        return _OTHER_NAMES[family](**common, **sizes)
 
     common |= {
         "hidden_size": width,

@@ -43,13 +43,24 @@ def meta_student(folder: Path) -> PreTrainedModel:
         ArtifactRefused: its buffers would need more memory than a model of any size needs.
     """
     model = meta_model(folder).model
-    if sum(buffer.nbytes for buffer in model.buffers()) > _BUFFER_BYTES:
+    tables = sum(buffer.nbytes for buffer in model.buffers()) + _bytes_of_positions(model)
+    if tables > _BUFFER_BYTES:
         raise ArtifactRefused("config.json describes a model that needs too much memory")
     # The experts of a layer are one weight of the model, and each is a weight of its own in a file.
     experts = [len(weight) for weight in model.parameters() if weight.dim() == 3]
     if sum(experts) > _MOST_EXPERTS:
         raise ArtifactRefused("config.json describes more experts than a header has room for")
     return model
+
+
+def _bytes_of_positions(model: PreTrainedModel) -> int:
+    """Return the size of the table of positions that an MPT model makes anew in each pass.
+
+    It has a number for each head and position that the configuration allows, whatever the text is.
+    """
+    if model.config.model_type != "mpt":
+        return 0
+    return 4 * int(model.config.n_heads) * int(model.config.max_seq_len)
 
 
 def check_weights(folder: Path, model: PreTrainedModel) -> None:

@@ -85,7 +85,7 @@ def bench_tune(
         )
     # The loss needs the task's label words, but not its data.
     prompt_task = PromptTask.of_section(task, config.tune.init_text)
-    reader = TaskReader(prompt_task, tokenizer, masked=False)
+    reader = TaskReader(prompt_task, tokenizer, masked=False, vocabulary=model.vocabulary_size)
     found = room_conflicts(
         "the model", model.context_length, config.tune.num_virtual_tokens, task.max_length
     )

@@ -82,10 +82,18 @@ def read_yaml(text: str, where: str) -> Any:
         where: the source of the document, for the message.
 
     Raises:
-        InputError: the text is not valid YAML, has a duplicate key, or is nested too deeply.
+        InputError: the text is not valid YAML, has a duplicate key, is nested too deeply, or holds
+            a character that no file can hold.
     """
     try:
+        # An escape such as "\ud800" makes half a character. So does a byte that is no UTF-8, on
+        # the command line. Tokenizers and files take whole ones only.
+        for token in yaml.scan(text, Loader=_Loader):
+            if isinstance(token, yaml.ScalarToken):
+                token.value.encode()
         return yaml.load(text, Loader=_Loader)
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half a character, such as \\ud800") from None
     except RecursionError:
         raise InputError(f"{where} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:

@@ -36,6 +36,8 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         objects = [json.loads(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
+    # An escape such as "\ud800" is half a character, which no tokenizer takes.
+    json.dumps(objects, ensure_ascii=False).encode()
     return as_written(objects)
 
 
@@ -246,8 +248,9 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
         raise InputError(f"{where}: {path}: {problem}") from None
     except UnicodeError:
         raise InputError(f"{where}: {path}: is not UTF-8 text") from None
-    except (ValueError, RecursionError):
-        # The parser's own message is dropped, because it may quote an example.
+    except (ValueError, RecursionError, OverflowError):
+        # Python knows no date after the year 9999. The parser's own message is dropped, because it
+        # may quote an example.
         problem = f"cannot be read as {path.suffix[1:].upper()}"
         if path.stat().st_size == 0:
             problem = "is empty"

@@ -61,6 +61,8 @@ class Template:
         max_length: most tokens of a templated text; a longer text is cut at its beginning.
         max_response_length: most tokens of a response; a longer one is cut at its end.
         masked: whether the model is a masked one.
+        vocabulary: number of tokens that the model has an embedding for. Some tokenizers know
+            more; a text is read without them.
 
     Raises:
         InputError: the template does not suit the model, or leaves no room for text.
@@ -73,11 +75,13 @@ class Template:
         max_length: int,
         *,
         masked: bool,
+        vocabulary: int,
         max_response_length: int = 0,
     ) -> None:
         _check_template(text, tokenizer, masked=masked)
         self._tokenizer = tokenizer
         self._masked = masked
+        self._vocabulary = vocabulary
         self.max_length = max_length
         self.max_response_length = max_response_length
 
@@ -148,9 +152,9 @@ class Template:
 
     def _with_response(self, row: Encoded, text: str) -> Encoded:
         # A response follows other words, so it starts with a space.
-        tokens = self._tokenizer(
-            f" {text.strip()}", add_special_tokens=False, verbose=False
-        ).input_ids
+        tokens = self._known(
+            self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids
+        )
         # A cut leaves room for the end-of-text token, or the model would not learn to stop.
         response = (*tokens[: self.max_response_length - 1], self._tokenizer.eos_token_id)
         return Encoded([*row.token_ids, *response], row.answer, response)
@@ -173,8 +177,11 @@ class Template:
     def _tokens(self, text: str) -> list[int]:
         # Not verbose, because a warning about a long text would show its length, which is private.
         templated = self._before + text + self._after
-        tokens: list[int] = self._tokenizer(templated, verbose=False).input_ids
-        return tokens
+        return self._known(self._tokenizer(templated, verbose=False).input_ids)
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """Return the tokens that the model has an embedding for."""
+        return [token for token in tokens if token < self._vocabulary]
 
     def _without_first_tokens(self, text: str, count: int) -> str:
         """Cut the characters of the first tokens off a text.

@@ -12,6 +12,9 @@ does with real ones. Random weights need one layer of each kind, because layers 
 same kernels. A size that fails is replaced by a smaller one. The last resort is one example in each
 pass.
 
+A model may also remember earlier passes. With dynamic rotary embeddings, a text that is longer than
+all before it changes how later texts are read. So a model is refused if its buffers change.
+
 Shapes: B examples, T tokens, R tokens of a response.
 """
 
@@ -69,13 +72,15 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
         For each padded length, the largest tried size at which examples are independent.
 
     Raises:
-        InputError: one example's gradient changes from pass to pass.
+        InputError: one example's gradient changes from pass to pass, or the model remembers
+            earlier passes.
         Interrupted: the process was asked to stop.
     """
     # The student's owner must not know the probes, or the student could behave for them alone.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     # The cheaper trial comes first and is the larger one. The student itself is run less often.
     kernels = replace(task, model=_with_random_weights(task, generator))
+    fresh = _buffers_of(task.model)
     sizes = {}
     plan = planned_sizes(task, size_of_longest(section, task))
     if task.model.has_experts:
@@ -105,7 +110,26 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
                 sizes[length],
                 planned,
             )
+    # Passes of all lengths have been made by now, with the most tokens that an example may have.
+    if not _are_equal(fresh, _buffers_of(task.model)):
+        raise InputError(
+            f"{type(task.model.model).__name__} changes with the length of the texts that it has "
+            "read, so gradient clipping cannot bound what one example contributes",
+            "use a model whose rope_type is not dynamic, or a smaller max_length",
+        )
     return sizes
+
+
+def _buffers_of(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Return copies of what a model keeps from pass to pass, besides its weights."""
+    return {name: buffer.clone() for name, buffer in model.model.named_buffers()}
+
+
+def _are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return whether two sets of tensors have the same names and bits."""
+    if set(one) != set(other):
+        return False
+    return all(_same_bits(buffer, other[name]) for name, buffer in one.items())
 
 
 def _largest_size(checks: Sequence["_IndependenceCheck"], planned: int) -> int:
@@ -266,4 +290,6 @@ class _IndependenceCheck:
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors hold equal values, where NaN equals NaN."""
+    if one.shape != other.shape:
+        return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())

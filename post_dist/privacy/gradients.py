@@ -191,4 +191,14 @@ def sharing_is_faster(model: LanguageModel, num_virtual_tokens: int) -> bool:
     that repeated operations for each example. This one was not measured on a GPU yet.
     """
     on_cpu = model.model.device.type == "cpu"
-    return not model.masked and on_cpu and num_virtual_tokens >= _SHARE_FROM_TOKENS
+    long_enough = num_virtual_tokens >= _SHARE_FROM_TOKENS
+    return not model.masked and on_cpu and long_enough and not _writes_tables(model)
+
+
+def _writes_tables(model: LanguageModel) -> bool:
+    """Return whether a model writes its rotary frequencies anew in each pass.
+
+    PyTorch refuses that inside a vector-Jacobian product.
+    """
+    kinds = [getattr(module, "rope_type", "") for module in model.modules()]
+    return any("longrope" in str(kind) for kind in kinds)

@@ -46,6 +46,9 @@ _TOLERANCE = 1e-3
 
 # More repeats of one step, or more repeated steps, take long to compute.
 _MOST_TIMES = 100
+_MOST_KINDS_OF_REPEATS = 3
+_LEAST_NOISE_OF_REPEATS = 0.2
+"""Each kind of repeats takes an accountant seconds, and the more, the smaller its noise is."""
 _MOST_STEPS_OF_A_SEARCH = 10**6
 _MOST_EPSILON = 200.0
 _MOST_DELTA = 0.01
@@ -150,7 +153,9 @@ def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
         "sampling": plan.sampler.name,
     }
     for name, true in words.items():
-        if statement.get(name) != true:
+        given = statement.get(name)
+        # 1 equals True.
+        if type(given) is not type(true) or given != true:
             problems.append(f"its `{name}` is not {true!r}")
     # A reader must see everything that the guarantee leaves out.
     known = [_not_covered(plan)]
@@ -211,7 +216,9 @@ def _parse(statement: dict[str, Any]) -> tuple[float | None, PrivacyPlan, dict[i
         claim = statement["epsilon"]
         plan = PrivacyPlan(**_plan_fields(statement))
         repeated = {int(times): count for times, count in statement["steps_repeated"].items()}
-        usable = _can_be_computed(plan, repeated)
+        # "2" and "02" are one number, of which only one entry would be counted.
+        plain = all(str(int(times)) == times for times in statement["steps_repeated"])
+        usable = plain and _can_be_computed(plan, repeated)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise _not_computable() from None
     if not usable or not (claim is None or _is_between(claim, 0, math.inf)):
@@ -262,7 +269,10 @@ def _can_be_computed(plan: PrivacyPlan, repeated: Mapping[int, int]) -> bool:
         return False
     if not all(type(count) is int and count >= 1 for count in repeated.values()):
         return False
-    if not all(1 < times <= _MOST_TIMES for times in repeated):
+    most_times = min(_MOST_TIMES, (plan.noise_multiplier / _LEAST_NOISE_OF_REPEATS) ** 2)
+    if not all(1 < times <= most_times for times in repeated):
+        return False
+    if len(repeated) > _MOST_KINDS_OF_REPEATS:
         return False
     # A single run cannot repeat more steps than the plan has. A search has several runs.
     most = plan.steps if plan.mean_trials is None else _MOST_STEPS_OF_A_SEARCH

@@ -52,7 +52,12 @@ class Completions:
         tensors = load_file(folder / _EMBEDDINGS)
         self._prompt_nd = tensors["prompt"]
         self._table_Vd = tensors["table"]
-        self._reader = TaskReader(read_task(folder / _TASK), load_tokenizer(folder), masked=False)
+        self._reader = TaskReader(
+            read_task(folder / _TASK),
+            load_tokenizer(folder),
+            masked=False,
+            vocabulary=len(self._table_Vd),
+        )
         self._request: dict[str, Any] = json.loads((folder / _REQUEST).read_text())
 
     def body(self, text: str) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def write_completions(
     save_file({"prompt": prompt_nd, "table": table_Vd.contiguous()}, folder / _EMBEDDINGS)
     tokenizer.save_pretrained(folder)
     (folder / _TASK).write_text(json.dumps(asdict(prompt.task), indent=2) + "\n")
-    reader = TaskReader(prompt.task, tokenizer, masked=False)
+    reader = TaskReader(prompt.task, tokenizer, masked=False, vocabulary=len(table_Vd))
     request = {"model": model_name, "temperature": 0} | _limits(reader)
     (folder / _REQUEST).write_text(json.dumps(request, indent=2) + "\n")
 

@@ -128,7 +128,7 @@ def _checked(prompt: SoftPromptArtifact, folder: Path) -> FittingModel:
     tokenizer = load_tokenizer(folder)
     check_belongs(prompt, facts, tokenizer, _MODEL)
     check_norms(prompt, largest_embedding_norm(folder))
-    reader = TaskReader(prompt.task, tokenizer, masked=facts.masked)
+    reader = TaskReader(prompt.task, tokenizer, masked=facts.masked, vocabulary=facts.vocabulary)
     found = room_conflicts(_MODEL, facts.context_length, len(prompt.embeddings), reader.longest)
     if found:
         raise ArtifactRefused(found[0].message, "the prompt was made for a longer context")

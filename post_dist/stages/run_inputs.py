@@ -245,6 +245,12 @@ def check_inputs(config: RunConfig, teacher: Path) -> None:
     if task is not None and task.template is not None:
         load_examples(task, config.evaluate.split, "private_task")
         prompt_task = PromptTask.of_section(task, config.tune.init_text)
-        TaskReader(prompt_task, load_tokenizer(teacher), masked=is_masked(load_config(teacher)))
+        model = load_config(teacher)
+        TaskReader(
+            prompt_task,
+            load_tokenizer(teacher),
+            masked=is_masked(model),
+            vocabulary=model.get_text_config().vocab_size,
+        )
     if config.inputs.target_prompt is None and config.public_task is not None:
         load_public_texts(config.public_task, "public_task")

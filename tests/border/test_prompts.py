@@ -142,6 +142,10 @@ REFUSED: dict[str, Change] = {
         epsilon_at_delta={"1e-06": 2.1, "1 / (100 declared_examples)": 1.2, "0": 0.01}
     ),
     "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
+    "4 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in (2, 3, 4, 5)}),
+    "repeats that leave little noise": privacy(steps_repeated={"26": 1}),
+    "repeats under two names": privacy(steps_repeated={"2": 1, "02": 1}, epsilon=100.0),
+    "a number in place of a boolean": privacy(private=1),
     "99 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in range(2, 101)}),
 }
 

@@ -246,6 +246,16 @@ def test_no_memory_is_needed_for_what_was_not_sent(honest: Path, tmp_path: Path)
     assert "the weights lack model.embed_tokens.weight" in problem
 
 
+def test_an_mpt_whose_table_of_positions_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    """Each of its passes makes a number for each head and for each position that it may have."""
+    sent = tiny.write_student(tmp_path / "student", "mpt")
+    assert verify(sent)["ok"], verify(sent)
+    edit_json("config.json", max_seq_len=1 << 24)(sent)
+    sign(sent)
+    (problem,) = verify(sent)["problems"]
+    assert "needs too much memory" in problem
+
+
 DANGEROUS = {
     "auto_map": {"AutoModelForCausalLM": "evil.Model"},
     "transformers_weights": "adapter_model.bin",

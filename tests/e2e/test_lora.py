@@ -120,7 +120,9 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
     made = read_prompt(write_prompt(tmp_path / "lora", folder, task, lora))
 
     model = load_whole(folder, "fp32", torch.device("cpu"))
-    reader = TaskReader(task, load_tokenizer(folder), masked=model.masked)
+    reader = TaskReader(
+        task, load_tokenizer(folder), masked=model.masked, vocabulary=model.vocabulary_size
+    )
     examples = reader.encode([text for text, _ in tiny.sentences(5, 1)])
     run = InferenceRun(2, alone(), "test")
     ours = answers_of(model, examples, reader, made, run)

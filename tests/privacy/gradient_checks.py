@@ -42,7 +42,9 @@ def tuning_task(family: str, dtype: torch.dtype = torch.float64, device: torch.d
         allow_multi_token=False,
         init_text="",
     )
-    reader = TaskReader(task, load_tokenizer(place), masked=model.masked)
+    reader = TaskReader(
+        task, load_tokenizer(place), masked=model.masked, vocabulary=model.vocabulary_size
+    )
     labelled = tiny.sentences(7, 5)
     labelled[3] = ("x", 1)
     generator = torch.Generator().manual_seed(1)
@@ -329,7 +331,9 @@ def no_place_in_a_micro_batch_counts() -> None:
     sizes = part("privacy.batch_sizes")
     task = tuning_task("llama", torch.float32)
     short = replace(task.reader.task, max_length=16)
-    task = replace(task, reader=TaskReader(short, task.reader.tokenizer, masked=False))
+    task = replace(
+        task, reader=TaskReader(short, task.reader.tokenizer, masked=False, vocabulary=600)
+    )
     plain = {"micro_batch_size_per_gpu": 12, "num_virtual_tokens": 6}
     search = {"search": {"mean_trials": 2, "learning_rate": [0.1]}}
 

@@ -125,7 +125,9 @@ def hostile_task(folder: Path, precision: str, lengths: Sequence[int]) -> Any:
         allow_multi_token=False,
         init_text="",
     )
-    reader = TaskReader(task, load_tokenizer(folder), masked=False)
+    reader = TaskReader(
+        task, load_tokenizer(folder), masked=False, vocabulary=model.vocabulary_size
+    )
     texts = [text for length in lengths for text in texts_of(length, 40)]
     examples = reader.encode(texts)
     table = model.model.get_input_embeddings().weight

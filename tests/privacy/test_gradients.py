@@ -8,11 +8,13 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from border.hostile import edit_json
 from operations import READS, operations_of
 from privacy.checks import CPU
 from privacy.gradient_checks import (
@@ -32,7 +34,7 @@ from post_dist.config.schema import RunConfig, Tune
 from post_dist.conflicts import Layout
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch
-from post_dist.errors import Interrupted
+from post_dist.errors import InputError, Interrupted
 from post_dist.models.facts import facts_of
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.tuning_task import TuningTask
@@ -158,7 +160,9 @@ def wide_task(
         allow_multi_token=False,
         init_text="",
     )
-    reader = TaskReader(prompt_task, load_tokenizer(folder), masked=False)
+    reader = TaskReader(
+        prompt_task, load_tokenizer(folder), masked=False, vocabulary=model.vocabulary_size
+    )
     start_nd = torch.randn(10, width) * 0.05
     task = TuningTask(model, reader, [], torch.tensor([]), start_nd)
     return task, Tune(micro_batch_size_per_gpu=micro_batch_size, num_virtual_tokens=10)
@@ -194,6 +198,47 @@ def test_an_example_of_a_mixture_runs_alone(caplog: pytest.LogCaptureFixture) ->
     assert set(independent_sizes(section, task).values()) == {1}
     # No larger size is tried, because a trial could pass by chance.
     assert "in larger ones" not in caplog.text
+
+
+def with_rotary(kind: str, longest: int, **more: object) -> TuningTask:
+    """A task on a model with rotary embeddings of a kind that are made for 40 tokens."""
+    width = 32
+    place = Path(MODELS.name) / f"{kind}-rotary"
+    folder = tiny.write_model(place, "llama", layers=2, width=width)
+    rotary = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0, **more}
+    rotary["original_max_position_embeddings"] = 40
+    edit_json("config.json", rope_parameters=rotary, max_position_embeddings=40)(folder)
+    task, _ = wide_task(longest, 4, width=width)
+    return replace(task, model=load_whole(folder, "fp32", CPU))
+
+
+def test_a_model_that_remembers_the_longest_text_is_refused() -> None:
+    """One long example would change the gradients of all later ones."""
+    task = with_rotary("dynamic", 80)
+    section = Tune(micro_batch_size_per_gpu=4, num_virtual_tokens=10)
+    parameters = prompt_parameters(task, section)
+
+    def gradient(length: int) -> torch.Tensor:
+        ids = torch.arange(4, 4 + length)[None]
+        batch = Batch(ids, torch.ones_like(ids), torch.tensor([length - 1]))
+        return task_gradients(task, parameters)(batch, torch.tensor([0]))[0]
+
+    before = gradient(48)
+    gradient(80)
+    assert not torch.equal(gradient(48), before), "this model does not remember"
+    with pytest.raises(InputError, match="changes with the length of the texts"):
+        independent_sizes(section, with_rotary("dynamic", 80))
+    # Texts within the length that the model was made for change nothing.
+    assert independent_sizes(section, with_rotary("dynamic", 24))
+
+
+def test_a_model_with_two_sets_of_rotary_frequencies_can_be_tuned() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    task = with_rotary("longrope", 16, **factors)
+    # A prompt of this length shares its keys and values where that is possible.
+    task = replace(task, start_nd=torch.randn(20, 32) * 0.05)
+    section = Tune(micro_batch_size_per_gpu=4, num_virtual_tokens=20)
+    assert independent_sizes(section, task)
 
 
 def test_the_choice_of_sizes_can_be_stopped() -> None:

@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from post_dist.config.sources import Task
 from post_dist.data.order import rank_batches, rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
+from post_dist.data.sources import read_table
 from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
@@ -155,7 +158,7 @@ def test_columns_are_composed(tmp_path: Path) -> None:
 
 @given(st.text(max_size=300))
 def test_template_stays_whole_whatever_the_text(text: str) -> None:
-    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    template = Template("Review: {text} It was", WORDS, 24, masked=False, vocabulary=600)
     (row,) = template.encode([text])
     assert len(row.token_ids) <= 24
     assert row.answer == len(row.token_ids) - 1
@@ -165,20 +168,20 @@ def test_template_stays_whole_whatever_the_text(text: str) -> None:
 
 
 def test_a_long_text_loses_its_beginning() -> None:
-    template = Template("Review: {text} It was", WORDS, 24, masked=False)
+    template = Template("Review: {text} It was", WORDS, 24, masked=False, vocabulary=600)
     (row,) = template.encode(["the start " + "the film is dull " * 20 + "the finish"])
     assert "the finish It was" in WORDS.decode(row.token_ids)
 
 
 def test_only_the_template_s_mask_asks_for_an_answer() -> None:
-    template = Template("{text} It was {mask}.", MASKED_WORDS, 32, masked=True)
+    template = Template("{text} It was {mask}.", MASKED_WORDS, 32, masked=True, vocabulary=600)
     (row,) = template.encode(["a <mask> in the text"])
     assert row.token_ids.count(MASKED_WORDS.mask_token_id) == 1
     assert row.token_ids[row.answer] == MASKED_WORDS.mask_token_id
 
 
 def test_padding_is_on_the_right() -> None:
-    template = Template("{text} It was", WORDS, 32, masked=False)
+    template = Template("{text} It was", WORDS, 32, masked=False, vocabulary=600)
     batch = template.collate(template.encode(["the film", "the film is dull"]))
     assert batch.attention_mask.tolist()[0] == sorted(
         batch.attention_mask.tolist()[0], reverse=True
@@ -250,3 +253,19 @@ def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
     )
     assert int((lifted != logits).any(dim=0).sum()) == 3
     assert verbalizer.lift(logits, ()) is logits
+
+
+def test_half_a_character_in_a_json_file_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "secret \\ud800", "label": 1}\n')
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        read_table(path, "private_task")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_date_that_python_does_not_know_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    dates = pyarrow.array([3 * 10**8], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": dates}), path)
+    with pytest.raises(InputError, match="cannot be read as PARQUET"):
+        read_table(path, "private_task")

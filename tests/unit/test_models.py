@@ -60,6 +60,7 @@ def batch_of(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor
         load_tokenizer(folder),
         48,
         masked=masked,
+        vocabulary=600,
     )
     batch = template.collate(template.encode(texts))
     return batch.input_ids, batch.attention_mask, batch.answer
@@ -107,6 +108,7 @@ def test_answers_come_in_the_order_of_the_rows(folder: Path) -> None:
         load_tokenizer(folder),
         48,
         masked=masked,
+        vocabulary=600,
     )
     rows = template.encode([text for text, _ in tiny.sentences(11, 5)])
     prompt = torch.randn(3, model.width)

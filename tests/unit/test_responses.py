@@ -48,7 +48,12 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     tiny.speak_up(folder)
     tokenizer = load_tokenizer(folder)
     template = Template(
-        "Review: {text} It was", tokenizer, 48, masked=False, max_response_length=MAX_RESPONSE
+        "Review: {text} It was",
+        tokenizer,
+        48,
+        masked=False,
+        vocabulary=600,
+        max_response_length=MAX_RESPONSE,
     )
     model = load_whole(folder, "fp32", CPU)
     return Setting(model, tokenizer, template, template.encode(TEXTS, RESPONSES))

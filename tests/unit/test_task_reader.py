@@ -13,6 +13,7 @@ from post_dist.errors import InputError
 
 WORDS = tiny.tokenizer("llama")
 MASKED_WORDS = tiny.tokenizer("roberta")
+VOCABULARY = 600
 CLASSES = PromptTask(
     template="Review: {text} It was",
     label_words=(("bad", "awful"), ("good",)),
@@ -29,7 +30,7 @@ def token(word: str) -> int:
 
 
 def test_a_text_is_read_in_the_template() -> None:
-    reader = TaskReader(CLASSES, WORDS, masked=False)
+    reader = TaskReader(CLASSES, WORDS, masked=False, vocabulary=VOCABULARY)
     (example,) = reader.encode(["the film is dull"])
     assert WORDS.decode(example.token_ids) == "Review: the film is dull It was"
     assert example.answer == len(example.token_ids) - 1
@@ -39,13 +40,13 @@ def test_a_text_is_read_in_the_template() -> None:
 
 def test_a_masked_model_answers_at_the_mask() -> None:
     task = replace(CLASSES, template="{text} It was {mask}.")
-    reader = TaskReader(task, MASKED_WORDS, masked=True)
+    reader = TaskReader(task, MASKED_WORDS, masked=True, vocabulary=VOCABULARY)
     (example,) = reader.encode(["the film is dull"])
     assert example.token_ids[example.answer] == MASKED_WORDS.mask_token_id
 
 
 def test_a_batch_is_padded_to_the_longest_or_further() -> None:
-    reader = TaskReader(CLASSES, WORDS, masked=False)
+    reader = TaskReader(CLASSES, WORDS, masked=False, vocabulary=VOCABULARY)
     examples = reader.encode(["the film", "the long story of the cast is dull"])
     longest = max(len(example.token_ids) for example in examples)
     assert reader.collate(examples).input_ids.shape == (2, longest)
@@ -56,7 +57,7 @@ def test_a_batch_is_padded_to_the_longest_or_further() -> None:
 
 
 def test_scores_are_mean_logits_of_the_label_words() -> None:
-    reader = TaskReader(CLASSES, WORDS, masked=False)
+    reader = TaskReader(CLASSES, WORDS, masked=False, vocabulary=VOCABULARY)
     assert not reader.generates
     assert reader.num_classes == 2
     logits = torch.randn(3, len(WORDS))
@@ -66,12 +67,12 @@ def test_scores_are_mean_logits_of_the_label_words() -> None:
 
 
 def test_a_task_with_classes_ignores_responses() -> None:
-    reader = TaskReader(CLASSES, WORDS, masked=False)
+    reader = TaskReader(CLASSES, WORDS, masked=False, vocabulary=VOCABULARY)
     assert reader.encode(["the film"], ["good"]) == reader.encode(["the film"])
 
 
 def test_a_generating_task_appends_the_response_and_its_end() -> None:
-    reader = TaskReader(RESPONSES, WORDS, masked=False)
+    reader = TaskReader(RESPONSES, WORDS, masked=False, vocabulary=VOCABULARY)
     assert reader.generates
     assert reader.num_classes == 0
     assert reader.longest == 28
@@ -87,7 +88,7 @@ def test_a_generating_task_appends_the_response_and_its_end() -> None:
 
 
 def test_a_long_response_is_cut_and_still_ends() -> None:
-    reader = TaskReader(RESPONSES, WORDS, masked=False)
+    reader = TaskReader(RESPONSES, WORDS, masked=False, vocabulary=VOCABULARY)
     (example,) = reader.encode(["the film"], ["good bad good bad good"])
     assert len(example.response) == 4
     assert example.response[-1] == WORDS.eos_token_id
@@ -109,7 +110,7 @@ def test_a_task_that_does_not_suit_the_tokenizer_is_refused(
 ) -> None:
     tokenizer = MASKED_WORDS if masked else WORDS
     with pytest.raises(InputError, match=message):
-        TaskReader(replace(CLASSES, **changes), tokenizer, masked=masked)
+        TaskReader(replace(CLASSES, **changes), tokenizer, masked=masked, vocabulary=VOCABULARY)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
@@ -119,9 +120,9 @@ def test_a_slow_tokenizer_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(InputError, match="not a fast one"):
-        TaskReader(CLASSES, Slow(), masked=False)
+        TaskReader(CLASSES, Slow(), masked=False, vocabulary=VOCABULARY)
 
 
 def test_a_word_of_several_tokens_may_be_allowed() -> None:
     task = replace(CLASSES, label_words=(("bad",), ("extraordinary",)), allow_multi_token=True)
-    assert TaskReader(task, WORDS, masked=False).num_classes == 2
+    assert TaskReader(task, WORDS, masked=False, vocabulary=VOCABULARY).num_classes == 2

@@ -121,6 +121,11 @@ REFUSED = {
 }
 
 
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(InputError, match="the file holds half a character"):
+        read_yaml('a: [b, {c: "x\\ud800"}]', "the file")
+
+
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:20])
 def test_a_document_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(InputError, match=REFUSED[text]) as caught:

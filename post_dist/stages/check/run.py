@@ -351,7 +351,7 @@ class _Check:
             if tokens:
                 self.label_words.setdefault(name, tokens)
             if model.facts is not None:
-                bind = partial(bind_template, task, tokenizer, masked=model.facts.masked)
+                bind = partial(bind_template, task, tokenizer, model.facts)
                 self.findings.attempt(stage, bind)
 
     def _readers(self) -> list[tuple[str, CheckedModel]]:

@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.artifacts.task import PromptTask
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
+from post_dist.models.facts import ModelFacts
 from post_dist.stages.check.report import Findings, LabelTokens
 
 
 def bind_template(
-    task: PromptTask, tokenizer: PreTrainedTokenizerBase, *, masked: bool
+    task: PromptTask, tokenizer: PreTrainedTokenizerBase, facts: ModelFacts
 ) -> Template:
     """Bind the template of a task to a tokenizer.
 
@@ -23,7 +24,8 @@ def bind_template(
         task.template,
         tokenizer,
         task.max_length,
-        masked=masked,
+        masked=facts.masked,
+        vocabulary=facts.vocabulary,
         max_response_length=task.max_response_length,
     )
 

@@ -100,7 +100,12 @@ class CachedAnswers:
         self._tokenizer = load_tokenizer(evaluated.folder)
         # Answers depend on the prompt's values, not on the text that it was initialized from.
         task = PromptTask.of_section(split.task, init_text="")
-        self._reader = TaskReader(task, self._tokenizer, masked=evaluated.model.masked)
+        self._reader = TaskReader(
+            task,
+            self._tokenizer,
+            masked=evaluated.model.masked,
+            vocabulary=evaluated.model.vocabulary_size,
+        )
         self.examples = split.examples
         self._encoded = self._reader.encode(split.examples.texts)
         # Path and name of the task do not change the answers, so they are not part of the key.

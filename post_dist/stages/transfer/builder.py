@@ -186,7 +186,7 @@ class ObjectiveBuilder:
         section: Transfer,
     ) -> "PublicReading":
         """Bind a model to a task and the public examples."""
-        reader = TaskReader(task, tokenizer, masked=model.masked)
+        reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
         examples = reader.encode(self._public.texts, self._public.responses)
         return PublicReading(name, model, reader, examples, section, self._world)
 

@@ -168,8 +168,11 @@ def refuse_transfer(
     for request in requests:
         public_task = request.folder.config.need_task("public_task")
         task = own_reading(request.source.task, public_task.template)
-        TaskReader(task, described.tokenizers.student, masked=models.student.masked)
-        TaskReader(task, described.tokenizers.target, masked=models.target.masked)
+        for facts, tokenizer in (
+            (models.student, described.tokenizers.student),
+            (models.target, described.tokenizers.target),
+        ):
+            TaskReader(task, tokenizer, masked=facts.masked, vocabulary=facts.vocabulary)
 
 
 def transfer(

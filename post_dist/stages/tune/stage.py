@@ -96,7 +96,9 @@ def _load_task(
     model = load_whole(tuned.folder, precision, world.device)
     # The reader binds the task to the model's tokenizer.
     prompt_task = PromptTask.of_section(private_task, section.init_text)
-    reader = TaskReader(prompt_task, tokenizer, masked=model.masked)
+    reader = TaskReader(
+        prompt_task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
+    )
     examples = reader.encode(loaded.texts, loaded.responses)
     targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
     # The prompt starts from the public one, or from the embeddings of a text.

@@ -114,7 +114,7 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     precision = choose_precision(config.engine, world.device)
     model = load_whole(models.student, precision, world.device)
     tokenizer = load_tokenizer(models.student)
-    reader = TaskReader(task, tokenizer, masked=model.masked)
+    reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
     student = _Student(model, reader, reader.encode(texts), world)
     start_nd = prompt_from_text(model, tokenizer, task.init_text, section.num_virtual_tokens)
     start_nd = start_nd.to(world.device, torch.float32)
@@ -216,7 +216,8 @@ def _wanted_scores(
     """
     precision = choose_precision(config.engine, world.device)
     teacher = load_sharded(models.teacher, config.engine, precision, world)
-    reader = TaskReader(task, load_tokenizer(models.teacher), masked=teacher.masked)
+    tokenizer = load_tokenizer(models.teacher)
+    reader = TaskReader(task, tokenizer, masked=teacher.masked, vocabulary=teacher.vocabulary_size)
     scores_NC = outputs_at_answers(
         teacher,
         reader.encode(texts),

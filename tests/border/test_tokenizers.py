@@ -1,0 +1,93 @@
+"""Tokenizers that behave on the texts of the door's trial, and misbehave on the owner's."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from border.hostile import edit_json, sign
+
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.runtime.limited_child import ChildFailed, in_limited_child
+from post_dist.verify import verify
+
+SECRET = "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz"
+MARKER = {"id": 600, "content": "<br>", "special": False, "normalized": False}
+MARKER |= {"single_word": False, "lstrip": False, "rstrip": False}
+
+
+def normalizer(pattern: dict[str, str], content: str, times: int = 1) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"type": "Sequence", "normalizers": [step] * times}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_student(tmp_path_factory.mktemp("border") / "student")
+
+
+def hostile(honest: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a student with a changed tokenizer, which the manifest names."""
+    student = shutil.copytree(honest, folder / "sent")
+    path = student / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    edit_json(FILE_NAME, tokenizer=tokenizer_fingerprint(load_tokenizer(student)))(student)
+    sign(student)
+    return student
+
+
+ATTACKS = {
+    "a pattern that never ends": normalizer({"Regex": "(z+)+y"}, ""),
+    "a letter that grows": normalizer({"String": "z"}, 500 * "z", times=3),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_tokenizer_that_fails_on_a_private_text_is_refused(
+    honest: Path, tmp_path: Path, post_dist: Any, attack: str
+) -> None:
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=ATTACKS[attack]))
+    # The trial of the door has no such text.
+    assert verify(sent)["ok"]
+    run = tiny.write_run(tmp_path)
+    with (tmp_path / "private.csv").open("a") as file:
+        # Some of these are in the training split.
+        for number in range(9):
+            file.write(f"{SECRET} {number} is dull,0\n")
+    done = post_dist("tune", run, f"--set=inputs.student={sent}")
+    assert done.returncode == 4, done.stderr
+    assert "the model's tokenizer cannot read the texts" in done.stderr
+    # A library's crash report may quote the text that it was given.
+    assert not any(word in done.stdout + done.stderr for word in ("zzzz", "panic", "Traceback"))
+
+
+def test_a_private_text_with_a_token_without_an_embedding_is_read(
+    honest: Path, tmp_path: Path, main: Any
+) -> None:
+    sent = hostile(honest, tmp_path, lambda content: content["added_tokens"].append(MARKER))
+    assert verify(sent)["ok"]
+    run = tiny.write_run(tmp_path)
+    rows = [(f"{text}<br>more", label) for text, label in tiny.sentences(200, 1)]
+    tiny.write_csv(tmp_path / "private.csv", rows)
+    code, _, err = main("tune", run, f"--set=inputs.student={sent}", "--set=tune.steps=2")
+    assert code == 0, err
+
+
+def test_a_child_is_ended_at_its_limits() -> None:
+    def endless() -> None:
+        while True:
+            pass
+
+    assert in_limited_child(lambda: [1, "é"], 5, 1 << 26) == [1, "é"]
+    with pytest.raises(ChildFailed):
+        in_limited_child(endless, 1, 1 << 26)
+    with pytest.raises(ChildFailed):
+        in_limited_child(lambda: len(bytes(1 << 30)), 5, 1 << 26)
+    with pytest.raises(ChildFailed):
+        in_limited_child(lambda: 1 // 0, 5, 1 << 26)
