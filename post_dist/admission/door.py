@@ -209,13 +209,13 @@ def refusing(folder: Path) -> Iterator[None]:
     """Name the folder in each refusal. Whatever a foreign file breaks is a refusal too."""
     try:
         yield
-    except EnvironmentFault:
+    except (EnvironmentFault, KeyboardInterrupt, SystemExit):
         raise
     except PostDistError as error:
         # The sender's folder is meant, and not its copy.
         message = _COPY.sub("", " ".join(error.args[0].split()))[:_LONGEST_MESSAGE]
         raise ArtifactRefused(f"{folder}: {printable(message)}", printable(error.hint)) from None
-    except Exception as error:
+    except BaseException as error:  # a panic of a Rust library is no Exception
         raise ArtifactRefused(
             f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
         ) from None

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _PAGE_BYTES = resource.getpagesize()
+_WAIT_FACTOR = 10
+"""Longest wait for a child over its seconds of the processor, which it may share with others."""
 
 
 class ChildFailed(Exception):
@@ -38,6 +40,9 @@ def in_limited_child(work: Callable[[], Any], seconds: int, memory_bytes: int) -
     # The end of the child is noticed only if nobody else can write to the pipe.
     theirs.close()
     try:
+        # A child that waits for a lock of a thread that it lacks uses no processor.
+        if not ours.poll(_WAIT_FACTOR * seconds):
+            raise ChildFailed
         return json.loads(ours.recv_bytes())
     except (EOFError, OSError):
         raise ChildFailed from None

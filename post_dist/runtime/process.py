@@ -45,7 +45,9 @@ def exit_code_of(
         print(f"post-dist: {error}", file=sys.stderr)
         answer(error.as_object())
         return error.exit_code
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
         if isinstance(error, ModuleNotFoundError) and (fault := missing_package(error)):
             print(f"post-dist: {fault}", file=sys.stderr)
             # A missing extra is no bug, so it needs no traceback.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import pytest
 import tiny
 from border.hostile import edit_json, sign
 
+from post_dist.admission.door import refusing
 from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.errors import ArtifactRefused
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.runtime import limited_child
 from post_dist.runtime.limited_child import ChildFailed, in_limited_child
+from post_dist.runtime.process import exit_code_of
 from post_dist.verify import verify
 
 SECRET = "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz"
@@ -79,7 +84,19 @@ def test_a_private_text_with_a_token_without_an_embedding_is_read(
     assert code == 0, err
 
 
-def test_a_child_is_ended_at_its_limits() -> None:
+def test_a_panic_of_a_library_ends_like_any_other_error(
+    honest: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    endless = ATTACKS["a pattern that never ends"]
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=endless))
+    tokenizer = load_tokenizer(sent)
+    assert exit_code_of(lambda: tokenizer(SECRET)) == 1
+    assert "internal error: PanicException" in capsys.readouterr().err
+    with pytest.raises(ArtifactRefused, match="PanicException"), refusing(sent):
+        tokenizer(SECRET)
+
+
+def test_a_child_is_ended_at_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless() -> None:
         while True:
             pass
@@ -91,3 +108,7 @@ def test_a_child_is_ended_at_its_limits() -> None:
         in_limited_child(lambda: len(bytes(1 << 30)), 5, 1 << 26)
     with pytest.raises(ChildFailed):
         in_limited_child(lambda: 1 // 0, 5, 1 << 26)
+    # What only waits uses no processor.
+    monkeypatch.setattr(limited_child, "_WAIT_FACTOR", 1)
+    with pytest.raises(ChildFailed):
+        in_limited_child(lambda: time.sleep(30), 1, 1 << 26)
