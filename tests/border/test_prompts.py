@@ -142,12 +142,15 @@ REFUSED: dict[str, Change] = {
         epsilon_at_delta={"1e-06": 2.1, "1 / (100 declared_examples)": 1.2, "0": 0.01}
     ),
     "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
-    "4 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in (2, 3, 4, 5)}),
-    "repeats that leave little noise": privacy(steps_repeated={"26": 1}),
-    "repeats under two names": privacy(steps_repeated={"2": 1, "02": 1}, epsilon=100.0),
     "a number in place of a boolean": privacy(private=1),
-    "99 kinds of repeats": privacy(steps_repeated={str(times): 1 for times in range(2, 101)}),
 }
+UNCOMPUTED: dict[str, dict[str, int]] = {
+    "4 kinds of repeats": {str(times): 1 for times in (2, 3, 4, 5)},
+    "repeats that leave little noise": {"26": 1},
+    "repeats under two names": {"2": 1, "02": 1},
+    "99 kinds of repeats": {str(times): 1 for times in range(2, 101)},
+}
+"""Repeated steps on which an accountant would spend long, or that it would read as fewer."""
 
 
 def hostile(folder: Path, change: Change) -> Path:
@@ -166,6 +169,15 @@ def test_a_hostile_prompt_is_refused(tmp_path: Path, attack: str) -> None:
         assert all(line.isprintable() for line in problem.splitlines())
     with pytest.raises(ArtifactRefused):
         admit_prompt(sent)
+
+
+@pytest.mark.parametrize("repeats", UNCOMPUTED)
+def test_repeats_beyond_bounds_are_refused_before_an_accountant_runs(
+    tmp_path: Path, repeats: str
+) -> None:
+    sent = hostile(tmp_path, privacy(steps_repeated=UNCOMPUTED[repeats]))
+    (problem,) = verify(sent)["problems"]
+    assert "lacks the numbers that its epsilon is computed from" in problem
 
 
 def change_factors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
