@@ -107,14 +107,18 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         flush(destination.parent)
 
 
-def lock_file(file: IO[str]) -> bool:
+def lock_file(file: IO[str], *, shared: bool = False) -> bool:
     """Lock an open file without waiting, and return whether that worked.
 
     The lock ends when the file is closed or its process ends. On a file system without locks, a
     warning is logged, and the result is True.
+
+    Args:
+        file: the file.
+        shared: whether others may hold the lock too, if they also share it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

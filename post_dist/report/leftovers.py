@@ -73,8 +73,11 @@ def _caches(place: Path) -> list[Leftover]:
     found = []
     for pattern, what in _CACHES.items():
         for path in place.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                found.append(_leftover(path, what))
+            if not path.is_dir() or path.is_symlink():
+                continue
+            with _held(path) as free:
+                if free:
+                    found.append(_leftover(path, what))
     return found
 
 
@@ -85,7 +88,7 @@ def _leftover(path: Path, what: str) -> Leftover:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Hold the lock of a run's folder; the value tells whether no other process holds it."""
+    """Hold the lock of a folder; the value tells whether no other process holds it."""
     with ExitStack() as files:
         lock = path / "lock"
         if not lock.is_file():

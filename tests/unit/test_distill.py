@@ -13,6 +13,7 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.conflicts import Layout
 from post_dist.errors import InputError
+from post_dist.files import lock_file
 from post_dist.losses.distillation import TermValues
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.distributed import World
@@ -176,6 +177,8 @@ def test_two_workers_never_claim_one_file(tmp_path: Path) -> None:
     assert ours.recv() == [0]
     claims = _Claims(files, 3)
     assert claims.next(3) == [1, 2]
+    with (files.folder / "lock").open("a") as lock:
+        assert not lock_file(lock), "`clean` must see that workers are here"
     other.kill()
     other.join()
     assert claims.next(3) == [0, 1, 2], "the file of a dead worker is free at once"

@@ -131,8 +131,12 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
     busy = write_unfinished(tmp_path / "b/tune-3")
     (tmp_path / "b/answers").mkdir()
     (tmp_path / "b/mine").mkdir()
-    with (busy / "lock").open("w") as lock:
+    filled = runs / "teacher-signals-1"
+    filled.mkdir()
+    with (busy / "lock").open("w") as lock, (filled / "lock").open("w") as worker:
         assert lock_file(lock)
+        # Several workers may fill one folder.
+        assert lock_file(worker, shared=True)
         code, out, _ = main("clean", tmp_path)
         assert (code, unfinished.exists()) == (0, True)
         assert f"1.0 MiB  answers of models       {runs / 'answers'}" in out
@@ -143,7 +147,8 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
         assert code == 0
     assert not unfinished.exists()
     assert not (runs / "answers").exists()
-    for kept in (runs / "tune-1/artifact", busy, tmp_path / "b/answers", tmp_path / "b/mine"):
+    others = (busy, filled, tmp_path / "b/answers", tmp_path / "b/mine")
+    for kept in (runs / "tune-1/artifact", *others):
         assert kept.exists()
 
 

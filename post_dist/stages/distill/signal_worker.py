@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from post_dist.data.corpus import Corpus
-from post_dist.files import writing
+from post_dist.files import lock_file, writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import stop_requested, stopped
@@ -49,6 +49,9 @@ class _Claims:
             files.folder.mkdir(parents=True, exist_ok=True)
             # One open file for all claims: closing a second one would drop the locks of the first.
             self._locks = path.open("a")
+            # `post-dist clean` leaves a folder alone while a worker shares this lock.
+            self._held = (files.folder / "lock").open("a")
+            lock_file(self._held, shared=True)
 
     def next(self, at_most: int) -> list[int] | None:
         """Release the files claimed before, and claim the next missing ones.
@@ -83,8 +86,9 @@ class _Claims:
         return self._claimed
 
     def close(self) -> None:
-        """Release all files."""
+        """Release all files, and the folder."""
         self._locks.close()
+        self._held.close()
 
     def _lock(self, file: int) -> bool:
         try:
