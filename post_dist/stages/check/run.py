@@ -8,11 +8,8 @@ leave this module.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from post_dist.admission.door import admit_prompt, described_student, refuse_unchecked
-from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind
-from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
+from post_dist.artifacts.prompt import PUBLIC_PROMPT
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Corpus, DataSource, Task
@@ -22,22 +19,14 @@ from post_dist.data.documents import documents_of
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
-from post_dist.models.load import tokenizer_folder
-from post_dist.models.student import stand_in_layers
-from post_dist.stages.check.models import (
-    CheckedModel,
-    note_missing_weights,
-    read_model,
-    same_tokenizer,
-)
+from post_dist.stages.check.given import GivenParts
+from post_dist.stages.check.models import same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
 from post_dist.stages.check.task import bind_template, label_tokens
 from post_dist.stages.conflicts import transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
-from post_dist.stages.evaluate.conflicts import PromptedModel
 from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
-from post_dist.stages.prompt_origin import check_belongs
-from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels
+from post_dist.stages.transfer.conflicts import TransferModels
 from post_dist.stages.tune.conflicts import start_conflicts
 from post_dist.stages.warm_start.conflicts import conflicts as warm_start_conflicts
 
@@ -70,22 +59,18 @@ class _Check:
         self.findings = Findings()
         self.label_words: dict[str, LabelTokens] = {}
         self.epsilon: list[PlanEpsilon] = []
-        self.stages: list[Stage] = []
-        self._teacher: CheckedModel | None = None
-        self._student: CheckedModel | None = None
+        self.stages = self._runnable_stages()
+        self._given = GivenParts(config, self.stages, self.findings)
 
     def run(self) -> None:
-        """Find the stages that the run file can run, and check each of them."""
+        """Check each stage that the run file can run."""
         # A run file may leave some stages to another party. One without any stage is a mistake.
-        self.stages = self._runnable_stages()
         if not self.stages:
             nothing = Conflict(
                 "the run file has no complete set of sections for any stage",
                 "`post-dist init DIR` writes a whole run file",
             )
             self.findings.add("run file", [nothing])
-        self._teacher = self._read_teacher()
-        self._student = self._read_student()
         # Without a cluster section, the number of ranks of a stage is unknown. An owner has one.
         if self.config.teacher is not None and "cluster" not in self.config.model_fields_set:
             self.findings.not_checked.append(
@@ -113,51 +98,6 @@ class _Check:
                 found.append(stage)
         return found
 
-    # ------------------------------------------------------------------------------------ models
-
-    def _read_teacher(self) -> CheckedModel | None:
-        section = self.config.teacher
-        if section is None or not self.stages:
-            return None
-        # A hub model is fetched without its weights.
-        folder = self.findings.attempt(self.stages[0], lambda: tokenizer_folder(section))
-        if folder is None:
-            return None
-        note_missing_weights(folder, self.findings)
-        return read_model(folder, self.stages[0], self.findings)
-
-    def _read_student(self) -> CheckedModel | None:
-        """Read the given student, or derive the facts of the one that distillation will make."""
-        given = self.config.inputs.student
-        if given is not None and self.stages:
-            read = partial(self._read_given_student, given, self.stages[0])
-            return self.findings.attempt(self.stages[0], read) or CheckedModel(None, None)
-        if "distill" not in self.stages or self._teacher is None:
-            return None
-        # The student has the teacher's width, context and tokenizer, and fewer layers.
-        facts = self._teacher.facts
-        section = self.config.student
-        if facts is not None and section is not None:
-            try:
-                layers = len(stand_in_layers(section, facts.layers))
-            except InputError:
-                layers = facts.layers  # the check of distillation reports this error
-            facts = replace(facts, layers=layers)
-        return replace(self._teacher, facts=facts)
-
-    def _read_given_student(self, given: Path, stage: Stage) -> CheckedModel:
-        """Read a student that `inputs` gives. Its weights are not hashed, which may take long."""
-        if not given.is_dir():
-            return read_model(given, stage, self.findings)
-        note_missing_weights(given, self.findings)
-        # The rule is that of the stages. A foreign configuration is read only behind the door.
-        inputs = self.config.inputs
-        if not inputs.trusted_keys and not (given / FILE_NAME).exists():
-            refuse_unchecked(given, trusted=inputs.trust_model)
-            return read_model(given, stage, self.findings)
-        with described_student(given, inputs.trusted_keys) as folder:
-            return read_model(folder, stage, self.findings)
-
     def _layout(self, stage: Stage) -> Layout:
         """Return the ranks of a stage by the cluster section, or one GPU without that section."""
         if "cluster" not in self.config.model_fields_set:
@@ -170,8 +110,8 @@ class _Check:
 
     def _check_distill(self) -> None:
         config = self.config
-        if self._teacher is not None and self._teacher.facts is not None:
-            found = distill_conflicts(config, self._teacher.facts, self._layout("distill"))
+        if self._given.teacher is not None and self._given.teacher.facts is not None:
+            found = distill_conflicts(config, self._given.teacher.facts, self._layout("distill"))
             self.findings.add("distill", found)
         # Whether the text is long enough shows only when it is tokenized, which takes too long.
         corpus = config.corpus
@@ -197,8 +137,8 @@ class _Check:
     def _check_warm_start(self) -> None:
         config = self.config
         task = config.public_task
-        student = None if self._student is None else self._student.facts
-        teacher = None if self._teacher is None else self._teacher.facts
+        student = None if self._given.student is None else self._given.student.facts
+        teacher = None if self._given.teacher is None else self._given.teacher.facts
         if student is None or teacher is None:
             self.findings.not_checked.append("warm_start: the models are not there yet")
         else:
@@ -211,11 +151,11 @@ class _Check:
     def _check_tune(self) -> None:
         config = self.config
         # The baseline of full prompt tuning tunes on the target.
-        target = None if self._teacher is None else self._teacher.facts
-        if self._student is None:
+        target = None if self._given.teacher is None else self._given.teacher.facts
+        if self._given.student is None:
             self.findings.not_checked.append("tune: the student is not in inputs.student yet")
-        elif self._student.facts is not None:
-            found = tune_conflicts(config, self._student.facts, target, self._layout("tune"))
+        elif self._given.student.facts is not None:
+            found = tune_conflicts(config, self._given.student.facts, target, self._layout("tune"))
             self.findings.add("tune", found)
         self._check_start()
         task = config.private_task
@@ -233,7 +173,7 @@ class _Check:
         """Check the public prompt that tuning starts from. One that is yet to be made will fit."""
         given = self.config.inputs.public_prompt
         if given is not None:
-            start = self._read_prompt("tune", given, PUBLIC_PROMPT)
+            start = self._given.read_prompt("tune", given, PUBLIC_PROMPT)
             if start is not None:
                 self.findings.add("tune", start_conflicts(self.config, start))
         elif self.config.warm_start is None:
@@ -247,14 +187,14 @@ class _Check:
             # A task that is not public is refused before its file is opened.
             self.findings.attempt("transfer", lambda: load_public_texts(public_task, "public_task"))
         # Both models read the public text, in the template of the public task or of the prompt.
-        prompts = self._source_prompts("transfer")
+        prompts = self._given.source_prompts("transfer")
         for prompt in prompts:
             template = public_task.template or prompt.task.template
             labels = [str(number) for number in range(len(prompt.task.label_words))]
             self._check_reading("transfer", replace(prompt.task, template=template), labels)
         # The rules of the transfer need both models.
-        student = self._student
-        target = self._teacher
+        student = self._given.student
+        target = self._given.teacher
         if student is None or target is None:
             self.findings.not_checked.append("transfer: the student is not in inputs.student yet")
         elif student.facts is not None and target.facts is not None:
@@ -266,72 +206,13 @@ class _Check:
     def _check_evaluate(self) -> None:
         config = self.config
         layout = self._layout("evaluate")
-        self.findings.add("evaluate", evaluate_conflicts(config, self._prompted_models(), layout))
+        models = self._given.prompted_models()
+        self.findings.add("evaluate", evaluate_conflicts(config, models, layout))
         task = config.private_task
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
             self._check_reading("evaluate", own, list(task.labels))
             self._check_examples("evaluate", task, [config.evaluate.split])
-
-    # ------------------------------------------------------------------------- prompts and tasks
-
-    def _prompted_models(self) -> list[PromptedModel]:
-        """List the models of the evaluation, each with its longest prompt."""
-        lengths = [prompt.num_virtual_tokens for prompt in self._source_prompts("evaluate")]
-        # A given prompt for the target has its own length. All others are as long as their source.
-        given = self.config.inputs.target_prompt
-        on_target = None
-        if given is not None:
-            keys = self.config.inputs.trusted_keys
-            on_target = self.findings.attempt("evaluate", lambda: admit_prompt(given, keys=keys))
-        longest = max(lengths, default=0)
-        found = []
-        if self._student is not None and self._student.facts is not None:
-            found.append(PromptedModel("the student", self._student.facts, longest))
-        if self._teacher is not None and self._teacher.facts is not None:
-            if on_target is not None:
-                longest = max(longest, len(on_target.embeddings))
-            found.append(PromptedModel("the target", self._teacher.facts, longest))
-        return found
-
-    def _source_prompts(self, stage: Stage) -> list[SourcePrompt]:
-        """Read the given prompts, or describe the one that the run file tunes.
-
-        Args:
-            stage: the stage that reads them.
-        """
-        given = self.config.inputs.source_prompt
-        if given is None:
-            task = self.config.private_task
-            if task is None:
-                self.findings.not_checked.append(
-                    f"{stage}: the prompt is not in inputs.source_prompt yet"
-                )
-                return []
-            own = PromptTask.of_section(task, self.config.tune.init_text)
-            return [SourcePrompt(self.config.tune.num_virtual_tokens, own)]
-        # One prompt, or those of several owners.
-        found = []
-        for folder in given if isinstance(given, tuple) else (given,):
-            prompt = self._read_prompt(stage, folder)
-            if prompt is not None:
-                found.append(SourcePrompt.of(prompt))
-        return found
-
-    def _read_prompt(
-        self, stage: Stage, folder: Path, kind: ArtifactKind = "soft prompt"
-    ) -> SoftPromptArtifact | None:
-        """Read a prompt, and compare it with the student that it was tuned on."""
-        keys = self.config.inputs.trusted_keys
-        prompt = self.findings.attempt(stage, lambda: admit_prompt(folder, kind, keys))
-        student = self._student
-        if prompt is None or student is None:
-            return prompt
-        facts = student.facts
-        tokenizer = student.tokenizer
-        if facts is not None and tokenizer is not None:
-            self.findings.attempt(stage, lambda: check_belongs(prompt, facts, tokenizer))
-        return prompt
 
     def _check_reading(self, stage: Stage, task: PromptTask, labels: Sequence[str]) -> None:
         """Bind a task to each tokenizer that will read it: its template and its label words.
@@ -343,7 +224,7 @@ class _Check:
         """
         # A task that generates text has no label words.
         words = dict(zip(labels, task.label_words, strict=True))
-        for name, model in self._readers():
+        for name, model in self._given.readers():
             tokenizer = model.tokenizer
             if tokenizer is None:
                 continue
@@ -353,17 +234,6 @@ class _Check:
             if model.facts is not None:
                 bind = partial(bind_template, task, tokenizer, model.facts)
                 self.findings.attempt(stage, bind)
-
-    def _readers(self) -> list[tuple[str, CheckedModel]]:
-        """List the models that read a task, with one entry for models that share a tokenizer."""
-        found = []
-        if self._student is not None:
-            found.append(("student", self._student))
-        if self._teacher is None:
-            return found
-        if self._student is None or not same_tokenizer(self._student, self._teacher):
-            found.append(("teacher", self._teacher))
-        return found
 
     # ----------------------------------------------------------------------------- data and cost
 
