@@ -67,7 +67,7 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
             key = f"{piece.name}/{kind}/{piece.start}"
             tensors[key] = piece.of(flat.detach()).to("cpu", copy=True)
         if "step" in state:
-            tensors[_ADAM_STEP] = torch.as_tensor(state["step"]).cpu()
+            tensors[_ADAM_STEP] = torch.as_tensor(state["step"]).to("cpu", copy=True)
     return tensors
 
 

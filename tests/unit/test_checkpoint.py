@@ -140,6 +140,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         deadline = time.monotonic() + 20
         while steps_taken() < min(step + 1, steps) and time.monotonic() < deadline:
             time.sleep(0.01)
+        # What is written is the state of before, down to the count of the optimizer.
+        assert int(tensors["adam_step"]) == step
         saved.append((step, steps_taken() > step or step == steps))
         save_file(tensors, path)
 
