@@ -7,9 +7,12 @@ response.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import Adapter
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
@@ -17,6 +20,8 @@ from post_dist.data.verbalizer import Verbalizer
 from post_dist.models.classifier import PromptInput, class_losses, word_scores
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
+
+NeededAdapter = TypeVar("NeededAdapter", LinearHead, Lora)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,16 @@ class TuningTask:
         for example, user in enumerate(self.users):
             units[user].append(example)
         return units
+
+    def need(self, kind: type[NeededAdapter]) -> NeededAdapter:
+        """Return the adapter, which must be of a kind.
+
+        Raises:
+            TypeError: the task tunes something else, which is a bug of the caller.
+        """
+        if not isinstance(self.adapter, kind):
+            raise TypeError(f"the task has no {kind.title}")
+        return self.adapter
 
     @property
     def shares_prompt(self) -> bool:

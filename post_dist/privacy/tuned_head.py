@@ -65,7 +65,7 @@ def head_inputs(task: TuningTask, sizes: Mapping[int, int], world: World) -> Hea
     Raises:
         Interrupted: the run was asked to stop.
     """
-    head = _head_of(task)
+    head = task.need(LinearHead)
     count = len(task.examples)
     features_Nd = np.zeros((count, len(head.mean)))
     scores_NC = np.zeros((count, len(head.bias)))
@@ -97,7 +97,7 @@ class TunedHead:
         self, task: TuningTask, config: RunConfig, sizes: Mapping[int, int], world: World
     ) -> None:
         self._task = task
-        self._head = _head_of(task)
+        self._head = task.need(LinearHead)
         self._config = config
         self._sizes = sizes
         self._world = world
@@ -143,7 +143,7 @@ class TunedHead:
     ) -> PromptContents:
         """Return the public prompt with the tuned head."""
         weight, bias = parameters
-        head = _head_of(task).with_values(weight, bias)
+        head = task.need(LinearHead).with_values(weight, bias)
         return PromptContents(task.start_nd, task.reader.task, statement, head)
 
     @property
@@ -241,14 +241,3 @@ class TunedHead:
         p_C: np.ndarray = np.exp(scores_C - scores_C.max())
         p_C /= p_C.sum()
         return p_C
-
-
-def _head_of(task: TuningTask) -> LinearHead:
-    """Return the head of a task.
-
-    Raises:
-        TypeError: the task tunes something else, which is a bug of the caller.
-    """
-    if not isinstance(task.adapter, LinearHead):
-        raise TypeError("the task has no head")
-    return task.adapter

@@ -141,7 +141,7 @@ class TunedLora:
     ) -> PromptContents:
         """Return the fixed prompt with the tuned LoRA."""
         # The prompt in front is public, so only the LoRA depends on private data.
-        lora = _lora_of(task).with_values(parameters)
+        lora = task.need(Lora).with_values(parameters)
         return PromptContents(task.start_nd, task.reader.task, statement, lora)
 
     @property
@@ -152,7 +152,7 @@ class TunedLora:
     def parameters(self) -> list[torch.Tensor]:
         """Return new copies of the factors to start from, on the model's device."""
         # A copy for each caller: every trial of a search starts from the same factors.
-        factors = _lora_of(self.task).factors.values()
+        factors = self.task.need(Lora).factors.values()
         return [factor.to(self.world.device, copy=True) for factor in factors]
 
     def optimizer(
@@ -192,7 +192,7 @@ class TunedLora:
         self, parameters: Sequence[torch.Tensor], units: Sequence[int]
     ) -> Iterator[list[torch.Tensor]]:
         """Yield the gradients of a step's units, some of them at a time."""
-        gradients = LoraGradients(self.task, _lora_of(self.task).with_values(parameters))
+        gradients = LoraGradients(self.task, self.task.need(Lora).with_values(parameters))
         return unit_gradients(
             self.task, parameters, units, self.sizes, self.world.device, lambda: gradients
         )
@@ -206,7 +206,7 @@ class TunedLora:
         """
         # Read the examples for each trial, so that they are in memory only while it is scored.
         validation = validation_task(self.task, self.config.need_task("private_task"))
-        with adapted(self.task.model, _lora_of(self.task).with_values(parameters)):
+        with adapted(self.task.model, self.task.need(Lora).with_values(parameters)):
             return count_right(validation, [self.task.start_nd], self.sizes, self.world)
 
     def loss(self, parameters: Sequence[torch.Tensor], step: int) -> torch.Tensor:
@@ -215,7 +215,7 @@ class TunedLora:
         task = self.task
         batch, targets = batch_of_like_length(task, self.config, step, self.world.device)
         prompt = PromptInput(prompt=task.start_nd, shared=task.shares_prompt)
-        with adapted(task.model, _lora_of(task).with_values(parameters)):
+        with adapted(task.model, task.need(Lora).with_values(parameters)):
             losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt)
         return losses_B.mean()
 
@@ -229,14 +229,3 @@ def _untrained(model: LanguageModel, section: Tune, seed: int) -> Lora:
     """Return a LoRA that changes nothing, for the layers that the run file chooses."""
     settings = _settings(section)
     return Lora.untrained(chosen_shapes(layer_linears(model), settings), settings, seed)
-
-
-def _lora_of(task: TuningTask) -> Lora:
-    """Return the LoRA of a task.
-
-    Raises:
-        TypeError: the task tunes something else, which is a bug of the caller.
-    """
-    if not isinstance(task.adapter, Lora):
-        raise TypeError("the task has no LoRA")
-    return task.adapter

@@ -902,7 +902,7 @@ MUTANTS = [
     ),
     Mutant(
         "number of examples in the claim",
-        "stages.tune.artifact",
+        "privacy.tuned_prompt",
         "PromptContents(parameters[0], prompt_task, statement)",
         "PromptContents(parameters[0], prompt_task, (statement or {}) | {'n': len(task.units)})",
         "neighbors_leave_the_same_traces",
@@ -1069,7 +1069,7 @@ MUTANTS = [
     Mutant(
         "mean of a head moved by the private examples",
         "privacy.tuned_head",
-        "        head = _head_of(task).with_values(weight, bias)\n",
+        "        head = task.need(LinearHead).with_values(weight, bias)\n",
         "        from dataclasses import replace\n\n"
         "        shifted = replace(task.adapter, mean=task.adapter.mean + len(task.examples))\n"
         "        head = shifted.with_values(weight, bias)\n",
@@ -1149,7 +1149,7 @@ MUTANTS = [
     Mutant(
         "a LoRA scored without its factors",
         "privacy.tuned_lora",
-        "        with adapted(self.task.model, _lora_of(self.task).with_values(parameters)):\n"
+        "        with adapted(self.task.model, self.task.need(Lora).with_values(parameters)):\n"
         "            return count_right",
         "        with adapted(self.task.model, None):\n            return count_right",
         "a_lora_is_scored_as_evaluate_does",
@@ -1157,8 +1157,8 @@ MUTANTS = [
     Mutant(
         "number of examples in the alpha of a LoRA",
         "privacy.tuned_lora",
-        "        lora = _lora_of(task).with_values(parameters)\n",
-        "        lora = _lora_of(task).with_values(parameters)\n"
+        "        lora = task.need(Lora).with_values(parameters)\n",
+        "        lora = task.need(Lora).with_values(parameters)\n"
         "        lora = Lora(lora.factors, len(task.examples))\n",
         "neighbors_leave_the_same_traces",
     ),
