@@ -111,7 +111,9 @@ CLIPPING = {
     "C adapted, from 0.3": ["privacy.max_grad_norm=0.3", "privacy.clip_quantile=0.5"],
     "C adapted, from 3": ["privacy.max_grad_norm=3", "privacy.clip_quantile=0.5"],
 }
-"""Fixed clipping norms, and the norm that follows the median of the gradient norms."""
+"""Fixed clipping norms, and the norm that follows the median of the gradient norms.
+
+`clipping` measures them with a prompt and with a head."""
 HEAD = [
     r'public_task.template="Review: {text}\nSentiment:"',
     "public_task.labels={0: [negative], 1: [positive]}",
@@ -211,22 +213,24 @@ def _alphas(seeded: list[str]) -> list[Experiment]:
 
 
 def _private(seeded: list[str]) -> list[Experiment]:
-    return _private_tuning(seeded, PRIVATE)
+    return _private_tuning([*seeded, *CLASS_BIAS], PRIVATE)
 
 
 def _clipping(seeded: list[str]) -> list[Experiment]:
-    return _private_tuning(seeded, CLIPPING)
+    of_head = {f"head, {name}": changes for name, changes in CLIPPING.items()}
+    prompts = _private_tuning([*seeded, *CLASS_BIAS], CLIPPING)
+    return [*_private_tuning([*seeded, *HEAD], of_head), *prompts]
 
 
 def _gradients(seeded: list[str]) -> list[Experiment]:
-    return _private_tuning(seeded, GRADIENTS)
+    return _private_tuning([*seeded, *CLASS_BIAS], GRADIENTS)
 
 
-def _private_tuning(seeded: list[str], variants: Mapping[str, list[str]]) -> list[Experiment]:
+def _private_tuning(common: list[str], variants: Mapping[str, list[str]]) -> list[Experiment]:
     found = []
     for epsilon in PRIVATE_EPSILONS:
         for name, changes in variants.items():
-            settings = [*seeded, *CLASS_BIAS, *VALIDATION, *changes]
+            settings = [*common, *VALIDATION, *changes]
             found.append(Experiment(f"private, {name}, epsilon {epsilon}", settings, epsilon))
     return found
 

@@ -11,7 +11,7 @@ The parts, and the split that each is measured on:
     options     each setting of the transfer added and left out                  validation
     alpha       the published loss at several alphas, and at the rule's alpha    validation
     private     settings of private tuning, on the student                       validation
-    clipping    fixed and adaptive clipping norms, on the student                validation
+    clipping    fixed and adaptive clipping norms: head and prompt, the student  validation
     gradients   the same with more gradients, for a GPU                          validation
     curve       layers of the student and tokens of distillation                 validation
     more        table and upper bound with more of everything, for a GPU         both

@@ -4,24 +4,17 @@ Shapes: B examples, C classes, N examples, R tokens of a response, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.task import PromptTask
+from post_dist.data.limited_tokenizer import with_limits
 from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.errors import ArtifactRefused
-from post_dist.runtime.limited_child import ChildFailed, in_limited_child
-
-_MIB = 1 << 20
-_LEAST_SECONDS = 60
-_SECONDS_PER_MIB = 60
-"""An honest tokenizer needs about 2 s for each MiB of long texts."""
-_TEXTS_PER_SECOND = 500
-_LEAST_MEMORY_BYTES = 512 * _MIB
-_MEMORY_FACTOR = 256
-"""Bytes of memory for each byte of text. A list of tokens needs about 40."""
+from post_dist.errors import InputError
 
 
 class TaskReader:
@@ -53,18 +46,14 @@ class TaskReader:
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
-        # Both constructors check the task against the tokenizer.
-        self.template = Template(
-            task.template,
-            tokenizer,
-            task.max_length,
-            masked=masked,
-            vocabulary=vocabulary,
-            max_response_length=task.max_response_length,
-        )
-        self.verbalizer = Verbalizer(
-            task.label_words, tokenizer, allow_multi_token=task.allow_multi_token
-        )
+
+        def trial() -> None:
+            # This process raises an error of the task again, with its message.
+            with suppress(InputError):
+                _bind(task, tokenizer, masked, vocabulary)
+
+        with_limits(trial, [task.template, *chain.from_iterable(task.label_words)])
+        self.template, self.verbalizer = _bind(task, tokenizer, masked, vocabulary)
 
     @property
     def generates(self) -> bool:
@@ -98,18 +87,7 @@ class TaskReader:
             rows = self.template.encode(texts, used)
             return [(row.token_ids, row.answer, row.response) for row in rows]
 
-        # The student's owner has made the tokenizer. The door tries it on a few texts alone, and
-        # it may behave differently on these. A library's message could quote them.
-        size = sum(len(text.encode()) for text in [*texts, *used])
-        seconds = _LEAST_SECONDS + _SECONDS_PER_MIB * size // _MIB + len(texts) // _TEXTS_PER_SECOND
-        try:
-            rows = in_limited_child(encode, seconds, _LEAST_MEMORY_BYTES + _MEMORY_FACTOR * size)
-        except ChildFailed:
-            raise ArtifactRefused(
-                "the model's tokenizer cannot read the texts: it crashes, or needs too much time "
-                "or memory",
-                "use another model, and ask who made this one",
-            ) from None
+        rows = with_limits(encode, [*texts, *used])
         return [Encoded(ids, answer, tuple(response)) for ids, answer, response in rows]
 
     def collate(self, rows: list[Encoded], length: int = 0) -> Batch:
@@ -122,12 +100,30 @@ class TaskReader:
 
     def texts_of(self, tokens_NR: torch.Tensor) -> list[str]:
         """Return the text of generated responses, which are padded with NO_TOKEN."""
-        texts = []
-        for tokens in tokens_NR.tolist():
-            generated = [token for token in tokens if token != NO_TOKEN]
-            texts.append(str(self.tokenizer.decode(generated)))
+        rows = [[token for token in row if token != NO_TOKEN] for row in tokens_NR.tolist()]
+
+        def decode() -> list[str]:
+            return [str(self.tokenizer.decode(row)) for row in rows]
+
+        texts: list[str] = with_limits(decode, [str(row) for row in rows])
         return texts
 
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] of logits over the vocabulary."""
         return self.verbalizer.scores(logits_BV)
+
+
+def _bind(
+    task: PromptTask, tokenizer: PreTrainedTokenizerBase, masked: bool, vocabulary: int
+) -> tuple[Template, Verbalizer]:
+    """Return the template and the label words of a task, checked against a tokenizer."""
+    template = Template(
+        task.template,
+        tokenizer,
+        task.max_length,
+        masked=masked,
+        vocabulary=vocabulary,
+        max_response_length=task.max_response_length,
+    )
+    words = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
+    return template, words

@@ -6,6 +6,8 @@ Shapes: n prompt tokens, d width.
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.data.limited_tokenizer import with_limits
+from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.gathering import gathered
 
@@ -23,13 +25,22 @@ def prompt_from_text(
     Args:
         language_model: the model whose input embeddings are read.
         tokenizer: the model's tokenizer.
-        text: the text, with at least one token.
+        text: the text.
         num_virtual_tokens: number n of prompt tokens.
 
     Returns:
         The prompt [n, d] in fp32, on the model's device.
+
+    Raises:
+        InputError: the text has no token of the model.
     """
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    found = with_limits(lambda: tokenizer(text, add_special_tokens=False).input_ids, [text])
+    # Some tokenizers know tokens that the model has no embedding for.
+    tokens = [token for token in found if token < language_model.vocabulary_size]
+    if not tokens:
+        raise InputError(
+            f"the start text '{text}' has no token of the model", "write another start text"
+        )
     repetitions = -(-num_virtual_tokens // len(tokens))
     prompt_tokens = (tokens * repetitions)[:num_virtual_tokens]
     device = language_model.model.device

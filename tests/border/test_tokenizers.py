@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from border.hostile import edit_json, sign
+from tokenizers import decoders
 
 from post_dist.admission.door import refusing
 from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.errors import ArtifactRefused
-from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.artifacts.task import PromptTask
+from post_dist.data.task_reader import TaskReader
+from post_dist.errors import ArtifactRefused, InputError
+from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
+from post_dist.models.prompt_init import prompt_from_text
 from post_dist.runtime import limited_child
 from post_dist.runtime.limited_child import ChildFailed, in_limited_child
 from post_dist.runtime.process import exit_code_of
@@ -70,6 +75,37 @@ def test_a_tokenizer_that_fails_on_a_private_text_is_refused(
     assert "the model's tokenizer cannot read the texts" in done.stderr
     # A library's crash report may quote the text that it was given.
     assert not any(word in done.stdout + done.stderr for word in ("zzzz", "panic", "Traceback"))
+
+
+@pytest.mark.parametrize("part", ["template", "label word", "start text", "generated text"])
+def test_a_tokenizer_that_fails_on_another_text_of_the_task_is_refused(
+    honest: Path, tmp_path: Path, part: str
+) -> None:
+    grows = ATTACKS["a letter that grows"]
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=grows))
+    # A decoder may do what a normalizer does.
+    tokenizer = load_tokenizer(sent)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("o", 500 * "o")] * 4)
+    template = f"{SECRET} {{text}}" if part == "template" else "{text} It was"
+    words = SECRET if part == "label word" else "good"
+    task = PromptTask(template, (("bad",), (words,)), 48, allow_multi_token=True, init_text="")
+
+    def read() -> None:
+        reader = TaskReader(task, tokenizer, masked=False, vocabulary=len(tokenizer))
+        if part == "start text":
+            prompt_from_text(load_whole(sent, "fp32", torch.device("cpu")), tokenizer, SECRET, 5)
+        if part == "generated text":
+            reader.texts_of(torch.tensor([tokenizer("good").input_ids]))
+
+    with pytest.raises(ArtifactRefused, match="the model's tokenizer cannot read the texts"):
+        read()
+
+
+def test_a_start_text_without_a_token_of_the_model_is_refused(honest: Path, tmp_path: Path) -> None:
+    sent = hostile(honest, tmp_path, lambda content: content["added_tokens"].append(MARKER))
+    model = load_whole(sent, "fp32", torch.device("cpu"))
+    with pytest.raises(InputError, match="the start text '<br>' has no token of the model"):
+        prompt_from_text(model, load_tokenizer(sent), "<br>", 5)
 
 
 def test_a_private_text_with_a_token_without_an_embedding_is_read(
