@@ -115,6 +115,9 @@ class Engine(Section):
     """Keep and step the student's optimizer in host memory; needs `zero_stage` 1 or more."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    local_checkpoint_folder: FilePath | None = None
+    """A folder on each node's own disk for a second copy of the checkpoints of `distill`. A restart
+    on the same nodes reads the copies, and of the shared storage only hashes and headers."""
     # When a rank counts as lost.
     hang_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
     """Seconds without progress after which a process reports its phase and stack, and exits; a day

@@ -8,7 +8,8 @@ newest are kept.
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 _KEEP = 2
 """Number of checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
 _TENSORS = "state.safetensors"
-_SEAL = "checkpoint.json"
+SEAL = "checkpoint.json"
 
 
 def newest_step(folder: Path) -> int:
@@ -30,12 +31,7 @@ def newest_step(folder: Path) -> int:
 
     A damaged checkpoint is named in the log and deleted.
     """
-    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
-        if is_whole(path):
-            return _step_of(path)
-        log.warning("%s is damaged: going back to the checkpoint before it", path)
-        shutil.rmtree(path)
-    return 0
+    return _newest(_newest_first(folder), is_whole, _discard)
 
 
 def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -130,12 +126,30 @@ def take_up(
     return step
 
 
-def start_step(folder: Path, resume: str, world: World) -> int:
-    """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted."""
-    # Only rank 0 reads the folder, because other ranks could see it half deleted.
+def start_step(
+    folder: Path, resume: str, world: World, whole: Callable[[Path], bool] | None = None
+) -> int:
+    """Return the step to start from. With `resume` of `never`, earlier checkpoints are deleted.
+
+    Args:
+        folder: the folder of all checkpoints.
+        resume: `auto`, or `never`.
+        world: the ranks, which all call this function.
+        whole: returns whether a checkpoint is undamaged. All ranks call it. By default, rank 0
+            reads all files.
+    """
+
+    def read_by_main(path: Path) -> bool:
+        return world.on_main(partial(is_whole, path))
+
+    def discard(path: Path) -> None:
+        world.on_main(partial(_discard, path))
+
+    # Only rank 0 lists the folder, because other ranks could see it half deleted.
     if world.is_main and resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    step = world.from_main(newest_step(folder) if world.is_main else 0)
+    found = world.from_main(_newest_first(folder) if world.is_main else [])
+    step = _newest(found, whole or read_by_main, discard)
     if step:
         # A private search keeps the checkpoints of each trial in a subfolder. The number of trials
         # is private, so the message names only the run.
@@ -151,13 +165,13 @@ def seal(folder: Path, digests: dict[str, str] | None = None) -> None:
         folder: a checkpoint, or what a run made before its first one.
         digests: the digests by name, if they are known.
     """
-    (folder / _SEAL).write_text(json.dumps(digests or file_digests(folder)))
+    (folder / SEAL).write_text(json.dumps(digests or file_digests(folder)))
 
 
 def sealed_digests(folder: Path) -> dict[str, str] | None:
     """Return the digests in a folder's seal, or None if it has no seal that can be read."""
     try:
-        sealed = json.loads((folder / _SEAL).read_text())
+        sealed = json.loads((folder / SEAL).read_text())
     except (OSError, ValueError):
         return None
     return sealed if isinstance(sealed, dict) else None
@@ -170,8 +184,28 @@ def is_whole(folder: Path) -> bool:
         return False
     found = file_digests(folder)
     # The seal does not hold its own hash.
-    found.pop(_SEAL)
+    found.pop(SEAL)
     return sealed == found
+
+
+def _newest(
+    newest_first: list[Path], whole: Callable[[Path], bool], discard: Callable[[Path], None]
+) -> int:
+    """Return the step of the first undamaged checkpoint, and discard those before it."""
+    for path in newest_first:
+        if whole(path):
+            return _step_of(path)
+        discard(path)
+    return 0
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=_step_of, reverse=True)
+
+
+def _discard(path: Path) -> None:
+    log.warning("%s is damaged: going back to the checkpoint before it", path)
+    shutil.rmtree(path)
 
 
 def _step_of(path: Path) -> int:
@@ -180,5 +214,5 @@ def _step_of(path: Path) -> int:
 
 def drop_old(folder: Path) -> None:
     """Delete all checkpoints in a folder but the newest ones."""
-    for old in sorted(folder.glob("step-*"), key=_step_of)[:-_KEEP]:
+    for old in _newest_first(folder)[_KEEP:]:
         shutil.rmtree(old)

@@ -1,11 +1,11 @@
 """Checkpoints of a training engine: the state of the student in one file per rank.
 
 Only the copy of the state into the host's memory stops the training. Each rank then writes and
-hashes its own file in a thread, behind the next steps.
+hashes its own file in a thread, behind the next steps. At a restart each rank reads its own file.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from post_dist.errors import Interrupted
 from post_dist.files import file_digest, flush, put_in_place, writing
-from post_dist.runtime.checkpoint import drop_old, seal
+from post_dist.runtime.checkpoint import SEAL, drop_old, seal, sealed_digests, start_step
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, restore_engine
+from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import phase
 
@@ -50,12 +51,16 @@ class EngineCheckpoints:
         folder: the folder of all checkpoints.
         engine: the training engine.
         world: the ranks.
+        copies: second copies of this rank's files.
     """
 
-    def __init__(self, folder: Path, engine: deepspeed.DeepSpeedEngine, world: World) -> None:
+    def __init__(
+        self, folder: Path, engine: deepspeed.DeepSpeedEngine, world: World, copies: LocalCopies
+    ) -> None:
         self._folder = folder
         self._engine = engine
         self._world = world
+        self._copies = copies
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: _Write | None = None
 
@@ -75,7 +80,8 @@ class EngineCheckpoints:
         files = self._folder / f".step-{step}.partial"
         self._world.on_main(partial(_make_room, files, place))
         file = files / f"rank{self._world.rank}.safetensors"
-        digests = self._thread.submit(_write_file, file, place, engine_state(self._engine))
+        state = engine_state(self._engine)
+        digests = self._thread.submit(_write_file, file, place, state, self._copies)
         self._write = _Write(place, files, digests)
 
     def settle(self) -> None:
@@ -120,7 +126,7 @@ class EngineCheckpoints:
 
 @contextmanager
 def engine_checkpoints(
-    folder: Path, engine: deepspeed.DeepSpeedEngine, world: World
+    folder: Path, engine: deepspeed.DeepSpeedEngine, world: World, copies: LocalCopies
 ) -> Iterator[EngineCheckpoints]:
     """Give the body checkpoints to write, and complete the last one when it ends or is stopped.
 
@@ -128,8 +134,9 @@ def engine_checkpoints(
         folder: the folder of all checkpoints.
         engine: the training engine.
         world: the ranks, which all call this function.
+        copies: second copies of this rank's files.
     """
-    checkpoints = EngineCheckpoints(folder, engine, world)
+    checkpoints = EngineCheckpoints(folder, engine, world, copies)
     try:
         yield checkpoints
     except Interrupted:
@@ -139,12 +146,65 @@ def engine_checkpoints(
     checkpoints.finish()
 
 
-def load_engine(folder: Path, step: int, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Set an engine to the checkpoint at `step`. All ranks call it.
+@dataclass(frozen=True)
+class EngineStart:
+    """What a training engine starts from.
 
-    The number of ranks may differ from that of the run that saved it.
+    Attributes:
+        step: the step to start from; 0 without a checkpoint.
+        files: the files of the checkpoint, those with a copy on this rank's node as the copy.
     """
-    restore_engine(engine, sorted((folder / f"step-{step}").glob("*.safetensors")))
+
+    step: int
+    files: Sequence[Path]
+
+    def restore(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Set an engine to the checkpoint, if there is one. All ranks call it.
+
+        The number of ranks may differ from that of the run that saved it.
+        """
+        if self.step:
+            restore_engine(engine, self.files)
+
+
+def engine_start(folder: Path, resume: str, world: World, copies: LocalCopies) -> EngineStart:
+    """Return the newest undamaged checkpoint. All ranks call it, and each reads its own file.
+
+    Args:
+        folder: the folder of all checkpoints.
+        resume: `auto`, or `never` to delete earlier checkpoints.
+        world: the ranks.
+        copies: second copies of this rank's files, which are read instead of them.
+    """
+    files: list[Path] = []
+
+    def whole(place: Path) -> bool:
+        found = _undamaged_files(place, world, copies)
+        files[:] = found or []
+        return not world.any(found is None)
+
+    step = start_step(folder, resume, world, whole)
+    return EngineStart(step, files)
+
+
+def _undamaged_files(place: Path, world: World, copies: LocalCopies) -> list[Path] | None:
+    """Return the files of a checkpoint, or None if this rank's share of them is damaged."""
+    sealed = sealed_digests(place)
+    if sealed is None:
+        return None
+    # In the order of the ranks that wrote them, so that each rank reads its own one.
+    names = sorted(sealed, key=lambda name: (len(name), name))
+    files = [place / name for name in names]
+    if {path.name for path in place.iterdir()} != {SEAL, *names}:
+        return None
+    for number in range(world.rank, len(names), world.size):
+        digest = sealed[names[number]]
+        copy = copies.find(digest)
+        if copy is not None:
+            files[number] = copy
+        elif file_digest(files[number], partial(phase, f"reading {place.name}")) != digest:
+            return None
+    return files
 
 
 def _make_room(files: Path, place: Path) -> None:
@@ -153,7 +213,9 @@ def _make_room(files: Path, place: Path) -> None:
         files.mkdir(parents=True)
 
 
-def _write_file(file: Path, place: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _write_file(
+    file: Path, place: Path, tensors: dict[str, torch.Tensor], copies: LocalCopies
+) -> dict[str, str]:
     """Write a rank's file to the disk, and return its digest by its name.
 
     It runs in a thread. Rank 0 alone would need a minute to hash the files of a large student.
@@ -163,4 +225,6 @@ def _write_file(file: Path, place: Path, tensors: dict[str, torch.Tensor]) -> di
     with writing(place):
         save_file(tensors, file)
         flush(file)
-        return {file.name: file_digest(file)}
+        digest = file_digest(file)
+    copies.keep(tensors, digest)
+    return {file.name: digest}

@@ -240,11 +240,18 @@ def relative_difference(loss: float, expected: float) -> float:
     return abs(loss - expected) / expected
 
 
-def resume(base: Path, broken: Run, detected: float, expected: Expected, size: int = 2) -> Outcome:
+def resume(
+    base: Path,
+    broken: Run,
+    detected: float,
+    expected: Expected,
+    size: int = 2,
+    *settings: str,
+) -> Outcome:
     """Start the command again, and compare the result."""
     done = broken.steps_written()
     began = time.monotonic()
-    again = start(base, broken.output, size)
+    again = start(base, broken.output, size, None, *settings)
     again.wait_for_more_than(len(done))
     resumed = time.monotonic() - began
     codes, _ = again.wait()
@@ -372,6 +379,38 @@ def with_a_damaged_start(base: Path, output: Path, expected: Expected) -> Outcom
     return outcome
 
 
+def with_copies_on_the_node(base: Path, output: Path, expected: Expected) -> Outcome:
+    """Flip a bit of each rank's newest file, whose copies on the node are read instead."""
+    copies = f"engine.local_checkpoint_folder={output}/node"
+    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]}, copies)
+    _, detected = run.wait()
+    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    digests = json.loads((newest / "checkpoint.json").read_text())
+    for name in digests:
+        flip(newest / name)
+    kept = list(output.glob("node/tiny/distill-*/*.safetensors"))
+    assert {path.stem.partition("-")[2] for path in kept} >= set(digests.values())
+    outcome = resume(base, run, detected, expected, 2, copies)
+    assert f"resuming from step {checkpoint_step(newest)}" in run.log()
+    assert not list(output.glob("node/tiny/distill-*/*")), "copies of a finished run"
+    return outcome
+
+
+def with_damaged_copies(base: Path, output: Path, expected: Expected) -> Outcome:
+    """Flip a bit of each copy on the node. The files of the checkpoint are read."""
+    copies = f"engine.local_checkpoint_folder={output}/node"
+    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]}, copies)
+    _, detected = run.wait()
+    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    for path in output.glob("node/tiny/distill-*/*.safetensors"):
+        flip(path)
+    outcome = resume(base, run, detected, expected, 2, copies)
+    said = run.log()
+    assert "is damaged: the original is read" in said
+    assert f"resuming from step {checkpoint_step(newest)}" in said
+    return outcome
+
+
 def other_world_sizes(base: Path, output: Path, expected: Expected) -> Outcome:
     """Run on two ranks, then on one, then on two; each is stopped by SIGTERM."""
     run = start(base, output)
@@ -461,6 +500,8 @@ def rows(times: int) -> Iterator[tuple[str, int, Broken]]:
             name = f"newest checkpoint's {file} {kind}"
             yield name, 1, with_arguments(with_a_damaged_file, file, damage)
     yield "untrained student flipped", 1, with_a_damaged_start
+    yield "newest checkpoint flipped, copies on the node", 1, with_copies_on_the_node
+    yield "copies on the node flipped", 1, with_damaged_copies
     for zero_stage in (1, 3):
         name = f"loss not finite once, ZeRO-{zero_stage}{ANOTHER}"
         yield name, 1, with_arguments(spoiled_once, zero_stage)

@@ -18,6 +18,7 @@ QUICK = (
     "SIGTERM",
     "newest checkpoint's rank1.safetensors flipped",
     "untrained student flipped",
+    "newest checkpoint flipped, copies on the node",
     "loss not finite once, ZeRO-3 *",
     "2 ranks, then 1, then 2 *",
 )

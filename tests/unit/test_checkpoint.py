@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from post_dist.errors import InputError
-from post_dist.files import write_file
+from post_dist.files import file_digest, write_file
 from post_dist.runtime import checkpoint, engine_checkpoint
 from post_dist.runtime.checkpoint import (
     load_tensors,
@@ -19,6 +20,7 @@ from post_dist.runtime.checkpoint import (
     take_up,
 )
 from post_dist.runtime.distributed import World
+from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.optimizers import averaging_from, make_optimizer, result_of
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -151,3 +153,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     code, _, err = main("distill", run, f"--set=distill.steps={steps}", *settings)
     assert code == 0, err
     assert saved == [(2, True), (4, True), (6, True)]
+
+
+def test_a_rank_keeps_two_copies_on_its_node(tmp_path: Path) -> None:
+    copies = [LocalCopies(tmp_path / "node", rank) for rank in (1, 10)]
+    digests = {}
+    for step in (1, 2, 3):
+        for rank, each in enumerate(copies):
+            tensors = {"a": torch.full((4,), float(step + 10 * rank))}
+            save_file(tensors, tmp_path / "original")
+            digests[rank, step] = file_digest(tmp_path / "original")
+            each.keep(tensors, digests[rank, step])
+    # A copy is found by its digest, whichever rank asks.
+    found = {key for key, digest in digests.items() if copies[0].find(digest)}
+    assert found == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    copies[0].clear()
+    assert {path.name.partition("-")[0] for path in (tmp_path / "node").iterdir()} == {"rank10"}
+
+
+def test_a_copy_that_cannot_be_written_is_only_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "node").write_text("a file in the place of the folder")
+    LocalCopies(tmp_path / "node", 0).keep({"a": torch.zeros(1)}, "0" * 64)
+    assert "no second copy of the checkpoint on this node" in caplog.text

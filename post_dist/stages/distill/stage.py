@@ -24,9 +24,10 @@ from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerpr
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import check_cut, write_student
-from post_dist.runtime.checkpoint import is_whole, seal, sealed_digests, start_step
+from post_dist.runtime.checkpoint import is_whole, seal, sealed_digests
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_checkpoint import engine_checkpoints, load_engine
+from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
+from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
@@ -93,7 +94,8 @@ def distill(
     config = folder.config
     _, student_section = required_sections(config)
     section = config.distill
-    first_step = start_step(folder.checkpoints, resume, world)
+    copies = LocalCopies(_copies_folder(folder), world.rank)
+    begun = engine_start(folder.checkpoints, resume, world, copies)
 
     corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
     model = teacher.model
@@ -101,13 +103,12 @@ def distill(
     precision = choose_precision(config.engine, world.device)
 
     # Choose layers, and make the student from them.
-    untrained = _write_untrained(folder, teacher, corpus, world, resumes=first_step > 0)
+    untrained = _write_untrained(folder, teacher, corpus, world, resumes=begun.step > 0)
     student = load_whole(untrained, precision, world.device)
     layers = student.model.config.post_dist_layers
     check_cut(model, student, layers)
     engine = student_engine(student, config, student_section, precision, world)
-    if first_step:
-        load_engine(folder.checkpoints, first_step, engine)
+    begun.restore(engine)
 
     # Train. With a cache, the teacher runs once over the corpus before the first step.
     text = DistillationText(corpus, masking_for(model, tokenizer, config), world.device)
@@ -117,9 +118,9 @@ def distill(
         maker = SignalMaker(model, section, student_section, config.seed)
         source = cache_teacher(folder.path.parent, teacher_digest, maker, corpus, world)
     student_step = StudentStep(engine, text, source, section, world)
-    with engine_checkpoints(folder.checkpoints, engine, world) as checkpoints:
+    with engine_checkpoints(folder.checkpoints, engine, world, copies) as checkpoints:
         job = DistillationJob(student_step, checkpoints, folder, world)
-        run_training(job, first_step, world, EverySteps(section.checkpoint_every_steps))
+        run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
 
     # Evaluate the student on the held-out split, which a cache does not cover.
     metrics = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
@@ -146,6 +147,7 @@ def distill(
         _write_artifact(folder.artifact, teacher, whole, precision, settings)
 
     world.on_main(write)
+    copies.clear()
 
 
 def write_signals(
@@ -187,6 +189,12 @@ def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[C
     percent = 100 * shard_share(model)
     log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
     return corpus, _Teacher(folder, digest, model, tokenizer)
+
+
+def _copies_folder(folder: RunFolder) -> Path | None:
+    """Return the folder of a run's second copies on each node, or None if it keeps none."""
+    place = folder.config.engine.local_checkpoint_folder
+    return place and place / folder.path.parent.name / folder.path.name
 
 
 def _write_untrained(

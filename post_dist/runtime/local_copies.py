@@ -1,0 +1,73 @@
+"""Second copies of a rank's checkpoint files, on the own disk of its node."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from post_dist.errors import PostDistError
+from post_dist.files import file_digest, write_file
+from post_dist.runtime.watchdog import phase
+
+log = logging.getLogger(__name__)
+
+_KEEP = 2
+"""Number of copies to keep, as many as there are checkpoints."""
+
+
+class LocalCopies:
+    """The copies of one rank. A restart on the same node reads them in place of the originals.
+
+    A copy is named by its digest, so it belongs to a checkpoint of any earlier layout of the ranks.
+
+    Args:
+        folder: the folder of this run's copies; None keeps none.
+        rank: this rank. Ranks of a node share the folder.
+    """
+
+    def __init__(self, folder: Path | None, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+
+    def keep(self, tensors: dict[str, torch.Tensor], digest: str) -> None:
+        """Write a copy, and delete older ones of this rank.
+
+        Args:
+            tensors: the contents of the file.
+            digest: the digest of the file.
+        """
+        if self._folder is None:
+            return
+        copy = self._folder / f"rank{self._rank}-{digest}.safetensors"
+        try:
+            # An earlier run of the same name may have left its own.
+            for old in self._own()[: 1 - _KEEP]:
+                old.unlink()
+            write_file(copy, lambda partial: save_file(tensors, partial))
+        except (PostDistError, OSError) as error:
+            # The checkpoint itself is on the shared storage.
+            log.warning("no second copy of the checkpoint on this node: %s", error)
+
+    def find(self, digest: str) -> Path | None:
+        """Return an undamaged copy of a file by the file's digest, or None if there is none."""
+        if self._folder is None:
+            return None
+        for copy in self._folder.glob(f"*-{digest}.safetensors"):
+            if file_digest(copy, partial(phase, "reading a copy")) == digest:
+                return copy
+            log.warning("%s is damaged: the original is read", copy)
+        return None
+
+    def clear(self) -> None:
+        """Delete this rank's copies, of which a finished run has no use."""
+        for copy in self._own():
+            copy.unlink(missing_ok=True)
+
+    def _own(self) -> list[Path]:
+        """Return this rank's copies, the oldest first."""
+        if self._folder is None:
+            return []
+        own = self._folder.glob(f"rank{self._rank}-*.safetensors")
+        return sorted(own, key=lambda copy: copy.stat().st_mtime_ns)
