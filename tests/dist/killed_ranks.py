@@ -240,15 +240,15 @@ def relative_difference(loss: float, expected: float) -> float:
     return abs(loss - expected) / expected
 
 
-def resume(base: Path, broken: Run, detected: float, expected: Expected, size: int = 2) -> Outcome:
+def resume(base: Path, broken: Run, detected: float, expected: Expected, *settings: str) -> Outcome:
     """Start the command again, and compare the result."""
     done = broken.steps_written()
     began = time.monotonic()
-    again = start(base, broken.output, size)
+    again = start(base, broken.output, 2, None, *settings)
     again.wait_for_more_than(len(done))
     resumed = time.monotonic() - began
     codes, _ = again.wait()
-    assert codes == [0] * size, again.log()[-3000:]
+    assert codes == [0, 0], again.log()[-3000:]
 
     written = again.steps_written()
     first_again = written[len(done)]
@@ -267,12 +267,30 @@ def resume(base: Path, broken: Run, detected: float, expected: Expected, size: i
     )
 
 
-def killed(base: Path, output: Path, expected: Expected, kill: Prepare, rank: int) -> Outcome:
-    run = start(base, output, 2, {rank: kill})
+def killed(
+    base: Path, output: Path, expected: Expected, kill: Prepare, rank: int, *settings: str
+) -> Outcome:
+    run = start(base, output, 2, {rank: kill}, *settings)
     codes, detected = run.wait()
     assert codes[rank] == -signal.SIGKILL, f"rank {rank} was not killed: {codes}"
     assert codes[1 - rank] == 3, f"the other rank: {codes}, {run.log()[-3000:]}"
-    return resume(base, run, detected, expected)
+    return resume(base, run, detected, expected, *settings)
+
+
+SERVED_BY_TWOS = (
+    "distill.micro_batch_size_per_gpu=1",
+    "distill.teacher_micro_batch_size_per_gpu=2",
+)
+
+
+def within_a_pass_of_the_teacher(base: Path, output: Path, expected: Expected) -> Outcome:
+    """Die before the second micro-batch that one pass of the teacher serves."""
+    # Micro-batches of another size round sums differently, so these settings have their own result.
+    alone = start(base, output / "alone", 2, None, *SERVED_BY_TWOS)
+    assert alone.wait()[0] == [0, 0], alone.log()[-3000:]
+    kill = before_call(DistillationModel, "forward", lambda: 2 * random_step())
+    rank = random.randrange(2)
+    return killed(base, output / "killed", result(alone), kill, rank, *SERVED_BY_TWOS)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -451,6 +469,7 @@ def rows(times: int) -> Iterator[tuple[str, int, Broken]]:
     """Yield the rows of the table: a name, how often it is run, and what breaks the run."""
     for name in KILLS:
         yield name, times, with_kill(name)
+    yield "SIGKILL within a pass of the teacher", times, within_a_pass_of_the_teacher
     for by in (signal.SIGTERM, signal.SIGUSR2):
         yield by.name, 1, with_arguments(asked_to_stop, by)
     yield "SIGSTOP for 30 s, watchdog at 15 s", 1, stopped_for_30_seconds
