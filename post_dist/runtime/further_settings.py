@@ -1,5 +1,7 @@
 """Check the run file's `engine.deepspeed` by DeepSpeed's own model of its settings."""
 
+from typing import Any
+
 from pydantic import ValidationError
 
 from post_dist.config.schema import Engine
@@ -24,8 +26,9 @@ def further_conflicts(engine: Engine) -> list[Conflict]:
     found = []
     for key in sorted(given.keys() - known):
         found.append(Conflict(f"{_PLACE}: DeepSpeed has no setting {key}", "leave it out"))
+    values: dict[str, Any] = {key: value for key, value in given.items() if key in known}
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in given.items() if key in known})
+        DeepSpeedZeroConfig(**values)
     except ValidationError as error:
         for problem in error.errors():
             place = ".".join([_PLACE, *map(str, problem["loc"])])
