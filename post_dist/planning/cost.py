@@ -244,6 +244,9 @@ def distill_bytes(
     trunk = gathered_bytes(teacher.without_one_table.weights, sharding.group, each)
     gather = teacher_passes * trunk
     reduce = reduced_bytes(trained, ranks, each)
+    # ZeRO-2 reduces in each pass, because a rank keeps no other gradients than its own.
+    if zero_stage == 2:
+        reduce *= passes
     # ZeRO-1 and 2: each rank steps its part of the weights, and then all of them are exchanged.
     if zero_stage in (1, 2):
         gather += gathered_bytes([trained], ranks, each)

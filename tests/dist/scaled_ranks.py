@@ -26,7 +26,7 @@ SETTINGS = {
     "ZeRO-3, frozen block": ["engine.zero_stage=3", "student.frozen_lower_layers=1"],
     "two passes": ["engine.zero_stage=1", "distill.micro_batch_size_per_gpu=1"],
     "passes served by twos": [
-        "engine.zero_stage=1",
+        "engine.zero_stage=2",
         "distill.micro_batch_size_per_gpu=1",
         "distill.teacher_micro_batch_size_per_gpu=2",
     ],
