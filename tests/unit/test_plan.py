@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+# `plan` may load DeepSpeed, and its first import prints a line.
+import deepspeed  # noqa: F401
 import pytest
 import yaml
 from transformers import LlamaConfig
@@ -223,9 +225,9 @@ def test_a_teacher_s_micro_batch_that_is_too_large_is_made_smaller(
     _, plan = planned(
         main,
         run,
-        "--nodes=1",
-        "--set=distill.batch_size=512",
-        "--set=distill.teacher_micro_batch_size_per_gpu=64",
+        "--nodes=8",
+        "--set=distill.batch_size=8192",
+        "--set=distill.teacher_micro_batch_size_per_gpu=128",
     )
     assert plan["nearest_that_fits"] == {"distill.teacher_micro_batch_size_per_gpu": "4"}
 
