@@ -37,7 +37,7 @@ ADMITTED = "admitted"
 """Folder beside the runs with the checked copies of students from other parties."""
 LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
-_LATER_FIELDS = {"deduplicate"}
+_LATER_FIELDS = {"deduplicate", "deepspeed"}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
 
 _NAME_KEY = ".name_key"
@@ -45,9 +45,13 @@ _KEY_BYTES = 32
 
 _LAYOUT = {
     "corpus": {"workers"},
-    "distill": {"micro_batch_size_per_gpu", "checkpoint_every_steps"},
+    "distill": {
+        "micro_batch_size_per_gpu",
+        "teacher_micro_batch_size_per_gpu",
+        "checkpoint_every_steps",
+    },
     "transfer": {"prompts_at_once"},
-    "engine": set(Engine.model_fields) - {"precision", "quantized_gathers"},
+    "engine": set(Engine.model_fields) - {"precision", "quantized_gathers", "deepspeed"},
 }
 """Fields that only divide the work. A run may resume with other values of them.
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from post_dist.config.assets import asset
 from post_dist.config.precision import Precision
@@ -16,14 +16,23 @@ _SWAP_BUFFERS = 8
 """Number of shards that are copied between disk and memory at once."""
 
 _LARGEST_BUCKET = 500_000_000
-"""Maximum bucket size in elements; DeepSpeed's default. DeepSpeed allocates the whole bucket (1 GiB
-in bf16) for any model."""
+"""Most elements of all reduction buffers together; DeepSpeed's default for one. DeepSpeed allocates
+them whole (1 GiB in bf16) for any model."""
 
 
-def preset(name: str) -> dict[str, Any]:
-    """Return the contents of `ds_configs/NAME.json`."""
+def preset(name: Literal["frozen", "train"], engine: Engine) -> dict[str, Any]:
+    """Return `ds_configs/NAME.json` with the settings of `engine.deepspeed`."""
     settings: dict[str, Any] = json.loads(asset(f"ds_configs/{name}.json").read_text())
-    return settings
+    if engine.deepspeed is None:
+        return settings
+    further = engine.deepspeed.model_dump(exclude_none=True)
+    settings["zero_optimization"] |= further.pop("zero_optimization")
+    return settings | further
+
+
+def overlaps(engine: Engine) -> bool:
+    """Return whether collectives may run beside computation, for frozen models and the student."""
+    return bool(preset("train", engine)["zero_optimization"]["overlap_comm"])
 
 
 def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def frozen_settings(engine: Engine, precision: Precision, largest_shard: int) ->
         largest_shard: number of elements in the largest shard of a weight. The buffers between disk
             and memory must have room for it.
     """
-    settings = preset("frozen")
+    settings = preset("frozen", engine)
     zero = settings["zero_optimization"]
     zero["zero_quantized_weights"] = engine.quantized_gathers
     if engine.offload != "none":
@@ -64,17 +73,17 @@ def training_settings(
     """Return the settings for the student's engine.
 
     Args:
-        engine: the run file's section `engine`, for ZeRO stage and optimizer offload.
+        engine: the run file's section `engine`.
         precision: precision of the forward and backward passes.
-        trained: number of trained elements, which sets the size of the reduction bucket.
+        trained: number of trained elements, which sets the size of the reduction buffers.
         micro_batch_size: number of sequences in one forward pass on one GPU.
         accumulation_steps: number of micro-batches in one step on one GPU.
         max_grad_norm: norm to which the gradient of a step is clipped.
     """
-    settings = preset("train")
+    settings = preset("train", engine)
     zero = settings["zero_optimization"]
     zero["stage"] = engine.zero_stage
-    zero["reduce_bucket_size"] = bucket_elements(trained)
+    zero["reduce_bucket_size"] = reduce_buffers(engine, trained).elements
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         # Otherwise DeepSpeed requires its own Adam, which it compiles at the first start.
@@ -85,9 +94,20 @@ def training_settings(
     return settings | _precision(precision)
 
 
-def bucket_elements(trained: int) -> int:
-    """Return the number of gradient elements that ZeRO reduces at once from one buffer."""
-    return min(trained, _LARGEST_BUCKET)
+class ReduceBuffers(NamedTuple):
+    """The buffers from which ZeRO reduces gradients: their number, and the elements of each."""
+
+    count: int
+    elements: int
+
+
+def reduce_buffers(engine: Engine, trained: int) -> ReduceBuffers:
+    """Return the buffers of a student with this number of trained elements, for ZeRO-1 and up."""
+    zero = preset("train", engine)["zero_optimization"]
+    # With overlap, ZeRO-1 and 2 fill one buffer while they reduce the other.
+    count = 2 if overlaps(engine) and engine.zero_stage < 3 else 1
+    together = min(trained, _LARGEST_BUCKET)
+    return ReduceBuffers(count, zero.get("reduce_bucket_size", math.ceil(together / count)))
 
 
 def _precision(precision: Precision) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from post_dist.config.further_settings import FurtherSettings
 from post_dist.config.precision import PrecisionChoice
 from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
 
@@ -91,7 +92,7 @@ class Student(Section):
 class Engine(Section):
     """The layout of the models over the ranks, by DeepSpeed.
 
-    Only `precision` and `quantized_gathers` change results by more than rounding.
+    Only `precision`, `quantized_gathers` and `deepspeed` change results by more than rounding.
     """
 
     # How models are split over the ranks.
@@ -118,6 +119,9 @@ class Engine(Section):
     local_checkpoint_folder: FilePath | None = None
     """A folder on each node's own disk for a second copy of the checkpoints of `distill`. A restart
     on the same nodes reads the copies, and of the shared storage only hashes and headers."""
+    deepspeed: FurtherSettings | None = None
+    """Further settings of DeepSpeed. Private tuning runs without DeepSpeed and does not read
+    them."""
     # When a rank counts as lost.
     hang_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
     """Seconds without progress after which a process reports its phase and stack, and exits; a day

@@ -301,6 +301,9 @@ class RunConfig(Section):
         # A stage with private data knows no tracker. The signature does not cover the section.
         if "private_task" not in STAGE_SECTIONS[stage]:
             kept["tracking"] = self.tracking
+        # Private tuning is one process without DeepSpeed.
+        if stage == "tune":
+            kept["engine"] = self.engine.model_copy(update={"deepspeed": None})
         if not self.privacy.enabled:
             # A plan that is not used must not change the signature of the stage.
             kept.pop("privacy", None)

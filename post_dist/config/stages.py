@@ -53,6 +53,10 @@ class Distill(Section):
     micro_batch_size_per_gpu: PositiveInt = 8
     """Maximum number of sequences in one forward pass on one GPU. A larger batch takes several
     passes, whose gradients are accumulated."""
+    teacher_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Maximum number of sequences in one forward pass of the teacher on one GPU: a multiple of
+    `micro_batch_size_per_gpu`. One gather of the teacher's weights then serves several passes of
+    the student. Default: `micro_batch_size_per_gpu`."""
     learning_rate: PositiveFloat = 2.5e-4
     """Highest learning rate of AdamW, after the warm-up. It then decays linearly to zero."""
     warmup_share: Fraction = 0.05
@@ -79,6 +83,29 @@ class Distill(Section):
     students of this teacher then do not run it. `hidden` keeps hidden states: exact, some KB per
     token. `sampled` keeps samples of its softened distribution: unbiased, 116 bytes per token.
     Students that share a `hidden` cache must freeze the same number of lower layers."""
+
+    @model_validator(mode="after")
+    def _teacher_runs_over_whole_micro_batches(self) -> "Distill":
+        of_teacher = self.teacher_micro_batch_size_per_gpu
+        if of_teacher is None:
+            return self
+        if of_teacher % self.micro_batch_size_per_gpu:
+            raise ValueError(
+                f"teacher_micro_batch_size_per_gpu: {of_teacher} is not a multiple of "
+                f"micro_batch_size_per_gpu ({self.micro_batch_size_per_gpu})"
+            )
+        if self.cache != "none":
+            raise ValueError(
+                "teacher_micro_batch_size_per_gpu is for cache: none; "
+                "a cache is written with micro_batch_size_per_gpu, which a run may change later"
+            )
+        return self
+
+    @property
+    def micro_batches_per_teacher_pass(self) -> int:
+        """The number of the student's micro-batches that one pass of the teacher serves."""
+        of_teacher = self.teacher_micro_batch_size_per_gpu or self.micro_batch_size_per_gpu
+        return of_teacher // self.micro_batch_size_per_gpu
 
     def layers_in_teacher(self, student: Student) -> int:
         """Return the number of frozen layers that run in the teacher only.

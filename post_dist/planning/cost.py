@@ -222,17 +222,19 @@ def distill_bytes(
     trained: int,
     zero_stage: int,
     passes: int,
+    teacher_passes: int,
 ) -> dict[str, float]:
     """Compute the bytes that a rank receives in a step of distillation.
 
     Args:
-        teacher: gathered once per pass without its head, because the student has the same head.
+        teacher: gathered in each of its passes, without its head: the student has the same head.
         student: the student above its frozen layers. ZeRO-3 gathers it once per pass: the backward
             pass uses what the forward pass has gathered, up to 1e9 weights.
         sharding: how weights are spread over the ranks.
         trained: number of elements that are trained.
         zero_stage: ZeRO stage of the student.
         passes: number of micro-batches.
+        teacher_passes: number of the teacher's passes; one may serve several micro-batches.
 
     Returns:
         Bytes to `gather` weights and to `reduce` gradients.
@@ -240,8 +242,11 @@ def distill_bytes(
     each = sharding.bytes_each
     ranks = sharding.ranks
     trunk = gathered_bytes(teacher.without_one_table.weights, sharding.group, each)
-    gather = passes * trunk
+    gather = teacher_passes * trunk
     reduce = reduced_bytes(trained, ranks, each)
+    # ZeRO-2 reduces in each pass, because a rank keeps no other gradients than its own.
+    if zero_stage == 2:
+        reduce *= passes
     # ZeRO-1 and 2: each rank steps its part of the weights, and then all of them are exchanged.
     if zero_stage in (1, 2):
         gather += gathered_bytes([trained], ranks, each)

@@ -1,5 +1,6 @@
 """The plan of distillation: a sharded teacher, and a student that all ranks train."""
 
+import math
 from dataclasses import dataclass
 
 from post_dist.config.schema import Student
@@ -33,6 +34,7 @@ class _Work:
     Attributes:
         student: the run file's section `student`.
         passes: number of micro-batches.
+        served: number of micro-batches that one pass of the teacher serves.
         sequences_at_once: sequences of one micro-batch.
         length: tokens of one sequence.
         teacher_share: share of the sequences that the teacher runs over; 1 without a cache.
@@ -41,6 +43,7 @@ class _Work:
 
     student: Student
     passes: int
+    served: int
     sequences_at_once: int
     length: int
     teacher_share: float
@@ -55,6 +58,11 @@ class _Work:
     def tokens_at_once(self) -> int:
         """Tokens of one micro-batch."""
         return self.sequences_at_once * self.length
+
+    @property
+    def teacher_passes(self) -> float:
+        """Passes of the teacher in a step. With a cache, a mean over all steps."""
+        return self.teacher_share * math.ceil(self.passes / self.served)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     flops = _flops(inputs, work)
     traffic = _traffic(inputs, work)
     seconds = _seconds(inputs, work, flops, traffic)
-    step = seconds.of_step(overlap=inputs.machine.hardware.overlap)
+    step = seconds.of_step(overlap=inputs.overlap)
     memory, moments = _memory(inputs, work)
 
     # The whole stage.
@@ -202,6 +210,7 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
     return _Work(
         student=student,
         passes=len(own),
+        served=min(section.micro_batches_per_teacher_pass, len(own)),
         sequences_at_once=max(len(batch.rows) for batch in own),
         length=corpus.sequence_length,
         teacher_share=share,
@@ -255,15 +264,16 @@ def _traffic(inputs: PlanInputs, work: _Work) -> _Traffic:
         trained=models.trained,
         zero_stage=inputs.config.engine.zero_stage,
         passes=work.passes,
+        # The teacher is counted separately: its gathers hide behind another computation.
+        teacher_passes=0,
     )
-    # The teacher is counted separately, because a cached teacher runs over some sequences only.
     trunk = models.teacher.without_one_table
-    of_teacher = work.passes * cost.gathered_bytes(trunk.weights, inputs.group, inputs.bytes_each)
+    gathered = cost.gathered_bytes(trunk.weights, inputs.group, inputs.bytes_each)
     return _Traffic(
-        gather_teacher=work.teacher_share * of_teacher,
-        gather_student=moved["gather"] - of_teacher,
+        gather_teacher=work.teacher_passes * gathered,
+        gather_student=moved["gather"],
         reduce=moved["reduce"],
-        fetch=work.teacher_share * work.passes * fetched_bytes(inputs, [trunk]),
+        fetch=work.teacher_passes * fetched_bytes(inputs, [trunk]),
     )
 
 
@@ -282,7 +292,7 @@ def _seconds(
     hardware = machine.hardware
     rate = inputs.flops_per_second
     # One collective a layer, in each pass of the teacher.
-    gathers = work.teacher_share * work.passes * len(inputs.models.teacher.layers)
+    gathers = work.teacher_passes * len(inputs.models.teacher.layers)
     # The student's gradients and weights take one collective each.
     reduced = traffic.reduce + traffic.gather_student
     # The signal is written once, by the teacher, and read in every step.
@@ -328,7 +338,10 @@ def _memory(inputs: PlanInputs, work: _Work) -> tuple[dict[str, float], list[tup
     # The teacher keeps no activations for a backward pass: one layer's are alive at a time.
     memory = frozen_memory(models.teacher, engine, inputs.group, each)
     in_a_layer = cost.activation_elements(models.teacher)
-    memory["teacher_activations"] = in_a_layer * tokens * each / GIB
+    memory["teacher_activations"] = in_a_layer * work.served * tokens * each / GIB
+    # Of a single micro-batch they are small beside its activations.
+    if work.served > 1:
+        memory["teacher_hidden_states"] = _hidden_state_bytes(inputs, work) / GIB
     memory |= student_memory(
         engine,
         models.upper,
@@ -356,6 +369,19 @@ def _memory(inputs: PlanInputs, work: _Work) -> tuple[dict[str, float], list[tup
     if engine.zero_stage < 3:
         student_backward.append("gradient_bucket")
     return memory, [teacher_forward, student_loss, tuple(student_backward)]
+
+
+def _hidden_state_bytes(inputs: PlanInputs, work: _Work) -> float:
+    """Compute the bytes of the teacher's outputs that wait for the student."""
+    # The student reads a copy of its own micro-batch. The last good one stays too, to stand in for
+    # one whose loss is not finite.
+    kept = work.served + 2
+    # The student also starts from the output of a frozen lower block.
+    states = 1
+    if inputs.config.distill.layers_in_teacher(work.student):
+        states = 2
+    width = inputs.models.teacher.width
+    return kept * states * work.tokens_at_once * width * inputs.bytes_each
 
 
 def _host_bytes(inputs: PlanInputs) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from post_dist.config.deepspeed import overlaps
 from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
@@ -81,6 +82,11 @@ class PlanInputs:
     def sharding(self) -> Sharding:
         """The division of the weights among the ranks."""
         return Sharding(self.machine.ranks, self.group, self.bytes_each)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether collectives run beside computation: by the hardware and by DeepSpeed."""
+        return self.machine.hardware.overlap and overlaps(self.config.engine)
 
     @property
     def flops_per_second(self) -> float:

@@ -5,7 +5,7 @@ Some parts exist only at some moments of a step. The run fits if its fullest mom
 
 from collections.abc import Mapping, Sequence
 
-from post_dist.config.deepspeed import bucket_elements, preset
+from post_dist.config.deepspeed import preset, reduce_buffers
 from post_dist.config.schema import Engine
 from post_dist.losses.pieces import LOGITS_ON_GPU
 from post_dist.models.size import ModelSize
@@ -37,7 +37,7 @@ def frozen_memory(size: ModelSize, engine: Engine, group: int, bytes_each: int) 
     if group == 1 and not offloaded:
         return held
     # DeepSpeed keeps up to `max_live` gathered weights beside the layer that runs.
-    settings = preset("frozen")["zero_optimization"]
+    settings = preset("frozen", engine)["zero_optimization"]
     whole = min(size.parameters, settings["stage3_max_live_parameters"] + size.largest_layer)
     prefetched = min(size.parameters, settings["stage3_prefetch_bucket_size"])
     gathered = (whole * bytes_each / GIB, prefetched * bytes_each / GIB)
@@ -79,13 +79,14 @@ def student_memory(
     of_adam = cost.ADAM_BYTES - 4 * (bytes_each == 4 and stage == 0)
     optimizer = 0.0 if engine.offload_optimizer else of_adam * trained / optimizer_shards
 
+    buffers = reduce_buffers(engine, trained)
     # ZeRO-3 gathers the whole student for a pass (see `cost.distill_bytes`).
     whole = student.parameters * bytes_each
     held = {
         "student_weights": whole / weight_shards,
         "student_gathered": whole * (stage == 3 and ranks > 1),
         "student_gradients": trained * bytes_each / gradient_shards,
-        "gradient_bucket": bucket_elements(trained) * bytes_each * (stage >= 1),
+        "gradient_bucket": buffers.count * buffers.elements * bytes_each * (stage >= 1),
         "student_optimizer": optimizer,
         "activations": activations,
         "logits": 2 * min(LOGITS_ON_GPU, tokens * student.vocabulary) * 4,

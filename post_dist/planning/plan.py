@@ -14,7 +14,7 @@ from post_dist.models.size import ModelSize
 from post_dist.planning.corpus import plan_corpus
 from post_dist.planning.distill import plan_distill
 from post_dist.planning.estimate import StageEstimate, stage_numbers
-from post_dist.planning.hardware import Hardware, Machine
+from post_dist.planning.hardware import Machine
 from post_dist.planning.inputs import PlanInputs, models_of
 from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.transfer import plan_transfer
@@ -62,7 +62,7 @@ def plan_run(
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "not_counted": _not_counted(config),
         "conflicts": conflicts,
-        "assumptions": _assumptions(machine.hardware, precision),
+        "assumptions": _assumptions(inputs),
     }
 
 
@@ -86,16 +86,17 @@ def _not_counted(config: RunConfig) -> list[str]:
     return found
 
 
-def _assumptions(hardware: Hardware, precision: Precision) -> dict[str, float]:
+def _assumptions(inputs: PlanInputs) -> dict[str, float]:
     """Return the rates that the plan assumes."""
+    hardware = inputs.machine.hardware
     return {
-        "teraflops_reached": hardware.flops_per_second(precision) / 1e12,
+        "teraflops_reached": inputs.flops_per_second / 1e12,
         "gb_per_second_in_a_node": hardware.bytes_per_second("node") / 1e9,
         "gb_per_second_between_nodes": hardware.bytes_per_second("network") / 1e9,
         "gb_per_second_from_the_host": hardware.host_bytes_per_second() / 1e9,
         "gpu_hours_between_failures": GPU_HOURS_BETWEEN_FAILURES,
         "checkpoint_gb_per_second": STORAGE_GB_PER_SECOND,
-        "collectives_beside_computation": hardware.overlap,
+        "collectives_beside_computation": inputs.overlap,
     }
 
 
@@ -156,10 +157,14 @@ def nearest_that_fits(
 
 def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     """Yield the changes to try, from the cheapest to the most expensive."""
-    # A smaller micro-batch costs nothing but smaller matrix products.
-    for size in _SMALLER_MICRO_BATCHES:
-        if size < config.distill.micro_batch_size_per_gpu:
-            yield _Change("distill", {"micro_batch_size_per_gpu": size}, machine)
+    # A smaller micro-batch costs nothing but smaller matrix products, and gathers of the teacher.
+    at_most = config.distill.micro_batch_size_per_gpu
+    for size in (at_most, *_SMALLER_MICRO_BATCHES):
+        fields = {"micro_batch_size_per_gpu": size} if size < at_most else {}
+        if config.distill.teacher_micro_batch_size_per_gpu is not None:
+            fields["teacher_micro_batch_size_per_gpu"] = size
+        if fields and size <= at_most:
+            yield _Change("distill", fields, machine)
 
     # Recomputation costs a forward pass, gathering costs bandwidth, offload loads the host's link.
     recompute: dict[str, Any] = {"activation_checkpointing": True}

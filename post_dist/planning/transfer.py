@@ -164,7 +164,7 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
     memory = _passed_bytes(inputs, work, tokens) / hardware.memory_bytes_per_second()
     # Weights arrive while the layers before them compute. The prompt's gradient is complete only at
     # the end, so nothing hides its reduction.
-    if hardware.overlap:
+    if inputs.overlap:
         compute_and_gather = max(compute, fetch + gather)
     else:
         compute_and_gather = compute + fetch + gather

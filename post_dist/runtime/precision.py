@@ -1,4 +1,4 @@
-"""Numeric precision: choose it for a device, and map it to a dtype of torch."""
+"""Numeric precision: choose and check it for a device, and map it to a dtype of torch."""
 
 import logging
 
@@ -6,6 +6,7 @@ import torch
 
 from post_dist.config.precision import Precision
 from post_dist.config.schema import Engine
+from post_dist.conflicts import Conflict
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,18 @@ def choose_precision(engine: Engine, device: torch.device) -> Precision:
     verb = "has" if has_bf16 else "lacks"
     log.info("precision %s: this %s %s bf16 instructions", precision, device.type, verb)
     return precision
+
+
+def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
+    """Check that a device supports `engine.precision`. A stage without shards needs no more."""
+    if engine.precision != "fp16" or device != "cpu":
+        return []
+    return [
+        Conflict(
+            "engine.precision: fp16 does not run on a CPU",
+            "set engine.precision to auto, bf16 or fp32",
+        )
+    ]
 
 
 def _has_bf16_instructions(device: torch.device) -> bool:

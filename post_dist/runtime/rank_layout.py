@@ -38,18 +38,20 @@ def layout_of(engine: Engine, world: World) -> Layout:
     return Layout(world.size, ranks_per_node, world.device.type)
 
 
-@lru_cache
 def shard_group(engine: Engine, world: World) -> ShardGroup:
     """Return this rank's group, by `engine.shard_group`. All ranks call it together.
-
-    The result is cached, because each call would make new process groups in torch.
 
     Raises:
         InputError: the engine settings do not suit the ranks (see `engine_conflicts`).
     """
     layout = layout_of(engine, world)
     raise_conflicts("engine", engine_conflicts(engine, layout))
-    size = shard_group_size(engine, layout)
+    return _group_of_size(shard_group_size(engine, layout), world)
+
+
+@lru_cache
+def _group_of_size(size: int, world: World) -> ShardGroup:
+    """Return this rank's group of neighbors. The cache saves torch from making groups anew."""
     reads = world.rank % size == 0
     if size in (1, world.size):
         return ShardGroup(size, reads, None)

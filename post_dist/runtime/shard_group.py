@@ -2,6 +2,8 @@
 
 from post_dist.config.schema import Engine
 from post_dist.conflicts import Conflict, Layout
+from post_dist.runtime.further_settings import further_conflicts
+from post_dist.runtime.precision import precision_conflicts
 
 
 def shard_group_size(engine: Engine, layout: Layout) -> int:
@@ -22,6 +24,7 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     """
     found = _group_conflicts(engine, layout)
     found += precision_conflicts(engine, layout.device)
+    found += further_conflicts(engine)
     if engine.quantized_gathers and layout.device == "cpu":
         found.append(
             Conflict(
@@ -30,18 +33,6 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
             )
         )
     return found
-
-
-def precision_conflicts(engine: Engine, device: str) -> list[Conflict]:
-    """Check that a device supports `engine.precision`. A stage without shards needs no more."""
-    if engine.precision != "fp16" or device != "cpu":
-        return []
-    return [
-        Conflict(
-            "engine.precision: fp16 does not run on a CPU",
-            "set engine.precision to auto, bf16 or fp32",
-        )
-    ]
 
 
 def _group_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:

@@ -17,8 +17,7 @@ from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole
 from post_dist.runtime.distributed import World, alone
-from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.shard_group import precision_conflicts
+from post_dist.runtime.precision import choose_precision, precision_conflicts
 from post_dist.serving.model import fitting_model
 from post_dist.serving.predictions import Predictions, Response, class_prediction
 

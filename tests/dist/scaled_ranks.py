@@ -25,6 +25,11 @@ SETTINGS = {
     "ZeRO-2, frozen block": ["engine.zero_stage=2", "student.frozen_lower_layers=1"],
     "ZeRO-3, frozen block": ["engine.zero_stage=3", "student.frozen_lower_layers=1"],
     "two passes": ["engine.zero_stage=1", "distill.micro_batch_size_per_gpu=1"],
+    "passes served by twos": [
+        "engine.zero_stage=2",
+        "distill.micro_batch_size_per_gpu=1",
+        "distill.teacher_micro_batch_size_per_gpu=2",
+    ],
     "mixture": ["engine.zero_stage=1"],
     "slow rank": [],
 }

@@ -241,10 +241,14 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
     return losses
 
 
+SMALL_BUFFERS = {"deepspeed.zero_optimization": "{reduce_bucket_size: 5000}"}
+"""Gradients then fill ZeRO's two buffers several times."""
+
+
 @pytest.mark.parametrize(
     ("ranks", "at_most", "frozen", "engine"),
     [
-        (2, 4, 0, {"zero_stage": 2, "activation_checkpointing": True}),
+        (2, 4, 0, {"zero_stage": 2, "activation_checkpointing": True} | SMALL_BUFFERS),
         (2, 4, 0, {"zero_stage": 1, "offload_optimizer": True, "offload": "cpu"}),
         (2, 4, 1, {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True}),
         pytest.param(1, 8, 0, {"zero_stage": 1}, marks=pytest.mark.slow),
@@ -253,6 +257,8 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
         pytest.param(2, 4, 0, {"zero_stage": 2, "offload_optimizer": True}, marks=pytest.mark.slow),
         # 16 sequences among 3 ranks: one of them runs out.
         (3, 4, 1, {"zero_stage": 3}),
+        # One pass of the teacher serves two micro-batches.
+        (2, 4, 1, {"teacher_micro_batch_size_per_gpu": 8}),
     ],
 )
 def test_distillation_is_a_plain_loop_s_step_by_step(
@@ -270,7 +276,8 @@ def test_distillation_is_a_plain_loop_s_step_by_step(
         "corpus.path": "private.csv",
     }
     for name, value in engine.items():
-        settings[f"engine.{name}"] = value
+        section = "distill" if name.startswith("teacher") else "engine"
+        settings[f"{section}.{name}"] = value
     options = [f"--set={key}={value}" for key, value in settings.items()]
     run_script(HERE / "few_logits.py", ranks, "distill", run, *options)
     (metrics,) = tmp_path.glob("runs/tiny/distill-*/metrics.jsonl")

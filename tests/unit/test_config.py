@@ -6,7 +6,7 @@ import pytest
 
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.assets import asset
-from post_dist.config.deepspeed import frozen_settings, training_settings
+from post_dist.config.deepspeed import frozen_settings, overlaps, training_settings
 from post_dist.config.load import load_run
 from post_dist.config.schema import Engine, RunConfig, Stage
 from post_dist.config.sources import named_tasks
@@ -63,13 +63,74 @@ def test_the_frozen_preset_takes_the_offload(offload: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "bucket"), [(1_000_000, 1_000_000), (2_000_000_000, 500_000_000)]
+    ("trained", "together"), [(1_000_000, 1_000_000), (2_000_000_000, 500_000_000)]
 )
-def test_a_small_student_needs_no_large_bucket(trained: int, bucket: int) -> None:
-    for stage in range(4):
-        rest = {"micro_batch_size": 1, "accumulation_steps": 1, "max_grad_norm": 1.0}
-        settings = training_settings(Engine(zero_stage=stage), "bf16", trained=trained, **rest)
-        assert settings["zero_optimization"] == {"stage": stage, "reduce_bucket_size": bucket}
+def test_a_small_student_needs_no_large_buffers(trained: int, together: int) -> None:
+    for stage, buffers in ((1, 2), (2, 2), (3, 1)):
+        zero = student_zero(Engine(zero_stage=stage), trained)
+        assert zero == {
+            "stage": stage,
+            "overlap_comm": True,
+            "reduce_bucket_size": together / buffers,
+        }
+
+
+def student_zero(engine: Engine, trained: int = 1_000_000) -> dict:
+    rest = {"micro_batch_size": 1, "accumulation_steps": 1, "max_grad_norm": 1.0}
+    settings = training_settings(engine, "bf16", trained=trained, **rest)
+    return settings["zero_optimization"]
+
+
+def test_both_presets_overlap_as_the_plan_assumes() -> None:
+    assert overlaps(Engine())
+    assert student_zero(Engine())["overlap_comm"]
+    assert frozen_settings(Engine(), "bf16", 1)["zero_optimization"]["overlap_comm"]
+    in_turns = Engine(deepspeed={"zero_optimization": {"overlap_comm": False}})
+    assert not overlaps(in_turns)
+    assert not student_zero(in_turns)["overlap_comm"]
+    assert student_zero(in_turns)["reduce_bucket_size"] == 1_000_000, "no second buffer"
+
+
+def test_further_settings_reach_deepspeed_and_the_name_of_a_run(tmp_path: Path) -> None:
+    further = (
+        "engine.deepspeed.zero_optimization={reduce_bucket_size: 5e6}",
+        "engine.deepspeed.communication_data_type=fp32",
+    )
+    text = MINIMAL + TASK.format(labels="{a: [no], b: [yes]}")
+    plain = load(tmp_path, text)
+    changed = load(tmp_path, text, *further)
+    assert student_zero(changed.engine)["reduce_bucket_size"] == 5e6
+    frozen = frozen_settings(changed.engine, "bf16", 1)
+    assert frozen["communication_data_type"] == "fp32"
+    assert frozen["zero_optimization"]["stage"] == 3
+
+    def name(config: RunConfig, stage: Stage) -> str:
+        folder = run_folder(config, stage, {})
+        return folder.path.name if folder.name_key is None else str(folder.config)
+
+    assert name(plain, "distill") != name(changed, "distill")
+    assert name(plain, "tune") == name(changed, "tune"), "private tuning knows no DeepSpeed"
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ("train_batch_size: 4", "set distill.batch_size in place of train_batch_size"),
+        ("bf16: {enabled: true}", "set engine.precision in place of bf16"),
+        ("zero_optimization: {stage: 2}", "set engine.zero_stage in place of stage"),
+        (
+            "zero_optimization: {offload_param: {device: cpu}}",
+            "set engine.offload in place of offload_param",
+        ),
+        ("zero_optimization: {overlap_comm: auto}", "overlap_comm holds neither a number"),
+        ("steps_per_print: 1", "steps_per_print: unknown key"),
+    ],
+)
+def test_a_further_setting_that_post_dist_makes_is_refused(
+    tmp_path: Path, further: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, MINIMAL + f"engine: {{deepspeed: {{{further}}}}}\n")
 
 
 @pytest.mark.parametrize("name", named_tasks())

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+# `plan` may load DeepSpeed, and its first import prints a line.
+import deepspeed  # noqa: F401
 import pytest
 import yaml
 from transformers import LlamaConfig
@@ -192,6 +194,53 @@ def test_a_kept_teacher_runs_once_and_is_read_in_every_step(run: Path, main: Cal
         spared / (3350e9 * 0.8)
     )
     assert after["step_seconds"] < before["step_seconds"] + after["seconds"]["signals"]
+
+
+def test_a_larger_micro_batch_of_the_teacher_gathers_less_and_holds_more(
+    run: Path, main: Callable
+) -> None:
+    small, large = (
+        planned(main, run, "--nodes=8", f"--set=distill.teacher_micro_batch_size_per_gpu={size}")[
+            1
+        ]["stages"][0]
+        for size in (4, 8)
+    )
+    # 8 sequences on each GPU: two passes of the student.
+    in_shards = (70_553_706_496 - 128256 * 8192) * 2 * 7 / 8
+    saved = small["received_gib_per_gpu"]["gather"] - large["received_gib_per_gpu"]["gather"]
+    assert saved * GIB == pytest.approx(in_shards)
+    assert large["seconds"]["gather"] == pytest.approx(small["seconds"]["gather"] / 2)
+    assert large["flops_per_gpu"] == small["flops_per_gpu"]
+    before, after = small["memory_gib"], large["memory_gib"]
+    assert after["teacher_activations"] == 2 * before["teacher_activations"]
+    # Two micro-batches, the copy of one, and the last good one.
+    states = 4 * (4 * 2048) * 8192 * 2
+    assert after.pop("teacher_hidden_states") * GIB == states
+    assert after == before | {"teacher_activations": after["teacher_activations"]}
+
+
+def test_a_teacher_s_micro_batch_that_is_too_large_is_made_smaller(
+    run: Path, main: Callable
+) -> None:
+    _, plan = planned(
+        main,
+        run,
+        "--nodes=8",
+        "--set=distill.batch_size=8192",
+        "--set=distill.teacher_micro_batch_size_per_gpu=128",
+    )
+    assert plan["nearest_that_fits"] == {"distill.teacher_micro_batch_size_per_gpu": "4"}
+
+
+def test_collectives_that_deepspeed_does_not_overlap_take_their_time(
+    run: Path, main: Callable
+) -> None:
+    _, plan = planned(
+        main, run, "--nodes=8", "--set=engine.deepspeed.zero_optimization.overlap_comm=false"
+    )
+    assert not plan["assumptions"]["collectives_beside_computation"]
+    distill = plan["stages"][0]
+    assert distill["step_seconds"] == pytest.approx(sum(distill["seconds"].values()))
 
 
 def test_the_group_that_is_advised_is_the_smallest_that_fits(
@@ -493,6 +542,15 @@ def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callabl
         (
             ["engine.zero_stage=3", "student.freeze_head=false"],
             "a trained head does not go with engine.zero_stage: 3",
+        ),
+        (
+            ["engine.deepspeed.zero_optimization={prefetch_bucket_size: 5}"],
+            "DeepSpeed has no setting prefetch_bucket_size",
+        ),
+        (
+            ["engine.deepspeed.zero_optimization={reduce_bucket_size: -1}"],
+            "engine.deepspeed.zero_optimization.reduce_bucket_size: DeepSpeed says: Input should "
+            "be greater than 0",
         ),
     ],
 )

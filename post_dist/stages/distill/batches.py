@@ -31,6 +31,16 @@ class Batch:
     labels_BT: torch.Tensor
     positions_BT: torch.Tensor | None
 
+    def __getitem__(self, sequences: slice) -> "Batch":
+        """Return some of the sequences, without copying them."""
+        positions_BT = self.positions_BT
+        return Batch(
+            self.numbers[sequences],
+            self.input_ids_BT[sequences],
+            self.labels_BT[sequences],
+            None if positions_BT is None else positions_BT[sequences],
+        )
+
 
 class DistillationText:
     """Reads batches of the corpus.

@@ -4,12 +4,14 @@ Shapes: K terms of the loss.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Distill
+from post_dist.data.order import RankBatch
 from post_dist.errors import InputError
 from post_dist.losses.distillation import TermValues
 from post_dist.losses.signals import TeacherSignal
@@ -76,13 +78,9 @@ class StudentStep:
         micro_batches = self._text.corpus.step_batches(
             step, self.section.batch_size, self.section.micro_batch_size_per_gpu, self._world
         )
-        for micro_batch in micro_batches:
+        for micro_batch, inputs in self._with_signals(micro_batches, step):
             # The watchdog reports the last phase when a rank hangs.
-            batch = self._text.training(micro_batch)
-            phase(f"distill step {step}: the teacher's forward")
-            signal = self._source.signals_of(batch.numbers, batch.input_ids_BT, batch.positions_BT)
             phase(f"distill step {step}: the student's forward")
-            inputs = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal)
             loss, terms = self._stand_in.forward(self.engine, inputs, step)
             # Micro-batches of ranks may differ in size. The weight makes the mean exact.
             sums_K += micro_batch.weight * terms.stacked()
@@ -92,6 +90,38 @@ class StudentStep:
             phase(f"distill step {step}: the optimizer")
             self.engine.step()
         return self._world.mean(sums_K) / len(micro_batches)
+
+    def _with_signals(
+        self, micro_batches: Sequence[RankBatch], step: int
+    ) -> Iterator[tuple[RankBatch, _Inputs]]:
+        """Yield each micro-batch with its inputs. The teacher runs over several of them at once.
+
+        All ranks have equally many micro-batches, so they run the teacher equally often.
+        """
+        at_once = self.section.micro_batches_per_teacher_pass
+        for first in range(0, len(micro_batches), at_once):
+            served = micro_batches[first : first + at_once]
+            phase(f"distill step {step}: the teacher's forward")
+            yield from zip(served, self._inputs_of(served), strict=True)
+
+    def _inputs_of(self, micro_batches: Sequence[RankBatch]) -> Iterator[_Inputs]:
+        """Run the teacher once, and yield the inputs of each micro-batch."""
+        rows = [row for micro_batch in micro_batches for row in micro_batch.rows]
+        together = self._text.training(RankBatch(rows, weight=1.0))
+        signals = self._source.signals_of(
+            together.numbers, together.input_ids_BT, together.positions_BT
+        )
+        first = 0
+        for micro_batch in micro_batches:
+            own = slice(first, first + len(micro_batch.rows))
+            first = own.stop
+            batch = together[own]
+            signal = signals
+            # A slice would keep the signals of all these micro-batches in memory while the stand-in
+            # holds the last good one, thus also during the teacher's next pass.
+            if len(micro_batches) > 1:
+                signal = signals.map(lambda tensor, own=own: tensor[own].clone())
+            yield batch.input_ids_BT, batch.labels_BT, batch.positions_BT, signal
 
 
 class _StandIn:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
-from post_dist.runtime.shard_group import engine_conflicts, precision_conflicts
+from post_dist.runtime.precision import precision_conflicts
+from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.room import room_conflicts
 
 

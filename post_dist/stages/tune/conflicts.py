@@ -5,7 +5,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
 from post_dist.privacy.tuned_part import tuned_kind
-from post_dist.runtime.shard_group import precision_conflicts
+from post_dist.runtime.precision import precision_conflicts
 from post_dist.stages.room import room_conflicts
 
 

@@ -1,0 +1,36 @@
+"""Check the run file's `engine.deepspeed` by DeepSpeed's own model of its settings."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from post_dist.config.schema import Engine
+from post_dist.conflicts import Conflict
+
+_PLACE = "engine.deepspeed.zero_optimization"
+
+
+def further_conflicts(engine: Engine) -> list[Conflict]:
+    """Find the settings of ZeRO that DeepSpeed does not have, or whose values it refuses."""
+    given = engine.deepspeed.zero_optimization if engine.deepspeed else {}
+    if not given:
+        return []
+    # Loaded only where the run file asks for it: a stage of the data owner never gets here.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # DeepSpeed also takes `prefetch_bucket_size` for `stage3_prefetch_bucket_size`. A preset with
+    # the long name would silently win, so the short one is refused.
+    known = set()
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        known.add(field.alias or name)
+    found = []
+    for key in sorted(given.keys() - known):
+        found.append(Conflict(f"{_PLACE}: DeepSpeed has no setting {key}", "leave it out"))
+    values: dict[str, Any] = {key: value for key, value in given.items() if key in known}
+    try:
+        DeepSpeedZeroConfig(**values)
+    except ValidationError as error:
+        for problem in error.errors():
+            place = ".".join([_PLACE, *map(str, problem["loc"])])
+            found.append(Conflict(f"{place}: DeepSpeed says: {problem['msg']}", "change its value"))
+    return found
