@@ -142,7 +142,7 @@ def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "runs/tune-1/resolved.yaml").write_text(write_yaml(settings))
     assert "Privacy budget" not in page_of(evaluation)
     ledger = tmp_path / "a.csv.ledger.jsonl"
-    anchor = find_anchor(default_anchor_folder(), ledger, None, may_move=False)
+    anchor = find_anchor(default_anchor_folder(), ledger, (), may_move=False)
     with lock_ledger(anchor) as opened:
         opened.set_cap(Cap(10.0, 1e-5))
     page = page_of(evaluation)
