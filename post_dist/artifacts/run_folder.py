@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import platform
+import re
 import secrets
 import stat
 import sys
@@ -39,6 +40,10 @@ LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
 _LATER_FIELDS = {"deduplicate"}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
+
+RUN_MARKS = ("lock", "environment.json", SETTINGS)
+"""Files that each run folder has from its beginning on."""
+_RUN_NAME = re.compile(rf"(?:{'|'.join(STAGE_SECTIONS)})(?:-[a-z]+)?-[0-9a-f]{{8}}")
 
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
@@ -150,6 +155,13 @@ class RunFolder:
         settings = self.config.model_dump(mode="json")
         (self.path / SETTINGS).write_text(write_yaml(settings))
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is one that `RunFolder` makes, by its name and its files."""
+    marks = [folder / name for name in RUN_MARKS]
+    has_marks = all(mark.is_file() and not mark.is_symlink() for mark in marks)
+    return _RUN_NAME.fullmatch(folder.name) is not None and has_marks
 
 
 def run_folder(

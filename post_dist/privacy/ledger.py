@@ -149,7 +149,7 @@ class OpenLedger:
             )
 
     def _end_last_row(self) -> None:
-        """Let the next row start on a new line: remove an incomplete last row, or end a whole one."""
+        """Remove an incomplete last row, or end a whole one, so that the next has its own line."""
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
         last = data[end:]

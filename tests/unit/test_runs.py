@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ def write_unfinished(folder: Path, *checkpoints: int, **settings: dict) -> Path:
     """Write the folder of a run that is not finished."""
     folder.mkdir(parents=True)
     (folder / "resolved.yaml").write_text(write_yaml(settings))
+    (folder / "environment.json").write_text("{}")
+    (folder / "lock").touch()
     for step in checkpoints:
         (folder / f"checkpoints/step-{step}").mkdir(parents=True)
     return folder
@@ -123,15 +127,16 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
 ) -> None:
     runs = tmp_path / "a/demo"
     write_full_run(runs)
-    (runs / "tune-1/resolved.yaml").write_text("{}")
-    unfinished = write_unfinished(runs / "tune-2", 3)
-    (unfinished / "lock").write_text("")
-    (runs / "answers").mkdir()
-    (runs / "answers/x.safetensors").write_bytes(b"x" * 2**20)
-    busy = write_unfinished(tmp_path / "b/tune-3")
+    unfinished = write_unfinished(runs / "tune-target-2a2b3c4d", 3)
+    answers = runs / "answers"
+    answers.mkdir()
+    (answers / "0123456789abcdef.safetensors").write_bytes(b"x" * 2**20)
+    # A run that was killed after it had written its result.
+    killed = write_unfinished(runs / "tune-3a2b3c4d", 3)
+    shutil.copytree(runs / "tune-1/artifact", killed / "artifact")
+    busy = write_unfinished(tmp_path / "b/tune-4a2b3c4d")
     (tmp_path / "b/answers").mkdir()
-    (tmp_path / "b/mine").mkdir()
-    filled = runs / "teacher-signals-1"
+    filled = runs / "teacher-signals-1a2b3c4d"
     filled.mkdir()
     with (busy / "lock").open("w") as lock, (filled / "lock").open("w") as worker:
         assert lock_file(lock)
@@ -139,17 +144,60 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
         assert lock_file(worker, shared=True)
         code, out, _ = main("clean", tmp_path)
         assert (code, unfinished.exists()) == (0, True)
-        assert f"1.0 MiB  answers of models       {runs / 'answers'}" in out
+        assert f"1.0 MiB  answers of models       {answers}" in out
         code, out, _ = main("clean", tmp_path, "--json")
         found = {each["path"] for each in json.loads(out)["leftovers"]}
-        assert found == {str(unfinished), str(runs / "answers")}
+        assert found == {str(unfinished), str(answers), str(killed / "checkpoints")}
         code, out, _ = main("clean", tmp_path, "--yes")
         assert code == 0
-    assert not unfinished.exists()
-    assert not (runs / "answers").exists()
-    others = (busy, filled, tmp_path / "b/answers", tmp_path / "b/mine")
-    for kept in (runs / "tune-1/artifact", *others):
+    for path in (unfinished, answers, killed / "checkpoints"):
+        assert not path.exists()
+    for kept in (
+        runs / "tune-1/artifact",
+        killed / "artifact",
+        busy,
+        filled,
+        tmp_path / "b/answers",
+    ):
         assert kept.exists()
+
+
+def test_clean_removes_nothing_that_only_looks_like_a_run(tmp_path: Path, main: Callable) -> None:
+    """A user's own folders, and those of a sender who knows the names, in a folder of documents."""
+    sent = write_unfinished(tmp_path / "sent", distill={"steps": 1})
+    thesis = tmp_path / "thesis/distill-1a2b3c4d"
+    thesis.mkdir(parents=True)
+    (thesis / "resolved.yaml").write_text("a: 1")
+    run = write_unfinished(tmp_path / "tune-2a2b3c4d")
+    kept = [sent / "resolved.yaml", thesis / "resolved.yaml"]
+    for place in (tmp_path, sent.parent):
+        for name in ("answers/exam.txt", "admitted/2019/post_dist.json", "teacher-signals-a/x"):
+            file = place / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+            kept.append(file)
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
+    (run / "checkpoints").symlink_to(thesis)
+    (run / "link").symlink_to(own)
+    code, out, _ = main("clean", tmp_path, "--yes", "--json")
+    assert code == 0
+    assert [each["path"] for each in json.loads(out)["leftovers"]] == [str(run)]
+    assert not run.exists()
+    assert all(file.exists() for file in [*kept, own])
+
+
+def test_clean_that_was_killed_is_completed(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_unfinished(tmp_path / "tune-2a2b3c4d", 1, 2)
+    (run / "randomness.json").write_text("a key")
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda path: os.kill(os.getpid(), signal.SIGINT))
+        assert main("clean", tmp_path, "--yes")[0] != 0
+    assert (run / "randomness.json").exists()
+    assert main("clean", tmp_path, "--yes")[0] == 0
+    assert not run.exists()
 
 
 def test_the_newest_run_of_a_stage_has_a_link(tmp_path: Path, main: Callable) -> None:
