@@ -12,7 +12,7 @@ from post_dist.artifacts.manifest import (
     parse_manifest,
     read_manifest,
 )
-from post_dist.artifacts.strict_json import read_object
+from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_object
 from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import PostDistError
 
@@ -90,7 +90,9 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """Read the settings in a stage's folder; empty if they cannot be read."""
     path = folder / "resolved.yaml"
     try:
-        settings = read_yaml(path.read_text(), path.name) if _is_small_file(path) else None
+        # The parser takes a second for each 100 KB.
+        is_small = _is_small_file(path, SMALL_FILE_BYTES)
+        settings = read_yaml(path.read_text(), path.name) if is_small else None
     except (OSError, ValueError, PostDistError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -155,9 +157,9 @@ def manifest_of(folder: Path) -> Manifest | None:
         return None
 
 
-def _is_small_file(path: Path) -> bool:
+def _is_small_file(path: Path, most_bytes: int = SIZE_LIMIT_BYTES) -> bool:
     """Return whether a path may be read whole. A pipe would make the reader wait for ever."""
-    return path.is_file() and path.stat().st_size <= SIZE_LIMIT_BYTES
+    return path.is_file() and path.stat().st_size <= most_bytes
 
 
 def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> Made:

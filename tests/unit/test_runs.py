@@ -67,6 +67,44 @@ def test_ls_prints_names_as_text_and_waits_for_no_pipe(tmp_path: Path, main: Cal
     assert "unknown artifact" in out
 
 
+@pytest.mark.parametrize(
+    ("settings", "metrics"),
+    [
+        ("distill: {steps: '\x1b[31m'}", '{"step": 1, "seconds": 1}'),
+        ("distill: {steps: 2020-01-01}", "[1]"),
+        ("distill: {steps: .inf}", ""),
+        (f"distill: {{steps: 0x{'f' * 9000}}}", ""),
+        ("distill: [1]", ""),
+        ("distill: {steps: 5}", '{"step": 1e400, "seconds": 1}'),
+        ("distill: {steps: 5}", '{"step": 1, "seconds": -Infinity}\n{"step": 2, "seconds": 1}'),
+        ("distill: {steps: 5}", f'{{"step": {"9" * 400}, "seconds": {"9" * 400}}}'),
+        ("distill: {steps: 5}", "[" * 20000),
+        ("a: " + "[" * 20000, ""),
+        ("a: [x]\n" * 200000, ""),
+        ("a: &a [1]\nb: &b [*a, *a]\nc: &c [*b, *b]\ndistill: {steps: *c}", ""),
+    ],
+)
+def test_files_of_others_hold_anything(
+    tmp_path: Path, main: Callable, settings: str, metrics: str
+) -> None:
+    run = write_unfinished(tmp_path / "runs/distill-1a2b3c4d")
+    (run / "resolved.yaml").write_text(settings)
+    (run / "metrics.jsonl").write_text(metrics)
+    private = write_unfinished(tmp_path / "runs/tune-1a2b3c4d", tune=[1], privacy=[1])
+    (private / "checkpoints" / f"step-{'9' * 200}").mkdir(parents=True)
+    os.utime(private / "resolved.yaml", (2**40, 2**40))
+    (tmp_path / "runs/other").mkdir()
+    (tmp_path / "runs/other/post_dist.json").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "runs/resolved.yaml")
+    start = time.process_time()
+    for command in ("status", "ls"):
+        code, out, err = main(command, tmp_path, "--json")
+        assert code == 0, err
+        assert len(out) < 2000
+    # Much less than a minute for whatever a small file holds.
+    assert time.process_time() - start < 5
+
+
 @pytest.mark.parametrize("command", ["ls", "status"])
 def test_a_folder_that_is_none_is_named(tmp_path: Path, main: Callable, command: str) -> None:
     code, _, err = main(command, tmp_path / "none")
