@@ -8,6 +8,7 @@ from typing import Any
 from post_dist.admission.door import check_prompt, check_student, printable, refusing
 from post_dist.admission.quarantine import Quarantined, quarantined
 from post_dist.artifacts.manifest import Manifest
+from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -32,7 +33,8 @@ def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     Returns:
         `{"ok", "kind", "problems", "signature"}`. If the manifest cannot be used, `kind` is None
         and there is no `signature`. An accepted student also has `given_away`, which is empty in a
-        student of version 0.1.0.
+        student of version 0.1.0. An accepted prompt has `epsilon`, `delta` and `unit` of its
+        checked statement, because its README.md may say anything; None without a guarantee.
     """
     try:
         with refusing(folder), quarantined(folder, keys=keys) as inside:
@@ -45,10 +47,11 @@ def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     manifest = inside.manifest
     # List all problems: a problem with the contents must not hide one with the lineage.
     problems = _lineage_problems(manifest)
+    claim: dict[str, Any] = {}
     try:
         with refusing(folder):
             if manifest.kind in ("soft prompt", "public prompt"):
-                check_prompt(inside, manifest.kind)
+                claim = _claim(check_prompt(inside, manifest.kind))
             elif manifest.kind == "student":
                 check_student(inside)
     except ArtifactRefused as error:
@@ -62,7 +65,14 @@ def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     if manifest.kind == "student" and not problems:
         # What the student holds of its teacher, by its provider's own statement.
         result["given_away"] = manifest.config.get("given_away", {})
-    return result
+    return result if problems else result | claim
+
+
+def _claim(prompt: SoftPromptArtifact) -> dict[str, Any]:
+    """Return the guarantee of an admitted prompt."""
+    if prompt.privacy is None or prompt.epsilon is None:
+        return {"epsilon": None, "delta": None, "unit": None}
+    return {name: prompt.privacy[name] for name in ("epsilon", "delta", "unit")}
 
 
 def _lineage_problems(manifest: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +52,19 @@ def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
     Raises:
         ArtifactRefused: a check failed.
     """
-    from post_dist.privacy.statement import statement_problems  # takes seconds to import
+    from post_dist.privacy.statement import (  # takes seconds to import
+        settings_problems,
+        statement_problems,
+    )
 
     if inside.manifest.kind != kind:
         raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a {kind}")
     prompt = read_prompt_files(inside.folder, inside.manifest)
-    if prompt.privacy is not None and (problems := statement_problems(prompt.privacy)):
-        raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
+    if prompt.privacy is not None:
+        problems = statement_problems(prompt.privacy)
+        problems += settings_problems(prompt.privacy, inside.manifest.config)
+        if problems:
+            raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
     return prompt
 
 
@@ -82,13 +89,36 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
     with refusing(folder), quarantined(folder, place, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
         check_student(inside)
-        admitted = place / inside.manifest.digest[:16]
-        if not admitted.exists():
-            # Each command checks the sender's signature. The copy, with its rewritten files, would
-            # keep one that may be replaced later.
-            (inside.folder / SIGNATURE).unlink(missing_ok=True)
-            put_in_place(inside.folder, admitted)
+        # Each command checks the sender's signature. The copy, with its rewritten files, would keep
+        # one that may be replaced later.
+        (inside.folder / SIGNATURE).unlink(missing_ok=True)
+        # Two students could be made to share the beginning of their digests.
+        admitted = place / inside.manifest.digest
+        _keep(inside.folder, admitted)
         return admitted
+
+
+def _keep(copy: Path, admitted: Path) -> None:
+    """Give a checked copy its place, unless an equal one is there.
+
+    A removal that was interrupted has left a part of one.
+    """
+    sizes = _sizes(copy)
+    if admitted.exists() and _sizes(admitted) != sizes:
+        shutil.rmtree(admitted)
+    if admitted.exists():
+        return
+    try:
+        put_in_place(copy, admitted)
+    except OSError:
+        # Another process may have admitted the student at the same time.
+        if not admitted.exists() or _sizes(admitted) != sizes:
+            raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size of each file of a flat folder."""
+    return {entry.name: entry.lstat().st_size for entry in folder.iterdir()}
 
 
 @contextmanager

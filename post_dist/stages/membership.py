@@ -45,6 +45,8 @@ from post_dist.stages.pipeline import Pipeline
 log = logging.getLogger(__name__)
 
 _RESULT = "membership.json"
+_SHADOWS = "shadows"
+"""Folder of the shadow prompts, and of the private rows that they are tuned on."""
 _RATE = "true_positive_rate_at_1_percent_false"
 _FEWEST_SHADOWS = 4
 _FEWEST_ROWS = 20
@@ -87,7 +89,7 @@ def audit_membership(
     _refuse(config, size)
     config.need("tune")
     folder = _folder(config, size, pipeline)
-    kept = world.on_main(lambda: _read_result(folder))
+    kept = world.on_main(lambda: finished_result(folder))
     if kept is not None:
         return kept
     with pipeline.running([folder]):
@@ -161,7 +163,7 @@ class _Shadows:
         pipeline: Pipeline,
         world: World,
     ) -> None:
-        self.folder = audit_folder.path / "shadows"
+        self.folder = audit_folder.path / _SHADOWS
         self._config = config
         self._world = world
         self.task = config.need_task("private_task")
@@ -333,11 +335,13 @@ def _numbers(model: str, success: AttackSuccess) -> dict[str, float]:
     }
 
 
-def _read_result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read the result of a finished audit."""
+def finished_result(folder: RunFolder) -> dict[str, Any] | None:
+    """Read the result of a finished audit; None if it is not finished."""
     file = folder.path / _RESULT
     if not file.is_file():
         return None
+    # The audit may have been killed before it had deleted all of them.
+    shutil.rmtree(folder.path / _SHADOWS, ignore_errors=True)
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 
