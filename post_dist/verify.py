@@ -7,7 +7,7 @@ from typing import Any
 
 from post_dist.admission.door import check_prompt, check_student, printable, refusing
 from post_dist.admission.quarantine import Quarantined, quarantined
-from post_dist.artifacts.manifest import Manifest
+from post_dist.artifacts.manifest import FILE_NAME, Manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
 
@@ -22,6 +22,12 @@ _PARENTS = {
 
 
 def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Check an artifact, and list every problem (see `verified_manifest`)."""
+    result, _ = verified_manifest(folder, keys)
+    return result
+
+
+def verified_manifest(folder: Path, keys: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:
     """Check an artifact, and list every problem.
 
     Nothing in the folder is executed or trusted.
@@ -31,16 +37,17 @@ def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Returns:
-        `{"ok", "kind", "problems", "signature"}`. If the manifest cannot be used, `kind` is None
+        The bytes of the manifest that was checked, behind `{"ok", "kind", "problems",
+        "signature"}`. If the manifest cannot be used, `kind` is None
         and there is no `signature`. An accepted student also has `given_away`, which is empty in a
         student of version 0.1.0. An accepted prompt has `epsilon`, `delta` and `unit` of its
         checked statement, because its README.md may say anything; None without a guarantee.
     """
     try:
         with refusing(folder), quarantined(folder, keys=keys) as inside:
-            return _verified(folder, inside)
+            return _verified(folder, inside), (inside.folder / FILE_NAME).read_bytes()
     except ArtifactRefused as error:
-        return {"ok": False, "kind": None, "problems": [str(error)]}
+        return {"ok": False, "kind": None, "problems": [str(error)]}, b""
 
 
 def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:

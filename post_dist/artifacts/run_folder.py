@@ -217,10 +217,28 @@ def _keep_name_key(around: Path, key: bytes) -> None:
     """
     path = around / _NAME_KEY
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key)
+        # The file gets its name when it is whole: a run that is killed must leave a key or none.
+        partial = path.with_name(f"{_NAME_KEY}.{secrets.token_hex(4)}")
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
+                file.write(key)
+            _name_once(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     if path.read_bytes() != key:
         raise EnvironmentFault(f"another process has just started in {around}", "start again")
+
+
+def _name_once(partial: Path, path: Path) -> None:
+    """Give a file its name, unless another process has given one to its own."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Not every file system has hard links. Then the last one wins.
+        partial.rename(path)
 
 
 def _influential(value: object) -> object:

@@ -1,5 +1,6 @@
 """What the runs on a data set have spent, read from the rows of its ledger."""
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.privacy.plan import PrivacyPlan
 
+_MOST_BYTES = 1 << 30
+"""Size of a ledger of about 4 million steps."""
 _ROW_START = '{"row": "'
 """Every row begins with its kind."""
 
@@ -151,6 +154,9 @@ def ledger_lines(path: Path) -> list[str]:
         ArtifactRefused: it does not begin like a ledger.
     """
     try:
+        # A pipe would make the reader wait for ever.
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
+            raise OSError(errno.EFBIG, "no regular file of at most 1 GiB")
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"

@@ -11,7 +11,7 @@ import tiny
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.privacy.membership import attack, balanced_members, confidences
-from post_dist.stages.membership import finished_result
+from post_dist.stages.membership import finished_result, shadow_privacy
 
 SHADOWS = 8
 ROWS = 2000
@@ -140,3 +140,12 @@ def test_shadows_that_a_killed_audit_has_left_are_deleted(tmp_path: Path) -> Non
     (tmp_path / "membership.json").write_text("{}")
     assert finished_result(folder) == {}
     assert not rows.parent.exists()
+
+
+def test_a_shadow_prompt_says_that_it_is_not_private() -> None:
+    """It is tuned on private rows, and the ledger of the data does not know it."""
+    privacy = {"enabled": True, "target_epsilon": 8.0, "declared_examples": 160}
+    config = RunConfig(name="a", privacy=privacy, tune={"batch_size": 16})
+    shadow = shadow_privacy(config, 40)
+    assert shadow.noise_source == "seeded"
+    assert shadow.target_epsilon == 8.0

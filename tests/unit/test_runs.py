@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from report_run import HOSTILE, write_full_run, write_metrics
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import lock_file
 
 
@@ -248,3 +250,22 @@ def test_the_newest_run_of_a_stage_has_a_link(tmp_path: Path, main: Callable) ->
     # It is no run of its own.
     _, out, _ = main("ls", tmp_path, "--json")
     assert len(json.loads(out)["runs"]) == 2
+
+
+def test_a_key_of_names_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would stop every later run beside it."""
+    folder = RunFolder(tmp_path / "tune-1a2b3c4d", "tune", RunConfig(name="a"), name_key=b"k" * 32)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "fdopen", lambda *arguments: os.close(10**6))
+        with pytest.raises(InputError), folder.held():
+            pass
+    assert list(tmp_path.glob(".name_key*")) == []
+    with folder.held():
+        assert (tmp_path / ".name_key").read_bytes() == b"k" * 32
+    (key,) = tmp_path.glob(".name_key*")
+    assert key.stat().st_mode & 0o777 == 0o600
+    other = replace(folder, name_key=b"o" * 32)
+    with pytest.raises(EnvironmentFault), other.held():
+        pass
