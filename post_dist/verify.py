@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.door import check_prompt, check_student, printable, refusing
+from post_dist.admission.door import check_prompt, check_student
 from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.admission.refusal import printable, refusing
 from post_dist.artifacts.manifest import FILE_NAME, Manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused

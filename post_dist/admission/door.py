@@ -1,7 +1,6 @@
 """Admit an artifact of another party: everything is read from a private copy, and checked there."""
 
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
+from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
-from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
+from post_dist.errors import ArtifactRefused
 from post_dist.files import put_in_place
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json"))
 """The files of a student without its weights."""
-_LONGEST_MESSAGE = 500
-_COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
-"""The path of a quarantined copy in a message."""
 
 
 def admit_prompt(
@@ -232,25 +229,3 @@ def _is_possible(given_away: Any, size: int) -> bool:
     unchanged = given_away["unchanged_parameters"]
     student = given_away["student_parameters"]
     return bool(student == size and 0 <= unchanged <= student <= given_away["teacher_parameters"])
-
-
-@contextmanager
-def refusing(folder: Path) -> Iterator[None]:
-    """Name the folder in each refusal. Whatever a foreign file breaks is a refusal too."""
-    try:
-        yield
-    except (EnvironmentFault, KeyboardInterrupt, SystemExit):
-        raise
-    except PostDistError as error:
-        # The sender's folder is meant, and not its copy.
-        message = _COPY.sub("", " ".join(error.args[0].split()))[:_LONGEST_MESSAGE]
-        raise ArtifactRefused(f"{folder}: {printable(message)}", printable(error.hint)) from None
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        raise ArtifactRefused(
-            f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
-        ) from None
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on, or could not show: control characters, line breaks."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.door import refusing
+from post_dist.admission.refusal import refusing
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import write_file

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from border.hostile import edit_json, sign
 
-from post_dist.admission.door import refusing
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.errors import ArtifactRefused
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
