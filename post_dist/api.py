@@ -448,8 +448,9 @@ def _student_result(folder: "RunFolder") -> StudentResult:
 
 
 def _prompt_result(folder: "RunFolder") -> PromptResult:
-    from post_dist.admission.door import check_prompt, refusing
+    from post_dist.admission.door import check_prompt
     from post_dist.admission.quarantine import quarantined
+    from post_dist.admission.refusal import refusing
 
     # All checks run: a prompt that was changed after tuning is refused.
     with refusing(folder.artifact), quarantined(folder.artifact) as inside:

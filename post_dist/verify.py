@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.door import check_prompt, check_student, printable, refusing
+from post_dist.admission.door import check_prompt, check_student
 from post_dist.admission.quarantine import Quarantined, quarantined
-from post_dist.artifacts.manifest import Manifest
+from post_dist.admission.refusal import printable, refusing
+from post_dist.artifacts.manifest import FILE_NAME, Manifest
+from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -21,6 +23,12 @@ _PARENTS = {
 
 
 def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Check an artifact, and list every problem (see `verified_manifest`)."""
+    result, _ = verified_manifest(folder, keys)
+    return result
+
+
+def verified_manifest(folder: Path, keys: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:
     """Check an artifact, and list every problem.
 
     Nothing in the folder is executed or trusted.
@@ -30,25 +38,28 @@ def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Returns:
-        `{"ok", "kind", "problems", "signature"}`. If the manifest cannot be used, `kind` is None
+        The bytes of the manifest that was checked, behind `{"ok", "kind", "problems",
+        "signature"}`. If the manifest cannot be used, `kind` is None
         and there is no `signature`. An accepted student also has `given_away`, which is empty in a
-        student of version 0.1.0.
+        student of version 0.1.0. An accepted prompt has `epsilon`, `delta` and `unit` of its
+        checked statement, because its README.md may say anything; None without a guarantee.
     """
     try:
         with refusing(folder), quarantined(folder, keys=keys) as inside:
-            return _verified(folder, inside)
+            return _verified(folder, inside), (inside.folder / FILE_NAME).read_bytes()
     except ArtifactRefused as error:
-        return {"ok": False, "kind": None, "problems": [str(error)]}
+        return {"ok": False, "kind": None, "problems": [str(error)]}, b""
 
 
 def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     manifest = inside.manifest
     # List all problems: a problem with the contents must not hide one with the lineage.
     problems = _lineage_problems(manifest)
+    claim: dict[str, Any] = {}
     try:
         with refusing(folder):
             if manifest.kind in ("soft prompt", "public prompt"):
-                check_prompt(inside, manifest.kind)
+                claim = _claim(check_prompt(inside, manifest.kind))
             elif manifest.kind == "student":
                 check_student(inside)
     except ArtifactRefused as error:
@@ -62,7 +73,14 @@ def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     if manifest.kind == "student" and not problems:
         # What the student holds of its teacher, by its provider's own statement.
         result["given_away"] = manifest.config.get("given_away", {})
-    return result
+    return result if problems else result | claim
+
+
+def _claim(prompt: SoftPromptArtifact) -> dict[str, Any]:
+    """Return the guarantee of an admitted prompt."""
+    if prompt.privacy is None or prompt.epsilon is None:
+        return {"epsilon": None, "delta": None, "unit": None}
+    return {name: prompt.privacy[name] for name in ("epsilon", "delta", "unit")}
 
 
 def _lineage_problems(manifest: Manifest) -> list[str]:

@@ -1,7 +1,7 @@
 """Admit an artifact of another party: everything is read from a private copy, and checked there."""
 
 import logging
-import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from post_dist.admission.quarantine import PREFIX, Quarantined, quarantined
+from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
-from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
+from post_dist.errors import ArtifactRefused
 from post_dist.files import put_in_place
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json"))
 """The files of a student without its weights."""
-_LONGEST_MESSAGE = 500
-_COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
-"""The path of a quarantined copy in a message."""
 
 
 def admit_prompt(
@@ -51,13 +49,19 @@ def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
     Raises:
         ArtifactRefused: a check failed.
     """
-    from post_dist.privacy.statement import statement_problems  # takes seconds to import
+    from post_dist.privacy.statement import (  # takes seconds to import
+        settings_problems,
+        statement_problems,
+    )
 
     if inside.manifest.kind != kind:
         raise ArtifactRefused(f"it is a {inside.manifest.kind}, not a {kind}")
     prompt = read_prompt_files(inside.folder, inside.manifest)
-    if prompt.privacy is not None and (problems := statement_problems(prompt.privacy)):
-        raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
+    if prompt.privacy is not None:
+        problems = statement_problems(prompt.privacy)
+        problems += settings_problems(prompt.privacy, inside.manifest.config)
+        if problems:
+            raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
     return prompt
 
 
@@ -82,13 +86,36 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
     with refusing(folder), quarantined(folder, place, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
         check_student(inside)
-        admitted = place / inside.manifest.digest[:16]
-        if not admitted.exists():
-            # Each command checks the sender's signature. The copy, with its rewritten files, would
-            # keep one that may be replaced later.
-            (inside.folder / SIGNATURE).unlink(missing_ok=True)
-            put_in_place(inside.folder, admitted)
+        # Each command checks the sender's signature. The copy, with its rewritten files, would keep
+        # one that may be replaced later.
+        (inside.folder / SIGNATURE).unlink(missing_ok=True)
+        # Two students could be made to share the beginning of their digests.
+        admitted = place / inside.manifest.digest
+        _keep(inside.folder, admitted)
         return admitted
+
+
+def _keep(copy: Path, admitted: Path) -> None:
+    """Give a checked copy its place, unless an equal one is there.
+
+    A removal that was interrupted has left a part of one.
+    """
+    sizes = _sizes(copy)
+    if admitted.exists() and _sizes(admitted) != sizes:
+        shutil.rmtree(admitted)
+    if admitted.exists():
+        return
+    try:
+        put_in_place(copy, admitted)
+    except OSError:
+        # Another process may have admitted the student at the same time.
+        if not admitted.exists() or _sizes(admitted) != sizes:
+            raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size of each file of a flat folder."""
+    return {entry.name: entry.lstat().st_size for entry in folder.iterdir()}
 
 
 @contextmanager
@@ -202,25 +229,3 @@ def _is_possible(given_away: Any, size: int) -> bool:
     unchanged = given_away["unchanged_parameters"]
     student = given_away["student_parameters"]
     return bool(student == size and 0 <= unchanged <= student <= given_away["teacher_parameters"])
-
-
-@contextmanager
-def refusing(folder: Path) -> Iterator[None]:
-    """Name the folder in each refusal. Whatever a foreign file breaks is a refusal too."""
-    try:
-        yield
-    except (EnvironmentFault, KeyboardInterrupt, SystemExit):
-        raise
-    except PostDistError as error:
-        # The sender's folder is meant, and not its copy.
-        message = _COPY.sub("", " ".join(error.args[0].split()))[:_LONGEST_MESSAGE]
-        raise ArtifactRefused(f"{folder}: {printable(message)}", printable(error.hint)) from None
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        raise ArtifactRefused(
-            f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
-        ) from None
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on, or could not show: control characters, line breaks."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

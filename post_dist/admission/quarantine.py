@@ -6,14 +6,16 @@ known names come in.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,8 @@ _CHUNK_BYTES = 4 * _MIB
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`."""
 _NEVER_SPARSE_BYTES = 16 * _MIB
+_SECONDS_TO_LOCK = 60
+"""Time after which a copy without a lock belongs to nobody: a command locks its copy at once."""
 _MOST_FILES = 300
 """Most entries of a folder; a model of 1 TB in files of 5 GB has about 200."""
 
@@ -109,6 +113,7 @@ def quarantined(
     *,
     keys: Sequence[str] = (),
     only: frozenset[str] | None = None,
+    hashed_only: bool = False,
 ) -> Iterator[Quarantined]:
     """Copy an artifact, and delete the copy afterwards.
 
@@ -117,21 +122,59 @@ def quarantined(
         parent: where to make the copy; None for the folder of temporary files.
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
         only: names of the files to copy and to check, besides the manifest; None for all.
+        hashed_only: whether to compare the files with their hashes, and to copy none.
 
     Raises:
         ArtifactRefused: the folder holds anything but the files of one artifact, each of them
             regular, within its size and with the hash that the manifest gives. Or its signature is
             not good, or not by a trusted key.
     """
-    copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    around = Path(tempfile.gettempdir()) if parent is None else parent
+    _remove_left_copies(around)
+    copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=around))
     try:
-        yield _copy(folder, copy, keys, only)
+        # The lock ends with this process, even if that is killed.
+        with _locked(copy, fcntl.LOCK_SH):
+            yield _copy(folder, copy, keys, only, hashed_only=hashed_only)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
 
+def _remove_left_copies(around: Path) -> None:
+    """Remove the copies of commands that were killed. A student's copy may have many GB."""
+    for left in around.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            status = left.lstat()
+            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            # A copy that was made just now may not be locked yet.
+            if is_ours and time.time() - status.st_mtime > _SECONDS_TO_LOCK:
+                with _locked(left, fcntl.LOCK_EX) as free:
+                    if free:
+                        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[bool]:
+    """Lock a folder; the value tells whether that worked. Some file systems lock no folders."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        locked = True
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
 def _copy(
-    folder: Path, copy: Path, keys: Sequence[str], only: frozenset[str] | None
+    folder: Path,
+    copy: Path,
+    keys: Sequence[str],
+    only: frozenset[str] | None,
+    *,
+    hashed_only: bool,
 ) -> Quarantined:
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -156,7 +199,7 @@ def _copy(
         for name in sorted(present ^ set(listed)):
             problem = "not in the manifest" if name in present else "missing"
             raise ArtifactRefused(f"{_shown(name)} is {problem}")
-        _copy_listed(root, listed, manifest.kind, copy)
+        _copy_listed(root, listed, manifest.kind, None if hashed_only else copy)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise EnvironmentFault(
@@ -179,12 +222,14 @@ def _names(root: int) -> set[str]:
     return names
 
 
-def _copy_listed(root: int, listed: Mapping[str, str], kind: ArtifactKind, copy: Path) -> None:
-    """Copy files, and compare each with its digest."""
+def _copy_listed(
+    root: int, listed: Mapping[str, str], kind: ArtifactKind, copy: Path | None
+) -> None:
+    """Copy files unless `copy` is None, and compare each with its digest."""
     # Small files come first, so that a hostile one costs no time.
     rules = {name: _rule_of(name, kind) for name in listed}
     for name in sorted(listed, key=lambda name: (rules[name].most_bytes, name)):
-        digest = _copy_file(root, name, rules[name], copy / name)
+        digest = _copy_file(root, name, rules[name], None if copy is None else copy / name)
         if digest != listed[name]:
             raise ArtifactRefused(
                 f"{name} is not the file that was written", "get the artifact again"
@@ -198,14 +243,14 @@ def _rule_of(name: str, kind: ArtifactKind) -> FileRule:
     raise ArtifactRefused(f"{_shown(name)} is no file of a {kind}")
 
 
-def _copy_file(root: int, name: str, rule: FileRule, destination: Path) -> str:
+def _copy_file(root: int, name: str, rule: FileRule, destination: Path | None) -> str:
     """Copy one file while it is hashed, and return its sha256.
 
     Args:
         root: descriptor of the folder.
         name: name of the file.
         rule: its largest size, and whether to keep the copy.
-        destination: the copy.
+        destination: the copy; None to hash the file alone.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -221,7 +266,8 @@ def _copy_file(root: int, name: str, rule: FileRule, destination: Path) -> str:
         if status.st_size > _NEVER_SPARSE_BYTES and on_disk < status.st_size // 4:
             raise ArtifactRefused(f"{name} is sparse: it holds {on_disk} of its bytes")
         digest = hashlib.sha256()
-        with open(destination if rule.copied else os.devnull, "wb") as copy:
+        copied = rule.copied and destination is not None
+        with open(destination if copied else os.devnull, "wb") as copy:
             # A file that grows while it is read has another hash in the end.
             left = status.st_size
             while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):

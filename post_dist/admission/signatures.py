@@ -59,13 +59,14 @@ def check_signature(folder: Path, keys: Sequence[str]) -> str:
     return f"signed by {signer}, a trusted key"
 
 
-def sign(folder: Path, key: Path) -> str:
+def sign(folder: Path, key: Path, manifest: bytes) -> str:
     """Sign an artifact, and replace the signature that it has.
 
     Args:
         folder: the artifact, which `verify` has accepted.
         key: a private key, which only ssh-keygen reads; or a public one whose other half an agent
             holds.
+        manifest: the manifest that was checked. That in the folder may have been replaced since.
 
     Returns:
         Fingerprint of the key.
@@ -78,7 +79,7 @@ def sign(folder: Path, key: Path) -> str:
         raise InputError(f"{key} is not a key file", "`ssh-keygen -t ed25519` makes a key")
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
-        shutil.copyfile(folder / FILE_NAME, copy / FILE_NAME)
+        (copy / FILE_NAME).write_bytes(manifest)
         _sign_file(copy / FILE_NAME, key)
         signer = _fingerprint(copy)
         write_file(folder / SIGNATURE, partial(shutil.copyfile, copy / SIGNATURE))

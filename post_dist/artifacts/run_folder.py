@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import platform
+import re
 import secrets
 import stat
 import sys
@@ -39,6 +40,10 @@ LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
 _LATER_FIELDS = {"deduplicate", "deepspeed"}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
+
+RUN_MARKS = ("lock", "environment.json", SETTINGS)
+"""Files that each run folder has from its beginning on."""
+_RUN_NAME = re.compile(rf"(?:{'|'.join(STAGE_SECTIONS)})(?:-[a-z]+)?-[0-9a-f]{{8}}")
 
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
@@ -156,6 +161,13 @@ class RunFolder:
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is one that `RunFolder` makes, by its name and its files."""
+    marks = [folder / name for name in RUN_MARKS]
+    has_marks = all(mark.is_file() and not mark.is_symlink() for mark in marks)
+    return _RUN_NAME.fullmatch(folder.name) is not None and has_marks
+
+
 def run_folder(
     config: RunConfig, stage: Stage, inputs: Mapping[str, str], label: str = ""
 ) -> RunFolder:
@@ -209,10 +221,28 @@ def _keep_name_key(around: Path, key: bytes) -> None:
     """
     path = around / _NAME_KEY
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key)
+        # The file gets its name when it is whole: a run that is killed must leave a key or none.
+        partial = path.with_name(f"{_NAME_KEY}.{secrets.token_hex(4)}")
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
+                file.write(key)
+            _name_once(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     if path.read_bytes() != key:
         raise EnvironmentFault(f"another process has just started in {around}", "start again")
+
+
+def _name_once(partial: Path, path: Path) -> None:
+    """Give a file its name, unless another process has given one to its own."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Not every file system has hard links. Then the last one wins.
+        partial.rename(path)
 
 
 def _influential(value: object) -> object:

@@ -19,7 +19,9 @@ def verify(
     json_: AsJson = False,
 ) -> None:
     """Check an artifact: hashes, signature, lineage, finite values, and its recomputed epsilon."""
-    result = _verified(folder, key or [])
+    from post_dist.verify import verify as check
+
+    result = check(folder, [read_public_key(each) for each in key or []])
     print_numbers(result, json_)
     if not result["ok"]:
         raise typer.Exit(ArtifactRefused.exit_code)
@@ -36,19 +38,13 @@ def sign(
 ) -> None:
     """Sign an artifact with an ssh key, for a receiver that knows your public key."""
     from post_dist.admission.signatures import sign as sign_artifact
+    from post_dist.verify import verified_manifest
 
-    result = _verified(folder, [])
+    result, manifest = verified_manifest(folder)
     if not result["ok"]:
         print_numbers(result, as_json=False)
         raise ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")
-    print(f"{folder}: signed by {sign_artifact(folder, key.expanduser())}")
-
-
-def _verified(folder: Path, keys: list[str]) -> dict[str, Any]:
-    """Return what `verify` finds in an artifact."""
-    from post_dist.verify import verify as check
-
-    return check(folder, [read_public_key(key) for key in keys])
+    print(f"{folder}: signed by {sign_artifact(folder, key.expanduser(), manifest)}")
 
 
 def report(

@@ -26,6 +26,8 @@ _INT = re.compile(
     r"|0[0-7_]*"  # octal, and zero
     r"|[1-9][0-9_]*)$"
 )
+_MOST_DEPTH = 100
+"""Levels of mappings and lists in each other. The scanner's time grows with their square."""
 _FLOAT = re.compile(
     r"^[-+]?"
     r"(?:[0-9][0-9_]*\.[0-9_]*"  # 1. and 1_000.5
@@ -33,6 +35,15 @@ _FLOAT = re.compile(
     r"|[0-9]+(?=[eE]))"  # 1 if an exponent follows
     r"(?:[eE][-+]?[0-9]+)?$"
 )
+
+
+_BEGINNINGS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,9 +99,13 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         # An escape such as "\ud800" makes half a character. So does a byte that is no UTF-8, on
         # the command line. Tokenizers and files take whole ones only.
+        depth = 0
         for token in yaml.scan(text, Loader=_Loader):
             if isinstance(token, yaml.ScalarToken):
                 token.value.encode()
+            depth += isinstance(token, _BEGINNINGS) - isinstance(token, _ENDS)
+            if depth > _MOST_DEPTH:
+                raise RecursionError
         return yaml.load(text, Loader=_Loader)
     except UnicodeEncodeError:
         raise InputError(f"{where} holds half a character, such as \\ud800") from None

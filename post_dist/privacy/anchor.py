@@ -2,11 +2,13 @@
 
 The chain of hashes in a ledger shows a changed row. It does not show rows that were removed at the
 end, an emptied file, or a chain that was computed anew. So the number of rows and the hash of the
-last one are also kept in a folder of the owner's home. The anchor also knows the data files by
-their contents, so copies and links of a file share one ledger.
+last one are also kept in a folder of the owner's home. The anchor also knows the data by their
+contents and by their place. So copies and links of a file share one ledger, and so do the versions
+of a file that is edited.
 
 Not noticed: a change of both the ledger and the anchor, the last row alone if the machine lost
-power between the two writes, and other contents, such as a file with one more example.
+power between the two writes, and other contents at another place, such as a copy with one more
+example.
 """
 
 import fcntl
@@ -16,12 +18,13 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from post_dist.config.schema import RunConfig
+from post_dist.config.sources import Task
 from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
 from post_dist.files import file_digest, write_file
 from post_dist.privacy.spending import NO_ROW, ledger_lines, row_hash
@@ -42,7 +45,7 @@ class AnchorRecord:
         first: hash of the first row, which tells a moved ledger from another one.
         last: hash of row number `rows`.
         salt: random, so that equal data have other digests in other anchors.
-        data: salted digests of the data files that the ledger belongs to.
+        data: salted digests of the marks of the data that the ledger belongs to.
     """
 
     ledger: str
@@ -52,17 +55,25 @@ class AnchorRecord:
     salt: str
     data: tuple[str, ...]
 
-    def knows(self, digest: str) -> bool:
-        """Return whether a data file with this digest belongs to the ledger."""
-        return self._salted(digest) in self.data
+    def knows(self, mark: str) -> bool:
+        """Return whether data with this mark belong to the ledger."""
+        return self._salted(mark) in self.data
 
-    def with_data(self, digest: str) -> "AnchorRecord":
-        """Return the record, with a data file added."""
-        return replace(self, data=(*self.data, self._salted(digest)))
+    def with_data(self, marks: Iterable[str]) -> "AnchorRecord":
+        """Return the record, with the marks of data added."""
+        return self._with_salted(map(self._salted, marks))
 
-    def _salted(self, digest: str) -> str:
+    def with_data_of(self, other: "AnchorRecord") -> "AnchorRecord":
+        """Return the record, with the data of another record with the same salt."""
+        return self._with_salted(other.data)
+
+    def _with_salted(self, added: Iterable[str]) -> "AnchorRecord":
+        # A dictionary keeps the order, and each key once.
+        return replace(self, data=tuple(dict.fromkeys((*self.data, *added))))
+
+    def _salted(self, mark: str) -> str:
         # A plain digest would confirm a guess of the data to whoever reads the anchor.
-        return hmac.new(self.salt.encode(), digest.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self.salt.encode(), mark.encode(), hashlib.sha256).hexdigest()
 
 
 class Anchor:
@@ -109,13 +120,34 @@ class Anchor:
             first: hash of the first row.
             last: hash of the last row.
         """
-        self.write(replace(self.record, rows=rows, first=first, last=last))
+        # Between reading and writing, no other run may add its data.
+        with _locked(self.file.parent):
+            self.read_again()
+            self.write(replace(self.record, rows=rows, first=first, last=last))
+
+    def read_again(self) -> None:
+        """Take over what other runs have written to the file since it was read."""
+        if self.file.exists():
+            self.record = _read_record(self.file).with_data_of(self.record)
 
     def write(self, record: AnchorRecord) -> None:
         """Replace the contents of the anchor."""
         text = json.dumps(asdict(record))
-        write_file(self.file, lambda partial: partial.write_text(text))
+        with owner_only():
+            write_file(self.file, lambda partial: partial.write_text(text))
         self.record = record
+
+
+def data_marks(task: Task | None) -> tuple[str, ...]:
+    """Return what private data are known by: the digest of a file, and its place.
+
+    The place of a hub data set is its name. Its revisions and splits may share examples.
+    """
+    if task is None:
+        return ()
+    if task.path is None:
+        return (f"hub {task.hub} {task.hub_config}",)
+    return (file_digest(task.path), f"file {task.path.resolve()}")
 
 
 def anchor_folder(config: RunConfig) -> Path:
@@ -125,9 +157,10 @@ def anchor_folder(config: RunConfig) -> Path:
 
 def default_anchor_folder() -> Path:
     """Return `post_dist/ledgers` in the folder for state of the XDG base directories."""
-    state = os.environ.get("XDG_STATE_HOME")
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
-        around = Path(state) if state else Path.home() / ".local" / "state"
+        # A relative path is void by the specification. It would lead to another folder each time.
+        around = state if state.is_absolute() else Path.home() / ".local" / "state"
     except RuntimeError:
         raise InputError(
             "this account has no home folder for the anchors of ledgers",
@@ -136,32 +169,28 @@ def default_anchor_folder() -> Path:
     return around / "post_dist" / "ledgers"
 
 
-def find_anchor(folder: Path, ledger: Path, data: Path | None, *, may_move: bool) -> Anchor:
+def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
     """Return the anchor of a ledger; a new one if neither the ledger nor the data are known.
 
     Args:
         folder: the folder of the anchors.
         ledger: where the run file expects the ledger.
-        data: the local data file, if there is one.
+        marks: what the data are known by (`data_marks`).
         may_move: whether the ledger of known data is used wherever it is.
 
     Raises:
         PrivacyRefused: the data have another ledger, or theirs is missing.
-        InputError: the folder cannot be written to, or the data file cannot be read.
+        InputError: the folder cannot be written to.
     """
-    digest = None if data is None else file_digest(data)
     ledger = ledger.resolve()
     with owner_only(), _locked(folder):
-        anchors = _anchors(folder)
-        anchor = _match(anchors, ledger, digest)
+        anchor = _match(_anchors(folder), ledger, marks)
         if anchor is None:
             file = folder / f"{secrets.token_hex(8)}.json"
             salt = secrets.token_hex(16)
             anchor = Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
         record = _placed(anchor, ledger, may_move=may_move)
-        if digest is not None and not record.knows(digest):
-            record = record.with_data(digest)
-        anchor.write(record)
+        anchor.write(record.with_data(marks))
     return anchor
 
 
@@ -169,14 +198,15 @@ def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
     """Return the anchor of a ledger, if there is one. Nothing is written."""
     if not folder.is_dir():
         return None
-    return _match(_anchors(folder), ledger.resolve(), None)
+    return _match(_anchors(folder), ledger.resolve(), ())
 
 
-def _match(anchors: Sequence[Anchor], ledger: Path, digest: str | None) -> Anchor | None:
+def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:
     """Return the anchor that knows the data; else that of the path; else that of a moved ledger."""
-    if digest is not None:
+    # Equal contents come before an equal place, where there may be other data by now.
+    for mark in marks:
         for anchor in anchors:
-            if anchor.record.knows(digest):
+            if anchor.record.knows(mark):
                 return anchor
     for anchor in anchors:
         if anchor.ledger == ledger:
@@ -208,7 +238,8 @@ def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:
     if not may_move:
         raise PrivacyRefused(
             f"these data have their privacy ledger at {anchor.ledger}, not at {ledger}",
-            "set privacy.ledger to that file, or remove the setting",
+            "set privacy.ledger to that file, or remove the setting; give other data a place of "
+            "their own",
         )
     log.info("tune: the privacy ledger of these data is %s", anchor.ledger)
     return record
@@ -226,16 +257,23 @@ def _anchors(folder: Path) -> list[Anchor]:
     Raises:
         ArtifactRefused: a file is not an anchor.
     """
-    anchors = []
-    for file in sorted(folder.glob("[0-9a-f]*.json")):
-        try:
-            fields = json.loads(file.read_text())
-            anchors.append(Anchor(file, AnchorRecord(**fields | {"data": tuple(fields["data"])})))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ArtifactRefused(
-                f"{file} is not the anchor of a privacy ledger", "restore it from a copy"
-            ) from None
-    return anchors
+    files = sorted(folder.glob("[0-9a-f]*.json"))
+    return [Anchor(file, _read_record(file)) for file in files]
+
+
+def _read_record(file: Path) -> AnchorRecord:
+    """Read the contents of an anchor.
+
+    Raises:
+        ArtifactRefused: the file is not an anchor.
+    """
+    try:
+        fields = json.loads(file.read_text())
+        return AnchorRecord(**fields | {"data": tuple(fields["data"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ArtifactRefused(
+            f"{file} is not the anchor of a privacy ledger", "restore it from a copy"
+        ) from None
 
 
 @contextmanager

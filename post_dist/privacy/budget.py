@@ -8,7 +8,14 @@ from post_dist.errors import InputError
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import default_anchor_folder, find_anchor, known_anchor
 from post_dist.privacy.ledger import lock_ledger
-from post_dist.privacy.spending import Cap, DataSpending, Spending, ledger_lines, spending_of
+from post_dist.privacy.spending import (
+    Cap,
+    DataSpending,
+    Spending,
+    ledger_lines,
+    read_ledger,
+    spending_of,
+)
 
 # The delta at which the budget of an empty ledger is stated.
 _DEFAULT_DELTA = 1e-6
@@ -23,9 +30,12 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
             delta of the runs.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or delta is not from 0 to 1.
         ArtifactRefused: the ledger was changed.
     """
+    # NaN passes the comparisons of the command line.
+    if delta is not None and not 0 <= delta <= 1:
+        raise InputError(f"--delta must be from 0 to 1, not {delta:g}")
     lines = ledger_lines(path)
     anchor = known_anchor(default_anchor_folder(), path)
     if anchor is not None:
@@ -58,15 +68,20 @@ def change_cap(path: Path, epsilon: float, delta: float | None) -> None:
         delta: the delta at which the limit is meant. None keeps the delta of the old one.
 
     Raises:
-        InputError: there is no such ledger, or delta is not between 0 and 1.
+        InputError: there is no such ledger, epsilon is no positive number, or delta is not between
+            0 and 1.
         PrivacyRefused: a run holds the ledger.
         ArtifactRefused: the ledger was changed.
     """
+    if not 0 < epsilon < math.inf:
+        raise InputError(f"--cap must be a number above zero, not {epsilon:g}")
     if delta is not None and not 0 < delta < 1:
         raise InputError(f"--delta must be between 0 and 1, not {delta:g}")
     if not path.is_file():
         raise InputError(f"there is no privacy ledger {path}", "the first private run makes it")
-    anchor = find_anchor(default_anchor_folder(), path, None, may_move=False)
+    # A file that is no ledger gets no anchor.
+    read_ledger(path)
+    anchor = find_anchor(default_anchor_folder(), path, (), may_move=False)
     with lock_ledger(anchor) as ledger:
         ledger.set_cap(Cap(epsilon, delta or _usual_delta(ledger.spending)))
 

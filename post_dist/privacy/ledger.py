@@ -23,12 +23,13 @@ from post_dist.config.schema import RunConfig
 from post_dist.errors import EnvironmentFault, InputError, PrivacyRefused
 from post_dist.files import writing
 from post_dist.privacy.accounting import composed_epsilon
-from post_dist.privacy.anchor import Anchor, anchor_folder, find_anchor
+from post_dist.privacy.anchor import Anchor, anchor_folder, data_marks, find_anchor
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.spending import (
     NO_ROW,
     Cap,
     Spending,
+    is_whole_row,
     ledger_lines,
     row_hash,
     spending_of,
@@ -60,11 +61,10 @@ def anchor_of(config: RunConfig) -> Anchor:
         InputError: there is no place for the ledger or its anchor.
         PrivacyRefused: the data have another ledger, or theirs is missing.
     """
-    task = config.private_task
     return find_anchor(
         anchor_folder(config),
         ledger_path(config),
-        None if task is None else task.path,
+        data_marks(config.private_task),
         may_move=config.privacy.ledger is None,
     )
 
@@ -81,7 +81,7 @@ class OpenLedger:
         spending: what all runs have spent, with every row that was added.
 
     Raises:
-        ArtifactRefused: the ledger was changed.
+        ArtifactRefused: the ledger was changed, or the file is no ledger. It stays as it is.
     """
 
     def __init__(self, descriptor: int, anchor: Anchor) -> None:
@@ -95,24 +95,28 @@ class OpenLedger:
         self._rows = len(lines)
         self._first = row_hash(lines[0]) if lines else ""
         self._last = row_hash(lines[-1]) if lines else NO_ROW
+        self._end_last_row()
+        self._size = os.fstat(descriptor).st_size
 
     def append(self, **row: Any) -> None:
         """Write a row to the end of the ledger, flush it, and remember it in the anchor.
 
         Raises:
             EnvironmentFault: the disk is full; the ledger is as it was before.
+            PrivacyRefused: the file is not the one that this process has locked and written.
         """
+        self._check_is_ours()
         # One write for the whole row, at the end of the file.
         line = json.dumps({**row, "previous": self._last}, allow_nan=False)
         data = f"{line}\n".encode()
-        size = os.fstat(self._descriptor).st_size
         with writing(self.path):
             written = os.write(self._descriptor, data)
             # On an almost full disk, `write` may write a part of the row without an error.
             if written < len(data):
-                os.ftruncate(self._descriptor, size)
+                os.ftruncate(self._descriptor, self._size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._descriptor)
+        self._size += len(data)
         self._rows += 1
         self._last = row_hash(line)
         self._first = self._first or self._last
@@ -123,6 +127,36 @@ class OpenLedger:
     def set_cap(self, cap: Cap) -> None:
         """Record a cap, which holds for all later steps of all runs."""
         self.append(row="cap", epsilon=cap.epsilon, delta=cap.delta, set=_now())
+
+    def _check_is_ours(self) -> None:
+        """Check that the path still leads to the locked file, and that nobody else has written it.
+
+        An editor or a synchronizing program saves a file by putting another one in its place. Rows
+        would then go to a file without a name, and another run could lock the new one.
+
+        Raises:
+            PrivacyRefused: it was replaced, or written by a process that does not see our lock.
+        """
+        locked = os.fstat(self._descriptor)
+        try:
+            replaced = not os.path.samestat(locked, self.path.stat())
+        except OSError:
+            replaced = True
+        if replaced or locked.st_size != self._size:
+            raise PrivacyRefused(
+                f"the privacy ledger {self.path} was replaced or changed by another program",
+                "restore all its rows, and run the same command again to resume",
+            )
+
+    def _end_last_row(self) -> None:
+        """Remove an incomplete last row, or end a whole one, so that the next has its own line."""
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        last = data[end:]
+        if is_whole_row(last.decode()):
+            os.write(self._descriptor, b"\n")
+        else:
+            os.ftruncate(self._descriptor, end)
 
 
 class LedgerRun:
@@ -256,13 +290,16 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
     """Open a ledger for writing and lock out other runs.
 
     Raises:
-        InputError: the file cannot be written to.
+        InputError: the file cannot be written to, or is no regular file.
         PrivacyRefused: another run holds the lock.
         ArtifactRefused: the ledger was changed.
         EnvironmentFault: the file system does not support locks.
     """
     path = anchor.ledger
     try:
+        # A device such as /dev/null would keep no row.
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise InputError(
@@ -271,8 +308,8 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
         ) from None
     try:
         _lock(descriptor, path)
-        # Remove an incomplete last row, so that the next row starts on a new line.
-        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+        # Another run may have ended since the anchor was read.
+        anchor.read_again()
         yield OpenLedger(descriptor, anchor)
     finally:
         os.close(descriptor)

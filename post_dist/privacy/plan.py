@@ -36,6 +36,9 @@ _BOUNDS = {
 }
 """Numbers outside these bounds give no useful guarantee, overflow, or take hours to compute."""
 
+_MOST_RATIO = 10
+"""Largest ratio between the examples that a step draws and the divisor of their gradients."""
+
 _MAY_BE_NONE = {"declared_examples", "mean_trials", "score_noise_multiplier", "clip_quantile"}
 _INTEGERS = {"steps", "declared_examples"}
 
@@ -131,6 +134,23 @@ class PrivacyPlan:
         if (self.mean_trials is None) != (self.score_noise_multiplier is None):
             problems.append("mean_trials and score_noise_multiplier must be given together")
         return problems
+
+    @property
+    def misfit(self) -> str | None:
+        """Say why the numbers of the plan do not belong together; None if they do.
+
+        Each of them may be in its bounds. With a q that is far too small, epsilon is small, and
+        the steps learn from nothing.
+        """
+        if self.declared_examples is None:
+            return None
+        drawn = self.sampling_probability * self.declared_examples
+        if 1 / _MOST_RATIO <= drawn / self.expected_batch_size <= _MOST_RATIO:
+            return None
+        return (
+            f"a step draws {drawn:.3g} of {self.declared_examples} examples, and the sum of their "
+            f"gradients is divided by {self.expected_batch_size:g}"
+        )
 
     def trial_event(self) -> DpEvent:
         """Describe one training run, with its score in a search, for the accountants."""
@@ -229,4 +249,10 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
     problems = plan.out_of_bounds()
     if problems:
         raise InputError(f"privacy: {'; '.join(problems)}", "see `post-dist privacy RUN.yaml`")
+    # The prompt of such a plan would not pass the door.
+    if plan.misfit is not None:
+        raise InputError(
+            f"privacy: {plan.misfit}",
+            "set expected_batch_size to sampling_probability times declared_examples",
+        )
     return plan

@@ -1,5 +1,6 @@
 """What the runs on a data set have spent, read from the rows of its ledger."""
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -10,6 +11,11 @@ from typing import Any
 
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.privacy.plan import PrivacyPlan
+
+_MOST_BYTES = 1 << 30
+"""Size of a ledger of about 4 million steps."""
+_ROW_START = '{"row": "'
+"""Every row begins with its kind."""
 
 NO_ROW = hashlib.sha256(b"post_dist ledger").hexdigest()
 """The hash that the first row carries, because no row comes before it."""
@@ -141,18 +147,38 @@ def read_ledger(path: Path) -> DataSpending:
 
 
 def ledger_lines(path: Path) -> list[str]:
-    """Read the complete lines of a ledger.
+    """Read the complete lines of a ledger. A last row that only lacks its line break counts.
 
     Raises:
         InputError: the file cannot be read.
+        ArtifactRefused: it does not begin like a ledger.
     """
     try:
+        # A pipe would make the reader wait for ever.
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
+            raise OSError(errno.EFBIG, "no regular file of at most 1 GiB")
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise InputError(f"cannot read the privacy ledger {path}: {reason}") from None
-    # The text after the last line break is empty, or an incomplete row from a killed run.
-    return text.split("\n")[:-1]
+    # The text after the last line break is empty, or an incomplete row from a killed run, or a row
+    # whose line break an editor has removed.
+    *lines, last = text.split("\n")
+    if is_whole_row(last):
+        return [*lines, last]
+    # Without a whole line, nothing else shows that this is a ledger.
+    if not lines and not _ROW_START.startswith(last[: len(_ROW_START)]):
+        raise ArtifactRefused(f"{path} is no privacy ledger", "give the path of the ledger")
+    return lines
+
+
+def is_whole_row(line: str) -> bool:
+    """Return whether a line is a row from its first to its last character."""
+    # No part of a JSON object is one.
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def spending_of(lines: Sequence[str], path: Path) -> DataSpending:

@@ -53,6 +53,12 @@ _MOST_STEPS_OF_A_SEARCH = 10**6
 _MOST_EPSILON = 200.0
 _MOST_DELTA = 0.01
 
+_SETTINGS = (
+    *("noise_multiplier", "sampling_probability", "declared_examples", "max_grad_norm"),
+    *("clip_quantile", "noise_source"),
+)
+"""Fields of a statement that have the name of their setting."""
+
 _EPSILONS = ("epsilon_at_delta", "epsilon_for_groups")
 _COMPUTED = frozenset(
     (
@@ -117,6 +123,8 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     """
     claim, plan, repeated = _parse(statement)
     problems = _word_problems(statement, plan)
+    if plan.misfit is not None:
+        problems.append(plan.misfit)
     # A prompt with seeded noise must not claim an epsilon.
     if not plan.private:
         if claim is not None or any(statement.get(name) for name in _EPSILONS):
@@ -136,6 +144,31 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
     if "epsilon_for_groups" in statement:
         computed["epsilon_for_groups"] = group_epsilons(_spent(plan, repeated), plan.delta)
     return problems + _delta_problems(plan) + _number_problems(statement, computed)
+
+
+def settings_problems(statement: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Describe where a statement is not that of the settings in its prompt's manifest.
+
+    Args:
+        statement: contents of an untrusted `privacy.json`.
+        config: settings of an untrusted manifest. Those of a transferred prompt are not the
+            owner's, and say nothing of privacy.
+    """
+    section, tune = config.get("privacy"), config.get("tune")
+    if not isinstance(section, dict) or not isinstance(tune, dict):
+        return []
+    problems = []
+    if section.get("enabled") is not True:
+        problems.append("the manifest says that the prompt was tuned without privacy")
+    # Where a setting is not given, the plan has computed it.
+    settings = {name: section.get(name) for name in _SETTINGS}
+    settings["delta"] = section.get("target_delta")
+    settings["steps"] = section.get("steps") or tune.get("steps")
+    settings["expected_batch_size"] = section.get("expected_batch_size") or tune.get("batch_size")
+    for name, value in settings.items():
+        if value is not None and statement.get(name) != value:
+            problems.append(f"its `{name}` is not that of the settings in the manifest")
+    return problems
 
 
 def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:

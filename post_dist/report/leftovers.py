@@ -1,22 +1,48 @@
-"""What a folder of runs holds that nothing needs: unfinished runs, and caches beside runs."""
+"""What a folder of runs holds that nothing needs: unfinished runs, and caches beside runs.
 
+A folder may hold other things of its user. So a run must have the name and the files that the
+stages give it, and a cache nothing but the files that belong there.
+"""
+
+import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from post_dist.admission.quarantine import PREFIX
 from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.artifacts.run_folder import ADMITTED, SETTINGS
+from post_dist.artifacts.run_folder import ADMITTED, RUN_MARKS, is_run
+from post_dist.errors import InputError
 from post_dist.files import lock_file, writing
 from post_dist.report.runs import run_folders
 
-_CACHES = {
-    ADMITTED: "copies of students",
-    "answers": "answers of models",
-    "teacher-signals-*": "signals of the teacher",
-}
-"""Folders beside runs that a later run makes again, by the pattern of their names."""
+
+@dataclass(frozen=True)
+class _Cache:
+    """A kind of folder beside runs that a later run makes again.
+
+    Attributes:
+        what: what it holds.
+        name: regular expression of its name.
+        entry: regular expression of the names in it.
+    """
+
+    what: str
+    name: str
+    entry: str
+
+
+_PARTIAL = r"(?:\.[0-9a-f]{8}\.)?"
+"""Beginning of the name of a file that is not finished."""
+_CACHES = (
+    _Cache("copies of students", ADMITTED, rf"[0-9a-f]{{16,64}}|{re.escape(PREFIX)}\w+"),
+    _Cache("answers of models", "answers", rf"{_PARTIAL}[0-9a-f]{{16}}\.safetensors"),
+    # Older versions had other files in them.
+    _Cache("signals of the teacher", r"teacher-signals-[0-9a-f]{8}", r".*"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +71,15 @@ def leftovers(folder: Path) -> list[Leftover]:
     for path in run_folders(folder):
         if path.parent.name == ADMITTED:
             around.setdefault(path.parent.parent, True)
-        if not (path / SETTINGS).is_file():
+        if not is_run(path):
             continue
         with _held(path) as free:
             around[path.parent] = around.get(path.parent, True) and free
         if free and not (path / "artifact" / FILE_NAME).is_file():
             found.append(_leftover(path, "unfinished run"))
+        elif free and (path / "checkpoints").is_dir():
+            # The run was killed between its last two actions.
+            found.append(_leftover(path / "checkpoints", "checkpoints not needed"))
     # A run in progress may read any cache beside it.
     for place, free in around.items():
         found += _caches(place) if free else []
@@ -63,27 +92,50 @@ def remove(leftover: Leftover) -> None:
     Raises:
         InputError: it cannot be removed.
     """
-    with _held(leftover.path) as free, writing(leftover.path):
-        if free:
-            shutil.rmtree(leftover.path)
+    path = leftover.path
+    with _held(path) as free, writing(path):
+        if not free:
+            return
+        try:
+            # The marks of a run go last. If this is killed, the rest is still found to be a run.
+            for entry in path.iterdir():
+                if entry.name not in RUN_MARKS:
+                    _delete(entry)
+            shutil.rmtree(path)
+        except RecursionError:
+            raise InputError(f"{path} is nested too deeply", "remove it by hand") from None
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link or a folder. What a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _caches(place: Path) -> list[Leftover]:
     """Find the caches beside runs."""
     found = []
-    for pattern, what in _CACHES.items():
-        for path in place.glob(pattern):
-            if not path.is_dir() or path.is_symlink():
-                continue
-            with _held(path) as free:
-                if free:
-                    found.append(_leftover(path, what))
+    for path in place.iterdir():
+        cache = next((kind for kind in _CACHES if re.fullmatch(kind.name, path.name)), None)
+        if cache is None or path.is_symlink() or not path.is_dir():
+            continue
+        if not all(re.fullmatch(cache.entry, name) for name in os.listdir(path)):
+            continue
+        with _held(path) as free:
+            if free:
+                found.append(_leftover(path, cache.what))
     return found
 
 
 def _leftover(path: Path, what: str) -> Leftover:
-    files = (each for each in path.rglob("*") if each.is_file() and not each.is_symlink())
-    return Leftover(path, what, sum(each.stat().st_size for each in files) / 2**20)
+    # Folders that cannot be read are skipped.
+    size = 0
+    for place, _, files in os.walk(path):
+        with suppress(OSError):
+            size += sum(os.lstat(os.path.join(place, name)).st_size for name in files)
+    return Leftover(path, what, size / 2**20)
 
 
 @contextmanager
@@ -91,7 +143,13 @@ def _held(path: Path) -> Iterator[bool]:
     """Hold the lock of a folder; the value tells whether no other process holds it."""
     with ExitStack() as files:
         lock = path / "lock"
-        if not lock.is_file():
+        if lock.is_symlink() or not lock.is_file():
             yield True
             return
-        yield lock_file(files.enter_context(lock.open("a")))
+        try:
+            file = files.enter_context(lock.open("a"))
+        except OSError:
+            # It is somebody else's.
+            yield False
+            return
+        yield lock_file(file)

@@ -5,14 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.manifest import (
-    FILE_NAME,
-    SIZE_LIMIT_BYTES,
-    Manifest,
-    parse_manifest,
-    read_manifest,
-)
-from post_dist.artifacts.strict_json import read_object
+from post_dist.admission.quarantine import Quarantined, quarantined
+from post_dist.artifacts.manifest import FILE_NAME, SIZE_LIMIT_BYTES, Manifest, parse_manifest
+from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_object
 from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import PostDistError
 
@@ -42,6 +37,9 @@ class Made:
         intact: whether that comparison succeeded. Otherwise the fields below are empty.
         config: the settings that made it. They never depend on private data.
         privacy: its `privacy.json`; empty if it has none.
+        adapter: its `adapter_config.json`; empty if it has none.
+        has_head: whether there is a linear head behind the prompt.
+        vectors: numbers of the prompt's vectors and of their components, such as `10×576`.
     """
 
     role: str
@@ -51,6 +49,9 @@ class Made:
     intact: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    has_head: bool = False
+    vectors: str = ""
 
     @property
     def by_owner(self) -> bool:
@@ -90,7 +91,9 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """Read the settings in a stage's folder; empty if they cannot be read."""
     path = folder / "resolved.yaml"
     try:
-        settings = read_yaml(path.read_text(), path.name) if _is_small_file(path) else None
+        # The parser takes a second for each 100 KB.
+        is_small = _is_small_file(path, SMALL_FILE_BYTES)
+        settings = read_yaml(path.read_text(), path.name) if is_small else None
     except (OSError, ValueError, PostDistError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -155,9 +158,9 @@ def manifest_of(folder: Path) -> Manifest | None:
         return None
 
 
-def _is_small_file(path: Path) -> bool:
+def _is_small_file(path: Path, most_bytes: int = SIZE_LIMIT_BYTES) -> bool:
     """Return whether a path may be read whole. A pipe would make the reader wait for ever."""
-    return path.is_file() and path.stat().st_size <= SIZE_LIMIT_BYTES
+    return path.is_file() and path.stat().st_size <= most_bytes
 
 
 def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> Made:
@@ -166,17 +169,53 @@ def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> 
         return Made(role, digest)
     folder, manifest = near[digest]
     try:
-        read_manifest(folder, manifest.kind)
+        # The weights of a student are many, and the page shows none of them.
+        with quarantined(folder, hashed_only=manifest.kind == "student") as inside:
+            if inside.manifest.digest == digest:
+                return _described(role, folder, inside)
     except (OSError, PostDistError):
-        # Nothing that it says is shown. The evaluation has checked other files.
-        return Made(role, digest, folder, "files were changed")
-    check = "files match their hashes"
-    return Made(role, digest, folder, check, True, manifest.config, privacy_claim(folder))
+        pass
+    # Nothing that it says is shown. The evaluation has checked other files.
+    return Made(role, digest, folder, "files were changed")
+
+
+def _described(role: str, folder: Path, inside: Quarantined) -> Made:
+    """Read what the page says of an artifact from its private copy."""
+    copy = inside.folder
+    adapter = _object(copy / "adapter_config.json")
+    return Made(
+        role,
+        inside.manifest.digest,
+        folder,
+        check="files match their hashes",
+        intact=True,
+        config=inside.manifest.config,
+        privacy=privacy_claim(copy),
+        adapter=adapter,
+        has_head="head.safetensors" in inside.manifest.files,
+        vectors=_vectors(copy, adapter),
+    )
+
+
+def _vectors(copy: Path, adapter: Mapping[str, Any]) -> str:
+    """Return the numbers of a prompt's vectors and of their components, such as `10×576`."""
+    # The prompt in front of a LoRA has a file of its own.
+    own = copy / "prompt.safetensors"
+    if own.exists():
+        from post_dist.artifacts.prompt_reader import read_embeddings  # loads torch
+
+        count, width = read_embeddings(own).shape
+        return f"{count}×{width}"
+    return f"{adapter.get('num_virtual_tokens')}×{adapter.get('token_dim')}"
 
 
 def privacy_claim(folder: Path) -> dict[str, Any]:
     """Read the privacy claim of a prompt; empty if there is none."""
-    path = folder / "privacy.json"
+    return _object(folder / "privacy.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Read a small JSON object; empty if it cannot be read."""
     try:
         return read_object(path) if _is_small_file(path) else {}
     except (OSError, PostDistError):

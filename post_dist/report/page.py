@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from post_dist.artifacts.strict_json import read_object
+from post_dist.admission.refusal import refusing
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import write_file
@@ -25,6 +25,8 @@ from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.private_process import owner_only
 
 _TEMPLATE = "page.html.j2"
+_MOST_METRICS_BYTES = 256 << 20
+"""Largest log of metrics that is drawn; a million steps have about 150 MB."""
 
 
 def finished_evaluation(runs: Path) -> Path:
@@ -51,17 +53,20 @@ def write_report(evaluation: Path) -> Path:
         The path of the HTML page.
 
     Raises:
+        ArtifactRefused: the evaluation, or a file that the page shows, is not what the stages
+            write. Another party may have sent it.
         InputError: the folder cannot be written to.
         EnvironmentFault: the disk is full.
     """
     runs = evaluation.parent
-    table = read_table(evaluation)
-    made = lineage(evaluation)
     page = runs / "report.html"
     # The scores come from private data, and no epsilon covers them.
     with owner_only():
-        html = _html(evaluation, table, made)
-        markdown = _markdown(runs.name, table, made)
+        with refusing(evaluation):
+            table = read_table(evaluation)
+            made = lineage(evaluation)
+            html = _html(evaluation, table, made)
+            markdown = _markdown(runs.name, table, made)
         # New files take the place of old ones, which others may be able to read.
         write_file(runs / "report.md", lambda path: path.write_text(markdown))
         write_file(page, lambda path: path.write_text(html))
@@ -136,7 +141,7 @@ def _curves(runs: Path, made: Sequence[Made]) -> list[Any]:
         if each.folder is None or each.folder.parent.parent != runs:
             continue
         path = each.folder.parent / "metrics.jsonl"
-        if path.is_file():
+        if path.is_file() and path.stat().st_size <= _MOST_METRICS_BYTES:
             curves.append(loss_chart(each.title, read_metric_log(path), METRIC_LABELS))
     return [curve for curve in curves if curve is not None]
 
@@ -183,43 +188,13 @@ def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
         return {
             "quoted": shlex.quote(str(each.folder)),
             "literal": repr(str(each.folder)),
-            "masked": _is_masked(each.folder),
-            "alone": _is_alone(each.folder),
-            "size": _size(each.folder),
+            "masked": each.adapter.get("task_type") != "CAUSAL_LM",
+            # PEFT runs all of a prompt that has nothing behind it.
+            "alone": each.adapter.get("peft_type") == "PROMPT_TUNING" and not each.has_head,
+            "size": each.vectors,
             "model": "the student" if each.by_owner else "the large LLM",
         }
     return None
-
-
-def _adapter(folder: Path) -> dict[str, Any]:
-    """Read the adapter's configuration; empty if it cannot be read."""
-    try:
-        return read_object(folder / "adapter_config.json")
-    except (OSError, PostDistError):
-        return {}
-
-
-def _is_masked(folder: Path) -> bool:
-    return _adapter(folder).get("task_type") != "CAUSAL_LM"
-
-
-def _is_alone(folder: Path) -> bool:
-    """Return whether PEFT runs all of a prompt: there is nothing behind it."""
-    is_prompt = _adapter(folder).get("peft_type") == "PROMPT_TUNING"
-    return is_prompt and not (folder / "head.safetensors").exists()
-
-
-def _size(folder: Path) -> str:
-    """Return the numbers of vectors and of their components, such as `10×576`."""
-    from post_dist.artifacts.prompt_reader import read_embeddings  # loads torch
-
-    # The prompt in front of a LoRA has a file of its own.
-    own = folder / "prompt.safetensors"
-    if own.exists():
-        count, width = read_embeddings(own).shape
-        return f"{count}×{width}"
-    adapter = _adapter(folder)
-    return f"{adapter.get('num_virtual_tokens')}×{adapter.get('token_dim')}"
 
 
 def _settings(made: Sequence[Made]) -> list[dict[str, str]]:

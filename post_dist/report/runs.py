@@ -2,9 +2,13 @@
 
 Only files that a run writes anyway are read. Of a run on private data, the step of its checkpoint
 is the only progress that is read: times of its steps would tell the sizes of its batches.
+
+A folder may come from another party. Then its files may hold anything, and what is no number of
+steps or seconds is not shown.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +27,7 @@ _TAIL_BYTES = 1 << 16
 _SILENT_SECONDS = 60.0
 _SILENT_STEPS = 10
 """A run that has written nothing for this long may have ended, so no time left is given."""
+_MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def run_folders(folder: Path) -> list[Path]:
         raise InputError(f"{folder} is not a folder", "give the folder of your runs")
     found = []
     for place, inner, files in os.walk(folder):
-        if SETTINGS in files or FILE_NAME in files:
+        is_run = SETTINGS in files and (Path(place) / SETTINGS).is_file()
+        if is_run or FILE_NAME in files:
             inner.clear()
             found.append(Path(place))
         # Hidden folders hold half-written artifacts and environments of Python.
@@ -123,9 +129,17 @@ def _found(path: Path) -> FoundRun:
         stage=_stage(path.name) or path.name if is_run else _kind(manifest),
         state="finished" if finished else "unfinished",
         epsilon=epsilon if isinstance(epsilon, float) else None,
-        date=datetime.fromtimestamp(dated.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        date=_date(dated),
         path=str(path),
     )
+
+
+def _date(path: Path) -> str:
+    """Return the time of a file in UTC; empty if it has none that a calendar knows."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    except (OSError, ValueError, OverflowError):
+        return ""
 
 
 def _stage(name: str) -> Stage | None:
@@ -146,8 +160,7 @@ def _progress(path: Path) -> RunProgress:
         return RunProgress(path.name, "finished")
     stage = _stage(path.name)
     settings = settings_of(path)
-    section = settings.get(stage or "")
-    steps = section.get("steps") if isinstance(section, dict) else None
+    steps = _whole(_section(settings, stage or "").get("steps"))
     if stage is None or steps is None:
         return RunProgress(path.name, "unfinished")
     if "private_task" in STAGE_SECTIONS[stage]:
@@ -164,9 +177,9 @@ def _private_progress(path: Path, settings: Mapping[str, Any], steps: int) -> Ru
         steps: number of steps without a privacy plan.
     """
     # The number of a search's trials is private, and so is everything that tells it.
-    if settings["tune"].get("search") is not None:
+    if _section(settings, "tune").get("search") is not None:
         return RunProgress(path.name, "unfinished")
-    planned = (settings.get("privacy") or {}).get("steps") or steps
+    planned = _whole(_section(settings, "privacy").get("steps")) or steps
     return RunProgress(path.name, "unfinished", step=_checkpoint(path), steps=planned)
 
 
@@ -176,7 +189,7 @@ def _public_progress(path: Path, steps: int) -> RunProgress:
     lines = _last_lines(metrics) if metrics.is_file() else []
     if not lines:
         return RunProgress(path.name, "unfinished", step=_checkpoint(path), steps=steps)
-    done = lines[-1]["step"] + 1
+    done = lines[-1].step + 1
     silent = max(time.time() - metrics.stat().st_mtime, 0.0)
     speed = _speed(lines)
     left = None
@@ -188,29 +201,68 @@ def _public_progress(path: Path, steps: int) -> RunProgress:
 def _checkpoint(path: Path) -> int:
     """Return the step of the newest checkpoint, or 0 without one."""
     names = [found.name.removeprefix("step-") for found in path.glob("checkpoints/step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    steps = [int(name) for name in names if name.isdecimal()]
+    return max((step for step in steps if step <= _MOST_STEPS), default=0)
 
 
-def _last_lines(path: Path) -> list[dict[str, Any]]:
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section of settings; empty if it is missing or something else."""
+    section = settings.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _whole(value: object) -> int | None:
+    """Return a value if it is a number of steps."""
+    # True and False do not count as numbers.
+    return value if type(value) is int and 0 <= value <= _MOST_STEPS else None
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the metrics: a step, and the seconds since the start of its process."""
+
+    step: int
+    seconds: float
+
+
+def _line(text: bytes) -> _Line:
+    """Read a line of the metrics.
+
+    Raises:
+        ValueError, TypeError, KeyError, OverflowError, RecursionError: it is cut, half written, or
+            no line of the metrics.
+    """
+    line = json.loads(text)
+    step = _whole(line["step"])
+    seconds = float(line["seconds"])
+    if step is None or not math.isfinite(seconds):
+        raise ValueError(text)
+    return _Line(step, seconds)
+
+
+def _last_lines(path: Path) -> list[_Line]:
     """Read the last lines of a metrics file that one process has written."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
         texts = file.read().split(b"\n")
-    lines: list[dict[str, Any]] = []
+    lines: list[_Line] = []
     for text in texts:
         try:
-            line = json.loads(text)
-            # The clock starts again when a run resumes.
-            if lines and line["seconds"] < lines[-1]["seconds"]:
-                lines.clear()
-            lines.append({"step": int(line["step"]), "seconds": float(line["seconds"])})
-        except (ValueError, TypeError, KeyError):
+            line = _line(text)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             # The first line may be cut, and the last one may be half written.
             continue
+        # The clock starts again when a run resumes.
+        if lines and line.seconds < lines[-1].seconds:
+            lines.clear()
+        lines.append(line)
     return lines
 
 
-def _speed(lines: Sequence[Mapping[str, Any]]) -> float | None:
+def _speed(lines: Sequence[_Line]) -> float | None:
     """Return the steps per second of these lines, or None if they are too few."""
-    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
-    return (lines[-1]["step"] - lines[0]["step"]) / seconds if seconds > 0 else None
+    seconds = lines[-1].seconds - lines[0].seconds
+    steps = lines[-1].step - lines[0].step
+    # Numbers of others may give zero or infinity.
+    speed = steps / seconds if seconds > 0 else 0.0
+    return speed if 0 < speed < math.inf else None

@@ -124,13 +124,13 @@ def _write_card(export: _Export, name: str, folder: Path) -> None:
         "classes": ", ".join(prompt.task.class_names),
     }
     privacy = prompt.privacy
-    if privacy is None:
+    if privacy is None or privacy["epsilon"] is None:
         summary = "It was made WITHOUT differential privacy and may reveal its training data."
         settings["epsilon"] = "none"
     else:
         summary = (
             f"It is differentially private with epsilon {privacy['epsilon']:.4g} at delta "
-            f"{privacy['delta']:.2g}, for one {privacy['unit']}."
+            f"{privacy['delta']:.2g}, for {privacy['unit']}."
         )
         for field in ("epsilon", "delta", "unit", "neighbouring_relation", "accountant"):
             settings[field] = privacy[field]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,9 +42,14 @@ from post_dist.stages.evaluate.cached_answers import (
 )
 from post_dist.stages.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from post_dist.privacy.accounting import Account
+
 log = logging.getLogger(__name__)
 
 _RESULT = "membership.json"
+_SHADOWS = "shadows"
+"""Folder of the shadow prompts, and of the private rows that they are tuned on."""
 _RATE = "true_positive_rate_at_1_percent_false"
 _FEWEST_SHADOWS = 4
 _FEWEST_ROWS = 20
@@ -87,7 +92,7 @@ def audit_membership(
     _refuse(config, size)
     config.need("tune")
     folder = _folder(config, size, pipeline)
-    kept = world.on_main(lambda: _read_result(folder))
+    kept = world.on_main(lambda: finished_result(folder))
     if kept is not None:
         return kept
     with pipeline.running([folder]):
@@ -161,7 +166,7 @@ class _Shadows:
         pipeline: Pipeline,
         world: World,
     ) -> None:
-        self.folder = audit_folder.path / "shadows"
+        self.folder = audit_folder.path / _SHADOWS
         self._config = config
         self._world = world
         self.task = config.need_task("private_task")
@@ -204,10 +209,18 @@ class _Shadows:
         folders = Pipeline(config, self._world, frozenset(("transfer",))).transfer()
         return [folder.artifact for folder in folders]
 
+    def cost(self) -> "Account | None":
+        """Return what each shadow prompt tells of its rows at most; None without privacy."""
+        from post_dist.privacy.accounting import account  # takes a second
+        from post_dist.privacy.calibration import private_plan
+
+        config = self._shadow_config(0, self.folder / "rows")
+        return account(private_plan(config)) if config.privacy.enabled else None
+
     def _shadow_config(self, number: int, members: Path) -> RunConfig:
         """Return the run file of one shadow prompt, which is tuned on the rows of a file."""
         # The shadows spend nothing of the real data's budget: nobody else sees them.
-        privacy = _privacy_of(self._config, self.members_SN[number].sum())
+        privacy = shadow_privacy(self._config, self.members_SN[number].sum())
         changes = {
             "name": members.stem,
             "output": self.folder,
@@ -235,7 +248,7 @@ def _task_of(task: Task, path: Path) -> Task:
     return task.model_copy(update=changes)
 
 
-def _privacy_of(config: RunConfig, members: int) -> Privacy:
+def shadow_privacy(config: RunConfig, members: int) -> Privacy:
     """Return the plan of a shadow prompt: the same epsilon, steps and batch, for fewer examples."""
     section = config.privacy
     if not section.enabled:
@@ -258,6 +271,9 @@ def _privacy_of(config: RunConfig, members: int) -> Privacy:
         "sampling_probability": None,
         "ledger": None,
         "max_total_epsilon": None,
+        # The ledger of the data does not know the shadows. With noise from a seed, each of them
+        # says that it is not private, so nobody takes one for a prompt to hand on.
+        "noise_source": "seeded",
     }
     return Privacy.model_validate(section.model_dump() | changes)
 
@@ -297,13 +313,13 @@ def _attack(config: RunConfig, shadows: _Shadows, world: World) -> dict[str, Any
     student, target = load_answers(
         shadows.models, shadows.digests, split, config, shadows.folder / "answers", world
     )
-    claim = read_prompt(sources[0]).privacy or {}
+    cost = shadows.cost()
     result: dict[str, Any] = {
         "attack": "lira",
         "shadow_prompts": len(sources),
         "rows": len(shadows.rows.texts),
-        "epsilon": claim.get("epsilon"),
-        f"most_{_RATE}": claim.get(_RATE),
+        "epsilon": None if cost is None else cost.epsilon,
+        f"most_{_RATE}": None if cost is None else cost.true_positive_rate,
     }
     result |= _numbers("student", _success(student, sources, shadows))
     if target is not None:
@@ -333,11 +349,13 @@ def _numbers(model: str, success: AttackSuccess) -> dict[str, float]:
     }
 
 
-def _read_result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read the result of a finished audit."""
+def finished_result(folder: RunFolder) -> dict[str, Any] | None:
+    """Read the result of a finished audit; None if it is not finished."""
     file = folder.path / _RESULT
     if not file.is_file():
         return None
+    # The audit may have been killed before it had deleted all of them.
+    shutil.rmtree(folder.path / _SHADOWS, ignore_errors=True)
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from post_dist.admission.door import refusing
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder, run_folder

@@ -6,7 +6,8 @@ from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked, refusing
+from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
 from post_dist.artifacts.run_folder import ADMITTED, SETTINGS

@@ -131,6 +131,20 @@ REFUSED: dict[str, Change] = {
     "a header that is a list": with_header([]),
     "a deep header": with_header(b'{"a":' * 9000 + b"1" + b"}" * 9000),
     "epsilon too good": privacy(epsilon=0.01),
+    "a sampling probability of another batch": privacy(
+        sampling_probability=1e-6, expected_batch_size=8.0, declared_examples=160
+    ),
+    "another divisor": privacy(expected_batch_size=1e9),
+    "a manifest with another plan": edit_json(
+        "post_dist.json", config={"tune": {"steps": 600}, "privacy": {"enabled": True}}
+    ),
+    "a manifest with noise from a seed": edit_json(
+        "post_dist.json",
+        config={"tune": {}, "privacy": {"enabled": True, "noise_source": "seeded"}},
+    ),
+    "a manifest without privacy": edit_json(
+        "post_dist.json", config={"tune": {}, "privacy": {"enabled": False}}
+    ),
     "epsilon as text": privacy(epsilon="0.01"),
     "infinite steps": privacy(steps=10**30),
     "delta 1": privacy(delta=1.0),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -153,6 +154,24 @@ def test_what_verify_refuses_is_not_signed(sent: Path, keys: Path, main: Callabl
     assert "epsilon" in out
     assert "is not signed" in err
     assert not (sent / SIGNATURE).exists()
+
+
+def test_what_was_checked_is_signed(sent: Path, keys: Path, monkeypatch: Any) -> None:
+    """Somebody replaces the manifest between the check and the signature."""
+    from post_dist import verify as module
+    from post_dist.commands import artifacts
+
+    check = module.verified_manifest
+
+    def then_replaced(folder: Path) -> tuple[dict, bytes]:
+        found = check(folder)
+        edit_json("post_dist.json", config={"forged": True})(folder)
+        return found
+
+    with monkeypatch.context() as replaced:
+        replaced.setattr(module, "verified_manifest", then_replaced)
+        artifacts.sign(sent, keys / "sender")
+    assert "incorrect signature" in str(verify(sent)["problems"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from border.hostile import edit_json, sign
 from tokenizers import decoders
 
-from post_dist.admission.door import refusing
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.data.task_reader import TaskReader

@@ -1,14 +1,19 @@
 """Students that cannot be checked, and prompts that do not belong to their student."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 from border.hostile import Change, edit_json, put_text, sign
 
+from post_dist.admission import door
+from post_dist.admission.door import admit_student
+from post_dist.admission.quarantine import PREFIX, quarantined
 from post_dist.artifacts.manifest import FILE_NAME, parse_manifest, read_manifest
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
@@ -90,3 +95,40 @@ def test_the_fingerprint_of_a_model_covers_every_byte(tmp_path: Path) -> None:
     content[6 << 20] = 1
     (tmp_path / "model.safetensors").write_bytes(content)
     assert fingerprint(tmp_path) != before
+
+
+def test_a_part_of_an_admitted_student_is_replaced(tmp_path: Path) -> None:
+    """As after a removal that was killed. Two processes may also admit a student at once."""
+    student = tiny.write_student(tmp_path / "student")
+    place = tmp_path / "admitted"
+    admitted = admit_student(student, place)
+    assert admitted.name == parse_manifest(student / FILE_NAME).digest
+    whole = {file.name: file.read_bytes() for file in admitted.iterdir()}
+    for name in ("model.safetensors", "tokenizer.json"):
+        (admitted / name).unlink()
+        assert admit_student(student, place) == admitted
+        assert {file.name: file.read_bytes() for file in admitted.iterdir()} == whole
+
+    def after_another(copy: Path, place: Path) -> None:
+        shutil.copytree(copy, place)
+        os.rename(copy, place)
+
+    shutil.rmtree(admitted)
+    with mock.patch.object(door, "put_in_place", after_another):
+        assert admit_student(student, place) == admitted
+
+
+def test_copies_of_killed_commands_are_removed_by_the_next(tmp_path: Path) -> None:
+    prompt = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
+    with quarantined(prompt, tmp_path) as held:
+        killed = shutil.copytree(held.folder, tmp_path / f"{PREFIX}killed")
+        foreign = tmp_path / f"{PREFIX}link"
+        foreign.symlink_to(tmp_path / "elsewhere")
+        young = shutil.copytree(held.folder, tmp_path / f"{PREFIX}young")
+        for folder in (killed, held.folder):
+            os.utime(folder, (0, 0))
+        with quarantined(prompt, tmp_path):
+            assert not killed.exists()
+            assert held.folder.exists()
+            assert young.exists()
+            assert foreign.is_symlink()

@@ -62,7 +62,7 @@ class ToyPart:
 def open_ledger(place: Path) -> AbstractContextManager[Any]:
     """Open the ledger of a folder, which also holds the anchors."""
     anchor = part("privacy.anchor").find_anchor(
-        place / "anchors", place / "ledger.jsonl", None, may_move=True
+        place / "anchors", place / "ledger.jsonl", (), may_move=True
     )
     return part("privacy.ledger").lock_ledger(anchor)
 
@@ -378,7 +378,7 @@ def copies_of_the_data_share_a_ledger() -> None:
         def find(data: Path, ledger: Path | None = None) -> Any:
             beside = data.with_name(f"{data.name}.ledger.jsonl")
             return anchor.find_anchor(
-                place / "anchors", ledger or beside, data, may_move=ledger is None
+                place / "anchors", ledger or beside, marks_of(path=data), may_move=ledger is None
             )
 
         found = find(data)
@@ -404,8 +404,121 @@ def copies_of_the_data_share_a_ledger() -> None:
         # More examples at the same place are the same data set.
         renamed.write_text("text,label\nx,0\ny,1\n")
         assert find(renamed).ledger.parent == elsewhere
+        renamed.write_text("text,label\nx,0\ny,1\nz,1\n")
+        other = partial(find, renamed, place / "fresh.jsonl")
+        assert refused(other, "PrivacyRefused", "their privacy ledger at"), "edited data"
         find(renamed).ledger.unlink()
         assert refused(partial(find, copies[0]), "PrivacyRefused", "is missing")
+
+
+def marks_of(**source: Any) -> tuple[str, ...]:
+    """Return what private data from a file or from the hub are known by."""
+    from post_dist.config.sources import Task
+
+    return part("privacy.anchor").data_marks(Task(name="toy", visibility="private", **source))
+
+
+def hub_data_have_one_ledger() -> None:
+    anchor = part("privacy.anchor")
+    with folder() as place:
+        for number, changes in enumerate([{}, {"revision": "2"}, {"hub_split": "train[:50%]"}]):
+            marks = marks_of(**{"hub": "me/private", "revision": "1"} | changes)
+            path = place / f"{number}.jsonl"
+            find = partial(anchor.find_anchor, place / "anchors", path, marks, may_move=False)
+            if not number:
+                with part("privacy.ledger").lock_ledger(find()) as opened:
+                    part("privacy.ledger").LedgerRun(opened, "run", plan_of(), None)
+            else:
+                assert refused(find, "PrivacyRefused", "their privacy ledger at"), changes
+
+
+def no_step_goes_on_without_its_ledger() -> None:
+    """An editor has saved the ledger during a run, or somebody has deleted or changed it."""
+
+    def save(path: Path) -> None:
+        shutil.copy(path, path.with_suffix(".new"))
+        path.with_suffix(".new").rename(path)
+
+    def add(path: Path) -> None:
+        with path.open("a") as file:
+            file.write("\n")
+
+    for change in (save, Path.unlink, add):
+        with folder() as place, open_ledger(place) as opened:
+            run = part("privacy.ledger").LedgerRun(opened, "run", plan_of(), None)
+            run.intend(0, 0, "a")
+            change(place / "ledger.jsonl")
+            step = partial(run.intend, 0, 1, "b")
+            assert refused(step, "PrivacyRefused", "by another program"), change.__name__
+            assert run.spending.charged_steps == 1
+
+
+def a_file_that_is_no_ledger_stays_as_it_is() -> None:
+    change_cap = part("privacy.budget").change_cap
+    others = {"data.csv": b"text,label\nx,0", "w.bin": bytes(range(250)) * 9, "a.txt": b"one line"}
+    for name, contents in others.items():
+        with folder() as place, mock.patch.dict(os.environ, XDG_STATE_HOME=str(place / "state")):
+            path = place / name
+            path.write_bytes(contents)
+            try:
+                change_cap(path, 5.0, None)
+            except part("errors").PostDistError:
+                pass
+            else:
+                raise AssertionError(f"{name} was taken for a ledger")
+            assert path.read_bytes() == contents, f"{name} was changed"
+            assert not (place / "state").exists(), f"{name} has an anchor"
+    with folder() as place:
+        device = part("privacy.anchor").find_anchor(
+            place / "anchors", Path("/dev/null"), (), may_move=False
+        )
+        start = part("privacy.ledger").lock_ledger(device).__enter__
+        assert refused(start, "InputError", "regular file")
+
+
+def a_row_without_its_line_break_is_charged() -> None:
+    """As after an editor that removes the last line break, and the anchor of another machine."""
+    with folder() as place:
+        path = place / "ledger.jsonl"
+        with open_ledger(place) as opened:
+            run = part("privacy.ledger").LedgerRun(opened, "run", plan_of(), None)
+            for step in range(3):
+                run.intend(0, step, f"{step}")
+        for cut, charged in ((1, 3), (2, 2)):
+            shutil.rmtree(place / "anchors")
+            path.write_bytes(path.read_bytes()[:-cut])
+            assert spendings(place)["run"].charged_steps == charged
+            with open_ledger(place) as opened:
+                assert opened.spending.runs["run"].charged_steps == charged
+            assert len(path.read_text().splitlines()) == 2 + charged
+            assert path.read_bytes().endswith(b"}\n")
+
+
+def an_anchor_forgets_nothing() -> None:
+    """A run that was stopped at its start goes on after others have run."""
+    anchor = part("privacy.anchor")
+    with folder() as place:
+        find = partial(anchor.find_anchor, place / "anchors", place / "ledger.jsonl")
+        stopped = find((), may_move=True)
+        edited = find(("edited data",), may_move=True)
+        ledger = part("privacy.ledger")
+        with ledger.lock_ledger(edited) as opened:
+            ledger.LedgerRun(opened, "other", plan_of(), None)
+        lines = (place / "ledger.jsonl").read_text().splitlines(keepends=True)
+        (place / "ledger.jsonl").write_text(lines[0])
+        start = ledger.lock_ledger(stopped).__enter__
+        assert refused(start, "ArtifactRefused", "restore"), "a cut was not noticed"
+        (place / "ledger.jsonl").write_text("".join(lines))
+        with ledger.lock_ledger(stopped) as opened:
+            find(("more data",), may_move=True)
+            ledger.LedgerRun(opened, "run", plan_of(), None)
+        (again,) = place.glob("anchors/*.json")
+        for mark in ("edited data", "more data"):
+            elsewhere = anchor.find_anchor(
+                place / "anchors", place / "b.jsonl", (mark,), may_move=True
+            )
+            assert elsewhere.file == again, f"the anchor has forgotten the {mark}"
+        assert again.stat().st_mode & 0o077 == 0
 
 
 def no_plan_of_a_ledger_breaks_the_accountants() -> None:
@@ -445,5 +558,10 @@ CHECKS: list[Callable[[], None]] = [
     the_cap_belongs_to_the_data,
     a_ledger_keeps_all_its_rows,
     copies_of_the_data_share_a_ledger,
+    hub_data_have_one_ledger,
+    no_step_goes_on_without_its_ledger,
+    a_file_that_is_no_ledger_stays_as_it_is,
+    a_row_without_its_line_break_is_charged,
+    an_anchor_forgets_nothing,
     no_plan_of_a_ledger_breaks_the_accountants,
 ]

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import RunConfig
 from post_dist.privacy.membership import attack, balanced_members, confidences
+from post_dist.stages.membership import finished_result, shadow_privacy
 
 SHADOWS = 8
 ROWS = 2000
@@ -125,3 +128,24 @@ def test_what_cannot_be_attacked_is_refused(
     assert code == 2
     assert message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_shadows_that_a_killed_audit_has_left_are_deleted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "tune", RunConfig(name="a"))
+    rows = tmp_path / "shadows/shadow-0.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("private")
+    assert finished_result(folder) is None
+    assert rows.exists()
+    (tmp_path / "membership.json").write_text("{}")
+    assert finished_result(folder) == {}
+    assert not rows.parent.exists()
+
+
+def test_a_shadow_prompt_says_that_it_is_not_private() -> None:
+    """It is tuned on private rows, and the ledger of the data does not know it."""
+    privacy = {"enabled": True, "target_epsilon": 8.0, "declared_examples": 160}
+    config = RunConfig(name="a", privacy=privacy, tune={"batch_size": 16})
+    shadow = shadow_privacy(config, 40)
+    assert shadow.noise_source == "seeded"
+    assert shadow.target_epsilon == 8.0

@@ -28,6 +28,9 @@ def test_verify_accepts_it(name: str) -> None:
     # Students of this version say nothing of what they give away.
     assert found.pop("given_away", {}) == {}
     wanted = {"ok": True, "kind": KINDS[name], "problems": [], "signature": "not signed"}
+    if KINDS[name] == "soft prompt":
+        stated = json.loads((FOLDER / name / "privacy.json").read_text())
+        wanted |= {field: stated[field] for field in ("epsilon", "delta", "unit")}
     assert found == wanted
 
 

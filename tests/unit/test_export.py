@@ -104,6 +104,21 @@ def test_a_folder_for_the_hub_is_an_artifact_with_a_card(
     assert torch.equal(read_prompt(folder).embeddings, read_prompt(prompt).embeddings)
 
 
+def test_the_card_of_an_export_repeats_the_statement(tmp_path: Path, model: Path) -> None:
+    from post_dist.privacy.plan import PrivacyPlan
+    from post_dist.privacy.spending import Spending
+    from post_dist.privacy.statement import privacy_statement
+
+    prompt = post_dist.load_prompt(served.write_prompt(tmp_path / "prompt", model, TASK))
+    taken = {(0, 0): {"a"}}
+    said = {"system": "at delta 0.001, for one example.", "seeded": "WITHOUT"}
+    for source, words in said.items():
+        plan = PrivacyPlan(1.0, 0.2, 1, 1.0, 1e-3, 8.0, noise_source=source)
+        claimed = replace(prompt, privacy=privacy_statement(Spending(plan, "", taken)))
+        claimed.export("hub", model, tmp_path / source)
+        assert words in (tmp_path / source / "README.md").read_text()
+
+
 def test_a_transferred_prompt_is_refused_on_another_llm_of_its_family(
     tmp_path: Path, model: Path
 ) -> None:

@@ -1,11 +1,15 @@
 """The report of an evaluation: its table as text, and its page."""
 
 import json
+import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import report_run
+from border.hostile import sign
 from report_run import HOSTILE, table_row, write_full_run, write_table
 
 from post_dist.config.yaml_files import write_yaml
@@ -142,7 +146,7 @@ def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "runs/tune-1/resolved.yaml").write_text(write_yaml(settings))
     assert "Privacy budget" not in page_of(evaluation)
     ledger = tmp_path / "a.csv.ledger.jsonl"
-    anchor = find_anchor(default_anchor_folder(), ledger, None, may_move=False)
+    anchor = find_anchor(default_anchor_folder(), ledger, (), may_move=False)
     with lock_ledger(anchor) as opened:
         opened.set_cap(Cap(10.0, 1e-5))
     page = page_of(evaluation)
@@ -150,3 +154,51 @@ def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
     assert "The cap is ε = 10.00." in page
     ledger.write_text(json.dumps({"row": "cap"}) + "\n")
     assert '<p class="bad">' in page_of(evaluation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": []},
+        {"rows": ["x"]},
+        {"rows": [ROW | {"accuracy_micro": "0.9"}]},
+        {"rows": [ROW | {"accuracy_micro": float("nan")}]},
+        {"rows": [ROW | {"interval_95": [0.5]}]},
+        {"rows": [ROW | {"epsilon": 10**400}]},
+        {"rows": [ROW | {"name": ["a"]}]},
+        {"rows": [ROW | {"name": "a" * 10**6}]},
+        {"rows": [{"name": "a"}]},
+        {"test_readings": "often"},
+    ],
+)
+def test_a_table_of_others_that_evaluate_does_not_write_is_refused(
+    tmp_path: Path, main: Callable, change: dict
+) -> None:
+    evaluation = write_table(tmp_path, ROW)
+    file = evaluation / "artifact/table.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (evaluation / "artifact/post_dist.json.sig").unlink(missing_ok=True)
+    sign(evaluation / "artifact")
+    code, _, err = main("report", tmp_path)
+    assert code == 4, err
+    assert len(err) < 1000
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_of_others_is_read_through_the_door(tmp_path: Path, main: Callable) -> None:
+    """A pipe, a sparse file or a link in it is not waited for, read or followed."""
+    evaluation = write_full_run(tmp_path / "runs")
+    adapter = tmp_path / "runs/tune-1/artifact/adapter_config.json"
+    adapter.unlink()
+    os.mkfifo(adapter)
+    with (tmp_path / "runs/transfer-1/artifact/adapter_config.json").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    with (tmp_path / "runs/distill-1/metrics.jsonl").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    assert page_of(evaluation).count("files were changed") >= 2
+    table = evaluation / "artifact/table.json"
+    table.unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(table)
+        assert main("report", tmp_path / "runs")[0] == 4
+        table.unlink()

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from report_run import HOSTILE, write_full_run, write_metrics
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import lock_file
 
 
@@ -19,6 +23,8 @@ def write_unfinished(folder: Path, *checkpoints: int, **settings: dict) -> Path:
     """Write the folder of a run that is not finished."""
     folder.mkdir(parents=True)
     (folder / "resolved.yaml").write_text(write_yaml(settings))
+    (folder / "environment.json").write_text("{}")
+    (folder / "lock").touch()
     for step in checkpoints:
         (folder / f"checkpoints/step-{step}").mkdir(parents=True)
     return folder
@@ -61,6 +67,44 @@ def test_ls_prints_names_as_text_and_waits_for_no_pipe(tmp_path: Path, main: Cal
     assert (code, len(out.splitlines())) == (0, 2)
     assert "\x1b" not in out
     assert "unknown artifact" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "metrics"),
+    [
+        ("distill: {steps: '\x1b[31m'}", '{"step": 1, "seconds": 1}'),
+        ("distill: {steps: 2020-01-01}", "[1]"),
+        ("distill: {steps: .inf}", ""),
+        (f"distill: {{steps: 0x{'f' * 9000}}}", ""),
+        ("distill: [1]", ""),
+        ("distill: {steps: 5}", '{"step": 1e400, "seconds": 1}'),
+        ("distill: {steps: 5}", '{"step": 1, "seconds": -Infinity}\n{"step": 2, "seconds": 1}'),
+        ("distill: {steps: 5}", f'{{"step": {"9" * 400}, "seconds": {"9" * 400}}}'),
+        ("distill: {steps: 5}", "[" * 20000),
+        ("a: " + "[" * 20000, ""),
+        ("a: [x]\n" * 200000, ""),
+        ("a: &a [1]\nb: &b [*a, *a]\nc: &c [*b, *b]\ndistill: {steps: *c}", ""),
+    ],
+)
+def test_files_of_others_hold_anything(
+    tmp_path: Path, main: Callable, settings: str, metrics: str
+) -> None:
+    run = write_unfinished(tmp_path / "runs/distill-1a2b3c4d")
+    (run / "resolved.yaml").write_text(settings)
+    (run / "metrics.jsonl").write_text(metrics)
+    private = write_unfinished(tmp_path / "runs/tune-1a2b3c4d", tune=[1], privacy=[1])
+    (private / "checkpoints" / f"step-{'9' * 200}").mkdir(parents=True)
+    os.utime(private / "resolved.yaml", (2**40, 2**40))
+    (tmp_path / "runs/other").mkdir()
+    (tmp_path / "runs/other/post_dist.json").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "runs/resolved.yaml")
+    start = time.process_time()
+    for command in ("status", "ls"):
+        code, out, err = main(command, tmp_path, "--json")
+        assert code == 0, err
+        assert len(out) < 2000
+    # Much less than a minute for whatever a small file holds.
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("command", ["ls", "status"])
@@ -123,15 +167,16 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
 ) -> None:
     runs = tmp_path / "a/demo"
     write_full_run(runs)
-    (runs / "tune-1/resolved.yaml").write_text("{}")
-    unfinished = write_unfinished(runs / "tune-2", 3)
-    (unfinished / "lock").write_text("")
-    (runs / "answers").mkdir()
-    (runs / "answers/x.safetensors").write_bytes(b"x" * 2**20)
-    busy = write_unfinished(tmp_path / "b/tune-3")
+    unfinished = write_unfinished(runs / "tune-target-2a2b3c4d", 3)
+    answers = runs / "answers"
+    answers.mkdir()
+    (answers / "0123456789abcdef.safetensors").write_bytes(b"x" * 2**20)
+    # A run that was killed after it had written its result.
+    killed = write_unfinished(runs / "tune-3a2b3c4d", 3)
+    shutil.copytree(runs / "tune-1/artifact", killed / "artifact")
+    busy = write_unfinished(tmp_path / "b/tune-4a2b3c4d")
     (tmp_path / "b/answers").mkdir()
-    (tmp_path / "b/mine").mkdir()
-    filled = runs / "teacher-signals-1"
+    filled = runs / "teacher-signals-1a2b3c4d"
     filled.mkdir()
     with (busy / "lock").open("w") as lock, (filled / "lock").open("w") as worker:
         assert lock_file(lock)
@@ -139,17 +184,60 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
         assert lock_file(worker, shared=True)
         code, out, _ = main("clean", tmp_path)
         assert (code, unfinished.exists()) == (0, True)
-        assert f"1.0 MiB  answers of models       {runs / 'answers'}" in out
+        assert f"1.0 MiB  answers of models       {answers}" in out
         code, out, _ = main("clean", tmp_path, "--json")
         found = {each["path"] for each in json.loads(out)["leftovers"]}
-        assert found == {str(unfinished), str(runs / "answers")}
+        assert found == {str(unfinished), str(answers), str(killed / "checkpoints")}
         code, out, _ = main("clean", tmp_path, "--yes")
         assert code == 0
-    assert not unfinished.exists()
-    assert not (runs / "answers").exists()
-    others = (busy, filled, tmp_path / "b/answers", tmp_path / "b/mine")
-    for kept in (runs / "tune-1/artifact", *others):
+    for path in (unfinished, answers, killed / "checkpoints"):
+        assert not path.exists()
+    for kept in (
+        runs / "tune-1/artifact",
+        killed / "artifact",
+        busy,
+        filled,
+        tmp_path / "b/answers",
+    ):
         assert kept.exists()
+
+
+def test_clean_removes_nothing_that_only_looks_like_a_run(tmp_path: Path, main: Callable) -> None:
+    """A user's own folders, and those of a sender who knows the names, in a folder of documents."""
+    sent = write_unfinished(tmp_path / "sent", distill={"steps": 1})
+    thesis = tmp_path / "thesis/distill-1a2b3c4d"
+    thesis.mkdir(parents=True)
+    (thesis / "resolved.yaml").write_text("a: 1")
+    run = write_unfinished(tmp_path / "tune-2a2b3c4d")
+    kept = [sent / "resolved.yaml", thesis / "resolved.yaml"]
+    for place in (tmp_path, sent.parent):
+        for name in ("answers/exam.txt", "admitted/2019/post_dist.json", "teacher-signals-a/x"):
+            file = place / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+            kept.append(file)
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
+    (run / "checkpoints").symlink_to(thesis)
+    (run / "link").symlink_to(own)
+    code, out, _ = main("clean", tmp_path, "--yes", "--json")
+    assert code == 0
+    assert [each["path"] for each in json.loads(out)["leftovers"]] == [str(run)]
+    assert not run.exists()
+    assert all(file.exists() for file in [*kept, own])
+
+
+def test_clean_that_was_killed_is_completed(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_unfinished(tmp_path / "tune-2a2b3c4d", 1, 2)
+    (run / "randomness.json").write_text("a key")
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda path: os.kill(os.getpid(), signal.SIGINT))
+        assert main("clean", tmp_path, "--yes")[0] != 0
+    assert (run / "randomness.json").exists()
+    assert main("clean", tmp_path, "--yes")[0] == 0
+    assert not run.exists()
 
 
 def test_the_newest_run_of_a_stage_has_a_link(tmp_path: Path, main: Callable) -> None:
@@ -162,3 +250,22 @@ def test_the_newest_run_of_a_stage_has_a_link(tmp_path: Path, main: Callable) ->
     # It is no run of its own.
     _, out, _ = main("ls", tmp_path, "--json")
     assert len(json.loads(out)["runs"]) == 2
+
+
+def test_a_key_of_names_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would stop every later run beside it."""
+    folder = RunFolder(tmp_path / "tune-1a2b3c4d", "tune", RunConfig(name="a"), name_key=b"k" * 32)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "fdopen", lambda *arguments: os.close(10**6))
+        with pytest.raises(InputError), folder.held():
+            pass
+    assert list(tmp_path.glob(".name_key*")) == []
+    with folder.held():
+        assert (tmp_path / ".name_key").read_bytes() == b"k" * 32
+    (key,) = tmp_path.glob(".name_key*")
+    assert key.stat().st_mode & 0o777 == 0o600
+    other = replace(folder, name_key=b"o" * 32)
+    with pytest.raises(EnvironmentFault), other.held():
+        pass
