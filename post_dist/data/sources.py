@@ -182,7 +182,7 @@ def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str)
     message = f"{where}: there is no column '{column}' among {len(table.columns)} columns"
     if source.is_private:
         # In a file without a header, the names of the columns are the first example.
-        return InputError(message, "name the columns in the first line of the file")
+        return InputError(message, f"compare {where} with the first line of the file")
     return InputError(message, f"columns: {', '.join(map(str, table.columns))}")
 
 
