@@ -107,10 +107,13 @@ def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", labels=("0", "1"))
     work = tmp_path / "work"
-    code, _, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
+    code, out, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
     assert code == 0, err
+    assert "it names no model to tune on yet" in out
     code, out, err = main("check", work / "run.yaml")
     assert code == 0, out + err
+    code, _, err = main("tune", work / "run.yaml")
+    assert (code, "names no student\n  an owner gives its folder" in err) == (2, True), err
     assert main("init", work, f"--data={data}", "--text=body", "--label=topic_name")[0] == 2
 
 
