@@ -13,7 +13,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task, is_label_name
-from post_dist.data.sources import read_table
+from post_dist.data.sources import is_missing, read_table
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts, read_facts
@@ -42,11 +42,14 @@ private_task:
   path: {path}
   text: {text}
   label_column: {label}
+  # If a user has several texts, name the column of the user, and epsilon holds for all of them
+  # together. declared_examples and expected_batch_size then count users.
+  # user_column: COLUMN
   # The values of the label column, and a word for each. post_dist puts a space before each word.
   # Values and words become part of the prompt: whoever gets the prompt reads them.
   labels:
 {labels}
-{multi}  template: {template}
+{note}  template: {template}
   max_length: {max_length:<22} # tokens of text and template; a longer text loses its beginning
   validation_share: 0.1              # 10% of the texts, chosen by a hash of the text
   test_share: 0.1                    # another 10%, which only `evaluate` reads
@@ -133,16 +136,18 @@ def draft_run(
         The text of the run file.
 
     Raises:
-        InputError: a column is not given or does not exist, the labels cannot be used, there are
-            too few rows, or the model cannot be used.
+        InputError: a column is not given or does not exist, the labels cannot be used, too few
+            rows have one, or the model cannot be used.
     """
     # Everything that can be wrong with the table is found before a model is read.
     table = read_table(data, "--data")
     columns = _columns(table, data, text, label)
+    table = table[[not is_missing(value) for value in table[columns.label]]]
     labels = _labels(table, columns.label)
     if len(table) < _FEWEST_ROWS:
         raise InputError(
-            f"--data: {data.name} has fewer than {_FEWEST_ROWS} rows", "a private run needs more"
+            f"--data: {data.name} has fewer than {_FEWEST_ROWS} rows with a label",
+            "a private run needs more",
         )
     known = None if model is None else _read_model(model)
     words = _label_words(labels, known)
@@ -161,7 +166,7 @@ def draft_run(
         text=_quoted(f"{{{columns.text}}}"),
         label=_quoted(columns.label),
         labels=_label_lines(labels, words),
-        multi=_MULTI if words.multi else "",
+        note=_note(labels, words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
         num_virtual_tokens=settings.num_virtual_tokens,
@@ -180,6 +185,9 @@ def draft_run(
 _MULTI = """\
   # Words of several tokens are allowed: the first token of each counts.
   allow_multi_token: true
+"""
+_LETTERS = """\
+  # Letters, because labels begin with the same token. Words that say what the class is work better.
 """
 
 
@@ -223,14 +231,9 @@ def _labels(table: pd.DataFrame, column: str) -> list[str]:
     """Return the values of the label column, in a fixed order.
 
     Raises:
-        InputError: a value is missing or cannot be a label, or there are too few or too many.
+        InputError: a value cannot be a label, or there are too few or too many.
     """
-    values = table[column]
-    if values.isna().any() or (values.map(str).map(str.strip) == "").any():
-        raise InputError(
-            f"--label: a row has no value in column '{column}'", "fill it in, or remove the row"
-        )
-    labels = sorted(set(values.map(str)))
+    labels = sorted(set(table[column].map(str)))
     if not 2 <= len(labels) <= _MOST_CLASSES:
         raise InputError(
             f"--label: column '{column}' has {len(labels)} different values, and a task has 2 to "
@@ -269,7 +272,11 @@ def _label_words(labels: Sequence[str], model: _Model | None) -> _LabelWords:
         found = _bound(words, model, multi=multi)
         if found is not None:
             return found
-    return _bound(letters, model, multi=True) or _LabelWords(letters, (), multi=True)
+    for multi in (False, True):
+        found = _bound(letters, model, multi=multi)
+        if found is not None:
+            return found
+    return _LabelWords(letters, (), multi=True)
 
 
 def _bound(words: Sequence[str], model: _Model, *, multi: bool) -> _LabelWords | None:
@@ -288,6 +295,17 @@ def _letters(number: int) -> str:
     return chr(ord("A") + number % 26) * (1 + number // 26)
 
 
+def _is_letter(label: str, word: str) -> bool:
+    """Return whether the word is a letter in place of the label."""
+    return word.lower() != label.strip().lower()
+
+
+def _note(labels: Sequence[str], words: _LabelWords) -> str:
+    """Return the lines that follow the label words."""
+    has_letters = any(map(_is_letter, labels, words.words))
+    return (_LETTERS if has_letters else "") + (_MULTI if words.multi else "")
+
+
 def _question(column: str) -> str:
     """Return the end of the template, which the label word follows."""
     # The name of the column is the owner's own word for the labels.
@@ -298,8 +316,11 @@ def _question(column: str) -> str:
 
 
 def _init_text(labels: Sequence[str], words: _LabelWords) -> str:
-    """Return the sentence from which an unnamed start would be made too."""
-    classes = {label: (word,) for label, word in zip(labels, words.words, strict=True)}
+    """Return a start for the prompt that names the classes."""
+    classes = {}
+    for label, word in zip(labels, words.words, strict=True):
+        # A letter alone would tell the model nothing of the class.
+        classes[label] = (f"{label} ({word})" if _is_letter(label, word) else word,)
     section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
     return PromptTask.of_section(section, None).init_text
 

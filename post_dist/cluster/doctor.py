@@ -217,7 +217,8 @@ def _slurm(folder: Path) -> Iterator[Finding]:
     ping = _run("scontrol", "ping")
     answers = ping.returncode == 0 and " is UP" in ping.stdout
     cure = "" if answers else "slurmctld does not answer: ask whoever runs the cluster"
-    yield Finding("Slurm", answers, _run("sinfo", "--version").stdout.strip(), cure)
+    version = _run("sinfo", "--version").stdout.strip()
+    yield Finding("Slurm", answers, version or "commands without a configuration", cure)
 
     # Accounting records how a job ended after it has left the queue.
     accounting = _run("sacct", "--noheader", "--starttime=now")

@@ -54,6 +54,8 @@ def init(
     drafted = draft_run(folder, data, text, label, model, preset or "laptop")
     write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
     print(f"wrote {run}; it holds the values of your label column, as the prompt will")
+    if model is None:
+        print("it names no model to tune on yet: name one in `inputs`")
     print(f"post-dist check {run}   lists what does not fit, and epsilon")
     print(f"post-dist tune {run}    tunes the prompt")
 

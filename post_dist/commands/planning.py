@@ -51,7 +51,10 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
 
     # Read the hardware file before the model: a misspelled GPU should not cost a download.
     if config.teacher is None:
-        raise InputError("plan needs the section `teacher`")
+        raise InputError(
+            "plan needs the section `teacher`",
+            "it is for the provider's run; `post-dist bench tune` times a step of the owner's",
+        )
     described = read_hardware(gpu, hardware)
     requested = config.cluster.for_stage("distill")
     of_node = gpus_per_node or requested.gpus_per_node or described.node.gpus

@@ -88,7 +88,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
         _print_csv(found, loaded.task.class_names)
     else:
         for prediction in found:
-            print(json.dumps(asdict(prediction)))
+            print(json.dumps(asdict(prediction), ensure_ascii=False))
 
 
 def export(

@@ -25,7 +25,8 @@ def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None
 
 def budget(
     ledger: Annotated[
-        Path, typer.Argument(metavar="LEDGER", help="The ledger of a private data set.")
+        Path,
+        typer.Argument(metavar="LEDGER", help="The ledger of a private data set, or its data."),
     ],
     delta: Annotated[
         float | None,
@@ -45,7 +46,12 @@ def budget(
 ) -> None:
     """Add up what all runs have spent on a data set, including stopped and discarded runs."""
     from post_dist.privacy.budget import budget_of, change_cap
+    from post_dist.privacy.ledger import ledger_beside
 
+    # The data stand for their ledger.
+    beside = ledger_beside(ledger)
+    if beside.exists():
+        ledger = beside
     if cap is not None:
         change_cap(ledger, cap, delta)
     result = budget_of(ledger, delta)

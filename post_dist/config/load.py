@@ -53,8 +53,10 @@ def _read_sections(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        # The full message of the system repeats the path.
+        problem = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(
-            f"cannot read the run file {path}: {error}", "`post-dist init DIR` writes one"
+            f"cannot read the run file {path}: {problem}", "`post-dist init DIR` writes one"
         ) from None
     fields = read_yaml(text, str(path))
     if not isinstance(fields, dict):

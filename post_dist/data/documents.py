@@ -24,6 +24,7 @@ from post_dist.data.sources import (
     complete_rows,
     compose_texts,
     open_hub,
+    separator_of,
 )
 from post_dist.errors import InputError
 
@@ -181,7 +182,9 @@ def _open(unit: Unit) -> IO[bytes]:
 
 
 def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
-    yield from _delimited(unit, ",")
+    with _open(unit) as file:
+        header = cast(io.BufferedReader, file).peek(1).split(b"\n")[0]
+    yield from _delimited(unit, separator_of(header))
 
 
 def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:

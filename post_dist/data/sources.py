@@ -7,6 +7,7 @@ To add a file type, write a function and add a line to `_READERS`.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,7 +24,9 @@ from post_dist.runtime.watchdog import unwatched
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    return _read_delimited(path, ",")
+    with path.open("rb") as file:
+        header = file.readline()
+    return _read_delimited(path, separator_of(header))
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -130,6 +133,11 @@ def complete_rows(
     return table.dropna(subset=columns)
 
 
+def is_missing(value: object) -> bool:
+    """Return whether a value is missing. In a CSV file, that is a field with nothing in it."""
+    return value is None or value != value or not str(value).strip()
+
+
 def compose_texts(source: DataSource, table: pd.DataFrame) -> list[str]:
     """Return the text of each row, composed from its columns as the field `text` says."""
     names = source.text_columns
@@ -174,7 +182,7 @@ def _no_column(source: DataSource, table: pd.DataFrame, column: str, where: str)
     message = f"{where}: there is no column '{column}' among {len(table.columns)} columns"
     if source.is_private:
         # In a file without a header, the names of the columns are the first example.
-        return InputError(message, "name the columns in the first line of the file")
+        return InputError(message, f"compare {where} with the first line of the file")
     return InputError(message, f"columns: {', '.join(map(str, table.columns))}")
 
 
@@ -217,6 +225,17 @@ def _value_as_written(value: object) -> object:
     return value
 
 
+def separator_of(header: bytes) -> str:
+    """Return the separator of a CSV file: of comma, semicolon and tab the one most in its header.
+
+    Only the header decides. Otherwise, one more example could change how all others are read.
+    """
+    # A quoted name may hold any character.
+    unquoted = re.sub(rb'"[^"]*"', b"", header)
+    # Of equally many, `max` takes the first: the comma.
+    return max(",;\t", key=lambda separator: unquoted.count(separator.encode()))
+
+
 def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
     table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     # If rows have one field more than the header, pandas makes the first column an index. The names
@@ -247,14 +266,17 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
         problem = error.strerror or "cannot be read"
         raise InputError(f"{where}: {path}: {problem}") from None
     except UnicodeError:
-        raise InputError(f"{where}: {path}: is not UTF-8 text") from None
+        raise InputError(f"{where}: {path}: is not UTF-8 text", "save it as UTF-8") from None
     except (ValueError, RecursionError, OverflowError):
         # Python knows no date after the year 9999. The parser's own message is dropped, because it
         # may quote an example.
-        problem = f"cannot be read as {path.suffix[1:].upper()}"
         if path.stat().st_size == 0:
-            problem = "is empty"
-        raise InputError(f"{where}: {path} {problem}") from None
+            raise InputError(f"{where}: {path} is empty") from None
+        hint = "put a text that holds a separator or a line end in quotes"
+        raise InputError(
+            f"{where}: {path} cannot be read as {path.suffix[1:].upper()}",
+            hint if reader in (_read_csv, _read_tsv) else "",
+        ) from None
 
 
 def _read_hub(source: DataSource, split: str, where: str) -> pd.DataFrame:

@@ -32,9 +32,10 @@ class Examples:
 def load_examples(task: Task, split: str, where: str) -> Examples:
     """Load the labeled examples of one split, each text once.
 
-    A text with two different labels or responses is left out. One row more or less in the file then
-    adds or removes at most one example. Private tuning relies on that. If the first of two labels
-    were kept, one row could replace an example. A replacement counts as two changes.
+    A row without a label is left out, and so is a text with two different labels or responses.
+    One row more or less in the file then adds or removes at most one example. Private tuning relies
+    on that. If the first of two labels were kept, one row could replace an example. A replacement
+    counts as two changes.
 
     With a user column, a text is kept once for each user, and a user's labels never dispute those
     of another. All rows of one user more or less in the file then change no other user's examples.
@@ -58,6 +59,8 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     disputed = set()
     numbered = enumerate(zip(users, rows.texts, rows.answers, strict=True), start=1)
     for row, (user, text, written) in numbered:
+        if _is_unlabeled(task, written):
+            continue
         answer = _answer(task, written, row, where)
         # The examples of a user are not divided.
         if not text or not _belongs(task, user or text, split):
@@ -116,6 +119,11 @@ def _belongs(task: Task, unit: str, split: str) -> bool:
     """Return whether a text or user belongs to a split. A separate test set is the test split."""
     has_own_test_set = task.test_hub_split is not None
     return (has_own_test_set and split == "test") or split_of(unit, task) == split
+
+
+def _is_unlabeled(task: Task, written: str) -> bool:
+    """Return whether a row has nothing in its label column."""
+    return bool(task.labels) and not written.strip() and written not in task.labels
 
 
 def _answer(task: Task, written: str, row: int, where: str) -> int | str:

@@ -50,7 +50,11 @@ def ledger_path(config: RunConfig) -> Path:
             "set privacy.ledger to a file that stays with the data",
         )
     # Beside the data, so that all run files for the same data share one ledger.
-    data = config.private_task.path
+    return ledger_beside(config.private_task.path)
+
+
+def ledger_beside(data: Path) -> Path:
+    """Return where the ledger of a file of private data is, unless `privacy.ledger` is set."""
     return data.with_name(f"{data.name}.ledger.jsonl")
 
 

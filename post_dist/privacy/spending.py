@@ -160,7 +160,10 @@ def ledger_lines(path: Path) -> list[str]:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise InputError(f"cannot read the privacy ledger {path}: {reason}") from None
+        raise InputError(
+            f"cannot read the privacy ledger {path}: {reason}",
+            "the first private run writes it beside the data, as DATA.ledger.jsonl",
+        ) from None
     # The text after the last line break is empty, or an incomplete row from a killed run, or a row
     # whose line break an editor has removed.
     *lines, last = text.split("\n")
@@ -201,7 +204,8 @@ def spending_of(lines: Sequence[str], path: Path) -> DataSpending:
             spending.add(row)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ArtifactRefused(
-                f"{path}: row {number} is not a ledger row", "restore the ledger from a copy"
+                f"{path}: row {number} is not a ledger row",
+                "give a ledger, or restore this one from a copy",
             ) from None
         previous = row_hash(line)
     return spending

@@ -11,7 +11,10 @@ from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_object
 from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import PostDistError
 
+_UNCHECKED = "model"
+"""Role of a student without a manifest, such as a downloaded model."""
 _COMMANDS = {
+    _UNCHECKED: "a model without a manifest",
     "student": "distill",
     "public prompt": "warm-start",
     "student + prompt": "tune",
@@ -30,7 +33,8 @@ class Made:
     """An artifact that the table rests on.
 
     Attributes:
-        role: `student`, `public prompt`, or the name of the row that uses it.
+        role: `student`, or `model` for one without a manifest; `public prompt`, or the name of the
+            row that uses it.
         digest: its sha256, as the evaluation recorded it.
         folder: its folder; None if it is not near the run.
         check: result of comparing its files with their hashes.
@@ -76,7 +80,9 @@ class Made:
         for stage in ("warm_start", "tune", "transfer", "distill"):
             settings = self.config.get(stage)
             if isinstance(settings, dict):
-                parts += _stage_details(settings)
+                # Private tuning takes the steps of its plan, and ignores those of `tune`.
+                planned = self.privacy.get("steps") if stage == "tune" else None
+                parts += _stage_details(settings, planned or settings.get("steps"))
         if "epsilon" in self.privacy:
             parts.append(f"ε = {number(self.privacy['epsilon'])}")
         return ", ".join(parts)[:_DETAIL_LENGTH]
@@ -112,10 +118,14 @@ def lineage(evaluation: Path) -> list[Made]:
     if table is None:
         return []
     near = _artifacts_near(evaluation)
+    unchecked = _unchecked_models(table, near)
     found: dict[str, Made] = {}
     for role, digest in table.parents.items():
         # The teacher is a model without a manifest. Two rows may use one prompt.
         if role == "teacher" or digest in found:
+            continue
+        if digest in unchecked:
+            found[digest] = Made(_UNCHECKED, digest, check="trusted, not checked")
             continue
         found[digest] = _made(role, digest, near)
         parents = near[digest][1].parents if digest in near else {}
@@ -123,6 +133,16 @@ def lineage(evaluation: Path) -> list[Made]:
         if public is not None and public not in found:
             found[public] = _made("public prompt", public, near)
     return sorted(found.values(), key=_place)
+
+
+def _unchecked_models(table: Manifest, near: Mapping[str, tuple[Path, Manifest]]) -> set[str]:
+    """Return the digests of models without a manifest that the prompts of a table are tuned on."""
+    found = set()
+    for digest in table.parents.values():
+        manifest = near[digest][1] if digest in near else None
+        if manifest is not None and manifest.config.get("student_checked") is False:
+            found.add(manifest.parents.get("model", ""))
+    return found
 
 
 def _place(made: Made) -> int:
@@ -222,13 +242,13 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _stage_details(settings: Mapping[str, Any]) -> list[str]:
-    """Return the main settings of one stage."""
+def _stage_details(settings: Mapping[str, Any], steps: object) -> list[str]:
+    """Return the main settings of one stage, and its number of steps if there is one."""
     parts = []
     if "objective" in settings:
         parts.append(f"objective {settings['objective']}")
     if "num_virtual_tokens" in settings:
         parts.append(f"{settings['num_virtual_tokens']} prompt vectors")
-    if "steps" in settings:
-        parts.append(f"{settings['steps']} steps")
+    if steps is not None:
+        parts.append(f"{steps} steps")
     return parts

@@ -403,7 +403,16 @@ class Pipeline:
     @cached_property
     def student(self) -> Path:
         """The student's folder: admitted from `inputs`, or made by the distill stage."""
-        return self.inputs.student or self.distill().artifact
+        if self.inputs.student is not None:
+            return self.inputs.student
+        # An owner, whose run file has no teacher, cannot make a student.
+        if self._config.teacher is None:
+            raise InputError(
+                "the run file names no student",
+                "an owner gives its folder in inputs.student; a provider adds the sections "
+                "teacher, student and corpus",
+            )
+        return self.distill().artifact
 
     @cached_property
     def student_digest(self) -> str:

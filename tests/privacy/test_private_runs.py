@@ -331,6 +331,10 @@ def test_the_command_changes_the_cap_and_leaves_a_row(folder: Path, main: Callab
     ledger = folder / "private.csv.ledger.jsonl"
     assert main("budget", ledger, "--cap", 9)[0] == 2, "there is no ledger yet"
     assert tune(main, folder, "--set=privacy.max_total_epsilon=9")[0] == 0
+    # Whoever names the data means their ledger.
+    named = main("budget", folder / "private.csv", "--json")
+    assert named == main("budget", ledger, "--json")
+    assert named[0] == 0
     again = "--set=tune.learning_rate=0.02"
     code, _, err = tune(main, folder, "--set=privacy.max_total_epsilon=20", again)
     assert code == 5

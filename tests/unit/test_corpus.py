@@ -145,7 +145,7 @@ def tables() -> list[dict[str, object]]:
     return rows
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "semicolon.csv", "tsv", "jsonl", "parquet"])
 def test_tables_give_the_rows_that_the_reader_of_whole_files_gives(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,8 @@ def test_tables_give_the_rows_that_the_reader_of_whole_files_gives(
         lines[5:5] = ["", "  "]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
-        rows.to_csv(path, sep="," if suffix == "csv" else "\t", index=False)
+        separator = {"csv": ",", "semicolon.csv": ";", "tsv": "\t"}[suffix]
+        rows.to_csv(path, sep=separator, index=False)
     monkeypatch.setattr(documents_module, "_BLOCK_BYTES", 5000)
     text = "{title}: {text} {age} {share}"
     whole = read_rows(DataSource(path=path, text=text), "train", "corpus").texts

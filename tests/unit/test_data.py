@@ -1,5 +1,6 @@
 """Splits, templates, verbalizers, packing and order."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,27 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
         if split_of(row.text, task(path)) == "train"
     ]
     assert list(zip(examples.texts, examples.classes, strict=True)) == wanted
+
+
+def test_the_header_alone_decides_what_separates_the_fields_of_a_csv_file(tmp_path: Path) -> None:
+    rows = [
+        ["nota larga", "tono"],
+        ["ruido; gritos, y más\nde noche", "1"],
+        ["¿luz?", '2 "dos"'],
+    ]
+    path = tmp_path / "a.csv"
+    for separator in ",;\t":
+        for mark in ("utf-8", "utf-8-sig"):
+            with path.open("w", encoding=mark, newline="") as file:
+                csv.writer(file, delimiter=separator).writerows(rows)
+            table = read_table(path, "t")
+            assert [list(table.columns), *table.to_numpy().tolist()] == rows
+    # One more example changes nothing: these fields are still separated by a comma.
+    path.write_text('text,"a;b;c"\na;b;c,1\n')
+    assert read_table(path, "t").to_numpy().tolist() == [["a;b;c", "1"]]
+    path.write_text("text;label\na;b;c\n")
+    with pytest.raises(InputError, match="cannot be read as CSV\n  put a text that holds"):
+        read_table(path, "t")
 
 
 def test_values_of_the_hub_are_taken_as_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import tiny
 
 import post_dist
 from post_dist.artifacts.task import PromptTask
+from post_dist.data.tasks import load_examples
 
 TOPICS = ("Good", "Bad", "News & 'more'")
 
@@ -55,6 +56,39 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
         assert config.tune.init_text == PromptTask.of_section(task, None).init_text
 
 
+def test_a_row_without_a_label_is_left_out(tmp_path: Path, main: Callable) -> None:
+    data = write_table(tmp_path / "t.csv", rows=300, labels=("good", "", "bad", " "))
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    config = post_dist.load_run(tmp_path / "work/run.yaml")
+    task = config.private_task
+    assert set(task.labels) == {"good", "bad"}
+    assert config.privacy.declared_examples == 200
+    texts = [
+        text
+        for split in ("train", "validation", "test")
+        for text in load_examples(task, split, "private_task").texts
+    ]
+    assert set(texts) == set(pd.read_csv(data).loc[lambda t: t.topic_name.isin(task.labels)].body)
+
+
+def test_labels_that_begin_alike_get_letters_and_a_start_that_names_them(
+    tmp_path: Path, main: Callable
+) -> None:
+    labels = ("xxqz1", "xxqz2", "xxqz3")
+    data = write_table(tmp_path / "t.csv", labels=labels)
+    model = tiny.write_model(tmp_path / "llama", "llama")
+    options = (f"--data={data}", "--text=body", "--label=topic_name", f"--model={model}")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    run = tmp_path / "work/run.yaml"
+    config = post_dist.load_run(run)
+    assert list(config.private_task.labels.values()) == [("A",), ("B",), ("C",)]
+    assert "# Letters, because labels begin with the same token" in run.read_text()
+    assert config.tune.init_text == "Predict if this text is xxqz1 (A), xxqz2 (B) or xxqz3 (C)"
+
+
 @pytest.mark.parametrize("preset", ["laptop", "gpu", "cluster", "paper"])
 def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -> None:
     data = write_table(tmp_path / "t.csv", rows=1200)
@@ -73,10 +107,13 @@ def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", labels=("0", "1"))
     work = tmp_path / "work"
-    code, _, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
+    code, out, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
     assert code == 0, err
+    assert "it names no model to tune on yet" in out
     code, out, err = main("check", work / "run.yaml")
     assert code == 0, out + err
+    code, _, err = main("tune", work / "run.yaml")
+    assert (code, "names no student\n  an owner gives its folder" in err) == (2, True), err
     assert main("init", work, f"--data={data}", "--text=body", "--label=topic_name")[0] == 2
 
 
@@ -92,7 +129,7 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
         (("--text=body", "--label=id"), "has 240 different values, and a task has 2 to 50"),
         (("--text=body", "--label=topic_name", "--model=org/name"), "hf download"),
         (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
-        (("--text=body", "--label=topic_name", "--data={gap}"), "a row has no value in column"),
+        (("--text=body", "--label=topic_name", "--data={gap}"), "has 1 different values"),
         (("--data={none}",), "No such file"),
     ],
 )

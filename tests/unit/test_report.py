@@ -112,6 +112,23 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     assert "77 steps" not in page
 
 
+def test_an_owner_with_a_downloaded_model_reads_its_plan_and_no_distillation(
+    tmp_path: Path,
+) -> None:
+    claim = {"private": True, "epsilon": 8.0, "delta": 1e-3, "unit": "one example", "steps": 80}
+    tuned = report_run.write_part(
+        tmp_path, "tune-1", "soft prompt", {"privacy.json": claim}, {"model": "c" * 64},
+        tune={"num_virtual_tokens": 10, "steps": 1000}, student_checked=False,
+    )  # fmt: skip
+    rows = [table_row("student", 0.75), table_row("student + prompt", 0.76, 8.0)]
+    parents = {"student": "c" * 64, "student + prompt": tuned}
+    page = page_of(write_table(tmp_path, *rows, **parents))
+    assert "10 prompt vectors, 80 steps, ε = 8.00" in page
+    assert "<b>a model without a manifest</b>" in page
+    assert "✗ trusted, not checked" in page
+    assert "<b>distill</b>" not in page
+
+
 def test_losses_on_private_data_stay_out(tmp_path: Path) -> None:
     evaluation = write_full_run(tmp_path)
     report_run.write_metrics(tmp_path / "tune-1", loss=12345.0)

@@ -471,6 +471,8 @@ def test_doctor_names_a_lock_that_a_killed_compiler_left(
         "clock",
     }
     assert not (tmp_path / "runs").exists()
+    # Slurm may be installed without a configuration, and then names no version.
+    assert all(check["found"] for check in json.loads(text)["checks"])
     before = {check["name"]: check["ok"] for check in json.loads(text)["checks"]}
     assert before["ops"]
     lock = tmp_path / "ops" / "async_io" / "lock"
