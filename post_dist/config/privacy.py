@@ -28,7 +28,8 @@ class Privacy(Section):
     errors are as large as delta, and the accountants no longer agree."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """q: probability that an example is in a step's batch. Default: expected_batch_size /
-    declared_examples."""
+    declared_examples. With `declared_examples`, it is refused if the default is 10 times larger or
+    smaller."""
     expected_batch_size: PositiveFloat | None = None
     """Divisor of the noisy sum of gradients. Default: `tune.batch_size`."""
     # The training. Most defaults are those of `tune`.

@@ -154,9 +154,11 @@ def settings_problems(statement: dict[str, Any], config: Mapping[str, Any]) -> l
         config: settings of an untrusted manifest. Those of a transferred prompt are not the
             owner's, and say nothing of privacy.
     """
-    section, tune = config.get("privacy"), config.get("tune")
-    if not isinstance(section, dict) or not isinstance(tune, dict):
+    section = config.get("privacy")
+    if not isinstance(section, dict):
         return []
+    tune = config.get("tune")
+    tune = tune if isinstance(tune, dict) else {}
     problems = []
     if section.get("enabled") is not True:
         problems.append("the manifest says that the prompt was tuned without privacy")

@@ -143,7 +143,7 @@ REFUSED: dict[str, Change] = {
         config={"tune": {}, "privacy": {"enabled": True, "noise_source": "seeded"}},
     ),
     "a manifest without privacy": edit_json(
-        "post_dist.json", config={"tune": {}, "privacy": {"enabled": False}}
+        "post_dist.json", config={"privacy": {"enabled": False}}
     ),
     "epsilon as text": privacy(epsilon="0.01"),
     "infinite steps": privacy(steps=10**30),

@@ -648,7 +648,16 @@ CASES = [
         "epsilon out of reach",
         2,
         "no noise multiplier up to 200",
-        private(target_epsilon=0.01, sampling_probability=1.0, steps=10_000),
+        private(
+            target_epsilon=0.01, sampling_probability=1.0, expected_batch_size=160, steps=10_000
+        ),
+        TUNE,
+    ),
+    Case(
+        "a batch of other examples",
+        2,
+        "a step draws 0.00016 of 160 examples, and the sum of their gradients is divided by 8",
+        private(sampling_probability=1e-6),
         TUNE,
     ),
     Case(
