@@ -30,7 +30,7 @@ SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
 
 
 def job_parameters(
-    cluster: Cluster, stage: ClusterStage, folder: Path, after: str | None = None
+    cluster: Cluster, stage: ClusterStage, folder: Path, dependency: str | None = None
 ) -> dict[str, Any]:
     """Return submitit's parameters for the job of a stage.
 
@@ -38,7 +38,8 @@ def job_parameters(
         cluster: the run file's section `cluster`.
         stage: the stage.
         folder: folder of the job's logs.
-        after: id of the job that must succeed first. If it fails, this job is cancelled.
+        dependency: what must happen first, as sbatch reads it. If a job that must succeed fails,
+            this job is cancelled.
     """
     asked = cluster.for_stage(stage)
     resources = {
@@ -56,7 +57,7 @@ def job_parameters(
         "constraint": asked.constraint,
         "exclude": asked.exclude,
         "exclusive": asked.exclusive or None,
-        "dependency": None if after is None else f"afterok:{after}",
+        "dependency": dependency,
     }
     # Fields that the run file leaves out keep the cluster's defaults.
     parameters: dict[str, Any] = {}
@@ -82,7 +83,7 @@ def job_parameters(
     # An option that is false is left out. sbatch has no value for "not".
     more |= {name: value for name, value in asked.sbatch.items() if value is not False}
     # Otherwise a job whose predecessor failed would wait in the queue forever.
-    if after is not None:
+    if dependency is not None:
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more
     return parameters
@@ -130,12 +131,14 @@ def _with_place(mount: str) -> str:
     return mount if ":" in mount else f"{mount}:{mount}"
 
 
-def job_text(command: str, folder: str, parameters: dict[str, Any]) -> str:
+def job_text(command: str, folder: str, parameters: dict[str, Any], array: int = 1) -> str:
     """Return the batch file that submitit makes.
 
     Args:
         command: what each task runs.
         folder: where submitit keeps logs and pickles.
         parameters: see `job_parameters`.
+        array: number of equal jobs; more than one become a job array.
     """
-    return _make_sbatch_string(command=command, folder=folder, **parameters)
+    count = array if array > 1 else None
+    return _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
