@@ -108,7 +108,7 @@ def _step(folder: Path, stage: str) -> int:
     has come further than before. Of `signals`, the files that all workers have written are counted.
     """
     if stage == "signals":
-        return sum(1 for _ in folder.glob("teacher-signals-*/*/*.safetensors"))
+        return sum(1 for _ in folder.glob("teacher-signals-*/*/[0-9]*.safetensors"))
     try:
         runs = progress_below(folder)
     except (InputError, OSError):

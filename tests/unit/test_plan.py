@@ -203,9 +203,9 @@ def test_workers_are_planned_beside_distillation(run: Path, main: Callable) -> N
     signals, distill, *others = plan["stages"]
     assert (signals["stage"], signals["gpus"], distill["stage"]) == ("signals", 4 * 16, "distill")
     sequences = 262_144_000 // 2048 - 64
-    assert signals["steps"] == -(-sequences // (64 * 8))
+    assert signals["steps"] == -(-sequences // (64 * 4)), "micro-batches of four"
     weights = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
-    tokens = 8 * 2048
+    tokens = 4 * 2048
     forward = 2 * 80 * weights * tokens + 80 * 4 * tokens * 2048 * 8192
     assert signals["flops_per_gpu"]["teacher"] == pytest.approx(forward), "hidden states, no head"
     in_shards = (70_553_706_496 - 128256 * 8192) * 2 * 7 / 8

@@ -171,8 +171,7 @@ class SignalWorker:
                 for _ in numbers:
                     advance("")
             elif self._ready < wanted:
-                # The watchdog hears of each file once, so a worker that hangs is not awaited
-                # forever.
+                # A wait is reported to the watchdog once, so it ends if a worker hangs.
                 if awaited != self._ready:
                     awaited = self._ready
                     phase(f"waiting for another worker's file {self.files.path(awaited)}")
