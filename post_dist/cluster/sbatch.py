@@ -20,9 +20,11 @@ AFTER = (
     # called scontrol itself.
     # `restart` decides about other failures, such as a dead rank.
     "code=$?",
+    # The last job of an array has the array's own number, and to requeue that restarts all of them.
+    "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
     'restart=("${POST_DIST_PYTHON:-python}" -m post_dist.cluster.restart $code)',
     'if [[ $code != 0 && -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
-    'scontrol requeue "$SLURM_JOB_ID"; fi',
+    'scontrol requeue "${job:-$SLURM_JOB_ID}"; fi',
     "exit $code",
 )
 SRUN = ("--kill-on-bad-exit=1", "--export=ALL")

@@ -295,7 +295,7 @@ def test_a_rank_that_dies_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -
     assert failure["step"] > 25
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_worker_that_dies_does_not_end_the_chain(slurm: Cluster, tmp_path: Path) -> None:
     """Two workers write signals and `distill` trains beside them. One worker is killed."""
     run = write_run(
@@ -311,11 +311,11 @@ def test_a_worker_that_dies_does_not_end_the_chain(slurm: Cluster, tmp_path: Pat
     tiny.write_csv(tmp_path / "public.csv", tiny.sentences(1200, 2))
     with followed(slurm, run, "distill") as (waiting, _):
         signals = "runs/tiny/teacher-signals-*/*/[0-9]*.safetensors"
-        assert in_time(lambda: list(tmp_path.glob(signals)), 400), logs(tmp_path)
+        assert in_time(lambda: list(tmp_path.glob(signals)), 600), logs(tmp_path)
         listed = slurm.run("squeue", "--noheader", "--name=post_dist-signals", "--format=%A")
         workers = [pid for job in listed.stdout.split() for pid in processes_of(job, 0)]
         os.kill(workers[0], signal.SIGKILL)
-        output = waiting.communicate(timeout=450)[1]
+        output = waiting.communicate(timeout=900)[1]
     assert waiting.returncode == 0, output + logs(tmp_path)
     ends = re.findall(r"(\w+) \(job (?:\d+_)?\w+\): COMPLETED", output)
     assert ends == ["corpus", "signals", "signals", "distill"]

@@ -87,19 +87,23 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
     } <= set(lines["tune"])
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+
+
 @pytest.mark.parametrize(
-    ("code", "cancelled", "requeued"),
+    ("code", "cancelled", "array", "requeued"),
     [
-        (6, False, True),
-        (6, True, False),
-        (0, False, False),
-        (2, False, False),
-        (137, False, True),
-        (137, True, False),
+        (6, False, {}, "17"),
+        (6, True, {}, ""),
+        (0, False, {}, ""),
+        (2, False, {}, ""),
+        (137, False, {}, "17"),
+        (137, True, {}, ""),
+        (137, False, ARRAY, "17_3"),
     ],
 )
 def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
-    tmp_path: Path, code: int, cancelled: bool, requeued: bool
+    tmp_path: Path, code: int, cancelled: bool, array: dict[str, str], requeued: str
 ) -> None:
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "srun").write_text(
@@ -114,9 +118,12 @@ def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "post_dist-distill",
     }
+    environment |= array
     assert subprocess.run(["bash", "-c", text], env=environment, check=False).returncode == code
     asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 17\n" if requeued else "")
+    assert (asked.read_text() if asked.exists() else "") == (
+        f"requeue {requeued}\n" if requeued else ""
+    )
 
 
 SCHEDULER = {
