@@ -36,7 +36,7 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.zero import number_of_parameters
 from post_dist.stages.distill.batches import DistillationText
-from post_dist.stages.distill.cached_teacher import cache_teacher
+from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
 from post_dist.stages.distill.conflicts import conflicts, required_sections
 from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
@@ -204,7 +204,10 @@ class _Ways:
         source: SignalSource = OnlineTeacher(self.teacher, lower_layers)
         if cache != "none":
             maker = SignalMaker(self.teacher, section, self._student_section, config.seed)
-            source = cache_teacher(self._inputs.folder, self._digest, maker, corpus, world)
+            # The timed steps read files, and write none.
+            with signal_worker(self._inputs.folder, self._digest, maker, corpus, world) as worker:
+                worker.fill(worker.count)
+            source = CachedTeacher(worker, corpus, world.device)
         engine = student_engine(
             self.student(), config, self._student_section, self._precision, world
         )

@@ -30,9 +30,12 @@ from post_dist.runtime.stop import end_process, leave_in_seconds, listen
 SUBMITTER = "POST_DIST_SUBMITTER"
 """Environment variable with the id of the process that waits for a job on this machine."""
 _SECONDS_BETWEEN_REQUESTS = 5.0
-Command = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"]
+Command = Literal[
+    "corpus", "signals", "distill", "warm_start", "tune", "transfer", "evaluate", "pipeline"
+]
 _RUNS: dict[Command, Callable[[RunConfig], object]] = {
     "corpus": api.tokenize_corpus,
+    "signals": api.write_signals,
     "distill": api.distill,
     "warm_start": api.warm_start,
     "tune": api.tune,
@@ -130,7 +133,7 @@ class StageJob(Job):
         listen()
         leave_in_seconds()
         result = _RUNS[self.command](self.source.load())
-        if this_rank() == 0:
+        if this_rank() == 0 and result is not None:
             print(result)
         leave_ranks()
 

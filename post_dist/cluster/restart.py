@@ -34,7 +34,8 @@ class Failure:
     Attributes:
         time: seconds since 1970.
         exit_code: exit code of srun: that of a rank, or 128 and the number of its signal.
-        step: number of steps that the stage had done; None for a job that is not `submit`'s.
+        step: number of steps that the stage had done, or of files of signals; None for a job that
+            is not `submit`'s.
         reason: the last message of a rank in its log; empty if none has written one.
     """
 
@@ -49,8 +50,9 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
 
     Args:
         exit_code: exit code of srun.
-        environment: `SLURM_JOB_ID` and `SLURM_JOB_NAME`; `POST_DIST_JOB_FOLDER`, the folder of the
-            logs, and `POST_DIST_MAX_RESTARTS` if the job has them.
+        environment: `SLURM_JOB_ID` and `SLURM_JOB_NAME`; the ids of its array, if it is in one;
+            `POST_DIST_JOB_FOLDER`, the folder of the logs, and `POST_DIST_MAX_RESTARTS` if the job
+            has them.
 
     Returns:
         The decision, and a line that explains it; empty for a job that did not fail.
@@ -59,6 +61,9 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
         return False, ""
     folder = Path(environment.get("POST_DIST_JOB_FOLDER", "."))
     job = environment["SLURM_JOB_ID"]
+    # Each job of an array has logs and restarts of its own.
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     record = folder / f"{job}_failures.jsonl"
     earlier = _read(record)
     since = earlier[-1].time if earlier else 0.0
@@ -100,8 +105,10 @@ def _step(folder: Path, stage: str) -> int:
     """Return the number of steps that the newest run of a stage has done.
 
     It is 0 for a stage without steps, such as `evaluate`. Nothing else tells whether such a stage
-    has come further than before.
+    has come further than before. Of `signals`, the files that all workers have written are counted.
     """
+    if stage == "signals":
+        return sum(1 for _ in folder.glob("teacher-signals-*/*/[0-9]*.safetensors"))
     try:
         runs = progress_below(folder)
     except (InputError, OSError):

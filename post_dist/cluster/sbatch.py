@@ -20,9 +20,11 @@ AFTER = (
     # called scontrol itself.
     # `restart` decides about other failures, such as a dead rank.
     "code=$?",
+    # The last job of an array has the array's own number, and to requeue that restarts all of them.
+    "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
     'restart=("${POST_DIST_PYTHON:-python}" -m post_dist.cluster.restart $code)',
     'if [[ $code != 0 && -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
-    'scontrol requeue "$SLURM_JOB_ID"; fi',
+    'scontrol requeue "${job:-$SLURM_JOB_ID}"; fi',
     "exit $code",
 )
 SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
@@ -30,7 +32,7 @@ SRUN = ("--kill-on-bad-exit=1", "--export=ALL")
 
 
 def job_parameters(
-    cluster: Cluster, stage: ClusterStage, folder: Path, after: str | None = None
+    cluster: Cluster, stage: ClusterStage, folder: Path, dependency: str | None = None
 ) -> dict[str, Any]:
     """Return submitit's parameters for the job of a stage.
 
@@ -38,7 +40,8 @@ def job_parameters(
         cluster: the run file's section `cluster`.
         stage: the stage.
         folder: folder of the job's logs.
-        after: id of the job that must succeed first. If it fails, this job is cancelled.
+        dependency: what must happen first, as sbatch reads it. If a job that must succeed fails,
+            this job is cancelled.
     """
     asked = cluster.for_stage(stage)
     resources = {
@@ -56,7 +59,7 @@ def job_parameters(
         "constraint": asked.constraint,
         "exclude": asked.exclude,
         "exclusive": asked.exclusive or None,
-        "dependency": None if after is None else f"afterok:{after}",
+        "dependency": dependency,
     }
     # Fields that the run file leaves out keep the cluster's defaults.
     parameters: dict[str, Any] = {}
@@ -82,7 +85,7 @@ def job_parameters(
     # An option that is false is left out. sbatch has no value for "not".
     more |= {name: value for name, value in asked.sbatch.items() if value is not False}
     # Otherwise a job whose predecessor failed would wait in the queue forever.
-    if after is not None:
+    if dependency is not None:
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more
     return parameters
@@ -130,12 +133,14 @@ def _with_place(mount: str) -> str:
     return mount if ":" in mount else f"{mount}:{mount}"
 
 
-def job_text(command: str, folder: str, parameters: dict[str, Any]) -> str:
+def job_text(command: str, folder: str, parameters: dict[str, Any], array: int = 1) -> str:
     """Return the batch file that submitit makes.
 
     Args:
         command: what each task runs.
         folder: where submitit keeps logs and pickles.
         parameters: see `job_parameters`.
+        array: number of equal jobs; more than one become a job array.
     """
-    return _make_sbatch_string(command=command, folder=folder, **parameters)
+    count = array if array > 1 else None
+    return _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)

@@ -1,7 +1,8 @@
 """Submit stages to Slurm through submitit, or run them on this machine.
 
 Slurm is asked about all jobs before any of them is queued. In a chain, each job waits for the
-previous one.
+success of the previous one. `distill` waits only for the start of the workers of `signals`: it
+trains as their files arrive, and makes the files of workers that died.
 """
 
 import os
@@ -46,6 +47,11 @@ class Planned:
     job: Job
     cluster: Cluster
 
+    @property
+    def array(self) -> int:
+        """Number of equal jobs that Slurm gets: one, or one for each worker of `signals`."""
+        return max(1, self.cluster.signals.workers) if self.stage == "signals" else 1
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -68,39 +74,47 @@ def planned_jobs(config: RunConfig, source: RunSource, command: Command) -> list
     """Plan the jobs of a command, in the order of the stages.
 
     `pipeline` gets one job for each stage whose result is not given in `inputs`. If it distills,
-    the corpus is tokenized first, so that no GPU waits for it.
+    the corpus is tokenized first, so that no GPU waits for it. With `cluster.signals.workers`, the
+    corpus and these workers come before `distill`, in a pipeline or alone.
 
     Args:
         config: the run file as it is now.
         source: where each job reads the run file again.
-        command: a stage, `corpus`, or `pipeline`.
+        command: a stage, `corpus`, `signals`, or `pipeline`.
 
     Raises:
         InputError: the run file lacks a section that a job needs, or no noise multiplier reaches
             its target epsilon.
     """
-    if command == "corpus":
+    if command in ("corpus", "signals"):
         config.need("distill")
-        return [Planned("corpus", StageJob(source, "corpus"), config.cluster)]
+        return [Planned(command, StageJob(source, command), config.cluster)]
     last: Stage = "evaluate" if command == "pipeline" else command
     stages = config.stages_until(last)
     config.need(*stages)
+    planned = _before_distill(config, source, command) if "distill" in stages else []
     # A single stage is not checked further: its job finds out when it starts.
     if command != "pipeline":
-        return [Planned(last, StageJob(source, command), config.cluster)]
+        return [*planned, Planned(last, StageJob(source, command), config.cluster)]
 
     from post_dist.privacy.calibration import private_plans  # takes a second
 
     # Otherwise an unreachable target epsilon would be found only after hours of distillation.
     private_plans(config)
-    planned = []
-    if "distill" in stages:
-        planned += planned_jobs(config, source, "corpus")
     for stage in stages:
         # The last job also runs the baselines that the table's rows need.
         job = StageJob(source, "pipeline" if stage == "evaluate" else stage)
         planned.append(Planned(stage, job, config.cluster))
     return planned
+
+
+def _before_distill(config: RunConfig, source: RunSource, command: Command) -> list[Planned]:
+    """Plan the jobs that make what `distill` reads."""
+    if config.cluster.signals.workers:
+        wanted: tuple[Command, ...] = ("corpus", "signals")
+    else:
+        wanted = ("corpus",) if command == "pipeline" else ()
+    return [planned for each in wanted for planned in planned_jobs(config, source, each)]
 
 
 def scale_jobs(
@@ -147,13 +161,14 @@ def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     """
     folder = job_folder(config)
     texts = []
-    after = None
+    earlier: list[tuple[ClusterStage, str]] = []
     for planned in jobs:
         python = task_python(planned.cluster.for_stage(planned.stage))
         command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        after = _dependency(earlier)
         parameters = job_parameters(planned.cluster, planned.stage, folder, after)
-        texts.append(job_text(command, str(folder), parameters))
-        after = f"<{planned.stage}>"
+        texts.append(job_text(command, str(folder), parameters, planned.array))
+        earlier.append((planned.stage, f"<{planned.stage}>"))
     return texts
 
 
@@ -180,7 +195,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
     Args:
         config: the run file.
         jobs: the jobs to queue.
-        chained: whether each job waits for the previous one.
+        chained: whether each job waits for those before it.
 
     Raises:
         InputError: the folder for their logs cannot be written to.
@@ -188,16 +203,20 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
     """
     executor = submitit.SlurmExecutor(job_folder(config))
     submitted: list[Submitted] = []
+    accepted = 0
     try:
         for planned in jobs:
-            after = submitted[-1].job_id if submitted and chained else None
+            # The jobs of an array are ARRAY_0, ARRAY_1 and so on.
+            earlier = [(job.stage, job.job_id.partition("_")[0]) for job in submitted]
+            after = _dependency(earlier) if chained else None
             executor.python = task_python(planned.cluster.for_stage(planned.stage))
             # submitit keeps parameters from one submission to the next.
             executor.parameters.clear()
             folder = job_folder(config)
             parameters = job_parameters(planned.cluster, planned.stage, folder, after)
             executor.update_parameters(**parameters)
-            submitted.append(_submit(executor, planned))
+            submitted += _submit(executor, planned, planned.array)
+            accepted += 1
     except BaseException as error:  # Ctrl-C too must leave nothing in the queue
         # An incomplete chain is useless, so its jobs are cancelled.
         for earlier in submitted:
@@ -209,7 +228,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
             cancelled = ", ".join(earlier.job_id for earlier in submitted)
             hint = f"the jobs before it are cancelled: {cancelled}"
         raise EnvironmentFault(
-            f"Slurm does not take the job for {jobs[len(submitted)].stage}: {error}", hint
+            f"Slurm does not take the job for {jobs[accepted].stage}: {error}", hint
         ) from None
     return submitted
 
@@ -243,23 +262,40 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
         executor.update_parameters(
             tasks_per_node=asked.tasks, timeout_min=_YEAR_MINUTES, gpus_per_node=asked.gpus_per_node
         )
-        submitted = _submit(executor, planned)
+        # The workers of an array would share one machine, and `distill` needs none of them.
+        (submitted,) = _submit(executor, planned, 1)
         done.append(submitted)
         _wait_here(submitted)
     return done
 
 
-def _submit(executor: submitit.Executor, planned: Planned) -> Submitted:
-    with writing(executor.folder):
-        job = executor.submit(planned.job)
-    return Submitted(planned.stage, job.job_id, job.paths.stdout, job)
+def _dependency(earlier: Sequence[tuple[ClusterStage, str]]) -> str | None:
+    """Return what the next job of a chain waits for, as sbatch reads it.
+
+    Args:
+        earlier: stage and job id of each job before it.
+    """
+    conditions: dict[str, None] = {}
+    for stage, job_id in reversed(earlier):
+        if stage != "signals":
+            conditions[f"afterok:{job_id}"] = None
+            break
+        conditions[f"after:{job_id}"] = None
+    return ",".join(conditions) or None
+
+
+def _submit(executor: submitit.Executor, planned: Planned, array: int) -> list[Submitted]:
+    """Submit a job, or an array of equal jobs."""
+    with writing(executor.folder), executor.batch():
+        jobs = [executor.submit(planned.job) for _ in range(array)]
+    return [Submitted(planned.stage, job.job_id, job.paths.stdout, job) for job in jobs]
 
 
 def _try_job(config: RunConfig, planned: Planned) -> str:
     """Ask Slurm about one job, and return its answer."""
     folder = job_folder(config)
     parameters = job_parameters(planned.cluster, planned.stage, folder)
-    text = job_text("true", str(folder), parameters)
+    text = job_text("true", str(folder), parameters, planned.array)
     # sbatch reads a file; `--test-only` asks the scheduler and queues nothing.
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # typer needs an enumeration. Jobs hold plain strings, because jobs are pickled.
 _COMMANDS: "dict[Submittable, Command]" = {
     Submittable.corpus: "corpus",
+    Submittable.signals: "signals",
     Submittable.distill: "distill",
     Submittable.warm_start: "warm_start",
     Submittable.tune: "tune",
@@ -102,7 +103,7 @@ def _check_stages(config: RunConfig, stages: Sequence[str]) -> None:
 
     report = check_run(config)
     # Another stage may be the other party's.
-    others = set(report.stages) - set(stages)
+    others = {*report.stages, "signals"} - set(stages)
     found = [
         Conflict(f"{conflict.stage}: {conflict.message}", conflict.hint)
         for conflict in report.conflicts

@@ -25,6 +25,7 @@ class Submittable(StrEnum):
     """What `submit` can start: a stage, or the pipeline."""
 
     corpus = "corpus"
+    signals = "signals"
     distill = "distill"
     warm_start = "warm-start"
     tune = "tune"

@@ -85,7 +85,8 @@ def _plan(
 
     precision = _precision(config, machine.hardware)
     result = plan_run(config, teacher, machine, precision)
-    result["long_run"] = goodput(result["stages"][0])
+    (distill,) = (stage for stage in result["stages"] if stage["stage"] == "distill")
+    result["long_run"] = goodput(distill)
     # Both are computed only on demand, because each plans the run many times.
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, sweep)

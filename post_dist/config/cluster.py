@@ -14,7 +14,7 @@ from post_dist.config.job_options import (
 )
 from post_dist.config.sections import PositiveInt, Section
 
-ClusterStage = Literal["corpus", "distill", "warm_start", "tune", "transfer", "evaluate"]
+ClusterStage = Literal["corpus", "signals", "distill", "warm_start", "tune", "transfer", "evaluate"]
 
 
 def _minutes(value: Any) -> Any:
@@ -107,6 +107,14 @@ class Resources(Section):
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
+class SignalWorkers(Resources):
+    """The workers of `signals`, which are a job array, and what each of them requests."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Number of workers, for a run with `distill.cache`. `submit` starts them before `distill`,
+    which trains as their files arrive. 0: `distill` writes the signals alone."""
+
+
 class Cluster(Resources):
     """The resources of all stages, and the fields that differ for one stage."""
 
@@ -125,6 +133,8 @@ class Cluster(Resources):
     corpus: Resources = Resources()
     """Resources of `corpus`, where they differ. Tokenizing has one node, one task and no GPU; its
     processes use the cores of `cpus_per_task`."""
+    signals: SignalWorkers = SignalWorkers()
+    """Number of workers of `signals`, and the resources of each, where they differ."""
     distill: Resources = Resources()
     """Resources of `distill`, where they differ."""
     warm_start: Resources = Resources()
@@ -164,7 +174,7 @@ class Cluster(Resources):
         own: Resources = getattr(self, stage)
         # Only the fields that the stage sets itself replace the common ones.
         fields = self.model_dump(include=set(Resources.model_fields))
-        fields |= own.model_dump(exclude_unset=True)
+        fields |= own.model_dump(exclude_unset=True, include=set(Resources.model_fields))
         if stage == "corpus" and own.gres is None:
             fields["gres"] = None
         if stage in _ONE_TASK:

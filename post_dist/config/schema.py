@@ -169,6 +169,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _signals_have_a_reader(self) -> "RunConfig":
+        # The workers would take hours to write files that nothing reads.
+        if self.cluster.signals.workers and self.distill.cache == "none":
+            raise ValueError(
+                "cluster.signals.workers is for a run whose distill.cache is hidden or sampled"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tuning_fits_its_start(self) -> "RunConfig":
         # The provider's run file has no private task, and its section `tune` is not read.
         start = self.warm_start

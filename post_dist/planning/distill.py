@@ -19,10 +19,9 @@ from post_dist.planning.layout import (
     offloaded_bytes,
 )
 from post_dist.planning.memory import GATHERED, GIB, frozen_memory, student_memory
+from post_dist.planning.signals import stored_signals
 from post_dist.planning.simulation import STORAGE_GB_PER_SECOND, young_interval
 from post_dist.stages.distill.conflicts import conflicts
-from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, files_of
-from post_dist.stages.distill.signal_format import exact_product, kept_bytes, kept_names
 
 _STORAGE_BYTES_PER_SECOND = STORAGE_GB_PER_SECOND * 1e9
 
@@ -37,8 +36,10 @@ class _Work:
         served: number of micro-batches that one pass of the teacher serves.
         sequences_at_once: sequences of one micro-batch.
         length: tokens of one sequence.
-        teacher_share: share of the sequences that the teacher runs over; 1 without a cache.
+        teacher_share: share of the sequences that the teacher runs over in these steps: 1 without a
+            cache, 0 if workers write the signals.
         kept_bytes: bytes of the teacher's signal that are cached for each token; 0 without a cache.
+        signal_bytes: bytes of all cached signals.
     """
 
     student: Student
@@ -48,6 +49,7 @@ class _Work:
     length: int
     teacher_share: float
     kept_bytes: int
+    signal_bytes: int
 
     @property
     def sequences(self) -> int:
@@ -145,10 +147,6 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     checkpoint = cost.ADAM_BYTES * inputs.models.trained
     save_seconds = checkpoint / _STORAGE_BYTES_PER_SECOND
 
-    # Each sequence that the teacher runs over is kept once.
-    tokens = section.batch_size * work.length
-    signals = work.teacher_share * section.steps * tokens * work.kept_bytes
-
     gather = traffic.gather_student + traffic.gather_teacher
     received = {"gather": gather, "reduce": traffic.reduce} | nonzero(fetch=traffic.fetch)
     numbers = {
@@ -164,12 +162,12 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
         | nonzero(fetch=seconds.fetch, signals=seconds.signals),
         "step_seconds": step,
         "steps": section.steps,
-        "tokens_per_second": tokens / step,
+        "tokens_per_second": section.batch_size * work.length / step,
         "model_flops_utilisation": inputs.utilization(sum(flops.values()), step),
         "shard_group": group_numbers(inputs),
         "checkpoint_gib": checkpoint / GIB,
         "checkpoint_interval_seconds": young_interval(save_seconds, inputs.machine.ranks),
-        "teacher_signals_gib": signals / GIB if work.kept_bytes else None,
+        "teacher_signals_gib": work.signal_bytes / GIB or None,
     }
     return StageEstimate(
         stage="distill",
@@ -201,12 +199,14 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
     # Without a cache the teacher runs in every step, and nothing is kept.
     share = 1.0
     kept = 0
+    total = 0
     if section.cache != "none":
-        share = _teacher_share(inputs, corpus)
-        teacher = inputs.models.teacher.facts
-        exact = exact_product(teacher, fp32=inputs.precision == "fp32")
-        names = kept_names(section, student, exact_product=exact)
-        kept = kept_bytes(names, teacher.width, inputs.bytes_each)
+        stored = stored_signals(inputs, corpus, student)
+        kept = stored.bytes_per_token
+        total = stored.total_bytes
+        # Workers run beside these steps. The plan assumes that they are ahead of them.
+        by_workers = inputs.config.cluster.signals.workers > 0
+        share = 0.0 if by_workers else stored.sequences / (section.steps * section.batch_size)
     return _Work(
         student=student,
         passes=len(own),
@@ -215,24 +215,8 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
         length=corpus.sequence_length,
         teacher_share=share,
         kept_bytes=kept,
+        signal_bytes=total,
     )
-
-
-def _teacher_share(inputs: PlanInputs, corpus: Corpus) -> float:
-    """Compute the share of the steps' sequences that a cached teacher runs over.
-
-    The teacher runs once over each sequence of the files that are read, so the share of a short run
-    may be above 1. If the size of the corpus is unknown, the plan assumes that no step repeats a
-    sequence.
-    """
-    section = inputs.config.distill
-    # Later epochs read what the first one kept. Workers write whole files.
-    wanted = section.steps * section.batch_size
-    in_files = files_of(wanted) * SEQUENCES_A_FILE
-    if not corpus.max_tokens:
-        return in_files / wanted
-    in_corpus = corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences
-    return min(in_files, max(0, in_corpus)) / wanted
 
 
 def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:

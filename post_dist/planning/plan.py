@@ -4,7 +4,7 @@ Every number comes from a formula (`cost.py`) and the hardware (`hardware.yaml`)
 a measurement. A plan needs only configurations: no weights and no GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from post_dist.planning.distill import plan_distill
 from post_dist.planning.estimate import StageEstimate, stage_numbers
 from post_dist.planning.hardware import Machine
 from post_dist.planning.inputs import PlanInputs, models_of
+from post_dist.planning.signals import plan_signals
 from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.transfer import plan_transfer
 from post_dist.planning.tune import plan_tune
@@ -38,9 +39,9 @@ def plan_run(
 
     Returns:
         `corpus`: what tokenizing takes. `stages`, each with the memory of the fullest GPU,
-        operations, bytes, seconds of a step and hours. `conflicts` of all stages. `hours` and
-        `gpu_hours` in total, and what is `not_counted` in them. `assumptions`: the rates that the
-        plan uses.
+        operations, bytes, seconds of a step and hours; `signals` comes first if the run file has
+        workers. `conflicts` of all stages. `hours` and `gpu_hours` in total, and what is
+        `not_counted` in them. `assumptions`: the rates that the plan uses.
     """
     # All stages are planned for the same machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
@@ -58,7 +59,7 @@ def plan_run(
         "student_parameters": inputs.models.student.parameters,
         "corpus": plan_corpus(config),
         "stages": stages,
-        "hours": sum(stage["hours"] for stage in stages),
+        "hours": _hours(stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "not_counted": _not_counted(config),
         "conflicts": conflicts,
@@ -67,12 +68,24 @@ def plan_run(
 
 
 def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
-    """Yield the estimates of the run's stages, in the order in which they run."""
-    yield plan_distill(inputs)
+    """Yield the estimates of the run's stages, in the order in which they start."""
+    distillation = plan_distill(inputs)
+    config = inputs.config
+    # Planning distillation has checked that both sections are there.
+    if config.cluster.signals.workers and config.corpus and config.student:
+        yield plan_signals(inputs, config.corpus, config.student)
+    yield distillation
     if inputs.config.warm_start is not None:
         yield plan_warm_start(inputs, inputs.config.warm_start)
     yield plan_tune(inputs)
     yield plan_transfer(inputs)
+
+
+def _hours(stages: Sequence[dict[str, Any]]) -> float:
+    """Add up the hours of the stages. Workers write signals while `distill` trains on them."""
+    hours = {stage["stage"]: stage["hours"] for stage in stages}
+    hours["distill"] = max(hours["distill"], hours.pop("signals", 0.0))
+    return float(sum(hours.values()))
 
 
 def _not_counted(config: RunConfig) -> list[str]:

@@ -1,6 +1,8 @@
 """Cached teacher signals: as good as the teacher, for any batch, number of ranks and student."""
 
+import fcntl
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -233,6 +235,68 @@ def test_workers_that_are_killed_leave_the_same_files_and_the_same_student(
     assert RAN not in errors
     for name, tensor in load_file(student / "model.safetensors").items():
         assert torch.equal(load_file(of_workers / "model.safetensors")[name], tensor)
+
+
+def test_the_student_trains_on_the_files_that_have_arrived(
+    by_one: tuple[Path, Path, Path], main: Callable, tmp_path: Path
+) -> None:
+    """This process is a slow worker: it holds the locks of two files, and writes one of them."""
+    run, *_ = by_one
+    options = (*LONG[:3], "--set=distill.batch_size=64", "--set=distill.steps=8")
+    student, _ = distilled(main, run, tmp_path / "alone", *options)
+    (made,) = tmp_path.glob("alone/tiny/teacher-signals-*/000000")
+    slow = tmp_path / "beside/tiny" / made.parent.name
+    slow.mkdir(parents=True)
+    with (slow / "claims").open("a") as claims:
+        for late in (3, 5):
+            fcntl.lockf(claims, fcntl.LOCK_EX, 1, late)
+        training = Command("distill", run, f"--output={tmp_path / 'beside'}", *options)
+        # It trains as far as it can, and makes the other files while it waits.
+        wait_for(training, lambda: (taken(tmp_path), len(contents(slow))) == (3, 6))
+        arriving = slow / "000000/arriving"
+        shutil.copy(made / "000000003.safetensors", arriving)
+        arriving.rename(arriving.with_name("000000003.safetensors"))
+        wait_for(training, lambda: taken(tmp_path) == 5)
+        training.send_signal(signal.SIGTERM)
+        _, said = training.communicate()
+    assert training.returncode == 6, said
+    assert list(tmp_path.glob("beside/tiny/distill-*/checkpoints/step-5")), (
+        "between two checkpoints"
+    )
+    # The slow worker is gone, so training makes its file.
+    beside, said = distilled(main, run, tmp_path / "beside", *options)
+    assert "resuming from step 5" in said
+    assert contents(slow) == contents(made)
+    for name, tensor in load_file(student / "model.safetensors").items():
+        assert torch.equal(load_file(beside / "model.safetensors")[name], tensor)
+
+
+def wait_for(command: Command, condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true, while a command runs."""
+    while not condition():
+        assert command.poll() is None, command.communicate()[1]
+        time.sleep(0.05)
+
+
+def taken(folder: Path) -> int:
+    """Return the number of steps that the run below `beside` has taken."""
+    metrics = list(folder.glob("beside/tiny/distill-*/metrics.jsonl"))
+    return len(read_metric_log(metrics[0])) if metrics else 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_not_awaited_forever(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
+    options = (f"--output={tmp_path}", *LONG, "--set=engine.hang_timeout_seconds=60")
+    assert main("signals", run, *options)[0] == 0
+    (first,) = tmp_path.rglob("000000000.safetensors")
+    first.unlink()
+    with (first.parents[1] / "claims").open("a") as claims:
+        fcntl.lockf(claims, fcntl.LOCK_EX, 1, 0)
+        done = started.run("distill", run, *options)
+    assert done.returncode == 3
+    assert f"no progress for 60 s in: waiting for another worker's file {first}" in done.stderr
 
 
 def test_a_flipped_bit_is_found_by_name_and_made_again(

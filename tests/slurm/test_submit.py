@@ -295,6 +295,45 @@ def test_a_rank_that_dies_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -
     assert failure["step"] > 25
 
 
+@pytest.mark.timeout(1800)
+def test_a_worker_that_dies_does_not_end_the_chain(slurm: Cluster, tmp_path: Path) -> None:
+    """Two workers write signals and `distill` trains beside them. One worker is killed."""
+    run = write_run(
+        tmp_path,
+        corpus={"sequence_length": 8},
+        distill={"batch_size": 256, "cache": "hidden"},
+        engine={"precision": "bf16"},
+        cluster={
+            "distill": {"time_minutes": 10},
+            "signals": {"workers": 2, "time_minutes": 10},
+        },
+    )
+    tiny.write_csv(tmp_path / "public.csv", tiny.sentences(1200, 2))
+    with followed(slurm, run, "distill") as (waiting, _):
+        signals = "runs/tiny/teacher-signals-*/*/[0-9]*.safetensors"
+        assert in_time(lambda: list(tmp_path.glob(signals)), 600), logs(tmp_path)
+        listed = slurm.run("squeue", "--noheader", "--name=post_dist-signals", "--format=%A")
+        workers = [pid for job in listed.stdout.split() for pid in processes_of(job, 0)]
+        os.kill(workers[0], signal.SIGKILL)
+        output = waiting.communicate(timeout=900)[1]
+    assert waiting.returncode == 0, output + logs(tmp_path)
+    ends = re.findall(r"(\w+) \(job (?:\d+_)?\w+\): COMPLETED", output)
+    assert ends == ["corpus", "signals", "signals", "distill"]
+    (record,) = tmp_path.glob("runs/tiny/slurm/*_[01]_failures.jsonl")
+    assert json.loads(record.read_text())["step"] > 0
+    assert len(list(tmp_path.glob(signals))) == 24
+
+    # The teacher in the process gives the same student.
+    alone = [f"--output={tmp_path / 'alone/runs'}", "--set=distill.cache=none"]
+    command = [sys.executable, "-m", "post_dist", "distill", str(run), *alone]
+    options = {"env": environment(slurm), "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([*command, "--set=cluster.signals.workers=0"], **options)
+    assert done.returncode == 0, done.stderr
+    found, wanted = (artifact(folder, "distill") for folder in (tmp_path, tmp_path / "alone"))
+    name = "model.safetensors"
+    assert (found / name).read_bytes() == (wanted / name).read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rank_that_hangs_does_not_end_the_run(slurm: Cluster, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_everything_that_is_wrong_is_named_at_once(run: Path, main: Callable) ->
         "engine.precision": "fp16",
         "engine.shard_group": "3",
         "cluster.tasks_per_node": "4",
+        "cluster.signals": "{workers: 2, tasks_per_node: 5}",
+        "distill.cache": "hidden",
         "tune.num_virtual_tokens": "100",
     }
     options = [f"--set={key}={value}" for key, value in wrong.items()]
@@ -101,6 +103,7 @@ def test_everything_that_is_wrong_is_named_at_once(run: Path, main: Callable) ->
         "transfer: public_task.path:",
         "distill: engine.precision: fp16 does not run on a CPU",
         "distill: engine.shard_group: 4 ranks do not divide into groups of 3",
+        "signals: engine.shard_group: 5 ranks do not divide into groups of 3",
         "tune: a prompt of 100 tokens and texts of 48 tokens do not fit",
     ):
         assert any(message.startswith(words) for message in found), (words, found)

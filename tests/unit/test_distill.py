@@ -169,17 +169,20 @@ def test_two_workers_never_claim_one_file(tmp_path: Path) -> None:
     def claim_as_asked(asked: Connection) -> None:
         claims = _Claims(files, 3)
         while asked.recv():
-            asked.send(claims.next(1))
+            asked.send(claims.next(3, 1))
 
     other = context.Process(target=claim_as_asked, args=(theirs,), daemon=True)
     other.start()
     ours.send(True)
-    assert ours.recv() == [0]
+    assert ours.recv() == (0, [0])
     claims = _Claims(files, 3)
-    assert claims.next(3) == [1, 2]
+    assert claims.next(1, 3) == (0, [1, 2]), "later files while another worker makes the first one"
     with (files.folder / "lock").open("a") as lock:
         assert not lock_file(lock), "`clean` must see that workers are here"
     other.kill()
     other.join()
-    assert claims.next(3) == [0, 1, 2], "the file of a dead worker is free at once"
+    assert claims.next(1, 3) == (0, [0, 1, 2]), "the file of a dead worker is free at once"
+    files.path(0).parent.mkdir()
+    files.path(0).touch()
+    assert claims.next(1, 3) == (1, []), "what is wanted exists"
     claims.close()

@@ -243,6 +243,39 @@ def test_collectives_that_deepspeed_does_not_overlap_take_their_time(
     assert distill["step_seconds"] == pytest.approx(sum(distill["seconds"].values()))
 
 
+def test_workers_are_planned_beside_distillation(run: Path, main: Callable) -> None:
+    settings = ("--nodes=8", "--set=distill.steps=1000", "--set=corpus.max_tokens=262144000")
+    settings += ("--set=distill.cache=hidden", "--set=cluster.gpus_per_node=8")
+    _, alone = planned(main, run, *settings)
+    code, plan = planned(main, run, *settings, "--set=cluster.signals={workers: 4, nodes: 2}")
+    assert code == 0, plan["conflicts"]
+    signals, distill, *others = plan["stages"]
+    assert (signals["stage"], signals["gpus"], distill["stage"]) == ("signals", 4 * 16, "distill")
+    sequences = 262_144_000 // 2048 - 64
+    assert signals["steps"] == -(-sequences // (64 * 4)), "micro-batches of four"
+    weights = 8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    tokens = 4 * 2048
+    forward = 2 * 80 * weights * tokens + 80 * 4 * tokens * 2048 * 8192
+    assert signals["flops_per_gpu"]["teacher"] == pytest.approx(forward), "hidden states, no head"
+    in_shards = (70_553_706_496 - 128256 * 8192) * 2 * 7 / 8
+    assert signals["received_gib_per_gpu"]["gather"] * GIB == pytest.approx(in_shards, rel=1e-6)
+    assert signals["teacher_signals_gib"] * GIB == sequences * 2048 * 8192 * 2
+    assert signals["teacher_signals_gib"] == distill["teacher_signals_gib"]
+    # The teacher no longer runs in the steps, which read its signals.
+    assert distill["seconds"]["teacher"] == distill["seconds"]["gather"] == 0
+    assert distill["step_seconds"] < alone["stages"][0]["step_seconds"]
+    beside = max(signals["hours"], distill["hours"])
+    assert plan["hours"] == pytest.approx(beside + sum(stage["hours"] for stage in others))
+    assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in plan["stages"]))
+    assert plan["long_run"]["days"] * 24 > distill["hours"]
+    # A worker of one GPU does not hold a 70B teacher, whatever the nodes of `distill`.
+    code, plan = planned(
+        main, run, *settings, "--set=cluster.signals={workers: 4, gpus_per_node: 1}"
+    )
+    assert code == 2
+    assert any(line.startswith("signals: ") and "on a GPU of" in line for line in plan["conflicts"])
+
+
 def test_the_group_that_is_advised_is_the_smallest_that_fits(
     tmp_path: Path, main: Callable, run: Path
 ) -> None:

@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "export POST_DIST_", "srun ")
 COMMANDS = {
     "corpus": "corpus",
+    "signals": "signals",
     "distill": "distill",
     "warm_start": "warm-start",
     "tune": "tune",
@@ -55,7 +56,9 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
         partition="gpu", account="lab", gpus_per_node=8, cpus_per_task=4, distill=distill, tune=tune
     )
     lines = {
-        stage: job_text("x", "/logs", job_parameters(cluster, stage, FOLDER, "7")).splitlines()
+        stage: job_text(
+            "x", "/logs", job_parameters(cluster, stage, FOLDER, "afterok:7")
+        ).splitlines()
         for stage in ("distill", "tune")
     }
     assert {
@@ -84,19 +87,23 @@ def test_a_stage_asks_for_its_own_resources_and_else_for_the_cluster_s() -> None
     } <= set(lines["tune"])
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+
+
 @pytest.mark.parametrize(
-    ("code", "cancelled", "requeued"),
+    ("code", "cancelled", "array", "requeued"),
     [
-        (6, False, True),
-        (6, True, False),
-        (0, False, False),
-        (2, False, False),
-        (137, False, True),
-        (137, True, False),
+        (6, False, {}, "17"),
+        (6, True, {}, ""),
+        (0, False, {}, ""),
+        (2, False, {}, ""),
+        (137, False, {}, "17"),
+        (137, True, {}, ""),
+        (137, False, ARRAY, "17_3"),
     ],
 )
 def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
-    tmp_path: Path, code: int, cancelled: bool, requeued: bool
+    tmp_path: Path, code: int, cancelled: bool, array: dict[str, str], requeued: str
 ) -> None:
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "srun").write_text(
@@ -111,9 +118,12 @@ def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "post_dist-distill",
     }
+    environment |= array
     assert subprocess.run(["bash", "-c", text], env=environment, check=False).returncode == code
     asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 17\n" if requeued else "")
+    assert (asked.read_text() if asked.exists() else "") == (
+        f"requeue {requeued}\n" if requeued else ""
+    )
 
 
 SCHEDULER = {
@@ -207,6 +217,18 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     for code in (0, 2, 4, 5, 6):
         assert fail(tmp_path, code, 70) == (False, "")
 
+    # A worker of an array has restarts of its own. Files by any worker are progress.
+    place = {"POST_DIST_JOB_FOLDER": str(tmp_path / "slurm"), "SLURM_JOB_ID": "19"}
+    worker = {"SLURM_ARRAY_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "1"}
+    worker |= place | {"SLURM_JOB_NAME": "post_dist-signals"}
+    assert decide(137, worker) == (True, "restart 1 of 10: exit code 137 at step 0")
+    file = tmp_path / "teacher-signals-1/000000/000000000.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert decide(137, worker) == (True, "restart 2 of 10: exit code 137 at step 1")
+    assert not decide(137, worker)[0]
+    assert (tmp_path / "slurm" / "18_1_failures.jsonl").exists()
+
     # A stage without steps never comes further.
     (tmp_path / "other").mkdir()
     assert fail(tmp_path / "other", 1, 10, stage="evaluate")[0]
@@ -284,6 +306,35 @@ def test_what_is_given_in_inputs_needs_no_job(
     assert [line for line in text.splitlines() if "--job-name" in line] == [
         f"#SBATCH --job-name=post_dist-{stage}" for stage in wanted
     ]
+
+
+def test_workers_are_an_array_and_distill_starts_beside_them(
+    tmp_path: Path, main: Callable
+) -> None:
+    asked = {"signals": {"workers": 3, "nodes": 2}, "tasks_per_node": 4}
+    run = write_run(tmp_path, distill={"cache": "hidden"}, cluster=asked)
+    for command, last in (("distill", "distill"), ("pipeline", "evaluate")):
+        code, text, error = main("submit", run, command, "--print", "--json")
+        assert code == 0, error
+        files = {job["stage"]: job["batch_file"] for job in json.loads(text)["jobs"]}
+        assert [*files][:3] == ["corpus", "signals", "distill"]
+        assert [*files][-1] == last
+        lines = {stage: set(file.splitlines()) for stage, file in files.items()}
+        assert {
+            "#SBATCH --array=0-2%3",
+            "#SBATCH --nodes=2",
+            "#SBATCH --ntasks-per-node=4",
+            "#SBATCH --dependency='afterok:<corpus>'",
+        } <= lines["signals"]
+        assert "%A_%a_%t_log.out" in files["signals"]
+        # A worker that fails does not cancel what can be done without it.
+        assert "#SBATCH --dependency='after:<signals>,afterok:<corpus>'" in lines["distill"]
+        assert "--array" not in files["distill"]
+    assert "#SBATCH --dependency='afterok:<distill>'" in lines["tune"]
+    code, text, _ = main("submit", run, "signals", "--print")
+    assert (code, text.count("#SBATCH --array=0-2%3")) == (0, 1)
+    code, _, error = main("submit", run, "distill", "--print", "--set=distill.cache=none")
+    assert (code, "cluster.signals.workers is for a run" in error) == (2, True)
 
 
 PRIVATE = {
@@ -374,6 +425,28 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
     assert "too many\n  the jobs before it are cancelled: 41, 42" in error
     asked = [f"{what} --nodes={nodes}" for what in ("try", "queue") for nodes in (1, 2, 4)]
     assert log.read_text().splitlines() == [*asked, "cancel 41", "cancel 42"]
+
+
+def test_the_array_s_number_is_what_the_next_job_waits_for(
+    tmp_path: Path, main: Callable, commands: Callable
+) -> None:
+    log = tmp_path / "log"
+    answers = (
+        "[[ $1 == --test-only ]] && exit",
+        f'grep --only-matching -- "dependency=.*" "${{@: -1}}" >> {log}',
+        f"echo Submitted batch job 4$(grep --count dependency {log})",
+    )
+    commands(sbatch="\n".join(answers), srun="")
+    run = write_run(tmp_path, distill={"cache": "hidden"}, cluster={"signals": {"workers": 2}})
+    code, out, error = main("submit", run, "distill", "--json")
+    assert code == 0, error
+    assert [(job["stage"], job["job_id"]) for job in json.loads(out)["jobs"]] == [
+        *(("corpus", "40"), ("signals", "41_0"), ("signals", "41_1"), ("distill", "42"))
+    ]
+    assert log.read_text().splitlines() == [
+        "dependency=afterok:40",
+        "dependency=after:41,afterok:40",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import partial
 
 from post_dist.artifacts.prompt import PUBLIC_PROMPT
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.cluster import ClusterStage
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Corpus, DataSource, Task
 from post_dist.conflicts import Conflict, Layout
@@ -19,6 +20,7 @@ from post_dist.data.documents import documents_of
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
+from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.given import GivenParts
 from post_dist.stages.check.models import same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
@@ -98,7 +100,7 @@ class _Check:
                 found.append(stage)
         return found
 
-    def _layout(self, stage: Stage) -> Layout:
+    def _layout(self, stage: ClusterStage) -> Layout:
         """Return the ranks of a stage by the cluster section, or one GPU without that section."""
         if "cluster" not in self.config.model_fields_set:
             return Layout(ranks=1, ranks_per_node=1, device="cuda")
@@ -113,6 +115,10 @@ class _Check:
         if self._given.teacher is not None and self._given.teacher.facts is not None:
             found = distill_conflicts(config, self._given.teacher.facts, self._layout("distill"))
             self.findings.add("distill", found)
+        if config.cluster.signals.workers:
+            # Each worker of the array holds a teacher of its own.
+            found = engine_conflicts(config.engine, self._layout("signals"))
+            self.findings.add("signals", found)
         # Whether the text is long enough shows only when it is tokenized, which takes too long.
         corpus = config.corpus
         if corpus is not None:

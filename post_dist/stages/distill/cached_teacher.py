@@ -1,12 +1,15 @@
 """A signal source that reads files of signals, which workers write by running the teacher once.
 
+Training is a worker too. It makes a file only if it needs one that no other worker has written.
+
 The files depend on no batch size, number of ranks or epoch, so another student of the same teacher
 and seed can read them too.
 
 Shapes: B sequences, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,26 +20,38 @@ from post_dist.losses.signals import TeacherSignal
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.signal_files import FORMAT, SignalFiles, files_of
 from post_dist.stages.distill.signal_maker import SignalMaker, read_signal
-from post_dist.stages.distill.signal_worker import fill
+from post_dist.stages.distill.signal_worker import SignalWorker
 
 
 class CachedTeacher:
-    """Reads signals from files. The teacher does not run.
+    """Reads signals from files. The teacher runs only for files that are missing.
 
     Args:
-        files: the files.
+        worker: makes them, and waits for those that others are making.
         corpus: the sequences, whose reading order gives the places in the files.
-        names: names of the tensors to read.
         device: device of the returned signals.
     """
 
-    def __init__(
-        self, files: SignalFiles, corpus: Corpus, names: Sequence[str], device: torch.device
-    ) -> None:
-        self._files = files
+    def __init__(self, worker: SignalWorker, corpus: Corpus, device: torch.device) -> None:
+        self._worker = worker
         self._corpus = corpus
-        self._names = names
+        self._names = worker.maker.names
         self._device = device
+
+    def prepare(self, step: int) -> None:
+        """Wait until the files of a training step exist, and make those that nobody makes.
+
+        Args:
+            step: number of the step.
+
+        Raises:
+            InputError: a file cannot be written.
+            EnvironmentFault: the disk is full.
+            Interrupted: a rank was asked to stop; complete files are kept.
+        """
+        # Steps read the places in order, and later epochs read what the first one has read.
+        read = (step + 1) * self._worker.maker.section.batch_size
+        self._worker.fill(min(files_of(read), self._worker.count))
 
     def signals_of(
         self,
@@ -55,19 +70,20 @@ class CachedTeacher:
             EnvironmentFault: a file is missing or damaged.
         """
         places = self._corpus.places_of(numbers)
-        parts = [self._files.read(place, self._names) for place in places]
+        parts = [self._worker.files.read(place, self._names) for place in places]
         tensors = {}
         for name in self._names:
             tensors[name] = torch.cat([part[name] for part in parts]).to(self._device)
         return read_signal(tensors)
 
 
-def cache_teacher(
+@contextmanager
+def signal_worker(
     folder: Path, teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World
-) -> CachedTeacher:
-    """Make every file of signals that training will read and that does not exist yet.
+) -> Iterator[SignalWorker]:
+    """Yield a worker that writes the files that training reads. All ranks call it.
 
-    Several calls may fill one folder at once, on other ranks or machines.
+    Several workers may fill one folder at once, on other ranks or machines.
 
     Args:
         folder: parent of the cache folders, one for each teacher, corpus and kind of signal.
@@ -76,21 +92,19 @@ def cache_teacher(
         corpus: the sequences.
         world: the ranks.
 
-    Returns:
-        The reader of the files.
-
     Raises:
-        InputError: a file cannot be written.
-        EnvironmentFault: the disk is full.
-        Interrupted: a rank was asked to stop; complete files are kept.
+        InputError: the folder cannot be written to.
     """
     cache = folder / f"teacher-signals-{_signature(teacher_digest, maker, corpus)[:8]}"
     files = SignalFiles(cache, corpus.num_training_sequences)
     section = maker.section
     # One epoch contains every sequence.
     read = min(section.steps * section.batch_size, corpus.num_training_sequences)
-    fill(files, files_of(read), maker, corpus, world)
-    return CachedTeacher(files, corpus, maker.names, world.device)
+    worker = SignalWorker(files, files_of(read), maker, corpus, world)
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
 def _signature(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> str:

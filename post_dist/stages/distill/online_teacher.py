@@ -29,6 +29,9 @@ class OnlineTeacher:
         self._trunk = teacher
         self._lower_layers = lower_layers
 
+    def prepare(self, step: int) -> None:
+        """Do nothing: the teacher runs in the step."""
+
     @torch.no_grad()
     def signals_of(
         self,

@@ -9,6 +9,8 @@ workers may make the same file, and write the same bytes.
 import fcntl
 import logging
 import time
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from post_dist.data.corpus import Corpus
 from post_dist.files import lock_file, writing
 from post_dist.runtime.distributed import World
-from post_dist.runtime.progress import progress
+from post_dist.runtime.progress import Advance
 from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.watchdog import phase
 from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, SignalFiles
@@ -53,37 +55,42 @@ class _Claims:
             self._held = (files.folder / "lock").open("a")
             lock_file(self._held, shared=True)
 
-    def next(self, at_most: int) -> list[int] | None:
-        """Release the files claimed before, and claim the next missing ones.
+    def next(self, wanted: int, at_most: int) -> tuple[int, list[int]]:
+        """Release the files claimed before, and claim missing ones unless the first `wanted` exist.
 
         Args:
-            at_most: most files to claim.
+            wanted: number of files that the caller needs now.
+            at_most: most files to claim. They may be later ones than those that it needs.
 
         Returns:
-            Their numbers; none if other workers are making all that are missing. None if no file
-            is missing.
+            The number of the first file that is missing, and the numbers of the claimed files. None
+            are claimed if other workers are making all that are missing.
         """
         # A file is released after it is written, so another worker that gets the lock finds it.
         for file in self._claimed:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
         self._claimed = []
         # Full subfolders are not listed again: with a million files that would take hours.
-        first_missing = None
-        for file in self._files.missing(self._first, self._count):
-            if first_missing is None:
-                first_missing = file
-            if self._lock(file):
-                # Another worker may have finished it since the folder was listed.
-                if self._files.path(file).exists():
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
-                    continue
-                self._claimed.append(file)
-            if len(self._claimed) == at_most:
+        missing = self._files.missing(self._first, self._count)
+        self._first = next(missing, self._count)
+        if self._first < wanted:
+            self._claimed = self._lock_files(chain([self._first], missing), at_most)
+        return self._first, self._claimed
+
+    def _lock_files(self, missing: Iterable[int], at_most: int) -> list[int]:
+        """Lock the first of the missing files that no other worker makes."""
+        locked: list[int] = []
+        for file in missing:
+            if not self._lock(file):
+                continue
+            # Another worker may have finished it since the folder was listed.
+            if self._files.path(file).exists():
+                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
+                continue
+            locked.append(file)
+            if len(locked) == at_most:
                 break
-        if first_missing is None:
-            return None
-        self._first = first_missing
-        return self._claimed
+        return locked
 
     def close(self) -> None:
         """Release all files, and the folder."""
@@ -101,81 +108,107 @@ class _Claims:
         return True
 
 
-def fill(files: SignalFiles, count: int, maker: SignalMaker, corpus: Corpus, world: World) -> None:
-    """Write files until the first `count` exist. All ranks of the worker call it.
-
-    It waits for files that other workers are making, and makes those of a worker that died.
+class SignalWorker:
+    """Writes files of signals beside other workers. All ranks call each method together.
 
     Args:
         files: the files of signals.
-        count: number of files that are needed.
+        count: number of files that training will read.
         maker: computes the signals; all ranks run it equally often.
         corpus: the sequences.
         world: the ranks of this worker.
 
+    Attributes:
+        missing: number of files that did not exist at the start.
+
     Raises:
-        InputError: a file cannot be written.
-        EnvironmentFault: the disk is full.
-        Interrupted: a rank was asked to stop; complete files are kept.
+        InputError: the folder cannot be written to.
     """
 
-    def look() -> tuple[_Claims, int]:
-        return _Claims(files, count), sum(1 for _ in files.missing(0, count))
-
-    # Only rank 0 looks and locks, so all ranks work on the same files.
-    claims, missing = world.together(look) if world.is_main else world.together(lambda: (None, 0))
-
-    def claim() -> list[int] | None:
-        return cast(_Claims, claims).next(world.size)
-
-    try:
-        if missing:
+    def __init__(
+        self, files: SignalFiles, count: int, maker: SignalMaker, corpus: Corpus, world: World
+    ) -> None:
+        self.files = files
+        self.count = count
+        self.maker = maker
+        self._corpus = corpus
+        self._world = world
+        # All files before this number exist.
+        self._ready = 0
+        # Only rank 0 looks and locks, so all ranks work on the same files.
+        self._claims = world.together(lambda: _Claims(files, count) if world.is_main else None)
+        self.missing = world.on_main(lambda: sum(1 for _ in files.missing(0, count)))
+        if self.missing:
             log.info(
                 "teacher signals: %d sequences to run, %d files of %d are in %s",
-                missing * SEQUENCES_A_FILE,
-                count - missing,
+                self.missing * SEQUENCES_A_FILE,
+                count - self.missing,
                 count,
                 files.folder,
             )
-        with progress("teacher signals", missing, show=world.is_main) as advance:
-            while (numbers := world.on_main(claim)) is not None:
-                _make_files(files, numbers, maker, corpus, world)
+
+    def fill(self, wanted: int, advance: Advance = lambda text: None) -> None:
+        """Write files until the first `wanted` exist.
+
+        It makes the files of a worker that died. While other workers are making what it waits for,
+        it makes later files. The watchdog ends a wait for a file that never comes.
+
+        Args:
+            wanted: number of files that are needed now, at most `count`.
+            advance: called for each file that this worker has written.
+
+        Raises:
+            InputError: a file cannot be written.
+            EnvironmentFault: the disk is full.
+            Interrupted: a rank was asked to stop; complete files are kept.
+        """
+        awaited = -1
+        while self._ready < wanted:
+            self._leave_if_requested()
+            self._ready, numbers = self._world.on_main(lambda: self._claim(wanted))
+            if numbers:
+                self._make(numbers)
                 for _ in numbers:
                     advance("")
-                # The run stops only between files, so no finished signal is lost.
-                if stop_requested(world):
-                    raise stopped("the teacher signals written so far are kept")
-                # A worker that waits is not stuck, so it tells the watchdog.
-                if not numbers:
-                    phase("teacher signals: waiting for other workers")
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-    finally:
-        if claims is not None:
-            claims.close()
+            elif self._ready < wanted:
+                # A wait is reported to the watchdog once, so it ends if a worker hangs.
+                if awaited != self._ready:
+                    awaited = self._ready
+                    phase(f"waiting for another worker's file {self.files.path(awaited)}")
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def close(self) -> None:
+        """Release all files, and the folder."""
+        if self._claims is not None:
+            self._claims.close()
 
-def _make_files(
-    files: SignalFiles, numbers: list[int], maker: SignalMaker, corpus: Corpus, world: World
-) -> None:
-    """Make one file on each rank, from the same batches on any number of ranks."""
-    if not numbers:
-        return
-    # A rank without a file runs the first one too: a sharded teacher needs all ranks.
-    has_own = world.rank < len(numbers)
-    own = numbers[world.rank] if has_own else numbers[0]
-    places = files.places(own)
-    longest = max(len(files.places(number)) for number in numbers)
-    size = maker.section.micro_batch_size_per_gpu
-    parts = []
-    for start in range(0, longest, size):
-        counted = places[start : start + size]
-        phase(f"teacher signals: file {own}")
-        # The last file may be shorter, and its rank then repeats a batch.
-        sequences = corpus.numbers_at(counted or places[:size])
-        input_ids_BT = corpus.sequences(sequences).to(world.device)
-        made = maker.make(sequences, input_ids_BT, corpus.positions(input_ids_BT))
-        if counted:
-            parts.append(made)
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    # If one rank cannot write, all stop. Else the others would wait in a collective.
-    world.together(lambda: files.write(own, tensors) if has_own else None)
+    def _claim(self, wanted: int) -> tuple[int, list[int]]:
+        return cast(_Claims, self._claims).next(wanted, self._world.size)
+
+    def _make(self, numbers: Sequence[int]) -> None:
+        """Make one file on each rank, from the same batches on any number of ranks."""
+        # A rank without a file runs the first one too: a sharded teacher needs all ranks.
+        has_own = self._world.rank < len(numbers)
+        own = numbers[self._world.rank] if has_own else numbers[0]
+        places = self.files.places(own)
+        longest = max(len(self.files.places(number)) for number in numbers)
+        size = self.maker.section.micro_batch_size_per_gpu
+        parts = []
+        for start in range(0, longest, size):
+            # A file may take minutes, and a job that is stopped has seconds.
+            self._leave_if_requested()
+            counted = places[start : start + size]
+            phase(f"teacher signals: file {own}")
+            # The last file may be shorter, and its rank then repeats a batch.
+            sequences = self._corpus.numbers_at(counted or places[:size])
+            input_ids_BT = self._corpus.sequences(sequences).to(self._world.device)
+            made = self.maker.make(sequences, input_ids_BT, self._corpus.positions(input_ids_BT))
+            if counted:
+                parts.append(made)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # If one rank cannot write, all stop. Else the others would wait in a collective.
+        self._world.together(lambda: self.files.write(own, tensors) if has_own else None)
+
+    def _leave_if_requested(self) -> None:
+        if stop_requested(self._world):
+            raise stopped("the teacher signals written so far are kept")

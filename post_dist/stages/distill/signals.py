@@ -1,6 +1,6 @@
 """The interface from which a training step gets the teacher's signal.
 
-`OnlineTeacher` runs the teacher in every step. `CachedTeacher` reads files that were written once.
+`OnlineTeacher` runs the teacher in every step. `CachedTeacher` reads files that are written once.
 
 Shapes: B sequences, T tokens.
 """
@@ -15,6 +15,13 @@ from post_dist.losses.signals import TeacherSignal
 
 class SignalSource(Protocol):
     """A source of the teacher's signal for sequences of the corpus."""
+
+    def prepare(self, step: int) -> None:
+        """Wait until the signals of a training step can be had. All ranks call it before the step.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+        """
 
     def signals_of(
         self,

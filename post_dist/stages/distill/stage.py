@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
 from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.precision import choose_precision
+from post_dist.runtime.progress import progress
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, number_of_parameters, shard_share
 from post_dist.stages.corpus import corpora_folder
 from post_dist.stages.distill.batches import DistillationText, masking_for
-from post_dist.stages.distill.cached_teacher import cache_teacher
+from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
 from post_dist.stages.distill.conflicts import conflicts, required_sections
 from post_dist.stages.distill.given_away import given_away
 from post_dist.stages.distill.held_out import held_out_metrics
@@ -110,15 +112,21 @@ def distill(
     engine = student_engine(student, config, student_section, precision, world)
     begun.restore(engine)
 
-    # Train. With a cache, the teacher runs once over the corpus before the first step.
+    # Train. With a cache, steps read files of signals, which other workers may be writing.
     text = DistillationText(corpus, masking_for(model, tokenizer, config), world.device)
     online = OnlineTeacher(model, section.layers_in_teacher(student_section))
-    source: SignalSource = online
-    if section.cache != "none":
-        maker = SignalMaker(model, section, student_section, config.seed)
-        source = cache_teacher(folder.path.parent, teacher_digest, maker, corpus, world)
-    student_step = StudentStep(engine, text, source, section, world)
-    with engine_checkpoints(folder.checkpoints, engine, world, copies) as checkpoints:
+    with ExitStack() as opened:
+        source: SignalSource = online
+        if section.cache != "none":
+            maker = SignalMaker(model, section, student_section, config.seed)
+            worker = opened.enter_context(
+                signal_worker(folder.path.parent, teacher_digest, maker, corpus, world)
+            )
+            source = CachedTeacher(worker, corpus, world.device)
+        student_step = StudentStep(engine, text, source, section, world)
+        checkpoints = opened.enter_context(
+            engine_checkpoints(folder.checkpoints, engine, world, copies)
+        )
         job = DistillationJob(student_step, checkpoints, folder, world)
         run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
 
@@ -173,7 +181,11 @@ def write_signals(
         raise InputError("distill.cache is none, so distill reads no signals", "set it to hidden")
     corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
     maker = SignalMaker(teacher.model, config.distill, student_section, config.seed)
-    cache_teacher(parent, teacher_digest, maker, corpus, world)
+    with (
+        signal_worker(parent, teacher_digest, maker, corpus, world) as worker,
+        progress("teacher signals", worker.missing, show=world.is_main) as advance,
+    ):
+        worker.fill(worker.count, advance)
 
 
 def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[Corpus, _Teacher]:

@@ -12,7 +12,7 @@ import torch
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Distill
 from post_dist.data.order import RankBatch
-from post_dist.errors import InputError
+from post_dist.errors import InputError, Interrupted
 from post_dist.losses.distillation import TermValues
 from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import TERMS
@@ -54,8 +54,8 @@ class StudentStep:
     ) -> None:
         self.engine = engine
         self.section = section
+        self.source = source
         self._text = text
-        self._source = source
         self._world = world
         self._stand_in = _StandIn(world)
 
@@ -108,7 +108,7 @@ class StudentStep:
         """Run the teacher once, and yield the inputs of each micro-batch."""
         rows = [row for micro_batch in micro_batches for row in micro_batch.rows]
         together = self._text.training(RankBatch(rows, weight=1.0))
-        signals = self._source.signals_of(
+        signals = self.source.signals_of(
             together.numbers, together.input_ids_BT, together.positions_BT
         )
         first = 0
@@ -199,13 +199,27 @@ class DistillationJob:
         schedule = Schedule("linear", section.warmup_share, section.steps)
         self._rates = ScheduledRates(self._optimizer, schedule)
         self._metrics = open_public_metrics(folder, world)
+        # Whether a step was taken since the last checkpoint.
+        self._unsaved = False
 
     def take_step(self, step: int) -> str:
-        """Take one optimizer step and log its metrics. All ranks call it."""
+        """Take one optimizer step and log its metrics. All ranks call it.
+
+        Raises:
+            Interrupted: a rank was asked to stop while the step waited for its signals; the steps
+                before it are saved.
+        """
+        try:
+            self._student_step.source.prepare(step)
+        except Interrupted:
+            if self._unsaved:
+                self.save(step)
+            raise
         # The rate is a function of the step, so a checkpoint needs no schedule.
         self._rates.apply(step)
         # `tolist` copies all terms from the device at once.
         means_K = self._student_step.take(step).tolist()
+        self._unsaved = True
         self._checkpoints.settle()
         means = {term.metric: mean for term, mean in zip(TERMS, means_K, strict=True)}
         self._metrics.write(
@@ -219,3 +233,4 @@ class DistillationJob:
     def save(self, step: int) -> None:
         """Begin a checkpoint from which step number `step` is the next one. All ranks call it."""
         self._checkpoints.begin(step)
+        self._unsaved = False
