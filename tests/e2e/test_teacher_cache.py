@@ -260,7 +260,9 @@ def test_the_student_trains_on_the_files_that_have_arrived(
         training.send_signal(signal.SIGTERM)
         _, said = training.communicate()
     assert training.returncode == 6, said
-    assert list(tmp_path.glob("beside/tiny/distill-*/checkpoints/step-5")), "between two checkpoints"
+    assert list(tmp_path.glob("beside/tiny/distill-*/checkpoints/step-5")), (
+        "between two checkpoints"
+    )
     # The slow worker is gone, so training makes its file.
     beside, said = distilled(main, run, tmp_path / "beside", *options)
     assert "resuming from step 5" in said
