@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,8 +231,12 @@ def test_clean_that_was_killed_is_completed(
 ) -> None:
     run = write_unfinished(tmp_path / "tune-2a2b3c4d", 1, 2)
     (run / "randomness.json").write_text("a key")
+
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as killed:
-        killed.setattr(Path, "unlink", lambda path: os.kill(os.getpid(), signal.SIGINT))
+        killed.setattr(Path, "unlink", interrupt)
         assert main("clean", tmp_path, "--yes")[0] != 0
     assert (run / "randomness.json").exists()
     assert main("clean", tmp_path, "--yes")[0] == 0
