@@ -203,7 +203,7 @@ def composed_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
     # Repeatable noise can be subtracted, which voids the guarantee of all runs.
     if any(not plan.private for plan in plans):
         return math.inf
-    return float(_composed(plans).get_epsilon(delta))
+    return _epsilon(tuple(plans), delta)
 
 
 def rdp_epsilon(plans: Sequence[PrivacyPlan], delta: float) -> float:
@@ -233,6 +233,12 @@ def _epsilon_at(accountant: PrivacyAccountant, plan: PrivacyPlan) -> dict[str, f
     if plan.declared_examples is not None:
         deltas["1 / (100 declared_examples)"] = 1 / (100 * plan.declared_examples)
     return {name: float(accountant.get_epsilon(delta)) for name, delta in deltas.items()}
+
+
+@lru_cache(maxsize=8)
+def _epsilon(plans: tuple[PrivacyPlan, ...], delta: float) -> float:
+    """Return the epsilon of several private runs. A budget of one run asks for it twice."""
+    return float(_composed(plans).get_epsilon(delta))
 
 
 def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
