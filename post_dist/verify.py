@@ -38,11 +38,11 @@ def verified_manifest(folder: Path, keys: Sequence[str] = ()) -> tuple[dict[str,
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
 
     Returns:
-        The bytes of the manifest that was checked, behind `{"ok", "kind", "problems",
-        "signature"}`. If the manifest cannot be used, `kind` is None
-        and there is no `signature`. An accepted student also has `given_away`, which is empty in a
-        student of version 0.1.0. An accepted prompt has `epsilon`, `delta` and `unit` of its
-        checked statement, because its README.md may say anything; None without a guarantee.
+        `{"ok", "kind", "problems", "signature"}`, and the bytes of the manifest that was checked.
+        If it cannot be used, `kind` is None, and there are no bytes and no `signature`. An accepted
+        student also has `given_away`, which is empty in a student of version 0.1.0. An accepted
+        prompt has `epsilon`, `delta` and `unit` of its checked statement, because its README.md may
+        say anything; None without a guarantee.
     """
     try:
         with refusing(folder), quarantined(folder, keys=keys) as inside:

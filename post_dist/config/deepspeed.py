@@ -105,7 +105,7 @@ def reduce_buffers(engine: Engine, trained: int) -> ReduceBuffers:
     """Return the buffers of a student with this number of trained elements, for ZeRO-1 and up."""
     zero = preset("train", engine)["zero_optimization"]
     # With overlap, ZeRO-1 and 2 fill one buffer while they reduce the other.
-    count = 2 if overlaps(engine) and engine.zero_stage < 3 else 1
+    count = 2 if zero["overlap_comm"] and engine.zero_stage < 3 else 1
     together = min(trained, _LARGEST_BUCKET)
     return ReduceBuffers(count, zero.get("reduce_bucket_size", math.ceil(together / count)))
 

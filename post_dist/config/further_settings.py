@@ -41,7 +41,7 @@ _OUR_ZERO_FIELDS: Mapping[str, str] = {
     # Without the norm, nothing would be clipped.
     "compute_grad_norm": "distill.max_grad_norm",
 }
-"""The same for the settings of `zero_optimization`."""
+"""The field of the run file for each setting of `zero_optimization` that post_dist makes."""
 
 
 def _refuse_ours(given: Mapping[Any, Any], ours: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from post_dist.config.sources import Task
-from post_dist.data.sources import read_rows
+from post_dist.data.sources import is_missing, read_rows
 from post_dist.errors import InputError
 
 
@@ -123,7 +123,7 @@ def _belongs(task: Task, unit: str, split: str) -> bool:
 
 def _is_unlabeled(task: Task, written: str) -> bool:
     """Return whether a row has nothing in its label column."""
-    return bool(task.labels) and not written.strip() and written not in task.labels
+    return bool(task.labels) and is_missing(written) and written not in task.labels
 
 
 def _answer(task: Task, written: str, row: int, where: str) -> int | str:

@@ -20,7 +20,7 @@ from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
-_KEEP = 2
+KEEP = 2
 """Number of checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
 _TENSORS = "state.safetensors"
 SEAL = "checkpoint.json"
@@ -214,5 +214,5 @@ def _step_of(path: Path) -> int:
 
 def drop_old(folder: Path) -> None:
     """Delete all checkpoints in a folder but the newest ones."""
-    for old in _newest_first(folder)[_KEEP:]:
+    for old in _newest_first(folder)[KEEP:]:
         shutil.rmtree(old)

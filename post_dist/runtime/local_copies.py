@@ -9,12 +9,10 @@ from safetensors.torch import save_file
 
 from post_dist.errors import PostDistError
 from post_dist.files import file_digest, write_file
+from post_dist.runtime.checkpoint import KEEP
 from post_dist.runtime.watchdog import phase
 
 log = logging.getLogger(__name__)
-
-_KEEP = 2
-"""Number of copies to keep, as many as there are checkpoints."""
 
 
 class LocalCopies:
@@ -42,10 +40,10 @@ class LocalCopies:
             return
         copy = self._folder / f"rank{self._rank}-{digest}.safetensors"
         try:
-            # An earlier run of the same name may have left its own.
-            for old in self._own()[: 1 - _KEEP]:
+            # With the new copy there are as many as checkpoints. An earlier run may have left more.
+            for old in self._own()[: 1 - KEEP]:
                 old.unlink()
-            write_file(copy, lambda partial: save_file(tensors, partial))
+            write_file(copy, partial(save_file, tensors))
         except (PostDistError, OSError) as error:
             # The checkpoint itself is on the shared storage.
             log.warning("no second copy of the checkpoint on this node: %s", error)

@@ -354,12 +354,18 @@ def on_a_full_disk(base: Path, output: Path, expected: Expected) -> Outcome:
         return resume(base, run, detected, expected)
 
 
+def killed_after_a_checkpoint(base: Path, output: Path, *settings: str) -> tuple[Run, float, Path]:
+    """Return a killed run, the seconds until the other rank ended, and the newest checkpoint."""
+    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]}, *settings)
+    _, detected = run.wait()
+    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    return run, detected, newest
+
+
 def with_a_damaged_file(
     base: Path, output: Path, expected: Expected, file: str, damage: Callable[[Path], None]
 ) -> Outcome:
-    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]})
-    _, detected = run.wait()
-    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    run, detected, newest = killed_after_a_checkpoint(base, output)
     damage(newest / file)
     outcome = resume(base, run, detected, expected)
     assert f"{newest.name} is damaged" in run.log()
@@ -382,8 +388,7 @@ DAMAGES = {"truncated": truncate, "flipped": flip, "deleted": Path.unlink}
 
 def with_a_damaged_start(base: Path, output: Path, expected: Expected) -> Outcome:
     """Flip a bit of the untrained student, which is made again from the teacher."""
-    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]})
-    _, detected = run.wait()
+    run, detected, _ = killed_after_a_checkpoint(base, output)
     flip(run.folder() / "checkpoints" / "untrained" / "model.safetensors")
     outcome = resume(base, run, detected, expected)
     assert "untrained is damaged: it is made again from the teacher" in run.log()
@@ -393,9 +398,7 @@ def with_a_damaged_start(base: Path, output: Path, expected: Expected) -> Outcom
 def with_copies_on_the_node(base: Path, output: Path, expected: Expected) -> Outcome:
     """Flip a bit of each rank's newest file, whose copies on the node are read instead."""
     copies = f"engine.local_checkpoint_folder={output}/node"
-    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]}, copies)
-    _, detected = run.wait()
-    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    run, detected, newest = killed_after_a_checkpoint(base, output, copies)
     digests = json.loads((newest / "checkpoint.json").read_text())
     for name in digests:
         flip(newest / name)
@@ -410,9 +413,7 @@ def with_copies_on_the_node(base: Path, output: Path, expected: Expected) -> Out
 def with_damaged_copies(base: Path, output: Path, expected: Expected) -> Outcome:
     """Flip a bit of each copy on the node. The files of the checkpoint are read."""
     copies = f"engine.local_checkpoint_folder={output}/node"
-    run = start(base, output, 2, {0: KILLS["SIGKILL after the rename"]}, copies)
-    _, detected = run.wait()
-    newest = max(run.folder().glob("checkpoints/step-*"), key=checkpoint_step)
+    run, detected, newest = killed_after_a_checkpoint(base, output, copies)
     for path in output.glob("node/tiny/distill-*/*.safetensors"):
         flip(path)
     outcome = resume(base, run, detected, expected, copies)
