@@ -53,15 +53,22 @@ class LocalCopies:
         if self._folder is None:
             return None
         for copy in self._folder.glob(f"*-{digest}.safetensors"):
-            if file_digest(copy, partial(phase, "reading a copy")) == digest:
-                return copy
-            log.warning("%s is damaged: the original is read", copy)
+            try:
+                if file_digest(copy, partial(phase, "reading a copy")) == digest:
+                    return copy
+                reason = "other contents than were written"
+            except OSError as error:
+                reason = error
+            log.warning("%s is damaged: the original is read (%s)", copy, reason)
         return None
 
     def clear(self) -> None:
         """Delete this rank's copies, of which a finished run has no use."""
         for copy in self._own():
-            copy.unlink(missing_ok=True)
+            try:
+                copy.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("a copy of a checkpoint stays on this node: %s", error)
 
     def _own(self) -> list[Path]:
         """Return this rank's copies, the oldest first."""

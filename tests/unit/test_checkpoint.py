@@ -177,3 +177,15 @@ def test_a_copy_that_cannot_be_written_is_only_said(
     (tmp_path / "node").write_text("a file in the place of the folder")
     LocalCopies(tmp_path / "node", 0).keep({"a": torch.zeros(1)}, "0" * 64)
     assert "no second copy of the checkpoint on this node" in caplog.text
+
+
+def test_a_copy_that_the_disk_cannot_read_or_delete_is_only_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreadable = tmp_path / f"rank0-{'0' * 64}.safetensors"
+    unreadable.mkdir()
+    copies = LocalCopies(tmp_path, 0)
+    assert copies.find("0" * 64) is None
+    assert "the original is read" in caplog.text
+    copies.clear()
+    assert "stays on this node" in caplog.text
