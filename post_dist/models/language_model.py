@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
@@ -148,7 +147,7 @@ class LanguageModel(nn.Module):
             rows = torch.tensor(tokens, device=head.weight.device)
             weight = head.weight[rows]
             bias = None if head.bias is None else head.bias[rows]
-        return lambda hidden: self.capped(functional.linear(hidden, weight, bias))
+        return lambda hidden: self.capped(_row_by_row(hidden, weight, bias))
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply the soft cap to logits, if there is one."""
@@ -329,3 +328,19 @@ class LanguageModel(nn.Module):
             values_of_all = values.expand(count, -1, -1, -1)
             cache.update(keys_of_all, values_of_all, layer)
         return {"cache": cache, "use_cache": True}
+
+
+def _row_by_row(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the linear layer of hidden states [..., d] and a weight [K, d] with few rows.
+
+    A matrix product with so few columns rounds a row by its place in the batch on some processors.
+    Private tuning needs examples that do not change each other.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    products = hidden.to(wide).unsqueeze(-2) * weight.to(wide)
+    logits = products.sum(-1)
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    return logits.to(hidden.dtype)

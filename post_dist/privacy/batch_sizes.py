@@ -210,7 +210,7 @@ class _IndependenceCheck:
     def passes(self, size: int) -> bool:
         """Return whether the two probes have the same results in all patterns.
 
-        The results are gradients and scores; for a head, the hidden states that it reads.
+        The results are gradients and logits; for a head, the hidden states that it reads.
         """
         results = tuned_kind(self._section).results(self._task, self._section)
         known: dict[int, list[torch.Tensor]] = {}

@@ -33,13 +33,21 @@ def validation_task(task: TuningTask, section: Task) -> TuningTask:
 
 
 @torch.no_grad()
+def answer_logits(task: TuningTask, batch: Batch, prompt_nd: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, V] of a micro-batch, which its class scores are computed from."""
+    # Run the whole head as `evaluate` does: a head of a few tokens may round differently.
+    logits_BV: torch.Tensor = task.model(
+        batch.input_ids, batch.attention_mask, prompt_nd, batch.answer
+    )
+    return logits_BV
+
+
+@torch.no_grad()
 def class_scores(
     task: TuningTask, batch: Batch, parameters: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return the class scores [B, C] of a micro-batch, with the biases if they are tuned."""
-    # Run the whole head as `evaluate` does: a head of a few tokens may round differently.
-    logits_BV = task.model(batch.input_ids, batch.attention_mask, parameters[0], batch.answer)
-    scores_BC = task.reader.scores(logits_BV)
+    scores_BC = task.reader.scores(answer_logits(task, batch, parameters[0]))
     if len(parameters) > 1:
         scores_BC = scores_BC + BIAS_SCALE * parameters[1]
     return scores_BC

@@ -25,7 +25,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import unit_gradients
 from post_dist.privacy.plain_batches import batch_of_like_length
-from post_dist.privacy.scoring import class_scores, count_right, validation_task
+from post_dist.privacy.scoring import answer_logits, count_right, validation_task
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import averaging_from, make_optimizer
 
@@ -166,7 +166,7 @@ class TunedLora:
     def results(
         task: TuningTask, section: Tune
     ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
-        """Return the gradients of a micro-batch, and its scores if trials are scored."""
+        """Return the gradients of a micro-batch, and its logits if trials are scored."""
         # The model may be cut to its first layers, so the LoRA is made for it. A second factor of
         # zeros would hide what rounds differently.
         lora = _untrained(task.model, section, seed=0)
@@ -183,7 +183,7 @@ class TunedLora:
             found = gradients(batch, targets)
             if section.search is not None:
                 with adapted(task.model, lora):
-                    found.append(class_scores(task, batch, [task.start_nd]))
+                    found.append(answer_logits(task, batch, task.start_nd))
             return found
 
         return compute

@@ -19,7 +19,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import task_gradients, unit_gradients
 from post_dist.privacy.plain_batches import batch_of_like_length
-from post_dist.privacy.scoring import class_scores, count_right, validation_task
+from post_dist.privacy.scoring import answer_logits, count_right, validation_task
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import averaging_from, make_optimizer
 
@@ -107,14 +107,14 @@ class TunedPrompt:
     def results(
         task: TuningTask, section: Tune
     ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
-        """Return the gradients of a micro-batch, and its scores if trials are scored."""
+        """Return the gradients of a micro-batch, and its logits if trials are scored."""
         parameters = prompt_parameters(task, section)
         gradients = task_gradients(task, parameters)
 
         def compute(batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
             found = gradients(batch, targets)
             if section.search is not None:
-                found.append(class_scores(task, batch, parameters))
+                found.append(answer_logits(task, batch, parameters[0]))
             return found
 
         return compute
