@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.schema import RunConfig
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account
 from post_dist.privacy.batch_sizes import independent_sizes
@@ -25,6 +26,19 @@ from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
+
+
+def refuse_private_tuning(config: RunConfig) -> None:
+    """Refuse a run before it has a folder: its plan, or the ledger of its data.
+
+    Raises:
+        InputError: no plan follows from the run file, or the ledger cannot be written to.
+        PrivacyRefused: the accountants disagree, or another run holds the ledger.
+        ArtifactRefused: the ledger was changed.
+    """
+    account(private_plan(config))
+    with lock_ledger(anchor_of(config)):
+        pass
 
 
 def tune_privately(

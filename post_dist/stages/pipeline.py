@@ -321,8 +321,8 @@ class Pipeline:
             inputs["public prompt"] = model.public_prompt.manifest.digest
         folder = self.private_folder(config, "tune", inputs, label)
         if self._unfinished([folder]):
-            refuse_tuning(folder.config, model, self._world)
             private_task = config.need_task("private_task")
+            refuse_tuning(folder.config, private_task, model, self._world)
             with self.running([folder]):
                 tune(folder, private_task, model, self._world, self._resume)
         return folder

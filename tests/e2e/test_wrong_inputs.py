@@ -786,6 +786,7 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
     assert out == ""
     assert not list(folder.rglob("*.partial"))
     assert not list(folder.glob("runs/*/*/artifact"))
+    assert not list(folder.glob("runs/*/tune-*")), "a refused stage leaves no folder"
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

@@ -33,17 +33,19 @@ from post_dist.stages.tune.without_privacy import tune_without_privacy
 log = logging.getLogger(__name__)
 
 
-def refuse_tuning(config: RunConfig, model: TunedModel, world: World) -> None:
-    """Refuse a run file that does not suit the model. It reads no weights.
+def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, world: World) -> None:
+    """Refuse a run file that does not suit the model or the data. It reads no weights.
 
     Args:
         config: the run file.
+        private_task: the task and its examples.
         model: the student, or the target for the baseline of full prompt tuning.
-        world: the ranks; only their device matters.
+        world: the ranks. Rank 0 alone reads the data.
 
     Raises:
         ArtifactRefused: the public prompt does not belong to the model.
-        InputError: there are conflicts; the message lists all of them.
+        InputError: there are conflicts; the message lists all of them. Or the data cannot be read.
+        PrivacyRefused: the accountants disagree, or another run holds the ledger of the data.
     """
     facts = read_facts(model.folder)
     layout = Layout(device=world.device.type)
@@ -51,6 +53,16 @@ def refuse_tuning(config: RunConfig, model: TunedModel, world: World) -> None:
         check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
     found = conflicts(config, facts, layout) + start_conflicts(config, model.public_prompt)
     raise_conflicts("tune", found)
+
+    def read_data() -> None:
+        load_examples(private_task, "train", "private_task")
+        if config.privacy.enabled:
+            # Opacus takes seconds to import.
+            from post_dist.privacy.private_run import refuse_private_tuning
+
+            refuse_private_tuning(config)
+
+    world.on_main(read_data)
 
 
 def tune(
@@ -89,7 +101,6 @@ def _load_task(
 ) -> TuningTask:
     """Load the training examples and the model."""
     section = config.tune
-    # Load the data before the model, so that mistakes in a file are reported within a second.
     tokenizer = load_tokenizer(tuned.folder)
     loaded = load_examples(private_task, "train", "private_task")
     precision = choose_precision(config.engine, world.device)
@@ -121,7 +132,6 @@ def _train(
         The tuned parameters, and the privacy statement; None for a run without privacy.
     """
     if folder.config.privacy.enabled:
-        # Opacus takes seconds to import.
         from post_dist.privacy.private_run import tune_privately
 
         return tune_privately(folder, task, world, resume)
