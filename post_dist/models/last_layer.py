@@ -28,10 +28,18 @@ def run_at(mlp: nn.Module | None, rows_B: torch.Tensor, places_B: torch.Tensor) 
     # The first hook stores the shape [rows, length], which the second hook restores.
     whole = torch.Size()
 
-    def pick(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def at_answers(value: Any) -> Any:
+        # BLOOM also gives its MLP the residual stream.
+        if isinstance(value, torch.Tensor) and value.shape[:2] == whole:
+            return value[rows_B, places_B][:, None]
+        return value
+
+    def pick(
+        module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal whole
         whole = inputs[0].shape[:2]
-        return (inputs[0][rows_B, places_B][:, None], *inputs[1:])
+        return tuple(map(at_answers, inputs)), {name: at_answers(named[name]) for name in named}
 
     def put_back(
         module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any
@@ -43,7 +51,10 @@ def run_at(mlp: nn.Module | None, rows_B: torch.Tensor, places_B: torch.Tensor) 
         put = zeros.index_put((rows_B, places_B), hidden[:, 0])
         return (put, *others) if isinstance(output, tuple) else put
 
-    hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
+    hooks = [
+        mlp.register_forward_pre_hook(pick, with_kwargs=True),
+        mlp.register_forward_hook(put_back),
+    ]
     try:
         yield
     finally:

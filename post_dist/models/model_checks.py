@@ -32,20 +32,28 @@ def check_split(model: LanguageModel) -> None:
     """Check that trunk and head, run separately, give the same logits as the model's own forward.
 
     Raises:
-        InputError: the logits differ. The model may scale or cap them in an unknown way. Or it does
-            not run without its tokens.
+        InputError: the logits differ. The model may scale or cap them in an unknown way, or its
+            last layer does not run at some positions alone. Or it does not run without its tokens.
     """
     # Any tokens will do, but the first few are often special tokens.
     input_ids = torch.arange(4, 8, device=model.model.device)[None]
+    mask = torch.ones_like(input_ids)
+    answer = 2
     with torch.no_grad():
         with running(model, "on embeddings in place of tokens"):
             ours = model.head(model(input_ids)).float()
         with running(model, "as a whole"):
-            own_forward = model.model(
-                input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
-            )
-    if not agree(ours, own_forward.logits.float()):
+            own_forward = model.model(input_ids=input_ids, attention_mask=mask)
+        with running(model, "at the answers alone"):
+            at_answer = model(input_ids, mask, answer=mask.new_tensor([answer])).float()
+    expected = own_forward.logits.float()
+    if not agree(ours, expected):
         raise _changed_logits(type(model.model).__name__)
+    if not agree(at_answer, expected[:, answer]):
+        raise InputError(
+            f"a {type(model.model).__name__} gives other logits at the answers alone",
+            "use a model of another family",
+        )
 
 
 @contextmanager

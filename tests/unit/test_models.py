@@ -190,6 +190,18 @@ def test_activations_that_are_computed_twice_come_out_alike(tmp_path: Path, fami
         assert torch.equal(plain, twice)
 
 
+def test_a_last_mlp_that_is_given_the_residual_stream_runs_at_the_answers_alone() -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config).eval(), masked=False)
+    input_ids = torch.randint(60, (2, 7))
+    answers = torch.tensor([6, 3])
+    with torch.no_grad():
+        everywhere = model(input_ids)
+        at_answers = model(input_ids, answer=answers, with_head=False)
+    assert torch.allclose(at_answers, everywhere[torch.arange(2), answers], rtol=1e-5)
+
+
 def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
     input_ids, mask, answer = batch_of(
