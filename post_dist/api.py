@@ -46,6 +46,7 @@ from post_dist.results import (
     PrivacyCost,
     PromptResult,
     PublicPromptResult,
+    SignalsResult,
     StudentResult,
     TransferResult,
 )
@@ -121,7 +122,7 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
     return CorpusResult(made.path, made.tokens, made.documents, made.sequences)
 
 
-def write_signals(config: RunConfig) -> None:
+def write_signals(config: RunConfig) -> SignalsResult:
     """Write the teacher's signals that `distill` will read (optional: `distill` does it too).
 
     Any number of processes, or groups of ranks, may call it for one run file at the same time. Each
@@ -130,16 +131,20 @@ def write_signals(config: RunConfig) -> None:
     Args:
         config: a run file with the sections of `distill`; `distill.cache` is not `none`.
 
+    Returns:
+        The signals.
+
     Raises:
         InputError: a section or a file is missing, or the settings do not fit the teacher.
         EnvironmentFault: the disk is full, or another rank was lost.
         Interrupted: the call was asked to stop; complete files are kept.
     """
 
-    def run(stages: "Pipeline", world: "World") -> None:
-        stages.signals()
+    def run(stages: "Pipeline", world: "World") -> SignalsResult:
+        folder, count = stages.signals()
+        return SignalsResult(folder, count)
 
-    _with_stages(config, frozenset(("distill",)), "auto", run)
+    return _with_stages(config, frozenset(("distill",)), "auto", run)
 
 
 def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:

@@ -27,6 +27,7 @@ from post_dist.commands.stages import (
     tune,
     warm_start,
 )
+from post_dist.runtime.last_error import answer_errors
 from post_dist.runtime.launcher import keep_from_restarting
 from post_dist.runtime.logs import silence_deepspeed
 from post_dist.runtime.process import exit_code_of
@@ -96,7 +97,8 @@ def run_command() -> int:
     expect_object()
     # Other ranks print their errors on standard error alone, as they do with results.
     wants_json = _asks_for_json() and this_rank() == 0
-    return exit_code_of(app, print_error if wants_json else None)
+    answer_errors(print_error if wants_json else None)
+    return exit_code_of(app)
 
 
 def main() -> None:

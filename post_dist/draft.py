@@ -141,6 +141,12 @@ def draft_run(
     """
     # Everything that can be wrong with the table is found before a model is read.
     table = read_table(data, "--data")
+    # Without rows, there is nothing to guess the columns from.
+    if table.empty:
+        raise InputError(
+            f"--data: {data.name} has no rows",
+            f"a private run needs {_FEWEST_ROWS} with a label, or more",
+        )
     columns = _columns(table, data, text, label)
     table = table[[not is_missing(value) for value in table[columns.label]]]
     labels = _labels(table, columns.label)

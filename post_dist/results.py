@@ -27,6 +27,22 @@ class CorpusResult:
 
 
 @dataclass(frozen=True)
+class SignalsResult:
+    """The teacher's signals, which `distill` reads.
+
+    Attributes:
+        path: the folder of their files.
+        files: number of files.
+    """
+
+    path: Path
+    files: int
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
 class StudentResult:
     """A distilled student.
 

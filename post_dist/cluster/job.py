@@ -133,7 +133,7 @@ class StageJob(Job):
         listen()
         leave_in_seconds()
         result = _RUNS[self.command](self.source.load())
-        if this_rank() == 0 and result is not None:
+        if this_rank() == 0:
             print(result)
         leave_ranks()
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from post_dist.artifacts.manifest import SIGNATURE
 from post_dist.commands.options import AsJson, TrustedKeys
-from post_dist.commands.printing import print_json, print_numbers
+from post_dist.commands.printing import print_json, print_numbers, refuse
 from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
 
@@ -35,6 +36,7 @@ def sign(
             "--key", metavar="FILE", help="A private key of ssh-keygen, such as ~/.ssh/id_ed25519."
         ),
     ],
+    json_: AsJson = False,
 ) -> None:
     """Sign an artifact with an ssh key, for a receiver that knows your public key."""
     from post_dist.admission.signatures import sign as sign_artifact
@@ -42,9 +44,13 @@ def sign(
 
     result, manifest = verified_manifest(folder)
     if not result["ok"]:
-        print_numbers(result, as_json=False)
-        raise ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")
-    print(f"{folder}: signed by {sign_artifact(folder, key.expanduser(), manifest)}")
+        refusal = ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")
+        refuse(result, refusal, json_)
+    signer = sign_artifact(folder, key.expanduser(), manifest)
+    if json_:
+        print_json({"path": folder, "signature": folder / SIGNATURE, "signer": signer})
+    else:
+        print(f"{folder}: signed by {signer}")
 
 
 def report(
@@ -66,7 +72,7 @@ def report(
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
     # Folders are runs, and files are measurements. A user may give both.
-    pages = [str(write_report(finished_evaluation(folder))) for folder in folders]
+    pages = [write_report(finished_evaluation(folder)) for folder in folders]
     result: dict[str, Any] = {"reports": pages}
     if files:
         result |= _merge_measurements(files)
@@ -76,7 +82,7 @@ def report(
     if files:
         from post_dist.planning.scaling import draw
 
-        draw(result["scaling"], "measured", Path(result["figure"]))
+        draw(result["scaling"], "measured", result["figure"])
         if not json_:
             print(f"figure: {result['figure']}")
     if json_:
@@ -87,7 +93,7 @@ def _merge_measurements(files: list[Path]) -> dict[str, Any]:
     """Merge the measurements of `bench scale` on different numbers of ranks."""
     from post_dist.planning.scaling import measured
 
-    return {"scaling": measured(files), "figure": str(files[0].with_name("scaling.png"))}
+    return {"scaling": measured(files), "figure": files[0].with_name("scaling.png")}
 
 
 def _print_report(result: dict[str, Any]) -> None:

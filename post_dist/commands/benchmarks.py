@@ -103,7 +103,7 @@ def _submit_scale(
     submitted = submit_jobs(config, jobs, chained=False)
     answers: list[dict[str, Any]] = []
     for count, job, result in zip(nodes, submitted, results, strict=True):
-        answer = {"nodes": count, "job_id": job.job_id, "log": str(job.log), "result": str(result)}
+        answer = {"nodes": count, "job_id": job.job_id, "log": job.log, "result": result}
         answers.append(answer)
     return answers
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from post_dist.commands.options import AsJson
+from post_dist.commands.printing import print_json
 from post_dist.config.assets import asset
 from post_dist.config.presets import PresetName
 from post_dist.errors import InputError
@@ -35,6 +37,7 @@ def init(
         PresetName | None,
         typer.Option(help="Settings for your machine, or the paper's. Default: laptop."),
     ] = None,
+    json_: AsJson = False,
 ) -> None:
     """Write a run file for your own table, or the demo's run file and download script."""
     if data is None:
@@ -42,34 +45,50 @@ def init(
             raise InputError(
                 "--text, --label, --model and --preset are for a table", "give it with --data"
             )
-        _write_demo(folder)
-        return
-    # An edited run file is never overwritten.
-    run = folder / _RUN_FILE
-    if run.exists():
-        raise InputError(f"{run} exists already", "give another folder")
-    from post_dist.draft import draft_run  # loads torch
+        files = _write_demo(folder)
+        run, script = files
+        lines = [
+            f"python {script}        fetches the demo's model and data",
+            f"post-dist pipeline {run}   runs it",
+        ]
+    else:
+        # An edited run file is never overwritten.
+        run = folder / _RUN_FILE
+        if run.exists():
+            raise InputError(f"{run} exists already", "give another folder")
+        from post_dist.draft import draft_run  # loads torch
 
-    # Draft first, so that wrong input leaves no folder behind.
-    drafted = draft_run(folder, data, text, label, model, preset or "laptop")
-    write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
-    print(f"wrote {run}; it holds the values of your label column, as the prompt will")
-    if model is None:
-        print("it names no model to tune on yet: name one in `inputs`")
-    print(f"post-dist check {run}   lists what does not fit, and epsilon")
-    print(f"post-dist tune {run}    tunes the prompt")
+        # Draft first, so that wrong input leaves no folder behind.
+        drafted = draft_run(folder, data, text, label, model, preset or "laptop")
+        write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
+        files = [run]
+        lines = _after_draft(run, names_model=model is not None)
+    if json_:
+        print_json({"run_file": files[0], "files": files})
+    else:
+        print(*lines, sep="\n")
 
 
-def _write_demo(folder: Path) -> None:
-    """Write the demo's files, all of them or none."""
-    for name in _DEMO_FILES:
-        if (folder / name).exists():
-            raise InputError(f"{folder / name} exists already", "give another folder")
+def _write_demo(folder: Path) -> list[Path]:
+    """Write the demo's files, all of them or none. The run file is the first."""
+    files = [folder / name for name in _DEMO_FILES]
+    for file in files:
+        if file.exists():
+            raise InputError(f"{file} exists already", "give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _DEMO_FILES:
-            shutil.copyfile(asset(f"examples/{name}"), folder / name)
+        for file in files:
+            shutil.copyfile(asset(f"examples/{file.name}"), file)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(f"python {folder / 'fetch_demo.py'}        fetches the demo's model and data")
-    print(f"post-dist pipeline {folder / 'demo.yaml'}   runs it")
+    return files
+
+
+def _after_draft(run: Path, names_model: bool) -> list[str]:
+    """Say what to do with a drafted run file."""
+    lines = [f"wrote {run}; it holds the values of your label column, as the prompt will"]
+    if not names_model:
+        lines.append("it names no model to tune on yet: name one in `inputs`")
+    lines.append(f"post-dist check {run}   lists what does not fit, and epsilon")
+    lines.append(f"post-dist tune {run}    tunes the prompt")
+    return lines

@@ -81,9 +81,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
         submitted = submit_jobs(config, jobs)
     # Print the job ids now: with --wait, this command may run for hours.
     if json_:
-        told = [
-            {"stage": job.stage, "job_id": job.job_id, "log": str(job.log)} for job in submitted
-        ]
+        told = [{"stage": job.stage, "job_id": job.job_id, "log": job.log} for job in submitted]
         print_json({"jobs": told})
     else:
         for job in submitted:

@@ -67,7 +67,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
         _print_plan(result)
     if sweep:
         title = f"{config.name} on {gpu} (a model, not a measurement)"
-        draw(result["sweep"], title, Path(result["figure"]))
+        draw(result["sweep"], title, result["figure"])
     if json_:
         print_json(result)
     # A script can tell from the exit code that the run cannot work as planned.
@@ -90,7 +90,7 @@ def _plan(
     # Both are computed only on demand, because each plans the run many times.
     if sweep:
         result["sweep"] = planned(config, teacher, machine, precision, sweep)
-        result["figure"] = str(config.output / config.name / "plan.png")
+        result["figure"] = config.output / config.name / "plan.png"
     if not all(stage["fits"] for stage in result["stages"]):
         result["nearest_that_fits"] = nearest_that_fits(config, teacher, machine, precision)
     return result

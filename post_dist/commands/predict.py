@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from post_dist import api
-from post_dist.commands.options import TrustedKeys
+from post_dist.commands.options import AsJson, TrustedKeys
+from post_dist.commands.printing import print_json
 from post_dist.config.precision import PrecisionChoice
+from post_dist.errors import InputError
 from post_dist.runtime.logs import speak
 from post_dist.runtime.stop import listen
 
@@ -67,8 +69,13 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
     ] = Format.jsonl,
     precision: Annotated[PrecisionChoice, typer.Option(help="Precision of the weights.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a forward pass.")] = 32,
+    json_: AsJson = False,
 ) -> None:
     """Predict the class of each text, or its response, with a prompt and its model."""
+    if json_ and format_ is Format.csv:
+        raise InputError(
+            "--format csv does not go with --json", "--json prints all predictions as one object"
+        )
     listen()
     # A prompt that is refused costs no time: its checks need no model.
     loaded = api.load_prompt(prompt, keys=key or ())
@@ -84,7 +91,9 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
         batch_size=batch_size,
     )
     # Lines are printed at the end, because texts of like length are computed together.
-    if format_ is Format.csv:
+    if json_:
+        print_json({"predictions": [asdict(prediction) for prediction in found]})
+    elif format_ is Format.csv:
         _print_csv(found, loaded.task.class_names)
     else:
         for prediction in found:
@@ -104,10 +113,15 @@ def export(
     output: Annotated[Path, typer.Option(metavar="DIR", help="The folder to create.")],
     revision: Revision = None,
     key: TrustedKeys = None,
+    json_: AsJson = False,
 ) -> None:
     """Write a prompt in the form that vLLM, PEFT or the Hugging Face hub takes (docs/use.md)."""
     api.load_prompt(prompt, keys=key or ()).export(to.value, model, output, revision=revision)
-    print(f"wrote {output}")
+    if json_:
+        files = sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
+        print_json({"format": to, "path": output, "files": files})
+    else:
+        print(f"wrote {output}")
 
 
 def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None:

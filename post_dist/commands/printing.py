@@ -5,7 +5,11 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from post_dist.errors import PostDistError
 
 
 class _Answers:
@@ -13,7 +17,7 @@ class _Answers:
 
     Attributes:
         stream: a copy of standard output that nothing else writes to; None for standard output.
-        given: whether the command has printed its object.
+        given: whether the command has printed its object, or tried to.
     """
 
     stream: TextIO | None = None
@@ -67,25 +71,43 @@ def _plain(value: Any) -> str:
     return ", ".join(parts)
 
 
+def refuse(numbers: Mapping[str, Any], error: PostDistError, as_json: bool) -> NoReturn:
+    """Print the numbers that an error is about, then raise it. As JSON, both are one object.
+
+    Args:
+        numbers: the values, by name.
+        error: the error.
+        as_json: whether to print JSON.
+    """
+    print_numbers({**numbers, **error.as_object()} if as_json else numbers, as_json)
+    raise error
+
+
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object. JSON has no infinity and no NaN, so they become null."""
-    text = json.dumps(_finite(value), allow_nan=False)
-    print(text, file=_Answers.stream or sys.stdout, flush=True)
+    """Print one JSON object. Infinity and NaN become null, which JSON has, and paths strings."""
+    text = json.dumps(_plain_json(value), allow_nan=False)
+    # If nobody reads the object, nobody reads an error about that.
     _Answers.given = True
+    print(text, file=_Answers.stream or sys.stdout, flush=True)
 
 
 def print_error(error: Mapping[str, Any]) -> None:
     """Print an error as JSON, unless the command has printed its own object before it failed."""
     if not _Answers.given:
-        print_json(error)
+        # If nobody reads the object, the exit code still tells of the error. An exception from here
+        # would be printed together with the one that is being handled, and its private message.
+        with suppress(OSError):
+            print_json(error)
 
 
-def _finite(value: Any) -> Any:
-    """Replace infinity and NaN with None, at any depth."""
+def _plain_json(value: Any) -> Any:
+    """Replace infinity and NaN with None, and paths with strings, at any depth."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: _plain_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_plain_json(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, Path):
+        return str(value)
     return value

@@ -10,7 +10,7 @@ import typer
 
 from post_dist import api
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile
-from post_dist.commands.printing import print_json, print_numbers
+from post_dist.commands.printing import print_json, print_numbers, refuse
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PostDistError, PrivacyRefused
 from post_dist.runtime.ranks import leave_ranks, this_rank
@@ -135,12 +135,9 @@ def _audit_with_canaries(config: RunConfig, as_json: bool) -> None:
 
     result = audit_plan(config)
     refusal = _refusal(result)
-    # Print the result in any case. As JSON it holds the error too, because there is one object.
-    if refusal is not None and as_json:
-        result |= refusal.as_object()
-    print_numbers(result, as_json)
     if refusal is not None:
-        raise refusal
+        refuse(result, refusal, as_json)
+    print_numbers(result, as_json)
 
 
 def _refusal(result: Mapping[str, Any]) -> PostDistError | None:

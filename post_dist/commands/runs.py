@@ -74,8 +74,7 @@ def clean(
         for leftover in found:
             remove(leftover)
     if json_:
-        listed = [asdict(leftover) | {"path": str(leftover.path)} for leftover in found]
-        print_json({"removed": agreed, "leftovers": listed})
+        print_json({"removed": agreed, "leftovers": [asdict(leftover) for leftover in found]})
     elif found and not agreed:
         print("nothing was removed; --yes removes them")
 

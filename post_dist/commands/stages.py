@@ -50,20 +50,25 @@ def corpus(
     listen()
     result = api.tokenize_corpus(api.load_run(run, set_ or (), output))
     if json_:
-        print_json(asdict(result) | {"path": str(result.path)})
+        print_json(asdict(result))
     else:
         print(f"{result.path}: {result.tokens} tokens of {result.documents} documents")
 
 
-def signals(run: RunFile, set_: Overrides = None, output: Output = None) -> None:
+def signals(
+    run: RunFile, set_: Overrides = None, output: Output = None, json_: AsJson = False
+) -> None:
     """Provider: write the teacher's signals for `distill`. Any number of workers may do so at once.
 
     Each worker is one process, or the ranks of one launcher.
     """
     listen()
-    api.write_signals(api.load_run(run, set_ or (), output))
+    result = api.write_signals(api.load_run(run, set_ or (), output))
     if this_rank() == 0:
-        print("all signals are written")
+        if json_:
+            print_json(asdict(result))
+        else:
+            print(f"{result.path}: {result.files} files of signals")
     leave_ranks()
 
 
@@ -153,16 +158,16 @@ def _json_object(result: _Result) -> dict[str, Any]:
     if isinstance(result, EvaluationResult):
         table = dict(result.table)
         if result.report is not None:
-            table["report"] = str(result.report)
+            table["report"] = result.report
         return table
     if isinstance(result, StudentResult):
-        return {"stage": "distill", "artifact": str(result.artifact)}
+        return {"stage": "distill", "artifact": result.artifact}
     if isinstance(result, PublicPromptResult):
-        return {"stage": "warm-start", "artifact": str(result.artifact)}
+        return {"stage": "warm-start", "artifact": result.artifact}
     if isinstance(result, PromptResult):
-        return {"stage": "tune", "artifact": str(result.artifact)}
+        return {"stage": "tune", "artifact": result.artifact}
     # Prompts of several owners come in the order of `inputs.source_prompt`.
-    artifacts = [str(prompt.artifact) for prompt in result.prompts]
+    artifacts = [prompt.artifact for prompt in result.prompts]
     if len(artifacts) == 1:
         return {"stage": "transfer", "artifact": artifacts[0]}
     return {"stage": "transfer", "artifacts": artifacts}

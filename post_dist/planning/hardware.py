@@ -165,7 +165,8 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     entries = read_yaml(shipped.read_text(), str(shipped))
     if file is not None:
         try:
-            entries |= read_yaml(file.read_text(), str(file))
+            # A TypeError says that the file holds no mapping.
+            entries = {**entries, **read_yaml(file.read_text(), str(file))}
         except (OSError, UnicodeDecodeError, TypeError, InputError):
             raise InputError(
                 f"cannot read the hardware file {file}",
@@ -174,7 +175,7 @@ def read_hardware(name: str, file: Path | None) -> Hardware:
     if name not in entries:
         raise InputError(
             f"no GPU is called {name}",
-            f"known GPUs: {', '.join(entries)}; --hardware FILE adds others",
+            f"known GPUs: {', '.join(map(str, entries))}; --hardware FILE adds others",
         )
     try:
         return Hardware.model_validate(entries[name])

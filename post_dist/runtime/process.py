@@ -2,62 +2,59 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from post_dist.errors import InputError, PostDistError
 from post_dist.extras import missing_package
+from post_dist.runtime.last_error import answer_error, report_error
 from post_dist.runtime.stop import leave_quietly
 from post_dist.runtime.watchdog import rest
 
 
-def exit_code_of(
-    work: Callable[[], object], answer: Callable[[Mapping[str, Any]], None] | None = None
-) -> int:
+def exit_code_of(work: Callable[[], object]) -> int:
     """Run a command or a job, and return the exit code that its process should end with.
 
     A `PostDistError` becomes one message on standard error. The message of any other exception may
     quote private data. Only its type and its traceback are printed.
 
-    Args:
-        work: the command or the job.
-        answer: prints an error as an object with `error`, `hint` and `exit_code`; None to leave it
-            at standard error.
-
     Returns:
         0, the code of a `SystemExit`, the code of a `PostDistError`, or 1 for any other exception.
     """
-    answer = answer or (lambda fields: None)
     try:
         work()
     except SystemExit as end:  # typer ends every command this way
-        # typer has printed the message of a wrong option, and ends while it handles that error.
-        message_of = getattr(end.__context__, "format_message", None)
-        if message_of is not None:
-            answer(InputError(message_of(), "`--help` lists the options").as_object())
-        if isinstance(end.code, int):
-            return end.code
-        return int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code:
+            answer_error(_fields_of(end) | {"exit_code": code})
+        return code
     except PostDistError as error:
         # When one task has failed, Slurm signals the others. A signal must not replace the exit
         # code of this one.
         leave_quietly()
-        print(f"post-dist: {error}", file=sys.stderr)
-        answer(error.as_object())
+        report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception
         if isinstance(error, ModuleNotFoundError) and (fault := missing_package(error)):
-            print(f"post-dist: {fault}", file=sys.stderr)
             # A missing extra is no bug, so it needs no traceback.
-            answer(fault.as_object())
+            report_error(fault)
             return fault.exit_code
         place = "".join(traceback.format_tb(error.__traceback__))
         name = type(error).__name__
         print(f"post-dist: internal error: {name}\n{place}", file=sys.stderr)
-        answer(PostDistError(f"internal error: {name}").as_object())
+        answer_error(PostDistError(f"internal error: {name}").as_object())
         return PostDistError.exit_code
     finally:
         rest()
     return 0
+
+
+def _fields_of(end: SystemExit) -> dict[str, Any]:
+    """Describe why typer ends a command that has failed. It has printed the message already."""
+    # typer ends while it handles the error of a wrong option, or KeyboardInterrupt.
+    message_of = getattr(end.__context__, "format_message", None)
+    if message_of is None:
+        return PostDistError("the command was stopped").as_object()
+    return InputError(message_of(), "`--help` lists the options").as_object()

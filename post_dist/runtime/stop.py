@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from post_dist.errors import Interrupted
+from post_dist.runtime.last_error import report_error
 from post_dist.runtime.watchdog import current_phase
 
 if TYPE_CHECKING:  # this import loads torch, but the handlers must be ready before that
@@ -103,7 +104,7 @@ def _end_in_time(signals: int) -> None:
         f"stopped by {name} in: {current_phase()}",
         "the same command resumes from what is saved",
     )
-    print(f"post-dist: {stop}", file=sys.stderr, flush=True)
+    report_error(stop)
     os._exit(Interrupted.exit_code)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from post_dist.errors import EnvironmentFault
+from post_dist.runtime.last_error import report_error
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _end(rank: int, limit_seconds: float) -> None:
         "look for a rank that has died or hangs; the same command resumes from the last checkpoint",
     )
     log.error("%s", fault)  # for the rank's own log file
-    print(f"post-dist: {fault}", file=sys.stderr)
+    report_error(fault)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     sys.stderr.flush()
     os._exit(EnvironmentFault.exit_code)

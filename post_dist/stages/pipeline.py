@@ -101,8 +101,12 @@ class Pipeline:
                 distill(folder, teacher, digest, self._world, self._resume)
         return folder
 
-    def signals(self) -> None:
-        """Write the teacher's signals that `distill` will read, beside other workers."""
+    def signals(self) -> tuple[Path, int]:
+        """Write the teacher's signals that `distill` will read, beside other workers.
+
+        Returns:
+            The folder of their files, and the number of files.
+        """
         from post_dist.stages.distill.stage import refuse_distillation, write_signals
 
         self._config.need("distill")
@@ -112,7 +116,8 @@ class Pipeline:
         # The folder is not made: its parent holds the signals.
         folder = run_folder(self._config, "distill", inputs)
         refuse_distillation(folder.config, teacher, self._world)
-        write_signals(folder.config, teacher, digest, folder.path.parent, self._world)
+        parent = folder.path.parent
+        return write_signals(folder.config, teacher, digest, parent, self._world)
 
     def warm_start(self) -> RunFolder:
         """Find or make the public prompt for the student.

@@ -22,6 +22,7 @@ NAMES = [
     "PrivacyCost",
     "PromptResult",
     "PublicPromptResult",
+    "SignalsResult",
     "StudentResult",
     "TransferResult",
     "account",

@@ -131,6 +131,7 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
         (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
         (("--text=body", "--label=topic_name", "--data={gap}"), "has 1 different values"),
         (("--data={none}",), "No such file"),
+        (("--data={header}",), "header.csv has no rows"),
     ],
 )
 def test_wrong_input_leaves_nothing(
@@ -140,6 +141,7 @@ def test_wrong_input_leaves_nothing(
         "few": write_table(tmp_path / "few.csv", rows=90),
         "gap": write_table(tmp_path / "gap.csv", labels=("secret", " ")),
         "none": tmp_path / "none.csv",
+        "header": write_table(tmp_path / "header.csv", rows=0),
     }
     data = write_table(tmp_path / "t.csv")
     given = [option.format(**tables) for option in options]

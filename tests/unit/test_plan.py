@@ -370,8 +370,13 @@ def test_hardware_of_one_s_own(run: Path, main: Callable, tmp_path: Path) -> Non
     assert (
         "h900.share.compute" in planned(main, run, "--gpu=h900", f"--hardware={mine}")[1]["error"]
     )
-    with pytest.raises(InputError, match="cannot read the hardware file"):
-        read_hardware("h100", tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[h100, h200]")
+    for name in ("none.yaml", "list.yaml"):
+        with pytest.raises(InputError, match="cannot read the hardware file"):
+            read_hardware("h100", tmp_path / name)
+    mine.write_text("1: {}")
+    with pytest.raises(InputError, match="no GPU is called h900"):
+        read_hardware("h900", mine)
 
 
 def test_links_and_intervals() -> None:

@@ -160,7 +160,7 @@ def distill(
 
 def write_signals(
     config: RunConfig, teacher_folder: Path, teacher_digest: str, parent: Path, world: World
-) -> None:
+) -> tuple[Path, int]:
     """Write the signals that `distill` will read, beside other workers. All ranks call it.
 
     Args:
@@ -169,6 +169,9 @@ def write_signals(
         teacher_digest: digest of its files.
         parent: folder that holds the run folders and the signals.
         world: the ranks of this worker.
+
+    Returns:
+        The folder of their files, and the number of files.
 
     Raises:
         InputError: the corpus cannot be used, or `distill.cache` is `none`.
@@ -186,6 +189,7 @@ def write_signals(
         progress("teacher signals", worker.missing, show=world.is_main) as advance,
     ):
         worker.fill(worker.count, advance)
+    return worker.files.folder, worker.count
 
 
 def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[Corpus, _Teacher]:
