@@ -57,6 +57,17 @@ def privacy(**fields: Any) -> Change:
     return edit_json("privacy.json", **fields)
 
 
+def put_number(field: str, digits: str) -> Change:
+    """Return a change of a claim to a number that Python does not write."""
+
+    def change(folder: Path) -> None:
+        path = folder / "privacy.json"
+        statement = json.loads(path.read_text()) | {field: "digits"}
+        path.write_text(json.dumps(statement).replace('"digits"', digits))
+
+    return change
+
+
 REFUSED: dict[str, Change] = {
     "weights through a link": replace_by_link(WEIGHTS),
     "task in a FIFO": replace_by_fifo("task.json"),
@@ -157,6 +168,8 @@ REFUSED: dict[str, Change] = {
     ),
     "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
     "a number in place of a boolean": privacy(private=1),
+    "a claim of infinity": put_number("true_positive_rate_at_1_percent_false", "1e999"),
+    "a claim that no float holds": put_number("true_positive_rate_at_1_percent_false", 400 * "9"),
 }
 UNCOMPUTED: dict[str, dict[str, int]] = {
     "4 kinds of repeats": {str(times): 1 for times in (2, 3, 4, 5)},
