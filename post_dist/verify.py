@@ -7,10 +7,10 @@ from typing import Any
 
 from post_dist.admission.door import check_prompt, check_student
 from post_dist.admission.quarantine import Quarantined, quarantined
-from post_dist.admission.refusal import printable, refusing
+from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, Manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact
-from post_dist.errors import ArtifactRefused
+from post_dist.errors import ArtifactRefused, printable
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARENTS = {
