@@ -24,9 +24,17 @@ from border.prompt_changes import write_lora
 from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
-from post_dist.artifacts.prompt import PUBLIC_PROMPT, PromptContents, Provenance, write_prompt
+from post_dist.artifacts.manifest import parse_manifest
+from post_dist.artifacts.prompt import (
+    PUBLIC_PROMPT,
+    PromptContents,
+    Provenance,
+    read_prompt,
+    write_prompt,
+)
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused
+from post_dist.models.load import weights_of
 from post_dist.verify import verify
 
 HONEST = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
@@ -168,6 +176,10 @@ REFUSED: dict[str, Change] = {
     ),
     "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
     "a number in place of a boolean": privacy(private=1),
+    "a lineage without the model": edit_json("post_dist.json", parents={}),
+    "a lineage that holds anything": edit_json(
+        "post_dist.json", parents={"model": "1" * 64, "other": "\x1b[31m"}
+    ),
     "a claim of infinity": put_number("true_positive_rate_at_1_percent_false", "1e999"),
     "a claim that no float holds": put_number("true_positive_rate_at_1_percent_false", 400 * "9"),
 }
@@ -333,6 +345,21 @@ def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, ma
     assert "share the token" in err
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     assert f"the others are transferred: {made}" in err
+
+
+def test_a_sender_cannot_choose_the_lineage_of_a_transferred_prompt(
+    tmp_path: Path, main: Any
+) -> None:
+    run = tiny.write_run(tmp_path)
+    forged = {"model": "1" * 64, "source prompt": "2" * 64, "target": "3" * 64}
+    sent = hostile(tmp_path, edit_json("post_dist.json", parents=forged))
+    given = (f"--set=inputs.source_prompt={sent}", f"--set=inputs.student={tmp_path / 'teacher'}")
+    code, _, err = main("transfer", run, *given, "--trust-model", "--set=transfer.steps=1")
+    assert code == 0, err
+    (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
+    parents = read_prompt(made).manifest.parents
+    assert parents["source prompt"] == parse_manifest(sent / "post_dist.json").digest
+    assert parents["target"] == weights_of(tmp_path / "teacher")
 
 
 def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> None:

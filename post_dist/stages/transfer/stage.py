@@ -352,11 +352,12 @@ def _write(
     # The new prompt depends on private data only through the source prompt. By post-processing, the
     # epsilon of the source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
-    parents = {"source prompt": source.manifest.digest, **source.manifest.parents}
+    # The roles of the sender must not replace those that this stage gives.
+    own = {"source prompt": source.manifest.digest, "target": weights}
     provenance = Provenance(
         model_name=target,
         tokenizer=tokenizer,
-        parents=parents | {"target": weights},
+        parents=source.manifest.parents | own,
         config={
             "transfer": settings,
             "task": asdict(task),
