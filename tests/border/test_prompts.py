@@ -24,6 +24,7 @@ from border.prompt_changes import write_lora
 from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
+from post_dist.artifacts.lora import DOWN, Lora
 from post_dist.artifacts.manifest import parse_manifest
 from post_dist.artifacts.prompt import (
     PUBLIC_PROMPT,
@@ -33,8 +34,11 @@ from post_dist.artifacts.prompt import (
     write_prompt,
 )
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.stages import LoraSettings
 from post_dist.errors import ArtifactRefused
-from post_dist.models.load import weights_of
+from post_dist.files import fingerprint
+from post_dist.models.facts import read_facts
+from post_dist.models.load import load_tokenizer, tokenizer_fingerprint, weights_of
 from post_dist.verify import verify
 
 HONEST = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
@@ -345,6 +349,43 @@ def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, ma
     assert "share the token" in err
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     assert f"the others are transferred: {made}" in err
+
+
+def overflowing(folder: Path, model: Path) -> Path:
+    """Write a prompt with a LoRA whose every value is within its bounds, and whose products not."""
+    linears = read_facts(model).linears[0]
+    shapes = {name: linears[name] for name in linears if ".mlp." in name}
+    start = Lora.untrained(shapes, LoraSettings(r=200), seed=0)
+    factors = {}
+    for name, factor in start.factors.items():
+        # All rows of the first factor point the same way, so that they add up.
+        sign = factor[:1].sign() if name.endswith(DOWN) else torch.ones(1)
+        factors[name] = (9.9e3 * sign).expand_as(factor).clone()
+    contents = PromptContents(torch.zeros(5, 32), TASK, None, Lora(factors, 65_000))
+    tokenizer = tokenizer_fingerprint(load_tokenizer(model))
+    provenance = Provenance("m", tokenizer, {"model": fingerprint(model)}, {})
+    write_prompt(folder, contents, provenance, lambda _: None)
+    return folder
+
+
+def test_a_prompt_that_overflows_does_not_stop_the_prompts_of_others(
+    tmp_path: Path, main: Any
+) -> None:
+    run = tiny.write_run(tmp_path)
+    student = tmp_path / "teacher"
+    bad = overflowing(tmp_path / "bad", student)
+    given = f"--set=inputs.source_prompt={json.dumps([str(bad), str(HONEST)])}"
+    options = (f"--set=inputs.student={student}", "--trust-model", "--set=transfer.steps=6")
+    code, _, err = main("transfer", run, given, *options)
+    assert code == 4, err
+    problem = "the outputs of the model with the prompt are not finite"
+    assert f"1 of 2 prompts were refused: {bad}: {problem}" in err
+    (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
+    assert f"the others are transferred: {made}" in err
+    (tmp_path / "texts.txt").write_text("the film is dull\n")
+    code, _, err = main("predict", bad, tmp_path / "texts.txt", "--model", student)
+    assert code == 4
+    assert problem in err
 
 
 def test_a_sender_cannot_choose_the_lineage_of_a_transferred_prompt(

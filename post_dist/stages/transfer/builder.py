@@ -18,6 +18,7 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
 from post_dist.models.adapted import adapted
+from post_dist.models.answers import check_finite
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
 from post_dist.models.classifier import word_scores
 from post_dist.models.generation import response_hidden
@@ -128,6 +129,7 @@ class ObjectiveBuilder:
 
         Raises:
             InputError: the template does not suit the models, or a label word is not one token.
+            OutputsNotFinite: the student's outputs with the prompt overflow.
         """
         log.info(
             "transfer: %d public texts, objective %s on the %s",
@@ -150,6 +152,7 @@ class ObjectiveBuilder:
             source_prompted=student.outputs(source_nd, "student + prompt", adapter),
             target=self._unprompted_outputs(target),
         )
+        check_finite(outputs.source_prompted)
 
         # Compute statistics of the classes. A task that generates text has none.
         statistics: dict[str, float] = {}
