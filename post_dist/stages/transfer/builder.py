@@ -6,6 +6,7 @@ Shapes: N public examples, C classes, R tokens of a response, n prompt tokens, d
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -189,8 +190,16 @@ class ObjectiveBuilder:
         section: Transfer,
     ) -> "PublicReading":
         """Bind a model to a task and the public examples."""
-        reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
+        bind = partial(
+            TaskReader, tokenizer=tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
+        )
+        reader = bind(task)
         examples = reader.encode(self._public.texts, self._public.responses)
+        if reader.generates:
+            # A state is stored for each token that a response may have. The owner of the prompt
+            # says how many, and the public responses may have far fewer.
+            longest = max(len(example.response) for example in examples)
+            reader = bind(replace(task, max_response_length=longest))
         return PublicReading(name, model, reader, examples, section, self._world)
 
     def _unprompted_outputs(self, reading: "PublicReading") -> torch.Tensor:
