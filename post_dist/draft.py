@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from post_dist.admission.door import described_student
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.presets import PRESETS, PresetName
@@ -17,7 +18,7 @@ from post_dist.data.sources import is_missing, read_table
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts, read_facts
-from post_dist.models.load import load_config, load_tokenizer
+from post_dist.models.load import check_has_weights, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,9 +261,13 @@ def _read_model(folder: Path) -> _Model:
             f"--model: {folder} is not a folder",
             "download a hub model first: hf download ORG/NAME --local-dir DIR",
         )
-    # This refuses a folder without weights, which would only show when tuning starts.
-    load_config(folder)
-    return _Model(folder, read_facts(folder), load_tokenizer(folder))
+    # A folder without weights would only show when tuning starts.
+    check_has_weights(folder)
+    # A model with a manifest comes from another party.
+    if not (folder / FILE_NAME).exists():
+        return _Model(folder, read_facts(folder), load_tokenizer(folder))
+    with described_student(folder) as inside:
+        return _Model(folder, read_facts(inside), load_tokenizer(inside))
 
 
 def _label_words(labels: Sequence[str], model: _Model | None) -> _LabelWords:
@@ -289,7 +294,12 @@ def _bound(words: Sequence[str], model: _Model, *, multi: bool) -> _LabelWords |
     """Bind words to the tokenizer. Return None if they cannot be told apart by their tokens."""
     classes = tuple((word,) for word in words)
     try:
-        verbalizer = Verbalizer(classes, model.tokenizer, allow_multi_token=multi)
+        verbalizer = Verbalizer(
+            classes,
+            model.tokenizer,
+            vocabulary=model.facts.vocabulary,
+            allow_multi_token=multi,
+        )
     except InputError:
         return None
     tokens = [str(model.tokenizer.convert_ids_to_tokens(ids[0])) for ids in verbalizer.token_ids]

@@ -1,6 +1,18 @@
 """The errors that a user may see. Each one has a message, a hint and an exit code."""
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    """Escape what a terminal would act on, or could not show: control characters, line breaks.
+
+    Args:
+        text: the text.
+        lines: whether line breaks stay.
+    """
+    if lines:
+        return "\n".join(map(printable, text.split("\n")))
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class PostDistError(Exception):
     """Base class of all errors that a user can fix.
 
@@ -16,11 +28,14 @@ class PostDistError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Return the message, with the hint indented on a line of its own."""
+        """Return the message, with the hint indented on a line of its own.
+
+        A message may name a file or a word of somebody else, so control characters are escaped.
+        """
         message = super().__str__()
-        if not self.hint:
-            return message
-        return f"{message}\n  {self.hint}"
+        if self.hint:
+            message = f"{message}\n  {self.hint}"
+        return printable(message, lines=True)
 
     def as_object(self) -> dict[str, str | int]:
         """Return the error as `--json` prints it."""

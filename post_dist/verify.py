@@ -1,25 +1,15 @@
 """Check an artifact from the other party: files, lineage, shapes, finite values, epsilon."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from post_dist.admission.door import check_prompt, check_student
+from post_dist.admission.door import check_prompt, check_student, lineage_problems
 from post_dist.admission.quarantine import Quarantined, quarantined
-from post_dist.admission.refusal import printable, refusing
-from post_dist.artifacts.manifest import FILE_NAME, Manifest
+from post_dist.admission.refusal import refusing
+from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_PARENTS = {
-    "student": {"teacher"},
-    "public prompt": {"teacher", "student"},
-    "soft prompt": {"model"},
-    "evaluation": {"teacher", "student"},
-}
-"""For each kind of artifact, the parents that its lineage must name."""
 
 
 def verify(folder: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def verified_manifest(folder: Path, keys: Sequence[str] = ()) -> tuple[dict[str,
 def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     manifest = inside.manifest
     # List all problems: a problem with the contents must not hide one with the lineage.
-    problems = _lineage_problems(manifest)
+    problems = lineage_problems(manifest)
     claim: dict[str, Any] = {}
     try:
         with refusing(folder):
@@ -81,13 +71,3 @@ def _claim(prompt: SoftPromptArtifact) -> dict[str, Any]:
     if prompt.privacy is None or prompt.epsilon is None:
         return {"epsilon": None, "delta": None, "unit": None}
     return {name: prompt.privacy[name] for name in ("epsilon", "delta", "unit")}
-
-
-def _lineage_problems(manifest: Manifest) -> list[str]:
-    problems = []
-    for name in sorted(_PARENTS[manifest.kind] - set(manifest.parents)):
-        problems.append(f"its lineage does not name the {name} that it came from")
-    for name, digest in sorted(manifest.parents.items()):
-        if not _SHA256.fullmatch(str(digest)):
-            problems.append(f"its lineage gives no sha256 for the {printable(name)}")
-    return problems

@@ -1,6 +1,7 @@
 """Admit an artifact of another party: everything is read from a private copy, and checked there."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ import torch
 
 from post_dist.admission.quarantine import Quarantined, quarantined
 from post_dist.admission.refusal import refusing
-from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind
+from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind, Manifest
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
-from post_dist.errors import ArtifactRefused
+from post_dist.errors import ArtifactRefused, printable
 from post_dist.files import put_in_place
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json"))
 """The files of a student without its weights."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARENTS = {
+    "student": {"teacher"},
+    "public prompt": {"teacher", "student"},
+    "soft prompt": {"model"},
+    "evaluation": {"teacher", "student"},
+}
+"""For each kind of artifact, the parents that its lineage must name."""
 
 
 def admit_prompt(
@@ -40,6 +49,7 @@ def admit_prompt(
     """
     with refusing(folder), quarantined(folder, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
+        _check_lineage(inside.manifest)
         return check_prompt(inside, kind)
 
 
@@ -85,6 +95,7 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     with refusing(folder), quarantined(folder, place, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
+        _check_lineage(inside.manifest)
         check_student(inside)
         # Each command checks the sender's signature. The copy, with its rewritten files, would keep
         # one that may be replaced later.
@@ -133,8 +144,27 @@ def described_student(folder: Path, keys: Sequence[str] = ()) -> Iterator[Path]:
         ArtifactRefused: a check failed.
     """
     with refusing(folder), quarantined(folder, keys=keys, only=_DESCRIPTION) as inside:
+        _check_lineage(inside.manifest)
         check_description(inside)
         yield inside.folder
+
+
+def lineage_problems(manifest: Manifest) -> list[str]:
+    """Describe what is wrong with the lineage in a manifest."""
+    problems = []
+    for name in sorted(_PARENTS[manifest.kind] - set(manifest.parents)):
+        problems.append(f"its lineage does not name the {name} that it came from")
+    for name, digest in sorted(manifest.parents.items()):
+        if not _SHA256.fullmatch(digest):
+            problems.append(f"its lineage gives no sha256 for the {printable(name)}")
+    return problems
+
+
+def _check_lineage(manifest: Manifest) -> None:
+    # What is made from the artifact passes its lineage on.
+    problems = lineage_problems(manifest)
+    if problems:
+        raise ArtifactRefused("; ".join(problems))
 
 
 def check_student(inside: Quarantined) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from post_dist.admission.quarantine import PREFIX
-from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError
+from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError, printable
 
 _LONGEST_MESSAGE = 500
 _COPY = re.compile(rf"\S*{re.escape(PREFIX)}[^/\s]*/?")
@@ -28,8 +28,3 @@ def refusing(folder: Path) -> Iterator[None]:
         raise ArtifactRefused(
             f"{folder} cannot be read ({type(error).__name__})", "get the artifact again"
         ) from None
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on, or could not show: control characters, line breaks."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -1,5 +1,6 @@
 """Write the model card of an artifact: a README.md for people and for the Hugging Face hub."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ _SOURCE = (
     "Made by [post_dist](https://arxiv.org/abs/2506.16196); hashes and lineage are in "
     "`post_dist.json`."
 )
+_MARKDOWN = re.compile(r"[\\`*_|~\[\]#]")
+"""Characters with a meaning in Markdown."""
 
 
 def write_card(  # noqa: PLR0913 - one parameter for each part of a card
@@ -49,8 +52,9 @@ def _text(
 ) -> str:
     table = ["| setting | value |", "|---|---|"]
     for name, value in _flat(settings).items():
-        table.append(f"| {_cell(name)} | {_cell(value)} |")
-    parts = [f"# {_one_line(title)}", summary, "\n".join(table)]
+        # A value may be a word of another party, such as the template of a prompt.
+        table.append(f"| {name} | {markdown_text(str(value))} |")
+    parts = [f"# {plain(title)}", summary, "\n".join(table)]
     for heading, entries in notes.items():
         parts.append(f"## {heading}")
         parts.append("\n".join(f"- {entry}" for entry in entries))
@@ -70,10 +74,14 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _cell(value: object) -> str:
-    """Return a value as a cell of a Markdown table: on one line, with each | escaped."""
-    return _one_line(str(value)).replace("|", "\\|")
+def plain(text: str) -> str:
+    """Replace characters that do not print, such as line breaks and terminal escapes, by spaces."""
+    kept = [character if character.isprintable() else " " for character in text]
+    return "".join(kept)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line."""
+    escaped = _MARKDOWN.sub(r"\\\g<0>", plain(text))
+    # HTML inside Markdown would be run by some viewers.
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,6 +1,7 @@
-"""Read JSON from others: no key twice, no NaN, no text that cannot be written out again."""
+"""Read JSON from others: no key twice, no NaN, nothing that cannot be written out again."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def parse_object(text: bytes) -> dict[str, Any]:
     try:
         # Python's parser would guess other encodings of bytes.
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_number,
+            parse_int=_integer,
         )
         # A lone surrogate passes the parser and fails when it is printed.
         json.dumps(value, ensure_ascii=False).encode()
@@ -63,3 +68,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _number(digits: str) -> float:
+    # Python reads 1e999 as infinity, which is written out as no JSON.
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _integer(digits: str) -> int:
+    # Python takes integers that no float holds. They fail where they are formatted.
+    _number(digits)
+    return int(digits)

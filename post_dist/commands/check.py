@@ -8,7 +8,7 @@ import typer
 from post_dist.commands.options import AsJson, Overrides, RunFile
 from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
-from post_dist.errors import InputError
+from post_dist.errors import InputError, printable
 
 if TYPE_CHECKING:
     from post_dist.stages.check.report import CheckReport, StageConflict
@@ -31,7 +31,7 @@ def check(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
     if json_:
         print_json(_as_json(report))
     else:
-        print(*_lines(report), sep="\n")
+        print(*(printable(line, lines=True) for line in _lines(report)), sep="\n")
     if not report.ok:
         raise typer.Exit(InputError.exit_code)
 
@@ -69,7 +69,8 @@ def _lines(report: "CheckReport") -> list[str]:
     for model, classes in report.label_words.items():
         lines.append(f"label words of the {model}'s tokenizer:")
         for label, words in classes.items():
-            tokens = ", ".join(f"{word} -> {token}" for word, token in words.items())
+            # A token may hold anything, such as a line that looks like one of this report.
+            tokens = ", ".join(f"{word} -> {printable(token)}" for word, token in words.items())
             lines.append(f"  {label}: {tokens}")
     for plan in report.epsilon:
         lines.append(

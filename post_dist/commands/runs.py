@@ -21,8 +21,8 @@ def ls(
     json_: AsJson = False,
 ) -> None:
     """List the runs and artifacts below a folder."""
+    from post_dist.artifacts.card import plain
     from post_dist.report.runs import runs_below
-    from post_dist.report.tables import plain
 
     found = runs_below(folder)
     if json_:
@@ -39,8 +39,8 @@ def status(
     json_: AsJson = False,
 ) -> None:
     """Show how far each stage of a run is, from another terminal."""
+    from post_dist.artifacts.card import plain
     from post_dist.report.runs import progress_below
-    from post_dist.report.tables import plain
 
     progress = progress_below(run)
     if json_:
@@ -58,8 +58,8 @@ def clean(
     json_: AsJson = False,
 ) -> None:
     """List unfinished runs and caches below a folder, and remove them if you say yes."""
+    from post_dist.artifacts.card import plain
     from post_dist.report.leftovers import leftovers, remove
-    from post_dist.report.tables import plain
 
     found = leftovers(folder)
     # Only a terminal can answer. A script says --yes, or gets the list.

@@ -4,8 +4,6 @@ Shapes: B examples, C classes, N examples, R tokens of a response, V vocabulary.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import chain
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +12,6 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.data.limited_tokenizer import with_limits
 from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.errors import InputError
 
 
 class TaskReader:
@@ -34,6 +31,7 @@ class TaskReader:
     Raises:
         InputError: the template does not suit the model, or a label word is several tokens or
             belongs to two classes.
+        ArtifactRefused: the tokenizer cannot read the template or the words.
     """
 
     def __init__(
@@ -46,14 +44,20 @@ class TaskReader:
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
-
-        def trial() -> None:
-            # This process raises an error of the task again, with its message.
-            with suppress(InputError):
-                _bind(task, tokenizer, masked, vocabulary)
-
-        with_limits(trial, [task.template, *chain.from_iterable(task.label_words)])
-        self.template, self.verbalizer = _bind(task, tokenizer, masked, vocabulary)
+        self.template = Template(
+            task.template,
+            tokenizer,
+            task.max_length,
+            masked=masked,
+            vocabulary=vocabulary,
+            max_response_length=task.max_response_length,
+        )
+        self.verbalizer = Verbalizer(
+            task.label_words,
+            tokenizer,
+            vocabulary=vocabulary,
+            allow_multi_token=task.allow_multi_token,
+        )
 
     @property
     def generates(self) -> bool:
@@ -111,19 +115,3 @@ class TaskReader:
     def scores(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the class scores [B, C] of logits over the vocabulary."""
         return self.verbalizer.scores(logits_BV)
-
-
-def _bind(
-    task: PromptTask, tokenizer: PreTrainedTokenizerBase, masked: bool, vocabulary: int
-) -> tuple[Template, Verbalizer]:
-    """Return the template and the label words of a task, checked against a tokenizer."""
-    template = Template(
-        task.template,
-        tokenizer,
-        task.max_length,
-        masked=masked,
-        vocabulary=vocabulary,
-        max_response_length=task.max_response_length,
-    )
-    words = Verbalizer(task.label_words, tokenizer, allow_multi_token=task.allow_multi_token)
-    return template, words

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.data.limited_tokenizer import with_limits
 from post_dist.errors import InputError
 
 NO_TOKEN = -100
@@ -65,7 +66,9 @@ class Template:
             more; a text is read without them.
 
     Raises:
-        InputError: the template does not suit the model, or leaves no room for text.
+        InputError: the template does not suit the model, or leaves no room for text. Or the task
+            generates text, and the tokenizer has no token that ends it.
+        ArtifactRefused: the tokenizer cannot read the template.
     """
 
     def __init__(
@@ -79,6 +82,11 @@ class Template:
         max_response_length: int = 0,
     ) -> None:
         _check_template(text, tokenizer, masked=masked)
+        if max_response_length and tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has no end-of-text token, which ends each response",
+                "use another model",
+            )
         self._tokenizer = tokenizer
         self._masked = masked
         self._vocabulary = vocabulary
@@ -91,9 +99,10 @@ class Template:
         self._before = _without_double_braces(before)
         self._after = _without_double_braces(after)
         # The special tokens of the tokenizer also count.
-        if len(self._tokens("")) >= max_length:
+        tokens = with_limits(lambda: self._tokens(""), [text])
+        if len(tokens) >= max_length:
             raise InputError(
-                f"template '{text}' alone fills max_length ({max_length} tokens)",
+                f"template {text!r} alone fills max_length ({max_length} tokens)",
                 "raise max_length",
             )
 
@@ -168,6 +177,8 @@ class Template:
         while len(tokens) > self.max_length:
             text = self._without_first_tokens(text, len(tokens) - self.max_length)
             tokens = self._tokens(text)
+        # A tokenizer may make no token of a text, and the model needs one to answer behind.
+        tokens = tokens or [self._padding_token()]
         # A causal model predicts the answer from the last token.
         answer = len(tokens) - 1
         if self._masked:
@@ -200,10 +211,10 @@ class Template:
 def _check_template(text: str, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> None:
     if masked != ("{mask}" in text):
         problem = "a masked model needs {mask}" if masked else "{mask} is for masked models"
-        raise InputError(f"template '{text}': {problem}")
+        raise InputError(f"template {text!r}: {problem}")
     if not masked and text != text.rstrip():
         raise InputError(
-            f"template '{text}' ends in white space",
+            f"template {text!r} ends in white space",
             "the label words carry the space before them",
         )
     if not tokenizer.is_fast:

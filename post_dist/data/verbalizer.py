@@ -4,11 +4,13 @@ Shapes: B examples, C classes, K tokens of all label words, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.errors import InputError
+from post_dist.data.limited_tokenizer import with_limits
+from post_dist.errors import InputError, printable
 
 
 class Verbalizer:
@@ -19,13 +21,15 @@ class Verbalizer:
     Args:
         label_words: words of each class.
         tokenizer: the model's tokenizer.
+        vocabulary: number of tokens that the model has an embedding for.
         allow_multi_token: whether a word may have several tokens. Its first token is then scored.
 
     Attributes:
         token_ids: tokens of the label words of each class.
 
     Raises:
-        InputError: a word is several tokens, or belongs to two classes.
+        InputError: a word is several tokens, has none of the model, or belongs to two classes.
+        ArtifactRefused: the tokenizer cannot read the words.
     """
 
     def __init__(
@@ -33,13 +37,23 @@ class Verbalizer:
         label_words: tuple[tuple[str, ...], ...],
         tokenizer: PreTrainedTokenizerBase,
         *,
+        vocabulary: int,
         allow_multi_token: bool,
     ) -> None:
+        all_words = list(chain.from_iterable(label_words))
+        read = with_limits(lambda: [_tokens(word, tokenizer) for word in all_words], all_words)
+        token_of = {}
+        for word, tokens in zip(all_words, read, strict=True):
+            if len(tokens) != 1 and not allow_multi_token:
+                raise _several_tokens(word, tokenizer.convert_ids_to_tokens(tokens))
+            # Some tokenizers know tokens that the model has no embedding for.
+            if not tokens or tokens[0] >= vocabulary:
+                raise InputError(
+                    f"the label word {word!r} has no token of the model", "choose another word"
+                )
+            token_of[word] = tokens[0]
         # Each class has a list of tokens, one for each of its words.
-        self.token_ids: list[list[int]] = []
-        for words in label_words:
-            tokens = [_word_token(word, tokenizer, allow_multi_token) for word in words]
-            self.token_ids.append(tokens)
+        self.token_ids = [[token_of[word] for word in words] for words in label_words]
 
         # A shared token would raise the scores of both classes. Words of one class may share one.
         first_use: dict[int, tuple[int, str]] = {}
@@ -49,7 +63,7 @@ class Verbalizer:
                 if other_index != index:
                     token = tokenizer.convert_ids_to_tokens(token_id)
                     raise InputError(
-                        f"the label words '{other_word}' and '{word}' share the token '{token}'",
+                        f"the label words {other_word!r} and {word!r} share the token {token!r}",
                         "choose words that begin differently, or letters",
                     )
 
@@ -85,18 +99,21 @@ class Verbalizer:
         return torch.stack([part.mean(dim=1) for part in parts], dim=1)
 
 
-def _word_token(word: str, tokenizer: PreTrainedTokenizerBase, allow_multi_token: bool) -> int:
-    """Return the token that a word begins with when it follows another word.
+def _tokens(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a word that follows another word.
 
     Byte-level and sentencepiece tokenizers use other tokens for a word at the start of a text.
     """
     # Tokenize the word after "a", then cut the tokens of "a" off.
     carrier = tokenizer("a", add_special_tokens=False).input_ids
-    tokens = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(carrier) :]
-    if len(tokens) != 1 and not allow_multi_token:
-        pieces = " ".join(tokenizer.convert_ids_to_tokens(tokens))
-        raise InputError(
-            f"the label word '{word}' is {len(tokens)} tokens ({pieces})",
-            "choose another word, or set allow_multi_token: true",
-        )
-    return int(tokens[0])
+    tokens: list[int] = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids
+    return tokens[len(carrier) :]
+
+
+def _several_tokens(word: str, tokens: Sequence[str]) -> InputError:
+    # A tokenizer is free in what its tokens hold, such as a line break.
+    pieces = " ".join(map(printable, tokens))
+    return InputError(
+        f"the label word {word!r} is {len(tokens)} tokens ({pieces})",
+        "choose another word, or set allow_multi_token: true",
+    )

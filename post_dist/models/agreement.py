@@ -1,5 +1,7 @@
 """Whether two results of a model are equal up to rounding."""
 
+import math
+
 import torch
 
 _RELATIVE_TOLERANCE = 1e-2
@@ -9,6 +11,9 @@ _RELATIVE_TOLERANCE = 1e-2
 def agree(ours: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether two results of a model are equal up to rounding in half precision."""
     largest = float(expected.abs().max())
+    # Nothing is equal to a value that is no number, and no tolerance can be one.
+    if not math.isfinite(largest):
+        return False
     return torch.allclose(
         ours, expected, rtol=_RELATIVE_TOLERANCE, atol=_RELATIVE_TOLERANCE * largest
     )

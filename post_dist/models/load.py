@@ -151,13 +151,22 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: the folder does not hold a model.
     """
+    check_has_weights(folder)
+    return read_config(folder)
+
+
+def check_has_weights(folder: Path) -> None:
+    """Check that a folder holds safetensors.
+
+    Raises:
+        InputError: it does not, or is no folder.
+    """
     check_is_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no safetensors weights",
             "convert the model with save_pretrained; pickles are not loaded",
         )
-    return read_config(folder)
 
 
 def read_config(folder: Path) -> PretrainedConfig:

@@ -39,7 +39,7 @@ def prompt_from_text(
     tokens = [token for token in found if token < language_model.vocabulary_size]
     if not tokens:
         raise InputError(
-            f"the start text '{text}' has no token of the model", "write another start text"
+            f"the start text {text!r} has no token of the model", "write another start text"
         )
     repetitions = -(-num_virtual_tokens // len(tokens))
     prompt_tokens = (tokens * repetitions)[:num_virtual_tokens]

@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from post_dist.report.tables import measured_field, plain
+from post_dist.artifacts.card import plain
+from post_dist.report.tables import measured_field
 
 _ROW_HEIGHT = 46
 _CURVE_HEIGHT = 120

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from post_dist.admission.refusal import refusing
+from post_dist.artifacts.card import markdown_text
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import write_file
@@ -15,7 +16,6 @@ from post_dist.report.lineage import Made, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
     markdown_table,
-    markdown_text,
     read_table,
     table_cells,
     table_columns,

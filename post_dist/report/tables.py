@@ -1,6 +1,5 @@
 """The comparison table as text: for a terminal, for `report.md`, and cell by cell for the page."""
 
-import re
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from post_dist.admission.quarantine import quarantined
+from post_dist.artifacts.card import markdown_text, plain
 from post_dist.artifacts.strict_json import read_object
 from post_dist.errors import ArtifactRefused
 
@@ -32,8 +32,6 @@ _RESPONSE_COLUMNS = {
 TF_IDF = "TF-IDF + logistic regression"
 DP_REGRESSION = "DP logistic regression"
 _WITHOUT_PROMPT = ("zero-shot", "student", "majority class")
-_MARKDOWN = re.compile(r"[\\`*_|~\[\]#]")
-"""Characters with a meaning in Markdown."""
 NOTE = (
     "Accuracy counts examples (micro) or averages the recall of the classes (macro). "
     "AUC takes one class against the rest and depends on the ranking alone. "
@@ -110,19 +108,6 @@ def has_classes(table: Mapping[str, Any]) -> bool:
 def measured_field(table: Mapping[str, Any]) -> str:
     """Return the field of a row that charts and verdicts compare."""
     return "accuracy_micro" if has_classes(table) else "exact_match"
-
-
-def plain(text: str) -> str:
-    """Replace characters that do not print, such as line breaks and terminal escapes, by spaces."""
-    kept = [character if character.isprintable() else " " for character in text]
-    return "".join(kept)
-
-
-def markdown_text(text: str) -> str:
-    """Return a text that Markdown shows as it is, on one line."""
-    escaped = _MARKDOWN.sub(r"\\\g<0>", plain(text))
-    # HTML inside Markdown would be run by some viewers.
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def table_title(table: Mapping[str, Any]) -> str:

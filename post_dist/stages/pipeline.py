@@ -19,7 +19,7 @@ from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.schema import RunConfig, Stage
-from post_dist.errors import ArtifactRefused, InputError
+from post_dist.errors import ArtifactRefused, InputError, PostDistError
 from post_dist.models.load import model_name
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
@@ -159,8 +159,8 @@ class Pipeline:
         Raises:
             ArtifactRefused: a prompt was refused. The others are transferred nevertheless.
         """
-        sources = []
-        refused = []
+        sources: dict[Path, SoftPromptArtifact] = {}
+        refused: list[PostDistError] = []
         several = len(self._source_prompts) > 1
         for folder in self._source_prompts:
             # One owner's prompt must not stop those of the others.
@@ -168,12 +168,18 @@ class Pipeline:
                 source = self._source(folder)
                 if several:
                     self._refuse_alone(folder, source)
-                sources.append(source)
+                sources[folder] = source
             except ArtifactRefused as error:
                 refused.append(error)
+        made, failed = self._transfer([(self._config, source) for source in sources.values()])
+        folders = [each for each in made if each.path not in failed]
+        for folder, run in zip(sources, made, strict=True):
+            error = failed.get(run.path)
+            if error is not None:
+                # One of several is known to its sender by the folder that was sent.
+                refused.append(ArtifactRefused(f"{folder}: {error.args[0]}") if several else error)
         if refused and not several:
             raise refused[0]
-        folders = self._transfer([(self._config, source) for source in sources])
         if refused:
             reasons = "; ".join(str(error).splitlines()[0] for error in refused)
             raise ArtifactRefused(
@@ -265,9 +271,11 @@ class Pipeline:
 
         # The transfers of all variants are trained together.
         transfers = [prompt for prompt in needed if prompt.plan.made_by == "transfer"]
-        folders = self._transfer(
+        folders, failed = self._transfer(
             [(prompt.plan.config, self._source(prompt.variant.source)) for prompt in transfers]
         )
+        if failed:
+            raise next(iter(failed.values()))
         transferred = {
             (prompt.variant.label, prompt.row): folder.artifact
             for prompt, folder in zip(transfers, folders, strict=True)
@@ -345,7 +353,9 @@ class Pipeline:
         with refusing(folder):
             refuse_transfer([request], self._described_models, self._world)
 
-    def _transfer(self, wanted: Sequence[tuple[RunConfig, SoftPromptArtifact]]) -> list[RunFolder]:
+    def _transfer(
+        self, wanted: Sequence[tuple[RunConfig, SoftPromptArtifact]]
+    ) -> tuple[list[RunFolder], dict[Path, PostDistError]]:
         """Find or make transferred prompts.
 
         All prompts that are not finished are trained together.
@@ -354,10 +364,10 @@ class Pipeline:
             wanted: the settings and the source prompt of each.
 
         Returns:
-            The finished folder of each, in the same order.
+            The folder of each, in the same order; and by its path why one was not transferred.
         """
         if not wanted:
-            return []
+            return [], {}
         from post_dist.stages.transfer.stage import (
             Target,
             TransferRequest,
@@ -372,13 +382,14 @@ class Pipeline:
         # Two rows of a table may need the same prompt. It is trained once.
         by_folder = {request.folder.path: request for request in requests}
         unfinished = self._unfinished([request.folder for request in by_folder.values()])
+        failed = {}
         if unfinished:
             missing = [by_folder[folder.path] for folder in unfinished]
             refuse_transfer(missing, self._described_models, self._world)
             with self.running(unfinished):
                 target = Target(self.inputs.teacher, self.inputs.teacher_weights)
-                transfer(missing, target, self.student, self._world, self._resume)
-        return [request.folder for request in requests]
+                failed = transfer(missing, target, self.student, self._world, self._resume)
+        return [request.folder for request in requests], failed
 
     def _transfer_folder(self, config: RunConfig, source: SoftPromptArtifact) -> RunFolder:
         """Return the folder for the transfer of a prompt."""
@@ -522,7 +533,8 @@ class Pipeline:
             log.info("%s is done in %.0f s", folders[0].stage, time.monotonic() - start)
             # A finished stage never resumes, so its checkpoints are deleted.
             if self._world.is_main:
-                for folder in folders:
+                # One of several prompts may have failed.
+                for folder in filter(lambda each: each.finished, folders):
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
                     folder.link_latest()
 

@@ -6,6 +6,7 @@ Shapes: n prompt tokens, d width.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
+from post_dist.errors import InputError
 from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import MetricRecord
@@ -80,10 +82,10 @@ class PromptRun:
 
 def train_prompts(
     runs: Sequence[PromptRun], losses_at: StepLosses, first_step: int, world: World
-) -> None:
+) -> list[InputError | None]:
     """Train prompts together for a fixed number of steps.
 
-    The values after the last step are the result.
+    The values after the last step are the result. A prompt that diverges does not stop the others.
 
     Args:
         runs: the prompts; all have the same number of steps and resume at the same step.
@@ -91,13 +93,42 @@ def train_prompts(
         first_step: step from which training resumes.
         world: the ranks that take part.
 
+    Returns:
+        For each prompt the error that says how it diverged; None if it did not.
+
     Raises:
-        InputError: five steps of a prompt in a row were not finite.
         Interrupted: a rank was asked to stop; the state is saved.
     """
     # The trainer takes the steps. The loop shows progress, saves checkpoints and handles stops.
     trainer = PromptTrainer(runs, losses_at, world)
-    run_training(trainer, first_step, world, EverySeconds(_SECONDS_BETWEEN_CHECKPOINTS))
+    # Once no prompt is left, there is nothing to train. Each has its own error.
+    with suppress(_AllDiverged):
+        run_training(trainer, first_step, world, EverySeconds(_SECONDS_BETWEEN_CHECKPOINTS))
+    return trainer.failures
+
+
+def train_prompt(
+    run: PromptRun, loss_at: Callable[[int], torch.Tensor], first_step: int, world: World
+) -> None:
+    """Train one prompt, as `train_prompts` does several.
+
+    Args:
+        run: the prompt.
+        loss_at: computes this rank's part of the loss of a step.
+        first_step: step from which training resumes.
+        world: the ranks that take part.
+
+    Raises:
+        InputError: five steps in a row were not finite.
+        Interrupted: a rank was asked to stop; the state is saved.
+    """
+    (failure,) = train_prompts([run], lambda step: [loss_at(step)], first_step, world)
+    if failure is not None:
+        raise failure
+
+
+class _AllDiverged(Exception):
+    """No prompt is left to train."""
 
 
 class PromptTrainer:
@@ -126,6 +157,11 @@ class PromptTrainer:
         self._world = world
         self._show_loss = all(run.show_loss for run in runs)
 
+    @property
+    def failures(self) -> list[InputError | None]:
+        """For each prompt the error that says how it diverged; None if it did not."""
+        return [prompt.failure for prompt in self._prompts]
+
     def take_step(self, step: int) -> str:
         """Take one optimizer step of each prompt.
 
@@ -134,6 +170,9 @@ class PromptTrainer:
 
         Returns:
             The mean loss, for the progress bar; empty if the loss is private.
+
+        Raises:
+            _AllDiverged: the last prompt that had not diverged has done so.
         """
         for prompt in self._prompts:
             prompt.begin_step(step)
@@ -150,6 +189,8 @@ class PromptTrainer:
         # One prompt may skip its step while the others take theirs.
         for prompt, loss, is_finite in zip(self._prompts, mean_losses, are_finite, strict=True):
             prompt.finish_step(step, loss, finite=bool(is_finite))
+        if None not in self.failures:
+            raise _AllDiverged
         if not self._show_loss:
             return ""
         return f"loss {sum(mean_losses) / len(mean_losses):.4f}"
@@ -162,10 +203,16 @@ class PromptTrainer:
 
 
 class _TrainedPrompt:
-    """One prompt of a `PromptTrainer`, with its learning rates, metrics and skipped steps."""
+    """One prompt of a `PromptTrainer`, with its learning rates, metrics and skipped steps.
+
+    Attributes:
+        run: the prompt.
+        failure: the error that says how it diverged; None if it did not.
+    """
 
     def __init__(self, run: PromptRun, world: World) -> None:
         self.run = run
+        self.failure: InputError | None = None
         self._world = world
         schedule = Schedule(run.section.schedule, run.section.warmup_share, run.section.steps)
         self._rates = ScheduledRates(run.optimizer, schedule)
@@ -193,11 +240,11 @@ class _TrainedPrompt:
             step: number of the step.
             loss: loss of the step, averaged over ranks.
             finite: whether the averaged gradients are finite.
-
-        Raises:
-            InputError: five steps in a row were not finite.
         """
         if finite:
             self.run.optimizer.step()
-        self._guard.record(step, finite=finite)
+        try:
+            self._guard.record(step, finite=finite)
+        except InputError as error:
+            self.failure = error
         self._metrics.write(step=step, loss=loss, skipped=not finite)

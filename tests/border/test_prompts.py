@@ -24,9 +24,21 @@ from border.prompt_changes import write_lora
 from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
-from post_dist.artifacts.prompt import PUBLIC_PROMPT, PromptContents, Provenance, write_prompt
+from post_dist.artifacts.lora import DOWN, Lora
+from post_dist.artifacts.manifest import parse_manifest
+from post_dist.artifacts.prompt import (
+    PUBLIC_PROMPT,
+    PromptContents,
+    Provenance,
+    read_prompt,
+    write_prompt,
+)
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.stages import LoraSettings
 from post_dist.errors import ArtifactRefused
+from post_dist.files import fingerprint
+from post_dist.models.facts import read_facts
+from post_dist.models.load import load_tokenizer, tokenizer_fingerprint, weights_of
 from post_dist.verify import verify
 
 HONEST = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
@@ -55,6 +67,17 @@ def adapter(**fields: Any) -> Change:
 
 def privacy(**fields: Any) -> Change:
     return edit_json("privacy.json", **fields)
+
+
+def put_number(field: str, digits: str) -> Change:
+    """Return a change of a claim to a number that Python does not write."""
+
+    def change(folder: Path) -> None:
+        path = folder / "privacy.json"
+        statement = json.loads(path.read_text()) | {field: "digits"}
+        path.write_text(json.dumps(statement).replace('"digits"', digits))
+
+    return change
 
 
 REFUSED: dict[str, Change] = {
@@ -157,6 +180,12 @@ REFUSED: dict[str, Change] = {
     ),
     "a claim of another accountant": privacy(cross_checks={"rdp": 0.9, "prv": 0.5, "best": 0.1}),
     "a number in place of a boolean": privacy(private=1),
+    "a lineage without the model": edit_json("post_dist.json", parents={}),
+    "a lineage that holds anything": edit_json(
+        "post_dist.json", parents={"model": "1" * 64, "other": "\x1b[31m"}
+    ),
+    "a claim of infinity": put_number("true_positive_rate_at_1_percent_false", "1e999"),
+    "a claim that no float holds": put_number("true_positive_rate_at_1_percent_false", 400 * "9"),
 }
 UNCOMPUTED: dict[str, dict[str, int]] = {
     "4 kinds of repeats": {str(times): 1 for times in (2, 3, 4, 5)},
@@ -320,6 +349,58 @@ def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, ma
     assert "share the token" in err
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     assert f"the others are transferred: {made}" in err
+
+
+def overflowing(folder: Path, model: Path) -> Path:
+    """Write a prompt with a LoRA whose every value is within its bounds, and whose products not."""
+    linears = read_facts(model).linears[0]
+    shapes = {name: linears[name] for name in linears if ".mlp." in name}
+    start = Lora.untrained(shapes, LoraSettings(r=200), seed=0)
+    factors = {}
+    for name, factor in start.factors.items():
+        # All rows of the first factor point the same way, so that they add up.
+        sign = factor[:1].sign() if name.endswith(DOWN) else torch.ones(1)
+        factors[name] = (9.9e3 * sign).expand_as(factor).clone()
+    contents = PromptContents(torch.zeros(5, 32), TASK, None, Lora(factors, 65_000))
+    tokenizer = tokenizer_fingerprint(load_tokenizer(model))
+    provenance = Provenance("m", tokenizer, {"model": fingerprint(model)}, {})
+    write_prompt(folder, contents, provenance, lambda _: None)
+    return folder
+
+
+def test_a_prompt_that_overflows_does_not_stop_the_prompts_of_others(
+    tmp_path: Path, main: Any
+) -> None:
+    run = tiny.write_run(tmp_path)
+    student = tmp_path / "teacher"
+    bad = overflowing(tmp_path / "bad", student)
+    given = f"--set=inputs.source_prompt={json.dumps([str(bad), str(HONEST)])}"
+    options = (f"--set=inputs.student={student}", "--trust-model", "--set=transfer.steps=6")
+    code, _, err = main("transfer", run, given, *options)
+    assert code == 4, err
+    problem = "the outputs of the model with the prompt are not finite"
+    assert f"1 of 2 prompts were refused: {bad}: {problem}" in err
+    (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
+    assert f"the others are transferred: {made}" in err
+    (tmp_path / "texts.txt").write_text("the film is dull\n")
+    code, _, err = main("predict", bad, tmp_path / "texts.txt", "--model", student)
+    assert code == 4
+    assert problem in err
+
+
+def test_a_sender_cannot_choose_the_lineage_of_a_transferred_prompt(
+    tmp_path: Path, main: Any
+) -> None:
+    run = tiny.write_run(tmp_path)
+    forged = {"model": "1" * 64, "source prompt": "2" * 64, "target": "3" * 64}
+    sent = hostile(tmp_path, edit_json("post_dist.json", parents=forged))
+    given = (f"--set=inputs.source_prompt={sent}", f"--set=inputs.student={tmp_path / 'teacher'}")
+    code, _, err = main("transfer", run, *given, "--trust-model", "--set=transfer.steps=1")
+    assert code == 0, err
+    (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
+    parents = read_prompt(made).manifest.parents
+    assert parents["source prompt"] == parse_manifest(sent / "post_dist.json").digest
+    assert parents["target"] == weights_of(tmp_path / "teacher")
 
 
 def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> None:

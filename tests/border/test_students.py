@@ -220,6 +220,7 @@ REFUSED: dict[str, Change] = {
         edit_json("tokenizer_config.json", pad_token="<more>")
     ),
     "a pattern that needs endless time": slow_pattern,
+    "a lineage without the teacher": edit_json(FILE_NAME, parents={}),
     "a token as a number": edit_json("tokenizer_config.json", bos_token=5),
 }
 

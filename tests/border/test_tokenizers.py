@@ -77,6 +77,64 @@ def test_a_tokenizer_that_fails_on_a_private_text_is_refused(
     assert not any(word in done.stdout + done.stderr for word in ("zzzz", "panic", "Traceback"))
 
 
+def test_check_and_init_limit_the_tokenizer_too(honest: Path, tmp_path: Path, main: Any) -> None:
+    endless = ATTACKS["a pattern that never ends"]
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=endless))
+    run = tiny.write_run(tmp_path)
+    run.write_text(run.read_text().replace("[good]", f"[{SECRET}]"))
+    code, out, _ = main("check", run, f"--set=inputs.student={sent}")
+    assert code == 2
+    assert "the model's tokenizer cannot read the texts" in out
+    rows = [f"{text},{SECRET if label else 'bad'}\n" for text, label in tiny.sentences(240, 1)]
+    (tmp_path / "own.csv").write_text("text,label\n" + "".join(rows))
+    options = (f"--data={tmp_path}/own.csv", "--text=text", "--label=label", f"--model={sent}")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 4
+    assert "the model's tokenizer cannot read the texts" in err
+
+
+def test_init_reads_a_student_through_the_door(honest: Path, tmp_path: Path, main: Any) -> None:
+    grows = ATTACKS["a letter that grows"]
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=grows))
+    edit_json("config.json", num_hidden_layers=10**6)(sent)
+    sign(sent)
+    tiny.write_csv(tmp_path / "own.csv", tiny.sentences(240, 1))
+    options = (f"--data={tmp_path}/own.csv", "--text=text", "--label=label", f"--model={sent}")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 4
+    assert "num_hidden_layers has a value that no student needs" in err
+
+
+def test_a_token_cannot_write_a_line_of_a_message(honest: Path, tmp_path: Path, main: Any) -> None:
+    line = "\x1b[31mX\nok: True\n"
+
+    def rename(content: dict[str, Any]) -> None:
+        number = content["model"]["vocab"].pop("Ġbrilliant")
+        merges = content["model"]["merges"]
+        content["model"]["merges"] = [each for each in merges if "".join(each) != "Ġbrilliant"]
+        content["added_tokens"].append(MARKER | {"id": number, "content": line, "normalized": True})
+        content["normalizer"] = normalizer({"String": "good"}, line)
+
+    sent = hostile(honest, tmp_path, rename)
+    run = tiny.write_run(tmp_path)
+    code, _, err = main("tune", run, f"--set=inputs.student={sent}")
+    assert code == 2
+    assert "the label word 'good' is 2 tokens (Ġ \\x1b[31mX\\nok: True\\n)" in err
+    _, out, _ = main("check", run, f"--set=inputs.student={sent}")
+    assert "\x1b" not in out
+    assert "ok: True" not in out.splitlines()
+
+
+def test_a_private_text_of_which_a_tokenizer_makes_no_token_is_read(
+    honest: Path, tmp_path: Path, main: Any
+) -> None:
+    drops = normalizer({"Regex": "^Review.*$"}, "")
+    sent = hostile(honest, tmp_path, lambda content: content.update(normalizer=drops))
+    run = tiny.write_run(tmp_path)
+    code, _, err = main("tune", run, f"--set=inputs.student={sent}", "--set=tune.steps=2")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("part", ["template", "label word", "start text", "generated text"])
 def test_a_tokenizer_that_fails_on_another_text_of_the_task_is_refused(
     honest: Path, tmp_path: Path, part: str

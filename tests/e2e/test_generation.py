@@ -6,6 +6,7 @@ The loss is taken at every token of the responses. The table holds exact matches
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,11 @@ def test_the_first_loss_of_the_transfer_is_the_paper_s_at_every_token(
     world = World(0, 1, 0, "none", CPU)
     public = PublicExamples(texts, responses)
     builder = ObjectiveBuilder(models, Tokenizers(tokenizer, tokenizer), public, world)
-    objective = builder.build(source.task, source.embeddings, section)
+    # The owner may claim more tokens than the public responses have.
+    task = replace(source.task, max_response_length=60)
+    objective = builder.build(task, source.embeddings, section)
+    longest = max(len(tokenizer(f" {response}").input_ids) + 1 for response in responses)
+    assert objective.outputs.source.shape == (4, longest, 32)
     prompt_nd = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     (loss,) = transfer_losses(models, [objective], [prompt_nd], [[0, 1, 2, 3]])
 

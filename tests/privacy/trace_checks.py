@@ -170,10 +170,12 @@ def write_public_prompt(place: Path) -> None:
     task = PromptTask("{text}", (("bad",), ("good",)), 48, False, "review")
     values = torch.arange(3 * 64, dtype=torch.float32).view(3, 2, 32) / 100
     head = LinearHead.untrained(values[2], 2).with_values(values[1] + 1, torch.ones(2))
+    tokenizer = tokenizer_fingerprint(load_tokenizer(place / "student"))
+    parents = {"teacher": "1" * 64, "student": "2" * 64}
     write_prompt(
         place / "public",
         PromptContents(torch.cat([values[0], values[2]]), task, None, head),
-        Provenance("tiny", tokenizer_fingerprint(load_tokenizer(place / "student")), {}, {}),
+        Provenance("tiny", tokenizer, parents, {}),
         lambda artifact: None,
         PUBLIC_PROMPT,
     )

@@ -53,3 +53,9 @@ def test_a_value_stays_in_its_cell(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "\n# a b\n" in text
     assert "\n| template | {text} \\| yes no |\n" in text
+
+
+def test_a_value_is_shown_as_it_is(tmp_path: Path) -> None:
+    write_card(tmp_path, "a", "", {"classes": "<img src=x> [y](http://z) `c`"}, library="peft")
+    text = (tmp_path / "README.md").read_text()
+    assert "| classes | &lt;img src=x&gt; \\[y\\](http://z) \\`c\\` |" in text

@@ -49,7 +49,8 @@ def without(run: Path, *sections: str) -> Path:
 
 def write_source_prompt(folder: Path, teacher: Path, width: int, length: int = 48) -> Path:
     task = PromptTask("Review: {text} It was", (("bad",), ("good",)), length, False, "good")
-    origin = Provenance("the student", tokenizer_fingerprint(load_tokenizer(teacher)), {}, {})
+    tokenizer = tokenizer_fingerprint(load_tokenizer(teacher))
+    origin = Provenance("the student", tokenizer, {"model": "1" * 64}, {})
     contents = PromptContents(torch.randn(5, width), task, None)
     write_prompt(folder, contents, origin, lambda path: None)
     return folder

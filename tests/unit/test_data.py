@@ -212,7 +212,9 @@ def test_padding_is_on_the_right() -> None:
 
 
 def test_verbalizer_scores_are_mean_logits_of_the_words() -> None:
-    verbalizer = Verbalizer((("bad", "awful"), ("good",)), WORDS, allow_multi_token=False)
+    verbalizer = Verbalizer(
+        (("bad", "awful"), ("good",)), WORDS, vocabulary=600, allow_multi_token=False
+    )
     logits = torch.randn(3, len(WORDS))
     (bad, awful), (good,) = verbalizer.token_ids
     assert WORDS.convert_ids_to_tokens([bad, awful, good]) == ["Ġbad", "Ġawful", "Ġgood"]
@@ -224,10 +226,12 @@ def test_verbalizer_scores_are_mean_logits_of_the_words() -> None:
 
 def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
     with pytest.raises(InputError, match="'extraordinary' is"):
-        Verbalizer((("bad",), ("extraordinary",)), WORDS, allow_multi_token=False)
-    assert Verbalizer((("bad",), ("extraordinary",)), WORDS, allow_multi_token=True).token_ids
+        Verbalizer((("bad",), ("extraordinary",)), WORDS, vocabulary=600, allow_multi_token=False)
+    assert Verbalizer(
+        (("bad",), ("extraordinary",)), WORDS, vocabulary=600, allow_multi_token=True
+    ).token_ids
     with pytest.raises(InputError, match="share the token"):
-        Verbalizer((("bad", "good"), ("good",)), WORDS, allow_multi_token=False)
+        Verbalizer((("bad", "good"), ("good",)), WORDS, vocabulary=600, allow_multi_token=False)
 
 
 @given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))
@@ -267,7 +271,9 @@ def test_batches_of_like_length_read_all_rows_and_pad_less() -> None:
 
 def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
     words = tiny.tokenizer("llama")
-    verbalizer = Verbalizer((("bad", "dull"), ("good",)), words, allow_multi_token=True)
+    verbalizer = Verbalizer(
+        (("bad", "dull"), ("good",)), words, vocabulary=600, allow_multi_token=True
+    )
     logits = torch.randn(3, len(words))
     lifted = verbalizer.lift(logits, (0.5, -2.0))
     torch.testing.assert_close(

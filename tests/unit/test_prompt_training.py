@@ -13,7 +13,12 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.schedule import Schedule
 from post_dist.runtime.trackers import open_public_metrics
-from post_dist.stages.prompt_training import PromptRun, PromptTrainer, train_prompts
+from post_dist.stages.prompt_training import (
+    PromptRun,
+    PromptTrainer,
+    train_prompt,
+    train_prompts,
+)
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 LEARNING_RATE = 0.1
@@ -33,7 +38,9 @@ def make_run(folder: Path, steps: int, *, show_loss: bool = True) -> PromptRun:
     )
 
 
-def train(folders: list[Path], bad_steps: list[set[int]], steps: int = 12) -> list[torch.Tensor]:
+def train(
+    folders: list[Path], bad_steps: list[set[int]], steps: int = 12
+) -> tuple[list[torch.Tensor], list[InputError | None]]:
     """Train a prompt in each folder, with a loss of NaN at its bad steps."""
     runs = [make_run(folder, steps) for folder in folders]
 
@@ -45,8 +52,8 @@ def train(folders: list[Path], bad_steps: list[set[int]], steps: int = 12) -> li
         return losses
 
     first_steps = [run.take_up("auto", ALONE) for run in runs]
-    train_prompts(runs, losses_at, first_steps[0], ALONE)
-    return [run.parameters[0].detach() for run in runs]
+    failures = train_prompts(runs, losses_at, first_steps[0], ALONE)
+    return [run.parameters[0].detach() for run in runs], failures
 
 
 def skipped_steps(folder: Path) -> list[int]:
@@ -64,7 +71,9 @@ def test_a_step_of_several_prompts_reads_all_values_at_once(tmp_path: Path) -> N
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
-    clean, spoiled = train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {3, 4, 9}])
+    prompts, failures = train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {3, 4, 9}])
+    clean, spoiled = prompts
+    assert failures == [None, None]
     assert spoiled.isfinite().all()
     section = Transfer()
     schedule = Schedule(section.schedule, section.warmup_share, steps=12)
@@ -74,10 +83,25 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert skipped_steps(tmp_path / "spoiled") == [3, 4, 9]
 
 
-def test_five_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_five_skipped_steps_in_a_row_end_the_prompt_and_not_the_others(tmp_path: Path) -> None:
     message = "spoiled: 5 steps in a row were not finite, up to step 6"
-    with pytest.raises(InputError, match=message):
-        train([tmp_path / "clean", tmp_path / "spoiled"], [set(), {2, 3, 4, 5, 6}])
+    ((alone,), _) = train([tmp_path / "alone"], [set()])
+    ((clean, _), failures) = train(
+        [tmp_path / "clean", tmp_path / "spoiled"], [set(), {2, 3, 4, 5, 6}]
+    )
+    assert torch.equal(clean, alone)
+    assert failures[0] is None
+    assert message in str(failures[1])
+
+
+def test_the_last_prompt_that_diverges_ends_the_training(tmp_path: Path) -> None:
+    _, failures = train([tmp_path / "one", tmp_path / "two"], [set(range(1, 12)), set(range(12))])
+    assert None not in failures
+    assert len(read_metric_log(tmp_path / "one" / "metrics.jsonl")) == 6
+    run = make_run(tmp_path / "alone", 12)
+    first_step = run.take_up("auto", ALONE)
+    with pytest.raises(InputError, match="5 steps in a row were not finite"):
+        train_prompt(run, lambda step: run.parameters[0].sum() * float("nan"), first_step, ALONE)
 
 
 def test_a_loss_from_private_data_is_not_shown(tmp_path: Path) -> None:

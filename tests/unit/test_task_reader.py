@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from tokenizers import AddedToken
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.data.task_reader import TaskReader
@@ -103,6 +104,7 @@ def test_a_long_response_is_cut_and_still_ends() -> None:
         ({"max_length": 5}, False, "alone fills max_length"),
         ({"label_words": (("bad",), ("extraordinary",))}, False, "'extraordinary' is"),
         ({"label_words": (("bad",), ("bad",))}, False, "share the token"),
+        ({"template": "{text}\nok: True\n"}, False, r"template '\{text\}\\nok: True\\n' ends in"),
     ],
 )
 def test_a_task_that_does_not_suit_the_tokenizer_is_refused(
@@ -111,6 +113,29 @@ def test_a_task_that_does_not_suit_the_tokenizer_is_refused(
     tokenizer = MASKED_WORDS if masked else WORDS
     with pytest.raises(InputError, match=message):
         TaskReader(replace(CLASSES, **changes), tokenizer, masked=masked, vocabulary=VOCABULARY)
+
+
+def test_a_label_word_without_an_embedding_is_refused() -> None:
+    words = tiny.tokenizer("llama")
+    words.add_tokens(AddedToken("<br>", lstrip=True))
+    task = replace(CLASSES, label_words=(("bad",), ("<br>",)))
+    with pytest.raises(InputError, match="'<br>' has no token of the model"):
+        TaskReader(task, words, masked=False, vocabulary=VOCABULARY)
+
+
+def test_responses_need_an_end() -> None:
+    words = tiny.tokenizer("llama")
+    words.eos_token = None
+    with pytest.raises(InputError, match="no end-of-text token"):
+        TaskReader(RESPONSES, words, masked=False, vocabulary=VOCABULARY)
+
+
+def test_a_text_without_tokens_has_a_place_for_the_answer() -> None:
+    reader = TaskReader(
+        replace(CLASSES, template="{text}"), WORDS, masked=False, vocabulary=VOCABULARY
+    )
+    (example,) = reader.encode([""])
+    assert (len(example.token_ids), example.answer) == (1, 0)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from post_dist.commands.privacy import budget_lines
+from post_dist.errors import InputError
 from post_dist.runtime.terminal import bar, duration
 
 
@@ -25,6 +26,11 @@ def test_a_duration_has_the_unit_that_fits(seconds: float, text: str) -> None:
 def test_a_bar_is_filled_to_its_share() -> None:
     assert [bar(share).count("█") for share in (-1, 0, 0.5, 1, 3)] == [0, 0, 10, 20, 20]
     assert {len(bar(share)) for share in (-1, 0, 0.5, 1, 3)} == {20}
+
+
+def test_a_terminal_gets_no_control_character_of_an_error() -> None:
+    error = InputError("run.yaml: two errors\n  - \x1b[31mred\r\u202e", "give \x07 another")
+    assert str(error) == "run.yaml: two errors\n  - \\x1b[31mred\\r\\u202e\n  give \\x07 another"
 
 
 def test_a_budget_is_a_sentence_and_bars() -> None:

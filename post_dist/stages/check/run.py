@@ -234,7 +234,8 @@ class _Check:
             tokenizer = model.tokenizer
             if tokenizer is None:
                 continue
-            tokens = label_tokens(stage, words, task, tokenizer, self.findings)
+            vocabulary = len(tokenizer) if model.facts is None else model.facts.vocabulary
+            tokens = label_tokens(stage, words, task, tokenizer, vocabulary, self.findings)
             if tokens:
                 self.label_words.setdefault(name, tokens)
             if model.facts is not None:

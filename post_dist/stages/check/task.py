@@ -35,6 +35,7 @@ def label_tokens(
     words: Mapping[str, Sequence[str]],
     task: PromptTask,
     tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
     findings: Findings,
 ) -> LabelTokens:
     """Find the token of each label word, and collect an error for each word that cannot be used.
@@ -44,6 +45,7 @@ def label_tokens(
         words: the label words of each class.
         task: the task, which says whether words of several tokens are allowed.
         tokenizer: the tokenizer that reads the words.
+        vocabulary: number of tokens that the model has an embedding for.
         findings: collects the errors.
 
     Returns:
@@ -52,7 +54,9 @@ def label_tokens(
 
     def bind(*classes: Sequence[str]) -> Verbalizer:
         wanted = tuple(tuple(of_class) for of_class in classes)
-        return Verbalizer(wanted, tokenizer, allow_multi_token=task.allow_multi_token)
+        return Verbalizer(
+            wanted, tokenizer, vocabulary=vocabulary, allow_multi_token=task.allow_multi_token
+        )
 
     # Each word is bound alone, so every word of several tokens is named.
     found: LabelTokens = {label: {} for label in words}

@@ -6,6 +6,7 @@ Shapes: N public examples, C classes, R tokens of a response, n prompt tokens, d
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
 from post_dist.models.adapted import adapted
+from post_dist.models.answers import check_finite
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
 from post_dist.models.classifier import word_scores
 from post_dist.models.generation import response_hidden
@@ -128,6 +130,7 @@ class ObjectiveBuilder:
 
         Raises:
             InputError: the template does not suit the models, or a label word is not one token.
+            OutputsNotFinite: the student's outputs with the prompt overflow.
         """
         log.info(
             "transfer: %d public texts, objective %s on the %s",
@@ -150,6 +153,7 @@ class ObjectiveBuilder:
             source_prompted=student.outputs(source_nd, "student + prompt", adapter),
             target=self._unprompted_outputs(target),
         )
+        check_finite(outputs.source_prompted)
 
         # Compute statistics of the classes. A task that generates text has none.
         statistics: dict[str, float] = {}
@@ -186,8 +190,16 @@ class ObjectiveBuilder:
         section: Transfer,
     ) -> "PublicReading":
         """Bind a model to a task and the public examples."""
-        reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
+        bind = partial(
+            TaskReader, tokenizer=tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
+        )
+        reader = bind(task)
         examples = reader.encode(self._public.texts, self._public.responses)
+        if reader.generates:
+            # A state is stored for each token that a response may have. The owner of the prompt
+            # says how many, and the public responses may have far fewer.
+            longest = max(len(example.response) for example in examples)
+            reader = bind(replace(task, max_response_length=longest))
         return PublicReading(name, model, reader, examples, section, self._world)
 
     def _unprompted_outputs(self, reading: "PublicReading") -> torch.Tensor:

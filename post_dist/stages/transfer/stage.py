@@ -6,6 +6,7 @@ column.
 Shapes: n prompt tokens, d width.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +28,8 @@ from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
+from post_dist.errors import InputError, PostDistError
+from post_dist.models.answers import OutputsNotFinite
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
 from post_dist.models.prompt_init import prompt_from_text
@@ -48,6 +51,8 @@ from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, co
 from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,11 +186,11 @@ def transfer(
     student_folder: Path,
     world: World,
     resume: str,
-) -> None:
+) -> dict[Path, PostDistError]:
     """Train a prompt for the target for each request, and write it to the request's artifact.
 
     `refuse_transfer` comes first. Prompts of the same shape are trained together. They gather the
-    target's weights once in each step.
+    target's weights once in each step. A prompt that overflows does not stop the others.
 
     Args:
         requests: the prompts to transfer. All share teacher, student, public task, engine and seed.
@@ -194,8 +199,11 @@ def transfer(
         world: the ranks.
         resume: `auto` resumes from the newest checkpoint; `never` deletes checkpoints first.
 
+    Returns:
+        Why a prompt was not transferred, by the path of its run folder.
+
     Raises:
-        InputError: the public task cannot be used, or training diverges.
+        InputError: the public task cannot be used.
         PrivacyRefused: the public task is marked private.
     """
     config = requests[0].folder.config
@@ -212,11 +220,16 @@ def transfer(
     public = PublicExamples(texts, responses, public_task.template)
     builder = ObjectiveBuilder(models, tokenizers, public, world)
     jobs = []
+    failed: dict[Path, PostDistError] = {}
     for request in requests:
         source = request.source
         source_nd = source.embeddings.to(world.device)
         section = request.folder.config.transfer
-        objective = builder.build(source.task, source_nd, section, source.adapter)
+        try:
+            objective = builder.build(source.task, source_nd, section, source.adapter)
+        except OutputsNotFinite as error:
+            failed[request.folder.path] = error
+            continue
         start_nd = _start(models, tokenizers, source, source_nd, section)
         run = _prompt_run(start_nd, request.folder)
         jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))
@@ -229,12 +242,18 @@ def transfer(
         tokenizer=tokenizer_fingerprint(tokenizers.target),
     )
     for group in _groups(jobs, config.transfer.prompts_at_once):
-        _train(group, models, config.seed, world)
-        for job in group:
+        failures = _train(group, models, config.seed, world)
+        for job, failure in zip(group, failures, strict=True):
+            if failure is not None:
+                failed[job.run.folder.path] = failure
+                continue
             trained_nd = job.run.parameters[0].detach()
             effect = effect_on_public_text(models.target, job.objective, trained_nd, world)
             report_effect(job.run.folder.path.name, effect, job.objective.statistics)
             world.on_main(partial(writer, job, effect))
+    for path, error in failed.items():
+        log.error("%s is not transferred: %s", path.name, error.args[0])
+    return failed
 
 
 def _start(
@@ -295,8 +314,14 @@ def _groups(jobs: Sequence[TransferJob], at_once: int) -> list[list[TransferJob]
     return groups
 
 
-def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: World) -> None:
-    """Train the prompts of one group together."""
+def _train(
+    jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: World
+) -> list[InputError | None]:
+    """Train the prompts of one group together.
+
+    Returns:
+        For each prompt the error that says how it diverged; None if it did not.
+    """
     objectives = [job.objective for job in jobs]
     prompts = [job.run.parameters[0] for job in jobs]
 
@@ -306,7 +331,7 @@ def _train(jobs: Sequence[TransferJob], models: ModelPair, seed: int, world: Wor
         losses = transfer_losses(models, objectives, prompts, [batch.rows for batch in own])
         return [batch.weight * loss for batch, loss in zip(own, losses, strict=True)]
 
-    train_prompts([job.run for job in jobs], losses_at, jobs[0].first_step, world)
+    return train_prompts([job.run for job in jobs], losses_at, jobs[0].first_step, world)
 
 
 def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World) -> RankBatch:
@@ -352,11 +377,12 @@ def _write(
     # The new prompt depends on private data only through the source prompt. By post-processing, the
     # epsilon of the source prompt holds for it too.
     contents = PromptContents(job.run.parameters[0], task, source.privacy)
-    parents = {"source prompt": source.manifest.digest, **source.manifest.parents}
+    # The roles of the sender must not replace those that this stage gives.
+    own = {"source prompt": source.manifest.digest, "target": weights}
     provenance = Provenance(
         model_name=target,
         tokenizer=tokenizer,
-        parents=parents | {"target": weights},
+        parents=source.manifest.parents | own,
         config={
             "transfer": settings,
             "task": asdict(task),

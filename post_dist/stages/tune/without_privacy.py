@@ -9,7 +9,7 @@ from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import result_of
 from post_dist.runtime.private_metrics import open_private_metrics
-from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.stages.prompt_training import PromptRun, train_prompt
 
 
 def tune_without_privacy(
@@ -40,5 +40,5 @@ def tune_without_privacy(
         show_loss=False,
     )
     first_step = run.take_up(resume, world)
-    train_prompts([run], lambda step: [part.loss(parameters, step)], first_step, world)
+    train_prompt(run, lambda step: part.loss(parameters, step), first_step, world)
     return result_of(parameters, optimizer)

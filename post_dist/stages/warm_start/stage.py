@@ -41,7 +41,7 @@ from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.runtime.trackers import open_public_metrics
-from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.stages.prompt_training import PromptRun, train_prompt
 from post_dist.stages.transfer.public_statistics import LEAST_INFORMATION, class_information
 from post_dist.stages.warm_start.conflicts import conflicts
 
@@ -247,14 +247,14 @@ def _train(
     )
     lengths = [len(example.token_ids) for example in student.examples]
 
-    def losses_at(step: int) -> list[torch.Tensor]:
+    def loss_at(step: int) -> torch.Tensor:
         chosen = rows_of_like_length(step, section.batch_size, lengths, folder.config.seed)
         (own,) = rank_batches(chosen, section.batch_size, world.rank, world.size)
         scores_BC = student.prompted_scores(own.rows, prompt_nd)
         wanted_BC = wanted_NC[own.rows].to(world.device)
-        return [own.weight * softened_kl(wanted_BC, scores_BC, 1.0, None)]
+        return own.weight * softened_kl(wanted_BC, scores_BC, 1.0, None)
 
-    train_prompts([run], losses_at, run.take_up(resume, world), world)
+    train_prompt(run, loss_at, run.take_up(resume, world), world)
     return prompt_nd.detach()
 
 
