@@ -5,14 +5,17 @@ d width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch.nn import functional
+from transformers import GenerationConfig
 
 from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
 from post_dist.models.batch_inference import InferenceRun, map_batches
 from post_dist.models.language_model import LanguageModel
+
+_FILLING = 0
+"""What follows the end of a response in a batch. It is cut off."""
 
 
 def response_hidden(
@@ -92,9 +95,6 @@ def generate_responses(
 ) -> torch.Tensor:
     """Generate a response to each example by greedy decoding.
 
-    Every token takes a forward pass over the whole text. There is no cache, because all ranks of a
-    sharded model must run the same number of forward passes.
-
     Args:
         model: a causal model.
         examples: examples without responses.
@@ -106,62 +106,48 @@ def generate_responses(
     Returns:
         Tokens [N, R] without the end token, padded with NO_TOKEN, on the CPU of every rank.
     """
-    share_prompt = prompt_nd is not None and model.shares_prompt
-    world = run.world
+    length = template.max_response_length
+    greedy = GenerationConfig(
+        max_new_tokens=length, do_sample=False, eos_token_id=end_token, pad_token_id=_FILLING
+    )
 
     def generate(chosen: list[Encoded]) -> torch.Tensor:
-        # Each draft grows by one token in each round until it ends.
-        drafts = [_Draft(example, end_token) for example in chosen]
-        for _ in range(template.max_response_length):
-            batch = template.collate([draft.example for draft in drafts]).to(world.device)
-            logits_BV = model(
-                batch.input_ids,
-                batch.attention_mask,
-                prompt_nd,
-                batch.answer,
-                share_prompt=share_prompt,
-            )
-            likeliest = logits_BV.argmax(dim=1).tolist()
-            for draft, token in zip(drafts, likeliest, strict=True):
-                draft.append(token)
-            # A rank whose responses have all ended keeps running until all ranks have finished.
-            if not world.any(any(not draft.ended for draft in drafts)):
-                break
-        padded = [draft.padded(template.max_response_length) for draft in drafts]
-        return torch.tensor(padded, device=world.device)
-
-    return map_batches(examples, generate, run)
-
-
-class _Draft:
-    """A response that is being generated.
-
-    Attributes:
-        example: the text with the tokens generated so far. Its answer position is the last token.
-    """
-
-    def __init__(self, example: Encoded, end_token: int) -> None:
-        self.example = example
-        self._end_token = end_token
-        self._tokens: list[int] = []
-
-    @property
-    def ended(self) -> bool:
-        """Whether the end token has been generated."""
-        return bool(self._tokens) and self._tokens[-1] == self._end_token
-
-    def append(self, token: int) -> None:
-        """Add a token, unless the response has ended."""
-        if self.ended:
-            return
-        self._tokens.append(token)
-        self.example = replace(
-            self.example,
-            token_ids=[*self.example.token_ids, token],
-            answer=self.example.answer + 1,
+        batch = template.collate(chosen).to(run.world.device)
+        embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
+        # All ranks of a sharded model run the same number of forward passes.
+        # pyrefly: ignore[not-callable] - a method of every model with a causal head
+        tokens_BR = model.model.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=greedy,
+            synced_gpus=run.world.size > 1,
         )
+        whole_BR = functional.pad(tokens_BR, (0, length - tokens_BR.shape[1]), value=_FILLING)
+        # A batch is shorter only if all its responses have ended.
+        ended = (whole_BR == end_token).cumsum(dim=1) > 0
+        return whole_BR.masked_fill(ended, NO_TOKEN)
 
-    def padded(self, length: int) -> list[int]:
-        """Return the tokens without the end token, padded to `length` with NO_TOKEN."""
-        text = [token for token in self._tokens if token != self._end_token]
-        return text + [NO_TOKEN] * (length - len(text))
+    # A model's folder may bring settings of its own, such as sampling.
+    own_settings = model.model.generation_config
+    model.model.generation_config = GenerationConfig()
+    try:
+        return map_batches(examples, generate, run)
+    finally:
+        model.model.generation_config = own_settings
+
+
+def _padded_on_the_left(
+    model: LanguageModel, batch: Batch, prompt_nd: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the embeddings [B, n+T, d] of a prompt and texts, and their attention mask [B, n+T].
+
+    The padding comes first, so that all texts end where their responses begin.
+    """
+    embeddings = model.embed(batch.input_ids)
+    if prompt_nd is not None:
+        prompt_Bnd = prompt_nd.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+        embeddings = torch.cat([prompt_Bnd, embeddings], dim=1)
+    padding_B = batch.input_ids.shape[1] - 1 - batch.answer
+    places = torch.arange(embeddings.shape[1], device=embeddings.device) - padding_B[:, None]
+    rows_B1 = torch.arange(len(embeddings), device=embeddings.device)[:, None]
+    return embeddings[rows_B1, places.clamp(min=0)], (places >= 0).long()
