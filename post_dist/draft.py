@@ -167,7 +167,7 @@ def draft_run(
     settings = PRESETS[preset]
     batch_size = min(settings.expected_batch_size, declared // 10)
     return _FORMAT.format(
-        name=_name(data),
+        name=_quoted(_name(data)),
         inputs=_inputs(folder, known),
         path=_quoted(os.path.relpath(data.resolve(), folder.resolve())),
         text=_quoted(f"{{{columns.text}}}"),
@@ -387,8 +387,13 @@ def _round_up(number: float) -> int:
 
 def _name(data: Path) -> str:
     """Return the name of the file as the name of a run: letters, digits, and . _ -."""
-    kept = [each if each.isascii() and each.isalnum() else "-" for each in data.stem]
-    return "".join(kept).strip("-")[:64] or "run"
+    kept = [each if _is_kept(each) else "-" for each in data.stem]
+    return "".join(kept).strip("._-")[:64] or "run"
+
+
+def _is_kept(character: str) -> bool:
+    """Return whether the name of a run may have a character."""
+    return character.isascii() and (character.isalnum() or character in "._-")
 
 
 def _quoted(text: str) -> str:

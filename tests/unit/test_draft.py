@@ -56,6 +56,16 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
         assert config.tune.init_text == PromptTask.of_section(task, None).init_text
 
 
+@pytest.mark.parametrize("stem", ["support_tickets.v2", "2026", "1_000", "1.5", "1e5", "_on"])
+def test_a_run_keeps_the_name_of_its_table(tmp_path: Path, main: Callable, stem: str) -> None:
+    data = write_table(tmp_path / f"{stem}.csv")
+    work = tmp_path / "work"
+    code, _, err = main("init", work, f"--data={data}", "--text=body", "--label=topic_name")
+    assert code == 0, err
+    config = post_dist.load_run(work / "run.yaml")
+    assert (config.name, config.private_task.name) == (stem.lstrip("_"), stem.lstrip("_"))
+
+
 def test_a_row_without_a_label_is_left_out(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", rows=300, labels=("good", "", "bad", " "))
     options = (f"--data={data}", "--text=body", "--label=topic_name")
