@@ -152,7 +152,8 @@ def _deepspeed(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "deepspeed",
             True,
-            "none: tune works without it; for the other stages, pip install 'post_dist[provider]'",
+            "none: an owner needs none to tune, evaluate or predict; "
+            "for the provider's stages, pip install 'post_dist[provider]'",
         )
         return
     yield Finding("deepspeed", True, installed["deepspeed"])

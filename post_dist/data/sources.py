@@ -164,7 +164,7 @@ def read_column(path: Path, column: str, where: str) -> list[str]:
     if column not in table.columns:
         raise InputError(
             f"{where}: {path.name} has no column '{column}'",
-            f"columns: {', '.join(map(str, table.columns))}",
+            f"name one with --column: {', '.join(map(str, table.columns))}",
         )
     # A row that was dropped would shift the answers to all rows after it.
     missing = table[column].isna().to_numpy().nonzero()[0]

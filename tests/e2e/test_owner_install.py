@@ -53,6 +53,11 @@ def test_an_owner_tunes_without_the_extras(packages: Path, tmp_path: Path) -> No
     assert post_dist_of_owner(packages, "verify", prompt).returncode == 0
 
 
+def test_the_doctor_says_that_an_owner_needs_no_deepspeed(packages: Path) -> None:
+    done = post_dist_of_owner(packages, "doctor")
+    assert "ok   deepspeed: none: an owner needs none to tune, evaluate or predict" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [("distill", "deepspeed", "provider"), ("submit", "submitit", "slurm")],

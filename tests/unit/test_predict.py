@@ -97,7 +97,7 @@ def test_an_old_task_answers_with_its_label_words(tmp_path: Path, model: Path) -
 @pytest.mark.parametrize(
     ("texts", "options", "code", "message"),
     [
-        ("t.csv", (), 2, "t.csv has no column 'text'\n  columns: body, label"),
+        ("t.csv", (), 2, "has no column 'text'\n  name one with --column: body, label"),
         ("none.csv", (), 2, "No such file"),
         ("none.txt", (), 2, "No such file"),
         ("t.doc", (), 2, "has no known file type"),
