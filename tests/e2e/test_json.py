@@ -326,9 +326,12 @@ def test_an_unknown_option_is_one_object(name: str) -> None:
 
 
 BROKEN = """
-import sys, time
+import signal, sys, time
 from post_dist import api, cli
 from post_dist.runtime.watchdog import watch
+
+# A run of the tests in the background ignores Ctrl-C, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def waits(*given, **named):
     print("ready", file=sys.stderr, flush=True)

@@ -69,7 +69,8 @@ def neighbors_leave_the_same_traces() -> None:
     # At so small a rate nothing may change a prompt, so the noise is compared as well.
     still = ["tune.learning_rate=1e-30"]
     compare([rows, more, changed], still)
-    compare([rows, more], ["privacy.clip_quantile=0.5"], stop=True)
+    adapted = ["privacy.clip_quantile=0.5", "privacy.noise_multiplier=0.7"]
+    compare([rows, more], adapted, stop=True)
     compare([rows, of_a_user], [*by_user, *still])
     compare([rows, of_a_user], by_user, stop=True)
     head = ["inputs.public_prompt=public", "tune.adapter=head"]
@@ -120,6 +121,7 @@ def traces_of(
         (place / "runs" / "tiny").mkdir(parents=True)
         (place / "runs" / "tiny" / ".name_key").write_bytes(name_key)
         said = tune(run, settings, stop=stop)
+        assert said[0] == (6 if stop else 0), said
         files = {}
         for path in sorted((place / "runs").rglob("*")):
             if path.name not in OWNERS_OWN:
