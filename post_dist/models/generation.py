@@ -143,10 +143,7 @@ def _padded_on_the_left(
 
     The padding comes first, so that all texts end where their responses begin.
     """
-    embeddings = model.embed(batch.input_ids)
-    if prompt_nd is not None:
-        prompt_Bnd = prompt_nd.to(embeddings.dtype).expand(len(embeddings), -1, -1)
-        embeddings = torch.cat([prompt_Bnd, embeddings], dim=1)
+    embeddings = model.embed_behind(prompt_nd, batch.input_ids)
     padding_B = batch.input_ids.shape[1] - 1 - batch.answer
     places = torch.arange(embeddings.shape[1], device=embeddings.device) - padding_B[:, None]
     rows_B1 = torch.arange(len(embeddings), device=embeddings.device)[:, None]

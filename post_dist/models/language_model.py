@@ -130,6 +130,19 @@ class LanguageModel(nn.Module):
         embeddings: torch.Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings
 
+    def embed_behind(self, prompt: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the input embeddings [B, n+T, d] of texts [B, T] behind a prompt.
+
+        Args:
+            prompt: soft prompt [n, d], or [B, n, d] with one prompt for each text; None for none.
+            input_ids: [B, T].
+        """
+        embeddings = self.embed(input_ids)
+        if prompt is None:
+            return embeddings
+        prompt_Bnd = prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1)
+        return torch.cat([prompt_Bnd, embeddings], dim=1)
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., V] of hidden states [..., d]."""
         return self.capped(self.head_module(hidden))
@@ -289,10 +302,7 @@ class LanguageModel(nn.Module):
         prefix: Sequence[torch.Tensor] | None,
     ) -> dict[str, Any]:
         """Return the keyword arguments of the trunk."""
-        embeddings = self.embed(input_ids)
-        if prompt is not None:
-            prompt_Bnd = prompt.to(embeddings.dtype).expand(len(input_ids), -1, -1)
-            embeddings = torch.cat([prompt_Bnd, embeddings], dim=1)
+        embeddings = self.embed_behind(prompt, input_ids)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings}
         if not self.masked:
             return inputs | self._cache(prefix, len(input_ids))
