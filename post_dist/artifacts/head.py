@@ -1,6 +1,7 @@
-"""A linear head: class scores from a model's hidden state, behind a soft prompt.
+"""A linear head: class scores from a model's hidden states, behind a soft prompt.
 
-Shapes: B examples, C classes, d width.
+Shapes: B examples, C classes, m features: the hidden states of one or more layers, one behind
+another.
 """
 
 from collections.abc import Mapping
@@ -17,9 +18,9 @@ class LinearHead:
     All tensors are in fp64, so that a step is the same on every machine.
 
     Attributes:
-        mean: mean [d] of the hidden states of public text.
-        scale: their standard deviation [d].
-        weight: one vector [C, d] for each class.
+        mean: mean [m] of the hidden states of public text.
+        scale: their standard deviation [m].
+        weight: one vector [C, m] for each class.
         bias: one number [C] for each class.
         title: name of this kind of adapter in messages.
         in_peft: whether PEFT runs it.
@@ -34,14 +35,14 @@ class LinearHead:
     bias: torch.Tensor
 
     @classmethod
-    def untrained(cls, hidden_Nd: torch.Tensor, num_classes: int) -> "LinearHead":
+    def untrained(cls, hidden_Nm: torch.Tensor, num_classes: int) -> "LinearHead":
         """Make a head whose scores are zero.
 
         Args:
-            hidden_Nd: hidden states of public text, which give mean and scale.
+            hidden_Nm: hidden states of public text, which give mean and scale.
             num_classes: number of classes C.
         """
-        hidden = hidden_Nd.double()
+        hidden = hidden_Nm.double()
         # A coordinate that never changes says nothing, whatever it is divided by.
         scale = hidden.std(dim=0).clamp_min(torch.finfo(torch.float32).eps)
         weight = hidden.new_zeros(num_classes, hidden.shape[1])
@@ -57,27 +58,35 @@ class LinearHead:
         """Whether the head adds anything to the scores."""
         return bool(self.weight.any() or self.bias.any())
 
+    def depth(self, width: int) -> int:
+        """Return the number of layers that the head reads, the last ones of a model.
+
+        Args:
+            width: width of the model's hidden states, of which m is a multiple.
+        """
+        return len(self.mean) // width
+
     def with_values(self, weight: torch.Tensor, bias: torch.Tensor) -> "LinearHead":
         """Return the head with trained values."""
         return replace(self, weight=weight.detach().double(), bias=bias.detach().double())
 
-    def features(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
-        """Standardize hidden states, and scale each to length 1.
+    def features(self, hidden_Bm: torch.Tensor) -> torch.Tensor:
+        """Standardize hidden states, and scale each row to length 1.
 
         Args:
-            hidden_Bd: hidden states, or one [d].
+            hidden_Bm: hidden states, or those of one example [m].
 
         Returns:
             Features of the same shape, in fp64.
         """
-        device = hidden_Bd.device
-        standard = (hidden_Bd.double() - self.mean.to(device)) / self.scale.to(device)
+        device = hidden_Bm.device
+        standard = (hidden_Bm.double() - self.mean.to(device)) / self.scale.to(device)
         lengths = standard.norm(dim=-1, keepdim=True)
         return standard / lengths.clamp_min(torch.finfo(torch.float64).tiny)
 
-    def scores(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
+    def scores(self, hidden_Bm: torch.Tensor) -> torch.Tensor:
         """Return what the head adds to the class scores [B, C], in fp32."""
-        device = hidden_Bd.device
-        features_Bd = self.features(hidden_Bd)
-        scores_BC = features_Bd @ self.weight.to(device).T + self.bias.to(device)
+        device = hidden_Bm.device
+        features_Bm = self.features(hidden_Bm)
+        scores_BC = features_Bm @ self.weight.to(device).T + self.bias.to(device)
         return scores_BC.float()

@@ -37,6 +37,8 @@ _NORM_LIMIT = 1e4
 """
 _BIAS_LIMIT = 100.0
 """Largest bias of a class score. A class with another 100 nats is chosen whatever the text says."""
+_STATE_LIMIT = 1e6
+"""Largest mean or scale of a hidden state. Inner layers of some families reach 100,000."""
 _LEAST_SCALE = 1e-9
 _LENGTH_LIMIT = 1 << 20
 """Most tokens of a text or a response; no known model reads more."""
@@ -66,7 +68,7 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
 
     Args:
         path: the file.
-        width: width d of the prompt that it belongs to.
+        width: width of the prompt that it belongs to. A head of several layers reads a multiple.
         num_classes: number of classes C of its task.
 
     Raises:
@@ -75,13 +77,16 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
     """
     tensors = _read_known(path, _HEAD_DIMENSIONS)
     head = LinearHead(**{name: tensor.double() for name, tensor in tensors.items()})
-    fits = head.weight.shape == (num_classes, width) and len(head.bias) == num_classes
-    if not fits or len(head.mean) != width or len(head.scale) != width:
+    features = width * max(1, head.depth(width))
+    fits = head.weight.shape == (num_classes, features) and len(head.bias) == num_classes
+    if not fits or len(head.mean) != features or len(head.scale) != features:
         raise ArtifactRefused(f"{path} does not fit {num_classes} classes and width {width}")
     if head.scale.min() < _LEAST_SCALE:
         raise ArtifactRefused(f"{path} holds a scale below {_LEAST_SCALE:g}")
-    if max(value.abs().max() for value in tensors.values()) > _NORM_LIMIT:
+    if max(head.weight.abs().max(), head.bias.abs().max()) > _NORM_LIMIT:
         raise ArtifactRefused(f"{path} holds a value above {_NORM_LIMIT:g}")
+    if max(head.mean.abs().max(), head.scale.max()) > _STATE_LIMIT:
+        raise ArtifactRefused(f"{path} holds a mean or scale above {_STATE_LIMIT:g}")
     return head
 
 

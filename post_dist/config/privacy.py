@@ -36,7 +36,8 @@ class Privacy(Section):
     steps: PositiveInt | None = None
     """Number of steps of the private run. Default: `tune.steps`."""
     learning_rate: PositiveFloat | None = None
-    """Learning rate of the private run. Default: `tune.learning_rate`."""
+    """Learning rate of the private run. Default: `tune.learning_rate`. For a head, the default is
+    lower if the noise of the plan would otherwise move a class score by more than 0.4 nats."""
     max_grad_norm: PositiveFloat = 1.0
     """C: the Euclidean norm to which each example's gradient is clipped."""
     clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -19,7 +19,7 @@ _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_virtual_tokens": 10,
         "steps": 400,
         "batch_size": 512,
-        "learning_rate": 1.0,
+        "learning_rate": 4.0,
         "schedule": "constant",
         "warmup_share": 0.0,
         "optimizer": "averaged_sgd",
@@ -167,6 +167,9 @@ class WarmStart(PromptTraining):
     class_shares: tuple[PositiveFloat, ...] = ()
     """Share of each class among the texts, as far as it is known without private data. The scores
     of the large LLM are shifted to these shares. Default: equal shares."""
+    head_layers: Annotated[int, Field(gt=0, le=64)] = 4
+    """The untrained head of the public prompt reads the hidden states of this many layers of the
+    student, the last ones. The middle of a model often knows more of a task than its end."""
     steps: PositiveInt = 100
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-2

@@ -85,7 +85,7 @@ def outputs_at_answers(
     reduce: Callable[[torch.Tensor], torch.Tensor],
     run: InferenceRun,
     *,
-    with_head: bool = True,
+    depth: int | None = None,
 ) -> torch.Tensor:
     """Run a model on examples, and reduce its outputs at the answer positions.
 
@@ -95,9 +95,9 @@ def outputs_at_answers(
         template: pads the examples of a batch.
         prompt_nd: soft prompt [n, d] before each example; None for no prompt.
         reduce: function of the logits [B, V] at the answer positions, or of the hidden states
-            [B, d] without the head. It returns a tensor [B, ...].
+            [B, depth d]. It returns a tensor [B, ...].
         run: batch size, ranks and label.
-        with_head: whether to run the head.
+        depth: number of layers whose hidden states are reduced, the last ones; None for the logits.
 
     Returns:
         The reduced outputs [N, ...], on the CPU of every rank.
@@ -112,7 +112,7 @@ def outputs_at_answers(
             prompt_nd,
             batch.answer,
             share_prompt=share_prompt,
-            with_head=with_head,
+            depth=depth,
         )
         return reduce(outputs)
 

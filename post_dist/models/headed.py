@@ -1,6 +1,7 @@
 """Class scores of a model with a soft prompt before the text and a linear head behind it.
 
-Shapes: N examples, C classes, n prompt tokens, d width.
+Shapes: B examples of a batch, N examples, C classes, n prompt tokens, d width, m features of the
+head.
 """
 
 import torch
@@ -40,7 +41,7 @@ def headed_scores(
         examples,
         reader.template,
         prompt_nd,
-        lambda hidden_Bd: of_words(hidden_Bd) + head.scores(hidden_Bd),
+        lambda hidden_Bm: of_words(hidden_Bm[:, -model.width :]) + head.scores(hidden_Bm),
         run,
-        with_head=False,
+        depth=head.depth(model.width),
     )

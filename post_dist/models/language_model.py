@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from post_dist.models import families
 from post_dist.models.agreement import agree
 from post_dist.models.last_layer import run_at
+from post_dist.models.layer_outputs import outputs_of
 from post_dist.models.shared_prompt import PACKABLE, Packing
 from post_dist.runtime.gathering import gathered
 
@@ -218,9 +219,9 @@ class LanguageModel(nn.Module):
         *,
         share_prompt: bool = False,
         position_ids: torch.Tensor | None = None,
-        with_head: bool = True,
         tokens: Sequence[int] | None = None,
         beside: torch.Tensor | None = None,
+        depth: int | None = None,
     ) -> torch.Tensor:
         """Run the trunk, and the head at the answer positions if `answer` is given.
 
@@ -238,15 +239,19 @@ class LanguageModel(nn.Module):
                 order. This needs `answer` and a causal model that `shares_prompt`.
             position_ids: [B, T], for a causal model without a prompt. Where positions start again,
                 a new document starts, which does not attend to the one before.
-            with_head: whether to run the head at the answers.
             tokens: return the logits of these K tokens only; None for all V.
             beside: hidden states [M, d] of earlier answers. Their logits are also returned, so that
                 a sharded head is gathered only once.
+            depth: at the answers, return the hidden states of this many layers, the last ones, in
+                place of logits.
 
         Returns:
             Without `answer`, the trunk's last hidden states [B, n+T, d], or [B, T, d] with a
-            prefix. With `answer`, the logits [B+M, V] or [B+M, K] at the answers. Without the head,
-            the hidden states [B+M, d] there.
+            prefix. With `answer`, the logits [B+M, V] or [B+M, K] at the answers. With `depth`, the
+            hidden states [B+M, depth d] there, lower layers first.
+
+        Raises:
+            InputError: the outputs of the layers cannot be read.
         """
         if answer is None:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
@@ -255,16 +260,16 @@ class LanguageModel(nn.Module):
             return self._trunk(inputs)
 
         if share_prompt and prompt is not None:
-            hidden_Bd = self._at_answers_of_packed(input_ids, prompt, answer)
+            hidden_Bd = self._at_answers_of_packed(input_ids, prompt, answer, depth or 1)
         else:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
             rows_B = torch.arange(len(answer), device=answer.device)
             num_virtual_tokens = 0 if prompt is None else prompt.shape[-2]
-            hidden_Bd = self._at_answers(inputs, rows_B, answer + num_virtual_tokens)
+            hidden_Bd = self._at_answers(inputs, rows_B, answer + num_virtual_tokens, depth or 1)
 
         if beside is not None:
             hidden_Bd = torch.cat([hidden_Bd, beside])
-        if not with_head:
+        if depth is not None:
             return hidden_Bd
         return self.head(hidden_Bd) if tokens is None else self.head_of(tokens)(hidden_Bd)
 
@@ -273,16 +278,26 @@ class LanguageModel(nn.Module):
         return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)
 
     def _at_answers(
-        self, inputs: dict[str, Any], rows_B: torch.Tensor, places_B: torch.Tensor
+        self,
+        inputs: dict[str, Any],
+        rows_B: torch.Tensor,
+        places_B: torch.Tensor,
+        depth: int,
     ) -> torch.Tensor:
-        """Return the trunk's last hidden states [B, d], at one position of each example."""
-        with run_at(families.mlp_of(self.layers[-1]), rows_B, places_B):
-            return self._trunk(inputs)[rows_B, places_B]
+        """Return the hidden states [B, depth d] of the last layers, at a position of each example.
+
+        Those of the last layer are the trunk's, behind its last norm.
+        """
+        lower = self.layers[len(self.layers) - depth : -1]
+        mlp = families.mlp_of(self.layers[-1])
+        with run_at(mlp, rows_B, places_B), outputs_of(lower) as states:
+            states.append(self._trunk(inputs))
+        return torch.cat([state[rows_B, places_B] for state in states], dim=-1)
 
     def _at_answers_of_packed(
-        self, input_ids: torch.Tensor, prompt: torch.Tensor, answer: torch.Tensor
+        self, input_ids: torch.Tensor, prompt: torch.Tensor, answer: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        """Return the last hidden states [B, d] at the answers of examples that share G prompts."""
+        """Return the same for examples that share G prompts."""
         prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
         groups = len(prompts_Gnd)
         packing = Packing(
@@ -292,7 +307,8 @@ class LanguageModel(nn.Module):
             answers_GB=answer.view(groups, -1),
         )
         inputs = self._packed_inputs(input_ids, prompts_Gnd, packing)
-        return self._at_answers(inputs, packing.groups_GB.flatten(), packing.places_GB.flatten())
+        groups_B = packing.groups_GB.flatten()
+        return self._at_answers(inputs, groups_B, packing.places_GB.flatten(), depth)
 
     def _inputs(
         self,

@@ -1,7 +1,7 @@
 """The model, task and examples that a prompt is tuned with, privately or not.
 
 Shapes: B examples of a batch, N examples, n prompt tokens, d width, C classes, R tokens of a
-response.
+response, m features of a head.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class AnswerStates:
     """Runs the model behind the initial prompt of a task, without gradients.
 
     Args:
-        task: the model, the prompt and the label words.
+        task: the model, the prompt, the label words, and the head that reads the states.
     """
 
     @torch.no_grad()
@@ -89,23 +89,25 @@ class AnswerStates:
         self._prompt = task.start_nd if task.model.masked else None
         self._prefix = None if task.model.masked else task.model.prefix_of(task.start_nd)
         self._word_scores = word_scores(task.model, task.reader.verbalizer)
+        self._depth = task.need(LinearHead).depth(task.model.width)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a batch on the model's device.
 
         Returns:
-            The hidden states [B, d] at the answers, and the class scores [B, C] of the label words.
+            The hidden states [B, m] at the answers, which the head reads, and the class scores
+            [B, C] of the label words.
         """
-        hidden_Bd = self._model(
+        hidden_Bm = self._model(
             batch.input_ids,
             batch.attention_mask,
             self._prompt,
             batch.answer,
             self._prefix,
-            with_head=False,
+            depth=self._depth,
         )
-        return hidden_Bd, self._word_scores(hidden_Bd)
+        return hidden_Bm, self._word_scores(hidden_Bm[:, -self._model.width :])
 
 
 def example_losses(

@@ -3,7 +3,7 @@
 The hidden states behind the prompt do not change during the training. They are computed once, and a
 step then takes milliseconds.
 
-Shapes: B units, N examples, C classes, d width.
+Shapes: B units, N examples, C classes, m features: the hidden states of one or more layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,12 +40,12 @@ class HeadInputs:
     """What a head reads of the examples, in fp64.
 
     Attributes:
-        features_Nd: features of length 1.
+        features_Nm: features of length 1.
         scores_NC: class scores of the label words, to which the head adds its own.
         classes_N: the classes.
     """
 
-    features_Nd: np.ndarray
+    features_Nm: np.ndarray
     scores_NC: np.ndarray
     classes_N: np.ndarray
 
@@ -67,24 +67,24 @@ def head_inputs(task: TuningTask, sizes: Mapping[int, int], world: World) -> Hea
     """
     head = task.need(LinearHead)
     count = len(task.examples)
-    features_Nd = np.zeros((count, len(head.mean)))
+    features_Nm = np.zeros((count, len(head.mean)))
     scores_NC = np.zeros((count, len(head.bias)))
     states = AnswerStates(task)
     for micro_batch in micro_batches(task, range(count), sizes, world.device):
         # This tells the watchdog that the run is alive, but not how many batches there are.
         phase("reading the examples")
-        hidden_Bd, scores_BC = states(micro_batch.batch)
+        hidden_Bm, scores_BC = states(micro_batch.batch)
         for place, example in enumerate(micro_batch.examples):
             # One example at a time, so that rounding does not depend on its place.
-            features_Nd[example] = head.features(hidden_Bd[place].clone()).cpu().numpy()
+            features_Nm[example] = head.features(hidden_Bm[place].clone()).cpu().numpy()
             scores_NC[example] = scores_BC[place].double().cpu().numpy()
         if stop_requested(world):
             raise stopped("the next start reads the examples again")
-    return HeadInputs(features_Nd, scores_NC, task.targets.numpy())
+    return HeadInputs(features_Nm, scores_NC, task.targets.numpy())
 
 
 class TunedHead:
-    """The weight [C, d] and the bias [C] of a head.
+    """The weight [C, m] and the bias [C] of a head.
 
     Args:
         task: the model, the training examples, and the prompt and head to start from.
@@ -104,7 +104,7 @@ class TunedHead:
         self._inputs = head_inputs(task, sizes, world)
         # Every example is computed at the same place in memory, because kernels may treat the ends
         # of an array by its address.
-        self._feature_d = np.zeros(len(self._head.mean))
+        self._feature_m = np.zeros(len(self._head.mean))
 
     @staticmethod
     def start(
@@ -179,19 +179,19 @@ class TunedHead:
         The gradient of the cross-entropy is the outer product of the error of the probabilities and
         the feature.
         """
-        weight_Cd, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
-        at_once = max(1, _GRADIENT_BYTES // weight_Cd.nbytes)
+        weight_Cm, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
+        at_once = max(1, _GRADIENT_BYTES // weight_Cm.nbytes)
         for start in range(0, len(units), at_once):
             chosen = units[start : start + at_once]
-            weight_BCd = np.zeros((len(chosen), *weight_Cd.shape))
+            weight_BCm = np.zeros((len(chosen), *weight_Cm.shape))
             bias_BC = np.zeros((len(chosen), len(bias_C)))
             for row, unit in enumerate(chosen):
                 for example in self.units[unit]:
-                    error_C = self._probabilities(self._inputs, example, weight_Cd, bias_C)
+                    error_C = self._probabilities(self._inputs, example, weight_Cm, bias_C)
                     error_C[self._inputs.classes_N[example]] -= 1
-                    weight_BCd[row] += np.outer(error_C, self._feature_d)
+                    weight_BCm[row] += np.outer(error_C, self._feature_m)
                     bias_BC[row] += error_C
-            yield [torch.from_numpy(weight_BCd), torch.from_numpy(bias_BC)]
+            yield [torch.from_numpy(weight_BCm), torch.from_numpy(bias_BC)]
 
     def count_right(self, parameters: Sequence[torch.Tensor]) -> int:
         """Count the validation examples that the head classifies correctly.
@@ -200,11 +200,11 @@ class TunedHead:
             InputError: the data have no validation examples.
             Interrupted: the run was asked to stop.
         """
-        weight_Cd, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
+        weight_Cm, bias_C = (parameter.detach().double().numpy() for parameter in parameters)
         inputs = self._validation
         right = 0
         for example, label in enumerate(inputs.classes_N):
-            p_C = self._probabilities(inputs, example, weight_Cd, bias_C)
+            p_C = self._probabilities(inputs, example, weight_Cm, bias_C)
             right += int(p_C.argmax() == label)
         return right
 
@@ -213,14 +213,14 @@ class TunedHead:
         count = len(self._task.examples)
         size = min(self._config.tune.batch_size, count)
         chosen = shuffled_rows(step * size, size, count, self._config.seed)
-        weight_Cd, bias_C = parameters
-        scores_BC = self._scores_NC[chosen] + self._features_Nd[chosen] @ weight_Cd.T + bias_C
+        weight_Cm, bias_C = parameters
+        scores_BC = self._scores_NC[chosen] + self._features_Nm[chosen] @ weight_Cm.T + bias_C
         return functional.cross_entropy(scores_BC, self._task.targets[chosen])
 
     @cached_property
-    def _features_Nd(self) -> torch.Tensor:
+    def _features_Nm(self) -> torch.Tensor:
         """The features in fp32."""
-        return torch.from_numpy(self._inputs.features_Nd).float()
+        return torch.from_numpy(self._inputs.features_Nm).float()
 
     @cached_property
     def _scores_NC(self) -> torch.Tensor:
@@ -233,11 +233,11 @@ class TunedHead:
         return head_inputs(validation, self._sizes, self._world)
 
     def _probabilities(
-        self, inputs: HeadInputs, example: int, weight_Cd: np.ndarray, bias_C: np.ndarray
+        self, inputs: HeadInputs, example: int, weight_Cm: np.ndarray, bias_C: np.ndarray
     ) -> np.ndarray:
         """Return an example's class probabilities [C], and keep its feature."""
-        self._feature_d[:] = inputs.features_Nd[example]
-        scores_C = inputs.scores_NC[example] + weight_Cd @ self._feature_d + bias_C
+        self._feature_m[:] = inputs.features_Nm[example]
+        scores_C = inputs.scores_NC[example] + weight_Cm @ self._feature_m + bias_C
         p_C: np.ndarray = np.exp(scores_C - scores_C.max())
         p_C /= p_C.sum()
         return p_C

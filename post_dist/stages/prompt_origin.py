@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
@@ -32,7 +33,7 @@ def check_belongs(
 
     Raises:
         ArtifactRefused: the widths or the tokenizers of prompt and model differ, or the model lacks
-            a layer of its LoRA.
+            a layer of its head or LoRA.
     """
     width = prompt.embeddings.shape[1]
     if model.width != width:
@@ -43,6 +44,10 @@ def check_belongs(
         raise ArtifactRefused(
             f"the tokenizer of {whose} is not the one that the prompt was tuned with"
         )
+    if isinstance(prompt.adapter, LinearHead):
+        depth = prompt.adapter.depth(width)
+        if depth > model.layers:
+            raise ArtifactRefused(f"the head reads {depth} layers, but {whose} has {model.layers}")
     if isinstance(prompt.adapter, Lora):
         linears = {name: shape for layer in model.linears for name, shape in layer.items()}
         misfit = prompt.adapter.misfit(linears)

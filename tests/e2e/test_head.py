@@ -116,6 +116,19 @@ def test_a_prompt_that_private_data_have_touched_starts_no_tuning(
     assert "is a soft prompt, not a public prompt" in out
 
 
+def test_a_head_of_more_layers_than_the_student_has_is_refused(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    assert main("warm-start", run, "--set=warm_start.head_layers=3")[0] == 0
+    public = artifact(tmp_path, "warm_start")
+    # A student of fewer layers has the width and the tokenizer of this one.
+    tiny.write_model(tmp_path / "student", "llama", layers=2)
+    code, _, err = main("tune", run, f"--set=inputs.public_prompt={public}")
+    assert code == 4
+    assert "the head reads 3 layers, but the student has 2" in err
+
+
 def test_check_lists_what_the_stages_refuse_of_a_start_and_a_head(
     tmp_path: Path, main: Callable
 ) -> None:

@@ -1,5 +1,6 @@
 """Checks of a linear head as the part that private tuning trains."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from privacy.checks import noisy_sums, part, quiet_source
+from privacy.checks import noisy_sums, part, plan_of, quiet_source
 from privacy.gradient_checks import (
     WORLD,
     Change,
@@ -28,7 +29,8 @@ def tuned_head(**changes: Any) -> Any:
     from post_dist.config.stages import Tune
 
     task = replace(tuning_task("llama", torch.float32), **changes)
-    hidden = torch.randn(50, task.model.width, generator=torch.Generator().manual_seed(3))
+    # The head reads two layers.
+    hidden = torch.randn(50, 2 * task.model.width, generator=torch.Generator().manual_seed(3))
     head = LinearHead.untrained(hidden, 2)
     task = replace(task, start_nd=task.start_nd.float(), adapter=head)
     config = SimpleNamespace(tune=Tune(adapter="head"), need_task=lambda role: None)
@@ -47,7 +49,7 @@ def expected_gradients(made: Any, parameters: Sequence[torch.Tensor]) -> list[to
     weights = [parameter.double().requires_grad_(True) for parameter in parameters]
     found: list[list[torch.Tensor]] = [[], []]
     for example, label in enumerate(inputs.classes_N):
-        feature = torch.from_numpy(inputs.features_Nd[example])
+        feature = torch.from_numpy(inputs.features_Nm[example])
         scores = torch.from_numpy(inputs.scores_NC[example]) + weights[0] @ feature + weights[1]
         loss = functional.cross_entropy(scores[None], torch.tensor([label]))
         for kept, gradient in zip(found, torch.autograd.grad(loss, weights), strict=True):
@@ -99,7 +101,7 @@ def no_example_changes_what_a_head_reads_of_another() -> None:
         examples = [task.examples[example] for example in chosen]
         some = tuned_head(examples=examples, targets=task.targets[chosen])[0]._inputs
         for place, example in enumerate(chosen):
-            assert (some.features_Nd[place] == whole.features_Nd[example]).all()
+            assert (some.features_Nm[place] == whole.features_Nm[example]).all()
             assert (some.scores_NC[place] == whole.scores_NC[example]).all()
             assert some.classes_N[place] == whole.classes_N[example]
 
@@ -113,8 +115,8 @@ def a_head_reads_the_prompted_student() -> None:
     for example, target in zip(task.examples, task.targets, strict=True):
         batch = task.reader.collate([example])
         arguments = (batch.input_ids, batch.attention_mask, task.start_nd, batch.answer)
-        hidden = task.model(*arguments, with_head=False)
-        scores = task.reader.scores(task.model.head(hidden)) + head.scores(hidden)
+        of_words = task.reader.scores(task.model(*arguments))
+        scores = of_words + head.scores(task.model(*arguments, depth=2))
         right += int(scores.argmax() == target)
     # What the private run counts on the validation split is what `evaluate` computes.
     scoring = part("privacy.tuned_head")
@@ -123,6 +125,25 @@ def a_head_reads_the_prompted_student() -> None:
         assert made.count_right([torch.zeros_like(weight), torch.tensor([0.0, 1e3])]) == int(
             (task.targets == 1).sum()
         )
+
+
+def noise_moves_the_scores_of_a_head_by_less_than_half_a_nat() -> None:
+    from post_dist.config.privacy import Privacy
+    from post_dist.config.stages import Tune
+
+    rate_of = part("privacy.private_run")._learning_rate
+    plan = plan_of(noise_multiplier=5.0, max_grad_norm=2.0, steps=100, expected_batch_size=50.0)
+
+    def rate(tune: Tune, privacy: Privacy) -> float:
+        return rate_of(SimpleNamespace(tune=tune, privacy=privacy), plan)
+
+    # A step's noise is 5 * 2 / 50 = 0.2. After 100 steps of rate 1 it would be 2.
+    head = Tune(adapter="head")
+    assert math.isclose(rate(head, Privacy()), 0.2)
+    assert rate(Tune(adapter="head", learning_rate=0.1), Privacy()) == 0.1
+    # What the run file says is taken.
+    assert rate(head, Privacy(learning_rate=3.0)) == 3.0
+    assert rate(Tune(), Privacy()) == Tune().learning_rate
 
 
 def no_place_counts_for_a_head() -> None:
@@ -146,4 +167,5 @@ CHECKS: list[Callable[[], None]] = [
     no_example_changes_what_a_head_reads_of_another,
     a_head_reads_the_prompted_student,
     no_place_counts_for_a_head,
+    noise_moves_the_scores_of_a_head_by_less_than_half_a_nat,
 ]

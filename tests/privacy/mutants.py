@@ -1067,22 +1067,22 @@ MUTANTS = [
     Mutant(
         "a head's gradient of another example's feature",
         "privacy.tuned_head",
-        "self._feature_d[:] = inputs.features_Nd[example]",
-        "self._feature_d[:] = inputs.features_Nd[example - 1]",
+        "self._feature_m[:] = inputs.features_Nm[example]",
+        "self._feature_m[:] = inputs.features_Nm[example - 1]",
         "a_head_s_gradients_are_those_of_its_loss",
     ),
     Mutant(
         "the last example of a user alone moves a head",
         "privacy.tuned_head",
-        "weight_BCd[row] += np.outer",
-        "weight_BCd[row] = np.outer",
+        "weight_BCm[row] += np.outer",
+        "weight_BCm[row] = np.outer",
         "a_head_s_gradients_are_those_of_its_loss",
     ),
     Mutant(
         "a head without the scores of the label words",
         "privacy.tuned_head",
-        "inputs.scores_NC[example] + weight_Cd",
-        "weight_Cd",
+        "inputs.scores_NC[example] + weight_Cm",
+        "weight_Cm",
         "a_head_s_gradients_are_those_of_its_loss",
     ),
     Mutant(
@@ -1102,8 +1102,8 @@ MUTANTS = [
     Mutant(
         "features standardized by the private examples",
         "privacy.tuned_head",
-        "    return HeadInputs(features_Nd, scores_NC",
-        "    features_Nd -= features_Nd.mean(axis=0)\n    return HeadInputs(features_Nd, scores_NC",
+        "    return HeadInputs(features_Nm, scores_NC",
+        "    features_Nm -= features_Nm.mean(axis=0)\n    return HeadInputs(features_Nm, scores_NC",
         "no_example_changes_what_a_head_reads_of_another",
     ),
     Mutant(

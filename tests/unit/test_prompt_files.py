@@ -166,18 +166,30 @@ def test_a_head_adds_to_the_scores_of_standardized_states_of_length_1(tmp_path: 
     torch.testing.assert_close(head.scores(torch.ones(1, 4)), torch.tensor([[0.5, -0.5]]))
 
 
+def test_a_head_of_several_layers_reads_the_last_ones(tmp_path: Path) -> None:
+    tensors = head_tensors(mean=torch.full((8,), 2e4), scale=torch.ones(8), weight=torch.ones(2, 8))
+    head = read_prompt(write_with_head(tmp_path / "p", tensors)).adapter
+    assert head.depth(4) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"weight": torch.full((2, 4), float("nan"))}, "not finite"),
         ({"weight": torch.full((2, 4), 1e9)}, "above"),
-        ({"mean": torch.full((4,), 1e9)}, "above"),
+        ({"mean": torch.full((4,), 1e7)}, "a mean or scale above"),
+        ({"scale": torch.full((4,), 1e7)}, "a mean or scale above"),
         ({"scale": torch.zeros(4)}, "a scale below"),
         ({"scale": -torch.ones(4)}, "a scale below"),
         ({"weight": torch.zeros(3, 4)}, "does not fit 2 classes and width 4"),
         ({"weight": torch.zeros(2, 5)}, "does not fit 2 classes and width 4"),
         ({"mean": torch.zeros(5)}, "does not fit 2 classes and width 4"),
         ({"scale": torch.ones(3)}, "does not fit 2 classes and width 4"),
+        ({"weight": torch.zeros(2, 8)}, "does not fit 2 classes and width 4"),
+        (
+            {"mean": torch.zeros(0), "scale": torch.ones(0), "weight": torch.zeros(2, 0)},
+            "without a shape",
+        ),
         ({"bias": torch.zeros(3)}, "does not fit 2 classes and width 4"),
         ({"bias": torch.zeros(2, 1)}, "dimensions"),
         ({"more": torch.zeros(1)}, "does not hold bias, mean, scale, weight alone"),

@@ -279,7 +279,7 @@ class PublicReading:
             prompt_nd,
             reduce,
             run,
-            with_head=by_classes,
+            depth=None if by_classes else 1,
         )
 
     def _response_hidden(

@@ -3,7 +3,8 @@
 It reads no private data, so it has no epsilon. Private tuning that starts from it has less to
 learn.
 
-Shapes: N public texts, B texts of a batch, C classes, n prompt tokens, d width.
+Shapes: N public texts, B texts of a batch, C classes, n prompt tokens, d width, m features of the
+head.
 """
 
 import logging
@@ -115,16 +116,18 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     model = load_whole(models.student, precision, world.device)
     tokenizer = load_tokenizer(models.student)
     reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
-    student = _Student(model, reader, reader.encode(texts), world)
+    # A student may have fewer layers than the run file names.
+    depth = min(section.head_layers, len(model.layers))
+    student = _Student(model, reader, reader.encode(texts), depth, world)
     start_nd = prompt_from_text(model, tokenizer, task.init_text, section.num_virtual_tokens)
     start_nd = start_nd.to(world.device, torch.float32)
     tuned_nd = _train(folder, section, student, start_nd.clone(), wanted_NC, resume)
 
     # A prompt that says the same of all texts is worse than the words that it started from.
-    hidden_Nd = student.hidden(tuned_nd, "public prompt")
+    hidden_Nm = student.hidden(tuned_nd, "public prompt")
     statistics = {
         "teacher_information_nats": class_information(wanted_NC),
-        "prompt_information_nats": class_information(student.scores(hidden_Nd)),
+        "prompt_information_nats": class_information(student.scores(hidden_Nm)),
     }
     useful = min(statistics.values()) >= LEAST_INFORMATION
     log.info("warm-start: class information of teacher and prompt: %s", statistics)
@@ -133,10 +136,10 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
             "warm-start: the scores hardly depend on the text, so the prompt stays as it was "
             "initialized; compare the public text with the task"
         )
-        hidden_Nd = student.hidden(start_nd, "initial prompt")
+        hidden_Nm = student.hidden(start_nd, "initial prompt")
     prompt_nd = tuned_nd if useful else start_nd
     # An owner may tune this head. Its statistics come from public text, so they cost no privacy.
-    head = LinearHead.untrained(hidden_Nd, reader.num_classes)
+    head = LinearHead.untrained(hidden_Nm, reader.num_classes)
     provenance = Provenance(
         model_name=models.student_name,
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -158,16 +161,18 @@ class _Student:
         model: the student.
         reader: the task, bound to its tokenizer.
         examples: the texts.
+        depth: number of layers that the head reads, the last ones.
         world: the ranks, which all compute.
     """
 
     model: LanguageModel
     reader: TaskReader
     examples: list[Encoded]
+    depth: int
     world: World
 
     def hidden(self, prompt_nd: torch.Tensor, label: str) -> torch.Tensor:
-        """Return the hidden states [N, d] at the answers behind a prompt."""
+        """Return the hidden states [N, m] at the answers behind a prompt, which the head reads."""
         return outputs_at_answers(
             self.model,
             self.examples,
@@ -175,13 +180,13 @@ class _Student:
             prompt_nd,
             lambda hidden: hidden,
             _inference(self.world, label),
-            with_head=False,
+            depth=self.depth,
         )
 
     @torch.no_grad()
-    def scores(self, hidden_Nd: torch.Tensor) -> torch.Tensor:
-        """Return the class scores [N, C] of hidden states."""
-        on_device = hidden_Nd.to(self.world.device)
+    def scores(self, hidden_Nm: torch.Tensor) -> torch.Tensor:
+        """Return the class scores [N, C] of the label words."""
+        on_device = hidden_Nm[:, -self.model.width :].to(self.world.device)
         return word_scores(self.model, self.reader.verbalizer)(on_device).cpu()
 
     def prompted_scores(self, rows: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
