@@ -14,7 +14,7 @@ import tiny
 from border import test_prompts, test_students
 from border.hostile import Change, sign
 
-from post_dist.admission.quarantine import PREFIX
+from post_dist.admission.private_folder import PREFIX
 from post_dist.artifacts.manifest import FILE_NAME
 
 OPENINGS = "?open,?creat,openat,openat2,open_by_handle_at"
