@@ -36,6 +36,8 @@ faults: .venv/ready
 	rm -rf .cache/faults
 	$(FAULTS) tests/dist/killed_ranks.py .cache/faults --times 10 --table benchmarks/faults-cpu.md
 	rm -rf .cache/faults
+	$(FAULTS) tests/border/killed_commands.py .cache/faults
+	rm -rf .cache/faults
 
 # Sends 100,000 different hostile prompts and 2,000 students through the door, and swaps files 10,000 times. `test` sends a few hundred.
 fuzz: .venv/ready

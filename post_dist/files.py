@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -105,6 +106,17 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         finally:
             partial.unlink(missing_ok=True)
         flush(destination.parent)
+
+
+def remove_unfinished(destination: Path) -> None:
+    """Remove what killed processes have left of a file. No other process may be writing it.
+
+    Raises:
+        InputError: it cannot be removed.
+    """
+    with writing(destination):
+        for partial in destination.parent.glob(f".????????.{glob.escape(destination.name)}"):
+            partial.unlink()
 
 
 def lock_file(file: IO[str], *, shared: bool = False) -> bool:

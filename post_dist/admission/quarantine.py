@@ -6,19 +6,16 @@ known names come in.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
-import shutil
 import stat
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from post_dist.admission.private_folder import private_folder
 from post_dist.admission.signatures import check_signature
 from post_dist.artifacts.manifest import (
     FILE_NAME,
@@ -30,17 +27,12 @@ from post_dist.artifacts.manifest import (
 )
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 
-PREFIX = ".post_dist-quarantine-"
-"""Beginning of the name of each copy."""
-
 _KIB = 1 << 10
 _MIB = 1 << 20
 _CHUNK_BYTES = 4 * _MIB
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`."""
 _NEVER_SPARSE_BYTES = 16 * _MIB
-_SECONDS_TO_LOCK = 60
-"""Time after which a copy without a lock belongs to nobody: a command locks its copy at once."""
 _MOST_FILES = 300
 """Most entries of a folder; a model of 1 TB in files of 5 GB has about 200."""
 
@@ -129,43 +121,8 @@ def quarantined(
             regular, within its size and with the hash that the manifest gives. Or its signature is
             not good, or not by a trusted key.
     """
-    around = Path(tempfile.gettempdir()) if parent is None else parent
-    _remove_left_copies(around)
-    copy = Path(tempfile.mkdtemp(prefix=PREFIX, dir=around))
-    try:
-        # The lock ends with this process, even if that is killed.
-        with _locked(copy, fcntl.LOCK_SH):
-            yield _copy(folder, copy, keys, only, hashed_only=hashed_only)
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-
-
-def _remove_left_copies(around: Path) -> None:
-    """Remove the copies of commands that were killed. A student's copy may have many GB."""
-    for left in around.glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            status = left.lstat()
-            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            # A copy that was made just now may not be locked yet.
-            if is_ours and time.time() - status.st_mtime > _SECONDS_TO_LOCK:
-                with _locked(left, fcntl.LOCK_EX) as free:
-                    if free:
-                        shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[bool]:
-    """Lock a folder; the value tells whether that worked. Some file systems lock no folders."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        locked = True
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
+    with private_folder(parent) as copy:
+        yield _copy(folder, copy, keys, only, hashed_only=hashed_only)
 
 
 def _copy(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from post_dist.admission.quarantine import PREFIX
+from post_dist.admission.private_folder import PREFIX
 from post_dist.errors import ArtifactRefused, EnvironmentFault, PostDistError, printable
 
 _LONGEST_MESSAGE = 500

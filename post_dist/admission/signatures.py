@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
 
+from post_dist.admission.private_folder import private_folder
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE
 from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError
 from post_dist.files import write_file
@@ -77,8 +77,7 @@ def sign(folder: Path, key: Path, manifest: bytes) -> str:
     """
     if not key.is_file():
         raise InputError(f"{key} is not a key file", "`ssh-keygen -t ed25519` makes a key")
-    with tempfile.TemporaryDirectory() as place:
-        copy = Path(place)
+    with private_folder() as copy:
         (copy / FILE_NAME).write_bytes(manifest)
         _sign_file(copy / FILE_NAME, key)
         signer = _fingerprint(copy)
@@ -99,8 +98,8 @@ def _fingerprint(folder: Path) -> str:
 
 def _is_by(folder: Path, keys: Sequence[str]) -> bool:
     """Return whether the signature is good and by one of the keys."""
-    with tempfile.TemporaryDirectory() as place:
-        allowed = Path(place) / "allowed_signers"
+    with private_folder() as place:
+        allowed = place / "allowed_signers"
         allowed.write_text("".join(f"{NAMESPACE} {key}\n" for key in keys))
         command = ["verify", "-f", str(allowed), "-I", NAMESPACE]
         return _check(folder, command).returncode == 0

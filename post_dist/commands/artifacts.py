@@ -10,6 +10,7 @@ from post_dist.commands.options import AsJson, TrustedKeys
 from post_dist.commands.printing import print_json, print_numbers, refuse
 from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
+from post_dist.files import remove_unfinished
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")]
 
@@ -42,6 +43,8 @@ def sign(
     from post_dist.admission.signatures import sign as sign_artifact
     from post_dist.verify import verified_manifest
 
+    # What a killed `sign` has left is no file of the artifact.
+    remove_unfinished(folder / SIGNATURE)
     result, manifest = verified_manifest(folder)
     if not result["ok"]:
         refusal = ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")

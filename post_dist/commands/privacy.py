@@ -42,6 +42,12 @@ def budget(
             min=1e-3, max=1e3, help="Change the limit on the total epsilon, stated at --delta."
         ),
     ] = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The folder of privacy.ledger_anchors, if the run file sets it."
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Add up what all runs have spent on a data set, including stopped and discarded runs."""
@@ -53,8 +59,8 @@ def budget(
     if beside.exists():
         ledger = beside
     if cap is not None:
-        change_cap(ledger, cap, delta)
-    result = budget_of(ledger, delta)
+        change_cap(ledger, cap, delta, anchors)
+    result = budget_of(ledger, delta, anchors)
     if json_:
         print_json(result)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from post_dist.errors import InputError
 from post_dist.privacy.accounting import composed_epsilon
-from post_dist.privacy.anchor import default_anchor_folder, find_anchor, known_anchor
+from post_dist.privacy.anchor import Anchor, default_anchor_folder, find_anchor, known_anchor
 from post_dist.privacy.ledger import lock_ledger
 from post_dist.privacy.spending import (
     Cap,
@@ -21,23 +21,26 @@ from post_dist.privacy.spending import (
 _DEFAULT_DELTA = 1e-6
 
 
-def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
+def budget_of(path: Path, delta: float | None, anchors: Path | None = None) -> dict[str, Any]:
     """Return what the runs of a ledger have spent, each alone and all together.
 
     Args:
         path: the ledger.
         delta: the delta at which to state epsilon. None takes that of the cap, or else the smallest
             delta of the runs.
+        anchors: folder with the anchor of the ledger. None looks in the owner's home, where there
+            need not be one.
 
     Raises:
-        InputError: the file cannot be read, or delta is not from 0 to 1.
+        InputError: the file cannot be read, delta is not from 0 to 1, or `anchors` holds no anchor
+            of the ledger.
         ArtifactRefused: the ledger was changed.
     """
     # NaN passes the comparisons of the command line.
     if delta is not None and not 0 <= delta <= 1:
         raise InputError(f"--delta must be from 0 to 1, not {delta:g}")
     lines = ledger_lines(path)
-    anchor = known_anchor(default_anchor_folder(), path)
+    anchor = _anchor(path, anchors)
     if anchor is not None:
         anchor.check(lines)
     spending = spending_of(lines, path)
@@ -59,17 +62,20 @@ def budget_of(path: Path, delta: float | None) -> dict[str, Any]:
     }
 
 
-def change_cap(path: Path, epsilon: float, delta: float | None) -> None:
+def change_cap(
+    path: Path, epsilon: float, delta: float | None, anchors: Path | None = None
+) -> None:
     """Change the cap of a ledger. The change is a row of the ledger.
 
     Args:
         path: the ledger.
         epsilon: the new limit.
         delta: the delta at which the limit is meant. None keeps the delta of the old one.
+        anchors: folder with the anchor of the ledger. None takes that in the owner's home.
 
     Raises:
-        InputError: there is no such ledger, epsilon is no positive number, or delta is not between
-            0 and 1.
+        InputError: there is no such ledger, epsilon is no positive number, delta is not between
+            0 and 1, or `anchors` holds no anchor of the ledger.
         PrivacyRefused: a run holds the ledger.
         ArtifactRefused: the ledger was changed.
     """
@@ -79,11 +85,26 @@ def change_cap(path: Path, epsilon: float, delta: float | None) -> None:
         raise InputError(f"--delta must be between 0 and 1, not {delta:g}")
     if not path.is_file():
         raise InputError(f"there is no privacy ledger {path}", "the first private run makes it")
-    # A file that is no ledger gets no anchor.
+    # A file that is no ledger gets no anchor, and a mistyped folder neither.
     read_ledger(path)
-    anchor = find_anchor(default_anchor_folder(), path, (), may_move=False)
+    _anchor(path, anchors)
+    anchor = find_anchor(anchors or default_anchor_folder(), path, (), may_move=False)
     with lock_ledger(anchor) as ledger:
         ledger.set_cap(Cap(epsilon, delta or _usual_delta(ledger.spending)))
+
+
+def _anchor(ledger: Path, folder: Path | None) -> Anchor | None:
+    """Return the anchor of a ledger, if there is one.
+
+    Raises:
+        InputError: the given folder does not hold it.
+    """
+    anchor = known_anchor(folder or default_anchor_folder(), ledger)
+    if anchor is None and folder is not None:
+        raise InputError(
+            f"{folder} holds no anchor of {ledger}", "give privacy.ledger_anchors of the run file"
+        )
+    return anchor
 
 
 def _usual_delta(spending: DataSpending) -> float:

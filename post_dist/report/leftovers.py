@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_dist.admission.quarantine import PREFIX
+from post_dist.admission.private_folder import PREFIX
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import ADMITTED, RUN_MARKS, is_run
 from post_dist.errors import InputError

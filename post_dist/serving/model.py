@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.admission.door import admit_student
+from post_dist.admission.private_folder import private_folder
 from post_dist.artifacts.manifest import FILE_NAME, parse_manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.models import Teacher
@@ -73,8 +73,8 @@ def fitting_model(
     folder = model_folder(section)
     # A model with a manifest is a student, perhaps of another party.
     if (folder / FILE_NAME).exists():
-        with TemporaryDirectory() as place:
-            student = admit_student(folder, Path(place))
+        with private_folder() as place:
+            student = admit_student(folder, place)
             _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
             _check_target(prompt, student)
             yield _checked(prompt, student)

@@ -82,6 +82,7 @@ def put_number(field: str, digits: str) -> Change:
 
 REFUSED: dict[str, Change] = {
     "weights through a link": replace_by_link(WEIGHTS),
+    "manifest through a link": replace_by_link("post_dist.json"),
     "task in a FIFO": replace_by_fifo("task.json"),
     "sparse weights": replace_by_sparse(WEIGHTS, 1 << 40),
     "sparse card": replace_by_sparse("README.md", 1 << 30),

@@ -153,6 +153,7 @@ def slow_pattern(folder: Path) -> None:
 REFUSED: dict[str, Change] = {
     "weights through a link": replace_by_link("model.safetensors"),
     "configuration through a link": replace_by_link("config.json"),
+    "manifest through a link": replace_by_link(FILE_NAME),
     "weights in a FIFO": replace_by_fifo("model.safetensors"),
     "tokenizer in a FIFO": replace_by_fifo("tokenizer.json"),
     "sparse weights": replace_by_sparse("model.safetensors", 1 << 41),
@@ -273,26 +274,30 @@ DANGEROUS = {
 }
 
 
+DANGEROUS_TO_TOKENIZERS = {
+    "auto_map": {"AutoTokenizer": ["evil.T", None]},
+    "fast_tokenizer_files": ["../outside.json"],
+    "tokenizer_file": "/etc/passwd",
+    "chat_template": "{{ x }}",
+}
+
+
+def fields_of_others(folder: Path) -> None:
+    """Add the fields of a configuration and of a tokenizer that transformers acts on."""
+    edit_json("config.json", **DANGEROUS)(folder)
+    edit_json("tokenizer_config.json", **DANGEROUS_TO_TOKENIZERS)(folder)
+
+
 def test_no_field_that_a_family_does_not_have_comes_in(honest: Path, tmp_path: Path) -> None:
-    sent = hostile(honest, tmp_path, edit_json("config.json", **DANGEROUS))
+    sent = hostile(honest, tmp_path, fields_of_others)
     admitted = admit_student(sent, tmp_path / "place")
     written = json.loads((admitted / "config.json").read_text())
     assert not set(DANGEROUS) & set(written)
     wanted = json.loads((honest / "config.json").read_text())
     del wanted["transformers_version"]
     assert written == wanted
-    tokens = hostile(
-        honest,
-        tmp_path / "two",
-        edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
-        edit_json("tokenizer_config.json", fast_tokenizer_files=["../outside.json"]),
-        edit_json("tokenizer_config.json", tokenizer_file="/etc/passwd", chat_template="{{ x }}"),
-    )
-    admitted = admit_student(tokens, tmp_path / "place")
     written = json.loads((admitted / "tokenizer_config.json").read_text())
-    assert not {"auto_map", "fast_tokenizer_files", "tokenizer_file", "chat_template"} & set(
-        written
-    )
+    assert not set(DANGEROUS_TO_TOKENIZERS) & set(written)
 
 
 def test_weights_in_several_files_come_in(honest: Path, tmp_path: Path) -> None:

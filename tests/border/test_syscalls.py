@@ -1,5 +1,6 @@
 """What an admission asks of the kernel: which files it opens, and that it makes no connection."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,24 +12,45 @@ from pathlib import Path
 import pytest
 import tiny
 from border import test_prompts, test_students
-from border.hostile import sign
+from border.hostile import Change, sign
 
-from post_dist.admission.quarantine import PREFIX
+from post_dist.admission.private_folder import PREFIX
+from post_dist.artifacts.manifest import FILE_NAME
 
-CALLS = "trace=open,openat,openat2,socket,execve,execveat"
-TRACE = ("strace", "-f", "--seccomp-bpf", "-y", "-s", "200", "-e", CALLS)
-OPENED = re.compile(r"open.* = \d+<(.*)>$")
+OPENINGS = "?open,?creat,openat,openat2,open_by_handle_at"
+OTHERS = "socket,socketpair,io_uring_setup,?fork,?vfork,clone,clone3,execve,execveat"
+TRACE = ("strace", "-f", "--seccomp-bpf", "-y", "-s", "200", "-e", f"trace={OPENINGS},{OTHERS}")
+OPENED = re.compile(r"(?:open|creat).* = \d+<(.*)>$")
 SECTION = re.compile(r'openat\(.*"/section:([^"]*)"')
-SOCKET = re.compile(r"socket\((\w+)")
-PROCESS = re.compile(r"execve\w*\((.*)")
+SOCKET = re.compile(r"(?:socket|socketpair)\((\w+)")
+PROGRAM = re.compile(r"execve\w*\((.*)")
+PROCESS = re.compile(r"\b(v?fork|clone3?)\((.*)")
 TRIAL = (
     f'"{sys.executable}", ["{sys.executable}", "-I", "-c", "\\nimport json, resource, sys\\nfrom '
 )
 SYSTEM = (
     *("/usr/lib", "/lib", "/etc/ld.so.cache", "/etc/locale.alias", "/usr/share/zoneinfo"),
-    *("/proc/", "/dev/null", "pipe:"),
+    *("/proc", "/dev/null"),
 )
 """What Python and the C library open on their own."""
+
+
+def listing(name: str) -> Change:
+    """Return a change that lists a file outside the folder in the manifest."""
+
+    def change(folder: Path) -> None:
+        path = folder / FILE_NAME
+        manifest = json.loads(path.read_text())
+        manifest["files"][name] = "0" * 64
+        path.write_text(json.dumps(manifest))
+
+    return change
+
+
+LISTED = {"the secret by a path": "../../../secret", "a device by a path": "/dev/zero"}
+"""Files outside the folder that a manifest names."""
+PLANTED = ("file", "program", "process", "connection")
+"""What `traced.py` does that no admission may do."""
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +58,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Honest and hostile artifacts, and a link to a file that no admission may open."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    if subprocess.run(
-        ["strace", "-f", "--seccomp-bpf", "-o", "/dev/null", "true"], check=False
-    ).returncode:
+    if subprocess.run([*TRACE, "-o", "/dev/null", "true"], check=False).returncode:
         pytest.skip("this process may not trace others")
     folder = tmp_path_factory.mktemp("traced")
-    shutil.copytree(test_prompts.HONEST, folder / "prompt")
-    tiny.write_student(folder / "student")
-    for kind, cases in (("prompt", test_prompts), ("student", test_students)):
-        for name, change in cases.REFUSED.items():
-            if re.search("link|outside|path|FIFO", name):
-                sent = shutil.copytree(folder / kind, folder / f"{kind}s" / name / "sent")
-                change(sent)
-                sign(sent)
     (folder / "secret").write_text("secret")
     (folder / "link").symlink_to(folder / "secret")
+    honest = {
+        "prompts": shutil.copytree(test_prompts.HONEST, folder / "prompts/honest/sent"),
+        "students": tiny.write_student(folder / "students/honest/sent"),
+    }
+    attacks = {
+        "prompts": test_prompts.REFUSED,
+        "students": test_students.REFUSED | {"fields of others": test_students.fields_of_others},
+    }
+    for kind, changes in attacks.items():
+        for name, change in changes.items():
+            sent = shutil.copytree(honest[kind], folder / kind / name / "sent")
+            change(sent)
+            sign(sent)
+        for name, listed in LISTED.items():
+            listing(listed)(shutil.copytree(honest[kind], folder / kind / name / "sent"))
     return folder
 
 
@@ -64,18 +91,28 @@ def calls(trace: Path) -> Iterator[tuple[str, str]]:
             yield section, line
 
 
+def is_within(path: str, folders: tuple[str, ...]) -> bool:
+    """Return whether a path is one of the folders, or below one."""
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
+
+
 def forbidden(line: str, allowed: tuple[str, ...]) -> str:
     """Return what an admission may not do in a line of a trace, or nothing."""
-    found = OPENED.search(line)
-    # Copies of commands that were killed are looked for among the temporary files.
-    listed = found is not None and found.group(1) == tempfile.gettempdir()
-    if found is not None and not listed and not found.group(1).startswith(allowed):
-        return f"opened {found.group(1)}"
+    if found := OPENED.search(line):
+        path = found.group(1)
+        # Copies of commands that were killed are looked for among the temporary files.
+        is_listed = path == tempfile.gettempdir()
+        is_copy = path.startswith(f"{tempfile.gettempdir()}/{PREFIX}")
+        if not (is_listed or is_copy or is_within(path, allowed)):
+            return f"opened {path}"
     if found := SOCKET.search(line):
         return f"made a socket {found.group(1)}"
-    if (found := PROCESS.search(line)) and not found.group(1).startswith(TRIAL):
+    if (found := PROGRAM.search(line)) and not found.group(1).startswith(TRIAL):
         return f"started {found.group(1)}"
-    return ""
+    # A thread is no process, and a child of `subprocess` runs a program at once.
+    if (found := PROCESS.search(line)) and not re.search("vfork|VFORK|THREAD", found.group()):
+        return f"started a process by {found.group(1)}"
+    return "used io_uring" if "io_uring_setup(" in line else ""
 
 
 @pytest.mark.slow
@@ -85,16 +122,18 @@ def test_an_admission_opens_its_folder_alone_and_makes_no_connection(place: Path
     command = [*TRACE, "-o", str(trace), sys.executable, script, str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    libraries = [sys.prefix, sys.base_prefix, *filter(None, sys.path)]
-    # The folders of the artifacts, and the private copies of them.
-    own = [str(place / name) for name in ("prompt", "student", "admitted")]
-    own.append(f"{tempfile.gettempdir()}/{PREFIX}")
+    # Where Python and its libraries are, and the private copies of students.
+    libraries = (sys.prefix, sys.base_prefix, *filter(None, sys.path), str(place / "admitted"))
     found: dict[str, list[str]] = {}
+    sections = set()
     for section, line in calls(trace):
-        if problem := forbidden(line, (*own, *libraries, *SYSTEM)):
+        sections.add(section)
+        if problem := forbidden(line, (str(place / section), *libraries, *SYSTEM)):
             found.setdefault(section, []).append(problem)
-    planted = {name: found.pop(f"planted {name}") for name in ("file", "process", "connection")}
+    assert sections >= {str(sent.relative_to(place)) for sent in place.glob("*/*/sent")}
+    planted = {name: found.pop(f"planted {name}") for name in PLANTED}
     assert planted["file"] == [f"opened {place / 'secret'}"]
-    assert any("started " in each and "true" in each for each in planted["process"])
+    assert any("started " in each and "true" in each for each in planted["program"])
+    assert len(planted["process"]) == 1
     assert "made a socket AF_INET" in planted["connection"]
     assert found == {}, found

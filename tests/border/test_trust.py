@@ -13,7 +13,8 @@ from border.hostile import Change, edit_json, put_text, sign
 
 from post_dist.admission import door
 from post_dist.admission.door import admit_student
-from post_dist.admission.quarantine import PREFIX, quarantined
+from post_dist.admission.private_folder import PREFIX
+from post_dist.admission.quarantine import quarantined
 from post_dist.artifacts.manifest import FILE_NAME, parse_manifest, read_manifest
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask

@@ -2,10 +2,12 @@
 
 python tests/border/traced.py PLACE
 
-A section starts with an attempt to open `/section:NAME`, which does not exist. The sections whose
-names begin with `planted` do what no admission may do.
+Each artifact is `PLACE/prompts/NAME/sent` or `PLACE/students/NAME/sent`. A section starts with an
+attempt to open `/section:` and the path of its artifact below PLACE, which does not exist. The
+sections whose names begin with `planted` do what no admission may do.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -26,22 +28,30 @@ def section(name: str, work: Callable[[], object]) -> None:
         work()
 
 
+def fork() -> None:
+    """Start a process that runs no program."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def main(place: Path) -> None:
     """Admit what lies in `place`."""
     admitted = place / "admitted"
-    prompt = place / "prompt"
-    student = place / "student"
     # The first admission imports libraries.
-    admit_prompt(prompt)
-    admit_student(student, admitted)
-    section("honest prompt", lambda: admit_prompt(prompt))
-    section("honest student", lambda: admit_student(student, admitted))
-    for folder in sorted(place.glob("prompts/*/sent")):
-        section(f"prompt {folder.parent.name}", partial(admit_prompt, folder))
-    for folder in sorted(place.glob("students/*/sent")):
-        section(f"student {folder.parent.name}", partial(admit_student, folder, admitted))
+    admit_prompt(place / "prompts/honest/sent")
+    admit_student(place / "students/honest/sent", admitted)
+    # Nothing but an admission opens a folder in a section.
+    prompts = sorted(place.glob("prompts/*/sent"))
+    students = sorted(place.glob("students/*/sent"))
+    for sent in prompts:
+        section(str(sent.relative_to(place)), partial(admit_prompt, sent))
+    for sent in students:
+        section(str(sent.relative_to(place)), partial(admit_student, sent, admitted))
     section("planted file", (place / "link").read_bytes)
-    section("planted process", lambda: subprocess.run(["true"], check=True))
+    section("planted program", lambda: subprocess.run(["true"], check=True))
+    section("planted process", fork)
     section("planted connection", lambda: socket.create_connection(("127.0.0.1", 9)))
     section("end", lambda: None)
 

@@ -352,6 +352,26 @@ def test_the_command_changes_the_cap_and_leaves_a_row(folder: Path, main: Callab
     assert "restore the ledger" in err
 
 
+def test_a_cut_is_noticed_by_the_anchors_of_the_run_file(folder: Path, main: Callable) -> None:
+    ledger = folder / "private.csv.ledger.jsonl"
+    anchors = ("--anchors", folder / "anchors")
+    assert tune(main, folder)[0] == 0
+    code, out, err = main("budget", ledger, *anchors, "--cap", 9, "--json")
+    assert code == 0, err
+    assert Path(json.loads(out)["anchor"]).parent == folder / "anchors"
+    for cap in ((), ("--cap", 10)):
+        code, _, err = main("budget", ledger, "--anchors", folder / "none", *cap)
+        assert code == 2
+        assert f"{folder / 'none'} holds no anchor of {ledger}" in err
+    assert not (folder / "none").exists()
+    # The new cap has gone, and what is left is a ledger.
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    assert main("budget", ledger)[0] == 0
+    code, _, err = main("budget", ledger, *anchors)
+    assert code == 4
+    assert "restore the ledger" in err
+
+
 def test_two_runs_cannot_spend_from_one_ledger_at_once(folder: Path, main: Callable) -> None:
     with (folder / "private.csv.ledger.jsonl").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
