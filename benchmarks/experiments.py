@@ -132,6 +132,47 @@ HEAD = [
 ]
 """A linear head behind a public prompt, in place of a tuned prompt."""
 HEAD_EPSILONS = (8, 1)
+FEW_EXAMPLES = [
+    "private_task.max_rows=500",
+    "privacy.declared_examples=500",
+    "privacy.expected_batch_size=250",
+]
+HEAD_SETTINGS = {
+    "1 layer": ["warm_start.head_layers=1"],
+    "2 layers": ["warm_start.head_layers=2"],
+    "4 layers": [],
+    "8 layers": ["warm_start.head_layers=8"],
+    "4 layers, rate 1": ["privacy.learning_rate=1"],
+    "4 layers, rate 4": ["privacy.learning_rate=4"],
+    "4 layers, 500 examples": FEW_EXAMPLES,
+    "4 layers, 500 examples, rate 1": [*FEW_EXAMPLES, "privacy.learning_rate=1"],
+}
+"""How many layers a head reads, and its rate. Without a rate, it follows from the plan's noise."""
+TASKS = {
+    "tweets": [
+        "private_task={name: tweets, visibility: private, path: ../demo/tweets.csv, "
+        r'template: "Tweet: {text}\nSentiment:", max_length: 64, '
+        "labels: {negative: [negative], neutral: [neutral], positive: [positive]}}",
+        "public_task={name: product reviews, visibility: public, path: ../demo/products.csv, "
+        r'template: "Tweet: {text}\nSentiment:", max_length: 64, max_rows: 640, '
+        "labels: {negative: [negative], neutral: [neutral], positive: [positive]}}",
+        "privacy.declared_examples=3300",
+        "privacy.expected_batch_size=330",
+    ],
+    "genres": [
+        "private_task={name: genres, visibility: private, path: ../demo/genres.csv, "
+        r'template: "Text: {text}\nTopic:", max_length: 64, '
+        "labels: {news: [news], religion: [religion], hobbies: [hobbies], "
+        "government: [government], science: [science]}}",
+        "public_task={name: other texts, visibility: public, path: ../demo/public_genres.csv, "
+        r'template: "Text: {text}\nTopic:", max_length: 64, max_rows: 640, '
+        "labels: {news: [news], religion: [religion], hobbies: [hobbies], "
+        "government: [government], science: [science]}}",
+        "privacy.declared_examples=4800",
+        "privacy.expected_batch_size=480",
+    ],
+}
+"""A head on tasks that no setting was chosen on, with the numbers that `init` would propose."""
 GRADIENTS = {
     "256 x 80": ["privacy.expected_batch_size=256"],
     "256 x 200": ["privacy.expected_batch_size=256", "privacy.steps=200"],
@@ -192,6 +233,14 @@ def _head(seeded: list[str]) -> list[Experiment]:
     return [Experiment("head", [*seeded, *HEAD, rows])]
 
 
+def _tasks(seeded: list[str]) -> list[Experiment]:
+    rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
+    return [
+        Experiment(f"head, {name}", [*seeded, *HEAD, "warm_start={}", *task, rows])
+        for name, task in TASKS.items()
+    ]
+
+
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
     baseline = "evaluate.baselines=[full prompt tuning]"
     return [Experiment(UPPER_BOUND, [*seeded, *CLASS_BIAS, baseline])]
@@ -220,6 +269,11 @@ def _clipping(seeded: list[str]) -> list[Experiment]:
     of_head = {f"head, {name}": changes for name, changes in CLIPPING.items()}
     prompts = _private_tuning([*seeded, *CLASS_BIAS], CLIPPING)
     return [*_private_tuning([*seeded, *HEAD], of_head), *prompts]
+
+
+def _states(seeded: list[str]) -> list[Experiment]:
+    of_head = {f"head, {name}": changes for name, changes in HEAD_SETTINGS.items()}
+    return _private_tuning([*seeded, *HEAD], of_head)
 
 
 def _gradients(seeded: list[str]) -> list[Experiment]:
@@ -267,9 +321,11 @@ def _settings(changes: Mapping[str, str]) -> Sequence[str]:
 PARTS = {
     "table": _table,
     "head": _head,
+    "tasks": _tasks,
     "upper": _upper_bound,
     "private": _private,
     "clipping": _clipping,
+    "states": _states,
     "gradients": _gradients,
     "lora": _lora,
     "options": _options,

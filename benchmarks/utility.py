@@ -1,4 +1,4 @@
-"""Measure accuracy on real data: private Rotten Tomatoes, public IMDb and tweets, SmolLM2-135M.
+"""Measure accuracy on real data: reviews, tweets and genres, with SmolLM2-135M.
 
     python benchmarks/utility.py PART --seeds 0 1 2
 
@@ -6,19 +6,21 @@ The parts, and the split that each is measured on:
 
     table       the method and its baselines                                     test
     head        a head behind a public prompt                                    test
+    tasks       the same on two tasks that no setting was chosen on              test
     upper       full prompt tuning of the target                                 test
     lora        DP-LoRA on the student, the data owner's alternative             test
     options     each setting of the transfer added and left out                  validation
     alpha       the published loss at several alphas, and at the rule's alpha    validation
     private     settings of private tuning, on the student                       validation
     clipping    fixed and adaptive clipping norms: head and prompt, the student  validation
-    gradients   the same with more gradients, for a GPU                          validation
+    states      layers that a head reads, and its rate, on the student           validation
+    gradients   prompts with more gradients, for a GPU                           validation
     curve       layers of the student and tokens of distillation                 validation
     more        table and upper bound with more of everything, for a GPU         both
     show        print the results as tables
 
-Run `make demo` first: it fetches the model and the reviews. A seed of `table` takes 45 minutes on
-two cores. The other parts take from minutes to hours.
+Run `make demo` first: it fetches the model and the reviews. The rest comes from PyPI and npm.
+A seed of `table` takes 45 minutes on two cores. The other parts take from minutes to hours.
 
 Results go to utility-DEVICE.json. A measurement that is in the file is not repeated, so the program
 may be stopped at any time. Several processes may share a GPU if each has its own ledger, anchors
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import PARTS, Experiment, experiments
 from results import Results, key, tables
-from tweets import fetch_tweets
+from tasks import fetch_tasks
 
 if TYPE_CHECKING:
     from harness import Harness
@@ -52,7 +54,7 @@ def main() -> None:
 
     # The harness is imported here because `show` does not need it, and because DeepSpeed reads the
     # environment that is set above.
-    fetch_tweets(BENCHMARKS.parent / "demo" / "tweets.csv")
+    fetch_tasks(BENCHMARKS.parent / "demo")
     from harness import Harness
 
     harness = Harness(BENCHMARKS / "reviews.yaml", chosen.output)
