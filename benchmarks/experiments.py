@@ -139,11 +139,8 @@ FEW_EXAMPLES = [
 ]
 HEAD_SETTINGS = {
     "1 layer": ["warm_start.head_layers=1"],
-    "2 layers": ["warm_start.head_layers=2"],
     "4 layers": [],
-    "8 layers": ["warm_start.head_layers=8"],
     "4 layers, rate 1": ["privacy.learning_rate=1"],
-    "4 layers, rate 4": ["privacy.learning_rate=4"],
     "4 layers, 500 examples": FEW_EXAMPLES,
     "4 layers, 500 examples, rate 1": [*FEW_EXAMPLES, "privacy.learning_rate=1"],
 }
