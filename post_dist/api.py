@@ -218,7 +218,9 @@ def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
 
     def run(stages: "Pipeline", world: "World") -> PromptResult:
         folder = stages.tune()
-        return world.on_main(lambda: _prompt_result(folder))
+        # An owner knows a given student by its own folder, not by its checked copy.
+        student = config.inputs.student or stages.student
+        return world.on_main(lambda: _prompt_result(folder, student))
 
     return _with_stages(config, frozenset(("tune",)), resume, run)
 
@@ -452,7 +454,7 @@ def _student_result(folder: "RunFolder") -> StudentResult:
     return StudentResult(folder.path, folder.artifact, manifest["config"]["held_out"])
 
 
-def _prompt_result(folder: "RunFolder") -> PromptResult:
+def _prompt_result(folder: "RunFolder", student: Path | None = None) -> PromptResult:
     from post_dist.admission.door import check_prompt
     from post_dist.admission.quarantine import quarantined
     from post_dist.admission.refusal import refusing
@@ -462,7 +464,7 @@ def _prompt_result(folder: "RunFolder") -> PromptResult:
         prompt = check_prompt(inside, "soft prompt")
     delta = None if prompt.privacy is None else prompt.privacy["delta"]
     effect = prompt.manifest.config.get("effect_on_public_text", {})
-    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta, effect)
+    return PromptResult(folder.path, folder.artifact, prompt.epsilon, delta, effect, student)
 
 
 def _evaluation_result(folder: "RunFolder", *, with_report: bool) -> EvaluationResult:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_CLASSES = 50
-_FEWEST_ROWS = 100
-"""With fewer rows, delta would be above the 0.01 that `verify` accepts."""
+_FEWEST_UNITS = 100
+"""With fewer rows, or users, delta would be above the 0.01 that `verify` accepts."""
 _MAX_LENGTH = 128
 _TRAIN_SHARE = 0.8
 _UNUSABLE = set('{}[].!:"\\')
 """Characters that a column's name may not have, because `text` is a format string."""
 _SAYS_NOTHING = {"label", "labels", "class", "target", "y", "answer", "output"}
 """Names of a label column that are no word for what the model should answer."""
+_ANSWERS = {"true": "yes", "false": "no"}
+"""What the model answers to a question, by the label in lower case."""
+_SPACES = ("Ġ", "▁")
+"""How tokenizers write the space before a word."""
 
 _FORMAT = """\
 # Written by `post-dist init`. Change what does not suit you, then run `post-dist check` on it.
@@ -43,33 +47,36 @@ private_task:
   path: {path}
   text: {text}
   label_column: {label}
-  # If a user has several texts, name the column of the user, and epsilon holds for all of them
-  # together. declared_examples and expected_batch_size then count users.
-  # user_column: COLUMN
-  # The values of the label column, and a word for each. post_dist puts a space before each word.
-  # Values and words become part of the prompt: whoever gets the prompt reads them.
+{user}  # The values of the label column, and a word for each. Whoever gets the prompt reads them.
+  # post_dist puts a space before each word{space}.
   labels:
 {labels}
 {note}  template: {template}
   max_length: {max_length:<22} # tokens of text and template; a longer text loses its beginning
-  validation_share: 0.1              # 10% of the texts, chosen by a hash of the text
+  validation_share: 0.1              # 10% of the {units}, chosen by a hash
   test_share: 0.1                    # another 10%, which only `evaluate` reads
 tune:
   num_virtual_tokens: {num_virtual_tokens}
-  # The prompt starts from the embeddings of these words.
-  init_text: {init_text}
 {tune}privacy:                             # docs/privacy.md
   enabled: true
   target_epsilon: 8                  # the noise is chosen so that the run meets this
-  # The number of training texts is private. This is {share:.0%} of the rows, rounded up to one
-  # digit: put a number here that you would publish.
-  # delta becomes declared_examples^-1.1 = {delta:.1e}.
+  # The number of training {units} is private. This is {share:.0%} of the {units}, rounded up to one
+  # digit: put a number here that you would publish. delta becomes its power -1.1, {delta:.1e}.
   declared_examples: {declared}
   expected_batch_size: {batch_size}
   steps: {steps}
   learning_rate: {learning_rate}
   max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
-{sections}"""
+{cluster}"""
+_USER = """\
+  # Epsilon holds for all texts of a user together. declared_examples and expected_batch_size count
+  # users.
+  user_column: {user}
+"""
+_NO_USER = """\
+  # If a user has several texts, write this file anew with `init --user COLUMN`: epsilon then holds
+  # for all of them together.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,12 @@ class Columns:
     Attributes:
         text: column of the texts.
         label: column of the labels.
+        user: column with the user of each text; None if each text is protected by itself.
     """
 
     text: str
     label: str
+    user: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,13 @@ class _LabelWords:
         words: the words, in the order of the classes.
         tokens: the token of each word; empty without a tokenizer.
         multi: whether words may have several tokens.
+        letters: whether the words are letters in place of the labels.
     """
 
     words: Sequence[str]
     tokens: Sequence[str]
     multi: bool
+    letters: bool = False
 
 
 def draft_run(
@@ -120,6 +131,7 @@ def draft_run(
     data: Path,
     text: str | None,
     label: str | None,
+    user: str | None,
     model: Path | None,
     preset: PresetName = "laptop",
 ) -> str:
@@ -130,15 +142,16 @@ def draft_run(
         data: the table: a CSV, TSV, JSONL or Parquet file.
         text: column of the texts.
         label: column of the labels.
+        user: column with the user of each text; None if no user has several.
         model: the student, or any other model to tune on; None to name it later.
-        preset: name of the settings of tuning and transfer.
+        preset: name of the settings.
 
     Returns:
         The text of the run file.
 
     Raises:
         InputError: a column is not given or does not exist, the labels cannot be used, too few
-            rows have one, or the model cannot be used.
+            rows or users have one, or the model cannot be used.
     """
     # Everything that can be wrong with the table is found before a model is read.
     table = read_table(data, "--data")
@@ -146,24 +159,26 @@ def draft_run(
     if table.empty:
         raise InputError(
             f"--data: {data.name} has no rows",
-            f"a private run needs {_FEWEST_ROWS} with a label, or more",
+            f"a private run needs {_FEWEST_UNITS} with a label, or more",
         )
-    columns = _columns(table, data, text, label)
+    columns = _columns(table, data, text, label, user)
     table = table[[not is_missing(value) for value in table[columns.label]]]
     labels = _labels(table, columns.label)
-    if len(table) < _FEWEST_ROWS:
+    units = _units(table, columns)
+    kind = "rows" if user is None else "users"
+    if units < _FEWEST_UNITS:
         raise InputError(
-            f"--data: {data.name} has fewer than {_FEWEST_ROWS} rows with a label",
+            f"--data: {data.name} has fewer than {_FEWEST_UNITS} {kind} with a label",
             "a private run needs more",
         )
     known = None if model is None else _read_model(model)
-    words = _label_words(labels, known)
+    words = _label_words(labels, columns.label, known)
     # The label word follows the template, which therefore ends by asking for it.
-    template = "{text}\n" + _question(columns.label)
+    template = "{text}\n" + _question(columns.label, words)
     if known is not None and known.facts.masked:
         template += " {mask}"
     # Rounding hides the exact count, and rounding up keeps delta below one over that count.
-    declared = _round_up(_TRAIN_SHARE * len(table))
+    declared = _round_up(_TRAIN_SHARE * units)
     settings = PRESETS[preset]
     batch_size = min(settings.expected_batch_size, declared // 10)
     return _FORMAT.format(
@@ -172,16 +187,18 @@ def draft_run(
         path=_quoted(os.path.relpath(data.resolve(), folder.resolve())),
         text=_quoted(f"{{{columns.text}}}"),
         label=_quoted(columns.label),
+        user=_NO_USER if user is None else _USER.format(user=_quoted(user)),
+        units=kind,
+        space=_space(words.tokens),
         labels=_label_lines(labels, words),
-        note=_note(labels, words),
+        note=_note(words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
         num_virtual_tokens=settings.num_virtual_tokens,
-        tune=settings.tune,
+        tune=_start(labels, words) + settings.tune,
         steps=settings.steps_for(declared, batch_size),
         learning_rate=settings.learning_rate,
-        sections=settings.sections,
-        init_text=_quoted(_init_text(labels, words)),
+        cluster=settings.cluster,
         share=_TRAIN_SHARE,
         declared=declared,
         delta=declared**-1.1,
@@ -198,7 +215,9 @@ _LETTERS = """\
 """
 
 
-def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | None) -> Columns:
+def _columns(
+    table: pd.DataFrame, data: Path, text: str | None, label: str | None, user: str | None
+) -> Columns:
     """Return the columns that are given, or refuse with a guess of those that are missing."""
     # A column without a name in the file may have a number for a name.
     names = [str(name) for name in table.columns]
@@ -209,8 +228,8 @@ def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | Non
             f"{data.name} has the columns {listed}",
             f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
         )
-    for option, column in (("--text", text), ("--label", label)):
-        if column not in names:
+    for option, column in (("--text", text), ("--label", label), ("--user", user)):
+        if column is not None and column not in names:
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
@@ -220,7 +239,7 @@ def _columns(table: pd.DataFrame, data: Path, text: str | None, label: str | Non
             f"--text: the name of column '{text}' has one of {' '.join(sorted(_UNUSABLE))}",
             "rename the column",
         )
-    return Columns(text, label)
+    return Columns(text, label, user)
 
 
 def _guess(table: pd.DataFrame) -> Columns:
@@ -232,6 +251,14 @@ def _guess(table: pd.DataFrame) -> Columns:
     # A column with one value tells no classes apart.
     label = min(different, key=lambda name: (different[name] < 2, different[name]))
     return Columns(text, label)
+
+
+def _units(table: pd.DataFrame, columns: Columns) -> int:
+    """Return how many rows a table has, or how many users if epsilon holds for users."""
+    if columns.user is None:
+        return len(table)
+    # As the stages count: a row whose user is null is left out.
+    return int(table[columns.user].dropna().map(str).nunique())
 
 
 def _labels(table: pd.DataFrame, column: str) -> list[str]:
@@ -270,9 +297,18 @@ def _read_model(folder: Path) -> _Model:
         return _Model(folder, read_facts(inside), load_tokenizer(inside))
 
 
-def _label_words(labels: Sequence[str], model: _Model | None) -> _LabelWords:
-    """Propose a word for each class: the label itself, or a letter if two labels begin alike."""
+def _label_words(labels: Sequence[str], column: str, model: _Model | None) -> _LabelWords:
+    """Propose a word for each class: the label itself, or a letter if two labels begin alike.
+
+    Args:
+        labels: the values of the label column.
+        column: name of the label column.
+        model: gives the tokens of the words; may be None.
+    """
     lower = [label.strip().lower() for label in labels]
+    # The name of a column of true and false asks a question, which yes and no answer.
+    if _asked(column) is not None and set(lower) == set(_ANSWERS):
+        lower = [_ANSWERS[word] for word in lower]
     written = [label.strip() for label in labels]
     letters = [_letters(number) for number in range(len(labels))]
     if model is None:
@@ -286,8 +322,8 @@ def _label_words(labels: Sequence[str], model: _Model | None) -> _LabelWords:
     for multi in (False, True):
         found = _bound(letters, model, multi=multi)
         if found is not None:
-            return found
-    return _LabelWords(letters, (), multi=True)
+            return replace(found, letters=True)
+    return _LabelWords(letters, (), multi=True, letters=True)
 
 
 def _bound(words: Sequence[str], model: _Model, *, multi: bool) -> _LabelWords | None:
@@ -311,34 +347,48 @@ def _letters(number: int) -> str:
     return chr(ord("A") + number % 26) * (1 + number // 26)
 
 
-def _is_letter(label: str, word: str) -> bool:
-    """Return whether the word is a letter in place of the label."""
-    return word.lower() != label.strip().lower()
-
-
-def _note(labels: Sequence[str], words: _LabelWords) -> str:
+def _note(words: _LabelWords) -> str:
     """Return the lines that follow the label words."""
-    has_letters = any(map(_is_letter, labels, words.words))
-    return (_LETTERS if has_letters else "") + (_MULTI if words.multi else "")
+    return (_LETTERS if words.letters else "") + (_MULTI if words.multi else "")
 
 
-def _question(column: str) -> str:
-    """Return the end of the template, which the label word follows."""
+def _asked(column: str) -> str | None:
+    """Return what the name of the label column asks for, or None if it says nothing."""
     # The name of the column is the owner's own word for the labels.
     word = column.replace("_", " ").strip()
     if word.lower() in _SAYS_NOTHING or not word.replace(" ", "").isalnum():
+        return None
+    return f"{word[0].upper()}{word[1:]}"
+
+
+def _question(column: str, words: _LabelWords) -> str:
+    """Return the end of the template, which the label word follows."""
+    asked = _asked(column)
+    if asked is None:
         return "Answer:"
-    return f"{word[0].upper()}{word[1:]}:"
+    is_question = set(words.words) == set(_ANSWERS.values())
+    return f"{asked}?" if is_question else f"{asked}:"
 
 
-def _init_text(labels: Sequence[str], words: _LabelWords) -> str:
-    """Return a start for the prompt that names the classes."""
-    classes = {}
-    for label, word in zip(labels, words.words, strict=True):
-        # A letter alone would tell the model nothing of the class.
-        classes[label] = (f"{label} ({word})" if _is_letter(label, word) else word,)
+def _start(labels: Sequence[str], words: _LabelWords) -> str:
+    """Return lines with a start for the prompt, if the default would not name the classes."""
+    if not words.letters:
+        return ""
+    # A letter alone would tell the model nothing of the class.
+    classes = {
+        label: (f"{label} ({word})",) for label, word in zip(labels, words.words, strict=True)
+    }
     section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
-    return PromptTask.of_section(section, None).init_text
+    sentence = PromptTask.of_section(section, None).init_text
+    return f"  init_text: {_quoted(sentence)}   # the prompt starts from these words\n"
+
+
+def _space(tokens: Sequence[str]) -> str:
+    """Return how the tokens show the space before a word, for a comment."""
+    for mark in _SPACES:
+        if any(token.startswith(mark) for token in tokens):
+            return f": {mark} in its token"
+    return ""
 
 
 def _label_lines(labels: Sequence[str], words: _LabelWords) -> str:

@@ -71,6 +71,7 @@ class PromptResult:
         delta: the delta of that epsilon, or None.
         effect: what a transferred prompt does to the large LLM on public text, by name; empty for
             other prompts.
+        student: the student that the prompt was tuned on; None for a transferred prompt.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class PromptResult:
     epsilon: float | None
     delta: float | None
     effect: Mapping[str, Any] = field(default_factory=dict)
+    student: Path | None = None
 
     def __str__(self) -> str:
         return str(self.artifact)

@@ -17,7 +17,7 @@ _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
 _RUN_FILE = "run.yaml"
 
 
-def init(
+def init(  # noqa: PLR0913 - typer reads the options from parameters
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder for the files; created if missing.")
     ],
@@ -28,6 +28,10 @@ def init(
     text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the texts.")] = None,
     label: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column of the labels.")
+    ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of the users, if a user has several texts."),
     ] = None,
     model: Annotated[
         Path | None,
@@ -41,9 +45,10 @@ def init(
 ) -> None:
     """Write a run file for your own table, or the demo's run file and download script."""
     if data is None:
-        if text or label or model or preset:
+        if text or label or user or model or preset:
             raise InputError(
-                "--text, --label, --model and --preset are for a table", "give it with --data"
+                "--text, --label, --user, --model and --preset are for a table",
+                "give it with --data",
             )
         files = _write_demo(folder)
         run, script = files
@@ -59,7 +64,7 @@ def init(
         from post_dist.draft import draft_run  # loads torch
 
         # Draft first, so that wrong input leaves no folder behind.
-        drafted = draft_run(folder, data, text, label, model, preset or "laptop")
+        drafted = draft_run(folder, data, text, label, user, model, preset or "laptop")
         write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
         files = [run]
         lines = _after_draft(run, names_model=model is not None)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,12 +92,12 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
     )
     # Lines are printed at the end, because texts of like length are computed together.
     if json_:
-        print_json({"predictions": [asdict(prediction) for prediction in found]})
+        print_json({"predictions": list(map(_printed, found))})
     elif format_ is Format.csv:
         _print_csv(found, loaded.task.class_names)
     else:
         for prediction in found:
-            print(json.dumps(asdict(prediction), ensure_ascii=False))
+            print(json.dumps(_printed(prediction), ensure_ascii=False))
 
 
 def export(
@@ -124,6 +124,14 @@ def export(
         print(f"wrote {output}")
 
 
+def _printed(prediction: "ClassPrediction | Response") -> dict[str, Any]:
+    """Return the values of a prediction. Scores have the four digits that a reader can use."""
+    fields = asdict(prediction)
+    if "scores" in fields:
+        fields["scores"] = {name: float(f"{p:.4g}") for name, p in fields["scores"].items()}
+    return fields
+
+
 def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None:
     """Print a header, and a line for each prediction."""
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -136,6 +144,6 @@ def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None
 
 def _cells(prediction: "ClassPrediction | Response") -> list[object]:
     """Return the values of a prediction, with each score in a column of its own."""
-    fields = asdict(prediction)
+    fields = _printed(prediction)
     scores = fields.pop("scores", {})
     return [*fields.values(), *scores.values()]

@@ -70,11 +70,12 @@ def budget(
 def budget_lines(result: Mapping[str, Any]) -> list[str]:
     """Write a budget as a sentence, and a bar for the epsilon of each run and of all together."""
     cap = result["cap"]
-    limit = "without a limit" if cap is None else f"of {cap:g}"
+    limit = "" if cap is None else f" of {cap:g}"
+    end = "; no limit is set." if cap is None else "."
     runs = result["runs"]
     count = "1 run has" if len(runs) == 1 else f"{len(runs)} runs have"
     lines = [
-        f"{count} spent epsilon {_epsilon(result)} {limit}, at delta {result['delta']:.3g}.",
+        f"{count} spent epsilon {_epsilon(result)}{limit}, at delta {result['delta']:.3g}{end}",
         "",
     ]
     # Epsilons do not add up: runs together cost less than their sum.

@@ -1,5 +1,8 @@
 """The commands for the three stages, the evaluation, and the whole pipeline."""
 
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +27,8 @@ from post_dist.commands.options import (
     with_trust,
 )
 from post_dist.commands.printing import print_json
+from post_dist.config.schema import RunConfig
+from post_dist.errors import printable
 from post_dist.report.tables import print_wide, terminal_table
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
@@ -141,7 +146,8 @@ def _run(
 ) -> None:
     """Run a function of the API, print its result on rank 0, and take down the process group."""
     listen()
-    result = stage(api.load_run(run, set_ or (), output), resume=resume.mode)
+    config = api.load_run(run, set_ or (), output)
+    result = stage(config, resume=resume.mode)
     if this_rank() == 0:
         if as_json:
             print_json(_json_object(result))
@@ -149,8 +155,33 @@ def _run(
             print_wide(terminal_table(result.table))
             print(result.place)
         else:
-            print(result)
+            # Standard error is not buffered, and what it gets must stand below.
+            print(result, flush=True)
+            command = _predict_command(config, result)
+            if command is not None:
+                print(f"label new texts with:\n{command}", file=sys.stderr)
     leave_ranks()
+
+
+def _predict_command(config: RunConfig, result: _Result) -> str | None:
+    """Return the command that labels new texts with a tuned prompt.
+
+    Only `tune` is followed by one. `predict` reads one column, so a text of several has none.
+    """
+    if not isinstance(result, PromptResult) or result.student is None:
+        return None
+    task = config.need_task("private_task")
+    column = task.text_columns[0]
+    if task.text != f"{{{column}}}":
+        return None
+    prompt = _shortest(result.artifact)
+    words = ["post-dist", "predict", prompt, "NEW.csv", "--model", _shortest(result.student)]
+    return printable(shlex.join([*words, "--column", column]))
+
+
+def _shortest(path: Path) -> str:
+    """Return a path as it is, or from the working folder if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def _json_object(result: _Result) -> dict[str, Any]:

@@ -176,14 +176,15 @@ class World(NamedTuple):
     main: Callable[..., tuple[int, str, str]]
     names: dict[str, str]
 
-    def run(self, words: list[str]) -> None:
-        """Run a command of a guide, with the stand-ins of its names."""
+    def run(self, words: list[str]) -> str:
+        """Run a command of a guide, with the stand-ins of its names; return its standard error."""
         arguments = [self.names.get(word, word) for word in words[1:]]
         for settings in [SMALLER.get(Path(word).name, ()) for word in words]:
             arguments += [f"--set={setting}" for setting in settings]
         code, out, err = self.main(*arguments)
         assert code == 0, (words, out, err)
         assert "{'" not in out, "a dictionary of Python is no answer"
+        return err
 
 
 def write_world(folder: Path) -> None:
@@ -209,10 +210,19 @@ def world(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> Wo
     return World(tmp_path, main, {})
 
 
+def post_dist_commands(page: str) -> list[list[str]]:
+    return [words for words in commands(ROOT / page) if words[0] == "post-dist"]
+
+
 def test_the_tutorial_and_the_page_on_prompts_work(world: World) -> None:
-    for words in commands(ROOT / "docs/tutorial.md"):
-        if words[0] == "post-dist":
-            world.run(words)
+    said = {words[1]: world.run(words) for words in post_dist_commands("docs/tutorial.md")}
+    # What `tune` says comes next is a command that works.
+    hint = said["tune"].splitlines()[-1]
+    artifact = Path("work/runs/tickets/latest/tune").resolve() / "artifact"
+    place = artifact.relative_to(Path.cwd().resolve())
+    assert hint == f"post-dist predict {place} NEW.csv --model model --column body"
+    shutil.copyfile("new.csv", "NEW.csv")
+    world.run(shlex.split(hint))
     # The prompt of the tutorial stands in for those of the page.
     prompt = "work/runs/tickets/latest/tune/artifact"
     world.names.update({"PROMPT": prompt, "MODEL": "model"})

@@ -37,10 +37,14 @@ def test_every_input_and_format_gives_the_same_answers_in_order(
 ) -> None:
     predictions = post_dist.load_prompt(prompt).predict(TEXTS, model, precision="fp32")
     assert len({each.scores["no"] for each in predictions}) == len(TEXTS)
-    wanted = [(each.label, each.index, each.scores) for each in predictions]
-    for label, index, scores in wanted:
-        assert (label, list(scores)) == (("no", "yes")[index], ["no", "yes"])
-        assert sum(scores.values()) == pytest.approx(1)
+    wanted = []
+    for each in predictions:
+        assert (each.label, list(each.scores)) == (("no", "yes")[each.index], ["no", "yes"])
+        assert sum(each.scores.values()) == pytest.approx(1)
+        # The command line prints four digits of a score.
+        printed = {name: float(f"{score:.4g}") for name, score in each.scores.items()}
+        assert printed != each.scores
+        wanted.append((each.label, each.index, printed))
 
     table = pd.DataFrame({"body": TEXTS, "other": "x"})
     table.to_csv(tmp_path / "t.csv", index=False)

@@ -44,5 +44,5 @@ def test_a_budget_is_a_sentence_and_bars() -> None:
     seeded = run | {"private": False, "epsilon": None}
     public = whole | {"private": False, "epsilon": float("inf"), "cap": None}
     lines = budget_lines(public | {"runs": [seeded]})
-    assert "epsilon infinity without a limit" in lines[0]
+    assert lines[0].endswith("epsilon infinity, at delta 1e-05; no limit is set.")
     assert bar(1) in lines[2]

@@ -4,7 +4,7 @@ Shapes: N examples, C classes, R tokens of a response, n prompt tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class EvaluationSplit:
     Attributes:
         task: the section of the run file.
         examples: texts with their classes or responses.
-        digest: hash of everything else that the answers depend on besides model, prompt and task.
+        digest: hash that identifies the examples.
     """
 
     task: Task
@@ -193,6 +193,9 @@ def load_answers(
         world: the ranks.
     """
     precision = choose_precision(config.engine, world.device)
+    # Answers depend on the precision through rounding.
+    digest = digest_of({"examples": split.digest, "precision": precision})
+    split = replace(split, digest=digest)
     batch_size = config.evaluate.batch_size
     # Each rank holds the whole student. The target is loaded directly into shards.
     student_model = load_whole(models.student, precision, world.device)

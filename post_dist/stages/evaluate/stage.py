@@ -23,7 +23,6 @@ from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer
 from post_dist.runtime.distributed import World
-from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.stages.evaluate.cached_answers import EvaluationSplit, ModelFolders, load_answers
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
@@ -207,14 +206,10 @@ def _count_test_reading(folder: RunFolder, task: Task, world: World) -> int:
 
 
 def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -> EvaluationSplit:
-    """Load the examples of the split, with a digest of everything that their answers depend on."""
-    config = folder.config
-    split = config.evaluate.split
+    """Load the examples of the split."""
+    split = folder.config.evaluate.split
     examples = world.on_main(lambda: load_examples(task, split, "private_task"))
-    # Answers depend on the precision through rounding, so it is part of the digest.
-    precision = choose_precision(config.engine, world.device)
-    digest = digest_of({"rows": task_digest, "split": split, "precision": precision})
-    return EvaluationSplit(task, examples, digest)
+    return EvaluationSplit(task, examples, digest_of({"rows": task_digest, "split": split}))
 
 
 def _word_scores(task: Task, examples: Examples, prompts: Sequence[PromptSet]) -> _WordScores:
