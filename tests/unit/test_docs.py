@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "ds_configs/README.md"])
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OTHER_PROGRAMS = {"cat", "export", "hf", "source", "ssh-keygen"}
+OTHER_PROGRAMS = {"cat", "export", "hf", "python3", "source", "ssh-keygen"}
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 COMMAND_LINE = typer.main.get_command(app)
 TOPICS = ("cast", "film", "music", "plot")
@@ -221,6 +221,7 @@ def test_the_tutorial_and_the_page_on_prompts_work(world: World) -> None:
     artifact = Path("work/runs/tickets/latest/tune").resolve() / "artifact"
     place = artifact.relative_to(Path.cwd().resolve())
     assert hint == f"post-dist predict {place} NEW.csv --model model --column body"
+    assert said["evaluate"].count(" bf16 instructions") == 1
     shutil.copyfile("new.csv", "NEW.csv")
     world.run(shlex.split(hint))
     # The prompt of the tutorial stands in for those of the page.
