@@ -1,8 +1,14 @@
-"""Durations and bars on a terminal."""
+"""Durations, bars and next commands on a terminal."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny
 
+from post_dist import PromptResult, load_run
 from post_dist.commands.privacy import budget_lines
+from post_dist.commands.stages import _predict_command
 from post_dist.errors import InputError
 from post_dist.runtime.terminal import bar, duration
 
@@ -46,3 +52,19 @@ def test_a_budget_is_a_sentence_and_bars() -> None:
     lines = budget_lines(public | {"runs": [seeded]})
     assert lines[0].endswith("epsilon infinity, at delta 1e-05; no limit is set.")
     assert bar(1) in lines[2]
+
+
+def test_tuning_is_followed_by_a_command_if_predict_can_read_the_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tiny.write_run(tmp_path)
+    tuned = PromptResult(tmp_path / "a", tmp_path / "a b", 8.0, 1e-5, student=Path("/student"))
+    config = load_run(run, ["private_task.text='{body text}'"])
+    assert _predict_command(config, tuned) == (
+        "post-dist predict 'a b' NEW.csv --model /student --column 'body text'"
+    )
+    for text in ("{title} {body}", "Title: {title}"):
+        config = load_run(run, [f"private_task.text='{text}'"])
+        assert _predict_command(config, tuned) is None
+    assert _predict_command(load_run(run), replace(tuned, student=None)) is None
