@@ -132,6 +132,18 @@ HEAD = [
 ]
 """A linear head behind a public prompt, in place of a tuned prompt."""
 HEAD_EPSILONS = (8, 1)
+LORA = [
+    "tune={adapter: lora}",
+    "privacy.steps=80",
+    "privacy.expected_batch_size=64",
+    "privacy.learning_rate=1.0e-3",
+]
+"""A LoRA in place of the head, with the gradients of a prompt."""
+LORA_SETTINGS = {
+    "LoRA": [],
+    "LoRA, four times the rate": ["privacy.learning_rate=4.0e-3"],
+    "LoRA, the owner alone": ["warm_start=null"],
+}
 FEW_EXAMPLES = [
     "private_task.max_rows=500",
     "privacy.declared_examples=500",
@@ -287,7 +299,7 @@ def _private_tuning(common: list[str], variants: Mapping[str, list[str]]) -> lis
 
 
 def _lora(seeded: list[str]) -> list[Experiment]:
-    return [Experiment(f"lora, epsilon {epsilon}", seeded, epsilon) for epsilon in EPSILONS]
+    return _private_tuning([*seeded, *HEAD, *LORA], LORA_SETTINGS)
 
 
 def _curve(seeded: list[str]) -> list[Experiment]:

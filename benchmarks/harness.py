@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dp_lora import DPLora
 
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.artifacts.prompt import read_prompt
@@ -14,8 +13,6 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig
 from post_dist.data.tasks import load_examples
 from post_dist.models.load import load_whole
-from post_dist.privacy.accounting import account
-from post_dist.privacy.calibration import private_plan
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak
@@ -25,7 +22,6 @@ from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
 
 _STAGES = frozenset(STAGE_SECTIONS)
-_LORA_LEARNING_RATES = (1e-3, 4e-3)
 
 Row = dict[str, Any]
 """One line of an evaluation table, as `post-dist evaluate --json` prints it."""
@@ -88,31 +84,6 @@ class Harness:
         scores_NC = scores_NC + torch.tensor(prompt.task.class_biases or [0.0])
         metrics = classification_metrics(scores_NC.numpy(), np.array(examples.classes))
         return {"name": "student + prompt", **metrics}
-
-    def lora_row(self, settings: list[str], epsilon: float) -> Row:
-        """Train DP-LoRA on the student with the prompt's privacy plan and return its row.
-
-        The learning rate is the better of two on the validation split. That favors DP-LoRA, because
-        no privacy budget is spent on the choice.
-
-        Args:
-            settings: changes of the run file, as `KEY=VALUE`.
-            epsilon: target epsilon.
-        """
-        config = self._private_config(settings, epsilon)
-        student = self._pipeline(config).student
-        # Both rates are trained; the validation split chooses and the test split is measured once.
-        trained = [
-            DPLora.train(config, student, learning_rate, self._world)
-            for learning_rate in _LORA_LEARNING_RATES
-        ]
-        best = max(trained, key=lambda lora: lora.measure("validation")["accuracy_micro"])
-        return {
-            "name": f"DP-LoRA on the student, epsilon {epsilon:g}",
-            **best.measure("test"),
-            "epsilon": account(private_plan(config)).epsilon,
-            "learning_rate": best.learning_rate,
-        }
 
     def _pipeline(self, config: RunConfig) -> Pipeline:
         return Pipeline(config, self._world, _STAGES)

@@ -8,7 +8,7 @@ The parts, and the split that each is measured on:
     head        a head behind a public prompt                                    test
     tasks       the same on two tasks that no setting was chosen on              test
     upper       full prompt tuning of the target                                 test
-    lora        DP-LoRA on the student, the data owner's alternative             test
+    lora        a LoRA on the student, behind a public prompt and without        validation
     options     each setting of the transfer added and left out                  validation
     alpha       the published loss at several alphas, and at the rule's alpha    validation
     private     settings of private tuning, on the student                       validation
@@ -66,7 +66,7 @@ def main() -> None:
                 continue
             settings = experiment.settings + chosen.set
             start = time.monotonic()
-            rows = measure(harness, chosen.part, experiment, settings)
+            rows = measure(harness, experiment, settings)
             measured = {
                 "device": harness.device,
                 "seconds": round(time.monotonic() - start),
@@ -77,21 +77,12 @@ def main() -> None:
 
 
 def measure(
-    harness: "Harness", part: str, experiment: Experiment, settings: list[str]
+    harness: "Harness", experiment: Experiment, settings: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the rows of an experiment's table.
-
-    Args:
-        harness: runs the stages.
-        part: part that the experiment belongs to.
-        experiment: what is measured.
-        settings: all changes of the run file.
-    """
+    """Return the rows of an experiment's table, after all changes of the run file."""
     # An experiment with an epsilon ends at the student; all others run the pipeline to its table.
     if experiment.epsilon is None:
         return harness.pipeline_table(settings)
-    if part == "lora":
-        return [harness.lora_row(settings, experiment.epsilon)]
     return [harness.student_row(settings, experiment.epsilon)]
 
 
