@@ -7,7 +7,6 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from privacy.gradient_checks import (
 )
 
 from post_dist.artifacts.task import PromptTask
-from post_dist.bench.peers.tuning import OpacusLora
 from post_dist.config.schema import RunConfig, Tune
 from post_dist.conflicts import Layout
 from post_dist.data.task_reader import TaskReader
@@ -327,19 +325,3 @@ def test_peft_under_opacus_hooks_clips_once_a_batch() -> None:
     print(f"PEFT under Opacus' hooks: grad_sample {theirs}; here {ours}")
     assert theirs == (1, 6, 32)
     assert ours == (7, 6, 32)
-
-
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_the_peer_lora_has_each_example_s_own_gradients(dtype: torch.dtype, most: float) -> None:
-    task = tuning_task("llama", dtype)
-    lora = OpacusLora(deepcopy(task.model), task.reader.verbalizer, rank=2)
-    for parameter in lora.parameters:
-        torch.nn.init.normal_(parameter, std=0.1)
-    batch = task.reader.collate(task.examples)
-    length = batch.input_ids.shape[1]
-    together = lora(batch, task.targets)
-    assert len(together) == 2 * 2 * len(task.model.layers)
-    for example in range(len(task.examples)):
-        only = slice(example, example + 1)
-        alone = lora(task.reader.collate(task.examples[only], length), task.targets[only])
-        assert apart([gradient[only] for gradient in together], alone) < most

@@ -11,7 +11,6 @@ from torch.nn import functional
 from post_dist.bench.peers.transfer import at_answers
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
-from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
 
 
@@ -88,80 +87,4 @@ class OpacusHooks:
         # Opacus would add the next batch to these.
         weight.grad_sample = None
         weight.grad = None
-        return gradients
-
-
-class LowRank(nn.Module):
-    """A frozen linear layer with a trained one of low rank beside it (LoRA, Hu et al. 2021).
-
-    It consists of linear layers, which Opacus' hooks know. The trained layers are fp32, whatever
-    the precision of the frozen one.
-
-    Args:
-        frozen: the frozen layer.
-        rank: rank of the trained change.
-    """
-
-    def __init__(self, frozen: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.down = nn.Linear(frozen.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, frozen.out_features, bias=False)
-        # The change starts at zero, so the first step sees the student as it is.
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the output of the frozen layer plus the change."""
-        change = self.up(self.down(inputs.to(self.down.weight.dtype)))
-        outputs: torch.Tensor = self.frozen(inputs) + change.to(inputs.dtype)
-        return outputs
-
-
-class OpacusLora:
-    """LoRA on the query and value projections of the student, with Opacus' per-example gradients.
-
-    Args:
-        model: the student. Its projections are replaced; at the start LoRA changes nothing.
-        verbalizer: maps logits to class scores.
-        rank: rank of the change.
-
-    Attributes:
-        parameters: the trained parameters.
-
-    Raises:
-        InputError: the model's projections are not named as in Llama's family.
-    """
-
-    def __init__(self, model: LanguageModel, verbalizer: Verbalizer, rank: int) -> None:
-        projections = []
-        for parent in model.layers.modules():
-            for name in ("q_proj", "v_proj"):
-                if hasattr(parent, name):
-                    projections.append((parent, name))
-        if not projections:
-            raise InputError(
-                "the LoRA baseline needs a model with layers q_proj and v_proj",
-                "use a model of Llama's family",
-            )
-        # The layers are replaced after the search, which would also find the new ones.
-        for parent, name in projections:
-            low_rank = LowRank(getattr(parent, name), rank)
-            setattr(parent, name, low_rank.to(model.model.device))
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._model = GradSampleModule(model, loss_reduction="sum")
-        self._verbalizer = verbalizer
-
-    def __call__(self, batch: Batch, classes_B: torch.Tensor) -> list[torch.Tensor]:
-        """Return the gradients [B, ...] of each parameter, one for each example."""
-        logits_BV = self._model(batch.input_ids, batch.attention_mask, None, batch.answer)
-        scores_BC = self._verbalizer.scores(logits_BV)
-        loss = functional.cross_entropy(scores_BC, classes_B, reduction="sum")
-        loss.backward()
-        gradients: list[torch.Tensor] = []
-        for parameter in self.parameters:
-            # pyrefly: ignore[missing-attribute]
-            gradients.append(parameter.grad_sample)
-            # pyrefly: ignore[missing-attribute]
-            parameter.grad_sample = None
-            parameter.grad = None
         return gradients
