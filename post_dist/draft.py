@@ -35,7 +35,7 @@ _SAYS_NOTHING = {"label", "labels", "class", "target", "y", "answer", "output"}
 _ANSWERS = {"true": "yes", "false": "no"}
 """What the model answers to a question, by the label in lower case."""
 _SPACES = ("Ġ", "▁")
-"""How tokenizers write the space before a word."""
+"""Marks by which tokenizers write the space before a word."""
 
 _FORMAT = """\
 # Written by `post-dist init`. Change what does not suit you, then run `post-dist check` on it.

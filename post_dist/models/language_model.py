@@ -297,7 +297,7 @@ class LanguageModel(nn.Module):
     def _at_answers_of_packed(
         self, input_ids: torch.Tensor, prompt: torch.Tensor, answer: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        """Return the same for examples that share G prompts."""
+        """Return the hidden states [B, depth d] at the answers of examples that share G prompts."""
         prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
         groups = len(prompts_Gnd)
         packing = Packing(

@@ -29,7 +29,7 @@ from post_dist.runtime.distributed import World
 log = logging.getLogger(__name__)
 
 _SCORE_NOISE = 0.4
-"""Most standard deviation that a head's noise may give a class score, in nats. Chosen on reviews,
+"""Largest standard deviation of a class score by the noise of a head, in nats. Chosen on reviews,
 with 500, 1,500 and 6,800 examples at epsilon 8 and 1."""
 
 
