@@ -1,0 +1,95 @@
+"""The columns of a table that make its examples, and the values of the labels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from post_dist.config.sources import is_label_name
+from post_dist.errors import InputError
+
+_MOST_CLASSES = 50
+_UNUSABLE = set('{}[].!:"\\')
+"""Characters that a column's name may not have, because `text` is a format string."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that make its examples.
+
+    Attributes:
+        text: column of the texts.
+        label: column of the labels.
+        user: column with the user of each text; None if each text is protected by itself.
+    """
+
+    text: str
+    label: str
+    user: str | None = None
+
+
+def chosen_columns(
+    table: pd.DataFrame, data: Path, text: str | None, label: str | None, user: str | None
+) -> Columns:
+    """Return the columns that are given, or refuse with a guess of those that are missing."""
+    # A column without a name in the file may have a number for a name.
+    names = [str(name) for name in table.columns]
+    listed = ", ".join(names)
+    if text is None or label is None:
+        guess = _guess(table)
+        raise InputError(
+            f"{data.name} has the columns {listed}",
+            f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
+        )
+    for option, column in (("--text", text), ("--label", label), ("--user", user)):
+        if column is not None and column not in names:
+            raise InputError(
+                f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
+            )
+    # `text` of the run file is a format string, in which these characters mean something else.
+    if _UNUSABLE & set(text):
+        raise InputError(
+            f"--text: the name of column '{text}' has one of {' '.join(sorted(_UNUSABLE))}",
+            "rename the column",
+        )
+    return Columns(text, label, user)
+
+
+def _guess(table: pd.DataFrame) -> Columns:
+    """Guess the columns: the longest values are texts, and the fewest different ones labels."""
+    lengths = {str(name): table[name].map(str).map(len).mean() for name in table.columns}
+    text = max(lengths, key=lambda name: lengths[name])
+    others = [name for name in lengths if name != text] or [text]
+    different = {name: table[name].map(str).nunique() for name in others}
+    # A column with one value tells no classes apart.
+    label = min(different, key=lambda name: (different[name] < 2, different[name]))
+    return Columns(text, label)
+
+
+def count_units(table: pd.DataFrame, columns: Columns) -> int:
+    """Return how many rows a table has, or how many users if epsilon holds for users."""
+    if columns.user is None:
+        return len(table)
+    # As the stages count: a row whose user is null is left out.
+    return int(table[columns.user].dropna().map(str).nunique())
+
+
+def label_values(table: pd.DataFrame, column: str) -> list[str]:
+    """Return the values of the label column, in a fixed order.
+
+    Raises:
+        InputError: a value cannot be a label, or there are too few or too many.
+    """
+    labels = sorted(set(table[column].map(str)))
+    if not 2 <= len(labels) <= _MOST_CLASSES:
+        raise InputError(
+            f"--label: column '{column}' has {len(labels)} different values, and a task has 2 to "
+            f"{_MOST_CLASSES} classes",
+            "is it the column of the labels?",
+        )
+    if not all(map(is_label_name, labels)):
+        raise InputError(
+            f"--label: a value of column '{column}' is too long or not printable",
+            "a label is at most 100 printable characters",
+        )
+    return labels

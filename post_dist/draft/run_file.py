@@ -1,0 +1,232 @@
+"""The text of a run file, from the owner's table and model."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.task import PromptTask
+from post_dist.config.presets import PRESETS, PresetName
+from post_dist.config.sources import Task
+from post_dist.data.sources import is_missing, read_table
+from post_dist.draft.columns import chosen_columns, count_units, label_values
+from post_dist.draft.label_words import LabelWords, label_words, question
+from post_dist.draft.model import DraftModel, read_model
+from post_dist.errors import InputError
+
+_FEWEST_UNITS = 100
+"""With fewer rows, or users, delta would be above the 0.01 that `verify` accepts."""
+_MAX_LENGTH = 128
+_TRAIN_SHARE = 0.8
+
+_FORMAT = """\
+# Written by `post-dist init`. Change what does not suit you, then run `post-dist check` on it.
+name: {name}
+{inputs}
+private_task:
+  name: {name}
+  visibility: private                # no message quotes the file
+  path: {path}
+  text: {text}
+  label_column: {label}
+{user}  # The values of the label column, and a word for each. Whoever gets the prompt reads them.
+  # post_dist puts a space before each word{space}.
+  labels:
+{labels}
+{note}  template: {template}
+  max_length: {max_length:<22} # tokens of text and template; a longer text loses its beginning
+  validation_share: 0.1              # 10% of the {units}, chosen by a hash
+  test_share: 0.1                    # another 10%, which only `evaluate` reads
+tune:
+  num_virtual_tokens: {num_virtual_tokens}
+{tune}privacy:                             # docs/privacy.md
+  enabled: true
+  target_epsilon: 8                  # the noise is chosen so that the run meets this
+  # The number of training {units} is private. This is {share:.0%} of the {units}, rounded up to one
+  # digit: put a number here that you would publish. delta becomes its power -1.1, {delta:.1e}.
+  declared_examples: {declared}
+  expected_batch_size: {batch_size}
+  steps: {steps}
+  learning_rate: {learning_rate}
+  max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
+{cluster}"""
+_USER = """\
+  # Epsilon holds for all texts of a user together. declared_examples and expected_batch_size count
+  # users.
+  user_column: {user}
+"""
+_NO_USER = """\
+  # If a user has several texts, write this file anew with `init --user COLUMN`: epsilon then holds
+  # for all of them together.
+"""
+_MULTI = """\
+  # Words of several tokens are allowed: the first token of each counts.
+  allow_multi_token: true
+"""
+_LETTERS = """\
+  # Letters, because labels begin with the same token. Words that say what the class is work better.
+"""
+
+
+def draft_run(
+    folder: Path,
+    data: Path,
+    text: str | None,
+    label: str | None,
+    user: str | None,
+    model: Path | None,
+    preset: PresetName = "laptop",
+) -> str:
+    """Draft a run file for private tuning on a table of labeled texts.
+
+    Args:
+        folder: folder of the run file.
+        data: the table: a CSV, TSV, JSONL or Parquet file.
+        text: column of the texts.
+        label: column of the labels.
+        user: column with the user of each text; None if no user has several.
+        model: the student, or any other model to tune on; None to name it later.
+        preset: name of the settings.
+
+    Returns:
+        The text of the run file.
+
+    Raises:
+        InputError: a column is not given or does not exist, the labels cannot be used, too few
+            rows or users have one, or the model cannot be used.
+    """
+    # Everything that can be wrong with the table is found before a model is read.
+    table = read_table(data, "--data")
+    # Without rows, there is nothing to guess the columns from.
+    if table.empty:
+        raise InputError(
+            f"--data: {data.name} has no rows",
+            f"a private run needs {_FEWEST_UNITS} with a label, or more",
+        )
+    columns = chosen_columns(table, data, text, label, user)
+    table = table[[not is_missing(value) for value in table[columns.label]]]
+    labels = label_values(table, columns.label)
+    units = count_units(table, columns)
+    kind = "rows" if user is None else "users"
+    if units < _FEWEST_UNITS:
+        raise InputError(
+            f"--data: {data.name} has fewer than {_FEWEST_UNITS} {kind} with a label",
+            "a private run needs more",
+        )
+    known = None if model is None else read_model(model)
+    words = label_words(labels, columns.label, known)
+    # The label word follows the template, which therefore ends by asking for it.
+    template = "{text}\n" + question(columns.label, words)
+    if known is not None and known.facts.masked:
+        template += " {mask}"
+    # Rounding hides the exact count, and rounding up keeps delta below one over that count.
+    declared = _round_up(_TRAIN_SHARE * units)
+    settings = PRESETS[preset]
+    batch_size = min(settings.expected_batch_size, declared // 10)
+    return _FORMAT.format(
+        name=_quoted(_name(data)),
+        inputs=_inputs(folder, known),
+        path=_quoted(os.path.relpath(data.resolve(), folder.resolve())),
+        text=_quoted(f"{{{columns.text}}}"),
+        label=_quoted(columns.label),
+        user=_NO_USER if user is None else _USER.format(user=_quoted(user)),
+        units=kind,
+        space=_space(words),
+        labels=_label_lines(labels, words),
+        note=_note(words),
+        template=_quoted(template),
+        max_length=_max_length(known, settings.num_virtual_tokens),
+        num_virtual_tokens=settings.num_virtual_tokens,
+        tune=_start(labels, words) + settings.tune,
+        steps=settings.steps_for(declared, batch_size),
+        learning_rate=settings.learning_rate,
+        cluster=settings.cluster,
+        share=_TRAIN_SHARE,
+        declared=declared,
+        delta=declared**-1.1,
+        batch_size=batch_size,
+    )
+
+
+def _note(words: LabelWords) -> str:
+    """Return the lines that follow the label words."""
+    return (_LETTERS if words.letters else "") + (_MULTI if words.multi else "")
+
+
+def _space(words: LabelWords) -> str:
+    """Return how the tokens show the space before a word, for a comment."""
+    return "" if words.space_mark is None else f": {words.space_mark} in its token"
+
+
+def _start(labels: Sequence[str], words: LabelWords) -> str:
+    """Return lines with a start for the prompt, if the default would not name the classes."""
+    if not words.letters:
+        return ""
+    # A letter alone would tell the model nothing of the class.
+    classes = {
+        label: (f"{label} ({word})",) for label, word in zip(labels, words.words, strict=True)
+    }
+    section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
+    sentence = PromptTask.of_section(section, None).init_text
+    return f"  init_text: {_quoted(sentence)}   # the prompt starts from these words\n"
+
+
+def _label_lines(labels: Sequence[str], words: LabelWords) -> str:
+    lines = []
+    for number, (label, word) in enumerate(zip(labels, words.words, strict=True)):
+        # Labels are quoted, because YAML would read 0 as a number and no as a word of its own.
+        line = f"    {_quoted(label)}: [{_quoted(word)}]"
+        if words.tokens:
+            token = words.tokens[number]
+            # A tokenizer is free in what its tokens hold, and a comment ends with its line.
+            shown = token if token.isprintable() else ascii(token)
+            line = f"{line:<36} # token {shown}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _inputs(folder: Path, model: DraftModel | None) -> str:
+    if model is None:
+        return (
+            "# Name the student here when you have it, then check the label words again:\n"
+            "# inputs: {student: received/student}"
+        )
+    # Paths are read from the folder of the run file, so the two may be moved together.
+    place = os.path.relpath(model.folder.resolve(), folder.resolve())
+    lines = ["inputs:", f"  student: {_quoted(place)}   # the model that the prompt is tuned on"]
+    if not (model.folder / FILE_NAME).exists():
+        lines.append(f"  trust_model: true    # it has no {FILE_NAME}, so nobody has checked it")
+    return "\n".join(lines)
+
+
+def _max_length(model: DraftModel | None, num_virtual_tokens: int) -> int:
+    """Return the default length, or what the context of the model leaves beside the prompt."""
+    # It is no function of the texts, because it becomes part of the prompt.
+    if model is None:
+        return _MAX_LENGTH
+    # Private tuning of a masked model keeps one position for padding.
+    room = model.facts.context_length - num_virtual_tokens - 1
+    return int(min(_MAX_LENGTH, room))
+
+
+def _round_up(number: float) -> int:
+    """Round up to one significant digit."""
+    unit = 10 ** (len(str(int(number))) - 1)
+    return int(-(-number // unit) * unit)
+
+
+def _name(data: Path) -> str:
+    """Return the name of the file as the name of a run: letters, digits, and . _ -."""
+    kept = [each if _is_kept(each) else "-" for each in data.stem]
+    return "".join(kept).strip("._-")[:64] or "run"
+
+
+def _is_kept(character: str) -> bool:
+    """Return whether the name of a run may have a character."""
+    return character.isascii() and (character.isalnum() or character in "._-")
+
+
+def _quoted(text: str) -> str:
+    """Return a text in double quotes, as YAML and JSON both read it."""
+    return json.dumps(text, ensure_ascii=False)
