@@ -132,6 +132,8 @@ HEAD = [
 ]
 """A linear head behind a public prompt, in place of a tuned prompt."""
 HEAD_EPSILONS = (8, 1)
+LORA_ON_THE_LLM = ["transfer.adapter=lora", "transfer.learning_rate=2.0e-3"]
+"""A LoRA on the LLM in place of its prompt."""
 LORA = [
     "tune={adapter: lora}",
     "privacy.steps=80",
@@ -257,7 +259,10 @@ def _table(seeded: list[str]) -> list[Experiment]:
 
 def _head(seeded: list[str]) -> list[Experiment]:
     rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
-    return [Experiment("head", [*seeded, *HEAD, rows])]
+    return [
+        Experiment("head", [*seeded, *HEAD, rows]),
+        Experiment("head, LoRA on the LLM", [*seeded, *HEAD, rows, *LORA_ON_THE_LLM]),
+    ]
 
 
 def _tasks(seeded: list[str]) -> list[Experiment]:

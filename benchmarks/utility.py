@@ -5,7 +5,7 @@
 The parts, and the split that each is measured on:
 
     table       the method and its baselines                                     test
-    head        a head behind a public prompt                                    test
+    head        a head behind a public prompt, to a prompt and to a LoRA         test
     tasks       the same on two tasks that no setting was chosen on              test
     upper       full prompt tuning of the target                                 test
     lora        a LoRA on the student, behind a public prompt and without        validation

@@ -1,7 +1,7 @@
 """The run file's sections for the stages: distill, tune, transfer and evaluate."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -11,6 +11,7 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
 AdapterName = Literal["prompt", "head", "lora"]
+"""What tuning trains. A transfer trains all of them but a head."""
 
 _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt": {},
@@ -24,7 +25,7 @@ _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "warmup_share": 0.0,
         "optimizer": "averaged_sgd",
     },
-    "lora": {"num_virtual_tokens": 10, "lora": {}},
+    "lora": {"num_virtual_tokens": 10},
 }
 """Defaults of `tune` that differ from those of a prompt."""
 
@@ -189,7 +190,34 @@ class LoraSettings(Section):
     all layers."""
 
 
-class Tune(PromptTraining):
+class AdapterTraining(PromptTraining):
+    """The training of a prompt, or of an adapter behind a prompt."""
+
+    adapter: AdapterName = "prompt"
+    lora: LoraSettings | None = None
+    """Settings of `adapter: lora`."""
+
+    @property
+    def lora_settings(self) -> LoraSettings:
+        """The settings of a LoRA, which `adapter: lora` always has."""
+        return self.lora or LoraSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_has_settings(cls, fields: Any) -> Any:
+        # pydantic reports a section of another type itself.
+        if isinstance(fields, dict) and fields.get("adapter") == "lora":
+            return {"lora": {}, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _lora_settings_have_a_lora(self) -> Self:
+        if (self.lora is None) == (self.adapter == "lora"):
+            raise ValueError("lora holds the settings of adapter: lora, and of no other")
+        return self
+
+
+class Tune(AdapterTraining):
     """Stage 2, tuning. In a private run, `batch_size` is the expected batch size."""
 
     # What is tuned.
@@ -198,8 +226,6 @@ class Tune(PromptTraining):
     linear head on the hidden states behind it. These are computed once, so that a step takes
     milliseconds. A head has its own defaults for the training. `lora` keeps the prompt as it
     starts, from a public prompt or from `init_text`, and tunes a LoRA on the student."""
-    lora: LoraSettings | None = None
-    """Settings of `adapter: lora`."""
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     """Number of vectors of the prompt."""
@@ -242,14 +268,16 @@ class Tune(PromptTraining):
             raise ValueError(
                 f"class_bias is for adapter: prompt; a {self.adapter} needs no other biases"
             )
-        if (self.lora is None) == (self.adapter == "lora"):
-            raise ValueError("lora holds the settings of adapter: lora, and of no other")
         return self
 
 
-class Transfer(PromptTraining):
+class Transfer(AdapterTraining):
     """Stage 3, transfer: train a prompt for the large LLM on public text."""
 
+    # What is trained.
+    adapter: Literal["prompt", "lora"] = "prompt"
+    """`prompt` trains the vectors of a prompt. `lora` keeps the prompt as it starts, and trains a
+    LoRA on the large LLM. It does not depend on what was tuned on the student."""
     # The loss.
     objective: Literal["published", "proxy", "ensemble"] = "published"
     """`published`: the paper's loss, (1-alpha) L1 + alpha L2. `proxy`: the KL divergence to the
@@ -277,7 +305,14 @@ class Transfer(PromptTraining):
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     prompts_at_once: PositiveInt = 4
-    """Maximum number of prompts that are trained together. Each needs memory for its examples."""
+    """Maximum number of prompts that are trained together. Each needs memory for its examples.
+    LoRAs are trained one after the other."""
+
+    @property
+    def trained_at_once(self) -> int:
+        """Number of prompts that are trained together, if all are like this one."""
+        # A forward pass has one LoRA at most.
+        return self.prompts_at_once if self.adapter == "prompt" else 1
 
     @property
     def subtracts_student(self) -> bool:

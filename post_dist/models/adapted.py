@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from post_dist.artifacts.lora import Lora, Shapes
+from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import Adapter
 from post_dist.errors import InputError
-from post_dist.models import families
 from post_dist.models.language_model import LanguageModel
 
 
@@ -70,17 +69,3 @@ class _Addition:
         # The thin products first: the product of the factors would be as large as the weight.
         product = (given @ self._down.mT) @ self._up.mT
         return output + (self._scale * product).to(output.dtype)
-
-
-def layer_linears(model: LanguageModel) -> list[Shapes]:
-    """Return outputs and inputs of the linear modules of each layer, by name in the model."""
-    prefix = families.layer_list_name(model.model)
-    found: list[Shapes] = []
-    for number, layer in enumerate(model.layers):
-        shapes = {}
-        for name, module in layer.named_modules():
-            # A subclass may compute something else, such as a product of quantized weights.
-            if type(module) is nn.Linear:
-                shapes[f"{prefix}.{number}.{name}"] = (module.out_features, module.in_features)
-        found.append(shapes)
-    return found

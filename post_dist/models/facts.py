@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from post_dist.models.adapted import layer_linears
 from post_dist.models.families import scales_attention_by_layer
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import is_masked, read_config
+from post_dist.models.lora_layers import layer_linears
 from post_dist.models.model_checks import check_no_scale
 
 

@@ -6,8 +6,8 @@ bytes with every collective that two and four ranks call.
 Shapes: B sequences or examples, T tokens of one, n prompt tokens, d width, V vocabulary.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from post_dist.models.size import LayerSize, ModelSize
 
@@ -106,40 +106,45 @@ def distill_flops(
     }
 
 
-def transfer_tokens(
-    target: ModelSize, examples: float, length: float, prompt: float, *, responses: int
-) -> float:
-    """Count the tokens that the target's layers see in one step of the transfer of one prompt.
+@dataclass(frozen=True)
+class TransferBatch:
+    """The examples of one prompt in a rank's step of the transfer.
 
-    Args:
-        target: the large model.
-        examples: examples B of this rank.
+    Attributes:
+        examples: number B of examples.
         length: tokens T of each example.
         prompt: tokens n of the prompt.
-        responses: tokens of one response; 0 for a task with classes.
-
-    Returns:
-        n + B T where all examples share one run of the prompt, or B (n + T).
+        responses: tokens of one response, each of which has logits. 0 for a task with classes,
+            where an example has one answer.
     """
-    if _repeats_prompt(target, responses):
-        return examples * (prompt + length)
-    return prompt + examples * length
 
+    examples: float
+    length: float
+    prompt: float
+    responses: int = 0
 
-def _repeats_prompt(target: ModelSize, responses: int) -> bool:
-    """Return whether each example runs the prompt itself, instead of sharing one run of it."""
-    return bool(responses) or not target.shares_prompt
+    def repeats_prompt(self, target: ModelSize) -> bool:
+        """Return whether each example runs the prompt itself, instead of sharing one run of it."""
+        return bool(self.responses) or not target.shares_prompt
+
+    def tokens(self, target: ModelSize) -> float:
+        """Count the tokens that the target's layers see.
+
+        Returns:
+            n + B T where all examples share one run of the prompt, or B (n + T).
+        """
+        if self.repeats_prompt(target):
+            return self.examples * (self.prompt + self.length)
+        return self.prompt + self.examples * self.length
 
 
 def transfer_flops(
     target: ModelSize,
     student: ModelSize,
-    examples: float,
-    length: float,
-    prompt: float,
+    batch: TransferBatch,
     *,
     by_classes: bool,
-    responses: int = 0,
+    upper_layers: int | None = None,
 ) -> dict[str, float]:
     """Count the operations of one rank's step of the transfer of one prompt.
 
@@ -150,44 +155,56 @@ def transfer_flops(
     Args:
         target: the large model.
         student: its head turns two cached hidden states into logits of the whole vocabulary.
-        examples: examples B of this rank.
-        length: tokens T of each example.
-        prompt: tokens n of the prompt.
+        batch: the examples.
         by_classes: whether class scores are compared. Otherwise the logits of the unprompted target
             are computed too, in one product with those of the prompted one.
-        responses: tokens of one response, each of which has logits. 0 for a task with classes,
-            where an example has one answer.
+        upper_layers: number of layers, from the top, that the backward pass runs through; None for
+            all of them.
 
     Returns:
         Operations of `forward` and `backward`.
     """
-    tokens = transfer_tokens(target, examples, length, prompt, responses=responses)
     # Each example has one answer, or one at each token of its response.
-    answers = examples * (responses or 1)
+    answers = batch.examples * (batch.responses or 1)
     head = head_flops(target, answers if by_classes else 2 * answers)
     # Class scores of the student are computed once, before the steps.
     constants = 0.0 if by_classes else head_flops(student, 2 * answers)
-    # Attention is kept apart from the other products, because its backward pass costs twice as
-    # much: each of its products has two inputs with a gradient.
-    if _repeats_prompt(target, responses):
-        attention = len(target.layers) * attention_flops(target, tokens, prompt + length)
-        products = forward_flops(target, examples, prompt + length) - attention
-    else:
-        # All tokens pass through the lower layers and need keys and values in the last one.
-        *lower, last = target.layers
-        lower_weights = sum(layer.attention + layer.mlp for layer in lower)
-        products = (
-            2 * lower_weights * tokens + 2 * last.attention * tokens + 2 * last.mlp * examples
-        )
-        # An example attends to the prompt and to itself, the prompt to itself alone.
-        of_examples = attention_flops(target, examples * length, prompt + length)
-        of_prompt = attention_flops(target, prompt, prompt)
-        of_answers = attention_flops(target, examples, prompt + length)
-        attention = len(lower) * (of_examples + of_prompt) + of_answers
+    products, attention = _products_and_attention(target, batch, target.layers)
+    passed = target.layers[-(upper_layers or len(target.layers)) :]
+    passed_products, passed_attention = _products_and_attention(target, batch, passed)
     return {
         "forward": products + attention + head + constants,
-        "backward": products + 2 * attention + head,
+        "backward": passed_products + 2 * passed_attention + head,
     }
+
+
+def _products_and_attention(
+    target: ModelSize, batch: TransferBatch, layers: Sequence[LayerSize]
+) -> tuple[float, float]:
+    """Count the operations of the last layers of the target in one forward pass.
+
+    Attention is counted apart from the other products, because its backward pass costs twice as
+    much: each of its products has two inputs with a gradient.
+    """
+    tokens = batch.tokens(target)
+    keys = batch.prompt + batch.length
+    if batch.repeats_prompt(target):
+        attention = len(layers) * attention_flops(target, tokens, keys)
+        whole = sum(layer_flops(target, layer, tokens, keys) for layer in layers)
+        return whole - attention, attention
+
+    # All tokens pass through the lower layers and need keys and values in the last one.
+    *lower, last = layers
+    lower_weights = sum(layer.attention + layer.mlp for layer in lower)
+    of_last = last.attention * tokens + last.mlp * batch.examples
+    # An example attends to the prompt and to itself, the prompt to itself alone.
+    of_examples = attention_flops(target, batch.examples * batch.length, keys)
+    of_prompt = attention_flops(target, batch.prompt, batch.prompt)
+    of_answers = attention_flops(target, batch.examples, keys)
+    return (
+        2 * lower_weights * tokens + 2 * of_last,
+        len(lower) * (of_examples + of_prompt) + of_answers,
+    )
 
 
 # ------------------------------------------------------------------------ bytes that ranks receive
@@ -257,24 +274,30 @@ def distill_bytes(
     return {"gather": gather, "reduce": reduce}
 
 
-def transfer_bytes(target: ModelSize, prompt: int, sharding: Sharding) -> dict[str, float]:
+def transfer_bytes(
+    target: ModelSize, trained: int, sharding: Sharding, upper_layers: int | None = None
+) -> dict[str, float]:
     """Compute the bytes that a rank receives in a step of the transfer.
 
-    The target is gathered once for the forward pass and, without its embeddings, once for the
-    backward pass. The gradient of the prompt is reduced in fp32.
+    The target is gathered once for the forward pass. The backward pass gathers it, without its
+    embeddings, as far down as it runs. Gradients are reduced in fp32.
 
     Args:
         target: the large model.
-        prompt: tokens of all prompts together.
+        trained: number of trained values, of all prompts together or of a LoRA.
         sharding: how weights are spread over the ranks.
+        upper_layers: number of layers, from the top, that the backward pass runs through; None for
+            all of them.
 
     Returns:
         Bytes to `gather` weights and to `reduce` gradients.
     """
     group = sharding.group
     forward = gathered_bytes(target.weights, group, sharding.bytes_each)
-    backward = gathered_bytes(target.without_one_table.weights, group, sharding.bytes_each)
-    reduce = reduced_bytes(prompt * target.width, sharding.ranks, 4)
+    passed = target.layers[-(upper_layers or len(target.layers)) :]
+    upper = replace(target.without_one_table, layers=passed)
+    backward = gathered_bytes(upper.weights, group, sharding.bytes_each)
+    reduce = reduced_bytes(trained, sharding.ranks, 4)
     return {"gather": forward + backward, "reduce": reduce}
 
 

@@ -8,7 +8,9 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict
 from post_dist.data.order import rank_batches
+from post_dist.models.lora_layers import chosen_shapes
 from post_dist.planning import cost
+from post_dist.planning.cost import TransferBatch
 from post_dist.planning.estimate import StageEstimate
 from post_dist.planning.inputs import PlanInputs
 from post_dist.planning.layout import (
@@ -48,15 +50,11 @@ class _Work:
 
     Attributes:
         by_classes: for each prompt, whether class scores are compared.
-        examples: number of examples of one prompt.
-        length: maximum number of tokens of an example, with its response.
-        response: maximum number of tokens of a response; 0 for classes.
+        batch: the examples of one prompt, of maximum length.
     """
 
     by_classes: Sequence[bool]
-    examples: int
-    length: int
-    response: int
+    batch: TransferBatch
 
     @property
     def prompts(self) -> int:
@@ -64,9 +62,9 @@ class _Work:
         return len(self.by_classes)
 
     @property
-    def answers(self) -> int:
+    def answers(self) -> float:
         """Number of positions of one prompt that have logits."""
-        return self.examples * (self.response or 1)
+        return self.batch.examples * (self.batch.responses or 1)
 
 
 def plan_transfer(inputs: PlanInputs) -> StageEstimate:
@@ -75,8 +73,8 @@ def plan_transfer(inputs: PlanInputs) -> StageEstimate:
     by_classes = _prompts(inputs.config)
     # Prompts that do not fit side by side are trained in rounds, one after the other.
     steps: list[_Step] = []
-    for start in range(0, len(by_classes), section.prompts_at_once):
-        together = by_classes[start : start + section.prompts_at_once]
+    for start in range(0, len(by_classes), section.trained_at_once):
+        together = by_classes[start : start + section.trained_at_once]
         steps.append(_step(inputs, _work(inputs, together)))
     longest = max(steps, key=lambda step: step.seconds)
     numbers = longest.numbers | {
@@ -134,12 +132,13 @@ def _work(inputs: PlanInputs, by_classes: Sequence[bool]) -> _Work:
     # The transfer accumulates nothing: a rank's part of the batch is one pass.
     own = rank_batches(range(size), size, 0, inputs.machine.ranks)
     text, response = inputs.text_lengths()
-    return _Work(
-        by_classes=by_classes,
+    batch = TransferBatch(
         examples=max(len(batch.rows) for batch in own),
         length=text + response,
-        response=response,
+        prompt=inputs.config.tune.num_virtual_tokens,
+        responses=response,
     )
+    return _Work(by_classes, batch)
 
 
 def _step(inputs: PlanInputs, work: _Work) -> _Step:
@@ -147,9 +146,13 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
     hardware = inputs.machine.hardware
     machine = inputs.machine
     target = inputs.models.teacher
-    prompt = inputs.config.tune.num_virtual_tokens
     flops = _flops(inputs, work)
-    received = cost.transfer_bytes(target, work.prompts * prompt, inputs.sharding)
+    received = cost.transfer_bytes(
+        target,
+        _trained_values(inputs, work),
+        inputs.sharding,
+        inputs.config.transfer.lora_settings.upper_layers,
+    )
     # The target is read once forward, and backward without its embeddings.
     fetched = fetched_bytes(inputs, [target, target.without_one_table])
 
@@ -158,9 +161,7 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
     gather = machine.collective_seconds(received["gather"], inputs.group, 2 * len(target.layers))
     fetch = fetched / hardware.host_bytes_per_second()
     reduce = machine.collective_seconds(received["reduce"], machine.ranks, work.prompts)
-    tokens = work.prompts * cost.transfer_tokens(
-        target, work.examples, work.length, prompt, responses=work.response
-    )
+    tokens = work.prompts * work.batch.tokens(target)
     memory = _passed_bytes(inputs, work, tokens) / hardware.memory_bytes_per_second()
     # Weights arrive while the layers before them compute. The prompt's gradient is complete only at
     # the end, so nothing hides its reduction.
@@ -184,17 +185,28 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
     return _Step(step, _memory(inputs, work, tokens), numbers)
 
 
+def _trained_values(inputs: PlanInputs, work: _Work) -> int:
+    """Count the values whose gradient is reduced: those of all prompts, or of a LoRA."""
+    target = inputs.models.teacher
+    lora = inputs.config.transfer.lora
+    if lora is None:
+        return work.prompts * inputs.config.tune.num_virtual_tokens * target.width
+    shapes = chosen_shapes(target.facts.linears, lora)
+    return lora.r * sum(sum(shape) for shape in shapes.values())
+
+
 def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:
-    """Count the operations of one rank's step, for all prompts together."""
+    """Count the operations of one rank's step, for all prompts together.
+
+    The products of a LoRA are small and not counted.
+    """
     of_prompts = [
         cost.transfer_flops(
             inputs.models.teacher,
             inputs.models.student,
-            work.examples,
-            work.length,
-            inputs.config.tune.num_virtual_tokens,
+            work.batch,
             by_classes=classes,
-            responses=work.response,
+            upper_layers=inputs.config.transfer.lora_settings.upper_layers,
         )
         for classes in work.by_classes
     ]

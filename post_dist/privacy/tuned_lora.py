@@ -12,40 +12,22 @@ from typing import Any
 
 import torch
 
-from post_dist.artifacts.lora import Lora, Shapes
+from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import Adapter, PromptContents, SoftPromptArtifact
 from post_dist.config.schema import RunConfig, Tune
-from post_dist.config.stages import LoraSettings
 from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
-from post_dist.models.adapted import adapted, layer_linears
+from post_dist.models.adapted import adapted
 from post_dist.models.classifier import PromptInput
 from post_dist.models.facts import ModelFacts
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.lora_layers import lora_conflicts, untrained_lora
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import unit_gradients
 from post_dist.privacy.plain_batches import batch_of_like_length
 from post_dist.privacy.scoring import answer_logits, count_right, validation_task
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import averaging_from, make_optimizer
-
-
-def chosen_shapes(layers: Sequence[Shapes], settings: LoraSettings) -> Shapes:
-    """Return the linear modules that a LoRA changes, with their outputs and inputs.
-
-    Args:
-        layers: the linear modules of each layer of the model.
-        settings: which of them to change.
-    """
-    # Without a number of upper layers, all of them are chosen.
-    upper = layers[-(settings.upper_layers or len(layers)) :]
-    chosen = {}
-    for layer in upper:
-        for name, shape in layer.items():
-            # PEFT compares whole parts of a name too.
-            if any(name.endswith(f".{target}") for target in settings.target_modules):
-                chosen[name] = shape
-    return chosen
 
 
 class LoraGradients:
@@ -101,34 +83,13 @@ class TunedLora:
         model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter:
         """Return a LoRA that changes nothing yet."""
-        return _untrained(model, config.tune, config.seed)
+        return untrained_lora(model, config.tune.lora_settings, config.seed)
 
     @staticmethod
     def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
         """List the target modules that the student lacks, and more upper layers than it has."""
         # Facts come from the configuration, so nothing is loaded to find this out.
-        settings = _settings(section)
-        found = []
-        if settings.upper_layers is not None and settings.upper_layers > model.layers:
-            found.append(
-                Conflict(
-                    f"tune.lora.upper_layers is {settings.upper_layers}, and the model has "
-                    f"{model.layers} layers",
-                    "lower it",
-                )
-            )
-        for target in settings.target_modules:
-            alone = settings.model_copy(update={"target_modules": (target,)})
-            if not chosen_shapes(model.linears, alone):
-                names = {name.rsplit(".", 1)[1] for layer in model.linears for name in layer}
-                found.append(
-                    Conflict(
-                        f"tune.lora.target_modules has {target}, which is no linear module in the "
-                        f"layers of {model.family}",
-                        f"choose from {', '.join(sorted(names)) or 'another model'}",
-                    )
-                )
-        return found
+        return lora_conflicts("tune", section.lora_settings, model.linears, model.family)
 
     @staticmethod
     def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
@@ -169,7 +130,7 @@ class TunedLora:
         """Return the gradients of a micro-batch, and its logits if trials are scored."""
         # The model may be cut to its first layers, so the LoRA is made for it. A second factor of
         # zeros would hide what rounds differently.
-        lora = _untrained(task.model, section, seed=0)
+        lora = untrained_lora(task.model, section.lora_settings, seed=0)
         generator = torch.Generator().manual_seed(1)
         device = task.model.model.device
         values = []
@@ -218,14 +179,3 @@ class TunedLora:
         with adapted(task.model, task.need(Lora).with_values(parameters)):
             losses_B = example_losses(task.model, task.reader.verbalizer, batch, targets, prompt)
         return losses_B.mean()
-
-
-def _settings(section: Tune) -> LoraSettings:
-    """Return the settings of a LoRA, which `adapter: lora` always has."""
-    return section.lora or LoraSettings()
-
-
-def _untrained(model: LanguageModel, section: Tune, seed: int) -> Lora:
-    """Return a LoRA that changes nothing, for the layers that the run file chooses."""
-    settings = _settings(section)
-    return Lora.untrained(chosen_shapes(layer_linears(model), settings), settings, seed)

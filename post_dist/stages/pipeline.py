@@ -346,7 +346,8 @@ class Pipeline:
         Raises:
             ArtifactRefused: it would stop the transfer of the others.
         """
-        from post_dist.stages.transfer.stage import TransferRequest, refuse_transfer
+        from post_dist.stages.transfer.job import TransferRequest
+        from post_dist.stages.transfer.stage import refuse_transfer
 
         # The owner's mistake is the owner's, and not one of the run file.
         request = TransferRequest(self._transfer_folder(self._config, source), source)
@@ -368,12 +369,8 @@ class Pipeline:
         """
         if not wanted:
             return [], {}
-        from post_dist.stages.transfer.stage import (
-            Target,
-            TransferRequest,
-            refuse_transfer,
-            transfer,
-        )
+        from post_dist.stages.transfer.job import TransferRequest
+        from post_dist.stages.transfer.stage import Target, refuse_transfer, transfer
 
         requests = []
         for config, source in wanted:

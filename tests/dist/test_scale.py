@@ -67,7 +67,7 @@ def test_measured_bytes_are_the_planned_ones(
             received = row["received_bytes"]
             assert received["control"] < 4096
             if row["stage"] == "transfer":
-                planned = transfer_bytes(teacher, PROMPT_TOKENS, sharding)
+                planned = transfer_bytes(teacher, PROMPT_TOKENS * teacher.width, sharding)
             else:
                 planned = planned_distill_bytes(name, config, teacher, result, row, sharding)
             found = {kind: received[kind] for kind in planned}

@@ -107,7 +107,7 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
     from post_dist.data.task_reader import TaskReader
     from post_dist.models.answers import answers_of
     from post_dist.models.batch_inference import InferenceRun
-    from post_dist.privacy.tuned_lora import chosen_shapes
+    from post_dist.models.lora_layers import chosen_shapes
     from post_dist.runtime.distributed import alone
 
     folder = write_model(tmp_path / "model", family)

@@ -1176,7 +1176,7 @@ MUTANTS = [
     ),
     Mutant(
         "upper layers of a LoRA counted from the bottom",
-        "privacy.tuned_lora",
+        "models.lora_layers",
         "layers[-(settings.upper_layers or len(layers)) :]",
         "layers[: settings.upper_layers or len(layers)]",
         "a_lora_changes_the_upper_layers",

@@ -16,7 +16,12 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.lower_block import take_out_lower_block
 from post_dist.models.size import size_of
 from post_dist.models.student import freeze, stand_in_layers, write_student
-from post_dist.planning.cost import distill_flops, forward_flops, transfer_flops
+from post_dist.planning.cost import (
+    TransferBatch,
+    distill_flops,
+    forward_flops,
+    transfer_flops,
+)
 from post_dist.planning.inputs import models_of
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.model import DistillationModel
@@ -182,7 +187,8 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
 
     size = size_of(folder)
     assert size.shares_prompt == model.shares_prompt
-    ours = transfer_flops(size, size, 6, length, 10, by_classes=kind == "classes", responses=most)
+    batch = TransferBatch(6, length, prompt=10, responses=most)
+    ours = transfer_flops(size, size, batch, by_classes=kind == "classes")
     # RoBERTa's head has a product of its own width before the vocabulary's, forward and backward:
     # of the prompted answers, or of both kinds with the constants.
     own_head = model.masked * 2 * 64 * 64 * 6 * (2 if kind == "classes" else 6)

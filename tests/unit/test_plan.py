@@ -681,6 +681,27 @@ def test_a_lora_in_the_upper_layers_has_a_short_backward_pass(run: Path, main: C
     assert 0.5 * flops["all"] < flops["one"] < 0.8 * flops["all"]
 
 
+def test_loras_of_a_transfer_are_trained_one_after_the_other(run: Path, main: Callable) -> None:
+    owners = '--set=inputs.source_prompt=["a", "b", "c"]'
+    found = {}
+    for name, sets in {
+        "prompts": (),
+        "loras": ("--set=transfer.adapter=lora",),
+        "upper loras": ("--set=transfer.adapter=lora", "--set=transfer.lora.upper_layers=1"),
+    }.items():
+        _, plan = planned(main, run, "--nodes=8", owners, *sets)
+        (found[name],) = (each for each in plan["stages"] if each["stage"] == "transfer")
+    assert found["prompts"]["prompts_at_once"] == 3
+    assert found["loras"]["prompts_at_once"] == found["upper loras"]["prompts_at_once"] == 1
+    # The weights are gathered for each of them.
+    each_step = found["prompts"]["received_gib_per_gpu"]["gather"]
+    assert found["loras"]["received_gib_per_gpu"]["gather"] == each_step
+    assert found["loras"]["hours"] > found["prompts"]["hours"]
+    backward = {name: stage["flops_per_gpu"]["backward"] for name, stage in found.items()}
+    assert backward["loras"] == pytest.approx(backward["prompts"] / 3)
+    assert backward["upper loras"] < 0.5 * backward["loras"]
+
+
 def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
     texts = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
     fields = yaml.safe_load(run.read_text())

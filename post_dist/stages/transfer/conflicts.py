@@ -9,6 +9,7 @@ from post_dist.config.schema import RunConfig, Transfer
 from post_dist.config.sources import Task
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.models.lora_layers import lora_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.room import room_conflicts
 
@@ -68,6 +69,9 @@ def conflicts(
         return [Conflict("the run file lacks the section public_task", "add it")]
     found = engine_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
+    if config.transfer.lora is not None:
+        target = models.target
+        found += lora_conflicts("transfer", config.transfer.lora, target.linears, target.family)
     # In both models the public text follows a prompt of the same length.
     longest = prompt.task.max_length + prompt.task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):

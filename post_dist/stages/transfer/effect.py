@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from post_dist.artifacts.prompt import Adapter
 from post_dist.data.template import NO_TOKEN, Batch, Encoded
 from post_dist.losses.pieces import logit_pieces, split_positions
+from post_dist.models.adapted import adapted
 from post_dist.models.batch_inference import InferenceRun, map_batches
 from post_dist.models.classifier import word_scores
 from post_dist.models.language_model import LanguageModel
@@ -53,7 +55,11 @@ class _Answers:
 
 @torch.no_grad()
 def effect_on_public_text(
-    target: LanguageModel, objective: TransferObjective, prompt_nd: torch.Tensor, world: World
+    target: LanguageModel,
+    objective: TransferObjective,
+    prompt_nd: torch.Tensor,
+    world: World,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """Compare the target with and without a prompt on public text. All ranks call it.
 
@@ -62,6 +68,7 @@ def effect_on_public_text(
         objective: the objective that the prompt was trained with, which has the texts.
         prompt_nd: the prompt on the target's device.
         world: the ranks.
+        adapter: what was trained behind it; None if it was the prompt itself.
 
     Returns:
         `texts`, their number. For a causal target, `perplexity_without_prompt` and
@@ -73,7 +80,8 @@ def effect_on_public_text(
     stride = -(-len(objective.examples) // _MOST_TEXTS)
     examples = objective.examples[::stride]
     without = _answers(target, objective, examples, None, world)
-    prompted = _answers(target, objective, examples, prompt_nd, world)
+    with adapted(target, adapter):
+        prompted = _answers(target, objective, examples, prompt_nd, world)
 
     effect: dict[str, Any] = {"texts": len(examples)}
     if without.perplexity is not None:

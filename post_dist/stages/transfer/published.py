@@ -3,6 +3,8 @@
 from post_dist.config.schema import RunConfig
 
 _SETTINGS = {
+    "adapter": "prompt",
+    "lora": None,
     "objective": "published",
     "scores": "vocabulary",
     "temperature": 2.0,

@@ -7,40 +7,29 @@ Shapes: n prompt tokens, d width.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import (
-    PromptContents,
-    Provenance,
-    SoftPromptArtifact,
-    write_prompt,
-)
-from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.schema import Transfer
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.errors import InputError, PostDistError
+from post_dist.models.adapted import adapted
 from post_dist.models.answers import OutputsNotFinite
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
-from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
-from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
-from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_origin import check_belongs
-from post_dist.stages.prompt_training import PromptRun, train_prompts
+from post_dist.stages.prompt_training import train_prompts
+from post_dist.stages.transfer.artifact import NamedTarget, write_transferred
 from post_dist.stages.transfer.builder import (
     ObjectiveBuilder,
     PublicExamples,
@@ -49,23 +38,16 @@ from post_dist.stages.transfer.builder import (
 )
 from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
 from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
+from post_dist.stages.transfer.job import (
+    TransferJob,
+    TransferRequest,
+    prepared_job,
+    trained_together,
+)
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
 from post_dist.stages.transfer.step_losses import transfer_losses
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TransferRequest:
-    """A request to transfer one soft prompt.
-
-    Attributes:
-        folder: the run folder of this transfer, with its settings.
-        source: the soft prompt that was tuned on the student.
-    """
-
-    folder: RunFolder
-    source: SoftPromptArtifact
 
 
 @dataclass(frozen=True)
@@ -79,34 +61,6 @@ class Target:
 
     folder: Path
     weights: str
-
-
-@dataclass(frozen=True)
-class TransferJob:
-    """One prompt that is trained on the target.
-
-    Attributes:
-        source: the prompt that was tuned on the student.
-        objective: loss of the new prompt.
-        run: the new prompt with its optimizer and its folder.
-        first_step: step from which training resumes.
-    """
-
-    source: SoftPromptArtifact
-    objective: TransferObjective
-    run: PromptRun
-    first_step: int
-
-
-@dataclass(frozen=True)
-class _BatchShape:
-    """The properties that jobs must share to be trained together."""
-
-    num_virtual_tokens: int
-    max_response_length: int
-    steps: int
-    batch_size: int
-    first_step: int
 
 
 @dataclass(frozen=True)
@@ -230,88 +184,29 @@ def transfer(
         except OutputsNotFinite as error:
             failed[request.folder.path] = error
             continue
-        start_nd = _start(models, tokenizers, source, source_nd, section)
-        run = _prompt_run(start_nd, request.folder)
-        jobs.append(TransferJob(source, objective, run, run.take_up(resume, world)))
+        jobs.append(prepared_job(request, objective, models, tokenizers, world, resume))
 
     # Train the prompts. Each group is written as soon as it is trained.
-    writer = partial(
-        _write,
-        target=model_name(large.folder, config.teacher),
+    named = NamedTarget(
+        name=model_name(large.folder, config.teacher),
         weights=large.weights,
         tokenizer=tokenizer_fingerprint(tokenizers.target),
     )
-    for group in _groups(jobs, config.transfer.prompts_at_once):
+    for group in trained_together(jobs):
         failures = _train(group, models, config.seed, world)
         for job, failure in zip(group, failures, strict=True):
             if failure is not None:
                 failed[job.run.folder.path] = failure
                 continue
-            trained_nd = job.run.parameters[0].detach()
-            effect = effect_on_public_text(models.target, job.objective, trained_nd, world)
+            trained_nd = job.prompt_nd.detach()
+            effect = effect_on_public_text(
+                models.target, job.objective, trained_nd, world, job.lora
+            )
             report_effect(job.run.folder.path.name, effect, job.objective.statistics)
-            world.on_main(partial(writer, job, effect))
+            world.on_main(partial(write_transferred, job, effect, named))
     for path, error in failed.items():
         log.error("%s is not transferred: %s", path.name, error.args[0])
     return failed
-
-
-def _start(
-    models: ModelPair,
-    tokenizers: Tokenizers,
-    source: SoftPromptArtifact,
-    source_nd: torch.Tensor,
-    section: Transfer,
-) -> torch.Tensor:
-    """Compute the initial values [n, d] of the prompt on the target, in fp32.
-
-    `transfer.trained_share` interpolates between the target's embeddings of a text (0) and the
-    source prompt (1).
-    """
-    # A sharded target needs all ranks to gather its embeddings.
-    start_nd = prompt_from_text(
-        models.target, tokenizers.target, source.task.init_text, len(source_nd)
-    )
-    # The conflicts allow another width of the source prompt only with a share of 0.
-    if section.trained_share:
-        start_nd = torch.lerp(start_nd, source_nd, section.trained_share)
-    return start_nd.to(source_nd.device, torch.float32).clone()
-
-
-def _prompt_run(start_nd: torch.Tensor, folder: RunFolder) -> PromptRun:
-    """Prepare the training of a prompt. Its losses come from public text, so they are public."""
-    # Adam is also the optimizer of the published transfer.
-    section = folder.config.transfer
-    optimizer = make_optimizer("adam", [{"params": [start_nd], "lr": section.learning_rate}])
-    return PromptRun(
-        [start_nd],
-        optimizer,
-        section,
-        folder,
-        open_metrics=open_public_metrics,
-        show_loss=True,
-    )
-
-
-def _groups(jobs: Sequence[TransferJob], at_once: int) -> list[list[TransferJob]]:
-    """Divide jobs into groups of one shape, each of at most `at_once` jobs."""
-    by_shape: dict[_BatchShape, list[TransferJob]] = {}
-    for job in jobs:
-        shape = _BatchShape(
-            num_virtual_tokens=len(job.source.embeddings),
-            max_response_length=job.source.task.max_response_length,
-            steps=job.run.section.steps,
-            batch_size=job.run.section.batch_size,
-            first_step=job.first_step,
-        )
-        by_shape.setdefault(shape, []).append(job)
-
-    # Each prompt needs memory for its own examples, so the run file limits the size of a group.
-    groups = []
-    for same_shape in by_shape.values():
-        for start in range(0, len(same_shape), at_once):
-            groups.append(same_shape[start : start + at_once])
-    return groups
 
 
 def _train(
@@ -323,7 +218,7 @@ def _train(
         For each prompt the error that says how it diverged; None if it did not.
     """
     objectives = [job.objective for job in jobs]
-    prompts = [job.run.parameters[0] for job in jobs]
+    prompts = [job.prompt_nd for job in jobs]
 
     def losses_at(step: int) -> list[torch.Tensor]:
         # Ranks may have unequal numbers of examples. The weights make the mean over ranks exact.
@@ -331,7 +226,10 @@ def _train(
         losses = transfer_losses(models, objectives, prompts, [batch.rows for batch in own])
         return [batch.weight * loss for batch, loss in zip(own, losses, strict=True)]
 
-    return train_prompts([job.run for job in jobs], losses_at, jobs[0].first_step, world)
+    # The backward pass runs a layer again if its activations were not kept, so the LoRA stays until
+    # training ends.
+    with adapted(models.target, jobs[0].lora):
+        return train_prompts([job.run for job in jobs], losses_at, jobs[0].first_step, world)
 
 
 def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World) -> RankBatch:
@@ -340,54 +238,3 @@ def _rank_batch(objective: TransferObjective, step: int, seed: int, world: World
     # A rank runs its whole part of the batch at once.
     (batch,) = rank_batches(chosen, objective.section.batch_size, world.rank, world.size)
     return batch
-
-
-def _write(
-    job: TransferJob, effect: Mapping[str, Any], *, target: str, weights: str, tokenizer: str
-) -> None:
-    """Write the artifact of a trained prompt.
-
-    Args:
-        job: the trained prompt.
-        effect: its effect on public text.
-        target: name of the target.
-        weights: digest of the target's weights.
-        tokenizer: fingerprint of the target's tokenizer.
-    """
-    source = job.source
-    settings = job.objective.section.model_dump(mode="json")
-    # The class biases were part of the loss, so the new prompt has learned their effect.
-    task = replace(source.task, class_biases=())
-
-    def write_own_card(artifact: Path) -> None:
-        claim: dict[str, Any] = {"epsilon": "none: the source prompt is not private"}
-        if source.privacy is not None and source.epsilon is not None:
-            # Epsilon means nothing without the other three.
-            named = ("epsilon", "delta", "unit", "neighbouring_relation")
-            claim = {name: source.privacy[name] for name in named}
-        write_card(
-            artifact,
-            f"Soft prompt for {target}",
-            "A soft prompt that was transferred from a student with public text alone (POST).",
-            job.objective.section.model_dump() | claim | {"effect on public text": effect},
-            library="peft",
-            tag="prompt-tuning",
-        )
-
-    # The new prompt depends on private data only through the source prompt. By post-processing, the
-    # epsilon of the source prompt holds for it too.
-    contents = PromptContents(job.run.parameters[0], task, source.privacy)
-    # The roles of the sender must not replace those that this stage gives.
-    own = {"source prompt": source.manifest.digest, "target": weights}
-    provenance = Provenance(
-        model_name=target,
-        tokenizer=tokenizer,
-        parents=source.manifest.parents | own,
-        config={
-            "transfer": settings,
-            "task": asdict(task),
-            "public_text": dict(job.objective.statistics),
-            "effect_on_public_text": dict(effect),
-        },
-    )
-    write_prompt(job.run.folder.artifact, contents, provenance, write_own_card)

@@ -1,0 +1,143 @@
+"""A LoRA that is trained on the large LLM in place of a prompt: on ranks, in tables, and at use."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from e2e.test_head import artifact, write_run
+from started import run_ranks
+
+from post_dist import load_prompt, load_run
+from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
+from post_dist.data.tasks import load_examples
+from post_dist.runtime.metric_log import read_metric_log
+
+LORA = (
+    "--set=transfer.adapter=lora",
+    "--set=transfer.lora={r: 2, upper_layers: 2}",
+    "--set=transfer.learning_rate=0.01",
+    "--set=transfer.trained_share=1",
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, post_dist: Callable) -> Path:
+    """The run file of an owner who has tuned two heads."""
+    run = write_run(tmp_path_factory.mktemp("tuned"))
+    assert post_dist("warm-start", run).returncode == 0
+    for rate in (1, 4):
+        settings = ("--set=privacy.enabled=false", f"--set=tune.learning_rate={rate}")
+        done = post_dist("tune", run, *settings)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+def heads(run: Path) -> list[Path]:
+    return sorted(run.parent.glob("runs/tiny/tune-*/artifact"))
+
+
+def transferred(output: Path) -> SoftPromptArtifact:
+    (folder,) = output.rglob("transfer-*/artifact")
+    return read_prompt(folder)
+
+
+def transfer_command(run: Path, sources: list[Path], output: Path) -> tuple[object, ...]:
+    listed = json.dumps([str(source) for source in sources]) if len(sources) > 1 else sources[0]
+    return ("transfer", run, f"--set=inputs.source_prompt={listed}", f"--output={output}", *LORA)
+
+
+def test_a_lora_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path)
+    steps = "--set=transfer.steps=40"
+    assert main("check", run, *LORA, steps)[0] == 0
+    code, out, err = main("pipeline", run, "--json", *LORA, steps)
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+
+    found = read_prompt(artifact(tmp_path, "transfer"))
+    # Only the upper two of the four layers are changed.
+    assert [layer.split(".", 3)[2] for layer in found.adapter.layers] == ["2", "2", "3", "3"]
+    assert all(factor.any() for factor in found.adapter.factors.values())
+    source = read_prompt(artifact(tmp_path, "tune"))
+    assert found.privacy == source.privacy
+    # The prompt in front is the public one, as it was.
+    assert torch.equal(found.embeddings, source.embeddings)
+    losses = [
+        line["loss"]
+        for line in read_metric_log(artifact(tmp_path, "transfer").parent / "metrics.jsonl")
+    ]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    code, out, _ = main("verify", artifact(tmp_path, "transfer"), "--json")
+    assert code == 0, out
+    card = (artifact(tmp_path, "transfer") / "README.md").read_text()
+    assert "LoRA behind a soft prompt" in card
+
+    # Predictions are those of the table, and not those without the LoRA.
+    config = load_run(run)
+    examples = load_examples(config.private_task, "test", "private_task")
+    answers = load_prompt(artifact(tmp_path, "transfer")).predict(
+        examples.texts, tmp_path / "teacher", precision="fp32"
+    )
+    hits = [each.index == wanted for each, wanted in zip(answers, examples.classes, strict=True)]
+    assert sum(hits) / len(hits) == rows["transferred"]["accuracy_micro"]
+    manifest = json.loads((artifact(tmp_path, "transfer") / "post_dist.json").read_text())
+    effect = manifest["config"]["effect_on_public_text"]
+    assert effect["perplexity_with_prompt"] != effect["perplexity_without_prompt"]
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_ranks_that_were_stopped_train_the_lora_of_one_process(
+    tuned: Path, tmp_path: Path, main: Callable, checkpointing: str
+) -> None:
+    source = heads(tuned)[:1]
+    code, _, err = main(*transfer_command(tuned, source, tmp_path / "one"))
+    assert code == 0, err
+
+    command = (
+        *transfer_command(tuned, source, tmp_path / "two"),
+        f"--set=engine.activation_checkpointing={checkpointing}",
+    )
+    stopped = run_ranks(*command, preparations=("stopped at its third step", "nothing"))
+    assert [rank.returncode for rank in stopped] == [6, 6], stopped[0].stderr
+    resumed = run_ranks(*command, preparations=("nothing", "nothing"))
+    assert [rank.returncode for rank in resumed] == [0, 0], resumed[0].stderr
+    assert "resuming from step 3" in resumed[0].stderr
+
+    one = transferred(tmp_path / "one").adapter
+    two = transferred(tmp_path / "two").adapter
+    for name, factor in one.factors.items():
+        assert torch.allclose(factor, two.factors[name], atol=1e-5), name
+
+
+def test_each_lora_is_as_if_it_had_been_alone(tuned: Path, tmp_path: Path, main: Callable) -> None:
+    assert len(heads(tuned)) == 2
+    code, out, err = main(*transfer_command(tuned, heads(tuned), tmp_path / "both"), "--json")
+    assert code == 0, err
+    both = [read_prompt(Path(folder)) for folder in json.loads(out)["artifacts"]]
+    for number, source in enumerate(heads(tuned)):
+        output = tmp_path / f"alone {number}"
+        assert main(*transfer_command(tuned, [source], output))[0] == 0
+        alone = transferred(output)
+        for name, factor in alone.adapter.factors.items():
+            assert torch.equal(factor, both[number].adapter.factors[name]), name
+    first, second = (prompt.adapter.factors for prompt in both)
+    assert not any(torch.equal(first[name], second[name]) for name in first if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("adapter=lora", "lora.upper_layers=9"), "transfer.lora.upper_layers is 9"),
+        (("adapter=lora", "lora.target_modules=[c_attn]"), "choose from down_proj, gate_proj"),
+        (("adapter=head",), "transfer.adapter"),
+        (("lora.r=2",), "lora holds the settings of adapter: lora"),
+    ],
+)
+def test_settings_that_do_not_suit_the_large_llm_are_refused(
+    tuned: Path, main: Callable, settings: tuple[str, ...], said: str
+) -> None:
+    code, out, err = main("check", tuned, *(f"--set=transfer.{each}" for each in settings))
+    assert code == 2, out
+    assert said in out + err
