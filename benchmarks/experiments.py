@@ -155,10 +155,12 @@ HEAD_SETTINGS = {
     "1 layer": ["warm_start.head_layers=1"],
     "4 layers": [],
     "4 layers, rate 1": ["privacy.learning_rate=1"],
+    "4 layers, hardly a warm start": ["warm_start.steps=1"],
     "4 layers, 500 examples": FEW_EXAMPLES,
     "4 layers, 500 examples, rate 1": [*FEW_EXAMPLES, "privacy.learning_rate=1"],
 }
-"""How many layers a head reads, and its rate. Without a rate, it follows from the plan's noise."""
+"""How many layers a head reads, the prompt in front of it, and its rate. Without a rate, it follows
+from the plan's noise."""
 
 
 def _task(private: str, public: str, template: str, words: Sequence[str]) -> list[str]:

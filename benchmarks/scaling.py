@@ -123,7 +123,7 @@ def transfer_steps(models: ModelPair, reader: TaskReader, shape: TransferShape) 
         examples.append(Encoded(token_ids, shape.length - 1))
     # The objective of our step, and the prompts of both.
     hidden = torch.randn(shape.batch, models.target.width)
-    section = Transfer(steps=1, batch_size=shape.batch, learning_rate=0.1)
+    section = Transfer(objective="published", steps=1, batch_size=shape.batch, learning_rate=0.1)
     outputs = FixedOutputs(source=hidden, source_prompted=hidden, target=hidden)
     offsets = torch.zeros(1)
     objective = TransferObjective(section, reader, examples, outputs, offsets, statistics={})

@@ -37,7 +37,7 @@ private_task:
 public_task: {name: words, visibility: public, path: public.csv, max_length: 128}
 distill: {steps: 1, batch_size: 8, micro_batch_size_per_gpu: 8}
 tune: {num_virtual_tokens: 100, batch_size: 16}
-transfer: {batch_size: 8}
+transfer: {objective: published, batch_size: 8}
 engine: {precision: fp32}
 """
 

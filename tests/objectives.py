@@ -30,7 +30,7 @@ def objective_of(folder: Path, target: LanguageModel, task: PromptTask = TASK) -
     texts = [text for text, _ in tiny.sentences(80, 2)]
     nothing = torch.zeros(0)
     return TransferObjective(
-        section=Transfer(batch_size=7),
+        section=Transfer(objective="published", batch_size=7),
         reader=reader,
         examples=reader.encode(texts, ["good"] * len(texts)),
         outputs=FixedOutputs(nothing, nothing, nothing),

@@ -272,7 +272,7 @@ private_task:
 public_task: {{name: toy public, visibility: public, path: public.csv, max_length: 48}}
 distill: {{steps: 6, batch_size: 4, checkpoint_every_steps: 2}}
 tune: {{num_virtual_tokens: 5, steps: 6, batch_size: 8, learning_rate: 0.01}}
-transfer: {{steps: 6, batch_size: 8}}
+transfer: {{objective: published, steps: 6, batch_size: 8}}
 evaluate: {{baselines: [published transfer, full prompt tuning]}}
 engine: {{precision: fp32}}
 privacy: {{ledger_anchors: anchors}}

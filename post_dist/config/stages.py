@@ -11,7 +11,7 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
 AdapterName = Literal["prompt", "head", "lora"]
-"""What tuning trains. A transfer trains all of them but a head."""
+"""What tuning trains. A transfer trains a prompt or a LoRA."""
 
 _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt": {},
@@ -28,6 +28,15 @@ _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"num_virtual_tokens": 10},
 }
 """Defaults of `tune` that differ from those of a prompt."""
+
+PUBLISHED_TRANSFER: Mapping[str, Any] = {
+    "objective": "published",
+    "scores": "vocabulary",
+    "temperature": 2.0,
+    "match_class_shares": False,
+    "trained_share": 0.0,
+}
+"""The paper's loss and start of the transfer."""
 
 
 def _usable(text: str) -> str:
@@ -279,31 +288,31 @@ class Transfer(AdapterTraining):
     """`prompt` trains the vectors of a prompt. `lora` keeps the prompt as it starts, and trains a
     LoRA on the large LLM. It does not depend on what was tuned on the student."""
     # The loss.
-    objective: Literal["published", "proxy", "ensemble"] = "published"
-    """`published`: the paper's loss, (1-alpha) L1 + alpha L2. `proxy`: the KL divergence to the
-    proxy-tuned distribution. `ensemble`: the same without subtracting what the student says without
-    the prompt."""
-    scores: Literal["vocabulary", "classes"] = "vocabulary"
-    """Compare logits of the whole vocabulary, or only the scores of the task's classes."""
+    objective: Literal["published", "proxy", "ensemble"] = "proxy"
+    """`published`: the paper's loss, (1-alpha) L1 + alpha L2, with the paper's defaults for the
+    fields below. `proxy`: the KL divergence to the proxy-tuned distribution. `ensemble`: the same
+    without subtracting what the student says without the prompt."""
+    scores: Literal["vocabulary", "classes"] = "classes"
+    """Compare logits of the whole vocabulary, or only the scores of the task's classes. A prompt
+    that generates text needs `vocabulary`."""
     alpha: Fraction | Literal["auto"] = 0.5
     """Weight of L2 in the published loss. `auto` estimates it from how often the models agree on
     the public text."""
-    temperature: PositiveFloat = 2.0
+    temperature: PositiveFloat = 1.0
     """Temperature of the distributions that the loss compares."""
     proxy_lambda: PositiveFloat = 1.0
     """lambda of the proxy-tuned logits z_t(x) + lambda (z_s(p_s+x) - z_s(x)). `ensemble` leaves out
     the last term. The table row `proxy-tuning` uses lambda too."""
-    match_class_shares: bool = False
+    match_class_shares: bool = True
     """Shift the proxy's class scores until their mean probabilities on the public text equal those
-    of the prompted student."""
+    of the prompted student. Default: whether class scores are compared."""
     # The training.
-    trained_share: Fraction = 0.0
+    trained_share: Fraction = 1.0
     """Start of the prompt: 0 for the embeddings of the initial text, 1 for the tuned prompt. Values
     between blend the two."""
     steps: PositiveInt = 5000
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
     prompts_at_once: PositiveInt = 4
     """Maximum number of prompts that are trained together. Each needs memory for its examples.
     LoRAs are trained one after the other."""
@@ -318,6 +327,18 @@ class Transfer(AdapterTraining):
     def subtracts_student(self) -> bool:
         """Whether the wanted scores leave out what the student says without the prompt."""
         return self.objective != "ensemble"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, fields: Any) -> Any:
+        # pydantic reports a section of another type itself.
+        if not isinstance(fields, dict):
+            return fields
+        if fields.get("objective") == "published":
+            return {**PUBLISHED_TRANSFER, "schedule": "constant", **fields}
+        if fields.get("scores") == "vocabulary":
+            return {"match_class_shares": False, **fields}
+        return fields
 
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":

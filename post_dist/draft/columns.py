@@ -31,7 +31,18 @@ class Columns:
 def chosen_columns(
     table: pd.DataFrame, data: Path, text: str | None, label: str | None, user: str | None
 ) -> Columns:
-    """Return the columns that are given, or refuse with a guess of those that are missing."""
+    """Return the columns that are given, or refuse with a guess of those that are missing.
+
+    Args:
+        table: the table.
+        data: its file, for messages.
+        text: column of the texts.
+        label: column of the labels.
+        user: column with the user of each text; None if no user has several.
+
+    Raises:
+        InputError: a column is not given or does not exist, or its name cannot be used.
+    """
     # A column without a name in the file may have a number for a name.
     names = [str(name) for name in table.columns]
     listed = ", ".join(names)

@@ -125,7 +125,7 @@ def test_the_first_loss_of_the_transfer_is_the_paper_s_at_every_token(
     tokenizer = load_tokenizer(teacher)
     models = ModelPair(load_whole(student, "fp32", CPU), load_whole(teacher, "fp32", CPU))
     source = read_prompt(prompt)
-    section = Transfer(steps=1, batch_size=4, alpha=0.3)
+    section = Transfer(objective="published", steps=1, batch_size=4, alpha=0.3)
     texts = [text for text, _ in tiny.sentences(4, 7)]
     responses = ["a dull film", "lovely", "weak and moving", "a film"]
     world = World(0, 1, 0, "none", CPU)

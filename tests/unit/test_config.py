@@ -246,3 +246,24 @@ def test_the_name_of_a_private_folder_says_nothing_of_the_data(tmp_path: Path) -
     key.write_bytes(b"short")
     with pytest.raises(ArtifactRefused, match="does not hold a key"):
         folder(config, "a")
+
+
+LOSS_AND_START = ("scores", "temperature", "match_class_shares", "trained_share", "schedule")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{}", ("classes", 1.0, True, 1.0, "cosine")),
+        ("{objective: ensemble}", ("classes", 1.0, True, 1.0, "cosine")),
+        ("{scores: vocabulary}", ("vocabulary", 1.0, False, 1.0, "cosine")),
+        ("{objective: published}", ("vocabulary", 2.0, False, 0.0, "constant")),
+        ("{objective: published, scores: classes}", ("classes", 2.0, False, 0.0, "constant")),
+        ("{objective: published, schedule: cosine}", ("vocabulary", 2.0, False, 0.0, "cosine")),
+    ],
+)
+def test_the_paper_s_settings_of_a_transfer_come_with_its_objective(
+    tmp_path: Path, settings: str, expected: tuple
+) -> None:
+    section = load(tmp_path, f"{MINIMAL}transfer: {settings}\n").transfer
+    assert tuple(getattr(section, name) for name in LOSS_AND_START) == expected

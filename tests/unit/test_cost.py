@@ -172,7 +172,7 @@ def test_a_step_of_the_transfer(folder: Path, kind: str) -> None:
         "good",
         max_response_length=most,
     )
-    section = Transfer(objective="proxy", scores="classes") if kind == "classes" else Transfer()
+    section = Transfer() if kind == "classes" else Transfer(objective="published")
     texts, responses = ["the film is dull and weak"] * 6, ["it is a dull and weak film"] * 6
     models = ModelPair(model, model)
     public = PublicExamples(texts, responses)
