@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -59,6 +60,11 @@ class Command:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         """The exit code, negative for a signal; None while the command runs."""
         return self._process.exitcode
@@ -84,6 +90,13 @@ class Command:
     def _read(self) -> tuple[str, str]:
         folder = Path(self._said.name)
         return (folder / "out").read_text(), (folder / "err").read_text()
+
+
+def wait_for(command: Command, condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true, while a command runs."""
+    while not condition():
+        assert command.poll() is None, command.communicate()[1]
+        time.sleep(0.01)
 
 
 def run(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:

@@ -54,6 +54,7 @@ _LAYOUT = {
         "micro_batch_size_per_gpu",
         "teacher_micro_batch_size_per_gpu",
         "checkpoint_every_steps",
+        "cache_gib",
     },
     "transfer": {"prompts_at_once"},
     "engine": set(Engine.model_fields) - {"precision", "quantized_gathers", "deepspeed"},

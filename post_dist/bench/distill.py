@@ -128,6 +128,8 @@ def bench_distill(
 def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) -> RunConfig:
     """Return the run file with a kind of cache, and the number of steps that the cache covers."""
     changes: dict[str, Any] = {"cache": cache, "steps": _STEPS, "learning_rate": 0.0}
+    # The timed steps read the same files many times.
+    changes["cache_gib"] = None
     if cache == "sampled":
         # A cache of samples has no hidden states, so the terms that compare them are left out.
         for term in hidden_terms_in_use(config.distill):
@@ -205,7 +207,8 @@ class _Ways:
         if cache != "none":
             maker = SignalMaker(self.teacher, section, self._student_section, config.seed)
             # The timed steps read files, and write none.
-            with signal_worker(self._inputs.folder, self._digest, maker, corpus, world) as worker:
+            run = self._inputs.folder / "run"
+            with signal_worker(run, self._digest, maker, corpus, world) as worker:
                 worker.fill(worker.count)
             source = CachedTeacher(worker, corpus, world.device)
         engine = student_engine(

@@ -108,7 +108,9 @@ def _step(folder: Path, stage: str) -> int:
     has come further than before. Of `signals`, the files that all workers have written are counted.
     """
     if stage == "signals":
-        return sum(1 for _ in folder.glob("teacher-signals-*/*/[0-9]*.safetensors"))
+        # With `distill.cache_gib`, files that the student has read are removed. It says how many.
+        read = sum(int(file.read_text()) for file in folder.glob("teacher-signals-*/first"))
+        return read + sum(1 for _ in folder.glob("teacher-signals-*/*/[0-9]*.safetensors"))
     try:
         runs = progress_below(folder)
     except (InputError, OSError):

@@ -93,6 +93,10 @@ class Distill(Section):
     students of this teacher then do not run it. `hidden` keeps hidden states: exact, some KB per
     token. `sampled` keeps samples of its softened distribution: unbiased, 116 bytes per token.
     Students that share a `hidden` cache must freeze the same number of lower layers."""
+    cache_gib: PositiveFloat | None = None
+    """Maximum size of the cache on disk, in GiB. The student trains while files arrive, and files
+    that it has read make room for later ones. Only for a single epoch. The cache then belongs to
+    one run. Default: no limit."""
 
     @model_validator(mode="after")
     def _teacher_runs_over_whole_micro_batches(self) -> "Distill":
@@ -108,6 +112,14 @@ class Distill(Section):
             raise ValueError(
                 "teacher_micro_batch_size_per_gpu is for cache: none; "
                 "a cache is written with micro_batch_size_per_gpu, which a run may change later"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _limit_needs_a_cache(self) -> "Distill":
+        if self.cache_gib is not None and self.cache == "none":
+            raise ValueError(
+                "cache_gib limits a cache, and cache is none; set cache: hidden, or leave it out"
             )
         return self
 

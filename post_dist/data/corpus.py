@@ -56,6 +56,11 @@ class Corpus:
         return self._separator is not None
 
     @property
+    def sequence_length(self) -> int:
+        """Number of tokens in a sequence."""
+        return self._length
+
+    @property
     def num_training_sequences(self) -> int:
         """Number of sequences that training reads."""
         return len(self._shards) // self._length - self._held_out

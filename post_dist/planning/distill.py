@@ -39,7 +39,7 @@ class _Work:
         teacher_share: share of the sequences that the teacher runs over in these steps: 1 without a
             cache, 0 if workers write the signals.
         kept_bytes: bytes of the teacher's signal that are cached for each token; 0 without a cache.
-        signal_bytes: bytes of all cached signals.
+        signal_bytes: bytes of cached signals on the disk.
     """
 
     student: Student
@@ -49,7 +49,7 @@ class _Work:
     length: int
     teacher_share: float
     kept_bytes: int
-    signal_bytes: int
+    signal_bytes: float
 
     @property
     def sequences(self) -> int:
@@ -199,11 +199,11 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
     # Without a cache the teacher runs in every step, and nothing is kept.
     share = 1.0
     kept = 0
-    total = 0
+    on_disk = 0.0
     if section.cache != "none":
         stored = stored_signals(inputs, corpus, student)
         kept = stored.bytes_per_token
-        total = stored.total_bytes
+        on_disk = stored.disk_bytes
         # Workers run beside these steps. The plan assumes that they are ahead of them.
         by_workers = inputs.config.cluster.signals.workers > 0
         share = 0.0 if by_workers else stored.sequences / (section.steps * section.batch_size)
@@ -215,7 +215,7 @@ def _work(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Work:
         length=corpus.sequence_length,
         teacher_share=share,
         kept_bytes=kept,
-        signal_bytes=total,
+        signal_bytes=on_disk,
     )
 
 

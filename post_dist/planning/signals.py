@@ -25,13 +25,13 @@ class StoredSignals:
         names: names of the tensors.
         sequences: number of sequences that the teacher runs over.
         bytes_per_token: bytes that are stored for each token.
-        total_bytes: bytes of all files.
+        disk_bytes: bytes of all files, or of those that fit into `distill.cache_gib`.
     """
 
     names: list[str]
     sequences: int
     bytes_per_token: int
-    total_bytes: int
+    disk_bytes: float
 
 
 def stored_signals(inputs: PlanInputs, corpus: Corpus, student: Student) -> StoredSignals:
@@ -41,7 +41,9 @@ def stored_signals(inputs: PlanInputs, corpus: Corpus, student: Student) -> Stor
     names = kept_names(inputs.config.distill, student, exact_product=exact)
     each = kept_bytes(names, facts.width, inputs.bytes_each)
     sequences = _sequences(inputs.config, corpus)
-    return StoredSignals(names, sequences, each, sequences * corpus.sequence_length * each)
+    limit = inputs.config.distill.cache_gib or float("inf")
+    on_disk = min(sequences * corpus.sequence_length * each, limit * GIB)
+    return StoredSignals(names, sequences, each, on_disk)
 
 
 def _sequences(config: RunConfig, corpus: Corpus) -> int:
@@ -111,7 +113,7 @@ def plan_signals(inputs: PlanInputs, corpus: Corpus, student: Student) -> StageE
             "tokens_per_second": ranks * tokens / step,
             "model_flops_utilisation": inputs.utilization(flops, step),
             "shard_group": group_numbers(inputs),
-            "teacher_signals_gib": stored.total_bytes / GIB,
+            "teacher_signals_gib": stored.disk_bytes / GIB,
         },
         conflicts=engine_conflicts(config.engine, machine.layout),
         moments=[(*GATHERED, "teacher_activations")],

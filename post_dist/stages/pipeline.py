@@ -113,11 +113,10 @@ class Pipeline:
         teacher = self.inputs.teacher
         digest = self.inputs.teacher_digest
         inputs = {"teacher": digest, "corpus": self.inputs.data_digest("corpus")}
-        # The folder is not made: its parent holds the signals.
+        # The folder is not made: the signals are beside it.
         folder = run_folder(self._config, "distill", inputs)
         refuse_distillation(folder.config, teacher, self._world)
-        parent = folder.path.parent
-        return write_signals(folder.config, teacher, digest, parent, self._world)
+        return write_signals(folder, teacher, digest, self._world)
 
     def warm_start(self) -> RunFolder:
         """Find or make the public prompt for the student.

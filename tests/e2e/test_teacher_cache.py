@@ -13,7 +13,7 @@ import started
 import tiny
 import torch
 from safetensors.torch import load_file
-from started import Command, run_ranks
+from started import Command, run_ranks, wait_for
 
 from post_dist.runtime.metric_log import read_metric_log
 
@@ -269,13 +269,6 @@ def test_the_student_trains_on_the_files_that_have_arrived(
     assert contents(slow) == contents(made)
     for name, tensor in load_file(student / "model.safetensors").items():
         assert torch.equal(load_file(beside / "model.safetensors")[name], tensor)
-
-
-def wait_for(command: Command, condition: Callable[[], bool]) -> None:
-    """Wait until a condition is true, while a command runs."""
-    while not condition():
-        assert command.poll() is None, command.communicate()[1]
-        time.sleep(0.05)
 
 
 def taken(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """What distillation refuses, and what it does with a loss that is not finite."""
 
+import errno
 import multiprocessing
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -9,16 +10,22 @@ import pytest
 import tiny
 import torch
 
+from post_dist.artifacts.run_folder import run_folder
 from post_dist.config.load import load_run
 from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.conflicts import Layout
-from post_dist.errors import InputError
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import lock_file
 from post_dist.losses.distillation import TermValues
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.conflicts import conflicts
-from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, SignalFiles
+from post_dist.stages.distill.signal_files import (
+    SEQUENCES_A_FILE,
+    SignalFiles,
+    files_of,
+    most_files_of_a_step,
+)
 from post_dist.stages.distill.signal_format import kept_bytes, kept_names
 from post_dist.stages.distill.signal_worker import _Claims
 from post_dist.stages.distill.trainer import _StandIn
@@ -174,15 +181,125 @@ def test_two_workers_never_claim_one_file(tmp_path: Path) -> None:
     other = context.Process(target=claim_as_asked, args=(theirs,), daemon=True)
     other.start()
     ours.send(True)
-    assert ours.recv() == (0, [0])
+    assert ours.recv() == (0, [0], False)
     claims = _Claims(files, 3)
-    assert claims.next(1, 3) == (0, [1, 2]), "later files while another worker makes the first one"
+    assert claims.next(1, 3) == (0, [1, 2], False), (
+        "later files while another worker makes the first one"
+    )
     with (files.folder / "lock").open("a") as lock:
         assert not lock_file(lock), "`clean` must see that workers are here"
     other.kill()
     other.join()
-    assert claims.next(1, 3) == (0, [0, 1, 2]), "the file of a dead worker is free at once"
+    assert claims.next(1, 3) == (0, [0, 1, 2], False), "the file of a dead worker is free at once"
     files.path(0).parent.mkdir()
     files.path(0).touch()
-    assert claims.next(1, 3) == (1, []), "what is wanted exists"
+    assert claims.next(1, 3) == (1, [], False), "what is wanted exists"
     claims.close()
+
+
+def test_with_a_limit_a_file_takes_the_slot_of_one_that_was_read(tmp_path: Path) -> None:
+    """Ten files share three slots."""
+    files = SignalFiles(tmp_path / "signals", 10 * SEQUENCES_A_FILE, 3)
+    claims = _Claims(files, 10)
+
+    def made(wanted: int, at_most: int) -> list[int]:
+        """Claim files and write them."""
+        _, claimed, _ = claims.next(wanted, at_most)
+        for file in claimed:
+            files.path(file).parent.mkdir(exist_ok=True)
+            files.path(file).touch()
+        return claimed
+
+    def on_disk() -> list[int]:
+        names = [path.name for path in files.folder.glob("*/*.safetensors")]
+        return sorted(int(name.split(".")[-2]) for name in names)
+
+    assert made(10, 9) == [0, 1, 2]
+    assert claims.next(10, 9) == (3, [], True), "nothing was read yet"
+    claims.move(2)
+    # A process that was killed has left a part of a file.
+    files.path(0).with_name(".12345678.000000004.safetensors").touch()
+    assert made(3, 1) == [], "what is wanted exists"
+    assert made(4, 1) == [3]
+    assert on_disk() == [1, 2, 3, 4], "what was read stays until a file needs its slot"
+    assert made(10, 9) == [4]
+    assert on_disk() == [2, 3, 4]
+    # The student resumes from an earlier checkpoint.
+    claims.move(0)
+    assert claims.next(1, 1) == (0, [0], False)
+    assert on_disk() == [2, 4], "file 3 has the slot of file 0"
+    claims.move(9)
+    assert made(10, 9) == [9]
+    assert claims.next(10, 9) == (10, [], False), "the last file exists"
+    files.remove_all()
+    assert on_disk() == []
+    assert claims.next(10, 9) == (10, [], False), "a worker makes no file for a finished student"
+    claims.close()
+
+
+def test_a_slot_has_one_writer(tmp_path: Path) -> None:
+    """The student moves back while a worker makes a later file in the slot of an earlier one."""
+    files = SignalFiles(tmp_path / "signals", 10 * SEQUENCES_A_FILE, 3)
+    claims = _Claims(files, 10)
+    claims.move(3)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def claim() -> None:
+        others = _Claims(files, 10)
+        theirs.send(others.next(10, 1))
+        # It holds the lock until it is killed.
+        theirs.recv()
+
+    other = context.Process(target=claim, daemon=True)
+    other.start()
+    assert ours.recv() == (3, [3], False)
+    claims.move(0)
+    assert claims.next(10, 9) == (0, [1, 2], False)
+    other.kill()
+    other.join()
+    claims.close()
+
+
+def test_the_student_moves_between_two_claims(tmp_path: Path) -> None:
+    """Otherwise a worker removes a file that the student has just found after it moved back."""
+    files = SignalFiles(tmp_path / "signals", 10 * SEQUENCES_A_FILE, 3)
+    claims = _Claims(files, 10)
+    claims.move(3)
+    student = multiprocessing.get_context("fork").Process(
+        target=lambda: _Claims(files, 10).move(0), daemon=True
+    )
+    with claims._alone():
+        student.start()
+        student.join(1)
+        assert files.first_read() == 3
+    student.join()
+    assert files.first_read() == 0
+    claims.close()
+
+
+def test_another_limit_resumes_the_same_run(run: Path) -> None:
+    names = set()
+    for settings in ([], ["distill.cache_gib=1"], ["distill.cache_gib=2"]):
+        config = load_run(run, ["distill.cache=hidden", *settings], None)
+        names.add(run_folder(config, "distill", {}).path.name)
+    assert len(names) == 1
+
+
+def test_a_limit_needs_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    claims = _Claims(SignalFiles(tmp_path, 10 * SEQUENCES_A_FILE, 3), 10)
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with pytest.raises(EnvironmentFault, match="claims cannot be locked: No locks available"):
+        claims.next(10, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20, 63, 64, 65, 96, 128, 130])
+def test_the_files_of_a_step_are_counted(batch_size: int) -> None:
+    counts = []
+    for step in range(200):
+        first = step * batch_size // SEQUENCES_A_FILE
+        counts.append(files_of((step + 1) * batch_size) - first)
+    assert max(counts) == most_files_of_a_step(batch_size)

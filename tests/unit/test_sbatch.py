@@ -226,6 +226,9 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     file.parent.mkdir(parents=True)
     file.touch()
     assert decide(137, worker) == (True, "restart 2 of 10: exit code 137 at step 1")
+    # With a limit of the cache, the student says how many files it has read.
+    (tmp_path / "teacher-signals-1/first").write_text("7")
+    assert decide(137, worker) == (True, "restart 3 of 10: exit code 137 at step 8")
     assert not decide(137, worker)[0]
     assert (tmp_path / "slurm" / "18_1_failures.jsonl").exists()
 

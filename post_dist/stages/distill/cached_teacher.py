@@ -3,7 +3,8 @@
 Training is a worker too. It makes a file only if it needs one that no other worker has written.
 
 The files depend on no batch size, number of ranks or epoch, so another student of the same teacher
-and seed can read them too.
+and seed can read them too. With `distill.cache_gib`, not all of them exist at the same time, so
+each run has its own.
 
 Shapes: B sequences, T tokens.
 """
@@ -11,6 +12,7 @@ Shapes: B sequences, T tokens.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,13 @@ from post_dist.data.corpus import Corpus
 from post_dist.files import digest_of
 from post_dist.losses.signals import TeacherSignal
 from post_dist.runtime.distributed import World
-from post_dist.stages.distill.signal_files import FORMAT, SignalFiles, files_of
+from post_dist.stages.distill.signal_files import (
+    FORMAT,
+    SEQUENCES_A_FILE,
+    SignalFiles,
+    files_of,
+)
+from post_dist.stages.distill.signal_format import files_within
 from post_dist.stages.distill.signal_maker import SignalMaker, read_signal
 from post_dist.stages.distill.signal_worker import SignalWorker
 
@@ -50,8 +58,18 @@ class CachedTeacher:
             Interrupted: a rank was asked to stop; complete files are kept.
         """
         # Steps read the places in order, and later epochs read what the first one has read.
-        read = (step + 1) * self._worker.maker.section.batch_size
-        self._worker.fill(min(files_of(read), self._worker.count))
+        size = self._worker.maker.section.batch_size
+        self._worker.move(step * size // SEQUENCES_A_FILE)
+        self._worker.fill(min(files_of((step + 1) * size), self._worker.count))
+
+    def finish(self) -> None:
+        """Remove the files if there is a limit. Without one, other students may read them.
+
+        Raises:
+            InputError: a file cannot be removed.
+            EnvironmentFault: the disk is full.
+        """
+        self._worker.finish()
 
     def signals_of(
         self,
@@ -79,14 +97,15 @@ class CachedTeacher:
 
 @contextmanager
 def signal_worker(
-    folder: Path, teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World
+    run: Path, teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World
 ) -> Iterator[SignalWorker]:
     """Yield a worker that writes the files that training reads. All ranks call it.
 
     Several workers may fill one folder at once, on other ranks or machines.
 
     Args:
-        folder: parent of the cache folders, one for each teacher, corpus and kind of signal.
+        run: the student's run folder. The signals are in a folder beside it, one for each teacher,
+            corpus and kind of signal. With `distill.cache_gib`, the run has a folder of its own.
         teacher_digest: digest of the teacher's files.
         maker: computes the signals; all ranks run it equally often.
         corpus: the sequences.
@@ -95,9 +114,14 @@ def signal_worker(
     Raises:
         InputError: the folder cannot be written to.
     """
-    cache = folder / f"teacher-signals-{_signature(teacher_digest, maker, corpus)[:8]}"
-    files = SignalFiles(cache, corpus.num_training_sequences)
     section = maker.section
+    covered = _covered(teacher_digest, maker, corpus)
+    most = None
+    if section.cache_gib is not None:
+        most = files_within(section.cache_gib, maker.bytes_per_token, corpus.sequence_length)
+        covered |= {"run": run.name, "slots": most}
+    cache = run.parent / f"teacher-signals-{digest_of(covered)[:8]}"
+    files = SignalFiles(cache, corpus.num_training_sequences, most)
     # One epoch contains every sequence.
     read = min(section.steps * section.batch_size, corpus.num_training_sequences)
     worker = SignalWorker(files, files_of(read), maker, corpus, world)
@@ -107,15 +131,13 @@ def signal_worker(
         worker.close()
 
 
-def _signature(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> str:
-    """Return a digest of everything that the signals and their places depend on."""
-    return digest_of(
-        {
-            "format": FORMAT,
-            "teacher": teacher_digest,
-            "corpus": corpus.digest,
-            "order": corpus.order,
-            "apart": corpus.keeps_apart,
-            **maker.settings,
-        }
-    )
+def _covered(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> dict[str, Any]:
+    """Return everything that the signals and their places depend on."""
+    return {
+        "format": FORMAT,
+        "teacher": teacher_digest,
+        "corpus": corpus.digest,
+        "order": corpus.order,
+        "apart": corpus.keeps_apart,
+        **maker.settings,
+    }

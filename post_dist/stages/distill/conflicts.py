@@ -1,6 +1,7 @@
 """The conflicts of distillation: settings that do not suit the teacher, the ranks or each other."""
 
-from post_dist.config.schema import RunConfig, Student
+from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
+from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.config.sources import Corpus
 from post_dist.conflicts import Conflict, Layout
 from post_dist.errors import InputError
@@ -9,6 +10,15 @@ from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
 from post_dist.models.student import layer_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.stages.distill.signal_files import files_of, most_files_of_a_step
+from post_dist.stages.distill.signal_format import (
+    GIB,
+    exact_product,
+    file_bytes,
+    files_within,
+    kept_bytes,
+    kept_names,
+)
 
 
 def required_sections(config: RunConfig) -> tuple[Corpus, Student]:
@@ -43,7 +53,59 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
     found += _training_conflicts(config, student, teacher)
     found += _cache_conflicts(config, teacher)
     found += _corpus_conflicts(corpus, teacher)
+    # `auto` is bf16 on a GPU. The stage checks again with the precision of its device.
+    precision = config.engine.precision
+    found += limit_conflicts(config, teacher, "bf16" if precision == "auto" else precision)
+    # Without max_tokens, the number of sequences is known only after the text is tokenized.
+    sequences = _training_sequences(corpus)
+    if sequences is not None and sequences > 0:
+        found += epoch_conflicts(config.distill, sequences)
     return found
+
+
+def limit_conflicts(config: RunConfig, teacher: ModelFacts, precision: Precision) -> list[Conflict]:
+    """Check that `distill.cache_gib` has room for the files of a step, and for one more.
+
+    Args:
+        config: the run file.
+        teacher: facts of the model to distill.
+        precision: precision of the teacher.
+    """
+    section = config.distill
+    if section.cache_gib is None:
+        return []
+    corpus, student = required_sections(config)
+    exact = exact_product(teacher, fp32=precision == "fp32")
+    names = kept_names(section, student, exact_product=exact)
+    of_token = kept_bytes(names, teacher.width, BYTES_PER_ELEMENT[precision])
+    # With one more, workers make the next file while the student trains.
+    of_step = most_files_of_a_step(section.batch_size) + 1
+    needed = min(of_step, files_of(section.steps * section.batch_size))
+    if files_within(section.cache_gib, of_token, corpus.sequence_length) >= needed:
+        return []
+    of_file = file_bytes(of_token, corpus.sequence_length) / GIB
+    least = f"{1.01 * needed * of_file:.3g}"
+    return [
+        Conflict(
+            f"distill.cache_gib: {section.cache_gib:g} is too small: a file of signals takes "
+            f"{of_file:.3g} GiB, and a step needs room for {needed}",
+            f"set it to at least {least}, and higher if several ranks or workers make files",
+        )
+    ]
+
+
+def epoch_conflicts(section: Distill, sequences: int) -> list[Conflict]:
+    """Check that a run with `distill.cache_gib` reads each of the training sequences once."""
+    read = section.steps * section.batch_size
+    if section.cache_gib is None or read <= sequences:
+        return []
+    return [
+        Conflict(
+            f"distill.cache_gib: the steps read {read} sequences, and the corpus has {sequences}: "
+            "a second epoch reads files that are gone",
+            "leave distill.cache_gib out, or lower distill.steps or distill.batch_size",
+        )
+    ]
 
 
 def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts) -> list[Conflict]:
@@ -119,15 +181,23 @@ def _corpus_conflicts(corpus: Corpus, teacher: ModelFacts) -> list[Conflict]:
                 "lower corpus.sequence_length",
             )
         )
-    # Without max_tokens, the number of sequences is known only after the text is tokenized.
-    if corpus.max_tokens is not None:
-        sequences = corpus.max_tokens // corpus.sequence_length
-        if sequences <= corpus.held_out_sequences:
-            found.append(
-                Conflict(
-                    f"corpus.max_tokens makes {sequences} sequences, "
-                    f"and {corpus.held_out_sequences} are to be held out",
-                    "raise corpus.max_tokens, or lower corpus.held_out_sequences",
-                )
+    left = _training_sequences(corpus)
+    if left is not None and left <= 0:
+        found.append(
+            Conflict(
+                f"corpus.max_tokens makes {left + corpus.held_out_sequences} sequences, "
+                f"and {corpus.held_out_sequences} are to be held out",
+                "raise corpus.max_tokens, or lower corpus.held_out_sequences",
             )
+        )
     return found
+
+
+def _training_sequences(corpus: Corpus) -> int | None:
+    """Return the largest number of sequences to train on, or None without `corpus.max_tokens`.
+
+    If more are held out than there are, it is negative.
+    """
+    if corpus.max_tokens is None:
+        return None
+    return corpus.max_tokens // corpus.sequence_length - corpus.held_out_sequences

@@ -33,6 +33,9 @@ class OnlineTeacher:
         """Do nothing: the teacher runs in the step."""
 
     @torch.no_grad()
+    def finish(self) -> None:
+        """Do nothing: there is nothing to remove."""
+
     def signals_of(
         self,
         numbers: Sequence[int],

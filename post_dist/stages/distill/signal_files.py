@@ -4,10 +4,15 @@ A file holds the signals of a fixed range of places in the order in which traini
 The place of a sequence therefore gives its file and its index in it, and nothing is looked up.
 A file holds a digest of each sequence, so a reader checks exactly the bytes that it uses.
 
+The disk may be too small for all files. Then they share slots in turn: with N slots, file F is
+written in the slot of file F - N, which the student has read and which is removed first. The file
+`first` says how far the student has read.
+
 Shapes: B sequences, T tokens.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -19,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from post_dist.errors import EnvironmentFault
-from post_dist.files import write_file
+from post_dist.files import write_file, writing
 
 FORMAT = 2
 """Number of this format. The folder's name depends on it, so older files are never read."""
@@ -31,6 +36,8 @@ _OPEN_FILES = 256
 """Files that a reader keeps open. The usual limit of a process is 1,024 open files."""
 _DIGESTS = "sha256"
 """Key in the header of a file for the digests of its sequences."""
+_FIRST = "first"
+"""Name of the file with the number of the first file that the student still reads."""
 
 
 class SignalFiles:
@@ -39,17 +46,30 @@ class SignalFiles:
     Args:
         folder: the folder.
         places: number of places in the reading order; the last file may be shorter.
+        most: most files that may exist at the same time. None for no limit.
+
+    Attributes:
+        folder: the folder.
+        limited: whether there is a limit.
+        slots: number of slots, at most one file in each. Without a limit, each file has its own.
     """
 
-    def __init__(self, folder: Path, places: int) -> None:
+    def __init__(self, folder: Path, places: int, most: int | None = None) -> None:
         self.folder = folder
+        self.limited = most is not None
+        self.slots = most or files_of(places)
         self._places = places
         # Files stay open between steps, because opening one parses its header.
         self._open = lru_cache(maxsize=_OPEN_FILES)(_open_file)
 
     def path(self, file: int) -> Path:
         """Return the path of a file by its number."""
-        return self.folder / f"{file // _FILES_A_FOLDER:06d}" / f"{file:09d}.safetensors"
+        subfolder = self.slot(file) // _FILES_A_FOLDER
+        return self.folder / f"{subfolder:06d}" / f"{file:09d}.safetensors"
+
+    def slot(self, file: int) -> int:
+        """Return the number of the slot of a file."""
+        return file % self.slots
 
     def places(self, file: int) -> range:
         """Return the places whose signals a file holds."""
@@ -61,12 +81,62 @@ class SignalFiles:
 
         The names in a subfolder are listed once, so a file may appear while this runs.
         """
-        for start in range(first - first % _FILES_A_FOLDER, count, _FILES_A_FOLDER):
-            subfolder = self.path(start).parent
-            present = set(os.listdir(subfolder)) if subfolder.is_dir() else set()
-            for file in range(max(first, start), min(start + _FILES_A_FOLDER, count)):
-                if self.path(file).name not in present:
-                    yield file
+        subfolder = None
+        present: set[str] = set()
+        for file in range(first, count):
+            path = self.path(file)
+            if path.parent != subfolder:
+                subfolder = path.parent
+                present = set(os.listdir(subfolder)) if subfolder.is_dir() else set()
+            if path.name not in present:
+                yield file
+
+    def first_read(self) -> int:
+        """Return the number of the first file that the student still reads; 0 before it starts."""
+        try:
+            return int((self.folder / _FIRST).read_text())
+        except FileNotFoundError:
+            return 0
+
+    def write_first_read(self, first: int) -> None:
+        """Write the number of the first file that the student still reads.
+
+        Raises:
+            InputError: the folder cannot be written to.
+            EnvironmentFault: the disk is full.
+        """
+        write_file(self.folder / _FIRST, lambda partial: partial.write_text(str(first)))
+
+    def empty_slot(self, file: int) -> None:
+        """Remove other files in the slot of a file, and unfinished ones of dead processes.
+
+        Nobody else may write in the slot.
+
+        Raises:
+            InputError: a file cannot be removed.
+        """
+        own = self.path(file)
+        for path in own.parent.glob("*.safetensors"):
+            number = int(path.name.split(".")[-2])
+            if self.slot(number) == self.slot(file) and path != own:
+                with writing(path):
+                    path.unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        """Remove all files, after the student has read the last one. Workers then make no more.
+
+        Raises:
+            InputError: a file cannot be removed.
+            EnvironmentFault: the disk is full.
+        """
+        self.write_first_read(files_of(self._places))
+        for path in self.folder.glob("*/*.safetensors"):
+            with writing(path):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the files that are open. A removed file needs its space until then."""
+        self._open.cache_clear()
 
     def write(self, file: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a file with the digests of its sequences.
@@ -117,7 +187,7 @@ class SignalFiles:
         whole = _digest(place, {name: tensor[0] for name, tensor in tensors.items()})
         if whole != expected:
             # An open file would still be read after it is replaced.
-            self._open.cache_clear()
+            self.close()
             path.unlink(missing_ok=True)
             raise EnvironmentFault(
                 f"{path} was damaged, and is removed", f"check the disk; {again}"
@@ -128,6 +198,13 @@ class SignalFiles:
 def files_of(sequences: int) -> int:
     """Return the number of files that hold the first `sequences` places."""
     return -(-sequences // SEQUENCES_A_FILE)
+
+
+def most_files_of_a_step(batch_size: int) -> int:
+    """Return the largest number of files that hold the places of one step."""
+    # A step may begin in the middle of a file, at a multiple of this number of places.
+    shift = math.gcd(batch_size, SEQUENCES_A_FILE)
+    return files_of(SEQUENCES_A_FILE - shift + batch_size)
 
 
 def _digest(place: int, sequence: Mapping[str, torch.Tensor]) -> str:

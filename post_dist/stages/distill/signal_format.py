@@ -5,9 +5,14 @@ from collections.abc import Sequence
 from post_dist.config.schema import Distill, Student
 from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
+from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE
 
 SAMPLES = 28
 """Samples at each position. At four bytes each, with four for the entropy, they take 116 bytes."""
+
+GIB = 2**30
+_HEADER_BYTES = 8192
+"""Upper bound for the header of a file: names, shapes, and a digest of each sequence."""
 
 
 def exact_product(teacher: ModelFacts, *, fp32: bool) -> bool:
@@ -52,3 +57,24 @@ def kept_bytes(names: Sequence[str], width: int, bytes_each: int) -> int:
     """
     fixed = {"samples": 4 * SAMPLES, "entropy": 4}
     return sum(fixed.get(name, width * bytes_each) for name in names)
+
+
+def file_bytes(bytes_per_token: int, length: int) -> int:
+    """Compute an upper bound for the bytes of one file.
+
+    Args:
+        bytes_per_token: bytes that are stored for one token, from `kept_bytes`.
+        length: tokens in a sequence.
+    """
+    return SEQUENCES_A_FILE * length * bytes_per_token + _HEADER_BYTES
+
+
+def files_within(gib: float, bytes_per_token: int, length: int) -> int:
+    """Compute how many files fit into a number of GiB.
+
+    Args:
+        gib: the limit, `distill.cache_gib`.
+        bytes_per_token: bytes that are stored for one token, from `kept_bytes`.
+        length: tokens in a sequence.
+    """
+    return int(gib * GIB // file_bytes(bytes_per_token, length))

@@ -24,7 +24,12 @@ from post_dist.models.facts import facts_of
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.gathering import gathered
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.signal_format import SAMPLES, exact_product, kept_names
+from post_dist.stages.distill.signal_format import (
+    SAMPLES,
+    exact_product,
+    kept_bytes,
+    kept_names,
+)
 
 
 class SignalMaker:
@@ -42,6 +47,7 @@ class SignalMaker:
     ) -> None:
         self.section = section
         self._dtype = teacher.model.dtype
+        self._width = teacher.width
         self._seed = seed
         self._lower_layers = section.layers_in_teacher(student)
         # A cached signal comes from the same code as a signal during training.
@@ -49,6 +55,11 @@ class SignalMaker:
         exact = exact_product(facts_of(teacher), fp32=self._dtype == torch.float32)
         self.names = kept_names(section, student, exact_product=exact)
         self._head = _WholeHead(teacher) if "entropy" in self.names else None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that are stored for one token."""
+        return kept_bytes(self.names, self._width, self._dtype.itemsize)
 
     @property
     def settings(self) -> dict[str, Any]:

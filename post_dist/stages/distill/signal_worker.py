@@ -4,18 +4,23 @@ Any number of workers may fill one folder at the same time. A worker is a group 
 one teacher. It claims a file by a lock on one byte of a common file. The operating system drops the
 lock when the process ends, so a file of a dead worker is free at once. If locks do not work, two
 workers may make the same file, and write the same bytes.
+
+If `distill.cache_gib` limits the number of files, a worker makes none that does not fit beside the
+first one that the student still reads. It then waits for the student.
 """
 
 import fcntl
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import cast
 
 import torch
 
 from post_dist.data.corpus import Corpus
+from post_dist.errors import EnvironmentFault
 from post_dist.files import lock_file, writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import Advance
@@ -27,7 +32,7 @@ from post_dist.stages.distill.signal_maker import SignalMaker
 log = logging.getLogger(__name__)
 
 _CLAIMS = "claims"
-"""Name of the empty file whose byte N is locked by the worker that makes file N."""
+"""Name of the empty file whose byte N is locked by the worker that makes the file in slot N."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 """Time until a worker looks again whether another one has finished or died."""
 
@@ -43,8 +48,8 @@ class _Claims:
     def __init__(self, files: SignalFiles, count: int) -> None:
         self._files = files
         self._count = count
-        # All files before this number exist.
-        self._first = 0
+        # All files before this number exist, or were read.
+        self._first = files.first_read()
         self._claimed: list[int] = []
         path = files.folder / _CLAIMS
         with writing(path):
@@ -55,7 +60,7 @@ class _Claims:
             self._held = (files.folder / "lock").open("a")
             lock_file(self._held, shared=True)
 
-    def next(self, wanted: int, at_most: int) -> tuple[int, list[int]]:
+    def next(self, wanted: int, at_most: int) -> tuple[int, list[int], bool]:
         """Release the files claimed before, and claim missing ones unless the first `wanted` exist.
 
         Args:
@@ -63,19 +68,64 @@ class _Claims:
             at_most: most files to claim. They may be later ones than those that it needs.
 
         Returns:
-            The number of the first file that is missing, and the numbers of the claimed files. None
-            are claimed if other workers are making all that are missing.
+            The number of the first file that is missing. The numbers of the claimed files, which
+            are none if other workers are making all that are missing. Whether the limit of the
+            cache keeps all workers from making more.
+
+        Raises:
+            InputError: a file that was read cannot be removed.
+            EnvironmentFault: there is a limit, and the file system has no locks.
         """
         # A file is released after it is written, so another worker that gets the lock finds it.
         for file in self._claimed:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
+            self._unlock(file)
         self._claimed = []
-        # Full subfolders are not listed again: with a million files that would take hours.
-        missing = self._files.missing(self._first, self._count)
-        self._first = next(missing, self._count)
-        if self._first < wanted:
-            self._claimed = self._lock_files(chain([self._first], missing), at_most)
-        return self._first, self._claimed
+        with self._alone():
+            # Without a limit, full subfolders are not listed again: with a million files that would
+            # take hours.
+            if self._files.limited:
+                self._first = self._files.first_read()
+            end = min(self._first + self._files.slots, self._count)
+            missing = self._files.missing(self._first, end)
+            self._first = next(missing, end)
+            if self._first < min(wanted, end):
+                self._claimed = self._lock_files(chain([self._first], missing), at_most)
+        return self._first, self._claimed, self._first == end < wanted
+
+    def move(self, first: int) -> None:
+        """Tell all workers the number of the first file that the student still reads.
+
+        A student that resumes from a checkpoint may move back.
+
+        Raises:
+            InputError: the folder cannot be written to.
+            EnvironmentFault: the disk is full, or the file system has no locks.
+        """
+        with self._alone():
+            self._files.write_first_read(first)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from claiming files and from moving, if there is a limit.
+
+        Otherwise a worker could remove a file just after the student has moved back and found it.
+        """
+        if not self._files.limited:
+            yield
+            return
+        # The byte after those of the slots.
+        byte = self._files.slots
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, byte)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{self._locks.name} cannot be locked: {error.strerror}",
+                "leave distill.cache_gib out, or give an --output on a file system with locks",
+            ) from None
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
 
     def _lock_files(self, missing: Iterable[int], at_most: int) -> list[int]:
         """Lock the first of the missing files that no other worker makes."""
@@ -85,8 +135,10 @@ class _Claims:
                 continue
             # Another worker may have finished it since the folder was listed.
             if self._files.path(file).exists():
-                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, file)
+                self._unlock(file)
                 continue
+            if self._files.limited:
+                self._files.empty_slot(file)
             locked.append(file)
             if len(locked) == at_most:
                 break
@@ -99,13 +151,17 @@ class _Claims:
 
     def _lock(self, file: int) -> bool:
         try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, file)
+            flags = fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.lockf(self._locks, flags, 1, self._files.slot(file))
         # POSIX allows both errors for a lock that another process holds.
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
             log.warning("%s cannot be locked: %s", self._locks.name, error.strerror)
         return True
+
+    def _unlock(self, file: int) -> None:
+        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self._files.slot(file))
 
 
 class SignalWorker:
@@ -133,14 +189,18 @@ class SignalWorker:
         self.maker = maker
         self._corpus = corpus
         self._world = world
-        # All files before this number exist.
+        # All files before this number exist, or were read.
         self._ready = 0
+        # Number of the first file that the student still reads, if this worker is the student's.
+        self._moved_to = -1
         # Only rank 0 looks and locks, so all ranks work on the same files.
         self._claims = world.together(lambda: _Claims(files, count) if world.is_main else None)
-        self.missing = world.on_main(lambda: sum(1 for _ in files.missing(0, count)))
+        self.missing = world.on_main(
+            lambda: sum(1 for _ in files.missing(files.first_read(), count))
+        )
         if self.missing:
             log.info(
-                "teacher signals: %d sequences to run, %d files of %d are in %s",
+                "teacher signals: %d sequences to run, %d files of %d are made, in %s",
                 self.missing * SEQUENCES_A_FILE,
                 count - self.missing,
                 count,
@@ -151,7 +211,8 @@ class SignalWorker:
         """Write files until the first `wanted` exist.
 
         It makes the files of a worker that died. While other workers are making what it waits for,
-        it makes later files. The watchdog ends a wait for a file that never comes.
+        it makes later files. The watchdog ends a wait for a file that never comes, but no wait for
+        the student.
 
         Args:
             wanted: number of files that are needed now, at most `count`.
@@ -163,13 +224,21 @@ class SignalWorker:
             Interrupted: a rank was asked to stop; complete files are kept.
         """
         awaited = -1
+        told = False
         while self._ready < wanted:
             self._leave_if_requested()
-            self._ready, numbers = self._world.on_main(lambda: self._claim(wanted))
+            self._ready, numbers, is_full = self._world.on_main(lambda: self._claim(wanted))
             if numbers:
                 self._make(numbers)
                 for _ in numbers:
                     advance("")
+            elif is_full:
+                if not told:
+                    log.info("distill.cache_gib is reached: waiting for distill to read the files")
+                told = True
+                # A student may take hours for a file, so each look counts as progress.
+                phase("waiting for distill to read signals")
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
             elif self._ready < wanted:
                 # A wait is reported to the watchdog once, so it ends if a worker hangs.
                 if awaited != self._ready:
@@ -177,12 +246,39 @@ class SignalWorker:
                     phase(f"waiting for another worker's file {self.files.path(awaited)}")
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def move(self, first: int) -> None:
+        """Let later files take the place of those before number `first`. The student calls it.
+
+        Without a limit of the cache it does nothing.
+
+        Raises:
+            InputError: the folder cannot be written to.
+            EnvironmentFault: the disk is full, or the file system has no locks.
+        """
+        if not self.files.limited or first == self._moved_to:
+            return
+        self._moved_to = first
+        # First all ranks close their files: a removed file needs its space while it is open.
+        self._world.together(self.files.close)
+        self._world.on_main(lambda: cast(_Claims, self._claims).move(first))
+
+    def finish(self) -> None:
+        """Remove all files if there is a limit. The student calls it when it needs none.
+
+        Raises:
+            InputError: a file cannot be removed.
+            EnvironmentFault: the disk is full.
+        """
+        if self.files.limited:
+            self.files.close()
+            self._world.on_main(self.files.remove_all)
+
     def close(self) -> None:
         """Release all files, and the folder."""
         if self._claims is not None:
             self._claims.close()
 
-    def _claim(self, wanted: int) -> tuple[int, list[int]]:
+    def _claim(self, wanted: int) -> tuple[int, list[int], bool]:
         return cast(_Claims, self._claims).next(wanted, self._world.size)
 
     def _make(self, numbers: Sequence[int]) -> None:

@@ -23,6 +23,9 @@ class SignalSource(Protocol):
             Interrupted: a rank was asked to stop.
         """
 
+    def finish(self) -> None:
+        """Remove what only this run could use. All ranks call it after the last checkpoint."""
+
     def signals_of(
         self,
         numbers: Sequence[int],

@@ -38,7 +38,12 @@ from post_dist.runtime.zero import full_weights, number_of_parameters, shard_sha
 from post_dist.stages.corpus import corpora_folder
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
-from post_dist.stages.distill.conflicts import conflicts, required_sections
+from post_dist.stages.distill.conflicts import (
+    conflicts,
+    epoch_conflicts,
+    limit_conflicts,
+    required_sections,
+)
 from post_dist.stages.distill.given_away import given_away
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.layer_choice import choose_layers
@@ -120,7 +125,7 @@ def distill(
         if section.cache != "none":
             maker = SignalMaker(model, section, student_section, config.seed)
             worker = opened.enter_context(
-                signal_worker(folder.path.parent, teacher_digest, maker, corpus, world)
+                signal_worker(folder.path, teacher_digest, maker, corpus, world)
             )
             source = CachedTeacher(worker, corpus, world.device)
         student_step = StudentStep(engine, text, source, section, world)
@@ -129,6 +134,8 @@ def distill(
         )
         job = DistillationJob(student_step, checkpoints, folder, world)
         run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
+    # The last checkpoint is complete, so no restart needs signals.
+    source.finish()
 
     # Evaluate the student on the held-out split, which a cache does not cover.
     metrics = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
@@ -159,15 +166,14 @@ def distill(
 
 
 def write_signals(
-    config: RunConfig, teacher_folder: Path, teacher_digest: str, parent: Path, world: World
+    folder: RunFolder, teacher_folder: Path, teacher_digest: str, world: World
 ) -> tuple[Path, int]:
     """Write the signals that `distill` will read, beside other workers. All ranks call it.
 
     Args:
-        config: the run file; `distill.cache` is not `none`.
+        folder: the run folder of the student; `distill.cache` is not `none`.
         teacher_folder: the large LLM in Hugging Face format.
         teacher_digest: digest of its files.
-        parent: folder that holds the run folders and the signals.
         world: the ranks of this worker.
 
     Returns:
@@ -178,6 +184,7 @@ def write_signals(
         EnvironmentFault: the disk is full.
         Interrupted: a rank was asked to stop; complete files are kept.
     """
+    config = folder.config
     _, student_section = required_sections(config)
     # Otherwise the workers would take hours to write files that nothing reads.
     if config.distill.cache == "none":
@@ -185,20 +192,30 @@ def write_signals(
     corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
     maker = SignalMaker(teacher.model, config.distill, student_section, config.seed)
     with (
-        signal_worker(parent, teacher_digest, maker, corpus, world) as worker,
+        signal_worker(folder.path, teacher_digest, maker, corpus, world) as worker,
         progress("teacher signals", worker.missing, show=world.is_main) as advance,
     ):
-        worker.fill(worker.count, advance)
+        # With a limit, a finished student would be awaited forever.
+        if config.distill.cache_gib is None or not folder.finished:
+            worker.fill(worker.count, advance)
     return worker.files.folder, worker.count
 
 
 def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[Corpus, _Teacher]:
-    """Read the corpus with the teacher's tokenizer, and load the teacher in shards."""
+    """Read the corpus with the teacher's tokenizer, and load the teacher in shards.
+
+    Raises:
+        InputError: the corpus cannot be used, or does not suit `distill.cache_gib`.
+    """
     corpus_section, _ = required_sections(config)
     tokenizer = load_tokenizer(folder)
     corpora = corpora_folder(config)
     corpus = build_corpus(corpus_section, tokenizer, corpora, config.seed, world)
     precision = choose_precision(config.engine, world.device)
+    if config.distill.cache_gib is not None:
+        found = epoch_conflicts(config.distill, corpus.num_training_sequences)
+        found += limit_conflicts(config, read_facts(folder), precision)
+        raise_conflicts("distill", found)
     model = load_sharded(folder, config.engine, precision, world)
     if corpus_section.separate_documents and not model.masked:
         check_documents_apart(model)
