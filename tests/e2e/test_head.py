@@ -51,6 +51,14 @@ def artifact(folder: Path, stage: str) -> Path:
     return found
 
 
+def predicted_accuracy(run: Path, prompt: Path, model: Path) -> float:
+    """Return the share of the test texts for which `predict` gives the right class."""
+    examples = load_examples(load_run(run).private_task, "test", "private_task")
+    found = load_prompt(prompt).predict(examples.texts, model, precision="fp32")
+    hits = [each.index == wanted for each, wanted in zip(found, examples.classes, strict=True)]
+    return sum(hits) / len(hits)
+
+
 def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     tmp_path: Path, main: Callable
 ) -> None:
@@ -83,13 +91,8 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
         assert code == 0, out
 
     # Predictions with a head are those of the table.
-    config = load_run(run)
-    examples = load_examples(config.private_task, "test", "private_task")
-    found = load_prompt(artifact(tmp_path, "tune")).predict(
-        examples.texts, tmp_path / "student", precision="fp32"
-    )
-    hits = [each.index == wanted for each, wanted in zip(found, examples.classes, strict=True)]
-    assert sum(hits) / len(hits) == rows["student + prompt"]["accuracy_micro"]
+    accuracy = predicted_accuracy(run, artifact(tmp_path, "tune"), tmp_path / "student")
+    assert accuracy == rows["student + prompt"]["accuracy_micro"]
 
     # Without privacy, the same head learns the task.
     sets = ["privacy.enabled=false", "evaluate.split=train", "tune.steps=300"]

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from e2e.test_head import artifact, write_run
+from e2e.test_head import artifact, predicted_accuracy, write_run
 
-from post_dist import load_prompt, load_run
 from post_dist.artifacts.prompt import read_prompt
-from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
@@ -67,13 +65,8 @@ def test_a_lora_is_tuned_transferred_and_compared(tmp_path: Path, main: Callable
     assert "<b>5×32</b>prompt vectors" in page
 
     # Predictions with a LoRA are those of the table.
-    config = load_run(run)
-    examples = load_examples(config.private_task, "test", "private_task")
-    found = load_prompt(artifact(tmp_path, "tune")).predict(
-        examples.texts, tmp_path / "student", precision="fp32"
-    )
-    hits = [each.index == wanted for each, wanted in zip(found, examples.classes, strict=True)]
-    assert sum(hits) / len(hits) == rows["student + prompt"]["accuracy_micro"]
+    accuracy = predicted_accuracy(run, artifact(tmp_path, "tune"), tmp_path / "student")
+    assert accuracy == rows["student + prompt"]["accuracy_micro"]
 
 
 def test_a_lora_learns_the_task_without_privacy_and_without_a_public_prompt(

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.test_head import artifact, write_run
+from e2e.test_head import artifact, predicted_accuracy, write_run
 from started import run_ranks
 
-from post_dist import load_prompt, load_run
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
-from post_dist.data.tasks import load_examples
 from post_dist.runtime.metric_log import read_metric_log
 
 LORA = (
@@ -74,14 +72,9 @@ def test_a_lora_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Ca
     card = (artifact(tmp_path, "transfer") / "README.md").read_text()
     assert "LoRA behind a soft prompt" in card
 
-    # Predictions are those of the table, and not those without the LoRA.
-    config = load_run(run)
-    examples = load_examples(config.private_task, "test", "private_task")
-    answers = load_prompt(artifact(tmp_path, "transfer")).predict(
-        examples.texts, tmp_path / "teacher", precision="fp32"
-    )
-    hits = [each.index == wanted for each, wanted in zip(answers, examples.classes, strict=True)]
-    assert sum(hits) / len(hits) == rows["transferred"]["accuracy_micro"]
+    # Predictions with the LoRA are those of the table.
+    accuracy = predicted_accuracy(run, artifact(tmp_path, "transfer"), tmp_path / "teacher")
+    assert accuracy == rows["transferred"]["accuracy_micro"]
     manifest = json.loads((artifact(tmp_path, "transfer") / "post_dist.json").read_text())
     effect = manifest["config"]["effect_on_public_text"]
     assert effect["perplexity_with_prompt"] != effect["perplexity_without_prompt"]
