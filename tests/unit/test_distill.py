@@ -18,8 +18,10 @@ from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import lock_file
 from post_dist.losses.distillation import TermValues
 from post_dist.models.facts import ModelFacts
+from post_dist.models.load import load_whole
 from post_dist.runtime.distributed import World
 from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_files import (
     SEQUENCES_A_FILE,
     SignalFiles,
@@ -52,6 +54,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(run: Path, settings: list[str], **facts: object) -> list[str]:
     config = load_run(run, settings, None)
     return [each.message for each in conflicts(config, replace(LLAMA, **facts), Layout())]
+
+
+def test_the_teacher_s_signals_keep_nothing_for_a_backward_pass(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "teacher", "llama")
+    teacher = load_whole(tmp_path / "teacher", "fp32", torch.device("cpu")).requires_grad_(True)
+    signals = OnlineTeacher(teacher, 1).signals_of([0], torch.full((1, 4), 5), None)
+    assert not signals.hidden.requires_grad
 
 
 def test_a_run_file_that_fits_has_no_conflict(run: Path) -> None:

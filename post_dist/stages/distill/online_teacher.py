@@ -32,10 +32,10 @@ class OnlineTeacher:
     def prepare(self, step: int) -> None:
         """Do nothing: the teacher runs in the step."""
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Do nothing: there is nothing to remove."""
 
+    @torch.no_grad()
     def signals_of(
         self,
         numbers: Sequence[int],
