@@ -127,9 +127,9 @@ def bench_distill(
 
 def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) -> RunConfig:
     """Return the run file with a kind of cache, and the number of steps that the cache covers."""
-    changes: dict[str, Any] = {"cache": cache, "steps": _STEPS, "learning_rate": 0.0}
-    # The timed steps read the same files many times.
-    changes["cache_gib"] = None
+    # A cache without a limit, because the timed steps read the same files many times.
+    changes: dict[str, Any] = {"cache": cache, "cache_gib": None}
+    changes |= {"steps": _STEPS, "learning_rate": 0.0}
     if cache == "sampled":
         # A cache of samples has no hidden states, so the terms that compare them are left out.
         for term in hidden_terms_in_use(config.distill):

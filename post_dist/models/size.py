@@ -89,6 +89,10 @@ class ModelSize:
         layers = tuple(self.layers[number] for number in numbers)
         return replace(self, layers=layers, facts=replace(self.facts, layers=len(layers)))
 
+    def upper_layers(self, count: int | None) -> tuple[LayerSize, ...]:
+        """Return the sizes of the last `count` layers; of all of them without a number."""
+        return self.layers[-(count or len(self.layers)) :]
+
     def above(self, lower_layers: int) -> "ModelSize":
         """Return the size of a student whose lowest layers run in the teacher.
 

@@ -170,7 +170,7 @@ def transfer_flops(
     # Class scores of the student are computed once, before the steps.
     constants = 0.0 if by_classes else head_flops(student, 2 * answers)
     products, attention = _products_and_attention(target, batch, target.layers)
-    passed = target.layers[-(upper_layers or len(target.layers)) :]
+    passed = target.upper_layers(upper_layers)
     passed_products, passed_attention = _products_and_attention(target, batch, passed)
     return {
         "forward": products + attention + head + constants,
@@ -294,8 +294,7 @@ def transfer_bytes(
     """
     group = sharding.group
     forward = gathered_bytes(target.weights, group, sharding.bytes_each)
-    passed = target.layers[-(upper_layers or len(target.layers)) :]
-    upper = replace(target.without_one_table, layers=passed)
+    upper = replace(target.without_one_table, layers=target.upper_layers(upper_layers))
     backward = gathered_bytes(upper.weights, group, sharding.bytes_each)
     reduce = reduced_bytes(trained, sharding.ranks, 4)
     return {"gather": forward + backward, "reduce": reduce}

@@ -104,14 +104,9 @@ def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
     forward = cost.forward_flops(student, batch_size, length)
     head = cost.head_flops(student, batch_size * (response or 1))
     # The gradients of a LoRA need no backward pass below its lowest layer.
-    lora = inputs.config.tune.lora
-    passed = len(student.layers)
-    if lora is not None and lora.upper_layers is not None:
-        passed = lora.upper_layers
+    passed = student.upper_layers(inputs.config.tune.lora_settings.upper_layers)
     tokens = batch_size * length
-    backward = sum(
-        cost.layer_flops(student, layer, tokens, length) for layer in student.layers[-passed:]
-    )
+    backward = sum(cost.layer_flops(student, layer, tokens, length) for layer in passed)
     return forward + backward + 2 * head
 
 

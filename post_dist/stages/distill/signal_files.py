@@ -64,12 +64,15 @@ class SignalFiles:
 
     def path(self, file: int) -> Path:
         """Return the path of a file by its number."""
-        subfolder = self.slot(file) // _FILES_A_FOLDER
-        return self.folder / f"{subfolder:06d}" / f"{file:09d}.safetensors"
+        return self.folder / f"{self._subfolder(file):06d}" / _name(file)
 
     def slot(self, file: int) -> int:
         """Return the number of the slot of a file."""
         return file % self.slots
+
+    def _subfolder(self, file: int) -> int:
+        """Return the number of the subfolder of a file."""
+        return self.slot(file) // _FILES_A_FOLDER
 
     def places(self, file: int) -> range:
         """Return the places whose signals a file holds."""
@@ -81,14 +84,15 @@ class SignalFiles:
 
         The names in a subfolder are listed once, so a file may appear while this runs.
         """
-        subfolder = None
+        listed = None
         present: set[str] = set()
         for file in range(first, count):
-            path = self.path(file)
-            if path.parent != subfolder:
-                subfolder = path.parent
-                present = set(os.listdir(subfolder)) if subfolder.is_dir() else set()
-            if path.name not in present:
+            # There may be a million files, so a path is made for each subfolder alone.
+            if self._subfolder(file) != listed:
+                listed = self._subfolder(file)
+                folder = self.path(file).parent
+                present = set(os.listdir(folder)) if folder.is_dir() else set()
+            if _name(file) not in present:
                 yield file
 
     def first_read(self) -> int:
@@ -205,6 +209,11 @@ def most_files_of_a_step(batch_size: int) -> int:
     # A step may begin in the middle of a file, at a multiple of this number of places.
     shift = math.gcd(batch_size, SEQUENCES_A_FILE)
     return files_of(SEQUENCES_A_FILE - shift + batch_size)
+
+
+def _name(file: int) -> str:
+    """Return the name of a file by its number."""
+    return f"{file:09d}.safetensors"
 
 
 def _digest(place: int, sequence: Mapping[str, torch.Tensor]) -> str:

@@ -12,7 +12,7 @@ from post_dist.stages.transfer.job import TransferJob
 
 @dataclass(frozen=True)
 class NamedTarget:
-    """How artifacts name the target.
+    """The identity of the target in an artifact: its name and two digests.
 
     Attributes:
         name: its name, in PEFT's configuration.
