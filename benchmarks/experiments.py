@@ -134,6 +134,12 @@ HEAD = [
 HEAD_EPSILONS = (8, 1)
 LORA_ON_THE_LLM = ["transfer.adapter=lora", "transfer.learning_rate=2.0e-3"]
 """A LoRA on the LLM in place of its prompt."""
+HEAD_ON_THE_LLM = [
+    "transfer.adapter=head",
+    "transfer.proxy_lambda=2",
+    "public_task.max_rows=4000",
+]
+"""A head on the LLM in place of its prompt. It has time for all public texts."""
 LORA = [
     "tune={adapter: lora}",
     "privacy.steps=80",
@@ -264,6 +270,7 @@ def _head(seeded: list[str]) -> list[Experiment]:
     return [
         Experiment("head", [*seeded, *HEAD, rows]),
         Experiment("head, LoRA on the LLM", [*seeded, *HEAD, rows, *LORA_ON_THE_LLM]),
+        Experiment("head, head on the LLM", [*seeded, *HEAD, rows, *HEAD_ON_THE_LLM]),
     ]
 
 

@@ -147,7 +147,8 @@ def try_whole(folder: Path, facts: dict[str, Any]) -> None:
         model = load_whole(folder, "fp32", torch.device("cpu"))
         with torch.no_grad():
             everywhere = model(TOKENS)
-            at_answers = model(TOKENS, torch.ones_like(TOKENS), None, ANSWERS, depth=1)
+            last = [len(model.layers) - 1]
+            at_answers = model(TOKENS, torch.ones_like(TOKENS), None, ANSWERS, layers=last)
         apart = [
             (everywhere - expected).abs().max(),
             (at_answers - expected[torch.arange(2), ANSWERS]).abs().max(),

@@ -22,6 +22,7 @@ class LinearHead:
         scale: their standard deviation [m].
         weight: one vector [C, m] for each class.
         bias: one number [C] for each class.
+        above: number of layers of the model that lie above those which the head reads.
         title: name of this kind of adapter in messages.
         in_peft: whether PEFT runs it.
     """
@@ -33,25 +34,36 @@ class LinearHead:
     scale: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
+    above: int = 0
 
     @classmethod
-    def untrained(cls, hidden_Nm: torch.Tensor, num_classes: int) -> "LinearHead":
+    def untrained(cls, hidden_Nm: torch.Tensor, num_classes: int, above: int = 0) -> "LinearHead":
         """Make a head whose scores are zero.
 
         Args:
             hidden_Nm: hidden states of public text, which give mean and scale.
             num_classes: number of classes C.
+            above: number of layers above those of the hidden states.
         """
         hidden = hidden_Nm.double()
         # A coordinate that never changes says nothing, whatever it is divided by.
         scale = hidden.std(dim=0).clamp_min(torch.finfo(torch.float32).eps)
         weight = hidden.new_zeros(num_classes, hidden.shape[1])
-        return cls(hidden.mean(dim=0), scale, weight, hidden.new_zeros(num_classes))
+        return cls(hidden.mean(dim=0), scale, weight, hidden.new_zeros(num_classes), above)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """All values, by name."""
-        return vars(self)
+        """All values, by name. A head of the last layers does not name its place."""
+        found = dict(vars(self))
+        above = found.pop("above")
+        return found | {"above": self.mean.new_tensor([above])} if above else found
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "LinearHead":
+        """Make a head of the values that `tensors` returns."""
+        values = {name: tensor.double() for name, tensor in tensors.items()}
+        above = values.pop("above", torch.zeros(1))
+        return cls(**values, above=int(above.item()))
 
     @property
     def trained(self) -> bool:
@@ -59,16 +71,34 @@ class LinearHead:
         return bool(self.weight.any() or self.bias.any())
 
     def depth(self, width: int) -> int:
-        """Return the number of layers that the head reads, the last ones of a model.
+        """Return the number of layers that the head reads, one above the other.
 
         Args:
             width: width of the model's hidden states, of which m is a multiple.
         """
         return len(self.mean) // width
 
+    def layers(self, width: int, count: int) -> list[int]:
+        """Return the layers of a model that its class scores need, counted from 0.
+
+        These are the layers that the head reads, and the last one, which the label words need.
+
+        Args:
+            width: width of the model's hidden states.
+            count: number of the model's layers.
+        """
+        end = count - self.above
+        # Private tuning also tries a copy of the model that has fewer layers than the head reads.
+        own = list(range(max(0, end - self.depth(width)), end))
+        return [*own, count - 1] if self.above else own
+
     def with_values(self, weight: torch.Tensor, bias: torch.Tensor) -> "LinearHead":
         """Return the head with trained values."""
         return replace(self, weight=weight.detach().double(), bias=bias.detach().double())
+
+    def read(self, hidden_Bk: torch.Tensor) -> torch.Tensor:
+        """Return the part [B, m] that the head reads of the hidden states of `layers`."""
+        return hidden_Bk[..., : len(self.mean)]
 
     def features(self, hidden_Bm: torch.Tensor) -> torch.Tensor:
         """Standardize hidden states, and scale each row to length 1.

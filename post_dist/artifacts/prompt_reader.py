@@ -6,6 +6,7 @@ Shapes: n prompt tokens, d width, C classes.
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ MAX_VIRTUAL_TOKENS = 512
 _PROMPT_DIMENSIONS = {KEY: 2}
 _HEAD_DIMENSIONS = {"bias": 1, "mean": 1, "scale": 1, "weight": 2}
 """Number of dimensions of each tensor in a file."""
+_HEAD_PLACE = {"above": 1}
+"""The tensor that only a head below the last layers has."""
+_LAYER_LIMIT = 10_000
+"""Number of layers that no known model reaches."""
 _ADAPTER_FIELDS: Mapping[str, type] = {
     "base_model_name_or_path": str,
     "inference_mode": bool,
@@ -75,8 +80,11 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
         ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
             large; a scale that is too small.
     """
-    tensors = _read_known(path, _HEAD_DIMENSIONS)
-    head = LinearHead(**{name: tensor.double() for name, tensor in tensors.items()})
+    tensors = _read_known(path, _HEAD_DIMENSIONS, optional=_HEAD_PLACE)
+    above = tensors.get("above", torch.zeros(1))
+    if len(above) != 1 or above.item() not in range(_LAYER_LIMIT):
+        raise ArtifactRefused(f"{path}: above is not a number of layers below {_LAYER_LIMIT}")
+    head = LinearHead.of_tensors(tensors)
     features = width * max(1, head.depth(width))
     fits = head.weight.shape == (num_classes, features) and len(head.bias) == num_classes
     if not fits or len(head.mean) != features or len(head.scale) != features:
@@ -208,12 +216,15 @@ def _has_sound_answers(task: PromptTask) -> bool:
     return has_classes != generates and fits_classes and small_biases
 
 
-def _read_known(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def _read_known(
+    path: Path, dimensions: Mapping[str, int], optional: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file.
 
     Args:
         path: the file.
         dimensions: number of dimensions of each tensor that the file must hold.
+        optional: the same of tensors that it may hold.
 
     Raises:
         ArtifactRefused: the file holds anything else, or values that are not finite.
@@ -221,9 +232,11 @@ def _read_known(path: Path, dimensions: Mapping[str, int]) -> dict[str, torch.Te
     # Only a file with a valid header is passed to the library.
     layouts = read_layout(path, SMALL_FILE_BYTES)
     # The library would load any other tensor as well.
-    if set(layouts) != set(dimensions):
+    if set(layouts) - set(optional) != set(dimensions):
         raise ArtifactRefused(f"{path}: does not hold {', '.join(dimensions)} alone")
-    for name, count in dimensions.items():
-        if len(layouts[name].shape) != count:
+    known = {**dimensions, **optional}
+    for name, layout in layouts.items():
+        count = known[name]
+        if len(layout.shape) != count:
             raise ArtifactRefused(f"{path}: has a tensor without {count} dimensions")
     return read_tensors(path)

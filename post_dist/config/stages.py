@@ -11,7 +11,7 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
 AdapterName = Literal["prompt", "head", "lora"]
-"""What tuning trains. A transfer trains a prompt or a LoRA."""
+"""What tuning or a transfer trains."""
 
 _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt": {},
@@ -296,9 +296,14 @@ class Transfer(AdapterTraining):
     """Stage 3, transfer: train a prompt for the large LLM on public text."""
 
     # What is trained.
-    adapter: Literal["prompt", "lora"] = "prompt"
+    adapter: AdapterName = "prompt"
     """`prompt` trains the vectors of a prompt. `lora` keeps the prompt as it starts, and trains a
-    LoRA on the large LLM. It does not depend on what was tuned on the student."""
+    LoRA on the large LLM. `head` keeps the prompt too, and fits a linear head on hidden states of
+    the LLM. The LLM then runs forward alone, and the fields of the training do not apply, besides
+    `batch_size`. None of them depends on what was tuned on the student."""
+    head_layers: Annotated[int, Field(gt=0, le=64)] = 8
+    """A head reads the hidden states of this many neighbouring layers of the LLM. Held-out public
+    text decides which."""
     # The loss.
     objective: Literal["published", "proxy", "ensemble"] = "proxy"
     """`published`: the paper's loss, (1-alpha) L1 + alpha L2, with the paper's defaults for the
@@ -327,7 +332,7 @@ class Transfer(AdapterTraining):
     learning_rate: PositiveFloat = 1e-3
     prompts_at_once: PositiveInt = 4
     """Maximum number of prompts that are trained together. Each needs memory for its examples.
-    LoRAs are trained one after the other."""
+    LoRAs are trained one after the other, and so are heads."""
 
     @property
     def trained_at_once(self) -> int:
@@ -351,6 +356,16 @@ class Transfer(AdapterTraining):
         if fields.get("scores") == "vocabulary":
             return {"match_class_shares": False, **fields}
         return fields
+
+    @model_validator(mode="after")
+    def _head_has_scores_to_reach(self) -> "Transfer":
+        if self.adapter != "head":
+            return self
+        if self.objective == "published" or self.scores != "classes":
+            raise ValueError(
+                "adapter: head needs objective: proxy or ensemble, and scores: classes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares_are_of_classes(self) -> "Transfer":

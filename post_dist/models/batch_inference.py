@@ -3,7 +3,7 @@
 Shapes: N examples, B examples of a batch, V vocabulary, n prompt tokens, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def outputs_at_answers(
     reduce: Callable[[torch.Tensor], torch.Tensor],
     run: InferenceRun,
     *,
-    depth: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Run a model on examples, and reduce its outputs at the answer positions.
 
@@ -95,9 +95,9 @@ def outputs_at_answers(
         template: pads the examples of a batch.
         prompt_nd: soft prompt [n, d] before each example; None for no prompt.
         reduce: function of the logits [B, V] at the answer positions, or of the hidden states
-            [B, depth d]. It returns a tensor [B, ...].
+            [B, len(layers) d]. It returns a tensor [B, ...].
         run: batch size, ranks and label.
-        depth: number of layers whose hidden states are reduced, the last ones; None for the logits.
+        layers: layers whose hidden states are reduced, counted from 0; None for the logits.
 
     Returns:
         The reduced outputs [N, ...], on the CPU of every rank.
@@ -112,7 +112,7 @@ def outputs_at_answers(
             prompt_nd,
             batch.answer,
             share_prompt=share_prompt,
-            depth=depth,
+            layers=layers,
         )
         return reduce(outputs)
 

@@ -36,12 +36,16 @@ def headed_scores(
         Class scores [N, C], on the CPU of every rank.
     """
     of_words = word_scores(model, reader.verbalizer)
+
+    def scores(hidden_Bk: torch.Tensor) -> torch.Tensor:
+        return of_words(hidden_Bk[:, -model.width :]) + head.scores(head.read(hidden_Bk))
+
     return outputs_at_answers(
         model,
         examples,
         reader.template,
         prompt_nd,
-        lambda hidden_Bm: of_words(hidden_Bm[:, -model.width :]) + head.scores(hidden_Bm),
+        scores,
         run,
-        depth=head.depth(model.width),
+        layers=head.layers(model.width, len(model.layers)),
     )

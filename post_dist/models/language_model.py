@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         tokens: Sequence[int] | None = None,
         beside: torch.Tensor | None = None,
-        depth: int | None = None,
+        layers: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run the trunk, and the head at the answer positions if `answer` is given.
 
@@ -242,13 +242,13 @@ class LanguageModel(nn.Module):
             tokens: return the logits of these K tokens only; None for all V.
             beside: hidden states [M, d] of earlier answers. Their logits are also returned, so that
                 a sharded head is gathered only once.
-            depth: at the answers, return the hidden states of this many layers, the last ones, in
-                place of logits.
+            layers: at the answers, return the hidden states behind these layers in place of logits.
+                They are counted from 0 and rise. The last one's have passed the last norm.
 
         Returns:
             Without `answer`, the trunk's last hidden states [B, n+T, d], or [B, T, d] with a
-            prefix. With `answer`, the logits [B+M, V] or [B+M, K] at the answers. With `depth`, the
-            hidden states [B+M, depth d] there, lower layers first.
+            prefix. With `answer`, the logits [B+M, V] or [B+M, K] at the answers. With `layers`,
+            the hidden states [B+M, len(layers) d] there, in their order.
 
         Raises:
             InputError: the outputs of the layers cannot be read.
@@ -259,17 +259,18 @@ class LanguageModel(nn.Module):
                 inputs["position_ids"] = position_ids
             return self._trunk(inputs)
 
+        read = [len(self.layers) - 1] if layers is None else layers
         if share_prompt and prompt is not None:
-            hidden_Bd = self._at_answers_of_packed(input_ids, prompt, answer, depth or 1)
+            hidden_Bd = self._at_answers_of_packed(input_ids, prompt, answer, read)
         else:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
             rows_B = torch.arange(len(answer), device=answer.device)
             num_virtual_tokens = 0 if prompt is None else prompt.shape[-2]
-            hidden_Bd = self._at_answers(inputs, rows_B, answer + num_virtual_tokens, depth or 1)
+            hidden_Bd = self._at_answers(inputs, rows_B, answer + num_virtual_tokens, read)
 
         if beside is not None:
             hidden_Bd = torch.cat([hidden_Bd, beside])
-        if depth is not None:
+        if layers is not None:
             return hidden_Bd
         return self.head(hidden_Bd) if tokens is None else self.head_of(tokens)(hidden_Bd)
 
@@ -282,22 +283,29 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any],
         rows_B: torch.Tensor,
         places_B: torch.Tensor,
-        depth: int,
+        layers: Sequence[int],
     ) -> torch.Tensor:
-        """Return the hidden states [B, depth d] of the last layers, at a position of each example.
+        """Return the hidden states [B, len(layers) d] at a position of each example.
 
         Those of the last layer are the trunk's, behind its last norm.
         """
-        lower = self.layers[len(self.layers) - depth : -1]
-        mlp = families.mlp_of(self.layers[-1])
+        last = len(self.layers) - 1
+        lower = [self.layers[layer] for layer in layers if layer != last]
+        mlp = families.mlp_of(self.layers[last])
         with run_at(mlp, rows_B, places_B), outputs_of(lower) as states:
-            states.append(self._trunk(inputs))
+            of_trunk = self._trunk(inputs)
+        if last in layers:
+            states.append(of_trunk)
         return torch.cat([state[rows_B, places_B] for state in states], dim=-1)
 
     def _at_answers_of_packed(
-        self, input_ids: torch.Tensor, prompt: torch.Tensor, answer: torch.Tensor, depth: int
+        self,
+        input_ids: torch.Tensor,
+        prompt: torch.Tensor,
+        answer: torch.Tensor,
+        layers: Sequence[int],
     ) -> torch.Tensor:
-        """Return the hidden states [B, depth d] at the answers of examples that share G prompts."""
+        """Return the hidden states [B, len(layers) d] of examples that share G prompts."""
         prompts_Gnd = prompt.view(-1, *prompt.shape[-2:])
         groups = len(prompts_Gnd)
         packing = Packing(
@@ -308,7 +316,7 @@ class LanguageModel(nn.Module):
         )
         inputs = self._packed_inputs(input_ids, prompts_Gnd, packing)
         groups_B = packing.groups_GB.flatten()
-        return self._at_answers(inputs, groups_B, packing.places_GB.flatten(), depth)
+        return self._at_answers(inputs, groups_B, packing.places_GB.flatten(), layers)
 
     def _inputs(
         self,

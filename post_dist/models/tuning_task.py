@@ -1,7 +1,7 @@
 """The model, task and examples that a prompt is tuned with, privately or not.
 
 Shapes: B examples of a batch, N examples, n prompt tokens, d width, C classes, R tokens of a
-response, m features of a head.
+response, m features of a head, k values of the hidden states of several layers.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,8 @@ class AnswerStates:
         self._prompt = task.start_nd if task.model.masked else None
         self._prefix = None if task.model.masked else task.model.prefix_of(task.start_nd)
         self._word_scores = word_scores(task.model, task.reader.verbalizer)
-        self._depth = task.need(LinearHead).depth(task.model.width)
+        self._head = task.need(LinearHead)
+        self._layers = self._head.layers(task.model.width, len(task.model.layers))
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,15 +100,16 @@ class AnswerStates:
             The hidden states [B, m] at the answers, which the head reads, and the class scores
             [B, C] of the label words.
         """
-        hidden_Bm = self._model(
+        hidden_Bk = self._model(
             batch.input_ids,
             batch.attention_mask,
             self._prompt,
             batch.answer,
             self._prefix,
-            depth=self._depth,
+            layers=self._layers,
         )
-        return hidden_Bm, self._word_scores(hidden_Bm[:, -self._model.width :])
+        of_words_BC = self._word_scores(hidden_Bk[:, -self._model.width :])
+        return self._head.read(hidden_Bk), of_words_BC
 
 
 def example_losses(

@@ -45,9 +45,10 @@ def check_belongs(
             f"the tokenizer of {whose} is not the one that the prompt was tuned with"
         )
     if isinstance(prompt.adapter, LinearHead):
-        depth = prompt.adapter.depth(width)
-        if depth > model.layers:
-            raise ArtifactRefused(f"the head reads {depth} layers, but {whose} has {model.layers}")
+        head = prompt.adapter
+        needed = head.depth(width) + head.above
+        if needed > model.layers:
+            raise ArtifactRefused(f"the head reads {needed} layers, but {whose} has {model.layers}")
     if isinstance(prompt.adapter, Lora):
         linears = {name: shape for layer in model.linears for name, shape in layer.items()}
         misfit = prompt.adapter.misfit(linears)

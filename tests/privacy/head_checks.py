@@ -116,7 +116,7 @@ def a_head_reads_the_prompted_student() -> None:
         batch = task.reader.collate([example])
         arguments = (batch.input_ids, batch.attention_mask, task.start_nd, batch.answer)
         of_words = task.reader.scores(task.model(*arguments))
-        scores = of_words + head.scores(task.model(*arguments, depth=2))
+        scores = of_words + head.scores(task.model(*arguments, layers=[2, 3]))
         right += int(scores.argmax() == target)
     # What the private run counts on the validation split is what `evaluate` computes.
     scoring = part("privacy.tuned_head")

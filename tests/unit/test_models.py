@@ -111,16 +111,16 @@ def test_states_of_several_layers_are_those_of_transformers(folder: Path) -> Non
         attention_mask=torch.cat([mask.new_ones(2, 5), mask], dim=1),
         output_hidden_states=True,
     ).hidden_states
-    depth = min(3, len(model.layers))
     # The first one holds the embeddings, and the last one has passed the last norm.
-    expected = torch.cat([state[[0, 1], answer + 5] for state in whole[-depth:]], dim=-1)
-    ways = {"behind a prompt": model(input_ids, mask, prompt, answer, depth=depth)}
+    layers = sorted({0, len(model.layers) - 2, len(model.layers) - 1})
+    expected = torch.cat([whole[1 + layer][[0, 1], answer + 5] for layer in layers], dim=-1)
+    ways = {"behind a prompt": model(input_ids, mask, prompt, answer, layers=layers)}
     if not model.masked:
         prefix = model.prefix_of(prompt)
-        ways["behind a prefix"] = model(input_ids, mask, None, answer, prefix, depth=depth)
+        ways["behind a prefix"] = model(input_ids, mask, None, answer, prefix, layers=layers)
     if model.shares_prompt:
         arguments = (input_ids, mask, prompt, answer)
-        ways["shared"] = model(*arguments, share_prompt=True, depth=depth)
+        ways["shared"] = model(*arguments, share_prompt=True, layers=layers)
     for way, states in ways.items():
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5, msg=way)
 
@@ -224,7 +224,7 @@ def test_a_last_mlp_that_is_given_the_residual_stream_runs_at_the_answers_alone(
     answers = torch.tensor([6, 3])
     with torch.no_grad():
         everywhere = model(input_ids)
-        at_answers = model(input_ids, answer=answers, depth=1)
+        at_answers = model(input_ids, answer=answers, layers=[1])
     assert torch.allclose(at_answers, everywhere[torch.arange(2), answers], rtol=1e-5)
 
 
@@ -233,7 +233,7 @@ def test_the_head_runs_beside_earlier_answers_or_not_at_all(folder: Path) -> Non
     input_ids, mask, answer = batch_of(
         folder, ["the film is dull", "the long story of the cast is great"]
     )
-    hidden = model(input_ids, mask, None, answer, depth=1)
+    hidden = model(input_ids, mask, None, answer, layers=[len(model.layers) - 1])
     logits = model(input_ids, mask, None, answer, beside=hidden[1:])
     torch.testing.assert_close(logits, model.head(torch.cat([hidden, hidden[1:]])))
     torch.testing.assert_close(logits[1], logits[2])

@@ -4,7 +4,7 @@ Shapes: N public examples, C classes, R tokens of a response, n prompt tokens, d
 """
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,17 +16,12 @@ from post_dist.artifacts.prompt import Adapter
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.data.task_reader import TaskReader
-from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
-from post_dist.models.adapted import adapted
 from post_dist.models.answers import check_finite
-from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
-from post_dist.models.classifier import word_scores
-from post_dist.models.generation import response_hidden
-from post_dist.models.headed import headed_scores
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 from post_dist.stages.transfer.objective import FixedOutputs, ModelPair, TransferObjective
+from post_dist.stages.transfer.public_reading import PromptedStates, PublicReading
 from post_dist.stages.transfer.public_statistics import (
     LEAST_INFORMATION,
     alpha_by_agreement,
@@ -34,13 +29,6 @@ from post_dist.stages.transfer.public_statistics import (
 )
 
 log = logging.getLogger(__name__)
-
-_INFERENCE_FACTOR = 4
-"""Examples in one forward here, for each example of a rank's training batch.
-
-A forward without gradients holds the activations of one layer. A training step holds those of all
-layers.
-"""
 
 
 @dataclass(frozen=True)
@@ -99,15 +87,23 @@ class ObjectiveBuilder:
         tokenizers: their tokenizers.
         public: the public examples.
         world: the ranks, which all build.
+
+    Attributes:
+        states: hidden states behind the last prompt.
     """
 
     def __init__(
-        self, models: ModelPair, tokenizers: Tokenizers, public: PublicExamples, world: World
+        self,
+        models: ModelPair,
+        tokenizers: Tokenizers,
+        public: PublicExamples,
+        world: World,
     ) -> None:
         self._models = models
         self._tokenizers = tokenizers
         self._public = public
         self._world = world
+        self.states = PromptedStates()
         self._unprompted_cache: dict[Hashable, torch.Tensor] = {}
 
     def build(
@@ -150,7 +146,7 @@ class ObjectiveBuilder:
         # same order, because each forward of a sharded target needs all ranks.
         outputs = FixedOutputs(
             source=self._unprompted_outputs(student),
-            source_prompted=student.outputs(source_nd, "student + prompt", adapter),
+            source_prompted=self._prompted_outputs(student, source_nd, adapter),
             target=self._unprompted_outputs(target),
         )
         check_finite(outputs.source_prompted)
@@ -188,7 +184,7 @@ class ObjectiveBuilder:
         tokenizer: PreTrainedTokenizerBase,
         task: PromptTask,
         section: Transfer,
-    ) -> "PublicReading":
+    ) -> PublicReading:
         """Bind a model to a task and the public examples."""
         bind = partial(
             TaskReader, tokenizer=tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
@@ -202,7 +198,16 @@ class ObjectiveBuilder:
             reader = bind(replace(task, max_response_length=longest))
         return PublicReading(name, model, reader, examples, section, self._world)
 
-    def _unprompted_outputs(self, reading: "PublicReading") -> torch.Tensor:
+    def _prompted_outputs(
+        self, student: PublicReading, source_nd: torch.Tensor, adapter: Adapter | None
+    ) -> torch.Tensor:
+        """Compute the student's outputs with the source prompt."""
+        if not isinstance(adapter, LinearHead):
+            return student.outputs(source_nd, "student + prompt", adapter)
+        layers = adapter.layers(student.model.width, len(student.model.layers))
+        return student.headed_scores(self.states.of(student, source_nd, layers), adapter)
+
+    def _unprompted_outputs(self, reading: PublicReading) -> torch.Tensor:
         """Compute a model's outputs without a prompt, once for all prompts with the same task."""
         # Initial text and class biases have no effect without a prompt.
         task = replace(reading.reader.task, init_text="", class_biases=())
@@ -210,107 +215,6 @@ class ObjectiveBuilder:
         if key not in self._unprompted_cache:
             self._unprompted_cache[key] = reading.outputs(None, reading.name)
         return self._unprompted_cache[key]
-
-
-@dataclass(frozen=True)
-class PublicReading:
-    """One model that reads the public examples of one task.
-
-    Attributes:
-        name: `student` or `target`.
-        model: the model.
-        reader: the task, bound to the model's tokenizer.
-        examples: the public texts, encoded by `reader`.
-        section: settings of the loss.
-        world: the ranks, which all compute.
-    """
-
-    name: str
-    model: LanguageModel
-    reader: TaskReader
-    examples: list[Encoded]
-    section: Transfer
-    world: World
-
-    def outputs(
-        self, prompt_nd: torch.Tensor | None, label: str, adapter: Adapter | None = None
-    ) -> torch.Tensor:
-        """Compute the outputs to store for all public examples.
-
-        Args:
-            prompt_nd: soft prompt [n, d], or None.
-            label: name of the forward pass in progress bars.
-            adapter: an adapter behind the prompt.
-
-        Returns:
-            One of three kinds. Class scores [N, C], which include the task's class biases if there
-            is a prompt. Hidden states [N, d]. For a task that generates text, hidden states
-            [N, R, d].
-        """
-        # Without gradients, more examples fit into one forward than in a training step.
-        trained_at_once = -(-self.section.batch_size // self.world.size)
-        run = InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
-        if isinstance(adapter, LinearHead):
-            return headed_scores(self.model, self.examples, self.reader, prompt_nd, adapter, run)
-        with adapted(self.model, adapter):
-            return self._model_outputs(prompt_nd, run)
-
-    def _model_outputs(self, prompt_nd: torch.Tensor | None, run: InferenceRun) -> torch.Tensor:
-        """Run the model on all public examples."""
-        if self.reader.generates:
-            return map_batches(
-                self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
-            )
-        # Class scores are small, so they are stored with their biases. Logits over the vocabulary
-        # are large, so the hidden states in front of the head are stored instead. The biases are
-        # then added after the head has run.
-        by_classes = self.section.scores == "classes"
-        biases = () if prompt_nd is None else self.reader.task.class_biases
-
-        def reduce(outputs: torch.Tensor) -> torch.Tensor:
-            if not by_classes:
-                return outputs
-            return self.reader.scores(self.reader.verbalizer.lift(outputs, biases))
-
-        return outputs_at_answers(
-            self.model,
-            self.examples,
-            self.reader.template,
-            prompt_nd,
-            reduce,
-            run,
-            depth=None if by_classes else 1,
-        )
-
-    def _response_hidden(
-        self, chosen: list[Encoded], prompt_nd: torch.Tensor | None
-    ) -> torch.Tensor:
-        batch = self.reader.collate(chosen).to(self.world.device)
-        length = self.reader.task.max_response_length
-        return response_hidden(self.model, batch, length, prompt=prompt_nd)
-
-    @torch.no_grad()
-    def class_scores(self, stored: torch.Tensor, *, prompted: bool = False) -> torch.Tensor:
-        """Turn stored outputs into class scores.
-
-        Args:
-            stored: outputs of this model, as `outputs` returns them.
-            prompted: whether they were computed with the prompt. Its class biases are then added.
-
-        Returns:
-            Class scores [N, C], on the CPU.
-        """
-        if self.section.scores == "classes":
-            return stored
-        # Hidden states are stored. Compute only the logits of the label words from them. Batches
-        # limit the device memory that this takes.
-        scores = word_scores(self.model, self.reader.verbalizer)
-        device = self.model.model.device
-        parts = [scores(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
-        scores_NC = torch.cat(parts)
-        biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
-        # Without biases, add zero to every class.
-        return scores_NC + torch.tensor([biases or [0.0]])
 
 
 def resolve_alpha(

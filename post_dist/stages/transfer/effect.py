@@ -89,14 +89,36 @@ def effect_on_public_text(
         effect["perplexity_with_prompt"] = prompted.perplexity
     if without.classes_N is not None and prompted.classes_N is not None:
         num_classes = objective.reader.num_classes
-        before_C = without.classes_N.bincount(minlength=num_classes) / len(examples)
-        after_C = prompted.classes_N.bincount(minlength=num_classes) / len(examples)
-        changed_N = without.classes_N != prompted.classes_N
-        effect["class_shares_without_prompt"] = _rounded(before_C)
-        effect["class_shares_with_prompt"] = _rounded(after_C)
-        effect["label_shift"] = _rounded((after_C - before_C).abs().sum() / 2)
-        effect["changed_answers"] = _rounded(changed_N.float().mean())
+        effect |= _changed_classes(without.classes_N, prompted.classes_N, num_classes)
     return effect
+
+
+def effect_of_head(without_NC: torch.Tensor, headed_NC: torch.Tensor) -> dict[str, Any]:
+    """Compare the target's class scores on public text with and without prompt and head.
+
+    Args:
+        without_NC: class scores without them.
+        headed_NC: class scores with both.
+
+    Returns:
+        As `effect_on_public_text`, without the perplexities: a head writes no text.
+    """
+    classes = without_NC.argmax(dim=1), headed_NC.argmax(dim=1)
+    return {"texts": len(without_NC), **_changed_classes(*classes, without_NC.shape[1])}
+
+
+def _changed_classes(
+    before_N: torch.Tensor, after_N: torch.Tensor, num_classes: int
+) -> dict[str, Any]:
+    """Compare the classes of the answers without and with a prompt."""
+    before_C = before_N.bincount(minlength=num_classes) / len(before_N)
+    after_C = after_N.bincount(minlength=num_classes) / len(after_N)
+    return {
+        "class_shares_without_prompt": _rounded(before_C),
+        "class_shares_with_prompt": _rounded(after_C),
+        "label_shift": _rounded((after_C - before_C).abs().sum() / 2),
+        "changed_answers": _rounded((before_N != after_N).float().mean()),
+    }
 
 
 def report_effect(name: str, effect: Mapping[str, Any], statistics: Mapping[str, float]) -> None:

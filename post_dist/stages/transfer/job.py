@@ -89,8 +89,7 @@ def prepared_job(
     """
     config = request.folder.config
     section = config.transfer
-    source_nd = request.source.embeddings.to(world.device)
-    start_nd = _start(models, tokenizers, request.source, source_nd, section)
+    start_nd = start_on_target(models, tokenizers, request.source, section, world)
     lora = _lora(models.target, section, config.seed, world)
     # The fixed prompt in front of a LoRA needs no checkpoint: it is the same whenever it is made.
     parameters = [start_nd] if lora is None else list(lora.factors.values())
@@ -109,18 +108,26 @@ def prepared_job(
     return TransferJob(request.source, objective, start_nd, lora, run, first_step)
 
 
-def _start(
+def start_on_target(
     models: ModelPair,
     tokenizers: Tokenizers,
     source: SoftPromptArtifact,
-    source_nd: torch.Tensor,
     section: Transfer,
+    world: World,
 ) -> torch.Tensor:
-    """Compute the initial values [n, d] of the prompt on the target, in fp32.
+    """Compute the initial values [n, d] of the prompt on the target, in fp32. All ranks call it.
 
     `transfer.trained_share` interpolates between the target's embeddings of a text (0) and the
     source prompt (1).
+
+    Args:
+        models: student and target.
+        tokenizers: their tokenizers.
+        source: the source prompt.
+        section: settings of the transfer.
+        world: the ranks.
     """
+    source_nd = source.embeddings.to(world.device)
     # A sharded target needs all ranks to gather its embeddings.
     start_nd = prompt_from_text(
         models.target, tokenizers.target, source.task.init_text, len(source_nd)

@@ -167,12 +167,23 @@ class TransferObjective:
                 temperature=self.section.temperature,
                 shares_B=weights_B,
             )
-        # The other objectives have the prompted target imitate proxy-tuning, or the ensemble.
+        wanted_BK = self._wanted(source_BK, source_prompted_BK, target_BK)
+        return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)
+
+    @property
+    def wanted_scores(self) -> torch.Tensor:
+        """Class scores [N, C] that the target shall have, where class scores are stored."""
+        outputs = self.outputs
+        return self._wanted(outputs.source, outputs.source_prompted, outputs.target)
+
+    def _wanted(
+        self, source_BK: torch.Tensor, source_prompted_BK: torch.Tensor, target_BK: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the scores of proxy-tuning, or of the ensemble, which the target imitates."""
         strength = self.section.proxy_lambda
         base_BK = source_BK if self.section.subtracts_student else None
         proxy_BK = proxy_logits(base_BK, source_prompted_BK, target_BK, strength)
-        wanted_BK = proxy_BK + self.offsets.to(device)
-        return softened_kl(wanted_BK, prompted_BK, self.section.temperature, weights_B)
+        return proxy_BK + self.offsets.to(proxy_BK.device)
 
     def _token_weights(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
         """Compute the weight of each response token, so that all examples have the same weight.

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.artifacts.run_folder import RunFolder
 from post_dist.conflicts import Conflict, raise_conflicts
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
@@ -22,6 +24,7 @@ from post_dist.errors import InputError, PostDistError
 from post_dist.models.adapted import adapted
 from post_dist.models.answers import OutputsNotFinite
 from post_dist.models.facts import read_facts
+from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
@@ -29,7 +32,7 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import train_prompts
-from post_dist.stages.transfer.artifact import NamedTarget, write_transferred
+from post_dist.stages.transfer.artifact import NamedTarget, Transferred, write_transferred
 from post_dist.stages.transfer.builder import (
     ObjectiveBuilder,
     PublicExamples,
@@ -37,14 +40,21 @@ from post_dist.stages.transfer.builder import (
     own_reading,
 )
 from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
-from post_dist.stages.transfer.effect import effect_on_public_text, report_effect
+from post_dist.stages.transfer.effect import (
+    effect_of_head,
+    effect_on_public_text,
+    report_effect,
+)
+from post_dist.stages.transfer.fitted_head import fit_head
 from post_dist.stages.transfer.job import (
     TransferJob,
     TransferRequest,
     prepared_job,
+    start_on_target,
     trained_together,
 )
 from post_dist.stages.transfer.objective import ModelPair, TransferObjective
+from post_dist.stages.transfer.public_reading import PromptedStates, PublicReading
 from post_dist.stages.transfer.step_losses import transfer_losses
 
 log = logging.getLogger(__name__)
@@ -170,9 +180,15 @@ def transfer(
     target = load_sharded(large.folder, config.engine, precision, world)
     models = ModelPair(student, target)
 
-    # Prepare each prompt: its objective, its initial values and its optimizer.
+    named = NamedTarget(
+        name=model_name(large.folder, config.teacher),
+        weights=large.weights,
+        tokenizer=tokenizer_fingerprint(tokenizers.target),
+    )
     public = PublicExamples(texts, responses, public_task.template)
     builder = ObjectiveBuilder(models, tokenizers, public, world)
+
+    # Fit each head. Prepare each prompt or LoRA: its objective, initial values and optimizer.
     jobs = []
     failed: dict[Path, PostDistError] = {}
     for request in requests:
@@ -181,32 +197,59 @@ def transfer(
         section = request.folder.config.transfer
         try:
             objective = builder.build(source.task, source_nd, section, source.adapter)
+            if section.adapter == "head":
+                start_nd = start_on_target(models, tokenizers, source, section, world)
+                made = _with_head(source, objective, start_nd, models.target, builder.states, world)
+                _write(request.folder, made, named, world)
+            else:
+                job = prepared_job(request, objective, models, tokenizers, world, resume)
+                jobs.append(job)
         except OutputsNotFinite as error:
             failed[request.folder.path] = error
-            continue
-        jobs.append(prepared_job(request, objective, models, tokenizers, world, resume))
 
     # Train the prompts. Each group is written as soon as it is trained.
-    named = NamedTarget(
-        name=model_name(large.folder, config.teacher),
-        weights=large.weights,
-        tokenizer=tokenizer_fingerprint(tokenizers.target),
-    )
     for group in trained_together(jobs):
         failures = _train(group, models, config.seed, world)
         for job, failure in zip(group, failures, strict=True):
             if failure is not None:
                 failed[job.run.folder.path] = failure
                 continue
-            trained_nd = job.prompt_nd.detach()
-            effect = effect_on_public_text(
-                models.target, job.objective, trained_nd, world, job.lora
-            )
-            report_effect(job.run.folder.path.name, effect, job.objective.statistics)
-            world.on_main(partial(write_transferred, job, effect, named))
+            _write(job.run.folder, _trained(job, models.target, world), named, world)
     for path, error in failed.items():
         log.error("%s is not transferred: %s", path.name, error.args[0])
     return failed
+
+
+def _with_head(
+    source: SoftPromptArtifact,
+    objective: TransferObjective,
+    prompt_nd: torch.Tensor,
+    target: LanguageModel,
+    states: PromptedStates,
+    world: World,
+) -> Transferred:
+    """Fit a head behind a prompt [n, d] that stays as it is."""
+    reading = PublicReading(
+        "target", target, objective.reader, objective.examples, objective.section, world
+    )
+    fitted = fit_head(reading, objective, prompt_nd, states)
+    effect = effect_of_head(objective.outputs.target, fitted.scores)
+    statistics = {**objective.statistics, **fitted.statistics}
+    return Transferred(source, objective, prompt_nd, fitted.head, effect, statistics)
+
+
+def _trained(job: TransferJob, target: LanguageModel, world: World) -> Transferred:
+    """Collect what the training of a prompt or LoRA has made. All ranks call it."""
+    prompt_nd = job.prompt_nd.detach()
+    effect = effect_on_public_text(target, job.objective, prompt_nd, world, job.lora)
+    statistics = job.objective.statistics
+    return Transferred(job.source, job.objective, prompt_nd, job.lora, effect, statistics)
+
+
+def _write(folder: RunFolder, made: Transferred, target: NamedTarget, world: World) -> None:
+    """Write the artifact of a transferred prompt, and say what the prompt does."""
+    report_effect(folder.path.name, made.effect, made.statistics)
+    world.on_main(partial(write_transferred, folder.artifact, made, target))
 
 
 def _train(

@@ -117,8 +117,8 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
     tokenizer = load_tokenizer(models.student)
     reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
     # A student may have fewer layers than the run file names.
-    depth = min(section.head_layers, len(model.layers))
-    student = _Student(model, reader, reader.encode(texts), depth, world)
+    layers = range(len(model.layers))[-section.head_layers :]
+    student = _Student(model, reader, reader.encode(texts), layers, world)
     start_nd = prompt_from_text(model, tokenizer, task.init_text, section.num_virtual_tokens)
     start_nd = start_nd.to(world.device, torch.float32)
     tuned_nd = _train(folder, section, student, start_nd.clone(), wanted_NC, resume)
@@ -161,14 +161,14 @@ class _Student:
         model: the student.
         reader: the task, bound to its tokenizer.
         examples: the texts.
-        depth: number of layers that the head reads, the last ones.
+        layers: the layers that the head reads, the last ones.
         world: the ranks, which all compute.
     """
 
     model: LanguageModel
     reader: TaskReader
     examples: list[Encoded]
-    depth: int
+    layers: range
     world: World
 
     def hidden(self, prompt_nd: torch.Tensor, label: str) -> torch.Tensor:
@@ -180,7 +180,7 @@ class _Student:
             prompt_nd,
             lambda hidden: hidden,
             _inference(self.world, label),
-            depth=self.depth,
+            layers=self.layers,
         )
 
     @torch.no_grad()

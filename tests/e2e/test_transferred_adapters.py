@@ -1,4 +1,4 @@
-"""A LoRA that is trained on the large LLM in place of a prompt: on ranks, in tables, and at use."""
+"""A LoRA or a head on the large LLM in place of a prompt: on ranks, in tables, and at use."""
 
 import json
 from collections.abc import Callable
@@ -18,6 +18,9 @@ LORA = (
     "--set=transfer.learning_rate=0.01",
     "--set=transfer.trained_share=1",
 )
+
+
+HEAD = ("--set=transfer.adapter=head", "--set=transfer.objective=ensemble")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,17 @@ def transferred(output: Path) -> SoftPromptArtifact:
     return read_prompt(folder)
 
 
-def transfer_command(run: Path, sources: list[Path], output: Path) -> tuple[object, ...]:
+def transfer_command(
+    run: Path, sources: list[Path], output: Path, settings: tuple[str, ...] = LORA
+) -> tuple[object, ...]:
     listed = json.dumps([str(source) for source in sources]) if len(sources) > 1 else sources[0]
-    return ("transfer", run, f"--set=inputs.source_prompt={listed}", f"--output={output}", *LORA)
+    return (
+        "transfer",
+        run,
+        f"--set=inputs.source_prompt={listed}",
+        f"--output={output}",
+        *settings,
+    )
 
 
 def test_a_lora_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Callable) -> None:
@@ -119,12 +130,76 @@ def test_each_lora_is_as_if_it_had_been_alone(tuned: Path, tmp_path: Path, main:
     assert not any(torch.equal(first[name], second[name]) for name in first if "lora_B" in name)
 
 
+def test_a_head_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path)
+    assert main("check", run, *HEAD)[0] == 0
+    code, out, err = main("pipeline", run, "--json", *HEAD)
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+
+    found = read_prompt(artifact(tmp_path, "transfer"))
+    source = read_prompt(artifact(tmp_path, "tune"))
+    assert found.adapter.trained
+    assert found.privacy == source.privacy
+    assert rows["transferred"]["epsilon"] == source.epsilon
+    # The prompt in front is the public one, as it was.
+    assert torch.equal(found.embeddings, source.embeddings)
+    code, out, _ = main("verify", artifact(tmp_path, "transfer"), "--json")
+    assert code == 0, out
+    card = (artifact(tmp_path, "transfer") / "README.md").read_text()
+    assert "linear head behind a soft prompt" in card
+
+    # Predictions with the head are those of the table.
+    accuracy = predicted_accuracy(run, artifact(tmp_path, "transfer"), tmp_path / "teacher")
+    assert accuracy == rows["transferred"]["accuracy_micro"]
+    manifest = json.loads((artifact(tmp_path, "transfer") / "post_dist.json").read_text())
+    told = manifest["config"]["public_text"]
+    assert told["held_out_kl_nats"] < told["kl_without_head_nats"]
+    # A head writes no text.
+    effect = manifest["config"]["effect_on_public_text"]
+    assert effect["texts"] == 60
+    assert not any("perplexity" in name for name in effect)
+
+
+def test_ranks_fit_the_head_of_one_process(tuned: Path, tmp_path: Path, main: Callable) -> None:
+    source = heads(tuned)[:1]
+    assert main(*transfer_command(tuned, source, tmp_path / "one", HEAD))[0] == 0
+    command = transfer_command(tuned, source, tmp_path / "two", HEAD)
+    made = run_ranks(*command, preparations=("nothing", "nothing"))
+    assert [rank.returncode for rank in made] == [0, 0], made[0].stderr
+    one = transferred(tmp_path / "one").adapter
+    two = transferred(tmp_path / "two").adapter
+    assert one.above == two.above
+    torch.testing.assert_close(one.weight, two.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_heads_behind_one_prompt_share_its_states(
+    tuned: Path, tmp_path: Path, main: Callable
+) -> None:
+    settings = (*HEAD, "--set=transfer.head_layers=1")
+    both = transfer_command(tuned, heads(tuned), tmp_path / "both", settings)
+    code, out, err = main(*both, "--json")
+    assert code == 0, err
+    # Student and target each read the public text once behind the prompt: the target first at all
+    # layers, then at those of the head.
+    assert err.count("student + prompt ") == 1
+    assert err.count("target + prompt ") == 2
+    made = [read_prompt(Path(folder)).adapter for folder in json.loads(out)["artifacts"]]
+    for number, source in enumerate(heads(tuned)):
+        output = tmp_path / f"alone {number}"
+        assert main(*transfer_command(tuned, [source], output, settings))[0] == 0
+        assert torch.equal(transferred(output).adapter.weight, made[number].weight)
+    assert not torch.equal(made[0].weight, made[1].weight)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (("adapter=lora", "lora.upper_layers=9"), "transfer.lora.upper_layers is 9"),
         (("adapter=lora", "lora.target_modules=[c_attn]"), "choose from down_proj, gate_proj"),
-        (("adapter=head",), "transfer.adapter"),
+        (("adapter=head", "objective=published"), "adapter: head needs objective: proxy or"),
+        (("adapter=head", "scores=vocabulary"), "adapter: head needs objective: proxy or"),
+        (("adapter=head", "head_layers=0"), "transfer.head_layers"),
         (("lora.r=2",), "lora holds the settings of adapter: lora"),
     ],
 )

@@ -1,0 +1,201 @@
+"""A model that reads the public text of a transfer.
+
+Shapes: B examples of a batch, N public examples, C classes, R tokens of a response, n prompt
+tokens, d width, k values of the hidden states of several layers.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.lora import Lora
+from post_dist.config.schema import Transfer
+from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Encoded
+from post_dist.models.adapted import adapted
+from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
+from post_dist.models.classifier import word_scores
+from post_dist.models.generation import response_hidden
+from post_dist.models.language_model import LanguageModel
+from post_dist.runtime.distributed import World
+
+_INFERENCE_FACTOR = 4
+"""Examples in one forward here, for each example of a rank's training batch.
+
+A forward without gradients holds the activations of one layer. A training step holds those of all
+layers.
+"""
+
+
+@dataclass(frozen=True)
+class PublicReading:
+    """One model that reads the public examples of one task.
+
+    Attributes:
+        name: `student` or `target`.
+        model: the model.
+        reader: the task, bound to the model's tokenizer.
+        examples: the public texts, encoded by `reader`.
+        section: settings of the loss.
+        world: the ranks, which all compute.
+    """
+
+    name: str
+    model: LanguageModel
+    reader: TaskReader
+    examples: list[Encoded]
+    section: Transfer
+    world: World
+
+    def outputs(
+        self, prompt_nd: torch.Tensor | None, label: str, lora: Lora | None = None
+    ) -> torch.Tensor:
+        """Compute the outputs to store for all public examples.
+
+        Args:
+            prompt_nd: soft prompt [n, d], or None.
+            label: name of the forward pass in progress bars.
+            lora: a LoRA behind the prompt.
+
+        Returns:
+            One of three kinds. Class scores [N, C], which include the task's class biases if there
+            is a prompt. Hidden states [N, d]. For a task that generates text, hidden states
+            [N, R, d].
+        """
+        with adapted(self.model, lora):
+            return self._model_outputs(prompt_nd, self._run(label))
+
+    def states(
+        self, prompt_nd: torch.Tensor, layers: Sequence[int], stride: int = 1
+    ) -> torch.Tensor:
+        """Compute hidden states at the answers of public examples behind a prompt.
+
+        Args:
+            prompt_nd: soft prompt [n, d].
+            layers: the layers, counted from 0.
+            stride: every how many-th example is read.
+
+        Returns:
+            The states [N, len(layers) d] in the order of the layers.
+        """
+        return outputs_at_answers(
+            self.model,
+            self.examples[::stride],
+            self.reader.template,
+            prompt_nd,
+            lambda hidden: hidden,
+            self._run(f"{self.name} + prompt"),
+            layers=layers,
+        )
+
+    @torch.no_grad()
+    def headed_scores(
+        self, states_Nk: torch.Tensor, head: LinearHead | None = None
+    ) -> torch.Tensor:
+        """Compute class scores [N, C] from hidden states, on the CPU.
+
+        Args:
+            states_Nk: states of some layers, of which the last is the model's last one.
+            head: a head that reads the first ones; None for the scores of the label words.
+        """
+        of_words = word_scores(self.model, self.reader.verbalizer)
+        parts = []
+        for states_Bk in states_Nk.split(self._run("").batch_size):
+            on_device = states_Bk.to(self.world.device)
+            scores_BC = of_words(on_device[:, -self.model.width :])
+            if head is not None:
+                scores_BC = scores_BC + head.scores(head.read(on_device))
+            parts.append(scores_BC.cpu())
+        return torch.cat(parts)
+
+    def _run(self, label: str) -> InferenceRun:
+        # Without gradients, more examples fit into one forward than in a training step.
+        trained_at_once = -(-self.section.batch_size // self.world.size)
+        return InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
+
+    def _model_outputs(self, prompt_nd: torch.Tensor | None, run: InferenceRun) -> torch.Tensor:
+        """Run the model on all public examples."""
+        if self.reader.generates:
+            return map_batches(
+                self.examples, lambda chosen: self._response_hidden(chosen, prompt_nd), run
+            )
+        # Class scores are small, so they are stored with their biases. Logits over the vocabulary
+        # are large, so the hidden states in front of the head are stored instead. The biases are
+        # then added after the head has run.
+        by_classes = self.section.scores == "classes"
+        biases = () if prompt_nd is None else self.reader.task.class_biases
+
+        def reduce(outputs: torch.Tensor) -> torch.Tensor:
+            if not by_classes:
+                return outputs
+            return self.reader.scores(self.reader.verbalizer.lift(outputs, biases))
+
+        return outputs_at_answers(
+            self.model,
+            self.examples,
+            self.reader.template,
+            prompt_nd,
+            reduce,
+            run,
+            layers=None if by_classes else [len(self.model.layers) - 1],
+        )
+
+    def _response_hidden(
+        self, chosen: list[Encoded], prompt_nd: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch = self.reader.collate(chosen).to(self.world.device)
+        length = self.reader.task.max_response_length
+        return response_hidden(self.model, batch, length, prompt=prompt_nd)
+
+    @torch.no_grad()
+    def class_scores(self, stored: torch.Tensor, *, prompted: bool = False) -> torch.Tensor:
+        """Turn stored outputs into class scores.
+
+        Args:
+            stored: outputs of this model, as `outputs` returns them.
+            prompted: whether they were computed with the prompt. Its class biases are then added.
+
+        Returns:
+            Class scores [N, C], on the CPU.
+        """
+        if self.section.scores == "classes":
+            return stored
+        # Hidden states are stored. Compute only the logits of the label words from them. Batches
+        # limit the device memory that this takes.
+        scores = word_scores(self.model, self.reader.verbalizer)
+        device = self.model.model.device
+        parts = [scores(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
+        scores_NC = torch.cat(parts)
+        biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
+        # Without biases, add zero to every class.
+        return scores_NC + torch.tensor([biases or [0.0]])
+
+
+class PromptedStates:
+    """Hidden states behind a prompt. Those of the last prompt are kept.
+
+    The heads of many owners stand behind one public prompt, so its states serve all of them.
+    """
+
+    def __init__(self) -> None:
+        self._prompt = b""
+        self._kept: dict[Hashable, torch.Tensor] = {}
+
+    def of(
+        self,
+        reading: PublicReading,
+        prompt_nd: torch.Tensor,
+        layers: Sequence[int],
+        stride: int = 1,
+    ) -> torch.Tensor:
+        """Return the states [N, k] that `PublicReading.states` computes."""
+        prompt = prompt_nd.cpu().numpy().tobytes()
+        if prompt != self._prompt:
+            self._kept.clear()
+            self._prompt = prompt
+        key = (reading.name, reading.reader.task, tuple(layers), stride)
+        if key not in self._kept:
+            self._kept[key] = reading.states(prompt_nd, layers, stride)
+        return self._kept[key]
