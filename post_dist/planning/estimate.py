@@ -36,6 +36,21 @@ class StageEstimate:
     host_bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class PartEstimate:
+    """What a part of a stage needs, after or before its other parts.
+
+    Attributes:
+        seconds: duration.
+        memory_gib: memory of one GPU by part.
+        numbers: numbers of a step, by their names in the plan's JSON.
+    """
+
+    seconds: float
+    memory_gib: dict[str, float]
+    numbers: dict[str, Any]
+
+
 def stage_numbers(estimate: StageEstimate, machine: Machine) -> dict[str, Any]:
     """Return a stage as the plan prints it: with total memory, GPU-hours, and what does not fit."""
     # The fullest moment decides, not the sum of all parts.

@@ -90,8 +90,16 @@ def _hours(stages: Sequence[dict[str, Any]]) -> float:
 
 def _not_counted(config: RunConfig) -> list[str]:
     """List what the hours leave out."""
-    before = "the transfer" if config.warm_start is None else "the warm start and the transfer"
-    found = ["the evaluation", f"the models' passes over the public text before {before}"]
+    before = []
+    if config.warm_start is not None:
+        before.append("the warm start")
+    # A head is fitted with these passes alone, so they are the transfer, if their number is known.
+    limited = config.public_task is not None and config.public_task.max_rows is not None
+    if config.transfer.adapter != "head" or not limited:
+        before.append("the transfer")
+    found = ["the evaluation"]
+    if before:
+        found.append(f"the models' passes over the public text before {' and '.join(before)}")
     if config.tune.adapter == "head" and not config.privacy.enabled:
         found.append("the pass over the private examples before a head without privacy")
     if "full prompt tuning" in config.evaluate.baselines:

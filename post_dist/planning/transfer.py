@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
@@ -11,7 +10,8 @@ from post_dist.data.order import rank_batches
 from post_dist.models.lora_layers import chosen_shapes
 from post_dist.planning import cost
 from post_dist.planning.cost import TransferBatch
-from post_dist.planning.estimate import StageEstimate
+from post_dist.planning.estimate import PartEstimate, StageEstimate
+from post_dist.planning.fitted_head import plan_heads
 from post_dist.planning.inputs import PlanInputs
 from post_dist.planning.layout import (
     fetched_bytes,
@@ -27,21 +27,6 @@ from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels
 _LOGIT_COPIES_OF_CLASSES = 3
 _LOGIT_COPIES_OF_VOCABULARY = 8
 """Number of copies of the fp32 logits that exist at once, for classes and for the vocabulary."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The estimate of a step that trains some prompts side by side.
-
-    Attributes:
-        seconds: duration of the step.
-        memory_gib: memory of one GPU by part.
-        numbers: all other numbers, by their names in the plan's JSON.
-    """
-
-    seconds: float
-    memory_gib: dict[str, float]
-    numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,21 +56,25 @@ def plan_transfer(inputs: PlanInputs) -> StageEstimate:
     """Estimate the transfer. Its numbers are those of the most expensive step."""
     section = inputs.config.transfer
     by_classes = _prompts(inputs.config)
+    parts: list[PartEstimate] = []
+    trained = by_classes
+    if section.adapter == "head":
+        parts.append(plan_heads(inputs))
+        # Only the baseline's prompts are trained. They compare the vocabulary.
+        trained = [classes for classes in by_classes if not classes]
     # Prompts that do not fit side by side are trained in rounds, one after the other.
-    steps: list[_Step] = []
-    for start in range(0, len(by_classes), section.trained_at_once):
-        together = by_classes[start : start + section.trained_at_once]
-        steps.append(_step(inputs, _work(inputs, together)))
-    longest = max(steps, key=lambda step: step.seconds)
+    for start in range(0, len(trained), section.trained_at_once):
+        together = trained[start : start + section.trained_at_once]
+        parts.append(_training(inputs, _work(inputs, together)))
+    longest = max(parts, key=lambda part: part.numbers["step_seconds"])
     numbers = longest.numbers | {
-        "steps": section.steps,
         "prompts": len(by_classes),
         "shard_group": group_numbers(inputs),
     }
     return StageEstimate(
         stage="transfer",
         ranks=inputs.machine.ranks,
-        hours=section.steps * sum(step.seconds for step in steps) / 3600,
+        hours=sum(part.seconds for part in parts) / 3600,
         memory_gib=longest.memory_gib,
         numbers=numbers,
         conflicts=_conflicts(inputs),
@@ -141,8 +130,11 @@ def _work(inputs: PlanInputs, by_classes: Sequence[bool]) -> _Work:
     return _Work(by_classes, batch)
 
 
-def _step(inputs: PlanInputs, work: _Work) -> _Step:
-    """Estimate a step. Each prompt has its own examples; the target is gathered once for all."""
+def _training(inputs: PlanInputs, work: _Work) -> PartEstimate:
+    """Estimate the training of some prompts side by side.
+
+    Each prompt has its own examples; the target is gathered once for all.
+    """
     hardware = inputs.machine.hardware
     machine = inputs.machine
     target = inputs.models.teacher
@@ -178,11 +170,13 @@ def _step(inputs: PlanInputs, work: _Work) -> _Step:
         "received_gib_per_gpu": {kind: size / GIB for kind, size in received.items()},
         "seconds": seconds | nonzero(fetch=fetch),
         "step_seconds": step,
+        "steps": inputs.config.transfer.steps,
         "prompts_at_once": work.prompts,
         "samples_per_second": work.prompts * inputs.config.transfer.batch_size / step,
         "model_flops_utilisation": inputs.utilization(sum(flops.values()), step),
     }
-    return _Step(step, _memory(inputs, work, tokens), numbers)
+    seconds_of_all = inputs.config.transfer.steps * step
+    return PartEstimate(seconds_of_all, _memory(inputs, work, tokens), numbers)
 
 
 def _trained_values(inputs: PlanInputs, work: _Work) -> int:

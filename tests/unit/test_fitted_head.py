@@ -69,7 +69,7 @@ def test_a_head_that_was_planted_is_found_with_its_layer(
     wanted_NC = scores_with(reading, planted_head(reading, above))
     fitted = fit_head(reading, objective_with(reading, wanted_NC), prompt(), PromptedStates())
     assert fitted.head.above == above == fitted.statistics["layers_above_head"]
-    assert fitted.statistics["held_out_kl_nats"] < 0.01
+    assert fitted.statistics["held_out_kl_nats"] < 0.02
     # The scores are those of the head, as an evaluation computes them.
     torch.testing.assert_close(fitted.scores, scores_with(reading, fitted.head))
     probabilities = fitted.scores.softmax(dim=1)
@@ -115,7 +115,7 @@ def test_the_layers_are_chosen_on_some_of_the_texts(
     wanted_NC = scores_with(reading, planted_head(reading, 1))
     objective = objective_with(reading, wanted_NC)
     monkeypatch.setattr(PublicReading, "states", counted)
-    monkeypatch.setattr(fitted_head, "_TEXTS_AT_ALL_LAYERS", 40)
+    monkeypatch.setattr(fitted_head, "TEXTS_AT_ALL_LAYERS", 40)
     kept = PromptedStates()
 
     def fit(of: TransferObjective, prompt_nd: torch.Tensor) -> FittedHead:

@@ -702,6 +702,46 @@ def test_loras_of_a_transfer_are_trained_one_after_the_other(run: Path, main: Ca
     assert backward["upper loras"] < 0.5 * backward["loras"]
 
 
+def test_heads_of_a_transfer_cost_passes_over_the_public_text(run: Path, main: Callable) -> None:
+    owners = '--set=inputs.source_prompt=["a", "b", "c"]'
+    sets = ("--set=transfer.adapter=head", "--set=transfer.batch_size=64")
+    found = {}
+    for name, more in {
+        "one": ("--set=public_task.max_rows=25600",),
+        "three": ("--set=public_task.max_rows=25600", owners),
+        "twice the texts": ("--set=public_task.max_rows=51200",),
+        "no limit": (),
+    }.items():
+        _, plan = planned(main, run, "--nodes=8", *sets, *more)
+        (found[name],) = (each for each in plan["stages"] if each["stage"] == "transfer")
+        passes = "the models' passes over the public text before the transfer"
+        assert (passes in plan["not_counted"]) == (name == "no limit")
+    one = found["one"]
+    # Four texts of each of 64 ranks at once. 25,600 texts are 100 batches, read without and with
+    # the prompt; 512 of them are read once more.
+    assert one["steps"] == 202
+    assert "backward" not in one["flops_per_gpu"]
+    assert "reduce" not in one["received_gib_per_gpu"]
+    # All heads stand behind one prompt.
+    assert found["three"]["hours"] == one["hours"]
+    assert (one["prompts"], found["three"]["prompts"]) == (1, 3)
+    of_512_texts = 2 * one["step_seconds"] / 3600
+    twice = 2 * (one["hours"] - of_512_texts)
+    assert found["twice the texts"]["hours"] - of_512_texts == pytest.approx(twice)
+    assert one["hours"] > 202 * one["step_seconds"] / 3600, "the student reads them too"
+    assert found["no limit"]["hours"] == 0
+
+    # A baseline is trained beside them.
+    baseline = '--set=evaluate.baselines=["published transfer"]'
+    limit = "--set=public_task.max_rows=25600"
+    _, plan = planned(main, run, "--nodes=8", *sets, limit, baseline)
+    (both,) = (each for each in plan["stages"] if each["stage"] == "transfer")
+    assert both["flops_per_gpu"]["backward"] > 0
+    assert both["prompts"] == 2
+    steps = both["steps"] * both["step_seconds"] / 3600
+    assert both["hours"] == pytest.approx(one["hours"] + steps)
+
+
 def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
     texts = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
     fields = yaml.safe_load(run.read_text())

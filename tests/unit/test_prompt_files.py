@@ -2,7 +2,9 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from post_dist.artifacts.prompt import (
 from post_dist.artifacts.task import PromptTask
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.files import file_digest
+from post_dist.stages import prompt_origin
 
 TASK = PromptTask("{text} It was", (("bad",), ("good", "fine")), 64, False, "predict it")
 NOWHERE = Provenance(model_name="m", tokenizer="0", parents={}, config={})
@@ -172,9 +175,46 @@ def test_a_head_of_several_layers_reads_the_last_ones(tmp_path: Path) -> None:
     assert head.depth(4) == 2
 
 
+def test_a_head_below_the_last_layers_says_where_it_reads(tmp_path: Path) -> None:
+    tensors = head_tensors(mean=torch.zeros(8), scale=torch.ones(8), weight=torch.ones(2, 8))
+    head = read_prompt(write_with_head(tmp_path / "p", tensors | {"above": torch.ones(1)})).adapter
+    assert head.above == 1
+    # Two layers of width 4 below one; the label words need the last one.
+    assert head.layers(4, 6) == [3, 4, 5]
+    hidden = torch.arange(12.0)[None]
+    assert torch.equal(head.read(hidden), hidden[:, :8])
+    # A head of the last layers is written as it was before heads could be elsewhere.
+    last = read_prompt(write_with_head(tmp_path / "q", tensors)).adapter
+    assert last.layers(4, 6) == [4, 5]
+    assert set(last.tensors) == set(tensors)
+    assert set(head.tensors) == {*tensors, "above"}
+    write_prompt(
+        tmp_path / "r",
+        replace(open_prompt(torch.randn(3, 4)), adapter=head),
+        NOWHERE,
+        lambda _: None,
+    )
+    assert read_prompt(tmp_path / "r").adapter.above == 1
+
+
+def test_a_head_needs_the_layers_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = head_tensors(mean=torch.zeros(8), scale=torch.ones(8), weight=torch.ones(2, 8))
+    prompt = read_prompt(write_with_head(tmp_path / "p", tensors | {"above": torch.ones(1)}))
+    named = prompt.manifest.tokenizer
+    monkeypatch.setattr(prompt_origin, "tokenizer_fingerprint", lambda tokenizer: named)
+    prompt_origin.check_belongs(prompt, SimpleNamespace(width=4, layers=3), None)
+    with pytest.raises(ArtifactRefused, match="the head reads 3 layers, but the student has 2"):
+        prompt_origin.check_belongs(prompt, SimpleNamespace(width=4, layers=2), None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"above": torch.full((1,), -1.0)}, "above is not a number of layers"),
+        ({"above": torch.full((1,), 0.5)}, "above is not a number of layers"),
+        ({"above": torch.full((1,), 1e9)}, "above is not a number of layers"),
+        ({"above": torch.zeros(2)}, "above is not a number of layers"),
+        ({"above": torch.zeros(1, 1)}, "dimensions"),
         ({"weight": torch.full((2, 4), float("nan"))}, "not finite"),
         ({"weight": torch.full((2, 4), 1e9)}, "above"),
         ({"mean": torch.full((4,), 1e7)}, "a mean or scale above"),

@@ -21,7 +21,7 @@ from post_dist.models.generation import response_hidden
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 
-_INFERENCE_FACTOR = 4
+INFERENCE_FACTOR = 4
 """Examples in one forward here, for each example of a rank's training batch.
 
 A forward without gradients holds the activations of one layer. A training step holds those of all
@@ -113,7 +113,7 @@ class PublicReading:
     def _run(self, label: str) -> InferenceRun:
         # Without gradients, more examples fit into one forward than in a training step.
         trained_at_once = -(-self.section.batch_size // self.world.size)
-        return InferenceRun(_INFERENCE_FACTOR * trained_at_once, self.world, label)
+        return InferenceRun(INFERENCE_FACTOR * trained_at_once, self.world, label)
 
     def _model_outputs(self, prompt_nd: torch.Tensor | None, run: InferenceRun) -> torch.Tensor:
         """Run the model on all public examples."""
@@ -190,7 +190,14 @@ class PromptedStates:
         layers: Sequence[int],
         stride: int = 1,
     ) -> torch.Tensor:
-        """Return the states [N, k] that `PublicReading.states` computes."""
+        """Return the states [N, k] that `PublicReading.states` computes.
+
+        Args:
+            reading: the model and the public text.
+            prompt_nd: soft prompt [n, d].
+            layers: the layers, counted from 0.
+            stride: every how many-th example is read.
+        """
         prompt = prompt_nd.cpu().numpy().tobytes()
         if prompt != self._prompt:
             self._kept.clear()
