@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -162,7 +162,8 @@ class _Setting:
         outputs = self.objective.outputs
         with torch.no_grad():
             student, target = self.models.student, self.whole_target
-            source = student.head(outputs.source.to(self.device))
+            # The published loss always has it.
+            source = student.head(cast(torch.Tensor, outputs.source).to(self.device))
             source_prompted = student.head(outputs.source_prompted.to(self.device))
             target_unprompted = target.head(outputs.target.to(self.device))
 

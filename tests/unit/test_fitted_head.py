@@ -56,7 +56,7 @@ def objective_with(reading: PublicReading, wanted_NC: torch.Tensor) -> TransferO
         section=reading.section,
         reader=reading.reader,
         examples=reading.examples,
-        outputs=FixedOutputs(torch.zeros_like(wanted_NC), wanted_NC - target_NC, target_NC),
+        outputs=FixedOutputs(None, wanted_NC - target_NC, target_NC),
         offsets=torch.zeros(1),
         statistics={},
     )

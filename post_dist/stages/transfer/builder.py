@@ -142,10 +142,11 @@ class ObjectiveBuilder:
             "target", self._models.target, self._tokenizers.target, task, section
         )
 
-        # Run the three forwards that do not depend on the trained prompt. All ranks run them in the
-        # same order, because each forward of a sharded target needs all ranks.
+        # Run the forwards that do not depend on the trained prompt. All ranks run them in the same
+        # order, because each forward of a sharded target needs all ranks.
+        subtracts = section.subtracts_student
         outputs = FixedOutputs(
-            source=self._unprompted_outputs(student),
+            source=self._unprompted_outputs(student) if subtracts else None,
             source_prompted=self._prompted_outputs(student, source_nd, adapter),
             target=self._unprompted_outputs(target),
         )
@@ -156,8 +157,10 @@ class ObjectiveBuilder:
         if student.reader.num_classes:
             prompted_NC = student.class_scores(outputs.source_prompted, prompted=True)
             statistics["class_information_nats"] = class_information(prompted_NC)
-            if section.alpha == "auto":
-                alpha = resolve_alpha(student, target, outputs, prompted_NC)
+            if section.alpha == "auto" and outputs.source is not None:
+                source_NC = student.class_scores(outputs.source)
+                target_NC = target.class_scores(outputs.target)
+                alpha = alpha_by_agreement(source_NC, prompted_NC, target_NC)
                 statistics["alpha"] = alpha
                 # The artifact's manifest then holds the number instead of `auto`.
                 section = section.model_copy(update={"alpha": alpha})
@@ -217,28 +220,6 @@ class ObjectiveBuilder:
         return self._unprompted_cache[key]
 
 
-def resolve_alpha(
-    student: PublicReading,
-    target: PublicReading,
-    outputs: FixedOutputs,
-    source_prompted_NC: torch.Tensor,
-) -> float:
-    """Choose the number for `alpha: auto` from the public text.
-
-    Args:
-        student: the student on the public examples.
-        target: the target on the public examples.
-        outputs: the stored outputs of both.
-        source_prompted_NC: class scores of the student with the source prompt.
-
-    Returns:
-        alpha, between 0 and 1; see `alpha_by_agreement`.
-    """
-    source_NC = student.class_scores(outputs.source)
-    target_NC = target.class_scores(outputs.target)
-    return alpha_by_agreement(source_NC, source_prompted_NC, target_NC)
-
-
 def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     """Compute the offsets of the proxy's class scores, if the settings ask for them.
 
@@ -250,8 +231,8 @@ def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
     # The proxy adds up the preferences of two models for some classes. The prompted student has
     # learned the decision threshold of the task, so the offsets give the proxy its class shares.
     shares_C = outputs.source_prompted.double().softmax(dim=1).mean(dim=0)
-    base_NC = outputs.source if section.subtracts_student else None
-    proxy_NC = proxy_logits(base_NC, outputs.source_prompted, outputs.target, section.proxy_lambda)
+    strength = section.proxy_lambda
+    proxy_NC = proxy_logits(outputs.source, outputs.source_prompted, outputs.target, strength)
     offsets = share_matching_offsets(proxy_NC, shares_C)
     log.info(
         "transfer: class offsets %s match the class shares of the prompted student",

@@ -48,12 +48,12 @@ class FixedOutputs:
     it holds hidden states [N, R, d].
 
     Attributes:
-        source: outputs of the student without a prompt.
+        source: outputs of the student without a prompt; None if the loss does not need them.
         source_prompted: outputs of the student with the source prompt.
         target: outputs of the target without a prompt.
     """
 
-    source: torch.Tensor
+    source: torch.Tensor | None
     source_prompted: torch.Tensor
     target: torch.Tensor
 
@@ -133,7 +133,9 @@ class TransferObjective:
         """
         # Read the student's stored outputs: class scores or hidden states.
         device = prompted_BV.device
-        source_BK = self.select(chosen, self.outputs.source).to(device)
+        source_BK = None
+        if self.outputs.source is not None:
+            source_BK = self.select(chosen, self.outputs.source).to(device)
         source_prompted_BK = self.select(chosen, self.outputs.source_prompted).to(device)
 
         # Bring all four outputs to the same K scores.
@@ -149,7 +151,8 @@ class TransferObjective:
             prompted_BK = prompted_BV[:, :common]
             # The student's head is frozen and reads stored states, so no gradient is needed.
             with torch.no_grad():
-                source_BK = student.head(source_BK)[:, :common]
+                if source_BK is not None:
+                    source_BK = student.head(source_BK)[:, :common]
                 prompted_logits = student.head(source_prompted_BK)
                 biases = self.reader.task.class_biases
                 # The class biases are part of the source prompt, so they raise its label words.
@@ -157,7 +160,7 @@ class TransferObjective:
                 source_prompted_BK = lifted[:, :common]
 
         weights_B = self._token_weights(chosen, device)
-        if self.section.objective == "published":
+        if self.section.objective == "published" and source_BK is not None:
             return published_transfer_loss(
                 source_BK,
                 source_prompted_BK,
@@ -177,12 +180,14 @@ class TransferObjective:
         return self._wanted(outputs.source, outputs.source_prompted, outputs.target)
 
     def _wanted(
-        self, source_BK: torch.Tensor, source_prompted_BK: torch.Tensor, target_BK: torch.Tensor
+        self,
+        source_BK: torch.Tensor | None,
+        source_prompted_BK: torch.Tensor,
+        target_BK: torch.Tensor,
     ) -> torch.Tensor:
         """Compute the scores of proxy-tuning, or of the ensemble, which the target imitates."""
         strength = self.section.proxy_lambda
-        base_BK = source_BK if self.section.subtracts_student else None
-        proxy_BK = proxy_logits(base_BK, source_prompted_BK, target_BK, strength)
+        proxy_BK = proxy_logits(source_BK, source_prompted_BK, target_BK, strength)
         return proxy_BK + self.offsets.to(proxy_BK.device)
 
     def _token_weights(self, chosen: list[int], device: torch.device) -> torch.Tensor | None:
