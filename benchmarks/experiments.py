@@ -276,10 +276,12 @@ def _head(seeded: list[str]) -> list[Experiment]:
 
 def _tasks(seeded: list[str]) -> list[Experiment]:
     rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
-    return [
-        Experiment(f"head, {name}", [*seeded, *HEAD, "warm_start={}", *task, rows])
-        for name, task in TASKS.items()
-    ]
+    found = []
+    for name, task in TASKS.items():
+        settings = [*seeded, *HEAD, "warm_start={}", *task, rows]
+        found.append(Experiment(f"head, {name}", settings))
+        found.append(Experiment(f"head, {name}, head on the LLM", [*settings, *HEAD_ON_THE_LLM]))
+    return found
 
 
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
