@@ -173,6 +173,16 @@ def test_ranks_fit_the_head_of_one_process(tuned: Path, tmp_path: Path, main: Ca
     torch.testing.assert_close(one.weight, two.weight, atol=1e-3, rtol=1e-3)
 
 
+def test_a_head_needs_some_public_texts(tuned: Path, tmp_path: Path, main: Callable) -> None:
+    few = (*HEAD, "--set=public_task.max_rows=7")
+    code, _, err = main(*transfer_command(tuned, heads(tuned)[:1], tmp_path / "few", few))
+    assert code == 2
+    assert "head needs 8 public texts, and public_task has 7" in err
+    enough = (*HEAD, "--set=public_task.max_rows=8")
+    code, _, err = main(*transfer_command(tuned, heads(tuned)[:1], tmp_path / "enough", enough))
+    assert code == 0, err
+
+
 def test_heads_behind_one_prompt_share_its_states(
     tuned: Path, tmp_path: Path, main: Callable
 ) -> None:

@@ -207,6 +207,17 @@ def test_a_step_is_measured_on_several_numbers_of_nodes(
     ]
 
 
+def let_the_time_run_out(slurm: Cluster, job: str, folder: Path) -> None:
+    """Lower the time limit of a running job until it is stopped; then give it enough time."""
+    used = slurm.run("squeue", f"--job={job}", "--noheader", "--Format=TimeUsed").stdout
+    minutes, seconds = map(int, used.strip().split(":"))
+    # Limits are whole minutes, and Slurm needs some seconds more than the signal's 20.
+    limit = minutes + (1 if seconds < 25 else 2)
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    assert in_time(lambda: "stopped by SIGUSR2" in logs(folder), 150), logs(folder)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+
+
 LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}
 
 
@@ -220,13 +231,7 @@ def test_a_time_limit_in_the_middle_does_not_end_the_run(slurm: Cluster, tmp_pat
     with followed(slurm, run, "distill") as (waiting, job):
         # The limit falls after the first checkpoint, however long this machine takes to start.
         assert in_time(lambda: len(steps_of(tmp_path, "distill")) > 25, 240), logs(tmp_path)
-        used = slurm.run("squeue", f"--job={job}", "--noheader", "--Format=TimeUsed").stdout
-        minutes, seconds = map(int, used.strip().split(":"))
-        # Limits are whole minutes, and Slurm needs some seconds more than the signal's 20.
-        limit = minutes + (1 if seconds < 25 else 2)
-        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-        assert in_time(lambda: "stopped by SIGUSR2" in logs(tmp_path), 150), logs(tmp_path)
-        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+        let_the_time_run_out(slurm, job, tmp_path)
         output = waiting.communicate(timeout=450)[1]
     assert waiting.returncode == 0, output + logs(tmp_path)
     assert "resuming from step" in logs(tmp_path)
@@ -256,6 +261,63 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
     assert output.count("COMPLETED") == 1
     assert "resuming from step" in logs(folder)
     assert slurm.accounted_states(job)[0] == "NODE_FAIL"
+
+
+def write_long_corpus(path: Path, megabytes: int) -> None:
+    """Write text that one core needs minutes for."""
+    page = " ".join(text for text, _ in tiny.sentences(2000, 3))
+    with path.open("w") as file:
+        for number in range(megabytes * 1_000_000 // len(page)):
+            file.write(f"{number} {page}\n")
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A text file, and its shards as one process that nobody disturbs makes them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_long_corpus(folder / "long.txt", 300)
+    run = write_run(folder, corpus={"path": str(folder / "long.txt")})
+    command = [sys.executable, "-m", "post_dist", "corpus", str(run)]
+    subprocess.run(command, capture_output=True, timeout=900, check=True)
+    return folder / "long.txt", shards_of(folder)
+
+
+def shards_of(folder: Path) -> Path:
+    (found,) = (path.parent for path in folder.glob("runs/corpora/*/index.json"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("disturbance", ["time limit", "node"])
+def test_a_corpus_job_that_is_stopped_ends_with_the_same_shards(
+    slurm: Cluster, long_corpus: tuple[Path, Path], tmp_path: Path, disturbance: str
+) -> None:
+    text, wanted = long_corpus
+    run = write_run(
+        tmp_path,
+        corpus={"path": str(text)},
+        cluster={"corpus": {"cpus_per_task": 1, "time_minutes": 10}, "signal_seconds": 20},
+    )
+    with followed(slurm, run, "corpus") as (waiting, job):
+        finished = "runs/corpora/*/*.json"
+        assert in_time(lambda: list(tmp_path.glob(finished)), 240), logs(tmp_path)
+        if disturbance == "node":
+            node = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
+            slurm.kill_node(node)
+            assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60)
+            slurm.start_node(node)
+        else:
+            let_the_time_run_out(slurm, job, tmp_path)
+        output = waiting.communicate(timeout=600)[1]
+    assert waiting.returncode == 0, output + logs(tmp_path)
+    assert output.count("COMPLETED") == 1
+    assert "PENDING" in output.partition("RUNNING")[2], "it was queued again"
+    made = shards_of(tmp_path)
+    names = {path.name for path in wanted.iterdir()}
+    assert {path.name for path in made.iterdir()} == names
+    for name in names - {"lock"}:
+        assert (made / name).read_bytes() == (wanted / name).read_bytes(), name
 
 
 def processes_of(job: str, rank: int) -> list[int]:

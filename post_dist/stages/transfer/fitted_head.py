@@ -22,6 +22,8 @@ from post_dist.stages.transfer.public_reading import PromptedStates, PublicReadi
 
 log = logging.getLogger(__name__)
 
+LEAST_TEXTS = 8
+"""With fewer public texts, too few are held out to choose anything."""
 _PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Weights of the squared norm of a head. The one that is best on held-out text is taken.
 

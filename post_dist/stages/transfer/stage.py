@@ -45,7 +45,7 @@ from post_dist.stages.transfer.effect import (
     effect_on_public_text,
     report_effect,
 )
-from post_dist.stages.transfer.fitted_head import fit_head
+from post_dist.stages.transfer.fitted_head import LEAST_TEXTS, fit_head
 from post_dist.stages.transfer.job import (
     TransferJob,
     TransferRequest,
@@ -174,6 +174,13 @@ def transfer(
     public_task = config.need_task("public_task")
     # Read the public texts first, so that mistakes in a file are reported within seconds.
     texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
+    wants_head = any(request.folder.config.transfer.adapter == "head" for request in requests)
+    if wants_head and len(texts) < LEAST_TEXTS:
+        raise InputError(
+            f"transfer.adapter: head needs {LEAST_TEXTS} public texts, and public_task has "
+            f"{len(texts)}",
+            "give more texts, or choose adapter: prompt",
+        )
     tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(large.folder))
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
