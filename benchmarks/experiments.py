@@ -227,6 +227,13 @@ STUDENT_LAYERS = {
     "13 of 30": [*range(12), 29],
     "18 of 30": [*range(17), 29],
 }
+SMALLER_STUDENT = [
+    f"student.layers={[0, 2, 4, 6, 8, 10, 13, 16, 29]}",
+    *NO_FROZEN_LAYER,
+    "corpus.max_tokens=3000000",
+    "distill.steps=600",
+]
+"""Half of the layers of the other experiments, and ten times their distillation."""
 DISTILL_STEPS = (60, 180, 600, 2400)
 TOKENS_PER_DISTILL_STEP = 1024
 
@@ -347,6 +354,12 @@ def _curve(seeded: list[str]) -> list[Experiment]:
     return found
 
 
+def _smaller(seeded: list[str]) -> list[Experiment]:
+    rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
+    settings = [*seeded, *HEAD, rows, *HEAD_ON_THE_LLM, *SMALLER_STUDENT]
+    return [Experiment("head, head on the LLM, 9 of 30 layers", settings)]
+
+
 def _more(seeded: list[str]) -> list[Experiment]:
     option = [*seeded, *CLASS_BIAS, *VALIDATION]
     table = _table(seeded)[0]
@@ -374,6 +387,7 @@ PARTS = {
     "options": _options,
     "alpha": _alphas,
     "curve": _curve,
+    "smaller": _smaller,
     "more": _more,
 }
 """How the experiments of each part follow from the settings with a seed."""

@@ -5,7 +5,7 @@
 The parts, and the split that each is measured on:
 
     table       the method and its baselines                                     test
-    head        a head behind a public prompt, to a prompt and to a LoRA         test
+    head        a head behind a public prompt, to a prompt, a LoRA and a head    test
     tasks       the same on two tasks that no setting was chosen on              test
     upper       full prompt tuning of the target                                 test
     lora        a LoRA on the student, behind a public prompt and without        validation
@@ -16,6 +16,7 @@ The parts, and the split that each is measured on:
     states      layers that a head reads, and its rate, on the student           validation
     gradients   prompts with more gradients, for a GPU                           validation
     curve       layers of the student and tokens of distillation                 validation
+    smaller     a head from a student of 9 layers                                test
     more        table and upper bound with more of everything, for a GPU         both
     show        print the results as tables
 
