@@ -81,8 +81,8 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
             large; a scale that is too small.
     """
     tensors = _read_known(path, _HEAD_DIMENSIONS, optional=_HEAD_PLACE)
-    above = tensors.get("above", torch.zeros(1))
-    if len(above) != 1 or above.item() not in range(_LAYER_LIMIT):
+    above = tensors.get("above")
+    if above is not None and (len(above) != 1 or above.item() not in range(_LAYER_LIMIT)):
         raise ArtifactRefused(f"{path}: above is not a number of layers below {_LAYER_LIMIT}")
     head = LinearHead.of_tensors(tensors)
     features = width * max(1, head.depth(width))
@@ -233,7 +233,8 @@ def _read_known(
     layouts = read_layout(path, SMALL_FILE_BYTES)
     # The library would load any other tensor as well.
     if set(layouts) - set(optional) != set(dimensions):
-        raise ArtifactRefused(f"{path}: does not hold {', '.join(dimensions)} alone")
+        names = ", ".join([*dimensions, *(f"perhaps {name}" for name in optional)])
+        raise ArtifactRefused(f"{path}: does not hold {names} alone")
     known = {**dimensions, **optional}
     for name, layout in layouts.items():
         count = known[name]

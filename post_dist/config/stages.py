@@ -293,14 +293,14 @@ class Tune(AdapterTraining):
 
 
 class Transfer(AdapterTraining):
-    """Stage 3, transfer: train a prompt for the large LLM on public text."""
+    """Stage 3, transfer: make a prompt or an adapter for the large LLM with public text."""
 
     # What is trained.
     adapter: AdapterName = "prompt"
     """`prompt` trains the vectors of a prompt. `lora` keeps the prompt as it starts, and trains a
     LoRA on the large LLM. `head` keeps the prompt too, and fits a linear head on hidden states of
-    the LLM. The LLM then runs forward alone, and the fields of the training do not apply, besides
-    `batch_size`. None of them depends on what was tuned on the student."""
+    the LLM. The LLM then runs forward alone: `steps`, `learning_rate`, `schedule` and
+    `warmup_share` do not apply. All three work with whatever was tuned on the student."""
     head_layers: Annotated[int, Field(gt=0, le=64)] = 8
     """A head reads the hidden states of this many neighbouring layers of the LLM. Held-out public
     text decides which."""

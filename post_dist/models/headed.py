@@ -1,8 +1,10 @@
 """Class scores of a model with a soft prompt before the text and a linear head behind it.
 
 Shapes: B examples of a batch, N examples, C classes, n prompt tokens, d width, m features of the
-head.
+head, k values of the hidden states of several layers.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +14,24 @@ from post_dist.data.template import Encoded
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.classifier import word_scores
 from post_dist.models.language_model import LanguageModel
+
+
+def scores_of_states(
+    states_Bk: torch.Tensor,
+    of_words: Callable[[torch.Tensor], torch.Tensor],
+    width: int,
+    head: LinearHead | None = None,
+) -> torch.Tensor:
+    """Compute class scores [B, C] from hidden states.
+
+    Args:
+        states_Bk: states of the layers that `LinearHead.layers` names. The last one is the model's.
+        of_words: function of the last layer's states, which returns the scores of the label words.
+        width: width d of the model.
+        head: the head, whose scores are added; None for those of the label words alone.
+    """
+    scores_BC = of_words(states_Bk[:, -width:])
+    return scores_BC if head is None else scores_BC + head.scores(head.read(states_Bk))
 
 
 def headed_scores(
@@ -36,16 +56,12 @@ def headed_scores(
         Class scores [N, C], on the CPU of every rank.
     """
     of_words = word_scores(model, reader.verbalizer)
-
-    def scores(hidden_Bk: torch.Tensor) -> torch.Tensor:
-        return of_words(hidden_Bk[:, -model.width :]) + head.scores(head.read(hidden_Bk))
-
     return outputs_at_answers(
         model,
         examples,
         reader.template,
         prompt_nd,
-        scores,
+        lambda states_Bk: scores_of_states(states_Bk, of_words, model.width, head),
         run,
         layers=head.layers(model.width, len(model.layers)),
     )

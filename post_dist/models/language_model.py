@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from post_dist.models import families
 from post_dist.models.agreement import agree
 from post_dist.models.last_layer import run_at
-from post_dist.models.layer_outputs import outputs_of
+from post_dist.models.layer_outputs import outputs_at
 from post_dist.models.shared_prompt import PACKABLE, Packing
 from post_dist.runtime.gathering import gathered
 
@@ -292,11 +292,11 @@ class LanguageModel(nn.Module):
         last = len(self.layers) - 1
         lower = [self.layers[layer] for layer in layers if layer != last]
         mlp = families.mlp_of(self.layers[last])
-        with run_at(mlp, rows_B, places_B), outputs_of(lower) as states:
+        with run_at(mlp, rows_B, places_B), outputs_at(lower, rows_B, places_B) as states:
             of_trunk = self._trunk(inputs)
         if last in layers:
-            states.append(of_trunk)
-        return torch.cat([state[rows_B, places_B] for state in states], dim=-1)
+            states.append(of_trunk[rows_B, places_B])
+        return torch.cat(states, dim=-1)
 
     def _at_answers_of_packed(
         self,

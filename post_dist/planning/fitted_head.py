@@ -13,7 +13,7 @@ from post_dist.stages.transfer.public_reading import INFERENCE_FACTOR
 def plan_heads(inputs: PlanInputs) -> PartEstimate:
     """Estimate the passes of student and target over the public text. A step is a batch of one.
 
-    A head more behind the same prompt costs seconds, so the number of heads does not count. Without
+    A head more behind the same prompt runs no layer, so the number of heads does not count. Without
     `public_task.max_rows` the number of texts is not known, and the passes count as none.
 
     Args:
@@ -36,10 +36,13 @@ def plan_heads(inputs: PlanInputs) -> PartEstimate:
     fetch = fetched / machine.hardware.host_bytes_per_second()
     step = max(compute, fetch + gather) if inputs.overlap else compute + fetch + gather
 
-    # The target reads all texts without the prompt and behind it, and some once more at all layers.
+    # The target reads all texts without the prompt and behind it. Of many texts, it reads some once
+    # more, at all layers.
     texts = _texts(inputs)
     in_a_batch = examples * machine.ranks
-    batches = 2 * -(-texts // in_a_batch) + -(-min(texts, TEXTS_AT_ALL_LAYERS) // in_a_batch)
+    batches = 2 * -(-texts // in_a_batch)
+    if texts > TEXTS_AT_ALL_LAYERS:
+        batches += -(-TEXTS_AT_ALL_LAYERS // in_a_batch)
     of_student = cost.forward_flops(inputs.models.student, 2 * texts / machine.ranks, length)
     numbers = {
         "flops_per_gpu": {"forward": flops},

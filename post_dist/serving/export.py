@@ -74,7 +74,7 @@ def export_prompt(
     if adapter is not None and not takes:
         raise InputError(
             f"the prompt has a {adapter.title} behind it, which {form} does not run",
-            "use `post-dist predict`; `transfer` makes a prompt alone from it",
+            "use `post-dist predict`, or transfer the owner's prompt with transfer.adapter: prompt",
         )
     with fitting_model(prompt, model, revision) as found:
         if form == "vllm" and found.facts.masked:

@@ -48,7 +48,7 @@ def check_belongs(
         head = prompt.adapter
         needed = head.depth(width) + head.above
         if needed > model.layers:
-            raise ArtifactRefused(f"the head reads {needed} layers, but {whose} has {model.layers}")
+            raise ArtifactRefused(f"the head needs {needed} layers, but {whose} has {model.layers}")
     if isinstance(prompt.adapter, Lora):
         linears = {name: shape for layer in model.linears for name, shape in layer.items()}
         misfit = prompt.adapter.misfit(linears)

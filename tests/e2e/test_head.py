@@ -129,7 +129,7 @@ def test_a_head_of_more_layers_than_the_student_has_is_refused(
     tiny.write_model(tmp_path / "student", "llama", layers=2)
     code, _, err = main("tune", run, f"--set=inputs.public_prompt={public}")
     assert code == 4
-    assert "the head reads 3 layers, but the student has 2" in err
+    assert "the head needs 3 layers, but the student has 2" in err
 
 
 def test_check_lists_what_the_stages_refuse_of_a_start_and_a_head(

@@ -178,6 +178,13 @@ def test_a_head_needs_some_public_texts(tuned: Path, tmp_path: Path, main: Calla
     code, _, err = main(*transfer_command(tuned, heads(tuned)[:1], tmp_path / "few", few))
     assert code == 2
     assert "head needs 8 public texts, and public_task has 7" in err
+    # A short file shows only when it is read.
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join((tuned.parent / "public.csv").read_text().splitlines()[:4]) + "\n")
+    given = (*HEAD, f"--set=public_task.path={short}")
+    code, _, err = main(*transfer_command(tuned, heads(tuned)[:1], tmp_path / "few", given))
+    assert code == 2
+    assert "public_task has 3" in err
     enough = (*HEAD, "--set=public_task.max_rows=8")
     code, _, err = main(*transfer_command(tuned, heads(tuned)[:1], tmp_path / "enough", enough))
     assert code == 0, err
@@ -190,10 +197,9 @@ def test_heads_behind_one_prompt_share_its_states(
     both = transfer_command(tuned, heads(tuned), tmp_path / "both", settings)
     code, out, err = main(*both, "--json")
     assert code == 0, err
-    # Student and target each read the public text once behind the prompt: the target first at all
-    # layers, then at those of the head.
+    # Student and target each read the public text once behind the prompt.
     assert err.count("student + prompt ") == 1
-    assert err.count("target + prompt ") == 2
+    assert err.count("target + prompt ") == 1
     made = [read_prompt(Path(folder)).adapter for folder in json.loads(out)["artifacts"]]
     for number, source in enumerate(heads(tuned)):
         output = tmp_path / f"alone {number}"

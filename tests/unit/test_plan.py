@@ -740,6 +740,13 @@ def test_heads_of_a_transfer_cost_passes_over_the_public_text(run: Path, main: C
     assert both["prompts"] == 2
     steps = both["steps"] * both["step_seconds"] / 3600
     assert both["hours"] == pytest.approx(one["hours"] + steps)
+    # The baselines of several epsilons are trained beside each other, as without heads.
+    rows = ("--set=evaluate.private_rows=[8, 4, 2]", limit, baseline)
+    _, plan = planned(main, run, "--nodes=8", *sets, *rows)
+    (several,) = (each for each in plan["stages"] if each["stage"] == "transfer")
+    assert several["prompts_at_once"] == 4
+    assert several["memory_gib"]["activations"] == 4 * both["memory_gib"]["activations"]
+    assert several["memory_gib"]["activations"] > one["memory_gib"]["activations"]
 
 
 def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:

@@ -203,7 +203,7 @@ def test_a_head_needs_the_layers_above_it(tmp_path: Path, monkeypatch: pytest.Mo
     named = prompt.manifest.tokenizer
     monkeypatch.setattr(prompt_origin, "tokenizer_fingerprint", lambda tokenizer: named)
     prompt_origin.check_belongs(prompt, SimpleNamespace(width=4, layers=3), None)
-    with pytest.raises(ArtifactRefused, match="the head reads 3 layers, but the student has 2"):
+    with pytest.raises(ArtifactRefused, match="the head needs 3 layers, but the student has 2"):
         prompt_origin.check_belongs(prompt, SimpleNamespace(width=4, layers=2), None)
 
 
@@ -232,7 +232,7 @@ def test_a_head_needs_the_layers_above_it(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         ({"bias": torch.zeros(3)}, "does not fit 2 classes and width 4"),
         ({"bias": torch.zeros(2, 1)}, "dimensions"),
-        ({"more": torch.zeros(1)}, "does not hold bias, mean, scale, weight alone"),
+        ({"more": torch.zeros(1)}, "does not hold bias, mean, scale, weight, perhaps above alone"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(

@@ -13,6 +13,9 @@ from post_dist.models.lora_layers import lora_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.room import room_conflicts
 
+LEAST_TEXTS = 8
+"""Number of public texts that a head needs. Of fewer, too few are held out to choose anything."""
+
 
 @dataclass(frozen=True)
 class TransferModels:
@@ -69,6 +72,9 @@ def conflicts(
         return [Conflict("the run file lacks the section public_task", "add it")]
     found = engine_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
+    limit = public_task.max_rows
+    if config.transfer.adapter == "head" and limit is not None and limit < LEAST_TEXTS:
+        found.append(few_texts(limit))
     if config.transfer.lora is not None:
         target = models.target
         found += lora_conflicts("transfer", config.transfer.lora, target.linears, target.family)
@@ -86,6 +92,14 @@ def conflicts(
             )
         )
     return found
+
+
+def few_texts(count: int) -> Conflict:
+    """Return the conflict of a head with too few public texts."""
+    return Conflict(
+        f"transfer.adapter: head needs {LEAST_TEXTS} public texts, and public_task has {count}",
+        "give more texts, or choose adapter: prompt",
+    )
 
 
 def _model_conflicts(section: Transfer, models: TransferModels) -> list[Conflict]:

@@ -17,13 +17,12 @@ from torch.nn import functional
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.models.answers import check_finite
+from post_dist.runtime.watchdog import phase
 from post_dist.stages.transfer.objective import TransferObjective
 from post_dist.stages.transfer.public_reading import PromptedStates, PublicReading
 
 log = logging.getLogger(__name__)
 
-LEAST_TEXTS = 8
-"""With fewer public texts, too few are held out to choose anything."""
 _PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Weights of the squared norm of a head. The one that is best on held-out text is taken.
 
@@ -31,10 +30,12 @@ Features have length 1, so a head that moves scores by a few nats has a squared 
 """
 _PENALTY_OF_LAYERS = 1e-5
 """The weight with which layers are compared."""
-_HELD_OUT = 4
-"""Every fourth text is held out."""
+_HELD_OUT = 0.25
+"""Share of the texts that are held out."""
+_ORDER_SEED = 0
+"""Texts are drawn at random, because a file may be sorted, or alternate between two sources."""
 TEXTS_AT_ALL_LAYERS = 512
-"""Number of texts of which all layers are read, to choose some of them."""
+"""Largest number of texts of which all layers are read, to choose some of them."""
 _ITERATIONS = 100
 _TOLERANCE = 1e-6
 """The search ends with a step that gains fewer nats. Stricter ones moved no accuracy."""
@@ -49,9 +50,10 @@ class FittedHead:
     Attributes:
         head: the head.
         scores: class scores [N, C] of the public text with it.
-        statistics: `held_out_kl_nats`, the divergence from the wanted scores on texts that the
-            head was not fitted to; `kl_without_head_nats`, the same without the head; and
-            `layers_above_head`.
+        statistics: `layers_above_head`; and two divergences from the wanted scores on held-out
+            texts. `held_out_kl_nats` is that of a head which was fitted to the other texts. It is
+            a little too small, because it chose the penalty. `kl_without_head_nats` is that of the
+            label words alone.
     """
 
     head: LinearHead
@@ -83,16 +85,23 @@ def fit_head(
     wanted_NC = objective.wanted_scores
 
     # Choose the layers on some of the texts, because the states of all layers need much memory.
-    stride = -(-len(wanted_NC) // TEXTS_AT_ALL_LAYERS)
-    sample_Nk = states.of(reading, prompt_nd, range(count), stride)
+    few = len(wanted_NC) <= TEXTS_AT_ALL_LAYERS
+    rows = None if few else sorted(_drawn(len(wanted_NC))[:TEXTS_AT_ALL_LAYERS].tolist())
+    sample_Nk = states.of(reading, prompt_nd, range(count), rows)
     check_finite(sample_Nk)
-    sample = _Scores(reading.headed_scores(sample_Nk), wanted_NC[::stride], temperature)
+    of_sample_NC = wanted_NC if rows is None else wanted_NC[rows]
+    sample = _Scores(reading.headed_scores(sample_Nk), of_sample_NC, temperature)
     depth = min(objective.section.head_layers, count)
     chosen = world.on_main(partial(_best_layers, sample_Nk, sample, depth, model.width))
 
     # Fit to all texts. The head of the chosen layers says which states that takes.
-    whole_Nk = states.of(reading, prompt_nd, chosen.layers(model.width, count))
-    check_finite(whole_Nk)
+    layers = chosen.layers(model.width, count)
+    if few:
+        states_of_layers = sample_Nk.split(model.width, dim=1)
+        whole_Nk = torch.cat([states_of_layers[layer] for layer in layers], dim=1)
+    else:
+        whole_Nk = states.of(reading, prompt_nd, layers)
+        check_finite(whole_Nk)
     scores = _Scores(reading.headed_scores(whole_Nk), wanted_NC, temperature)
     return world.on_main(partial(_fitted, chosen, whole_Nk, scores))
 
@@ -139,11 +148,12 @@ def _best_layers(states_Nk: torch.Tensor, scores: _Scores, depth: int, width: in
     Returns:
         A head of these layers, not trained.
     """
-    found = {}
+    divergences = []
+    heads = []
     for head, hidden_Nm in _heads(states_Nk, scores.wanted_NC.shape[1], depth, width):
-        divergence = _held_out(head.features(hidden_Nm), scores, _PENALTY_OF_LAYERS)
-        found[divergence] = head
-    return found[min(found)]
+        divergences.append(_held_out(head.features(hidden_Nm), scores, _PENALTY_OF_LAYERS))
+        heads.append(head)
+    return heads[divergences.index(min(divergences))]
 
 
 def _heads(
@@ -163,10 +173,11 @@ def _fitted(chosen: LinearHead, states_Nk: torch.Tensor, scores: _Scores) -> Fit
     hidden_Nm = chosen.read(states_Nk)
     head = LinearHead.untrained(hidden_Nm, len(chosen.bias), chosen.above)
     features_Nm = head.features(hidden_Nm)
-    divergences = {_held_out(features_Nm, scores, penalty): penalty for penalty in _PENALTIES}
+    divergences = [_held_out(features_Nm, scores, penalty) for penalty in _PENALTIES]
     least = min(divergences)
-    weight_Cm, bias_C = _minimum(features_Nm, scores, divergences[least])
-    without = float(scores.divergence(torch.zeros_like(scores.base_NC)))
+    weight_Cm, bias_C = _minimum(features_Nm, scores, _PENALTIES[divergences.index(least)])
+    held_out = scores.rows(_is_held_out(len(features_Nm)))
+    without = float(held_out.divergence(torch.zeros_like(held_out.base_NC)))
     log.info(
         "transfer: the head has %d layers above it; on held-out text it is %.4f nats from the "
         "wanted scores, and %.4f without it",
@@ -190,11 +201,23 @@ def _fitted(chosen: LinearHead, states_Nk: torch.Tensor, scores: _Scores) -> Fit
 
 
 def _held_out(features_Nm: torch.Tensor, scores: _Scores, penalty: float) -> float:
-    """Fit a head to three of four texts, and compute its divergence on the others, in nats."""
-    held_out_N = torch.arange(len(features_Nm)) % _HELD_OUT == _HELD_OUT - 1
+    """Fit a head to most texts, and compute its divergence on the others, in nats."""
+    held_out_N = _is_held_out(len(features_Nm))
     weight_Cm, bias_C = _minimum(features_Nm[~held_out_N], scores.rows(~held_out_N), penalty)
     added_NC = features_Nm[held_out_N] @ weight_Cm.T + bias_C
     return float(scores.rows(held_out_N).divergence(added_NC))
+
+
+def _is_held_out(count: int) -> torch.Tensor:
+    """Return a mask [N] of the texts that are held out."""
+    mask_N = torch.zeros(count, dtype=torch.bool)
+    mask_N[_drawn(count)[: int(_HELD_OUT * count)]] = True
+    return mask_N
+
+
+def _drawn(count: int) -> torch.Tensor:
+    """Return the numbers of all texts in a random order, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_ORDER_SEED))
 
 
 def _minimum(
@@ -213,6 +236,8 @@ def _minimum(
     )
 
     def loss() -> torch.Tensor:
+        # This tells the watchdog that the run is alive. Large heads take minutes.
+        phase("fitting a head")
         optimizer.zero_grad()
         divergence = scores.divergence(features_Nm @ weight_Cm.T + bias_C)
         penalized = divergence + penalty * weight_Cm.square().sum()

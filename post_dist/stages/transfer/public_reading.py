@@ -18,6 +18,7 @@ from post_dist.models.adapted import adapted
 from post_dist.models.batch_inference import InferenceRun, map_batches, outputs_at_answers
 from post_dist.models.classifier import word_scores
 from post_dist.models.generation import response_hidden
+from post_dist.models.headed import scores_of_states
 from post_dist.models.language_model import LanguageModel
 from post_dist.runtime.distributed import World
 
@@ -68,24 +69,30 @@ class PublicReading:
             return self._model_outputs(prompt_nd, self._run(label))
 
     def states(
-        self, prompt_nd: torch.Tensor, layers: Sequence[int], stride: int = 1
+        self,
+        prompt_nd: torch.Tensor,
+        layers: Sequence[int],
+        rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Compute hidden states at the answers of public examples behind a prompt.
+
+        All ranks call it.
 
         Args:
             prompt_nd: soft prompt [n, d].
             layers: the layers, counted from 0.
-            stride: every how many-th example is read.
+            rows: the examples to read; None for all of them.
 
         Returns:
             The states [N, len(layers) d] in the order of the layers.
         """
+        examples = self.examples if rows is None else [self.examples[row] for row in rows]
         return outputs_at_answers(
             self.model,
-            self.examples[::stride],
+            examples,
             self.reader.template,
             prompt_nd,
-            lambda hidden: hidden,
+            lambda states_Bk: states_Bk,
             self._run(f"{self.name} + prompt"),
             layers=layers,
         )
@@ -94,7 +101,7 @@ class PublicReading:
     def headed_scores(
         self, states_Nk: torch.Tensor, head: LinearHead | None = None
     ) -> torch.Tensor:
-        """Compute class scores [N, C] from hidden states, on the CPU.
+        """Compute class scores [N, C] from hidden states, on the CPU. All ranks call it.
 
         Args:
             states_Nk: states of some layers, of which the last is the model's last one.
@@ -104,10 +111,7 @@ class PublicReading:
         parts = []
         for states_Bk in states_Nk.split(self._run("").batch_size):
             on_device = states_Bk.to(self.world.device)
-            scores_BC = of_words(on_device[:, -self.model.width :])
-            if head is not None:
-                scores_BC = scores_BC + head.scores(head.read(on_device))
-            parts.append(scores_BC.cpu())
+            parts.append(scores_of_states(on_device, of_words, self.model.width, head).cpu())
         return torch.cat(parts)
 
     def _run(self, label: str) -> InferenceRun:
@@ -174,35 +178,41 @@ class PublicReading:
 
 
 class PromptedStates:
-    """Hidden states behind a prompt. Those of the last prompt are kept.
+    """Hidden states behind a prompt. For each model, those of the last prompt are kept.
 
     The heads of many owners stand behind one public prompt, so its states serve all of them.
     """
 
     def __init__(self) -> None:
-        self._prompt = b""
-        self._kept: dict[Hashable, torch.Tensor] = {}
+        self._prompts: dict[str, bytes] = {}
+        self._kept: dict[str, dict[Hashable, torch.Tensor]] = {}
 
     def of(
         self,
         reading: PublicReading,
         prompt_nd: torch.Tensor,
         layers: Sequence[int],
-        stride: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Return the states [N, k] that `PublicReading.states` computes.
+        """Return the states [N, k] that `PublicReading.states` computes. All ranks call it.
 
         Args:
             reading: the model and the public text.
             prompt_nd: soft prompt [n, d].
             layers: the layers, counted from 0.
-            stride: every how many-th example is read.
+            rows: the examples to read; None for all of them.
         """
+        name = reading.name
         prompt = prompt_nd.cpu().numpy().tobytes()
-        if prompt != self._prompt:
-            self._kept.clear()
-            self._prompt = prompt
-        key = (reading.name, reading.reader.task, tuple(layers), stride)
-        if key not in self._kept:
-            self._kept[key] = reading.states(prompt_nd, layers, stride)
-        return self._kept[key]
+        if prompt != self._prompts.get(name):
+            self._prompts[name] = prompt
+            self._kept[name] = {}
+        key = (reading.reader.task, tuple(layers), None if rows is None else tuple(rows))
+        if key not in self._kept[name]:
+            self._kept[name][key] = reading.states(prompt_nd, layers, rows)
+        return self._kept[name][key]
+
+    def forget(self) -> None:
+        """Free the memory of all states."""
+        self._prompts.clear()
+        self._kept.clear()

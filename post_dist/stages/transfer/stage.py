@@ -39,13 +39,19 @@ from post_dist.stages.transfer.builder import (
     Tokenizers,
     own_reading,
 )
-from post_dist.stages.transfer.conflicts import SourcePrompt, TransferModels, conflicts
+from post_dist.stages.transfer.conflicts import (
+    LEAST_TEXTS,
+    SourcePrompt,
+    TransferModels,
+    conflicts,
+    few_texts,
+)
 from post_dist.stages.transfer.effect import (
     effect_of_head,
     effect_on_public_text,
     report_effect,
 )
-from post_dist.stages.transfer.fitted_head import LEAST_TEXTS, fit_head
+from post_dist.stages.transfer.fitted_head import fit_head
 from post_dist.stages.transfer.job import (
     TransferJob,
     TransferRequest,
@@ -176,11 +182,7 @@ def transfer(
     texts, responses = world.on_main(partial(load_public_texts, public_task, "public_task"))
     wants_head = any(request.folder.config.transfer.adapter == "head" for request in requests)
     if wants_head and len(texts) < LEAST_TEXTS:
-        raise InputError(
-            f"transfer.adapter: head needs {LEAST_TEXTS} public texts, and public_task has "
-            f"{len(texts)}",
-            "give more texts, or choose adapter: prompt",
-        )
+        raise_conflicts("transfer", [few_texts(len(texts))])
     tokenizers = Tokenizers(load_tokenizer(student_folder), load_tokenizer(large.folder))
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
@@ -213,6 +215,7 @@ def transfer(
                 jobs.append(job)
         except OutputsNotFinite as error:
             failed[request.folder.path] = error
+    builder.states.forget()
 
     # Train the prompts. Each group is written as soon as it is trained.
     for group in trained_together(jobs):
