@@ -151,7 +151,7 @@ def _best_layers(states_Nk: torch.Tensor, scores: _Scores, depth: int, width: in
     divergences = []
     heads = []
     for head, hidden_Nm in _heads(states_Nk, scores.wanted_NC.shape[1], depth, width):
-        divergences.append(_held_out(head.features(hidden_Nm), scores, _PENALTY_OF_LAYERS))
+        divergences.append(_held_out(_features(head, hidden_Nm), scores, _PENALTY_OF_LAYERS))
         heads.append(head)
     return heads[divergences.index(min(divergences))]
 
@@ -172,7 +172,7 @@ def _fitted(chosen: LinearHead, states_Nk: torch.Tensor, scores: _Scores) -> Fit
     """Fit a head of chosen layers to all texts."""
     hidden_Nm = chosen.read(states_Nk)
     head = LinearHead.untrained(hidden_Nm, len(chosen.bias), chosen.above)
-    features_Nm = head.features(hidden_Nm)
+    features_Nm = _features(head, hidden_Nm)
     divergences = [_held_out(features_Nm, scores, penalty) for penalty in _PENALTIES]
     least = min(divergences)
     weight_Cm, bias_C = _minimum(features_Nm, scores, _PENALTIES[divergences.index(least)])
@@ -198,6 +198,11 @@ def _fitted(chosen: LinearHead, states_Nk: torch.Tensor, scores: _Scores) -> Fit
     }
     fitted = head.with_values(weight_Cm, bias_C)
     return FittedHead(fitted, scores.base_NC + fitted.scores(hidden_Nm), statistics)
+
+
+def _features(head: LinearHead, hidden_Nm: torch.Tensor) -> torch.Tensor:
+    """Return what the head reads in fp32, which takes half the time and memory of fp64."""
+    return head.features(hidden_Nm).float()
 
 
 def _held_out(features_Nm: torch.Tensor, scores: _Scores, penalty: float) -> float:
