@@ -25,6 +25,7 @@ _COMMANDS = {
 """What made an artifact, by its role. The roles of prompts are names of rows."""
 
 _OWNER = ("student + prompt", "full prompt tuning")
+_ADAPTERS = {"head": "linear head", "lora": "LoRA"}
 _DETAIL_LENGTH = 120
 
 
@@ -82,7 +83,7 @@ class Made:
             if isinstance(settings, dict):
                 # Private tuning takes the steps of its plan, and ignores those of `tune`.
                 planned = self.privacy.get("steps") if stage == "tune" else None
-                parts += _stage_details(settings, planned or settings.get("steps"))
+                parts += _stage_details(settings, planned or steps_of(stage, settings))
         if "epsilon" in self.privacy:
             parts.append(f"ε = {number(self.privacy['epsilon'])}")
         return ", ".join(parts)[:_DETAIL_LENGTH]
@@ -91,6 +92,13 @@ class Made:
 def number(value: object) -> str:
     """Return an epsilon with two decimals, or `none`. A file may hold anything instead."""
     return f"{value:.2f}" if isinstance(value, int | float) else "none"
+
+
+def steps_of(stage: str, settings: Mapping[str, Any]) -> object:
+    """Return the number of steps in a stage's settings; None if the stage has none."""
+    # A head on the large LLM is fitted, and not trained.
+    is_fitted = stage == "transfer" and settings.get("adapter") == "head"
+    return None if is_fitted else settings.get("steps")
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -247,6 +255,9 @@ def _stage_details(settings: Mapping[str, Any], steps: object) -> list[str]:
     parts = []
     if "objective" in settings:
         parts.append(f"objective {settings['objective']}")
+    adapter = settings.get("adapter")
+    if isinstance(adapter, str) and adapter in _ADAPTERS:
+        parts.append(_ADAPTERS[adapter])
     if "num_virtual_tokens" in settings:
         parts.append(f"{settings['num_virtual_tokens']} prompt vectors")
     if steps is not None:

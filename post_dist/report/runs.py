@@ -21,7 +21,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
-from post_dist.report.lineage import manifest_of, privacy_claim, settings_of
+from post_dist.report.lineage import manifest_of, privacy_claim, settings_of, steps_of
 
 _TAIL_BYTES = 1 << 16
 _SILENT_SECONDS = 60.0
@@ -160,7 +160,7 @@ def _progress(path: Path) -> RunProgress:
         return RunProgress(path.name, "finished")
     stage = _stage(path.name)
     settings = settings_of(path)
-    steps = _whole(_section(settings, stage or "").get("steps"))
+    steps = _whole(steps_of(stage or "", _section(settings, stage or "")))
     if stage is None or steps is None:
         return RunProgress(path.name, "unfinished")
     if "private_task" in STAGE_SECTIONS[stage]:

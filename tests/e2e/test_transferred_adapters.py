@@ -82,6 +82,8 @@ def test_a_lora_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Ca
     assert code == 0, out
     card = (artifact(tmp_path, "transfer") / "README.md").read_text()
     assert "LoRA behind a soft prompt" in card
+    assert "head_layers" not in card
+    assert "learning_rate" in card
 
     # Predictions with the LoRA are those of the table.
     accuracy = predicted_accuracy(run, artifact(tmp_path, "transfer"), tmp_path / "teacher")
@@ -148,6 +150,8 @@ def test_a_head_carries_a_private_head_to_the_large_llm(tmp_path: Path, main: Ca
     assert code == 0, out
     card = (artifact(tmp_path, "transfer") / "README.md").read_text()
     assert "linear head behind a soft prompt" in card
+    assert "head_layers" in card
+    assert "learning_rate" not in card
 
     # Predictions with the head are those of the table.
     accuracy = predicted_accuracy(run, artifact(tmp_path, "transfer"), tmp_path / "teacher")

@@ -18,6 +18,7 @@ from post_dist.privacy.ledger import lock_ledger
 from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
 from post_dist.report.charts import loss_chart
+from post_dist.report.lineage import Made
 from post_dist.report.tables import table_text
 
 ROW = table_row("zero-shot", 0.75)
@@ -110,6 +111,19 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     assert page.count("✓ files match their hashes") == 3
     assert page.count("✗ files were changed") == 1
     assert "77 steps" not in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adapter": "head", "steps": 5000}, "objective ensemble, linear head"),
+        ({"adapter": "lora", "steps": 5000}, "objective ensemble, LoRA, 5000 steps"),
+        ({"adapter": ["head"], "steps": 5000}, "objective ensemble, 5000 steps"),
+    ],
+)
+def test_a_head_on_the_large_llm_has_no_steps(settings: dict, said: str) -> None:
+    made = Made("transferred", "0", config={"transfer": {"objective": "ensemble", **settings}})
+    assert made.detail == said
 
 
 def test_an_owner_with_a_downloaded_model_reads_its_plan_and_no_distillation(

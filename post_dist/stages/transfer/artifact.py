@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.card import write_card
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prompt import (
     Adapter,
@@ -19,6 +20,7 @@ from post_dist.artifacts.prompt import (
     SoftPromptArtifact,
     write_prompt,
 )
+from post_dist.config.stages import PromptTraining
 from post_dist.stages.transfer.objective import TransferObjective
 
 
@@ -93,6 +95,15 @@ def write_transferred(artifact: Path, made: Transferred, target: NamedTarget) ->
     write_prompt(artifact, contents, provenance, card)
 
 
+def _settings(made: Transferred) -> dict[str, Any]:
+    """Return the settings that the artifact was made with."""
+    section = made.objective.section
+    # A head is fitted and not trained. Nothing else has layers to read.
+    if isinstance(made.adapter, LinearHead):
+        return section.model_dump(exclude=set(PromptTraining.model_fields) | {"prompts_at_once"})
+    return section.model_dump(exclude={"head_layers"})
+
+
 def _write_card(folder: Path, made: Transferred, target_name: str) -> None:
     """Write the model card, with the settings and the claim of the source prompt."""
     source = made.source
@@ -107,7 +118,7 @@ def _write_card(folder: Path, made: Transferred, target_name: str) -> None:
         folder,
         f"{kind[0].upper()}{kind[1:]} for {target_name}",
         f"A {what} that was transferred from a student with public text alone (POST).",
-        made.objective.section.model_dump() | claim | {"effect on public text": made.effect},
+        _settings(made) | claim | {"effect on public text": made.effect},
         library="peft",
         tag="lora" if isinstance(made.adapter, Lora) else "prompt-tuning",
     )
