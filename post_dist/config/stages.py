@@ -338,7 +338,7 @@ class Transfer(AdapterTraining):
     def trained_at_once(self) -> int:
         """Number of prompts that are trained together, if all are like this one."""
         # A forward pass has one LoRA at most.
-        return self.prompts_at_once if self.adapter == "prompt" else 1
+        return 1 if self.adapter == "lora" else self.prompts_at_once
 
     @property
     def subtracts_student(self) -> bool:

@@ -63,9 +63,8 @@ def plan_transfer(inputs: PlanInputs) -> StageEstimate:
         # Only the baseline's prompts are trained. They compare the vocabulary.
         trained = [classes for classes in by_classes if not classes]
     # Prompts that do not fit side by side are trained in rounds, one after the other.
-    at_once = section.prompts_at_once if section.adapter == "head" else section.trained_at_once
-    for start in range(0, len(trained), at_once):
-        together = trained[start : start + at_once]
+    for start in range(0, len(trained), section.trained_at_once):
+        together = trained[start : start + section.trained_at_once]
         parts.append(_training(inputs, _work(inputs, together)))
     longest = max(parts, key=lambda part: part.numbers["step_seconds"])
     fullest = max(parts, key=lambda part: sum(part.memory_gib.values()))

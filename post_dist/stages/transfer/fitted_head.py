@@ -8,7 +8,7 @@ the hidden states of several layers.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -148,10 +148,10 @@ def _best_layers(states_Nk: torch.Tensor, scores: _Scores, depth: int, width: in
     Returns:
         A head of these layers, not trained.
     """
-    divergences = []
+    divergences: list[float] = []
     heads = []
     for head, hidden_Nm in _heads(states_Nk, scores.wanted_NC.shape[1], depth, width):
-        divergences.append(_held_out(_features(head, hidden_Nm), scores, _PENALTY_OF_LAYERS))
+        divergences += _held_out(_features(head, hidden_Nm), scores, (_PENALTY_OF_LAYERS,))
         heads.append(head)
     return heads[divergences.index(min(divergences))]
 
@@ -173,7 +173,7 @@ def _fitted(chosen: LinearHead, states_Nk: torch.Tensor, scores: _Scores) -> Fit
     hidden_Nm = chosen.read(states_Nk)
     head = LinearHead.untrained(hidden_Nm, len(chosen.bias), chosen.above)
     features_Nm = _features(head, hidden_Nm)
-    divergences = [_held_out(features_Nm, scores, penalty) for penalty in _PENALTIES]
+    divergences = _held_out(features_Nm, scores, _PENALTIES)
     least = min(divergences)
     weight_Cm, bias_C = _minimum(features_Nm, scores, _PENALTIES[divergences.index(least)])
     held_out = scores.rows(_is_held_out(len(features_Nm)))
@@ -205,12 +205,21 @@ def _features(head: LinearHead, hidden_Nm: torch.Tensor) -> torch.Tensor:
     return head.features(hidden_Nm).float()
 
 
-def _held_out(features_Nm: torch.Tensor, scores: _Scores, penalty: float) -> float:
-    """Fit a head to most texts, and compute its divergence on the others, in nats."""
+def _held_out(
+    features_Nm: torch.Tensor, scores: _Scores, penalties: Sequence[float]
+) -> list[float]:
+    """Fit a head to most texts with each penalty, and compute its divergence on the others."""
     held_out_N = _is_held_out(len(features_Nm))
-    weight_Cm, bias_C = _minimum(features_Nm[~held_out_N], scores.rows(~held_out_N), penalty)
-    added_NC = features_Nm[held_out_N] @ weight_Cm.T + bias_C
-    return float(scores.rows(held_out_N).divergence(added_NC))
+    # Large features are copied once, and not for each penalty.
+    fitted_Nm = features_Nm[~held_out_N]
+    fitted_scores = scores.rows(~held_out_N)
+    other_Nm = features_Nm[held_out_N]
+    other_scores = scores.rows(held_out_N)
+    divergences = []
+    for penalty in penalties:
+        weight_Cm, bias_C = _minimum(fitted_Nm, fitted_scores, penalty)
+        divergences.append(float(other_scores.divergence(other_Nm @ weight_Cm.T + bias_C)))
+    return divergences
 
 
 def _is_held_out(count: int) -> torch.Tensor:

@@ -108,6 +108,7 @@ class PublicReading:
             head: a head that reads the first ones; None for the scores of the label words.
         """
         of_words = word_scores(self.model, self.reader.verbalizer)
+        # Batches limit the device memory that this takes.
         parts = []
         for states_Bk in states_Nk.split(self._run("").batch_size):
             on_device = states_Bk.to(self.world.device)
@@ -153,7 +154,6 @@ class PublicReading:
         length = self.reader.task.max_response_length
         return response_hidden(self.model, batch, length, prompt=prompt_nd)
 
-    @torch.no_grad()
     def class_scores(self, stored: torch.Tensor, *, prompted: bool = False) -> torch.Tensor:
         """Turn stored outputs into class scores.
 
@@ -166,12 +166,8 @@ class PublicReading:
         """
         if self.section.scores == "classes":
             return stored
-        # Hidden states are stored. Compute only the logits of the label words from them. Batches
-        # limit the device memory that this takes.
-        scores = word_scores(self.model, self.reader.verbalizer)
-        device = self.model.model.device
-        parts = [scores(part.to(device)).cpu() for part in stored.split(self.section.batch_size)]
-        scores_NC = torch.cat(parts)
+        # Hidden states are stored. Compute only the logits of the label words from them.
+        scores_NC = self.headed_scores(stored)
         biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
         # Without biases, add zero to every class.
         return scores_NC + torch.tensor([biases or [0.0]])
