@@ -113,11 +113,17 @@ def test_each_model_reads_the_public_examples_with_its_own_tokenizer(run: Path) 
     task = PromptTask("{text} It was", (("bad",), ("good",)), 48, False, "good or bad")
     prompt_nd = torch.randn(3, 32)
     section = Transfer(objective="proxy", scores="classes")
-    outputs = builder.build(task, prompt_nd, section).outputs
+    objective = builder.build(task, prompt_nd, section)
+    outputs = objective.outputs
 
-    again = builder.build(task, 2 * prompt_nd, section).outputs
+    biased = replace(task, init_text="another", class_biases=(1.0, -1.0))
+    second = builder.build(biased, 2 * prompt_nd, section)
+    again = second.outputs
     assert again.source is outputs.source, "computed once for all prompts"
     assert again.target is outputs.target
+    assert second.examples is objective.examples, "and encoded once"
+    longer = builder.build(replace(task, template="A {text} It was"), prompt_nd, section)
+    assert longer.examples != objective.examples
     assert not torch.equal(again.source_prompted, outputs.source_prompted)
 
     swapped = replace(task, label_words=(("good",), ("bad",)))

@@ -16,6 +16,7 @@ from post_dist.artifacts.prompt import Adapter
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Transfer
 from post_dist.data.task_reader import TaskReader
+from post_dist.data.template import Encoded
 from post_dist.losses.transfer import proxy_logits, share_matching_offsets
 from post_dist.models.answers import check_finite
 from post_dist.models.language_model import LanguageModel
@@ -79,8 +80,8 @@ def own_reading(task: PromptTask, template: str | None) -> PromptTask:
 class ObjectiveBuilder:
     """Builds the objectives of all prompts for one pair of student and target.
 
-    Outputs without a prompt are computed once for all prompts with the same task. The builder keeps
-    them.
+    The public examples are encoded, and read without a prompt, once for all prompts with the same
+    task. The builder keeps the results.
 
     Args:
         models: student and target.
@@ -105,6 +106,7 @@ class ObjectiveBuilder:
         self._world = world
         self.states = PromptedStates()
         self._unprompted_cache: dict[Hashable, torch.Tensor] = {}
+        self._encoded_cache: dict[Hashable, list[Encoded]] = {}
 
     def build(
         self,
@@ -193,13 +195,21 @@ class ObjectiveBuilder:
             TaskReader, tokenizer=tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
         )
         reader = bind(task)
-        examples = reader.encode(self._public.texts, self._public.responses)
+        examples = self._encoded(name, reader)
         if reader.generates:
             # A state is stored for each token that a response may have. The owner of the prompt
             # says how many, and the public responses may have far fewer.
             longest = max(len(example.response) for example in examples)
             reader = bind(replace(task, max_response_length=longest))
         return PublicReading(name, model, reader, examples, section, self._world)
+
+    def _encoded(self, name: str, reader: TaskReader) -> list[Encoded]:
+        """Encode the public examples for a model, once for all prompts with the same task."""
+        key = (name, _without_prompt(reader.task))
+        if key not in self._encoded_cache:
+            examples = reader.encode(self._public.texts, self._public.responses)
+            self._encoded_cache[key] = examples
+        return self._encoded_cache[key]
 
     def _prompted_outputs(
         self, student: PublicReading, source_nd: torch.Tensor, adapter: Adapter | None
@@ -212,12 +222,15 @@ class ObjectiveBuilder:
 
     def _unprompted_outputs(self, reading: PublicReading) -> torch.Tensor:
         """Compute a model's outputs without a prompt, once for all prompts with the same task."""
-        # Initial text and class biases have no effect without a prompt.
-        task = replace(reading.reader.task, init_text="", class_biases=())
-        key = (reading.name, reading.section.scores, task)
+        key = (reading.name, reading.section.scores, _without_prompt(reading.reader.task))
         if key not in self._unprompted_cache:
             self._unprompted_cache[key] = reading.outputs(None, reading.name)
         return self._unprompted_cache[key]
+
+
+def _without_prompt(task: PromptTask) -> PromptTask:
+    """Return a task without what has an effect behind a prompt alone."""
+    return replace(task, init_text="", class_biases=())
 
 
 def _class_offsets(section: Transfer, outputs: FixedOutputs) -> torch.Tensor:
