@@ -48,6 +48,7 @@ from post_dist.results import (
     PublicPromptResult,
     SignalsResult,
     StudentResult,
+    TimedSettings,
     TransferResult,
 )
 from post_dist.runtime.launcher import remove_launcher_variables
@@ -195,6 +196,32 @@ def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PublicPromptRes
         return PublicPromptResult(folder.path, folder.artifact)
 
     return _with_stages(config, frozenset(("warm_start",)), resume, run)
+
+
+def settings_for_minutes(config: RunConfig, minutes: float) -> TimedSettings:
+    """Choose the settings of a private run that takes some minutes on this machine.
+
+    It loads the student and times gradients of random text. No private data is read. The choice is
+    kept in `output`, so the same call returns the same settings from then on.
+
+    Args:
+        config: a run file with the section `private_task`, `privacy.enabled`, and a student that
+            exists.
+        minutes: time for the private steps, if all texts were as long as `max_length` allows.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: the student does not exist yet, there is no private run to plan, or there is
+            too little time for one.
+        Interrupted: the call was asked to stop.
+    """
+
+    def run(stages: "Pipeline", world: "World") -> TimedSettings:
+        return TimedSettings(**stages.settings_for_minutes(minutes))
+
+    return _with_stages(config, frozenset(), "auto", run)
 
 
 def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:

@@ -61,6 +61,24 @@ class StudentResult:
 
 
 @dataclass(frozen=True)
+class TimedSettings:
+    """Settings of a private run for the time that there is.
+
+    Attributes:
+        gradients_per_second: gradients of single examples of full length on this machine.
+        settings: the value of each field of the run file that was chosen, such as `privacy.steps`.
+    """
+
+    gradients_per_second: float
+    settings: Mapping[str, float]
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings as `load_run` takes them."""
+        return [f"{field}={value}" for field, value in self.settings.items()]
+
+
+@dataclass(frozen=True)
 class PromptResult:
     """A soft prompt.
 

@@ -64,6 +64,20 @@ TrustedKeys = Annotated[
         help="A trusted public key: a .pub file, or its line. Several are allowed.",
     ),
 ]
+Epsilon = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-3, help="Tune privately with this target; sets privacy.enabled and target_epsilon."
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        help="Choose batch size, steps, learning rate and C for a private run of so many minutes "
+        "on this machine.",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(
@@ -76,6 +90,14 @@ def with_trust(overrides: list[str] | None, trust_model: bool) -> list[str]:
     """Return the overrides of a run file with that of `--trust-model`."""
     trust = ["inputs.trust_model=true"] if trust_model else []
     return [*(overrides or ()), *trust]
+
+
+def with_epsilon(overrides: list[str] | None, epsilon: float | None) -> list[str]:
+    """Return the overrides of a run file with those of `--epsilon`."""
+    if epsilon is None:
+        return list(overrides or ())
+    target = ["privacy.enabled=true", f"privacy.target_epsilon={epsilon}"]
+    return [*(overrides or ()), *target, "privacy.noise_multiplier=null"]
 
 
 def counts(option: str, text: str) -> list[int]:

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from post_dist import api
-from post_dist.commands.options import AsJson, Output, Overrides, RunFile
+from post_dist.commands.options import (
+    AsJson,
+    Epsilon,
+    Minutes,
+    Output,
+    Overrides,
+    RunFile,
+    with_epsilon,
+)
 from post_dist.commands.printing import print_json, print_numbers, refuse
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PostDistError, PrivacyRefused
@@ -18,9 +26,29 @@ from post_dist.runtime.stop import listen
 from post_dist.runtime.terminal import bar
 
 
-def privacy(run: RunFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Compute epsilon of a plan, or the noise for its target; reads no data and no model."""
-    print_numbers(asdict(api.account(api.load_run(run, set_ or ()))), json_)
+def privacy(
+    run: RunFile,
+    set_: Overrides = None,
+    output: Output = None,
+    epsilon: Epsilon = None,
+    minutes: Minutes = None,
+    json_: AsJson = False,
+) -> None:
+    """Compute epsilon of a plan, or the noise for its target. Reads no data.
+
+    It reads no model either, except with --minutes: the student's gradients are then timed.
+    """
+    overrides = with_epsilon(set_, epsilon)
+    chosen = {}
+    if minutes is not None:
+        listen()
+        timed = api.settings_for_minutes(api.load_run(run, overrides, output), minutes)
+        overrides += timed.overrides
+        chosen = {"gradients_per_second": timed.gradients_per_second, **timed.settings}
+    cost = api.account(api.load_run(run, overrides, output))
+    if this_rank() == 0:
+        print_numbers(chosen | asdict(cost), json_)
+    leave_ranks()
 
 
 def budget(

@@ -18,12 +18,15 @@ from post_dist.api import (
 )
 from post_dist.commands.options import (
     AsJson,
+    Epsilon,
+    Minutes,
     Output,
     Overrides,
     Resume,
     ResumeOption,
     RunFile,
     TrustModel,
+    with_epsilon,
     with_trust,
 )
 from post_dist.commands.printing import print_json
@@ -100,16 +103,24 @@ def warm_start(
     _run(api.warm_start, run, with_trust(set_, trust_model), output, resume, json_)
 
 
-def tune(
+def tune(  # noqa: PLR0913 - typer reads the options from parameters
     run: RunFile,
     set_: Overrides = None,
     output: Output = None,
     resume: ResumeOption = Resume.auto,
+    epsilon: Epsilon = None,
+    minutes: Minutes = None,
     trust_model: TrustModel = False,
     json_: AsJson = False,
 ) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
-    _run(api.tune, run, with_trust(set_, trust_model), output, resume, json_)
+    listen()
+    overrides = with_epsilon(with_trust(set_, trust_model), epsilon)
+    # The chosen settings are part of the run file from here on, so they are checked like it.
+    if minutes is not None:
+        chosen = api.settings_for_minutes(api.load_run(run, overrides, output), minutes)
+        overrides += chosen.overrides
+    _run(api.tune, run, overrides, output, resume, json_)
 
 
 def transfer(

@@ -1,10 +1,11 @@
-"""Generate responses with a frozen causal model, or compute the loss of given responses.
+"""Generate text with a frozen causal model, or compute the loss of given responses.
 
 Shapes: B examples of a batch, N examples, T tokens, R tokens of a response, n prompt tokens,
 d width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
@@ -127,11 +128,52 @@ def generate_responses(
         ended = (whole_BR == end_token).cumsum(dim=1) > 0
         return whole_BR.masked_fill(ended, NO_TOKEN)
 
-    # A model's folder may bring settings of its own, such as sampling.
+    with _own_settings_aside(model):
+        return map_batches(examples, generate, run)
+
+
+def sampled_texts(
+    model: LanguageModel, first_tokens: Sequence[int], count: int, length: int
+) -> torch.Tensor:
+    """Let a causal model write texts. The same model always writes the same ones.
+
+    Args:
+        model: a causal model.
+        first_tokens: tokens that each text starts with, one or more. The result leaves them out.
+        count: number of texts N.
+        length: number of tokens R of each text.
+
+    Returns:
+        The tokens [N, R], on the CPU.
+    """
+    device = model.model.device
+    input_ids = torch.tensor([first_tokens] * count, device=device)
+    sampling = GenerationConfig(
+        min_new_tokens=length,
+        max_new_tokens=length,
+        do_sample=True,
+        top_k=0,
+        pad_token_id=_FILLING,
+        # Nobody has checked that the logits of a model are finite.
+        remove_invalid_values=True,
+    )
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), _own_settings_aside(model):
+        torch.manual_seed(0)
+        # pyrefly: ignore[not-callable] - a method of every model with a causal head
+        tokens: torch.Tensor = model.model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=sampling
+        )
+    return tokens[:, len(first_tokens) :].cpu()
+
+
+@contextmanager
+def _own_settings_aside(model: LanguageModel) -> Iterator[None]:
+    """Generate without the settings that a model's folder may bring, such as sampling."""
     own_settings = model.model.generation_config
     model.model.generation_config = GenerationConfig()
     try:
-        return map_batches(examples, generate, run)
+        yield
     finally:
         model.model.generation_config = own_settings
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import read_manifest
@@ -148,6 +148,19 @@ class Pipeline:
             The finished folder of the stage.
         """
         return self._tune_on_student(self._config)
+
+    def settings_for_minutes(self, minutes: float) -> dict[str, Any]:
+        """Choose the settings of a private run on the student for the time that there is.
+
+        Args:
+            minutes: the time.
+
+        Returns:
+            What `timed_settings.settings_for_minutes` returns.
+        """
+        from post_dist.stages.tune.timed_settings import settings_for_minutes
+
+        return settings_for_minutes(self._config, self._tuned_student, minutes, self._world)
 
     def transfer(self) -> list[RunFolder]:
         """Find or make the prompts on the target: one, or those of several owners.
@@ -304,14 +317,18 @@ class Pipeline:
 
     def _tune_on_student(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the student."""
-        student = TunedModel(
+        return self._tune(config, self._tuned_student, label="")
+
+    @property
+    def _tuned_student(self) -> TunedModel:
+        """The student, and the public prompt that tuning starts from."""
+        return TunedModel(
             self.student,
             self.student_digest,
             self._student_name,
             self.public_prompt,
             self.inputs.trusts_student,
         )
-        return self._tune(config, student, label="")
 
     def _tune_on_target(self, config: RunConfig) -> RunFolder:
         """Find or tune a prompt on the target, for the baseline of full prompt tuning."""

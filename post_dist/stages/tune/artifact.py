@@ -1,19 +1,14 @@
 """The artifact of `tune`: files, settings and card of a tuned prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from post_dist.artifacts.card import write_card
-from post_dist.artifacts.prompt import Provenance, write_prompt
+from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.models.load import tokenizer_fingerprint
 from post_dist.models.tuning_task import TuningTask
-from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.stages.tune.tuned_model import TunedModel
 
 _PRIVATE = (
@@ -30,36 +25,21 @@ _NOT_PRIVATE = (
 )
 
 
-@dataclass(frozen=True)
-class TunedValues:
-    """The outcome of tuning.
-
-    Attributes:
-        parameters: the tuned values, in the order of the part's `parameters`.
-        statement: the contents of `privacy.json`; None for a run without privacy.
-    """
-
-    parameters: Sequence[torch.Tensor]
-    statement: dict[str, Any] | None
-
-
 def write_tuned_prompt(
-    folder: RunFolder, task: TuningTask, tuned: TunedValues, model: TunedModel
+    folder: RunFolder, task: TuningTask, contents: PromptContents, model: TunedModel
 ) -> None:
     """Write the artifact: the prompt, its task, its privacy statement and its model card.
 
     Args:
         folder: the run folder.
-        task: what was tuned; only the prompt before tuning and the task are written.
-        tuned: the outcome of tuning.
+        task: what was tuned.
+        contents: the outcome of tuning.
         model: the model that the prompt belongs to.
     """
 
     def card(artifact: Path) -> None:
-        _write_card(artifact, folder.config, tuned.statement, model.title)
+        _write_card(artifact, folder.config, contents.privacy, model.title)
 
-    kind = tuned_kind(folder.config.tune)
-    contents = kind.contents(task, tuned.parameters, tuned.statement)
     provenance = Provenance(
         model_name=model.name,
         tokenizer=tokenizer_fingerprint(task.reader.tokenizer),

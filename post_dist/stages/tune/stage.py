@@ -25,8 +25,9 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.private_process import offline
 from post_dist.stages.prompt_origin import check_belongs
-from post_dist.stages.tune.artifact import TunedValues, write_tuned_prompt
+from post_dist.stages.tune.artifact import write_tuned_prompt
 from post_dist.stages.tune.conflicts import conflicts, start_conflicts
+from post_dist.stages.tune.effect import report_one_class
 from post_dist.stages.tune.tuned_model import TunedModel
 from post_dist.stages.tune.without_privacy import tune_without_privacy
 
@@ -47,12 +48,7 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
         InputError: there are conflicts; the message lists all of them. Or the data cannot be read.
         PrivacyRefused: the accountants disagree, or another run holds the ledger of the data.
     """
-    facts = read_facts(model.folder)
-    layout = Layout(device=world.device.type)
-    if model.public_prompt is not None:
-        check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
-    found = conflicts(config, facts, layout) + start_conflicts(config, model.public_prompt)
-    raise_conflicts("tune", found)
+    refuse_settings(config, model, world)
 
     def read_data() -> None:
         load_examples(private_task, "train", "private_task")
@@ -63,6 +59,21 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
             refuse_private_tuning(config)
 
     world.on_main(read_data)
+
+
+def refuse_settings(config: RunConfig, model: TunedModel, world: World) -> None:
+    """Refuse a run file that does not suit the model. It reads no weights and no data.
+
+    Raises:
+        ArtifactRefused: the public prompt does not belong to the model.
+        InputError: there are conflicts; the message lists all of them.
+    """
+    facts = read_facts(model.folder)
+    layout = Layout(device=world.device.type)
+    if model.public_prompt is not None:
+        check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
+    found = conflicts(config, facts, layout) + start_conflicts(config, model.public_prompt)
+    raise_conflicts("tune", found)
 
 
 def tune(
@@ -91,18 +102,31 @@ def tune(
         task = _load_task(private_task, folder.config, model, alone)
         with offline():
             parameters, statement = _train(folder, task, model.name, alone, resume)
-        write_tuned_prompt(folder, task, TunedValues(parameters, statement), model)
+        kind = tuned_kind(folder.config.tune)
+        contents = kind.contents(task, parameters, statement)
+        write_tuned_prompt(folder, task, contents, model)
+        # The result is on disk, whatever becomes of the report.
+        report_one_class(task, contents, alone)
 
     world.on_main(tune_alone)
 
 
-def _load_task(
+def bound_task(
     private_task: Task, config: RunConfig, tuned: TunedModel, world: World
 ) -> TuningTask:
-    """Load the training examples and the model."""
+    """Load the model and bind the task to it, without any examples.
+
+    Args:
+        private_task: the task. Its data is not read.
+        config: the run file.
+        tuned: the model.
+        world: this process, alone.
+
+    Raises:
+        InputError: the template or a label word does not suit the model.
+    """
     section = config.tune
     tokenizer = load_tokenizer(tuned.folder)
-    loaded = load_examples(private_task, "train", "private_task")
     precision = choose_precision(config.engine, world.device)
     model = load_whole(tuned.folder, precision, world.device)
     # The reader binds the task to the model's tokenizer.
@@ -110,8 +134,6 @@ def _load_task(
     reader = TaskReader(
         prompt_task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size
     )
-    examples = reader.encode(loaded.texts, loaded.responses)
-    targets = reader.responses(examples) if reader.generates else torch.tensor(loaded.classes)
     # The prompt starts from the public one, or from the embeddings of a text.
     if tuned.public_prompt is not None:
         start_nd = tuned.public_prompt.embeddings.to(world.device)
@@ -120,7 +142,21 @@ def _load_task(
             model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
         )
     adapter = tuned_kind(section).start(model, config, tuned.public_prompt)
-    return TuningTask(model, reader, examples, targets, start_nd, loaded.users, adapter)
+    return TuningTask(model, reader, [], torch.zeros(0), start_nd, adapter=adapter)
+
+
+def _load_task(
+    private_task: Task, config: RunConfig, tuned: TunedModel, world: World
+) -> TuningTask:
+    """Load the training examples and the model."""
+    loaded = load_examples(private_task, "train", "private_task")
+    task = bound_task(private_task, config, tuned, world)
+    examples = task.reader.encode(loaded.texts, loaded.responses)
+    if task.reader.generates:
+        targets = task.reader.responses(examples)
+    else:
+        targets = torch.tensor(loaded.classes)
+    return replace(task, examples=examples, targets=targets, users=loaded.users)
 
 
 def _train(

@@ -1,0 +1,61 @@
+"""Suggest the settings of a private run for the number of gradients that there is time for.
+
+The rules read nothing of the private data but its declared size. docs/settings.md has the runs that
+they come from, and their error.
+"""
+
+from collections.abc import Mapping
+
+from post_dist.config.stages import AdapterName
+
+LEAST_GRADIENTS = 320
+"""The shortest run: 20 steps of 16 examples."""
+FEW_GRADIENTS = 20_000
+"""With fewer gradients, what a private prompt learns is a matter of chance."""
+
+_STEPS_AT = (5_120, 80)
+"""So many gradients are so many steps."""
+_STEPS_EXPONENT = 0.3
+"""The number of steps rises with this power of the number of gradients."""
+_LEAST_STEPS = 20
+_LARGEST_SHARE = 0.25
+"""Largest share of the examples in a step. With more time, there are more steps."""
+_PROMPT: Mapping[str, float] = {
+    "privacy.learning_rate": 0.02,
+    "privacy.max_grad_norm": 1.0,
+    "tune.num_virtual_tokens": 10,
+}
+"""Settings of a prompt that stay the same for any number of gradients."""
+
+_HEAD_STEPS = 400
+_HEAD_SHARE = 0.1
+"""Share of the examples in a step of a head."""
+
+
+def suggested_settings(adapter: AdapterName, gradients: float, examples: float) -> dict[str, float]:
+    """Divide a number of gradients into steps.
+
+    Args:
+        adapter: what is tuned.
+        gradients: the number of gradients that there is time for, `LEAST_GRADIENTS` or more.
+        examples: the declared number of examples.
+
+    Returns:
+        The value of each field of the run file, such as `privacy.steps`.
+    """
+    if adapter == "head":
+        # A head has time for all gradients that it needs, as a rule.
+        steps = _HEAD_STEPS
+        batch_size = min(_HEAD_SHARE * examples, gradients / steps)
+        return _divided(batch_size, steps)
+    known_gradients, known_steps = _STEPS_AT
+    # More gradients make longer runs and larger batches at once.
+    wanted_steps = known_steps * (gradients / known_gradients) ** _STEPS_EXPONENT
+    batch_size = gradients / max(wanted_steps, _LEAST_STEPS)
+    batch_size = min(batch_size, _LARGEST_SHARE * examples)
+    divided = _divided(batch_size, round(gradients / batch_size))
+    return {**divided, **_PROMPT} if adapter == "prompt" else divided
+
+
+def _divided(batch_size: float, steps: int) -> dict[str, float]:
+    return {"privacy.expected_batch_size": max(1, round(batch_size)), "privacy.steps": steps}
