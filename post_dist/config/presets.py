@@ -20,12 +20,13 @@ class Preset:
 
     Attributes:
         num_virtual_tokens: number of vectors of the prompt.
-        expected_batch_size: expected number of examples in a private step. A small data set gets a
-            smaller one.
-        steps: number of private steps; 0 for as many as 20 passes over the data.
-        learning_rate: highest learning rate of tuning.
+        expected_batch_size: expected number of examples in a private step of a prompt. A small data
+            set gets a smaller one.
+        steps: number of private steps of a prompt; 0 for as many as 20 passes over the data.
+        learning_rate: highest learning rate of a prompt.
         tune: further lines of the section `tune`.
         cluster: the section `cluster` of the run file.
+        prefers_head: whether a head is tuned if the model allows it.
     """
 
     num_virtual_tokens: int
@@ -34,6 +35,7 @@ class Preset:
     learning_rate: str
     tune: str = ""
     cluster: str = ""
+    prefers_head: bool = True
 
     def steps_for(self, examples: int, batch_size: int) -> int:
         """Return the number of private steps for a data set."""
@@ -46,5 +48,7 @@ PRESETS: dict[PresetName, Preset] = {
     "laptop": Preset(10, 64, 80, "2.0e-2"),
     "gpu": Preset(10, 512, 200, "2.0e-2", _GPU_TUNE),
     "cluster": Preset(10, 512, 200, "2.0e-2", _GPU_TUNE, _CLUSTER),
-    "paper": Preset(100, 32, 0, "1.0e-3", "  schedule: constant\n  warmup_share: 0\n"),
+    "paper": Preset(
+        100, 32, 0, "1.0e-3", "  schedule: constant\n  warmup_share: 0\n", prefers_head=False
+    ),
 }

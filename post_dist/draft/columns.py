@@ -31,7 +31,7 @@ class Columns:
 def chosen_columns(
     table: pd.DataFrame, data: Path, text: str | None, label: str | None, user: str | None
 ) -> Columns:
-    """Return the columns that are given, or refuse with a guess of those that are missing.
+    """Return the columns that are given, or both columns of a table that has no others.
 
     Args:
         table: the table.
@@ -41,13 +41,17 @@ def chosen_columns(
         user: column with the user of each text; None if no user has several.
 
     Raises:
-        InputError: a column is not given or does not exist, or its name cannot be used.
+        InputError: a column is not given or does not exist, or its name cannot be used. The
+            message guesses a missing one.
     """
     # A column without a name in the file may have a number for a name.
     names = [str(name) for name in table.columns]
     listed = ", ".join(names)
     if text is None or label is None:
         guess = _guess(table)
+        # Of two columns, texts and labels are hard to confuse.
+        if len(names) == 2 and (text, label, user) == (None, None, None):
+            return _usable(guess)
         raise InputError(
             f"{data.name} has the columns {listed}",
             f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
@@ -57,13 +61,18 @@ def chosen_columns(
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
+    return _usable(Columns(text, label, user))
+
+
+def _usable(columns: Columns) -> Columns:
+    """Return columns whose names a run file can hold."""
     # `text` of the run file is a format string, in which these characters mean something else.
-    if _UNUSABLE & set(text):
+    if _UNUSABLE & set(columns.text):
         raise InputError(
-            f"--text: the name of column '{text}' has one of {' '.join(sorted(_UNUSABLE))}",
+            f"--text: the name of column '{columns.text}' has one of {' '.join(sorted(_UNUSABLE))}",
             "rename the column",
         )
-    return Columns(text, label, user)
+    return columns
 
 
 def _guess(table: pd.DataFrame) -> Columns:

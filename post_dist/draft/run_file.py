@@ -39,7 +39,7 @@ private_task:
   validation_share: 0.1              # 10% of the {units}, chosen by a hash
   test_share: 0.1                    # another 10%, which only `evaluate` reads
 tune:
-  num_virtual_tokens: {num_virtual_tokens}
+{adapter}  num_virtual_tokens: {num_virtual_tokens}
 {tune}privacy:                             # docs/privacy.md
   enabled: true
   target_epsilon: 8                  # the noise is chosen so that the run meets this
@@ -48,9 +48,15 @@ tune:
   declared_examples: {declared}
   expected_batch_size: {batch_size}
   steps: {steps}
-  learning_rate: {learning_rate}
   max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
-{cluster}"""
+{learning_rate}{cluster}"""
+_HEAD = """\
+  # A linear classifier on the model's hidden states, behind the prompt. `adapter: prompt` tunes the
+  # prompt itself: vLLM serves it, and it needs far more time and examples to become as good.
+  adapter: head
+"""
+_HEAD_STEPS = 400
+_HEAD_BATCH = 512
 _USER = """\
   # Epsilon holds for all texts of a user together. declared_examples and expected_batch_size count
   # users.
@@ -123,7 +129,10 @@ def draft_run(
     # Rounding hides the exact count, and rounding up keeps delta below one over that count.
     declared = _round_up(_TRAIN_SHARE * units)
     settings = PRESETS[preset]
-    batch_size = min(settings.expected_batch_size, declared // 10)
+    # A masked model has no head without a public prompt.
+    has_head = settings.prefers_head and not (known is not None and known.facts.masked)
+    batch_size = min(_HEAD_BATCH if has_head else settings.expected_batch_size, declared // 10)
+    steps = _HEAD_STEPS if has_head else settings.steps_for(declared, batch_size)
     return _FORMAT.format(
         name=_quoted(_name(data)),
         inputs=_inputs(folder, known),
@@ -138,9 +147,11 @@ def draft_run(
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
         num_virtual_tokens=settings.num_virtual_tokens,
+        adapter=_HEAD if has_head else "",
         tune=_start(labels, words) + settings.tune,
-        steps=settings.steps_for(declared, batch_size),
-        learning_rate=settings.learning_rate,
+        steps=steps,
+        # The rate of a head follows from the noise of the plan.
+        learning_rate="" if has_head else f"  learning_rate: {settings.learning_rate}\n",
         cluster=settings.cluster,
         share=_TRAIN_SHARE,
         declared=declared,

@@ -6,6 +6,7 @@ step then takes milliseconds.
 Shapes: B units, N examples, C classes, m features: the hidden states of one or more layers.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +19,13 @@ from torch.nn import functional
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import Adapter, PromptContents, SoftPromptArtifact
 from post_dist.config.schema import RunConfig, Tune
+from post_dist.config.stages import WarmStart
 from post_dist.conflicts import Conflict
 from post_dist.data.order import shuffled_rows
 from post_dist.data.template import Batch
+from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
+from post_dist.models.own_texts import own_texts
 from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.scoring import validation_task
@@ -31,8 +34,13 @@ from post_dist.runtime.optimizers import averaging_from, make_optimizer
 from post_dist.runtime.stop import stop_requested, stopped
 from post_dist.runtime.watchdog import phase
 
+log = logging.getLogger(__name__)
+
 _GRADIENT_BYTES = 1 << 26
 """Memory for the gradients of a step that are computed at the same time."""
+_OWN_TEXTS = 128
+"""Number of texts that give mean and scale if there is no public prompt."""
+_OWN_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,31 @@ def head_inputs(task: TuningTask, sizes: Mapping[int, int], world: World) -> Hea
     return HeadInputs(features_Nm, scores_NC, task.targets.numpy())
 
 
+def head_on_own_texts(task: TuningTask) -> LinearHead:
+    """Make an untrained head behind a prompt that no public text came with.
+
+    Its mean and scale come from texts that the student writes, so they cost no privacy.
+
+    Args:
+        task: the student and the prompt.
+    """
+    model = task.model
+    reader = task.reader
+    count = len(model.layers)
+    layers = range(count)[-WarmStart.model_fields["head_layers"].default :]
+    world = World(0, 1, 0, "none", model.model.device)
+    hidden_Nm = outputs_at_answers(
+        model,
+        reader.encode(own_texts(model, reader, _OWN_TEXTS)),
+        reader.template,
+        task.start_nd,
+        lambda hidden_Bm: hidden_Bm,
+        InferenceRun(_OWN_BATCH, world, "texts of the student"),
+        layers=layers,
+    )
+    return LinearHead.untrained(hidden_Nm, reader.num_classes)
+
+
 class TunedHead:
     """The weight [C, m] and the bias [C] of a head.
 
@@ -108,10 +141,13 @@ class TunedHead:
 
     @staticmethod
     def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+        task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
-        """Return the head of the public prompt, which `start_conflicts` has found there."""
-        return None if public is None else public.adapter
+        """Return the head of the public prompt, or an untrained head behind the words of a text."""
+        if public is not None:
+            return public.adapter
+        log.info("tune: the student writes texts that say how large its hidden states are")
+        return head_on_own_texts(task)
 
     @staticmethod
     def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
@@ -119,16 +155,17 @@ class TunedHead:
         return []
 
     @staticmethod
-    def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
-        """Find that there is no public prompt, or none with a head."""
-        if start is None:
+    def start_conflicts(start: SoftPromptArtifact | None, model: ModelFacts) -> list[Conflict]:
+        """Find a public prompt without a head, or a model that can do nothing without one."""
+        if start is None and model.masked:
             return [
                 Conflict(
-                    "tune.adapter: head needs a public prompt to stand behind",
+                    "tune.adapter: head needs a public prompt, because a masked model writes no "
+                    "texts that could stand for public ones",
                     "give inputs.public_prompt, or add the section warm_start",
                 )
             ]
-        if start.adapter is None:
+        if start is not None and start.adapter is None:
             return [
                 Conflict(
                     "inputs.public_prompt has no head to tune",

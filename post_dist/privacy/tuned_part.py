@@ -16,7 +16,6 @@ from post_dist.config.stages import AdapterName
 from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_head import TunedHead
 from post_dist.privacy.tuned_lora import TunedLora
@@ -40,12 +39,12 @@ class TunedPart(Protocol):
 
     @staticmethod
     def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+        task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
         """Return the adapter that tuning starts from; None if the prompt itself is tuned.
 
         Args:
-            model: the model.
+            task: the model and the prompt, without any examples.
             config: the run file.
             public: the public prompt; None to start from text.
         """
@@ -55,7 +54,7 @@ class TunedPart(Protocol):
         """Find what keeps it from being tuned on a model."""
 
     @staticmethod
-    def start_conflicts(start: SoftPromptArtifact | None) -> list[Conflict]:
+    def start_conflicts(start: SoftPromptArtifact | None, model: ModelFacts) -> list[Conflict]:
         """Find what keeps it from starting at a public prompt, or from text."""
 
     @staticmethod

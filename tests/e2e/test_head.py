@@ -132,13 +132,56 @@ def test_a_head_of_more_layers_than_the_student_has_is_refused(
     assert "the head needs 3 layers, but the student has 2" in err
 
 
+def test_an_owner_alone_tunes_a_head_behind_the_words_of_a_text(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    settings = yaml.safe_load(run.read_text())
+    for section in ("teacher", "public_task", "warm_start", "transfer"):
+        del settings[section]
+    run.write_text(yaml.safe_dump(settings))
+    plain = ("--set=privacy.enabled=false", "--set=evaluate.split=train")
+    assert main("check", run, *plain)[0] == 0
+    rows = {}
+    for rate in (1e-9, 4):
+        assert main("tune", run, *plain, f"--set=tune.learning_rate={rate}")[0] == 0
+        code, out, err = main("evaluate", run, *plain, f"--set=tune.learning_rate={rate}", "--json")
+        assert code == 0, err
+        table = {row["name"]: row for row in json.loads(out)["rows"]}
+        rows[rate] = table["student + prompt"]["accuracy_micro"]
+    assert rows[4] > rows[1e-9] + 0.1, "the head learns what the words do not say"
+
+    # The private one, behind the same prompt.
+    assert main("tune", run)[0] == 0
+    heads = [read_prompt(path) for path in tmp_path.glob("runs/tiny/tune-????????/artifact")]
+    private = next(head for head in heads if head.privacy is not None)
+    assert private.adapter.depth(32) == 4
+    for head in heads:
+        # Mean and scale come from the student alone, and from no private text.
+        assert torch.equal(head.adapter.mean, private.adapter.mean)
+        assert torch.equal(head.adapter.scale, private.adapter.scale)
+        assert torch.equal(head.embeddings, private.embeddings)
+
+
+def test_a_masked_model_needs_a_public_prompt_for_a_head(tmp_path: Path, main: Callable) -> None:
+    run = tiny.write_run(tmp_path, "roberta")
+    options = (
+        "--set=tune={adapter: head, num_virtual_tokens: 5}",
+        "--set=transfer.scores=classes",
+        "--set=evaluate.baselines=[]",
+        "--set=inputs.student=teacher",
+        "--set=inputs.trust_model=true",
+    )
+    for command in ("check", "tune"):
+        code, out, err = main(command, run, *options)
+        assert code == 2, out + err
+        assert "a masked model writes no texts" in " ".join((out + err).split())
+
+
 def test_check_lists_what_the_stages_refuse_of_a_start_and_a_head(
     tmp_path: Path, main: Callable
 ) -> None:
     run = write_run(tmp_path)
-    code, out, _ = main("check", run, "--set=warm_start=null")
-    assert code == 2
-    assert "needs a public prompt to stand behind" in out
     assert main("warm-start", run)[0] == 0
     public = artifact(tmp_path, "warm_start")
     other = (f"--set=inputs.public_prompt={public}", "--set=warm_start=null")
@@ -188,7 +231,6 @@ def test_a_warm_start_that_says_the_same_of_all_texts_is_not_taken(
         (["transfer.scores=vocabulary"], "set transfer.scores: classes"),
         (["tune.class_bias=true"], "a head needs no other biases"),
         (["evaluate.baselines=[published transfer]"], "remove evaluate.baselines"),
-        (["warm_start=null"], "needs a public prompt to stand behind"),
         (["public_task.labels={}"], "public_task has no template or no labels"),
         (["warm_start.class_shares=[0.2, 0.3, 0.5]"], "3 shares for 2 classes"),
     ],

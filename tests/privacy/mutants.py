@@ -950,9 +950,9 @@ MUTANTS = [
     Mutant(
         "class balance in the card",
         "stages.tune.artifact",
-        "_write_card(artifact, folder.config, tuned.statement, model.title)",
+        "_write_card(artifact, folder.config, contents.privacy, model.title)",
         "balance = {'balance': float(task.targets.double().mean())}\n"
-        "        claims = (tuned.statement or {}) | balance\n"
+        "        claims = (contents.privacy or {}) | balance\n"
         "        _write_card(artifact, folder.config, claims, model.title)",
         "neighbors_leave_the_same_traces",
     ),
@@ -981,28 +981,28 @@ MUTANTS = [
     Mutant(
         "number of examples in a file's name",
         "stages.tune.artifact",
-        "    contents = kind.contents(",
-        "    (folder.path / f'of-{len(task.examples)}').touch()\n    contents = kind.contents(",
+        "    provenance = Provenance(",
+        "    (folder.path / f'of-{len(task.examples)}').touch()\n    provenance = Provenance(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in a file's mode",
         "stages.tune.artifact",
-        "    contents = kind.contents(",
+        "    provenance = Provenance(",
         "    (folder.path / 'lock').with_name('resolved.yaml').chmod(\n"
         "        0o600 + 0o100 * (len(task.examples) % 2)\n"
         "    )\n"
-        "    contents = kind.contents(",
+        "    provenance = Provenance(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "number of examples in the exit code",
         "stages.tune.artifact",
-        "    contents = kind.contents(",
+        "    provenance = Provenance(",
         "    if len(task.examples) % 2:\n"
         "        from post_dist.errors import InputError\n\n"
         "        raise InputError('an odd number')\n"
-        "    contents = kind.contents(",
+        "    provenance = Provenance(",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(

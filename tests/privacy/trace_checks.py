@@ -76,6 +76,10 @@ def neighbors_leave_the_same_traces() -> None:
     head = ["inputs.public_prompt=public", "tune.adapter=head"]
     compare([rows, more, changed], [*head, *still])
     compare([rows, more], head, stop=True)
+    # Without a public prompt, the student's own texts say how large its states are.
+    # Its weights begin at zero, where a rate must be smaller still to change nothing.
+    own = ["tune.adapter=head", "tune.num_virtual_tokens=5", "privacy.learning_rate=1e-60"]
+    compare([rows, more], own)
     lora = ["tune.adapter=lora", "tune.lora.r=2", "tune.lora.upper_layers=1"]
     compare([rows, more, changed], [*lora, *still])
     compare([rows, more], lora, stop=True)

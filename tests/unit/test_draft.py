@@ -149,9 +149,24 @@ def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -
     assert code == 0, err
     config = post_dist.load_run(tmp_path / "work/run.yaml")
     assert config.tune.num_virtual_tokens == (100 if preset == "paper" else 10)
-    assert config.privacy.steps == {"laptop": 80, "paper": 625}.get(preset, 200)
-    assert config.privacy.expected_batch_size == {"laptop": 64, "paper": 32}.get(preset, 100)
+    is_paper = preset == "paper"
+    assert config.tune.adapter == ("prompt" if is_paper else "head")
+    assert config.privacy.steps == (625 if is_paper else 400)
+    assert config.privacy.expected_batch_size == (32 if is_paper else 100)
+    assert config.privacy.learning_rate == (1e-3 if is_paper else None)
     assert config.cluster.gpus_per_node == (preset == "cluster")
+
+
+@pytest.mark.parametrize("order", [["body", "topic_name"], ["topic_name", "body"]])
+def test_a_table_of_two_columns_needs_no_names(
+    tmp_path: Path, main: Callable, order: list[str]
+) -> None:
+    data = write_table(tmp_path / "t.csv")
+    pd.read_csv(data)[order].to_csv(data, index=False)
+    code, _, err = main("init", tmp_path / "work", f"--data={data}")
+    assert code == 0, err
+    task = post_dist.load_run(tmp_path / "work/run.yaml").private_task
+    assert (task.text, task.label_column) == ("{body}", "topic_name")
 
 
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:

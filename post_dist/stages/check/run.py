@@ -20,6 +20,7 @@ from post_dist.data.documents import documents_of
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
+from post_dist.models.facts import ModelFacts
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.given import GivenParts
 from post_dist.stages.check.models import same_tokenizer
@@ -163,7 +164,8 @@ class _Check:
         elif self._given.student.facts is not None:
             found = tune_conflicts(config, self._given.student.facts, target, self._layout("tune"))
             self.findings.add("tune", found)
-        self._check_start()
+        if self._given.student is not None and self._given.student.facts is not None:
+            self._check_start(self._given.student.facts)
         task = config.private_task
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
@@ -175,15 +177,15 @@ class _Check:
             self._check_examples("tune", task, splits)
         self._account()
 
-    def _check_start(self) -> None:
+    def _check_start(self, student: ModelFacts) -> None:
         """Check the public prompt that tuning starts from. One that is yet to be made will fit."""
         given = self.config.inputs.public_prompt
         if given is not None:
             start = self._given.read_prompt("tune", given, PUBLIC_PROMPT)
             if start is not None:
-                self.findings.add("tune", start_conflicts(self.config, start))
+                self.findings.add("tune", start_conflicts(self.config, start, student))
         elif self.config.warm_start is None:
-            self.findings.add("tune", start_conflicts(self.config, None))
+            self.findings.add("tune", start_conflicts(self.config, None, student))
 
     def _check_transfer(self) -> None:
         public_task = self.config.public_task

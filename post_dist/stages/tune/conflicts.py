@@ -35,15 +35,18 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     return found
 
 
-def start_conflicts(config: RunConfig, start: SoftPromptArtifact | None) -> list[Conflict]:
+def start_conflicts(
+    config: RunConfig, start: SoftPromptArtifact | None, model: ModelFacts
+) -> list[Conflict]:
     """Find what keeps tuning from starting at a public prompt, or from text.
 
     Args:
         config: the run file, with the section `private_task`.
         start: the public prompt; None to start from text.
+        model: facts of the student.
     """
     section = config.tune
-    found = tuned_kind(section).start_conflicts(start)
+    found = tuned_kind(section).start_conflicts(start, model)
     if start is None:
         return found
     if len(start.embeddings) != section.num_virtual_tokens:

@@ -11,19 +11,15 @@ import logging
 import torch
 
 from post_dist.artifacts.prompt import PromptContents
-from post_dist.data.limited_tokenizer import with_limits
-from post_dist.data.task_reader import TaskReader
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
-from post_dist.models.generation import sampled_texts
+from post_dist.models.own_texts import own_texts
 from post_dist.models.tuning_task import TuningTask
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
 _TEXTS = 64
-_TOKENS = 24
-"""Length of a text."""
 _BATCH = 16
 _LARGEST_SHARE = 0.9
 """Share of one class above which the answers hardly depend on the text.
@@ -44,8 +40,7 @@ def report_one_class(task: TuningTask, tuned: PromptContents, world: World) -> N
     # A masked model writes no text.
     if task.reader.generates or task.model.masked:
         return
-    tokens_NR = sampled_texts(task.model, _first_tokens(task.reader), _TEXTS, _TOKENS)
-    texts = task.reader.texts_of(tokens_NR)
+    texts = own_texts(task.model, task.reader, _TEXTS)
     before = PromptContents(task.start_nd, task.reader.task, None, task.adapter)
     share_before, _ = _largest_class(task, before, texts, world)
     share, label = _largest_class(task, tuned, texts, world)
@@ -64,16 +59,6 @@ def report_one_class(task: TuningTask, tuned: PromptContents, world: World) -> N
             len(texts),
             label,
         )
-
-
-def _first_tokens(reader: TaskReader) -> list[int]:
-    """Return what a text starts with: the template before the text, so that it is of that kind."""
-    tokenizer = reader.tokenizer
-    before, _, _ = reader.task.template.partition("{text}")
-    tokens: list[int] = with_limits(lambda: tokenizer(before.rstrip()).input_ids, [before])
-    # Without any word to start from, the model needs a token that stands before a text.
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return tokens or [next(token for token in ends if token is not None)]
 
 
 def _largest_class(

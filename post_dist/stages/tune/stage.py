@@ -72,7 +72,8 @@ def refuse_settings(config: RunConfig, model: TunedModel, world: World) -> None:
     layout = Layout(device=world.device.type)
     if model.public_prompt is not None:
         check_belongs(model.public_prompt, facts, load_tokenizer(model.folder))
-    found = conflicts(config, facts, layout) + start_conflicts(config, model.public_prompt)
+    found = conflicts(config, facts, layout)
+    found += start_conflicts(config, model.public_prompt, facts)
     raise_conflicts("tune", found)
 
 
@@ -102,11 +103,11 @@ def tune(
         task = _load_task(private_task, folder.config, model, alone)
         with offline():
             parameters, statement = _train(folder, task, model.name, alone, resume)
-        kind = tuned_kind(folder.config.tune)
-        contents = kind.contents(task, parameters, statement)
-        write_tuned_prompt(folder, task, contents, model)
-        # The result is on disk, whatever becomes of the report.
-        report_one_class(task, contents, alone)
+            kind = tuned_kind(folder.config.tune)
+            contents = kind.contents(task, parameters, statement)
+            write_tuned_prompt(folder, task, contents, model)
+            # The result is on disk, whatever becomes of the report.
+            report_one_class(task, contents, alone)
 
     world.on_main(tune_alone)
 
@@ -141,8 +142,9 @@ def bound_task(
         start_nd = prompt_from_text(
             model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
         )
-    adapter = tuned_kind(section).start(model, config, tuned.public_prompt)
-    return TuningTask(model, reader, [], torch.zeros(0), start_nd, adapter=adapter)
+    task = TuningTask(model, reader, [], torch.zeros(0), start_nd)
+    adapter = tuned_kind(section).start(task, config, tuned.public_prompt)
+    return replace(task, adapter=adapter)
 
 
 def _load_task(
