@@ -22,7 +22,6 @@ from post_dist.conflicts import Conflict
 from post_dist.data.order import shuffled_rows
 from post_dist.data.template import Batch
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import AnswerStates, TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.scoring import validation_task
@@ -108,7 +107,7 @@ class TunedHead:
 
     @staticmethod
     def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+        task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
         """Return the head of the public prompt, which `start_conflicts` has found there."""
         return None if public is None else public.adapter

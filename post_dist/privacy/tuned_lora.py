@@ -20,7 +20,6 @@ from post_dist.data.template import Batch
 from post_dist.models.adapted import adapted
 from post_dist.models.classifier import PromptInput
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
 from post_dist.models.lora_layers import lora_conflicts, untrained_lora
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import unit_gradients
@@ -79,11 +78,9 @@ class TunedLora:
     world: World
 
     @staticmethod
-    def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
-    ) -> Adapter:
+    def start(task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None) -> Adapter:
         """Return a LoRA that changes nothing yet."""
-        return untrained_lora(model, config.tune.lora_settings, config.seed)
+        return untrained_lora(task.model, config.tune.lora_settings, config.seed)
 
     @staticmethod
     def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:

@@ -1,4 +1,4 @@
-"""What tuning trains: the prompt itself, or an adapter behind a fixed prompt.
+"""What tuning trains: the prompt itself, or an adapter behind a prompt or in its place.
 
 A new adapter is one class here, and its name and settings in `config/stages.py`.
 
@@ -16,10 +16,10 @@ from post_dist.config.stages import AdapterName
 from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_head import TunedHead
 from post_dist.privacy.tuned_lora import TunedLora
+from post_dist.privacy.tuned_prefix import TunedPrefix
 from post_dist.privacy.tuned_prompt import TunedPrompt
 from post_dist.runtime.distributed import World
 
@@ -40,12 +40,12 @@ class TunedPart(Protocol):
 
     @staticmethod
     def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+        task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
         """Return the adapter that tuning starts from; None if the prompt itself is tuned.
 
         Args:
-            model: the model.
+            task: the model and the prompt to start from, without an adapter.
             config: the run file.
             public: the public prompt; None to start from text.
         """
@@ -109,6 +109,7 @@ _KINDS: Mapping[AdapterName, type[TunedPart]] = {
     "prompt": TunedPrompt,
     "head": TunedHead,
     "lora": TunedLora,
+    "prefix": TunedPrefix,
 }
 
 

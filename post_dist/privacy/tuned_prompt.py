@@ -15,7 +15,6 @@ from post_dist.conflicts import Conflict
 from post_dist.data.template import Batch
 from post_dist.models.classifier import BIAS_RATE, BIAS_SCALE, PromptInput
 from post_dist.models.facts import ModelFacts
-from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import task_gradients, unit_gradients
 from post_dist.privacy.plain_batches import batch_of_like_length
@@ -51,7 +50,7 @@ class TunedPrompt:
 
     @staticmethod
     def start(
-        model: LanguageModel, config: RunConfig, public: SoftPromptArtifact | None
+        task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
         """Return no adapter: the prompt itself is tuned."""
         return None

@@ -44,7 +44,7 @@ def tuned_lora(
     config = SimpleNamespace(tune=section_of(family), need_task=lambda role: None, seed=0)
     task = tuning_task(family, dtype)
     kind = part("privacy.tuned_lora").TunedLora
-    task = replace(task, adapter=kind.start(task.model, config, None), **changes)
+    task = replace(task, adapter=kind.start(task, config, None), **changes)
     sizes = part("privacy.micro_batches").planned_sizes(task, 4)
     made = kind(task, config, sizes, WORLD)
     generator = torch.Generator().manual_seed(4)

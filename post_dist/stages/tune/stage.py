@@ -119,8 +119,9 @@ def _load_task(
         start_nd = prompt_from_text(
             model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
         )
-    adapter = tuned_kind(section).start(model, config, tuned.public_prompt)
-    return TuningTask(model, reader, examples, targets, start_nd, loaded.users, adapter)
+    task = TuningTask(model, reader, examples, targets, start_nd, loaded.users)
+    adapter = tuned_kind(section).start(task, config, tuned.public_prompt)
+    return replace(task, adapter=adapter)
 
 
 def _train(
