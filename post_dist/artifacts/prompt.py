@@ -37,7 +37,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _TASK = "task.json"
 _HEAD = "head.safetensors"
 _PROMPT = "prompt.safetensors"
-"""The prompt in front of a LoRA, or before its tuning as a prefix. PEFT's file is then theirs."""
+"""The prompt in front of a LoRA, or that a prefix started from. PEFT's file holds the adapter."""
 
 Adapter = LinearHead | Lora | Prefix
 """What may be tuned behind a fixed prompt, or in its place."""

@@ -256,7 +256,7 @@ class LanguageModel(nn.Module):
             attention_mask: [B, T]; None when nothing is padded. A causal model does not need it,
                 because its real tokens never attend to padding on the right.
             prompt: soft prompt [n, d] before every example, or [B, n, d] with one prompt for each
-                example.
+                example. It does not run inside `behind`.
             answer: [B], the position of each example's answer, counted without the prompt.
             prefix: keys and values from `prefix_of` in place of a prompt, shared or expanded to B
                 examples.
@@ -279,6 +279,7 @@ class LanguageModel(nn.Module):
         Raises:
             InputError: the outputs of the layers cannot be read.
         """
+        # A caller need not know that its prompt has become a prefix.
         if self._in_place is not None:
             prompt, prefix, share_prompt = None, self._in_place, False
         if answer is None:

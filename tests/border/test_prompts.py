@@ -315,6 +315,7 @@ REFUSED_PREFIXES: dict[str, Change] = {
     "heads of no width": adapter(num_attention_heads=32),
     "heads that do not divide the width": adapter(num_attention_heads=3),
     "no heads": adapter(num_attention_heads=0),
+    "heads that are true": adapter(num_attention_heads=True),
     "another width": adapter(token_dim=8),
     "a width of another type": adapter(token_dim=16.0),
     "another adapter": adapter(peft_type="LORA"),
@@ -354,8 +355,10 @@ def test_a_hostile_prefix_is_refused(tmp_path: Path, attack: str) -> None:
     REFUSED_PREFIXES[attack](sent)
     sign(sent)
     assert not verify(sent)["ok"]
-    with pytest.raises(ArtifactRefused):
+    with pytest.raises(ArtifactRefused) as refusal:
         admit_prompt(sent)
+    # A rule has refused it, and no error of a library.
+    assert "cannot be read (" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("write", [write_lora, write_prefix])
