@@ -197,7 +197,9 @@ def test_responses_behind_a_prefix_are_those_behind_its_prompt(tmp_path: Path, f
     examples = reader.encode([*texts, "x"])
     run = InferenceRun(4, alone(), "test")
     prompt = PromptContents(torch.randn(5, 32), task, None)
-    prefix = replace(prompt, adapter=initial_prefix(model, prompt.embeddings))
+    # Vectors of another prompt stand beside it. They must not run.
+    started = initial_prefix(model, prompt.embeddings)
+    prefix = replace(prompt, embeddings=torch.randn(5, 32), adapter=started)
     expected = answers_of(model, examples, reader, prompt, run)
     assert not torch.equal(answers_of(model, examples, reader, None, run), expected)
     assert torch.equal(answers_of(model, examples, reader, prefix, run), expected)
