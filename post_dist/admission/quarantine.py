@@ -61,7 +61,7 @@ _PROMPT = (
     FileRule(r"(adapter_config|task|privacy)\.json", 64 * _KIB),
     _CARD,
 )
-# A LoRA stands behind a prompt of its own file. No public prompt has one.
+# A LoRA or a prefix has the prompt in a file of its own. No public prompt has one of them.
 _TUNED_PROMPT = (*_PROMPT, FileRule(r"prompt\.safetensors", 256 * _MIB))
 _RULES: Mapping[ArtifactKind, tuple[FileRule, ...]] = {
     "soft prompt": _TUNED_PROMPT,

@@ -24,10 +24,12 @@ class LinearHead:
         bias: one number [C] for each class.
         above: number of layers of the model that lie above those which the head reads.
         title: name of this kind of adapter in messages.
+        place: where it stands to the prompt, in messages.
         in_peft: whether PEFT runs it.
     """
 
     title: ClassVar[str] = "linear head"
+    place: ClassVar[str] = "behind it"
     in_peft: ClassVar[bool] = False
 
     mean: torch.Tensor

@@ -29,10 +29,12 @@ class Lora:
             `DOWN` or `UP` behind it.
         alpha: the product is scaled by alpha / r.
         title: name of this kind of adapter in messages.
+        place: where it stands to the prompt, in messages.
         in_peft: whether PEFT runs it.
     """
 
     title: ClassVar[str] = "LoRA"
+    place: ClassVar[str] = "behind it"
     in_peft: ClassVar[bool] = True
 
     factors: Mapping[str, torch.Tensor]

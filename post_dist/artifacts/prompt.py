@@ -16,6 +16,8 @@ from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.lora_files import read_lora, write_lora
 from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_manifest, write_artifact
+from post_dist.artifacts.prefix import Prefix
+from post_dist.artifacts.prefix_files import holds_prefix, read_prefix, write_prefix
 from post_dist.artifacts.prompt_reader import (
     KEY,
     check_adapter_config,
@@ -35,10 +37,10 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _TASK = "task.json"
 _HEAD = "head.safetensors"
 _PROMPT = "prompt.safetensors"
-"""The prompt in front of a LoRA, whose factors are then PEFT's file."""
+"""The prompt in front of a LoRA, or that a prefix started from. PEFT's file holds the adapter."""
 
-Adapter = LinearHead | Lora
-"""What may be tuned behind a fixed prompt."""
+Adapter = LinearHead | Lora | Prefix
+"""What may be tuned behind a fixed prompt, or in its place."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PromptContents:
         embeddings: the vectors [n, d] of the prompt.
         task: the task that the prompt was tuned for.
         privacy: contents of `privacy.json`; None for a prompt that was tuned without privacy.
-        adapter: what was tuned behind the prompt; None if it was the prompt itself.
+        adapter: what was tuned behind the prompt or in its place; None if it was the prompt itself.
     """
 
     embeddings: torch.Tensor
@@ -155,7 +157,8 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
 
     That is `task.json`, `privacy.json` for a prompt with a privacy statement, and
     `head.safetensors` for one with a head. PEFT loads a LoRA without the prompt in front of it,
-    which is in `prompt.safetensors`.
+    which is in `prompt.safetensors`. A prefix needs no prompt. The one that it started from is kept
+    in that file too.
 
     Args:
         folder: an existing folder.
@@ -170,11 +173,15 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
         "base_model_name_or_path": model_name,
     }
     embeddings_nd = contents.embeddings.detach().to("cpu", torch.float32).contiguous()
-    # PEFT has one file for weights. It holds the LoRA, if there is one.
+    # PEFT has one file for weights. It holds the LoRA or the prefix, if there is one.
     adapter = contents.adapter
-    if isinstance(adapter, Lora):
+    if isinstance(adapter, Lora | Prefix):
         save_file({KEY: embeddings_nd}, folder / _PROMPT, metadata={"format": "pt"})
-        write_lora(folder / _WEIGHTS, folder / _ADAPTER_CONFIG, adapter, about)
+        files = (folder / _WEIGHTS, folder / _ADAPTER_CONFIG)
+        if isinstance(adapter, Lora):
+            write_lora(*files, adapter, about)
+        else:
+            write_prefix(*files, adapter, about)
     else:
         save_file({KEY: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
         _write_prompt_config(folder, embeddings_nd, about)
@@ -232,7 +239,7 @@ def read_prompt_files(folder: Path, manifest: Manifest) -> SoftPromptArtifact:
     if PRIVACY in manifest.files:
         privacy = read_privacy(folder / PRIVACY)
     task = read_task(folder / _TASK)
-    # The prompt is PEFT's file, unless it stands in front of a LoRA.
+    # The prompt is PEFT's file, unless there is a LoRA or a prefix.
     if _PROMPT in manifest.files:
         embeddings_nd = read_embeddings(folder / _PROMPT)
     else:
@@ -245,7 +252,7 @@ def read_prompt_files(folder: Path, manifest: Manifest) -> SoftPromptArtifact:
 def _read_adapter(
     folder: Path, manifest: Manifest, embeddings_nd: torch.Tensor, task: PromptTask
 ) -> Adapter | None:
-    """Read what was tuned behind a prompt; None if it was the prompt itself.
+    """Read what was tuned behind a prompt or in its place; None if it was the prompt itself.
 
     Args:
         folder: the folder.
@@ -262,5 +269,7 @@ def _read_adapter(
             return None
         return read_head(folder / _HEAD, embeddings_nd.shape[1], len(task.label_words))
     if has_head:
-        raise ArtifactRefused(f"{folder} has a head and a LoRA; a prompt has one of them")
+        raise ArtifactRefused(f"{folder} has a head and a LoRA or a prefix; it has one of them")
+    if holds_prefix(folder / _ADAPTER_CONFIG):
+        return read_prefix(folder / _WEIGHTS, folder / _ADAPTER_CONFIG, len(embeddings_nd))
     return read_lora(folder / _WEIGHTS, folder / _ADAPTER_CONFIG)

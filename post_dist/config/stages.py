@@ -10,8 +10,11 @@ from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Sect
 
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
-AdapterName = Literal["prompt", "head", "lora"]
-"""What tuning or a transfer trains."""
+AdapterName = Literal["prompt", "head", "lora", "prefix"]
+"""What tuning trains."""
+
+TransferredName = Literal["prompt", "head", "lora"]
+"""What a transfer trains."""
 
 _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt": {},
@@ -26,6 +29,7 @@ _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "optimizer": "averaged_sgd",
     },
     "lora": {"num_virtual_tokens": 10},
+    "prefix": {"num_virtual_tokens": 10},
 }
 """Defaults of `tune` that differ from those of a prompt."""
 
@@ -212,7 +216,7 @@ class LoraSettings(Section):
 
 
 class AdapterTraining(PromptTraining):
-    """The training of a prompt, or of an adapter behind a prompt."""
+    """The training of a prompt, or of an adapter behind a prompt or in its place."""
 
     adapter: AdapterName = "prompt"
     lora: LoraSettings | None = None
@@ -246,7 +250,9 @@ class Tune(AdapterTraining):
     """`prompt` tunes the vectors of the prompt. `head` keeps a public prompt as it is, and tunes a
     linear head on the hidden states behind it. These are computed once, so that a step takes
     milliseconds. A head has its own defaults for the training. `lora` keeps the prompt as it
-    starts, from a public prompt or from `init_text`, and tunes a LoRA on the student."""
+    starts, from a public prompt or from `init_text`, and tunes a LoRA on the student. `prefix`
+    starts from the same prompt, and tunes the keys and values of its tokens in every layer of a
+    causal student."""
     # The prompt and its first values.
     num_virtual_tokens: Annotated[int, Field(gt=0, le=512)] = 100
     """Number of vectors of the prompt."""
@@ -296,7 +302,7 @@ class Transfer(AdapterTraining):
     """Stage 3, transfer: make a prompt or an adapter for the large LLM with public text."""
 
     # What is trained.
-    adapter: AdapterName = "prompt"
+    adapter: TransferredName = "prompt"
     """`prompt` trains the vectors of a prompt. `lora` keeps the prompt as it starts, and trains a
     LoRA on the large LLM. `head` keeps the prompt too, and fits a linear head on hidden states of
     the LLM. The LLM then runs forward alone: `steps`, `learning_rate`, `schedule` and

@@ -1,6 +1,7 @@
-"""Run a model with an adapter behind its prompt.
+"""Run a model with an adapter behind its prompt, or in its place.
 
-Shapes: B examples, T tokens, r rank, i inputs and o outputs of a linear layer.
+Shapes: B examples, T tokens, r rank, i inputs and o outputs of a linear layer, h key heads,
+n virtual tokens, w width of a key and of a value.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from post_dist.artifacts.lora import Lora
+from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prompt import Adapter
 from post_dist.errors import InputError
 from post_dist.models.language_model import LanguageModel
@@ -20,12 +22,13 @@ from post_dist.models.language_model import LanguageModel
 def adapted(model: LanguageModel, adapter: Adapter | None) -> Iterator[None]:
     """Run a model with an adapter inside this context.
 
-    A head changes no layer: its scores are added behind the model.
+    A head changes no layer: its scores are added behind the model. A prefix stands in place of any
+    prompt that the model is given.
 
     Args:
         model: the model, frozen and whole.
-        adapter: the adapter; None changes nothing. The factors of a LoRA may have one more
-            dimension in front, with one LoRA for each example of a batch.
+        adapter: the adapter; None changes nothing. The values of a LoRA or a prefix may have one
+            more dimension in front, with one adapter for each example of a batch.
 
     Raises:
         InputError: the examples of a batch are not apart in a layer, and each has its own LoRA.
@@ -38,7 +41,18 @@ def adapted(model: LanguageModel, adapter: Adapter | None) -> Iterator[None]:
                 down, up = (factor.to(model.model.device) for factor in adapter.pair(layer))
                 addition = _Addition(down, up, adapter.scale)
                 hooks.callback(module.register_forward_hook(addition).remove)
+        if isinstance(adapter, Prefix):
+            hooks.enter_context(model.behind(_rows(model, adapter)))
         yield
+
+
+def _rows(model: LanguageModel, prefix: Prefix) -> list[torch.Tensor]:
+    """Return keys and values [1, h, n, w], or [B, h, n, w], in the type of the model's own."""
+    rows = []
+    for part in prefix.keys_and_values:
+        of_model = part.to(model.model.device, model.model.dtype)
+        rows.append(of_model if part.dim() == 4 else of_model[None])
+    return rows
 
 
 class _Addition:

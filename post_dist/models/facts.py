@@ -31,6 +31,8 @@ class ModelFacts:
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
         scales_attention_by_layer: whether attention depends on the index of the layer.
         linears: outputs and inputs of the linear modules of each layer, by name in the model.
+        meta: the model on the meta device, for what only a forward pass can tell; None if the facts
+            were read from a loaded model.
     """
 
     family: str
@@ -44,6 +46,7 @@ class ModelFacts:
     linear_head: bool
     scales_attention_by_layer: bool
     linears: Sequence[Mapping[str, tuple[int, int]]] = field(default=(), compare=False)
+    meta: LanguageModel | None = field(default=None, compare=False, repr=False)
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
@@ -65,6 +68,8 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         linear_head=model.has_linear_head,
         scales_attention_by_layer=scales_attention_by_layer(inner.config),
         linears=layer_linears(model),
+        # A loaded model would stay in memory with its facts.
+        meta=model if inner.device.type == "meta" else None,
     )
 
 

@@ -6,6 +6,7 @@ d width, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -42,7 +43,7 @@ def response_hidden(
     """
     hidden_BTd = model(batch.input_ids, batch.attention_mask, prompt, None, prefix)
     # A prompt shifts all positions. A prefix does not, because its states are not in the output.
-    prompt_length = 0 if prompt is None else prompt.shape[-2]
+    prompt_length = hidden_BTd.shape[1] - batch.input_ids.shape[1]
     first_B = batch.answer + prompt_length
     positions_BR = first_B[:, None] + torch.arange(length, device=first_B.device)
     # Positions past the end are clamped to the last position, so that the index is valid.
@@ -112,24 +113,36 @@ def generate_responses(
         max_new_tokens=length, do_sample=False, eos_token_id=end_token, pad_token_id=_FILLING
     )
 
-    def generate(chosen: list[Encoded]) -> torch.Tensor:
-        batch = template.collate(chosen).to(run.world.device)
-        embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
-        # All ranks of a sharded model run the same number of forward passes.
+    def respond(**inputs: Any) -> torch.Tensor:
         # pyrefly: ignore[not-callable] - a method of every model with a causal head
-        tokens_BR = model.model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            generation_config=greedy,
-            synced_gpus=run.world.size > 1,
-        )
+        tokens_BR = model.model.generate(**inputs, generation_config=greedy)
         whole_BR = functional.pad(tokens_BR, (0, length - tokens_BR.shape[1]), value=_FILLING)
         # A batch is shorter only if all its responses have ended.
         ended = (whole_BR == end_token).cumsum(dim=1) > 0
         return whole_BR.masked_fill(ended, NO_TOKEN)
 
+    def generate(chosen: list[Encoded]) -> torch.Tensor:
+        batch = template.collate(chosen).to(run.world.device)
+        embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
+        # All ranks of a sharded model run the same number of forward passes.
+        synced = run.world.size > 1
+        return respond(inputs_embeds=embeddings, attention_mask=mask, synced_gpus=synced)
+
+    def generate_behind_prefix(chosen: list[Encoded]) -> torch.Tensor:
+        # Padding would be between the prefix and the text, and some families count its positions.
+        # So the texts of one length go together. Only a whole model has a prefix.
+        responses = torch.full((len(chosen), length), NO_TOKEN, device=run.world.device)
+        for rows in _rows_by_length(chosen):
+            batch = template.collate([chosen[row] for row in rows]).to(run.world.device)
+            cache = model.new_cache(len(rows))
+            embeddings = _behind_cached(model.embed(batch.input_ids), cache.get_seq_length())
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+            responses[rows] = respond(inputs_embeds=embeddings, attention_mask=mask, cache=cache)
+        return responses
+
     with _own_settings_aside(model):
-        return map_batches(examples, generate, run)
+        compute = generate_behind_prefix if model.has_prefix else generate
+        return map_batches(examples, compute, run)
 
 
 def sampled_texts(
@@ -190,3 +203,17 @@ def _padded_on_the_left(
     places = torch.arange(embeddings.shape[1], device=embeddings.device) - padding_B[:, None]
     rows_B1 = torch.arange(len(embeddings), device=embeddings.device)[:, None]
     return embeddings[rows_B1, places.clamp(min=0)], (places >= 0).long()
+
+
+def _rows_by_length(examples: list[Encoded]) -> list[list[int]]:
+    """Return the places of examples, in one list for each number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(len(example.token_ids), []).append(row)
+    return list(groups.values())
+
+
+def _behind_cached(embeddings: torch.Tensor, count: int) -> torch.Tensor:
+    """Return embeddings [B, n+T, d] with zeros for n cached tokens, which transformers cuts off."""
+    size, _, width = embeddings.shape
+    return torch.cat([embeddings.new_zeros(size, count, width), embeddings], dim=1)

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.masked = masked
         self._head_name = families.head_name(model)
+        self._in_place: Sequence[torch.Tensor] | None = None
         # Replace the attention by a version that takes a `packing`, if the family allows it.
         if not masked and model._supports_attention_backend:
             model.set_attn_implementation(PACKABLE[str(model.config._attn_implementation)])
@@ -112,7 +113,8 @@ class LanguageModel(nn.Module):
         device = self.model.device
         input_ids_BT = torch.arange(4, 12, device=device).view(2, 4)
         answer_B = torch.tensor([3, 2], device=device)
-        with torch.no_grad():
+        # A prefix in place of the prompt would make any two runs agree.
+        with torch.no_grad(), self.behind(None):
             prompt_nd = self.embed(torch.arange(12, 15, device=device))
             separate = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
             try:
@@ -185,6 +187,30 @@ class LanguageModel(nn.Module):
         return prefix
 
     @contextmanager
+    def behind(self, prefix: Sequence[torch.Tensor] | None) -> Iterator[None]:
+        """Put keys and values before every text inside this context, in place of any prompt.
+
+        Args:
+            prefix: as `prefix_of` returns it, or expanded to the examples of a batch; None for the
+                model as it is.
+        """
+        before = self._in_place
+        self._in_place = prefix
+        try:
+            yield
+        finally:
+            self._in_place = before
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether keys and values stand before every text, as inside `behind`."""
+        return self._in_place is not None
+
+    def new_cache(self, count: int) -> DynamicCache:
+        """Return a cache with the keys and values of `behind` for each of `count` examples."""
+        return _cache_of(self._in_place or [], count)
+
+    @contextmanager
     def plain_attention(self) -> Iterator[None]:
         """Run attention as matrix products inside this context, if the family allows a choice."""
         fused = str(self.model.config._attn_implementation)
@@ -230,7 +256,7 @@ class LanguageModel(nn.Module):
             attention_mask: [B, T]; None when nothing is padded. A causal model does not need it,
                 because its real tokens never attend to padding on the right.
             prompt: soft prompt [n, d] before every example, or [B, n, d] with one prompt for each
-                example.
+                example. It does not run inside `behind`.
             answer: [B], the position of each example's answer, counted without the prompt.
             prefix: keys and values from `prefix_of` in place of a prompt, shared or expanded to B
                 examples.
@@ -253,6 +279,9 @@ class LanguageModel(nn.Module):
         Raises:
             InputError: the outputs of the layers cannot be read.
         """
+        # A caller need not know that its prompt has become a prefix.
+        if self._in_place is not None:
+            prompt, prefix, share_prompt = None, self._in_place, False
         if answer is None:
             inputs = self._inputs(input_ids, attention_mask, prompt, prefix)
             if position_ids is not None:
@@ -356,12 +385,17 @@ class LanguageModel(nn.Module):
         """Return the trunk arguments that put a prefix before each of `count` examples."""
         if prefix is None:
             return {"use_cache": False}
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(prefix[::2], prefix[1::2], strict=True)):
-            keys_of_all = keys.expand(count, -1, -1, -1)
-            values_of_all = values.expand(count, -1, -1, -1)
-            cache.update(keys_of_all, values_of_all, layer)
-        return {"cache": cache, "use_cache": True}
+        return {"cache": _cache_of(prefix, count), "use_cache": True}
+
+
+def _cache_of(prefix: Sequence[torch.Tensor], count: int) -> DynamicCache:
+    """Return a cache that holds a prefix for each of `count` examples."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(prefix[::2], prefix[1::2], strict=True)):
+        keys_of_all = keys.expand(count, -1, -1, -1)
+        values_of_all = values.expand(count, -1, -1, -1)
+        cache.update(keys_of_all, values_of_all, layer)
+    return cache
 
 
 def _row_by_row(

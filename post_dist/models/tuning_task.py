@@ -13,6 +13,7 @@ import torch
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
+from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prompt import Adapter
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch, Encoded
@@ -21,7 +22,7 @@ from post_dist.models.classifier import PromptInput, class_losses, word_scores
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
 
-NeededAdapter = TypeVar("NeededAdapter", LinearHead, Lora)
+NeededAdapter = TypeVar("NeededAdapter", LinearHead, Lora, Prefix)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TuningTask:
         targets: the classes [N], or the tokens of the responses [N, R].
         start_nd: the initial prompt.
         users: the number of each example's user; empty if every example is a unit of its own.
-        adapter: the adapter behind the prompt to start from; None if the prompt itself is tuned.
+        adapter: the adapter to start from, behind the prompt or in its place; None if the prompt
+            itself is tuned.
     """
 
     model: LanguageModel

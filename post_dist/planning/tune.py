@@ -9,6 +9,7 @@ from post_dist.planning import cost
 from post_dist.planning.estimate import StageEstimate
 from post_dist.planning.inputs import PlanInputs
 from post_dist.planning.memory import GIB
+from post_dist.privacy.micro_batches import LENGTH_STEP
 from post_dist.stages.conflicts import tune_conflicts
 
 
@@ -101,13 +102,21 @@ def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
         return 4 * batch_size * _classes(inputs.config) * student.width
     text, response = inputs.text_lengths()
     length = inputs.config.tune.num_virtual_tokens + text + response
-    forward = cost.forward_flops(student, batch_size, length)
+    tokens = batch_size * _run_length(inputs)
+    forward = sum(cost.layer_flops(student, layer, tokens, length) for layer in student.layers)
     head = cost.head_flops(student, batch_size * (response or 1))
     # The gradients of a LoRA need no backward pass below its lowest layer.
     passed = student.upper_layers(inputs.config.tune.lora_settings.upper_layers)
-    tokens = batch_size * length
     backward = sum(cost.layer_flops(student, layer, tokens, length) for layer in passed)
     return forward + backward + 2 * head
+
+
+def _run_length(inputs: PlanInputs) -> int:
+    """Return the number of tokens of an example that pass through the layers."""
+    text, response = inputs.text_lengths()
+    # The keys and values of a prefix are there already. Tokens attend to them.
+    is_prefix = inputs.config.tune.adapter == "prefix"
+    return text + response + (0 if is_prefix else inputs.config.tune.num_virtual_tokens)
 
 
 def _classes(config: RunConfig) -> int:
@@ -130,14 +139,21 @@ def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:
     # Weights are frozen, so there are no gradients and no optimizer of any size.
     each = inputs.bytes_each
     section = inputs.config.tune
-    text, response = inputs.text_lengths()
-    length = section.num_virtual_tokens + text + response
+    _, response = inputs.text_lengths()
+    length = _run_length(inputs)
     micro = section.micro_batch_size_per_gpu
     kept = len(student.layers) * cost.activation_elements(student, trained=False)
     # Three fp32 tensors exist at once: the logits, their softmax and their gradient.
     logits = 3 * micro * (response or 1) * student.vocabulary * 4
-    return {
+    memory = {
         "student_weights": student.parameters * each / GIB,
         "activations": kept * micro * length * each / GIB,
         "logits": logits / GIB,
     }
+    if section.adapter == "prefix":
+        # Each example keeps its keys and values beside those of its text, and their fp32 gradients.
+        # A pass of shorter examples holds more of them.
+        copies = micro * max(1.0, length / LENGTH_STEP)
+        of_token = len(student.layers) * (student.attention.key + student.attention.value)
+        memory["prefixes"] = copies * section.num_virtual_tokens * of_token * (each + 4) / GIB
+    return memory

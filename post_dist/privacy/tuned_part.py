@@ -1,4 +1,4 @@
-"""What tuning trains: the prompt itself, or an adapter behind a fixed prompt.
+"""What tuning trains: the prompt itself, or an adapter behind a prompt or in its place.
 
 A new adapter is one class here, and its name and settings in `config/stages.py`.
 
@@ -19,6 +19,7 @@ from post_dist.models.facts import ModelFacts
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_head import TunedHead
 from post_dist.privacy.tuned_lora import TunedLora
+from post_dist.privacy.tuned_prefix import TunedPrefix
 from post_dist.privacy.tuned_prompt import TunedPrompt
 from post_dist.runtime.distributed import World
 
@@ -44,7 +45,7 @@ class TunedPart(Protocol):
         """Return the adapter that tuning starts from; None if the prompt itself is tuned.
 
         Args:
-            task: the model and the prompt, without any examples.
+            task: the model and the prompt to start from, without examples and without an adapter.
             config: the run file.
             public: the public prompt; None to start from text.
         """
@@ -108,6 +109,7 @@ _KINDS: Mapping[AdapterName, type[TunedPart]] = {
     "prompt": TunedPrompt,
     "head": TunedHead,
     "lora": TunedLora,
+    "prefix": TunedPrefix,
 }
 
 

@@ -25,7 +25,9 @@ _COMMANDS = {
 """What made an artifact, by its role. The roles of prompts are names of rows."""
 
 _OWNER = ("student + prompt", "full prompt tuning")
-_ADAPTERS = {"head": "linear head", "lora": "LoRA"}
+_ADAPTERS = {"head": "linear head", "lora": "LoRA", "prefix": "prefix"}
+PREFIX_TUNING = "PREFIX_TUNING"
+"""PEFT's name of a prefix."""
 _DETAIL_LENGTH = 120
 
 
@@ -44,7 +46,8 @@ class Made:
         privacy: its `privacy.json`; empty if it has none.
         adapter: its `adapter_config.json`; empty if it has none.
         has_head: whether there is a linear head behind the prompt.
-        vectors: numbers of the prompt's vectors and of their components, such as `10×576`.
+        vectors: numbers of the prompt's vectors and of their components, such as `10×576`; of a
+            prefix the number of its virtual tokens.
     """
 
     role: str
@@ -227,6 +230,8 @@ def _described(role: str, folder: Path, inside: Quarantined) -> Made:
 
 def _vectors(copy: Path, adapter: Mapping[str, Any]) -> str:
     """Return the numbers of a prompt's vectors and of their components, such as `10×576`."""
+    if adapter.get("peft_type") == PREFIX_TUNING:
+        return str(adapter.get("num_virtual_tokens"))
     # The prompt in front of a LoRA has a file of its own.
     own = copy / "prompt.safetensors"
     if own.exists():

@@ -12,7 +12,7 @@ from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import write_file
 from post_dist.losses.metric_labels import METRIC_LABELS
-from post_dist.report.lineage import Made, lineage, settings_of
+from post_dist.report.lineage import PREFIX_TUNING, Made, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
     markdown_table,
@@ -25,6 +25,8 @@ from post_dist.runtime.metric_log import read_metric_log
 from post_dist.runtime.private_process import owner_only
 
 _TEMPLATE = "page.html.j2"
+_ALONE = ("PROMPT_TUNING", PREFIX_TUNING)
+"""What PEFT runs without anything in front of it, by PEFT's names."""
 _MOST_METRICS_BYTES = 256 << 20
 """Largest log of metrics that is drawn; a million steps have about 150 MB."""
 
@@ -189,12 +191,19 @@ def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
             "quoted": shlex.quote(str(each.folder)),
             "literal": repr(str(each.folder)),
             "masked": each.adapter.get("task_type") != "CAUSAL_LM",
-            # PEFT runs all of a prompt that has nothing behind it.
-            "alone": each.adapter.get("peft_type") == "PROMPT_TUNING" and not each.has_head,
+            # PEFT runs all of a prompt that has nothing behind it, and all of a prefix.
+            "alone": each.adapter.get("peft_type") in _ALONE and not each.has_head,
             "size": each.vectors,
+            "unit": _unit(each),
             "model": "the student" if each.by_owner else "the large LLM",
         }
     return None
+
+
+def _unit(made: Made) -> str:
+    """Return what the size of a prompt counts."""
+    is_prefix = made.adapter.get("peft_type") == PREFIX_TUNING
+    return "virtual tokens in every layer" if is_prefix else "prompt vectors"
 
 
 def _settings(made: Sequence[Made]) -> list[dict[str, str]]:

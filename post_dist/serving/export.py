@@ -73,7 +73,7 @@ def export_prompt(
     takes = adapter is None or form == "hub" or (form == "peft" and adapter.in_peft)
     if adapter is not None and not takes:
         raise InputError(
-            f"the prompt has a {adapter.title} behind it, which {form} does not run",
+            f"the prompt has a {adapter.title} {adapter.place}, which {form} does not run",
             "use `post-dist predict`, or transfer the owner's prompt with transfer.adapter: prompt",
         )
     with fitting_model(prompt, model, revision) as found:

@@ -4,10 +4,12 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
+from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
 from post_dist.models.facts import ModelFacts
 from post_dist.models.load import tokenizer_fingerprint
+from post_dist.models.prefix_layers import prefix_shape
 
 _MOST_EMBEDDINGS = 1000
 """Largest norm of a prompt's vector, in norms of the largest embedding.
@@ -33,7 +35,7 @@ def check_belongs(
 
     Raises:
         ArtifactRefused: the widths or the tokenizers of prompt and model differ, or the model lacks
-            a layer of its head or LoRA.
+            a layer of its head or LoRA, or keeps other keys and values than its prefix.
     """
     width = prompt.embeddings.shape[1]
     if model.width != width:
@@ -54,6 +56,10 @@ def check_belongs(
         misfit = prompt.adapter.misfit(linears)
         if misfit is not None:
             raise ArtifactRefused(f"the LoRA changes {misfit}, which does not fit {whose}")
+    if isinstance(prompt.adapter, Prefix) and prompt.adapter.shape != prefix_shape(model):
+        raise ArtifactRefused(
+            f"the prefix holds {prompt.adapter.shape.text}, which does not fit {whose}"
+        )
 
 
 def check_target(prompt: SoftPromptArtifact, weights: str) -> None:

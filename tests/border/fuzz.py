@@ -84,12 +84,13 @@ class Result:
 
 
 def prompts(folder: Path) -> Target:
-    """Return the prompts to send. A quarter of them has a privacy statement, and a quarter a LoRA.
+    """Return the prompts to send. A quarter each has a privacy statement, a LoRA, and a prefix.
 
     The accountant would take most of the time if all of them had a statement.
     """
     lora = prompt_changes.write_lora(folder.with_name(f"{folder.name}-lora"))
-    honest = [prompt_changes.HONEST, lora, *2 * [without_statement(folder)]]
+    prefix = prompt_changes.write_prefix(folder.with_name(f"{folder.name}-prefix"))
+    honest = [prompt_changes.HONEST, lora, prefix, without_statement(folder)]
     return Target(honest, prompt_changes.CHANGES, prompt_changes.admit)
 
 

@@ -12,14 +12,15 @@ from border.random_changes import change_bytes, change_value, value
 from post_dist.admission.door import admit_prompt
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.stages import LoraSettings
 
 HONEST = Path(__file__).parents[1] / "data/artifacts_0_1_0/source_prompt"
 WEIGHTS = "adapter_model.safetensors"
-LORA = "prompt.safetensors"
-"""The prompt in front of a LoRA. Its file is there if there is a LoRA."""
+PROMPT = "prompt.safetensors"
+"""The prompt of a LoRA or a prefix. Its file is there if there is one of them."""
 
 
 def _json_files(folder: Path) -> list[str]:
@@ -28,7 +29,7 @@ def _json_files(folder: Path) -> list[str]:
 
 
 def _weights(folder: Path) -> list[str]:
-    return [name for name in (WEIGHTS, LORA) if (folder / name).exists()]
+    return [name for name in (WEIGHTS, PROMPT) if (folder / name).exists()]
 
 
 def write_lora(folder: Path) -> Path:
@@ -37,6 +38,15 @@ def write_lora(folder: Path) -> Path:
     shapes = {f"model.layers.{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}
     lora = Lora.untrained(shapes, LoraSettings(r=2), seed=0)
     contents = PromptContents(torch.zeros(5, 32), task, None, lora)
+    write_prompt(folder, contents, Provenance("m", "", {"model": "1" * 64}, {}), lambda _: None)
+    return folder
+
+
+def write_prefix(folder: Path) -> Path:
+    """Write an honest prefix with the prompt that it started from."""
+    task = PromptTask("Review: {text} It was", (("bad",), ("good",)), 48, False, "Classify")
+    prefix = Prefix((torch.ones(2, 5, 8), torch.zeros(2, 5, 8)) * 2)
+    contents = PromptContents(torch.zeros(5, 32), task, None, prefix)
     write_prompt(folder, contents, Provenance("m", "", {"model": "1" * 64}, {}), lambda _: None)
     return folder
 
@@ -52,8 +62,8 @@ def change_file(folder: Path, chance: random.Random) -> None:
 
 
 def change_header(folder: Path, chance: random.Random) -> None:
-    """Write the weights of a prompt, or a factor of a LoRA, with another header."""
-    if (folder / LORA).exists():
+    """Write the weights of a prompt with another header, or change that of an adapter."""
+    if (folder / PROMPT).exists():
         change_lora_header(folder / WEIGHTS, chance)
         return
     entry: dict[str, Any] = {"dtype": "F32", "shape": [5, 32], "data_offsets": [0, 640]}
@@ -71,7 +81,7 @@ def change_header(folder: Path, chance: random.Random) -> None:
 
 
 def change_lora_header(path: Path, chance: random.Random) -> None:
-    """Change an entry or a name in the header of a LoRA, and keep its data."""
+    """Change an entry or a name in the header of a LoRA or a prefix, and keep its data."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -96,7 +106,10 @@ def admit(folder: Path) -> None:
     prompt = admit_prompt(folder)
     assert prompt.embeddings.isfinite().all()
     assert prompt.embeddings.norm(dim=1).max() <= 1e4
-    if prompt.adapter is not None:
+    if isinstance(prompt.adapter, Prefix):
+        assert prompt.adapter.num_virtual_tokens == len(prompt.embeddings)
+        assert all(part.isfinite().all() for part in prompt.adapter.keys_and_values)
+    elif prompt.adapter is not None:
         assert isinstance(prompt.adapter, Lora)
         assert 0 < prompt.adapter.scale <= 1 << 16
         for layer in prompt.adapter.layers:

@@ -20,7 +20,7 @@ from border.hostile import (
     replace_by_sparse,
     sign,
 )
-from border.prompt_changes import write_lora
+from border.prompt_changes import write_lora, write_prefix
 from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
@@ -296,8 +296,74 @@ def test_a_hostile_lora_is_refused(tmp_path: Path, attack: str) -> None:
         admit_prompt(sent)
 
 
-def test_a_public_prompt_has_no_lora(tmp_path: Path) -> None:
-    sent = write_lora(tmp_path / "sent")
+TABLE = "prompt_embeddings"
+
+
+def with_six_tokens(folder: Path) -> None:
+    """Give a prefix one more token than the prompt that it started from."""
+    save_file({TABLE: torch.zeros(6, 64)}, folder / WEIGHTS)
+    adapter(num_virtual_tokens=6)(folder)
+
+
+REFUSED_PREFIXES: dict[str, Change] = {
+    "another number of tokens": adapter(num_virtual_tokens=4),
+    "true tokens": adapter(num_virtual_tokens=True),
+    "no layers": adapter(num_layers=None),
+    "one more layer": adapter(num_layers=3),
+    "layers that are true": adapter(num_layers=True),
+    "layers below zero": adapter(num_layers=-2, token_dim=-16),
+    "heads of no width": adapter(num_attention_heads=32),
+    "heads that do not divide the width": adapter(num_attention_heads=3),
+    "no heads": adapter(num_attention_heads=0),
+    "heads that are true": adapter(num_attention_heads=True),
+    "another width": adapter(token_dim=8),
+    "a width of another type": adapter(token_dim=16.0),
+    "another adapter": adapter(peft_type="LORA"),
+    "a prompt": adapter(peft_type="PROMPT_TUNING"),
+    "an adapter with code": adapter(peft_type="BOFT"),
+    "a list for the adapter": adapter(peft_type=["PREFIX_TUNING"]),
+    "a projection": adapter(prefix_projection=True),
+    "a number for the projection": adapter(prefix_projection=0),
+    "a projection of another width": adapter(encoder_hidden_size=17),
+    "two parts of a model": adapter(num_transformer_submodules=2),
+    "first values of another kind": adapter(init_weights="zero"),
+    "modules to save": adapter(modules_to_save=["lm_head"]),
+    "code of the sender": adapter(auto_mapping={"base_model_class": "x"}),
+    "a field that PEFT may learn": adapter(anything=1),
+    "an adapter that is no object": put_text("adapter_config.json", "[]"),
+    "a prompt of another form": put_text("prompt.safetensors", b"\x80\x04."),
+    "a head as well": put_text("head.safetensors", b"\x80\x04."),
+    "sparse values": replace_by_sparse(WEIGHTS, 1 << 40),
+    "values through a link": replace_by_link(WEIGHTS),
+    "no prompt beside it": lambda folder: (folder / "prompt.safetensors").unlink(),
+    "more tokens than its prompt": with_six_tokens,
+    "more tokens than its settings": change_factors(
+        lambda t: t.update({TABLE: torch.zeros(6, 64)})
+    ),
+    "a table of three dimensions": change_factors(lambda t: t.update({TABLE: t[TABLE][None]})),
+    "a huge value": change_factors(lambda t: t[TABLE].fill_(1e9)),
+    "a value that is no number": change_factors(lambda t: t[TABLE].fill_(float("nan"))),
+    "one more tensor": change_factors(lambda t: t.update({"more": torch.zeros(2, 32)})),
+    "another name": renamed(TABLE, "prefix"),
+}
+
+
+@pytest.mark.parametrize("attack", REFUSED_PREFIXES)
+def test_a_hostile_prefix_is_refused(tmp_path: Path, attack: str) -> None:
+    sent = write_prefix(tmp_path / "sent")
+    assert admit_prompt(sent).adapter is not None
+    REFUSED_PREFIXES[attack](sent)
+    sign(sent)
+    assert not verify(sent)["ok"]
+    with pytest.raises(ArtifactRefused) as refusal:
+        admit_prompt(sent)
+    # A rule has refused it, and no error of a library.
+    assert "cannot be read (" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("write", [write_lora, write_prefix])
+def test_a_public_prompt_has_no_adapter_of_peft(tmp_path: Path, write: Callable) -> None:
+    sent = write(tmp_path / "sent")
     edit_json("post_dist.json", kind="public prompt")(sent)
     with pytest.raises(ArtifactRefused, match=r"prompt.safetensors is no file of a public prompt"):
         admit_prompt(sent, PUBLIC_PROMPT)

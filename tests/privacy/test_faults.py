@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DRIVER = Path(__file__).with_name("killed_runs.py")
 
 
@@ -35,7 +37,8 @@ def test_a_kill_at_any_place_changes_neither_prompt_nor_ledger(tmp_path: Path) -
     assert killed(tmp_path).count("| 1 | 1 | 1 |") == 10
 
 
-def test_a_killed_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_a_killed_adapter_ends_as_if_it_had_not_been(tmp_path: Path, adapter: str) -> None:
     places = ("after a backward pass", "after the intent", "after the state")
-    found = killed(tmp_path, "--adapter", "lora", "--places", *places)
+    found = killed(tmp_path, "--adapter", adapter, "--places", *places)
     assert found.count("| 1 | 1 | 1 |") == len(places)

@@ -83,6 +83,9 @@ def neighbors_leave_the_same_traces() -> None:
     lora = ["tune.adapter=lora", "tune.lora.r=2", "tune.lora.upper_layers=1"]
     compare([rows, more, changed], [*lora, *still])
     compare([rows, more], lora, stop=True)
+    prefix = ["tune.adapter=prefix"]
+    compare([rows, more, changed], [*prefix, *still])
+    compare([rows, more], prefix, stop=True)
 
 
 def compare(data_sets: Sequence[Rows], settings: Sequence[str], *, stop: bool = False) -> None:

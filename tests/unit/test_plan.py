@@ -681,6 +681,23 @@ def test_a_lora_in_the_upper_layers_has_a_short_backward_pass(run: Path, main: C
     assert 0.5 * flops["all"] < flops["one"] < 0.8 * flops["all"]
 
 
+def test_a_prefix_passes_no_tokens_through_the_layers(run: Path, main: Callable) -> None:
+    tokens = "--set=tune.num_virtual_tokens=10"
+    found = {}
+    for adapter in ("lora", "prefix"):
+        sets = (tokens, f"--set=tune.adapter={adapter}")
+        code, plan = planned(main, run, "--nodes=8", *sets)
+        assert code == 0, plan["conflicts"]
+        found[adapter] = plan["stages"][1]
+    flops = {name: each["flops_per_gpu"]["forward_and_backward"] for name, each in found.items()}
+    assert 0.7 * flops["lora"] < flops["prefix"] < flops["lora"]
+    memory = {name: each["memory_gib"] for name, each in found.items()}
+    assert memory["prefix"]["activations"] < memory["lora"]["activations"]
+    # Each example has its own keys and values, in every layer.
+    assert memory["prefix"]["prefixes"] > 0
+    assert "prefixes" not in memory["lora"]
+
+
 def test_loras_of_a_transfer_are_trained_one_after_the_other(run: Path, main: Callable) -> None:
     owners = '--set=inputs.source_prompt=["a", "b", "c"]'
     found = {}

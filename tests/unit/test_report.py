@@ -118,6 +118,7 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     [
         ({"adapter": "head", "steps": 5000}, "objective ensemble, linear head"),
         ({"adapter": "lora", "steps": 5000}, "objective ensemble, LoRA, 5000 steps"),
+        ({"adapter": "prefix", "steps": 5000}, "objective ensemble, prefix, 5000 steps"),
         ({"adapter": ["head"], "steps": 5000}, "objective ensemble, 5000 steps"),
     ],
 )

@@ -121,7 +121,8 @@ class ObjectiveBuilder:
             task: task of the source prompt.
             source_nd: the source prompt [n, d], on the student's device.
             section: settings of the loss.
-            adapter: what was tuned behind the source prompt; None if it was the prompt itself.
+            adapter: what was tuned behind the source prompt or in its place; None if it was the
+                prompt itself.
 
         Returns:
             The objective.

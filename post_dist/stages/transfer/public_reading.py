@@ -11,6 +11,7 @@ import torch
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
+from post_dist.artifacts.prefix import Prefix
 from post_dist.config.schema import Transfer
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Encoded
@@ -51,21 +52,21 @@ class PublicReading:
     world: World
 
     def outputs(
-        self, prompt_nd: torch.Tensor | None, label: str, lora: Lora | None = None
+        self, prompt_nd: torch.Tensor | None, label: str, adapter: Lora | Prefix | None = None
     ) -> torch.Tensor:
         """Compute the outputs to store for all public examples.
 
         Args:
             prompt_nd: soft prompt [n, d], or None.
             label: name of the forward pass in progress bars.
-            lora: a LoRA behind the prompt.
+            adapter: a LoRA behind the prompt, or a prefix in its place.
 
         Returns:
             One of three kinds. Class scores [N, C], which include the task's class biases if there
             is a prompt. Hidden states [N, d]. For a task that generates text, hidden states
             [N, R, d].
         """
-        with adapted(self.model, lora):
+        with adapted(self.model, adapter):
             return self._model_outputs(prompt_nd, self._run(label))
 
     def states(
