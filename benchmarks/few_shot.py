@@ -29,7 +29,7 @@ from post_dist.data.tasks import Examples
 GROUPS = 100
 QUERIES = 20
 _SHOTS_OF_A_GROUP = 4
-_SHOTS = 8
+SHOTS = 8
 """Labeled texts in front of a new text."""
 _CALIBRATION_TEXTS = 64
 
@@ -57,8 +57,8 @@ class FewShot:
         shots: list[Shot] = []
         for index in range(self._model.num_classes):
             of_class = [shot for shot in shuffled if shot[1] == index]
-            shots += of_class[: self._shots_per_class(_SHOTS)]
-        return self._scores(texts, shots)
+            shots += of_class[: shots_per_class(self._model.num_classes)]
+        return self.scores(texts, shots)
 
     def with_votes(self, texts: list[str], budget: Budget) -> torch.Tensor:
         """Return class scores [N, C] behind public texts that the private groups have labeled.
@@ -70,8 +70,8 @@ class FewShot:
         deviation = noise_deviation(budget, QUERIES, GROUP_SENSITIVITY)
         noise = np.random.default_rng([self._seed, round(100 * (budget.epsilon or 0))])
         noisy_NC = with_noise(self._votes_NC, deviation, noise)
-        shots = clearest(noisy_NC, self._queries, self._shots_per_class(_SHOTS))
-        return self._scores(texts, shots)
+        shots = clearest(noisy_NC, self._queries, shots_per_class(self._model.num_classes))
+        return self.scores(texts, shots)
 
     @cached_property
     def _votes_NC(self) -> np.ndarray:
@@ -79,7 +79,7 @@ class FewShot:
         contexts = disjoint_contexts(
             self._private,
             GROUPS,
-            self._shots_per_class(_SHOTS_OF_A_GROUP),
+            shots_per_class(self._model.num_classes, _SHOTS_OF_A_GROUP),
             f"groups {self._seed}",
         )
         choices = []
@@ -89,7 +89,8 @@ class FewShot:
             choices.append(balanced(scores_NC, scores_NC).argmax(dim=1).numpy())
         return group_histograms(np.stack(choices), self._model.num_classes)
 
-    def _scores(self, texts: list[str], shots: Sequence[Shot]) -> torch.Tensor:
+    def scores(self, texts: list[str], shots: Sequence[Shot]) -> torch.Tensor:
+        """Return class scores [N, C] of texts behind labeled ones, with equal class shares."""
         mixed = self._mixed(shots)
         public_NC = self._model.scores(self._calibration, mixed)
         return balanced(self._model.scores(texts, mixed), public_NC)
@@ -98,17 +99,19 @@ class FewShot:
         """Return shots in a random order: with sorted classes, the LLM repeats the last one."""
         return random.Random(self._seed).sample(list(shots), len(shots))
 
-    def _shots_per_class(self, shots: int) -> int:
-        return max(1, shots // self._model.num_classes)
+
+def shots_per_class(num_classes: int, shots: int = SHOTS) -> int:
+    """Return how many labeled texts of each class make about a number of shots."""
+    return max(1, shots // num_classes)
 
 
-def clearest(votes_NC: np.ndarray, texts: Sequence[str], shots_per_class: int) -> list[Shot]:
+def clearest(votes_NC: np.ndarray, texts: Sequence[str], count: int) -> list[Shot]:
     """Choose the texts that the votes label most clearly, as many of each class.
 
     Args:
         votes_NC: noisy votes.
         texts: the texts [N] that were voted on.
-        shots_per_class: how many texts of each class.
+        count: how many texts of each class.
 
     Returns:
         The texts with the class of most votes. A class with too few of them takes the texts in
@@ -120,6 +123,6 @@ def clearest(votes_NC: np.ndarray, texts: Sequence[str], shots_per_class: int) -
         others_N = np.delete(votes_NC, index, axis=1).max(axis=1)
         by_margin = np.argsort(others_N - votes_NC[:, index])
         free = [int(query) for query in by_margin if int(query) not in taken]
-        taken.update(free[:shots_per_class])
-        shots += [(texts[query], index) for query in free[:shots_per_class]]
+        taken.update(free[:count])
+        shots += [(texts[query], index) for query in free[:count]]
     return shots

@@ -78,6 +78,8 @@ class RivalRuns:
             return self._few_shot.with_true_labels(texts)
         if rival == "votes":
             return self._few_shot.with_votes(texts, budget)
+        if rival == "synthetic shots":
+            return self._few_shot.scores(texts, self._synthetic.shots(budget))
         if rival == "synthetic":
             return self._synthetic.head_scores(texts, budget)
         return self._owners_head.scores(texts, budget)
@@ -100,7 +102,9 @@ class RivalRuns:
     def _synthetic(self) -> SyntheticText:
         classes_N = np.array(self._private.classes)
         private_Nd = self._embeddings()
-        return SyntheticText(self._llm, private_Nd, classes_N, self._opening, self._seed)
+        folder = self._output / self._task.name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        return SyntheticText(self._llm, private_Nd, classes_N, self._opening, self._seed, folder)
 
     def _embeddings(self) -> torch.Tensor:
         """Return the embeddings of the private texts, which are the same for every seed."""

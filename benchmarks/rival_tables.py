@@ -26,6 +26,7 @@ RIVAL_NAMES = {
     "shots": "true labels in context",
     "votes": "PromptPATE: voted labels in context",
     "synthetic": "Aug-PE: a head on the LLM, from synthetic texts",
+    "synthetic shots": "Aug-PE: synthetic texts in context",
     "probe": "DP-SGD: a head on the student, the owner alone",
 }
 _PRIVACY = ("no privacy", "epsilon 8", "epsilon 1")

@@ -8,6 +8,7 @@ The rivals:
     shots       few labeled private texts in front of each text, without privacy
     votes       public texts in front, which private groups have labeled by votes (PromptPATE)
     synthetic   a head on the LLM, trained on synthetic texts that private ones vote on (Aug-PE)
+    synthetic shots   the synthetic texts with most votes in front of each text
     probe       a head on the student, tuned by the owner alone with DP-SGD
 
 Run `make demo` first, which fetches the model and the reviews. Results go to rivals-DEVICE.json.
@@ -38,7 +39,12 @@ OPENINGS = {
     "genres": 'A sentence from a text about {word}: "',
 }
 """What the LLM reads before it writes a synthetic text."""
-PRIVATELY = {"votes": (None, *EPSILONS), "synthetic": EPSILONS, "probe": EPSILONS}
+PRIVATELY = {
+    "votes": (None, *EPSILONS),
+    "synthetic": EPSILONS,
+    "synthetic shots": EPSILONS,
+    "probe": EPSILONS,
+}
 """The values of epsilon that each rival is measured at; None is without noise."""
 RIVALS = ("shots", *PRIVATELY)
 

@@ -6,11 +6,14 @@ votes choose which ones are kept and varied. No private text is shown to the LLM
 Shapes: M synthetic texts, N texts, C classes, d width, m features.
 """
 
+import json
 import random
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+from few_shot import shots_per_class
 from noisy_votes import (
     NEAREST_SENSITIVITY,
     Budget,
@@ -32,10 +35,11 @@ _THRESHOLD = 2.0
 """Fewest votes of a survivor, in standard deviations of the noise."""
 _NEW_TOKENS = 32
 _START_WORDS = 2
-_HEAD_LAYERS = range(12, 20)
+_HEAD_LAYERS = 4
 _PUBLIC_TEXTS = 200
-_PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5)
-_HELD_OUT = 0.25
+_PENALTY = 1e-2
+"""Weight of the squared norm of the head. It and the layers were chosen on the validation split of
+the reviews: held-out synthetic texts prefer a head that fits what only synthetic texts have."""
 
 
 class SyntheticText:
@@ -47,6 +51,7 @@ class SyntheticText:
         classes_N: their classes.
         opening: what precedes a text that the LLM writes, with {word} for its label word.
         seed: draws everything.
+        folder: folder for the texts.
     """
 
     def __init__(
@@ -56,12 +61,14 @@ class SyntheticText:
         classes_N: np.ndarray,
         opening: str,
         seed: int,
+        folder: Path,
     ) -> None:
         self._model = model
         self._private_Nd = private_Nd
         self._classes_N = classes_N
         self._opening = opening
         self._seed = seed
+        self._folder = folder
         self._public = model.some_public_texts(_PUBLIC_TEXTS, seed)
         self._read: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -74,7 +81,7 @@ class SyntheticText:
         """
         # The head learns from synthetic texts alone, so it costs no further privacy.
         written = self.written(budget)
-        layers = list(_HEAD_LAYERS)
+        layers = self._model.last_layers(_HEAD_LAYERS)
         public_Nk, public_NC = self._of_public
         states_nk, of_written_NC = self._model.states([text for text, _ in written], layers)
         classes_N = torch.tensor([index for _, index in written])
@@ -86,6 +93,15 @@ class SyntheticText:
         of_texts = self._states_of(texts)
         return balanced(scores(*of_texts), scores(public_Nk, public_NC)).float()
 
+    def shots(self, budget: Budget) -> list[Shot]:
+        """Return the texts that come first in each class: those with most of the last votes."""
+        written = self.written(budget)
+        found: list[Shot] = []
+        for index in range(self._model.num_classes):
+            of_class = [shot for shot in written if shot[1] == index]
+            found += of_class[: shots_per_class(self._model.num_classes)]
+        return found
+
     def written(self, budget: Budget) -> list[Shot]:
         """Write texts, let the private texts vote, and vary the texts that were voted for.
 
@@ -93,8 +109,13 @@ class SyntheticText:
             budget: what all votes together may reveal.
 
         Returns:
-            The texts with their classes.
+            The texts with their classes. The survivors of the last vote come first, those with most
+            votes before the others.
         """
+        file = self._folder / f"synthetic-{self._seed}-{budget.epsilon:g}.json"
+        # Two rivals use the texts, and writing them takes most of the time.
+        if file.exists():
+            return [(text, index) for text, index in json.loads(file.read_text())]
         deviation = noise_deviation(budget, VOTES, NEAREST_SENSITIVITY)
         noise = np.random.default_rng([self._seed, round(100 * (budget.epsilon or 0))])
         torch.manual_seed(self._seed)
@@ -102,6 +123,7 @@ class SyntheticText:
         for _ in range(VOTES):
             noisy_M = with_noise(self._votes(population), deviation, noise)
             population = self._next(population, noisy_M, deviation, noise)
+        file.write_text(json.dumps(population, indent=1) + "\n")
         return population
 
     @cached_property
@@ -146,13 +168,13 @@ class SyntheticText:
 
     @cached_property
     def _of_public(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._model.states(self._public, list(_HEAD_LAYERS))
+        return self._model.states(self._public, self._model.last_layers(_HEAD_LAYERS))
 
     def _states_of(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the texts to label, once for every epsilon."""
         key = tuple(texts)
         if key not in self._read:
-            self._read[key] = self._model.states(texts, list(_HEAD_LAYERS))
+            self._read[key] = self._model.states(texts, self._model.last_layers(_HEAD_LAYERS))
         return self._read[key]
 
     def _next(
@@ -197,7 +219,7 @@ def survivors(noisy_M: np.ndarray, deviation: float) -> np.ndarray:
 def fitted(
     features_Nm: torch.Tensor, scores_NC: torch.Tensor, classes_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit a linear head by logistic regression, with the penalty that is best on held-out texts.
+    """Fit a linear head by logistic regression.
 
     Args:
         features_Nm: features of the synthetic texts.
@@ -207,21 +229,6 @@ def fitted(
     Returns:
         The weight [C, m] and the bias [C] of the head.
     """
-    order = torch.randperm(len(classes_N), generator=torch.Generator().manual_seed(0))
-    held_out = order[: int(_HELD_OUT * len(order))]
-    rest = order[len(held_out) :]
-    losses = []
-    for penalty in _PENALTIES:
-        weight_Cm, bias_C = _minimum(features_Nm[rest], scores_NC[rest], classes_N[rest], penalty)
-        reached = scores_NC[held_out] + features_Nm[held_out] @ weight_Cm.T + bias_C
-        losses.append(float(functional.cross_entropy(reached, classes_N[held_out])))
-    best = _PENALTIES[losses.index(min(losses))]
-    return _minimum(features_Nm, scores_NC, classes_N, best)
-
-
-def _minimum(
-    features_Nm: torch.Tensor, scores_NC: torch.Tensor, classes_N: torch.Tensor, penalty: float
-) -> tuple[torch.Tensor, torch.Tensor]:
     classes = scores_NC.shape[1]
     weight_Cm = features_Nm.new_zeros(classes, features_Nm.shape[1], requires_grad=True)
     bias_C = features_Nm.new_zeros(classes, requires_grad=True)
@@ -231,7 +238,7 @@ def _minimum(
         optimizer.zero_grad()
         reached_NC = scores_NC + features_Nm @ weight_Cm.T + bias_C
         penalized = functional.cross_entropy(reached_NC, classes_N)
-        penalized = penalized + penalty * weight_Cm.square().sum()
+        penalized = penalized + _PENALTY * weight_Cm.square().sum()
         penalized.backward()
         return penalized
 
