@@ -15,10 +15,13 @@ OURS = {
 OUR_ROWS = {
     "the LLM alone (zero-shot)": "zero-shot",
     "TF-IDF + logistic regression": "TF-IDF + logistic regression",
+    "ours: a head on the student": "student + prompt",
     "ours: a head on the LLM": "transferred",
     "DP logistic regression, epsilon 8": "DP logistic regression, epsilon 8",
+    "ours: a head on the student, epsilon 8": "student + prompt, epsilon 8",
     "ours: a head on the LLM, epsilon 8": "transferred, epsilon 8",
     "DP logistic regression, epsilon 1": "DP logistic regression, epsilon 1",
+    "ours: a head on the student, epsilon 1": "student + prompt, epsilon 1",
     "ours: a head on the LLM, epsilon 1": "transferred, epsilon 1",
 }
 """Lines of our rows, and their names in the results."""
