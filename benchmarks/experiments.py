@@ -291,6 +291,20 @@ def _tasks(seeded: list[str]) -> list[Experiment]:
     return found
 
 
+def _owner(seeded: list[str]) -> list[Experiment]:
+    alone = ["warm_start=null", "tune.init_text=null"]
+    tasks: dict[str, list[str]] = {"reviews": [], **TASKS}
+    return [
+        Experiment(
+            f"head, the owner alone, {name}, epsilon {epsilon}",
+            [*seeded, *HEAD, *alone, *task],
+            epsilon,
+        )
+        for name, task in tasks.items()
+        for epsilon in HEAD_EPSILONS
+    ]
+
+
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
     baseline = "evaluate.baselines=[full prompt tuning]"
     return [Experiment(UPPER_BOUND, [*seeded, *CLASS_BIAS, baseline])]
@@ -378,6 +392,7 @@ PARTS = {
     "table": _table,
     "head": _head,
     "tasks": _tasks,
+    "owner": _owner,
     "upper": _upper_bound,
     "private": _private,
     "clipping": _clipping,

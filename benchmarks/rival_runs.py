@@ -10,7 +10,6 @@ import torch
 from experiments import TWO_CORES
 from few_shot import FewShot
 from noisy_votes import Budget
-from owners_head import OwnersHead
 from safetensors.torch import load_file, save_file
 from synthetic_text import SyntheticText
 from task_model import TaskModel
@@ -18,7 +17,6 @@ from utility import BENCHMARKS
 
 from post_dist.bench.timing import device_name
 from post_dist.config.load import load_run
-from post_dist.config.schema import STAGE_SECTIONS
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
 from post_dist.models.load import model_folder
@@ -26,7 +24,6 @@ from post_dist.privacy.plan import declared_plan
 from post_dist.runtime.distributed import World, start
 from post_dist.runtime.logs import speak
 from post_dist.stages.evaluate.metrics import classification_metrics
-from post_dist.stages.pipeline import Pipeline
 
 
 @cache
@@ -80,9 +77,7 @@ class RivalRuns:
             return self._few_shot.with_votes(texts, budget)
         if rival == "synthetic shots":
             return self._few_shot.scores(texts, self._synthetic.shots(budget))
-        if rival == "synthetic":
-            return self._synthetic.head_scores(texts, budget)
-        return self._owners_head.scores(texts, budget)
+        return self._synthetic.head_scores(texts, budget)
 
     @property
     def _delta(self) -> float:
@@ -114,9 +109,3 @@ class RivalRuns:
         if not file.exists():
             save_file({"means": self._llm.embeddings(texts)}, file)
         return load_file(file)["means"]
-
-    @cached_property
-    def _owners_head(self) -> OwnersHead:
-        pipeline = Pipeline(self._config, self._world, frozenset(STAGE_SECTIONS))
-        student = TaskModel(pipeline.student, self._config, self._world)
-        return OwnersHead(student, self._config, self._private, self._seed)

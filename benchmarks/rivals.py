@@ -9,7 +9,6 @@ The rivals:
     votes       public texts in front, which private groups have labeled by votes (PromptPATE)
     synthetic   a head on the LLM, trained on synthetic texts that private ones vote on (Aug-PE)
     synthetic shots   the synthetic texts with most votes in front of each text
-    probe       a head on the student, tuned by the owner alone with DP-SGD
 
 Run `make demo` first, which fetches the model and the reviews. Results go to rivals-DEVICE.json.
 A measurement that is in the file is not repeated, so the program may be stopped at any time.
@@ -43,7 +42,6 @@ PRIVATELY = {
     "votes": (None, *EPSILONS),
     "synthetic": EPSILONS,
     "synthetic shots": EPSILONS,
-    "probe": EPSILONS,
 }
 """The values of epsilon that each rival is measured at; None is without noise."""
 RIVALS = ("shots", *PRIVATELY)

@@ -7,6 +7,7 @@ The parts, and the split that each is measured on:
     table       the method and its baselines                                     test
     head        a head behind a public prompt, to a prompt, a LoRA and a head    test
     tasks       the same on two tasks that no setting was chosen on              test
+    owner       a head without a public prompt and a transfer, on three tasks    test
     upper       full prompt tuning of the target                                 test
     lora        a LoRA on the student, behind a public prompt and without        validation
     options     each setting of the transfer added and left out                  validation

@@ -106,23 +106,3 @@ def test_a_text_votes_for_its_own_class(votes: ModuleType) -> None:
     same = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     counts = votes.nearest_histogram(same[:1], np.array([1]), same, np.array([0, 1, 1]))
     assert counts.tolist() == [0, 1, 0]
-
-
-def test_one_example_moves_the_sum_of_gradients_by_the_clipping_norm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import torch
-    from owners_head import clipped_sum
-
-    torch.manual_seed(0)
-    inputs = torch.randn(40, 5, dtype=torch.float64)
-    scores = torch.randn(40, CLASSES, dtype=torch.float64)
-    classes = torch.arange(40) % CLASSES
-    weight = torch.randn(CLASSES, 5, dtype=torch.float64)
-
-    def total(kept: list[int]) -> np.ndarray:
-        of_kept = clipped_sum(inputs[kept], scores[kept], classes[kept], weight, norm=0.5)
-        return of_kept.numpy().ravel()
-
-    assert largest_change(40, total) == pytest.approx(0.5)
