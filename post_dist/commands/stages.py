@@ -115,12 +115,17 @@ def tune(  # noqa: PLR0913 - typer reads the options from parameters
 ) -> None:
     """Owner: tune a soft prompt on the student with the private data."""
     listen()
-    overrides = with_epsilon(with_trust(set_, trust_model), epsilon)
+    given = with_trust(set_, trust_model)
+    added = with_epsilon(None, epsilon)
     # The chosen settings are part of the run file from here on, so they are checked like it.
     if minutes is not None:
-        chosen = api.settings_for_minutes(api.load_run(run, overrides, output), minutes)
-        overrides += chosen.overrides
-    _run(api.tune, run, overrides, output, resume, json_)
+        chosen = api.settings_for_minutes(api.load_run(run, [*given, *added], output), minutes)
+        added += chosen.overrides
+    _run(api.tune, run, [*given, *added], output, resume, json_)
+    if added and this_rank() == 0:
+        # Without them, another command looks for a run that was never made.
+        settings = " ".join(f"--set {each}" for each in added)
+        print(f"give other commands the same settings: {settings}", file=sys.stderr)
 
 
 def transfer(

@@ -46,6 +46,15 @@ def test_tuning_takes_the_steps_that_privacy_names(
     gradients = told["steps"] * told["privacy.expected_batch_size"]
     assert gradients == pytest.approx(3 * told["gradients_per_second"], rel=0.2)
 
+    # The table finds the run with the settings that the last line names.
+    alone = (*asked[2:], "--set=teacher=null", "--set=evaluate.baselines=[]")
+    code, _, refusal = main("evaluate", run, *alone)
+    assert (code, "tune is not finished for these settings" in refusal) == (2, True)
+    _, _, settings = err.splitlines()[-1].partition("the same settings: ")
+    sets = [f"--set={each.strip()}" for each in settings.split("--set") if each.strip()]
+    code, _, err = main("evaluate", run, *alone, *sets)
+    assert code == 0, err
+
     # More time is another plan.
     code, out, _ = main("privacy", run, "--minutes=0.2", *asked[1:], "--json")
     assert json.loads(out)["steps"] > told["steps"]
