@@ -292,7 +292,7 @@ def _tasks(seeded: list[str]) -> list[Experiment]:
 
 
 def _owner(seeded: list[str]) -> list[Experiment]:
-    alone = ["warm_start=null", "tune.init_text=null"]
+    alone = ["warm_start=null", "tune.init_text=null", "tune.num_virtual_tokens=1"]
     tasks: dict[str, list[str]] = {"reviews": [], **TASKS}
     return [
         Experiment(

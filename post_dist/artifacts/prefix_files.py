@@ -19,6 +19,8 @@ from post_dist.errors import ArtifactRefused
 _KEY = "prompt_embeddings"
 """PEFT's name of the table [n, 2 L h w]."""
 _PEFT_TYPE = "PREFIX_TUNING"
+PREFIX_LIMIT_BYTES = 255 << 20
+"""Size limit of the keys and values. Their file may have 256 MiB."""
 _LAYER_LIMIT = 10_000
 """Number of layers that no known model reaches."""
 _VALUE_LIMIT = 1e4

@@ -180,14 +180,9 @@ def run_folder(
         inputs: digest of each input of the stage, by its role.
         label: part of the folder's name, to mark a baseline's run of the stage.
     """
-    # The signature covers the sections that the stage reads, without the division of the work.
     view = config.view(stage)
-    read: Any = {"seed", *STAGE_SECTIONS[stage]}
-    layout: Any = _LAYOUT
-    settings = view.model_dump(mode="json", include=read, exclude=layout)
-    signature = digest_of(
-        {"stage": stage, "settings": _influential(settings), "inputs": dict(inputs)}
-    )
+    settings = influential_settings(config, stage)
+    signature = digest_of({"stage": stage, "settings": settings, "inputs": dict(inputs)})
     title = f"{stage}-{label}" if label else stage
     around = config.output / config.name
     folder = RunFolder(around / f"{title}-{signature[:8]}", stage, view)
@@ -197,6 +192,18 @@ def run_folder(
     key = _name_key(around)
     keyed = hmac.new(key, signature.encode(), hashlib.sha256).hexdigest()
     return replace(folder, path=around / f"{title}-{keyed[:8]}", name_key=key)
+
+
+def influential_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Return the settings that a stage's result depends on, by section.
+
+    They are those of the sections that the stage reads, without the division of the work.
+    """
+    read: Any = {"seed", *STAGE_SECTIONS[stage]}
+    layout: Any = _LAYOUT
+    settings = config.view(stage).model_dump(mode="json", include=read, exclude=layout)
+    kept: dict[str, Any] = _influential(settings)
+    return kept
 
 
 def _name_key(around: Path) -> bytes:
@@ -246,7 +253,7 @@ def _name_once(partial: Path, path: Path) -> None:
         partial.rename(path)
 
 
-def _influential(value: object) -> object:
+def _influential(value: Any) -> Any:
     """Remove the settings that do not change the result of a stage, at any depth."""
     if not isinstance(value, dict):
         return value

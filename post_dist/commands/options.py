@@ -74,8 +74,9 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         min=0.01,
-        help="Choose batch size, steps, learning rate and C for a private run of so many minutes "
-        "on this machine.",
+        max=1e6,
+        help="Choose batch size and steps for a private run of so many minutes on this machine. "
+        "For a prompt, also choose length, rate and C where the run file leaves them open.",
     ),
 ]
 AsJson = Annotated[

@@ -111,6 +111,13 @@ class Template:
         """Most tokens of an example with its response."""
         return self.max_length + self.max_response_length
 
+    def first_tokens(self) -> list[int]:
+        """Return the tokens before the text, or one that may stand before any text."""
+        tokenizer = self._tokenizer
+        before = self._known(tokenizer(self._before.rstrip(), verbose=False).input_ids)
+        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        return before or self._known([token for token in ends if token is not None])[:1] or [0]
+
     def encode(self, texts: list[str], responses: Sequence[str] = ()) -> list[Encoded]:
         """Tokenize texts in the template.
 

@@ -51,8 +51,8 @@ tune:
   max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
 {learning_rate}{cluster}"""
 _HEAD = """\
-  # A linear classifier on the model's hidden states, behind the prompt. `adapter: prompt` tunes the
-  # prompt itself: vLLM serves it, and it needs far more time and examples to become as good.
+  # A linear classifier on the model's hidden states. `adapter: prompt` tunes a prompt of, say, 10
+  # vectors instead: vLLM serves it, and it needs far more time and examples to become as good.
   adapter: head
 """
 _HEAD_STEPS = 400
@@ -146,9 +146,10 @@ def draft_run(
         note=_note(words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
-        num_virtual_tokens=settings.num_virtual_tokens,
+        num_virtual_tokens=1 if has_head else settings.num_virtual_tokens,
         adapter=_HEAD if has_head else "",
-        tune=_start(labels, words) + settings.tune,
+        # The words of the task are for a prompt. A head does without them.
+        tune=("" if has_head else _start(labels, words)) + settings.tune,
         steps=steps,
         # The rate of a head follows from the noise of the plan.
         learning_rate="" if has_head else f"  learning_rate: {settings.learning_rate}\n",

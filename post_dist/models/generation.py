@@ -148,7 +148,7 @@ def generate_responses(
 def sampled_texts(
     model: LanguageModel, first_tokens: Sequence[int], count: int, length: int
 ) -> torch.Tensor:
-    """Let a causal model write texts. The same model always writes the same ones.
+    """Let a causal model write texts. On one machine it always writes the same ones.
 
     Args:
         model: a causal model.
@@ -170,6 +170,7 @@ def sampled_texts(
         # Nobody has checked that the logits of a model are finite.
         remove_invalid_values=True,
     )
+    # The caller's random numbers go on where they were.
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), _own_settings_aside(model):
         torch.manual_seed(0)

@@ -6,6 +6,7 @@ Shapes: n prompt tokens, d width.
 import torch
 
 from post_dist.artifacts.prefix import Prefix, PrefixShape
+from post_dist.artifacts.prefix_files import PREFIX_LIMIT_BYTES
 from post_dist.conflicts import Conflict
 from post_dist.models.facts import ModelFacts
 from post_dist.models.language_model import LanguageModel
@@ -61,8 +62,8 @@ def initial_prefix(model: LanguageModel, prompt_nd: torch.Tensor) -> Prefix:
     return Prefix(tuple(part[0].to(wide) for part in model.prefix_of(prompt_nd)))
 
 
-def prefix_conflicts(model: ModelFacts) -> list[Conflict]:
-    """Return why a prefix cannot be tuned on a model; empty if it can."""
+def prefix_conflicts(model: ModelFacts, num_virtual_tokens: int) -> list[Conflict]:
+    """Return why a prefix of some tokens cannot be tuned on a model; empty if it can."""
     hint = "set tune.adapter to prompt, head or lora, or choose a student of another family"
     if model.masked:
         return [
@@ -72,12 +73,22 @@ def prefix_conflicts(model: ModelFacts) -> list[Conflict]:
                 hint,
             )
         ]
-    if prefix_shape(model) is None:
+    shape = prefix_shape(model)
+    if shape is None:
         return [
             Conflict(
                 "tune.adapter: prefix needs keys and values of one shape in all layers, and the "
                 f"configuration of {model.family} does not show that it keeps such ones",
                 hint,
+            )
+        ]
+    size = 4 * num_virtual_tokens * 2 * shape.layers * shape.token_width
+    if size > PREFIX_LIMIT_BYTES:
+        return [
+            Conflict(
+                f"a prefix of {num_virtual_tokens} tokens has {size >> 20} MiB, and no more than "
+                f"{PREFIX_LIMIT_BYTES >> 20} are accepted",
+                "lower tune.num_virtual_tokens",
             )
         ]
     return []

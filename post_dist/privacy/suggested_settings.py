@@ -18,21 +18,22 @@ _STEPS_AT = (5_120, 80)
 _STEPS_EXPONENT = 0.3
 """The number of steps rises with this power of the number of gradients."""
 _LEAST_STEPS = 20
+_MOST_STEPS = 1000
 _LARGEST_SHARE = 0.25
 """Largest share of the examples in a step. With more time, there are more steps."""
-_PROMPT: Mapping[str, float] = {
+PROMPT_SETTINGS: Mapping[str, float] = {
     "privacy.learning_rate": 0.02,
     "privacy.max_grad_norm": 1.0,
     "tune.num_virtual_tokens": 10,
 }
-"""Settings of a prompt that stay the same for any number of gradients."""
+"""Settings of a prompt that are the same for any number of gradients, by field of the run file."""
 
 _HEAD_STEPS = 400
 _HEAD_SHARE = 0.1
 """Share of the examples in a step of a head."""
 
 
-def suggested_settings(adapter: AdapterName, gradients: float, examples: float) -> dict[str, float]:
+def suggested_plan(adapter: AdapterName, gradients: float, examples: float) -> dict[str, float]:
     """Divide a number of gradients into steps.
 
     Args:
@@ -41,21 +42,17 @@ def suggested_settings(adapter: AdapterName, gradients: float, examples: float) 
         examples: the declared number of examples.
 
     Returns:
-        The value of each field of the run file, such as `privacy.steps`.
+        `privacy.expected_batch_size` and `privacy.steps`.
     """
     if adapter == "head":
         # A head has time for all gradients that it needs, as a rule.
         steps = _HEAD_STEPS
         batch_size = min(_HEAD_SHARE * examples, gradients / steps)
-        return _divided(batch_size, steps)
-    known_gradients, known_steps = _STEPS_AT
-    # More gradients make longer runs and larger batches at once.
-    wanted_steps = known_steps * (gradients / known_gradients) ** _STEPS_EXPONENT
-    batch_size = gradients / max(wanted_steps, _LEAST_STEPS)
-    batch_size = min(batch_size, _LARGEST_SHARE * examples)
-    divided = _divided(batch_size, round(gradients / batch_size))
-    return {**divided, **_PROMPT} if adapter == "prompt" else divided
-
-
-def _divided(batch_size: float, steps: int) -> dict[str, float]:
+    else:
+        # More gradients make longer runs and larger batches at once.
+        known_gradients, known_steps = _STEPS_AT
+        wanted_steps = known_steps * (gradients / known_gradients) ** _STEPS_EXPONENT
+        batch_size = gradients / max(wanted_steps, _LEAST_STEPS)
+        batch_size = min(batch_size, _LARGEST_SHARE * examples)
+        steps = min(round(gradients / batch_size), _MOST_STEPS)
     return {"privacy.expected_batch_size": max(1, round(batch_size)), "privacy.steps": steps}

@@ -1,4 +1,4 @@
-"""A linear head behind a public prompt, as the part that tuning trains.
+"""A linear head behind a fixed prompt, as the part that tuning trains.
 
 The hidden states behind the prompt do not change during the training. They are computed once, and a
 step then takes milliseconds.
@@ -143,7 +143,7 @@ class TunedHead:
     def start(
         task: TuningTask, config: RunConfig, public: SoftPromptArtifact | None
     ) -> Adapter | None:
-        """Return the head of the public prompt, or an untrained head behind the words of a text."""
+        """Return the head of the public prompt, or an untrained head behind another prompt."""
         if public is not None:
             return public.adapter
         log.info("tune: the student writes texts that say how large its hidden states are")
@@ -162,7 +162,8 @@ class TunedHead:
                 Conflict(
                     "tune.adapter: head needs a public prompt, because a masked model writes no "
                     "texts that could stand for public ones",
-                    "give inputs.public_prompt, or add the section warm_start",
+                    "set tune.adapter: prompt, give inputs.public_prompt, or add the section "
+                    "warm_start",
                 )
             ]
         if start is not None and start.adapter is None:

@@ -89,7 +89,7 @@ class TunedPrefix:
     def conflicts(section: Tune, model: ModelFacts) -> list[Conflict]:
         """Find that a student keeps no keys and values, or not of one shape in all layers."""
         # Facts come from the configuration, so nothing is loaded to find this out.
-        return prefix_conflicts(model)
+        return prefix_conflicts(model, section.num_virtual_tokens)
 
     @staticmethod
     def start_conflicts(start: SoftPromptArtifact | None, model: ModelFacts) -> list[Conflict]:

@@ -12,6 +12,7 @@ import yaml
 from post_dist import load_prompt, load_run
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, read_prompt
 from post_dist.data.tasks import load_examples
+from post_dist.models.load import load_tokenizer, load_whole
 
 WARM_START = """
 name: tiny
@@ -132,7 +133,7 @@ def test_a_head_of_more_layers_than_the_student_has_is_refused(
     assert "the head needs 3 layers, but the student has 2" in err
 
 
-def test_an_owner_alone_tunes_a_head_behind_the_words_of_a_text(
+def test_an_owner_alone_tunes_a_head_behind_a_prompt_that_says_nothing(
     tmp_path: Path, main: Callable
 ) -> None:
     run = write_run(tmp_path)
@@ -161,6 +162,12 @@ def test_an_owner_alone_tunes_a_head_behind_the_words_of_a_text(
         assert torch.equal(head.adapter.mean, private.adapter.mean)
         assert torch.equal(head.adapter.scale, private.adapter.scale)
         assert torch.equal(head.embeddings, private.embeddings)
+    vectors = private.embeddings
+    assert len(vectors) == 5
+    assert torch.equal(vectors, vectors[:1].expand(5, -1)), "one token, which ends a text"
+    model = load_whole(tmp_path / "student", "fp32", torch.device("cpu"))
+    end = load_tokenizer(tmp_path / "student").eos_token_id
+    assert torch.equal(vectors[0], model.embed(torch.tensor([end]))[0].detach())
 
 
 def test_a_masked_model_needs_a_public_prompt_for_a_head(tmp_path: Path, main: Callable) -> None:

@@ -1,6 +1,9 @@
 """`--minutes`: settings of a private run for the time that there is."""
 
 import json
+import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import pytest
 import tiny
 import yaml
 from e2e.test_head import write_run as write_head_run
+
+from post_dist.stages.tune.speed import TuningSpeed
 
 STUDENT = ("--set=inputs.student=student", "--set=inputs.trust_model=true")
 DECLARED = ("--set=privacy.declared_examples=160", "--set=privacy.ledger_anchors=anchors")
@@ -29,7 +34,7 @@ def settings_of(output: Path) -> dict:
 def test_tuning_takes_the_steps_that_privacy_names(
     run: Path, tmp_path: Path, main: Callable
 ) -> None:
-    asked = ("--minutes=0.05", "--epsilon=8", f"--output={tmp_path / 'out'}", *STUDENT, *DECLARED)
+    asked = ("--minutes=0.5", "--epsilon=8", f"--output={tmp_path / 'out'}", *STUDENT, *DECLARED)
     code, out, err = main("privacy", run, *asked, "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -43,8 +48,10 @@ def test_tuning_takes_the_steps_that_privacy_names(
     assert privacy["target_epsilon"] == 8
     assert privacy["steps"] == told["steps"] == told["privacy.steps"]
     assert privacy["expected_batch_size"] == told["privacy.expected_batch_size"]
-    gradients = told["steps"] * told["privacy.expected_batch_size"]
-    assert gradients == pytest.approx(3 * told["gradients_per_second"], rel=0.2)
+    # A limit on the total, or a place of the ledger, is no reason for another plan.
+    kept = sorted((tmp_path / "out").rglob("minutes-*.json"))
+    assert main("privacy", run, *asked, "--set=privacy.max_total_epsilon=20")[0] == 0
+    assert sorted((tmp_path / "out").rglob("minutes-*.json")) == kept
 
     # The table finds the run with the settings that the last line names.
     alone = (*asked[2:], "--set=teacher=null", "--set=evaluate.baselines=[]")
@@ -56,7 +63,7 @@ def test_tuning_takes_the_steps_that_privacy_names(
     assert code == 0, err
 
     # More time is another plan.
-    code, out, _ = main("privacy", run, "--minutes=0.2", *asked[1:], "--json")
+    code, out, _ = main("privacy", run, "--minutes=2", *asked[1:], "--json")
     assert json.loads(out)["steps"] > told["steps"]
 
 
@@ -71,6 +78,32 @@ def test_a_head_needs_time_to_read_its_examples(tmp_path: Path, main: Callable) 
     code, _, err = main("privacy", run, *options)
     assert code == 2
     assert "0.5 minutes are too few" in err
+    # The advice is a number of minutes that is enough.
+    (needed,) = re.findall(r"give (\d+) minutes or more", err)
+    assert main("privacy", run, f"--minutes={needed}", options[1])[0] == 0
+
+
+def test_no_step_needs_more_passes_than_its_time_has() -> None:
+    speed = TuningSpeed(pass_seconds=1.0, pass_examples=16, lengths=8, reading_seconds=0.0)
+    generator = random.Random(0)
+    for batch_size in (1, 16, 64, 500):
+        # Shorter examples come in larger passes.
+        lengths = Counter(generator.randrange(8) for _ in range(batch_size))
+        passes = sum(-(-count // (16 * 8 // (length + 1))) for length, count in lengths.items())
+        assert passes <= speed.step_seconds(batch_size)
+
+
+def test_what_the_run_file_says_of_a_prompt_stays(
+    run: Path, tmp_path: Path, main: Callable
+) -> None:
+    asked = ("--minutes=1", "--epsilon=8", f"--output={tmp_path / 'out'}", *STUDENT, *DECLARED)
+    code, out, err = main("privacy", run, *asked, "--set=privacy.learning_rate=0.5", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    # The run file of these tests names the length of its prompt, and no clipping norm.
+    assert "privacy.learning_rate" not in told
+    assert "tune.num_virtual_tokens" not in told
+    assert told["privacy.max_grad_norm"] == 1
 
 
 @pytest.mark.parametrize(
@@ -82,6 +115,8 @@ def test_a_head_needs_time_to_read_its_examples(tmp_path: Path, main: Callable) 
             "do not fit into the context",
         ),
         (["--minutes=1", "--epsilon=8", "--set=private_task.user_column=label"], "how many texts"),
+        (["--minutes=1", "--epsilon=8", "--set=privacy.clip_quantile=0.5"], "clip_quantile"),
+        (["--minutes=nan", "--epsilon=8"], "1000000"),
     ],
 )
 def test_what_has_no_time_that_can_be_known_is_refused(

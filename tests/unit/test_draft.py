@@ -98,6 +98,10 @@ def test_labels_that_begin_alike_get_letters_and_a_start_that_names_them(
     config = post_dist.load_run(run)
     assert list(config.private_task.labels.values()) == [("A",), ("B",), ("C",)]
     assert "# Letters, because labels begin with the same token" in run.read_text()
+    # A head needs no words in front. Those of a prompt name the classes, which letters do not.
+    assert config.tune.init_text is None
+    assert main("init", tmp_path / "prompt", *options, "--preset=paper")[0] == 0
+    config = post_dist.load_run(tmp_path / "prompt/run.yaml")
     assert config.tune.init_text == "Predict if this text is xxqz1 (A), xxqz2 (B) or xxqz3 (C)"
 
 
@@ -148,7 +152,7 @@ def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -
     code, _, err = main("init", tmp_path / "work", *options)
     assert code == 0, err
     config = post_dist.load_run(tmp_path / "work/run.yaml")
-    assert config.tune.num_virtual_tokens == (100 if preset == "paper" else 10)
+    assert config.tune.num_virtual_tokens == (100 if preset == "paper" else 1)
     is_paper = preset == "paper"
     assert config.tune.adapter == ("prompt" if is_paper else "head")
     assert config.privacy.steps == (625 if is_paper else 400)

@@ -51,7 +51,7 @@ def test_one_class_for_all_texts_is_warned_of(
     told, warning = of_tuning(caplog)
     assert told.getMessage().startswith("tune: most frequent class: 100% of 64 texts")
     assert warning.levelname == "WARNING"
-    assert "100% of 64 texts that the student wrote get the class 'good'" in warning.getMessage()
+    assert "100% of 64 texts that the model wrote get the class 'good'" in warning.getMessage()
 
 
 def test_answers_that_depend_on_the_text_are_not_warned_of(

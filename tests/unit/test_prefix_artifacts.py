@@ -46,7 +46,8 @@ def test_the_shape_is_known_before_the_weights_are_read(tmp_path: Path, family: 
     facts = read_facts(folder)
     (folder / "model.safetensors").rename(tmp_path / "weights")
     shape = prefix_shape(facts)
-    assert not prefix_conflicts(facts)
+    assert not prefix_conflicts(facts, 10)
+    assert "MiB" in prefix_conflicts(facts, 1 << 20)[0].message
     (tmp_path / "weights").rename(folder / "model.safetensors")
     model = load_whole(folder, "fp32", torch.device("cpu"))
     assert initial_prefix(model, torch.randn(3, 32)).shape == shape
@@ -83,7 +84,7 @@ def test_models_that_keep_other_keys_and_values_have_no_shape(tmp_path: Path, ki
     (folder / "config.json").write_text(json.dumps(config | changes))
     facts = read_facts(folder)
     assert prefix_shape(facts) is None
-    (conflict,) = prefix_conflicts(facts)
+    (conflict,) = prefix_conflicts(facts, 10)
     assert ("is a masked one" in conflict.message) == facts.masked
     assert facts.family in conflict.message
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from post_dist.privacy.suggested_settings import suggested_settings
+from post_dist.privacy.suggested_settings import suggested_plan
 
 
 def divided(adapter: str, gradients: float, examples: float) -> tuple[float, float]:
     """Return batch size and steps."""
-    found = suggested_settings(adapter, gradients, examples)
+    found = suggested_plan(adapter, gradients, examples)
     return found["privacy.expected_batch_size"], found["privacy.steps"]
 
 
@@ -32,10 +32,3 @@ def test_no_plan_takes_more_than_there_is_time_for(
     assert batch_size <= max(1, 0.26 * examples)
     # A batch of a head holds one example at least, and there are always 400 of them.
     assert batch_size * steps <= max(1.1 * gradients, 400)
-
-
-def test_only_a_prompt_gets_a_rate_and_a_length() -> None:
-    assert suggested_settings("prompt", 5_000, 6_500)["tune.num_virtual_tokens"] == 10
-    for adapter in ("lora", "head"):
-        named = set(suggested_settings(adapter, 5_000, 6_500))
-        assert named == {"privacy.expected_batch_size", "privacy.steps"}

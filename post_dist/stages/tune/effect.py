@@ -1,7 +1,7 @@
-"""What tuning has done to the student's answers, on texts that the student writes itself.
+"""What tuning has done to the model's answers, on texts that the model writes itself.
 
 With too little signal for its noise, a private prompt gives one class to every text. Its accuracy
-would show that, but no epsilon covers a look at private labels. Texts of the student cost nothing.
+would show that, but no epsilon covers a look at private labels. The model's own texts cost nothing.
 
 Shapes: N texts, C classes.
 """
@@ -11,6 +11,7 @@ import logging
 import torch
 
 from post_dist.artifacts.prompt import PromptContents
+from post_dist.errors import PostDistError
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.own_texts import own_texts
@@ -32,29 +33,39 @@ demo's heads give one of two classes to 72% and 73%.
 def report_one_class(task: TuningTask, tuned: PromptContents, world: World) -> None:
     """Warn if nearly all texts get one class. Tasks that generate text are not checked.
 
+    The result is on disk by then. A report that fails or is stopped is left out.
+
     Args:
         task: what was tuned: the model, and the prompt and adapter before tuning.
         tuned: the outcome.
         world: this process, alone.
     """
+    try:
+        _report(task, tuned, world)
+    except (PostDistError, RuntimeError) as error:
+        log.warning("tune: no answers to texts of the model: %s", type(error).__name__)
+
+
+def _report(task: TuningTask, tuned: PromptContents, world: World) -> None:
     # A masked model writes no text.
     if task.reader.generates or task.model.masked:
         return
+    # No data goes into these texts, so an answer to them tells nothing of the data.
     texts = own_texts(task.model, task.reader, _TEXTS)
     before = PromptContents(task.start_nd, task.reader.task, None, task.adapter)
     share_before, _ = _largest_class(task, before, texts, world)
     share, label = _largest_class(task, tuned, texts, world)
     log.info(
-        "tune: most frequent class: %.0f%% of %d texts that the student wrote, %.0f%% before",
+        "tune: most frequent class: %.0f%% of %d texts that the model wrote, %.0f%% before",
         100 * share,
         len(texts),
         100 * share_before,
     )
     if share > _LARGEST_SHARE:
         log.warning(
-            "tune: %.0f%% of %d texts that the student wrote get the class %r, so the answers may "
-            "hardly depend on the text; a head behind a public prompt, more steps or larger "
-            "batches learn more",
+            "tune: %.0f%% of %d texts that the model wrote get the class %r, so the answers may "
+            "hardly depend on the text; more examples or a larger epsilon help, and in place of a "
+            "prompt tune.adapter: head",
             100 * share,
             len(texts),
             label,
@@ -66,7 +77,7 @@ def _largest_class(
 ) -> tuple[float, str]:
     """Return the share of the most frequent class among the answers, and its first label word."""
     reader = task.reader
-    run = InferenceRun(_BATCH, world, "texts of the student")
+    run = InferenceRun(_BATCH, world, "texts of the model")
     scores_NC = answers_of(task.model, reader.encode(texts), reader, prompt, run)
     if prompt.task.class_biases:
         scores_NC = scores_NC + torch.tensor(prompt.task.class_biases)

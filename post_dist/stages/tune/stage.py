@@ -8,7 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.prompt import Adapter
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
@@ -16,9 +19,10 @@ from post_dist.config.sources import Task
 from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
+from post_dist.files import write_file
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
-from post_dist.models.prompt_init import prompt_from_text
+from post_dist.models.prompt_init import neutral_prompt, prompt_from_text
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
@@ -101,12 +105,13 @@ def tune(
 
     def tune_alone() -> None:
         task = _load_task(private_task, folder.config, model, alone)
+        if model.public_prompt is None:
+            task = replace(task, adapter=_kept(folder, task.adapter))
         with offline():
             parameters, statement = _train(folder, task, model.name, alone, resume)
             kind = tuned_kind(folder.config.tune)
             contents = kind.contents(task, parameters, statement)
             write_tuned_prompt(folder, task, contents, model)
-            # The result is on disk, whatever becomes of the report.
             report_one_class(task, contents, alone)
 
     world.on_main(tune_alone)
@@ -138,6 +143,9 @@ def bound_task(
     # The prompt starts from the public one, or from the embeddings of a text.
     if tuned.public_prompt is not None:
         start_nd = tuned.public_prompt.embeddings.to(world.device)
+    elif section.adapter == "head" and section.init_text is None:
+        # The words of a task in front of a text hide more from a head than they tell it.
+        start_nd = neutral_prompt(model, tokenizer, section.num_virtual_tokens)
     else:
         start_nd = prompt_from_text(
             model, tokenizer, prompt_task.init_text, section.num_virtual_tokens
@@ -159,6 +167,22 @@ def _load_task(
     else:
         targets = torch.tensor(loaded.classes)
     return replace(task, examples=examples, targets=targets, users=loaded.users)
+
+
+def _kept(folder: RunFolder, adapter: Adapter | None) -> Adapter | None:
+    """Return the head that the first start of a run has made, and keep it for later ones.
+
+    Mean and scale of a head may come from texts that the model writes, and another machine may
+    write others.
+    """
+    if not isinstance(adapter, LinearHead):
+        return adapter
+    # A resumed run must go on with the features that its weights were trained on.
+    path = folder.path / "initial_head.safetensors"
+    if not path.exists():
+        tensors = dict(adapter.tensors)
+        write_file(path, lambda partial: save_file(tensors, partial))
+    return LinearHead.of_tensors(load_file(path))
 
 
 def _train(

@@ -6,16 +6,21 @@ steps. So the choice is written down, and read from then on.
 
 import json
 import logging
+import math
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from post_dist.artifacts.run_folder import influential_settings
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 from post_dist.files import digest_of, write_file
-from post_dist.privacy.plan import declared_plan
 from post_dist.privacy.suggested_settings import (
     FEW_GRADIENTS,
     LEAST_GRADIENTS,
-    suggested_settings,
+    PROMPT_SETTINGS,
+    suggested_plan,
 )
 from post_dist.runtime.distributed import World
 from post_dist.runtime.private_process import owner_only
@@ -25,6 +30,11 @@ from post_dist.stages.tune.tuned_model import TunedModel
 
 log = logging.getLogger(__name__)
 
+_CHOSEN = ("expected_batch_size", "steps", "sampling_probability")
+"""Fields of the section `privacy` that are chosen, whatever their values are."""
+_MOST_GRADIENTS = 1e12
+_HALVINGS = 60
+
 
 def settings_for_minutes(
     config: RunConfig, model: TunedModel, minutes: float, world: World
@@ -32,7 +42,7 @@ def settings_for_minutes(
     """Choose the settings of a private run that takes some minutes on this machine.
 
     Args:
-        config: the run file. Its own values of these settings do not matter.
+        config: the run file. Its batch size and its steps do not matter.
         model: the model that is tuned.
         minutes: time for the steps, and for reading the examples where a head needs that.
         world: the ranks. Rank 0 alone measures.
@@ -47,22 +57,27 @@ def settings_for_minutes(
             not suit the model.
         Interrupted: the process was asked to stop.
     """
-    _refuse(config)
+    _refuse(config, minutes)
+    # The speed is that of the prompt which will be tuned.
+    of_prompt = _left_open(config, model)
+    config = _with_prompt_length(config, of_prompt)
     refuse_settings(config, model, world)
     # The name says what was asked for, so another question measures again.
-    asked = {
-        "settings": config.view("tune").model_dump(mode="json"),
-        "model": model.digest,
-        "minutes": minutes,
-    }
-    path = config.output / config.name / f"minutes-{digest_of(asked)[:8]}.json"
+    path = config.output / config.name / f"minutes-{_digest(config, model, minutes, world)}.json"
+    # The private process has no other ranks to wait for.
+    alone = replace(world, size=1)
 
     def choose() -> dict[str, Any]:
         if path.exists():
             log.info("tune: an earlier start has chosen the settings: %s", path)
             found: dict[str, Any] = json.loads(path.read_text())
             return found
-        chosen = _choose(config, model, measure_speed(config, model, world), minutes)
+        speed = measure_speed(config, model, alone)
+        plan = _plan_for(config, speed, minutes)
+        chosen = {
+            "gradients_per_second": speed.gradients_per_second,
+            "settings": {**plan, **of_prompt},
+        }
         # Whatever belongs to a private run is for its owner alone.
         with owner_only():
             text = json.dumps(chosen, indent=2) + "\n"
@@ -72,11 +87,18 @@ def settings_for_minutes(
     return world.on_main(choose)
 
 
-def _refuse(config: RunConfig) -> None:
+def _refuse(config: RunConfig, minutes: float) -> None:
     """Refuse a run file that has no private run, or one whose time cannot be known."""
     config.need_task("private_task")
+    if not math.isfinite(minutes):
+        raise InputError(f"--minutes {minutes}: not a time")
     if not config.privacy.enabled:
         raise InputError("--minutes plans a private run", "give --epsilon too, for example 8")
+    if config.privacy.clip_quantile is not None:
+        raise InputError(
+            "--minutes does not go with privacy.clip_quantile, which needs large batches",
+            "set privacy.steps and privacy.expected_batch_size",
+        )
     if config.protects_users:
         raise InputError(
             "--minutes does not go with private_task.user_column: how many texts a user has is "
@@ -85,39 +107,100 @@ def _refuse(config: RunConfig) -> None:
         )
 
 
-def _choose(
-    config: RunConfig, model: TunedModel, speed: TuningSpeed, minutes: float
-) -> dict[str, Any]:
-    """Return the settings for a speed.
+def _left_open(config: RunConfig, model: TunedModel) -> dict[str, float]:
+    """Return the settings of a prompt that the run file leaves open."""
+    if config.tune.adapter != "prompt":
+        return {}
+    given = {f"privacy.{name}" for name in config.privacy.model_fields_set}
+    given |= {f"tune.{name}" for name in config.tune.model_fields_set}
+    # A public prompt has its own length.
+    if model.public_prompt is not None:
+        given.add("tune.num_virtual_tokens")
+    return {field: value for field, value in PROMPT_SETTINGS.items() if field not in given}
+
+
+def _with_prompt_length(config: RunConfig, settings: dict[str, float]) -> RunConfig:
+    """Return the run file with the length of the prompt that will be tuned."""
+    length = settings.get("tune.num_virtual_tokens", config.tune.num_virtual_tokens)
+    tune = config.tune.model_copy(update={"num_virtual_tokens": int(length)})
+    return config.model_copy(update={"tune": tune})
+
+
+def _digest(config: RunConfig, model: TunedModel, minutes: float, world: World) -> str:
+    """Return a short digest of all that the choice depends on."""
+    settings = influential_settings(config, "tune")
+    kept = {name: value for name, value in settings["privacy"].items() if name not in _CHOSEN}
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    asked = {
+        "settings": {**settings, "privacy": kept},
+        "model": model.digest,
+        "minutes": minutes,
+        "gpu": gpu,
+    }
+    return digest_of(asked)[:8]
+
+
+def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str, float]:
+    """Return the largest plan that the time allows.
 
     Raises:
         InputError: there is too little time.
     """
-    plan = declared_plan(config, noise_multiplier=1.0)
-    examples = plan.expected_batch_size / plan.sampling_probability
+    examples = _declared_examples(config)
+    reading_seconds = examples * speed.reading_seconds
     # A search trains several times, and the time is that of all of them.
-    trials = plan.mean_trials or 1.0
-    gradients = speed.gradients_in(60 * minutes, examples) / trials
-    if gradients < LEAST_GRADIENTS:
-        training_seconds = trials * LEAST_GRADIENTS / speed.gradients_per_second
-        needed = examples * speed.reading_seconds + training_seconds
+    search = config.tune.search
+    trials = 1.0 if search is None else search.mean_trials
+
+    def plan_of(gradients: float) -> dict[str, float]:
+        return suggested_plan(config.tune.adapter, gradients, examples)
+
+    def seconds(gradients: float) -> float:
+        plan = plan_of(gradients)
+        step_seconds = speed.step_seconds(plan["privacy.expected_batch_size"])
+        return reading_seconds + trials * plan["privacy.steps"] * step_seconds
+
+    if seconds(LEAST_GRADIENTS) > 60 * minutes:
+        # Another measurement may find the machine a little slower.
+        needed = math.ceil(1.2 * seconds(LEAST_GRADIENTS) / 60)
         raise InputError(
             f"{minutes:g} minutes are too few for a private run on this machine",
-            f"give {needed / 60:.2g} minutes or more",
+            f"give {needed} minutes or more",
         )
-    settings = suggested_settings(config.tune.adapter, gradients, examples)
+    # The time rises with the number of gradients, so the largest number is found by halving.
+    low, high = math.log(LEAST_GRADIENTS), math.log(_MOST_GRADIENTS)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if seconds(math.exp(middle)) > 60 * minutes:
+            high = middle
+        else:
+            low = middle
+    gradients = math.exp(low)
+    # A head needs so few that it never lacks them.
+    if config.tune.adapter != "head" and gradients < FEW_GRADIENTS:
+        _warn_of_few(config, gradients)
+    plan = plan_of(gradients)
     # With a declared number of examples, the probability follows from the batch size.
     if config.privacy.sampling_probability is not None:
-        share = settings["privacy.expected_batch_size"] / examples
-        settings["privacy.sampling_probability"] = share
-    # A public prompt has its own length.
-    if model.public_prompt is not None:
-        settings.pop("tune.num_virtual_tokens", None)
-    if config.tune.adapter != "head" and gradients < FEW_GRADIENTS:
-        log.warning(
-            "tune: there is time for %d gradients of single examples, and with fewer than %d it is "
-            "chance what a prompt learns; a head behind a public prompt needs none of the model",
-            gradients,
-            FEW_GRADIENTS,
-        )
-    return {"gradients_per_second": speed.gradients_per_second, "settings": settings}
+        plan["privacy.sampling_probability"] = plan["privacy.expected_batch_size"] / examples
+    return plan
+
+
+def _declared_examples(config: RunConfig) -> float:
+    """Return the declared number of examples, or that which the sampling probability implies."""
+    privacy = config.privacy
+    if privacy.declared_examples is not None or privacy.sampling_probability is None:
+        return float(privacy.declared_examples or 0)
+    return (privacy.expected_batch_size or config.tune.batch_size) / privacy.sampling_probability
+
+
+def _warn_of_few(config: RunConfig, gradients: float) -> None:
+    """Warn that a prompt or another adapter gets too few gradients to learn."""
+    has_classes = config.need_task("private_task").response_column is None
+    log.warning(
+        "tune: there is time for %d gradients of single examples, and with fewer than %d it is "
+        "chance what is learned%s",
+        gradients,
+        FEW_GRADIENTS,
+        "; tune.adapter: head needs far less time" if has_classes else "",
+    )
