@@ -11,6 +11,7 @@ import pytest
 import tiny
 import yaml
 from e2e.test_head import write_run as write_head_run
+from started import run_ranks
 
 from post_dist.stages.tune.speed import TuningSpeed
 
@@ -81,6 +82,16 @@ def test_a_head_needs_time_to_read_its_examples(tmp_path: Path, main: Callable) 
     # The advice is a number of minutes that is enough.
     (needed,) = re.findall(r"give (\d+) minutes or more", err)
     assert main("privacy", run, f"--minutes={needed}", options[1])[0] == 0
+
+
+def test_one_of_several_ranks_measures(tmp_path: Path, main: Callable) -> None:
+    run = write_head_run(tmp_path)
+    assert main("warm-start", run)[0] == 0
+    # A head reads examples, and asks all ranks of its world whether to stop.
+    command = ("privacy", run, "--minutes=0.5", "--json")
+    made = run_ranks(*command, preparations=("nothing", "nothing"))
+    assert [rank.returncode for rank in made] == [0, 0], made[0].stderr
+    assert len(list(tmp_path.rglob("minutes-*.json"))) == 1
 
 
 def test_no_step_needs_more_passes_than_its_time_has() -> None:
