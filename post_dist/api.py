@@ -207,7 +207,7 @@ def settings_for_minutes(config: RunConfig, minutes: float) -> TimedSettings:
     Args:
         config: a run file with the section `private_task`, `privacy.enabled`, and a student that
             exists.
-        minutes: time for the private steps, if all texts were as long as `max_length` allows.
+        minutes: the longest time for the private steps, and for reading the examples.
 
     Returns:
         The settings.

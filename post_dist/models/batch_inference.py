@@ -23,11 +23,13 @@ class InferenceRun:
         batch_size: number of examples that each rank runs at once.
         world: the ranks that share the examples.
         label: name of the pass in progress bars and messages.
+        show: whether to show progress. Counts in the log of a private run would look like its own.
     """
 
     batch_size: int
     world: World
     label: str
+    show: bool = True
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def map_batches(
     results: list[torch.Tensor] = []
     first = run.world.rank * run.batch_size
     rounds = len(padded) // examples_per_round
-    with progress(run.label, rounds, show=run.world.is_main) as advance:
+    with progress(run.label, rounds, show=run.show and run.world.is_main) as advance:
         for start in range(first, len(padded), examples_per_round):
             batch = [examples[index] for index in padded[start : start + run.batch_size]]
             results.append(run.world.concatenate(compute(batch)).cpu())

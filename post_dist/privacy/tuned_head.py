@@ -110,7 +110,7 @@ def head_on_own_texts(task: TuningTask) -> LinearHead:
         reader.template,
         task.start_nd,
         lambda hidden_Bm: hidden_Bm,
-        InferenceRun(_OWN_BATCH, world, "texts of the student"),
+        InferenceRun(_OWN_BATCH, world, "texts of the student", show=False),
         layers=layers,
     )
     return LinearHead.untrained(hidden_Nm, reader.num_classes)

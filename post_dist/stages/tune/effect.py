@@ -77,7 +77,7 @@ def _largest_class(
 ) -> tuple[float, str]:
     """Return the share of the most frequent class among the answers, and its first label word."""
     reader = task.reader
-    run = InferenceRun(_BATCH, world, "texts of the model")
+    run = InferenceRun(_BATCH, world, "texts of the model", show=False)
     scores_NC = answers_of(task.model, reader.encode(texts), reader, prompt, run)
     if prompt.task.class_biases:
         scores_NC = scores_NC + torch.tensor(prompt.task.class_biases)
