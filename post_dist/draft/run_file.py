@@ -146,10 +146,10 @@ def draft_run(
         note=_note(words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
-        num_virtual_tokens=1 if has_head else settings.num_virtual_tokens,
+        num_virtual_tokens=settings.num_virtual_tokens,
         adapter=_HEAD if has_head else "",
-        # The words of the task are for a prompt. A head does without them.
-        tune=("" if has_head else _start(labels, words)) + settings.tune,
+        # The template says little of the task, so a head gets the words that a prompt starts from.
+        tune=_start(labels, words, needed=has_head or words.letters) + settings.tune,
         steps=steps,
         # The rate of a head follows from the noise of the plan.
         learning_rate="" if has_head else f"  learning_rate: {settings.learning_rate}\n",
@@ -171,13 +171,14 @@ def _space(words: LabelWords) -> str:
     return "" if words.space_mark is None else f": {words.space_mark} in its token"
 
 
-def _start(labels: Sequence[str], words: LabelWords) -> str:
-    """Return lines with a start for the prompt, if the default would not name the classes."""
-    if not words.letters:
+def _start(labels: Sequence[str], words: LabelWords, *, needed: bool) -> str:
+    """Return lines with a start for the prompt, if the default would not do."""
+    if not needed:
         return ""
     # A letter alone would tell the model nothing of the class.
     classes = {
-        label: (f"{label} ({word})",) for label, word in zip(labels, words.words, strict=True)
+        label: (f"{label} ({word})" if words.letters else word,)
+        for label, word in zip(labels, words.words, strict=True)
     }
     section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
     sentence = PromptTask.of_section(section, None).init_text

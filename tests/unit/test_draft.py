@@ -53,7 +53,10 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
             if "# token " in line:
                 token = line.split("# token ")[1]
                 assert token in out, line
-        assert config.tune.init_text is None
+        # A head gets the words that a prompt would start from. A masked model has none.
+        has_head = config.tune.adapter == "head"
+        assert has_head == (family == "llama")
+        assert (config.tune.init_text is None) != has_head
         # Llama's tiny tokenizer is of bytes, as is RoBERTa's.
         assert "post_dist puts a space before each word: Ġ in its token." in run.read_text()
 
@@ -98,10 +101,7 @@ def test_labels_that_begin_alike_get_letters_and_a_start_that_names_them(
     config = post_dist.load_run(run)
     assert list(config.private_task.labels.values()) == [("A",), ("B",), ("C",)]
     assert "# Letters, because labels begin with the same token" in run.read_text()
-    # A head needs no words in front. Those of a prompt name the classes, which letters do not.
-    assert config.tune.init_text is None
-    assert main("init", tmp_path / "prompt", *options, "--preset=paper")[0] == 0
-    config = post_dist.load_run(tmp_path / "prompt/run.yaml")
+    # Letters do not name the classes.
     assert config.tune.init_text == "Predict if this text is xxqz1 (A), xxqz2 (B) or xxqz3 (C)"
 
 
@@ -152,7 +152,8 @@ def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -
     code, _, err = main("init", tmp_path / "work", *options)
     assert code == 0, err
     config = post_dist.load_run(tmp_path / "work/run.yaml")
-    assert config.tune.num_virtual_tokens == (100 if preset == "paper" else 1)
+    assert config.tune.num_virtual_tokens == (100 if preset == "paper" else 10)
+    assert (config.tune.init_text is None) == (preset == "paper"), "a head gets words in front"
     is_paper = preset == "paper"
     assert config.tune.adapter == ("prompt" if is_paper else "head")
     assert config.privacy.steps == (625 if is_paper else 400)
