@@ -86,6 +86,11 @@ class Lora:
         """Return the two factors of a layer."""
         return self.factors[layer + DOWN], self.factors[layer + UP]
 
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The factors, which tuning trains."""
+        return tuple(self.factors.values())
+
     def with_values(self, values: Sequence[torch.Tensor]) -> "Lora":
         """Return the LoRA with other factors, in the order of `factors`."""
         return replace(self, factors=dict(zip(self.factors, values, strict=True)))

@@ -20,8 +20,9 @@ _NAME = re.compile(re.escape(_PREFIX) + r"([A-Za-z0-9_]+\.)+lora_[AB]\.weight")
 _LARGEST_HEADER = 1 << 20
 _MOST_RANK = 256
 _MOST_ALPHA = 1 << 16
-_VALUE_LIMIT = 1e4
-_NAMED: Mapping[str, type] = {
+VALUE_LIMIT = 1e4
+"""Largest value of an adapter."""
+NAMED_FIELDS: Mapping[str, type] = {
     "base_model_name_or_path": str,
     "inference_mode": bool,
     "peft_version": str,
@@ -83,8 +84,8 @@ def read_lora(weights: Path, config: Path) -> Lora:
     factors = {}
     for name in sorted(tensors):
         factors[name.removeprefix(_PREFIX)] = tensors[name].float()
-    if max(float(factor.abs().max()) for factor in factors.values()) > _VALUE_LIMIT:
-        raise ArtifactRefused(f"{weights} holds a value above {_VALUE_LIMIT:g}")
+    if max(float(factor.abs().max()) for factor in factors.values()) > VALUE_LIMIT:
+        raise ArtifactRefused(f"{weights} holds a value above {VALUE_LIMIT:g}")
     # The configuration must say what the factors say, and it alone gives alpha.
     try:
         alpha = _alpha(read_small(config), Lora(factors, 1).layers, rank)
@@ -132,7 +133,7 @@ def _alpha(fields: dict[str, Any], layers: list[str], rank: int) -> float:
     for name, value in fields.items():
         wanted = _WANTED.get(name)
         is_wanted = type(value) is type(wanted) and value == wanted
-        is_name = isinstance(value, _NAMED.get(name, ()))
+        is_name = isinstance(value, NAMED_FIELDS.get(name, ()))
         if not (is_wanted or is_name or json.dumps(value) in _EMPTY):
             raise ValueError(name)
     return alpha

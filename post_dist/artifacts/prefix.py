@@ -73,6 +73,11 @@ class Prefix:
         first = self.keys_and_values[0]
         return PrefixShape(len(self.keys_and_values) // 2, first.shape[-3], first.shape[-1])
 
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The keys and values, which tuning trains."""
+        return self.keys_and_values
+
     def with_values(self, values: Sequence[torch.Tensor]) -> "Prefix":
         """Return the prefix with other keys and values, in their order."""
         return Prefix(tuple(values))

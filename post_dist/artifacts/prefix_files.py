@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from post_dist.artifacts.lora_files import NAMED_FIELDS, VALUE_LIMIT
 from post_dist.artifacts.prefix import Prefix, PrefixShape
 from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_small
 from post_dist.artifacts.tensor_file import read_layout, read_tensors
@@ -23,15 +24,6 @@ PREFIX_LIMIT_BYTES = 255 << 20
 """Size limit of the keys and values. Their file may have 256 MiB."""
 _LAYER_LIMIT = 10_000
 """Number of layers that no known model reaches."""
-_VALUE_LIMIT = 1e4
-"""Largest key or value, as for the factors of a LoRA."""
-_NAMED: Mapping[str, type] = {
-    "base_model_name_or_path": str,
-    "inference_mode": bool,
-    "peft_version": str,
-    "task_type": str,
-}
-"""Fields that change no score, and their types."""
 _JSON_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
 """Errors that hostile JSON, or fields of the wrong type, may cause."""
 
@@ -100,8 +92,8 @@ def read_prefix(weights: Path, config: Path, num_virtual_tokens: int) -> Prefix:
             f"{config} is not the configuration of this prefix of {rows} virtual tokens"
         ) from None
     table = read_tensors(weights)[_KEY].float()
-    if float(table.abs().max()) > _VALUE_LIMIT:
-        raise ArtifactRefused(f"{weights} holds a value above {_VALUE_LIMIT:g}")
+    if float(table.abs().max()) > VALUE_LIMIT:
+        raise ArtifactRefused(f"{weights} holds a value above {VALUE_LIMIT:g}")
     return Prefix.of_table(table, shape)
 
 
@@ -132,7 +124,7 @@ def _shape(fields: dict[str, Any], rows: int, columns: int) -> PrefixShape:
     }
     for name, value in fields.items():
         is_usual = name in usual and type(value) is type(usual[name]) and value == usual[name]
-        if not (is_usual or value is None or isinstance(value, _NAMED.get(name, ()))):
+        if not (is_usual or value is None or isinstance(value, NAMED_FIELDS.get(name, ()))):
             raise ValueError(name)
     return PrefixShape(layers, heads, token_width // heads)
 

@@ -21,6 +21,7 @@ def own_texts(model: LanguageModel, reader: TaskReader, count: int) -> list[str]
         reader: the task, bound to the model's tokenizer.
         count: number of texts.
     """
+    # The tokenizer may be anybody's, and so may the texts that it makes of tokens.
     first_tokens = with_limits(reader.template.first_tokens, [reader.task.template])
     texts = reader.texts_of(sampled_texts(model, first_tokens, count, _TOKENS))
     return [text[:_CHARACTERS] for text in texts]

@@ -56,6 +56,7 @@ def neutral_prompt(
     Returns:
         The prompt [n, d] in fp32, on the model's device.
     """
+    # Not every tokenizer has both.
     named = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     tokens = _known(language_model, [token for token in named if token is not None])
     return _prompt_of(language_model, tokens[:1] or [0], num_virtual_tokens)

@@ -22,7 +22,7 @@ from post_dist.models.classifier import PromptInput, class_losses, word_scores
 from post_dist.models.generation import response_losses
 from post_dist.models.language_model import LanguageModel
 
-NeededAdapter = TypeVar("NeededAdapter", LinearHead, Lora, Prefix)
+NeededAdapter = TypeVar("NeededAdapter", bound=LinearHead | Lora | Prefix)
 
 
 @dataclass(frozen=True)

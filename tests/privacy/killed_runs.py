@@ -24,7 +24,7 @@ import tiny
 import torch
 from faults import at_call, die, fork_command
 
-from post_dist.privacy import gradients, ledger, trainer, tuned_lora, tuned_prefix
+from post_dist.privacy import gradients, ledger, trainer, tuned_adapter
 from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.sampling import PoissonSampler
 from post_dist.privacy.spending import read_ledger
@@ -65,12 +65,7 @@ def in_half_a_state(number: int) -> None:
 
 def after_a_backward_pass(number: int) -> None:
     """Die with the gradients of a micro-batch computed."""
-    kinds = (
-        gradients.ExampleGradients,
-        tuned_lora.LoraGradients,
-        tuned_prefix.PrefixGradients,
-    )
-    for kind in kinds:
+    for kind in (gradients.ExampleGradients, tuned_adapter.AdapterGradients):
         at_call(kind, "__call__", number, before=False)
 
 

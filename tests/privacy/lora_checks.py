@@ -82,8 +82,8 @@ def a_lora_s_gradients_are_each_example_s_own() -> None:
         made, parameters = tuned_lora(family, torch.float64)
         expected = expected_gradients(made, parameters)
         task = made.task
-        gradients = part("privacy.tuned_lora").LoraGradients(
-            task, task.adapter.with_values(parameters)
+        gradients = part("privacy.tuned_adapter").AdapterGradients(
+            task, task.adapter.with_values(parameters), made.prompt_in_front(task)
         )
         found = gradients(task.reader.collate(task.examples), task.targets)
         assert [one.shape for one in found] == [other.shape for other in expected]
@@ -164,7 +164,7 @@ def a_lora_is_scored_as_evaluate_does() -> None:
             losses.append(float(loss_of(replace(made, task=labeled), parameters, example)))
         right += losses.index(min(losses)) == target
     plain = [torch.zeros_like(parameter) for parameter in parameters]
-    with mock.patch.object(part("privacy.tuned_lora"), "validation_task", lambda of, _: of):
+    with mock.patch.object(part("privacy.tuned_adapter"), "validation_task", lambda of, _: of):
         assert made.count_right(parameters) == right
         assert made.count_right(plain) != right, "the check cannot tell a LoRA from none"
 

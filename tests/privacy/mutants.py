@@ -1147,14 +1147,14 @@ MUTANTS = [
     ),
     Mutant(
         "one LoRA for the whole batch",
-        "privacy.tuned_lora",
-        "factor.detach().expand(len(targets), *factor.shape)",
-        "factor.detach().clone()",
+        "privacy.tuned_adapter",
+        "value.detach().expand(len(targets), *value.shape)",
+        "value.detach().clone()",
         "a_lora_s_gradients_are_each_example_s_own",
     ),
     Mutant(
         "mean of losses of a LoRA before the clip",
-        "privacy.tuned_lora",
+        "privacy.tuned_adapter",
         "torch.autograd.grad(losses_B.sum(), copies)",
         "torch.autograd.grad(losses_B.mean(), copies)",
         "a_lora_s_gradients_are_each_example_s_own",
@@ -1162,9 +1162,8 @@ MUTANTS = [
     Mutant(
         "the prompt in front of a LoRA left out",
         "privacy.tuned_lora",
-        "        prompt = PromptInput(prompt=task.start_nd)\n"
-        "        with adapted(task.model, self._lora",
-        "        prompt = PromptInput()\n        with adapted(task.model, self._lora",
+        "PromptInput(prompt=task.start_nd, shared=shared)",
+        "PromptInput()",
         "a_lora_s_gradients_are_each_example_s_own",
     ),
     Mutant(
@@ -1190,44 +1189,45 @@ MUTANTS = [
     ),
     Mutant(
         "gradients of a LoRA not compared at other places",
-        "privacy.tuned_lora",
+        "privacy.tuned_adapter",
         "            found = gradients(batch, targets)\n",
         "            found = [torch.zeros(len(targets))]\n",
         "no_place_counts_for_a_lora",
     ),
     Mutant(
         "scores of a search over LoRAs not compared",
-        "privacy.tuned_lora",
+        "privacy.tuned_adapter",
         "            if section.search is not None:\n",
         "            if False:\n",
         "no_place_counts_for_a_lora",
     ),
     Mutant(
         "a LoRA scored without its factors",
-        "privacy.tuned_lora",
-        "        with adapted(self.task.model, self.task.need(Lora).with_values(parameters)):\n"
+        "privacy.tuned_adapter",
+        "        with adapted(self.task.model, self._with(parameters)):\n"
         "            return count_right",
         "        with adapted(self.task.model, None):\n            return count_right",
         "a_lora_is_scored_as_evaluate_does",
     ),
     Mutant(
         "number of examples in the alpha of a LoRA",
-        "privacy.tuned_lora",
-        "        lora = task.need(Lora).with_values(parameters)\n",
-        "        lora = task.need(Lora).with_values(parameters)\n"
-        "        lora = Lora(lora.factors, len(task.examples))\n",
+        "privacy.tuned_adapter",
+        "        adapter = task.need(cls.kind).with_values(parameters)\n",
+        "        adapter = task.need(cls.kind).with_values(parameters)\n"
+        "        if isinstance(adapter, Lora):\n"
+        "            adapter = Lora(adapter.factors, len(task.examples))\n",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(
         "one prefix for the whole batch",
-        "privacy.tuned_prefix",
-        "part.detach().expand(len(targets), *part.shape)",
-        "part.detach().clone()",
+        "privacy.tuned_adapter",
+        "value.detach().expand(len(targets), *value.shape)",
+        "value.detach().clone()",
         "a_prefix_s_gradients_are_each_example_s_own",
     ),
     Mutant(
         "mean of losses behind a prefix before the clip",
-        "privacy.tuned_prefix",
+        "privacy.tuned_adapter",
         "torch.autograd.grad(losses_B.sum(), copies)",
         "torch.autograd.grad(losses_B.mean(), copies)",
         "a_prefix_s_gradients_are_each_example_s_own",
@@ -1248,31 +1248,31 @@ MUTANTS = [
     ),
     Mutant(
         "gradients of a prefix not compared at other places",
-        "privacy.tuned_prefix",
+        "privacy.tuned_adapter",
         "            found = gradients(batch, targets)\n",
         "            found = [torch.zeros(len(targets))]\n",
         "no_place_counts_for_a_prefix",
     ),
     Mutant(
         "scores of a search over prefixes not compared",
-        "privacy.tuned_prefix",
+        "privacy.tuned_adapter",
         "            if section.search is not None:\n",
         "            if False:\n",
         "no_place_counts_for_a_prefix",
     ),
     Mutant(
         "a prefix scored without its values",
-        "privacy.tuned_prefix",
-        "        with adapted(self.task.model, self.task.need(Prefix).with_values(parameters)):\n"
+        "privacy.tuned_adapter",
+        "        with adapted(self.task.model, self._with(parameters)):\n"
         "            return count_right",
         "        with adapted(self.task.model, None):\n            return count_right",
         "a_prefix_is_scored_as_evaluate_does",
     ),
     Mutant(
         "trials of a search that go on with the prefix of the last one",
-        "privacy.tuned_prefix",
-        "part.to(self.world.device, copy=True) for part in parts",
-        "part.to(self.world.device) for part in parts",
+        "privacy.tuned_adapter",
+        "value.to(self.world.device, copy=True) for value in values",
+        "value.to(self.world.device) for value in values",
         "a_prefix_starts_as_its_prompt",
     ),
 ]

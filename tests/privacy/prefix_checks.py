@@ -78,8 +78,8 @@ def a_prefix_s_gradients_are_each_example_s_own() -> None:
         made, parameters = tuned_prefix(family, torch.float64)
         expected = expected_gradients(made, parameters)
         task = made.task
-        gradients = part("privacy.tuned_prefix").PrefixGradients(
-            task, task.adapter.with_values(parameters)
+        gradients = part("privacy.tuned_adapter").AdapterGradients(
+            task, task.adapter.with_values(parameters), made.prompt_in_front(task)
         )
         found = gradients(task.reader.collate(task.examples), task.targets)
         assert [one.shape for one in found] == [other.shape for other in expected]
@@ -160,7 +160,7 @@ def a_prefix_is_scored_as_evaluate_does() -> None:
         steps = zip(parameters, sums, strict=True)
         parameters = [parameter - each / length for parameter, each in steps]
     right = int((torch.tensor(choices(parameters)) == others).sum())
-    module = part("privacy.tuned_prefix")
+    module = part("privacy.tuned_adapter")
     with mock.patch.object(module, "validation_task", return_value=opposed.task):
         assert made.count_right(parameters) == right > 3
         assert made.count_right(plain) == 0

@@ -111,6 +111,7 @@ def _left_open(config: RunConfig, model: TunedModel) -> dict[str, float]:
     """Return the settings of a prompt that the run file leaves open."""
     if config.tune.adapter != "prompt":
         return {}
+    # What the owner has written stays as it is.
     given = {f"privacy.{name}" for name in config.privacy.model_fields_set}
     given |= {f"tune.{name}" for name in config.tune.model_fields_set}
     # A public prompt has its own length.
