@@ -23,7 +23,7 @@ from experiments import HEAD, TASKS
 from results import Results
 from rival_tables import rivals_table
 from tasks import fetch_tasks
-from utility import BENCHMARKS, prepare_environment
+from utility import BENCHMARKS, default_results, prepare_environment
 
 EPSILONS = (8, 1)
 SETTINGS = {
@@ -74,9 +74,9 @@ def main() -> None:
     """Measure what has no result yet, or print the table."""
     chosen = parse_arguments()
     prepare_environment()
-    results = Results(chosen.results or default_file("rivals"))
+    results = Results(chosen.results or default_results("rivals"))
     if chosen.part == "show":
-        ours = Results(chosen.ours or default_file("utility"))
+        ours = Results(chosen.ours or default_results())
         print(rivals_table(results.read(), ours.read()))
         return
 
@@ -122,16 +122,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="file of results; default: by this device")
     parser.add_argument("--ours", type=Path, help="results of utility.py; default: by this device")
     return parser.parse_args()
-
-
-def default_file(name: str) -> Path:
-    """Return the file of results of this device."""
-    import torch
-
-    from post_dist.bench.timing import device_name, slug
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return BENCHMARKS / f"{name}-{slug(device_name(device))}.json"
 
 
 if __name__ == "__main__":

@@ -122,14 +122,14 @@ def prepare_environment() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def default_results() -> Path:
-    """Return the file of results of this device."""
+def default_results(program: str = "utility") -> Path:
+    """Return the file of a program's results on this device."""
     import torch
 
     from post_dist.bench.timing import device_name, slug
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return BENCHMARKS / f"utility-{slug(device_name(device))}.json"
+    return BENCHMARKS / f"{program}-{slug(device_name(device))}.json"
 
 
 if __name__ == "__main__":
