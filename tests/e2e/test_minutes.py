@@ -44,15 +44,15 @@ def test_tuning_takes_the_steps_that_privacy_names(
 
     code, out, err = main("tune", run, *asked)
     assert code == 0, err
-    # The machine is never as fast as before, so the second command must not have measured again.
+    # A machine is never as fast as before, so the second command must not have measured again.
     privacy = settings_of(tmp_path / "out")
     assert privacy["target_epsilon"] == 8
     assert privacy["steps"] == told["steps"] == told["privacy.steps"]
     assert privacy["expected_batch_size"] == told["privacy.expected_batch_size"]
-    # A limit on the total, or a place of the ledger, is no reason for another plan.
-    kept = sorted((tmp_path / "out").rglob("minutes-*.json"))
+    # A limit on the total, or a place of the ledger, is no reason to measure again.
+    kept = sorted((tmp_path / "out").rglob("speed-*.json"))
     assert main("privacy", run, *asked, "--set=privacy.max_total_epsilon=20")[0] == 0
-    assert sorted((tmp_path / "out").rglob("minutes-*.json")) == kept
+    assert sorted((tmp_path / "out").rglob("speed-*.json")) == kept
 
     # The table finds the run with the settings that the last line names.
     alone = (*asked[2:], "--set=teacher=null", "--set=evaluate.baselines=[]")
@@ -91,7 +91,7 @@ def test_one_of_several_ranks_measures(tmp_path: Path, main: Callable) -> None:
     command = ("privacy", run, "--minutes=0.5", "--json")
     made = run_ranks(*command, preparations=("nothing", "nothing"))
     assert [rank.returncode for rank in made] == [0, 0], made[0].stderr
-    assert len(list(tmp_path.rglob("minutes-*.json"))) == 1
+    assert len(list(tmp_path.rglob("speed-*.json"))) == 1
 
 
 def test_no_step_needs_more_passes_than_its_time_has() -> None:
@@ -136,4 +136,4 @@ def test_what_has_no_time_that_can_be_known_is_refused(
     code, _, err = main("tune", run, f"--output={tmp_path / 'out'}", *options, *STUDENT, *DECLARED)
     assert code == 2
     assert told in err
-    assert not list(tmp_path.rglob("minutes-*")), "a refused run leaves no settings"
+    assert not list(tmp_path.rglob("speed-*")), "a refused run measures nothing"

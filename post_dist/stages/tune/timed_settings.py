@@ -1,13 +1,13 @@
-"""Choose the settings of a private run for the time that there is, and keep them.
+"""Choose the settings of a private run for the time that there is.
 
 The choice depends on how fast the machine is at that moment. A run that resumes must take the same
-steps. So the choice is written down, and read from then on.
+steps. So the speed is measured once and written down.
 """
 
 import json
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ from post_dist.stages.tune.tuned_model import TunedModel
 
 log = logging.getLogger(__name__)
 
-_CHOSEN = ("expected_batch_size", "steps", "sampling_probability")
-"""Fields of the section `privacy` that are chosen, whatever their values are."""
 _MOST_GRADIENTS = 1e12
 _HALVINGS = 60
 
@@ -62,29 +60,12 @@ def settings_for_minutes(
     of_prompt = _left_open(config, model)
     config = _with_prompt_length(config, of_prompt)
     refuse_settings(config, model, world)
-    # The name says what was asked for, so another question measures again.
-    path = config.output / config.name / f"minutes-{_digest(config, model, minutes, world)}.json"
-    # The private process has no other ranks to wait for.
-    alone = replace(world, size=1)
-
-    def choose() -> dict[str, Any]:
-        if path.exists():
-            log.info("tune: an earlier start has chosen the settings: %s", path)
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        speed = measure_speed(config, model, alone)
-        plan = _plan_for(config, speed, minutes)
-        chosen = {
-            "gradients_per_second": speed.gradients_per_second,
-            "settings": {**plan, **of_prompt},
-        }
-        # Whatever belongs to a private run is for its owner alone.
-        with owner_only():
-            text = json.dumps(chosen, indent=2) + "\n"
-            write_file(path, lambda partial: partial.write_text(text))
-        return chosen
-
-    return world.on_main(choose)
+    speed = _speed(config, model, world)
+    plan = _plan_for(config, speed, minutes)
+    return {
+        "gradients_per_second": speed.gradients_per_second,
+        "settings": {**plan, **of_prompt},
+    }
 
 
 def _refuse(config: RunConfig, minutes: float) -> None:
@@ -127,18 +108,33 @@ def _with_prompt_length(config: RunConfig, settings: dict[str, float]) -> RunCon
     return config.model_copy(update={"tune": tune})
 
 
-def _digest(config: RunConfig, model: TunedModel, minutes: float, world: World) -> str:
-    """Return a short digest of all that the choice depends on."""
+def _speed(config: RunConfig, model: TunedModel, world: World) -> TuningSpeed:
+    """Return the speed of tuning, as an earlier start has measured it if there was one."""
+    path = config.output / config.name / f"speed-{_digest(config, model, world)}.json"
+    # The private process has no other ranks to wait for.
+    alone = replace(world, size=1)
+
+    def measure() -> TuningSpeed:
+        if path.exists():
+            log.info("tune: the speed is of an earlier start; to measure again, delete %s", path)
+            return TuningSpeed(**json.loads(path.read_text()))
+        speed = measure_speed(config, model, alone)
+        # Whatever belongs to a private run is for its owner alone.
+        with owner_only():
+            text = json.dumps(asdict(speed), indent=2) + "\n"
+            write_file(path, lambda partial: partial.write_text(text))
+        return speed
+
+    return world.on_main(measure)
+
+
+def _digest(config: RunConfig, model: TunedModel, world: World) -> str:
+    """Return a short digest of all that the speed depends on."""
     settings = influential_settings(config, "tune")
-    kept = {name: value for name, value in settings["privacy"].items() if name not in _CHOSEN}
+    # Clipping, noise and accounting take no time to speak of.
+    del settings["privacy"]
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-    asked = {
-        "settings": {**settings, "privacy": kept},
-        "model": model.digest,
-        "minutes": minutes,
-        "gpu": gpu,
-    }
-    return digest_of(asked)[:8]
+    return digest_of({"settings": settings, "model": model.digest, "gpu": gpu})[:8]
 
 
 def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str, float]:
@@ -162,8 +158,7 @@ def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str
         return reading_seconds + trials * plan["privacy.steps"] * step_seconds
 
     if seconds(LEAST_GRADIENTS) > 60 * minutes:
-        # Another measurement may find the machine a little slower.
-        needed = math.ceil(1.2 * seconds(LEAST_GRADIENTS) / 60)
+        needed = math.ceil(seconds(LEAST_GRADIENTS) / 60)
         raise InputError(
             f"{minutes:g} minutes are too few for a private run on this machine",
             f"give {needed} minutes or more",
