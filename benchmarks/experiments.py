@@ -140,17 +140,17 @@ HEAD_ON_THE_LLM = [
     "public_task.max_rows=4000",
 ]
 """A head on the LLM in place of its prompt. It has time for all public texts."""
-LORA = [
-    "tune={adapter: lora}",
-    "privacy.steps=80",
-    "privacy.expected_batch_size=64",
-    "privacy.learning_rate=1.0e-3",
-]
-"""A LoRA in place of the head, with the gradients of a prompt."""
-LORA_SETTINGS = {
-    "LoRA": [],
-    "LoRA, four times the rate": ["privacy.learning_rate=4.0e-3"],
-    "LoRA, the owner alone": ["warm_start=null"],
+FEW_GRADIENTS = ["privacy.steps=80", "privacy.expected_batch_size=64"]
+"""As many gradients as a prompt gets. A head has more, because its gradients cost nothing."""
+LORA = ["tune={adapter: lora}", "privacy.learning_rate=1.0e-3", *FEW_GRADIENTS]
+"""A LoRA in place of the head."""
+PREFIX = ["tune={adapter: prefix}", "privacy.learning_rate=1.0e-3", *FEW_GRADIENTS]
+"""A prefix in place of the head. It starts from the public prompt."""
+ADAPTERS = {
+    "LoRA": LORA,
+    "LoRA, four times the rate": [*LORA, "privacy.learning_rate=4.0e-3"],
+    "prefix": PREFIX,
+    "prefix, ten times the rate": [*PREFIX, "privacy.learning_rate=1.0e-2"],
 }
 FEW_EXAMPLES = [
     "private_task.max_rows=500",
@@ -227,12 +227,19 @@ STUDENT_LAYERS = {
     "13 of 30": [*range(12), 29],
     "18 of 30": [*range(17), 29],
 }
-SMALLER_STUDENT = [
-    f"student.layers={[0, 2, 4, 6, 8, 10, 13, 16, 29]}",
-    *NO_FROZEN_LAYER,
-    "corpus.max_tokens=3000000",
-    "distill.steps=600",
-]
+_MORE_DISTILLATION = ["corpus.max_tokens=3000000", "distill.steps=600"]
+SMALLER_STUDENTS = {
+    "9 of 30 layers": [
+        f"student.layers={[0, 2, 4, 6, 8, 10, 13, 16, 29]}",
+        *NO_FROZEN_LAYER,
+        *_MORE_DISTILLATION,
+    ],
+    "9 of 30 layers, 7 of them frozen": [
+        f"student.layers={[*range(8), 29]}",
+        "student.frozen_lower_layers=7",
+        *_MORE_DISTILLATION,
+    ],
+}
 """Half of the layers of the other experiments, and ten times their distillation."""
 DISTILL_STEPS = (60, 180, 600, 2400)
 TOKENS_PER_DISTILL_STEP = 1024
@@ -293,16 +300,14 @@ def _tasks(seeded: list[str]) -> list[Experiment]:
 
 def _owner(seeded: list[str]) -> list[Experiment]:
     alone = ["warm_start=null", "tune.init_text=null", "tune.num_virtual_tokens=1"]
-    tasks: dict[str, list[str]] = {"reviews": [], **TASKS}
-    return [
-        Experiment(
-            f"head, the owner alone, {name}, epsilon {epsilon}",
-            [*seeded, *HEAD, *alone, *task],
-            epsilon,
-        )
-        for name, task in tasks.items()
-        for epsilon in HEAD_EPSILONS
-    ]
+    found = []
+    for adapter, changes in {"head": [], "LoRA": LORA}.items():
+        for name, task in {"reviews": [], **TASKS}.items():
+            for epsilon in HEAD_EPSILONS:
+                title = f"{adapter}, the owner alone, {name}, epsilon {epsilon}"
+                settings = [*seeded, *HEAD, *task, *changes, *alone]
+                found.append(Experiment(title, settings, epsilon))
+    return found
 
 
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
@@ -353,8 +358,18 @@ def _private_tuning(common: list[str], variants: Mapping[str, list[str]]) -> lis
     return found
 
 
-def _lora(seeded: list[str]) -> list[Experiment]:
-    return _private_tuning([*seeded, *HEAD, *LORA], LORA_SETTINGS)
+def _adapters(seeded: list[str]) -> list[Experiment]:
+    return _private_tuning([*seeded, *HEAD], ADAPTERS)
+
+
+def _moved(seeded: list[str]) -> list[Experiment]:
+    found = []
+    for name, adapter in {"LoRA": LORA, "prefix": PREFIX}.items():
+        for epsilon in HEAD_EPSILONS:
+            private = ["privacy.enabled=true", f"privacy.target_epsilon={epsilon}"]
+            settings = [*seeded, *HEAD, *adapter, *HEAD_ON_THE_LLM, *private]
+            found.append(Experiment(f"{name}, head on the LLM, epsilon {epsilon}", settings))
+    return found
 
 
 def _curve(seeded: list[str]) -> list[Experiment]:
@@ -370,8 +385,11 @@ def _curve(seeded: list[str]) -> list[Experiment]:
 
 def _smaller(seeded: list[str]) -> list[Experiment]:
     rows = f"evaluate.private_rows={list(HEAD_EPSILONS)}"
-    settings = [*seeded, *HEAD, rows, *HEAD_ON_THE_LLM, *SMALLER_STUDENT]
-    return [Experiment("head, head on the LLM, 9 of 30 layers", settings)]
+    common = [*seeded, *HEAD, rows, *HEAD_ON_THE_LLM]
+    return [
+        Experiment(f"head, head on the LLM, {name}", [*common, *changes])
+        for name, changes in SMALLER_STUDENTS.items()
+    ]
 
 
 def _more(seeded: list[str]) -> list[Experiment]:
@@ -398,7 +416,8 @@ PARTS = {
     "clipping": _clipping,
     "states": _states,
     "gradients": _gradients,
-    "lora": _lora,
+    "adapters": _adapters,
+    "moved": _moved,
     "options": _options,
     "alpha": _alphas,
     "curve": _curve,

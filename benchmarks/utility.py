@@ -7,9 +7,10 @@ The parts, and the split that each is measured on:
     table       the method and its baselines                                     test
     head        a head behind a public prompt, to a prompt, a LoRA and a head    test
     tasks       the same on two tasks that no setting was chosen on              test
-    owner       a head without a public prompt and a transfer, on three tasks    test
+    owner       a head and a LoRA without a public prompt, on three tasks        test
+    moved       a LoRA and a prefix on the student, to a head on the LLM         test
     upper       full prompt tuning of the target                                 test
-    lora        a LoRA on the student, behind a public prompt and without        validation
+    adapters    a LoRA and a prefix on the student, with two rates each          validation
     options     each setting of the transfer added and left out                  validation
     alpha       the published loss at several alphas, and at the rule's alpha    validation
     private     settings of private tuning, on the student                       validation
@@ -17,7 +18,7 @@ The parts, and the split that each is measured on:
     states      layers that a head reads, and its rate, on the student           validation
     gradients   prompts with more gradients, for a GPU                           validation
     curve       layers of the student and tokens of distillation                 validation
-    smaller     a head from a student of 9 layers                                test
+    smaller     a head from students of 9 layers                                 test
     more        table and upper bound with more of everything, for a GPU         both
     show        print the results as tables
 
