@@ -30,9 +30,9 @@ def verified_manifest(folder: Path, keys: Sequence[str] = ()) -> tuple[dict[str,
     Returns:
         `{"ok", "kind", "problems", "signature"}`, and the bytes of the manifest that was checked.
         If it cannot be used, `kind` is None, and there are no bytes and no `signature`. An accepted
-        student also has `given_away`, which is empty in a student of version 0.1.0. An accepted
-        prompt has `epsilon`, `delta` and `unit` of its checked statement, because its README.md may
-        say anything; None without a guarantee.
+        student also has `given_away` and `perplexity`, which are empty in a student of version
+        0.1.0. An accepted prompt has `epsilon`, `delta` and `unit` of its checked statement,
+        because its README.md may say anything; None without a guarantee.
     """
     try:
         with refusing(folder), quarantined(folder, keys=keys) as inside:
@@ -62,7 +62,8 @@ def _verified(folder: Path, inside: Quarantined) -> dict[str, Any]:
     }
     if manifest.kind == "student" and not problems:
         # What the student holds of its teacher, by its provider's own statement.
-        result["given_away"] = manifest.config.get("given_away", {})
+        for name in ("given_away", "perplexity"):
+            result[name] = manifest.config.get(name, {})
     return result if problems else result | claim
 
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json"))
 """The files of a student without its weights."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PERPLEXITY = re.compile(r"teacher|student( after [0-9]{1,18} more tokens)?")
+"""Names of the models whose perplexity a student's manifest states."""
 _PARENTS = {
     "student": {"teacher"},
     "public prompt": {"teacher", "student"},
@@ -186,6 +188,8 @@ def check_student(inside: Quarantined) -> None:
     given_away = inside.manifest.config.get("given_away", {})
     if given_away and not _is_possible(given_away, size):
         raise ArtifactRefused(f"it has {size} parameters, and its manifest says otherwise")
+    if not _are_perplexities(inside.manifest.config.get("perplexity", {})):
+        raise ArtifactRefused("what its manifest calls perplexity are no perplexities")
 
 
 def _check_kind(inside: Quarantined) -> None:
@@ -259,3 +263,13 @@ def _is_possible(given_away: Any, size: int) -> bool:
     unchanged = given_away["unchanged_parameters"]
     student = given_away["student_parameters"]
     return bool(student == size and 0 <= unchanged <= student <= given_away["teacher_parameters"])
+
+
+def _are_perplexities(statement: Any) -> bool:
+    """Return whether a statement holds perplexities by the names that `distill` gives them."""
+    if not isinstance(statement, dict):
+        return False
+    return all(
+        _PERPLEXITY.fullmatch(name) and type(value) is float and value >= 1
+        for name, value in statement.items()
+    )

@@ -89,6 +89,10 @@ class Distill(Section):
     """Weight of the cosine loss on the last hidden states."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of the tokens that a masked model must predict."""
+    # What the student gives away.
+    attack_tokens: tuple[PositiveInt, ...] = ()
+    """Numbers of tokens. For each, a copy of the finished student is distilled further with all of
+    its layers, as an owner who wants the large LLM would do. The card has its perplexity."""
     # What is kept on disk.
     checkpoint_every_steps: PositiveInt = 500
     """Number of steps between checkpoints."""

@@ -1,7 +1,7 @@
 """The plan of distillation: a sharded teacher, and a student that all ranks train."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from post_dist.config.schema import Student
 from post_dist.config.sources import Corpus
@@ -10,7 +10,7 @@ from post_dist.data.order import rank_batches
 from post_dist.errors import InputError
 from post_dist.planning import cost
 from post_dist.planning.estimate import StageEstimate
-from post_dist.planning.inputs import PlanInputs
+from post_dist.planning.inputs import PlanInputs, models_of
 from post_dist.planning.layout import (
     fetched_bytes,
     group_numbers,
@@ -18,10 +18,11 @@ from post_dist.planning.layout import (
     nonzero,
     offloaded_bytes,
 )
-from post_dist.planning.memory import GATHERED, GIB, frozen_memory, student_memory
+from post_dist.planning.memory import GATHERED, GIB, frozen_memory, fullest, student_memory
 from post_dist.planning.signals import stored_signals
 from post_dist.planning.simulation import STORAGE_GB_PER_SECOND, young_interval
-from post_dist.stages.distill.conflicts import conflicts
+from post_dist.stages.distill.attack_config import attack_config
+from post_dist.stages.distill.conflicts import conflicts, required_sections
 
 _STORAGE_BYTES_PER_SECOND = STORAGE_GB_PER_SECOND * 1e9
 
@@ -121,6 +122,21 @@ class _Seconds:
         )
 
 
+@dataclass(frozen=True)
+class _Attack:
+    """What an attack on the student needs (see `stages.distill.attack`).
+
+    Attributes:
+        seconds: duration.
+        memory: memory of one GPU by part, in GiB.
+        moments: for each moment of a step, the parts that exist only then.
+    """
+
+    seconds: float
+    memory: dict[str, float]
+    moments: list[tuple[str, ...]]
+
+
 def plan_distill(inputs: PlanInputs) -> StageEstimate:
     """Estimate distillation.
 
@@ -140,8 +156,14 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     step = seconds.of_step(overlap=inputs.overlap)
     memory, moments = _memory(inputs, work)
 
-    # The whole stage.
-    hours = section.steps * step / 3600
+    # The whole stage. The attacks run after the student is trained.
+    attacks = [_attack(inputs, tokens) for tokens in section.attack_tokens]
+    attack_hours = sum(attack.seconds for attack in attacks) / 3600
+    hours = section.steps * step / 3600 + attack_hours
+    for attack in attacks:
+        # An attack trains all layers, so it needs more memory.
+        if fullest(attack.memory, attack.moments) > fullest(memory, moments):
+            memory, moments = attack.memory, attack.moments
 
     # A checkpoint holds what the optimizer keeps, whatever the precision of the run.
     checkpoint = cost.ADAM_BYTES * inputs.models.trained
@@ -168,7 +190,7 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
         "checkpoint_gib": checkpoint / GIB,
         "checkpoint_interval_seconds": young_interval(save_seconds, inputs.machine.ranks),
         "teacher_signals_gib": work.signal_bytes / GIB or None,
-    }
+    } | nonzero(attack_hours=attack_hours)
     return StageEstimate(
         stage="distill",
         ranks=inputs.machine.ranks,
@@ -179,6 +201,21 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
         moments=moments,
         host_bytes=_host_bytes(inputs),
     )
+
+
+def _attack(inputs: PlanInputs, tokens: int) -> _Attack:
+    """Estimate the further distillation of a copy of the student on a number of tokens."""
+    # It is a distillation itself, of a student without frozen layers.
+    config = attack_config(inputs.config, tokens)
+    corpus, student = required_sections(config)
+    models = models_of(config, inputs.models.teacher)
+    of_attack = replace(inputs, config=config, models=models)
+    work = _work(of_attack, corpus, student)
+    traffic = _traffic(of_attack, work)
+    seconds = _seconds(of_attack, work, _flops(of_attack, work), traffic)
+    memory, moments = _memory(of_attack, work)
+    steps = config.distill.steps
+    return _Attack(steps * seconds.of_step(overlap=inputs.overlap), memory, moments)
 
 
 def _conflicts(inputs: PlanInputs) -> list[Conflict]:

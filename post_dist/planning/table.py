@@ -29,6 +29,7 @@ _TOTALS = {
     "prompts at once": "prompts_at_once",
     "trials of each": "trials_of_each",
     "steps": "steps",
+    "attacks on the student, hours": "attack_hours",
     "hours": "hours",
     "GPU-hours": "gpu_hours",
     "a checkpoint, GiB": "checkpoint_gib",

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import huggingface_hub
+from faults import at_call
 
 from post_dist.runtime.schedule import Schedule
 from post_dist.stages.distill import stage as distill_stage
+from post_dist.stages.distill.trainer import DistillationJob
 
 
 def stopped_at_its_third_step() -> None:
@@ -107,10 +109,15 @@ def given_no_whole_model() -> None:
     distill_stage.full_weights = full_weights
 
 
+def killed_in_its_17th_step() -> None:
+    at_call(DistillationJob, "take_step", 17, before=True)
+
+
 PREPARATIONS: dict[str, Callable[[], object]] = {
     "stopped at its third step": stopped_at_its_third_step,
     "on a node that remembers what it missed": lambda: NfsClient().start(),
     "allowed to hash prompts alone": allowed_to_hash_prompts_alone,
+    "killed in its 17th step": killed_in_its_17th_step,
     "given no whole model": given_no_whole_model,
     "told when the hub is asked": told_when_the_hub_is_asked,
 }

@@ -1,5 +1,6 @@
 """What a student gives away of its teacher, counted, and compared with its weights by `verify`."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from post_dist.config.schema import Distill
 from post_dist.models.load import load_whole
-from post_dist.stages.distill.given_away import given_away
+from post_dist.stages.distill.given_away import given_away, perplexities
 from post_dist.stages.distill.held_out import _loss_of_teacher
 from post_dist.stages.distill.model import DistillationModel
 from post_dist.verify import verify
@@ -42,6 +43,13 @@ def test_the_teachers_loss_is_that_of_transformers(tmp_path: Path) -> None:
         wanted = model.model(input_ids=tokens, labels=tokens).loss
         found = _loss_of_teacher(student, hidden, labels)
     torch.testing.assert_close(found, wanted)
+
+
+def test_the_perplexity_of_a_broken_student_is_a_number() -> None:
+    found = perplexities({"teacher_lm": 2.0, "lm": 1e5}, {4096: math.inf})
+    assert found["teacher"] == pytest.approx(7.389, abs=1e-3)
+    assert math.isfinite(found["student"])
+    assert math.isfinite(found["student after 4096 more tokens"])
 
 
 @pytest.mark.parametrize(

@@ -805,3 +805,24 @@ def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
     assert tune["reading_seconds"] == pytest.approx(forward / rate)
     steps = tune["steps"] * tune["step_seconds"]
     assert tune["hours"] == pytest.approx((tune["reading_seconds"] + steps) / 3600)
+
+
+def test_an_attack_costs_what_a_distillation_of_all_layers_costs(run: Path, main: Callable) -> None:
+    layers = ("--set=student.layers=[0,1,2,79]", "--set=student.num_layers=null")
+    common = ("--nodes=8", *layers, "--set=distill.steps=100", "--set=distill.cache=none")
+    frozen = (*common, "--set=student.frozen_lower_layers=3")
+    _, plan = planned(main, run, *common)
+    unfrozen = plan["stages"][0]
+    _, plan = planned(main, run, *frozen)
+    alone = plan["stages"][0]
+    # 100 steps of 512 sequences of 2,048 tokens, and twice as many.
+    tokens = f"--set=distill.attack_tokens=[{100 * 512 * 2048}, {200 * 512 * 2048}]"
+    _, plan = planned(main, run, *frozen, tokens)
+    attacked = plan["stages"][0]
+
+    assert "attack_hours" not in alone
+    assert attacked["attack_hours"] == pytest.approx(3 * unfrozen["hours"])
+    assert attacked["hours"] == pytest.approx(alone["hours"] + 3 * unfrozen["hours"])
+    # All layers are trained, which takes more memory than the student itself did.
+    assert alone["memory_total_gib"] < unfrozen["memory_total_gib"]
+    assert attacked["memory_total_gib"] == pytest.approx(unfrozen["memory_total_gib"])

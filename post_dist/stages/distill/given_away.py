@@ -1,9 +1,12 @@
 """What a student gives away of its teacher, for the provider who hands it out."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
+
+_LARGEST_LOSS = 700.0
 
 
 def given_away(
@@ -33,3 +36,21 @@ def given_away(
         "unchanged_parameters": size - changed,
         "teacher_parameters": teacher_parameters,
     }
+
+
+def perplexities(held_out: Mapping[str, float], attacks: Mapping[int, float]) -> dict[str, float]:
+    """Compare the student with its teacher as language models, on held-out text.
+
+    Args:
+        held_out: metrics of the student, with the language-modeling losses of both models in nats.
+        attacks: the loss of a copy of the student that was distilled further, by the number of
+            tokens (see `attack.attacked_losses`).
+
+    Returns:
+        The perplexity of each model by its name. Of a masked model it is that of masked tokens.
+    """
+    losses = {"teacher": held_out["teacher_lm"], "student": held_out["lm"]}
+    for tokens, loss in attacks.items():
+        losses[f"student after {tokens} more tokens"] = loss
+    # The perplexity of a broken model may exceed every float.
+    return {name: math.exp(min(loss, _LARGEST_LOSS)) for name, loss in losses.items()}

@@ -33,18 +33,26 @@ class DistillationModel(nn.Module):
     is part of the module because a sharded head is gathered within the engine's forward pass.
 
     Args:
-        student: the student before any training, with the teacher's weights.
+        student: the student.
         section: the section `distill` of the run file.
         head_is_frozen: whether the student's head is not trained.
+        teacher_head: the teacher's head. Default: the student is untrained, so it has that head.
     """
 
-    def __init__(self, student: LanguageModel, section: Distill, *, head_is_frozen: bool) -> None:
+    def __init__(
+        self,
+        student: LanguageModel,
+        section: Distill,
+        *,
+        head_is_frozen: bool,
+        teacher_head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
         # The student's head starts as a copy of the teacher's. While frozen, it serves both models.
         # Training changes it, so a trained head needs a copy for the teacher before the first step.
-        self.teacher_head: nn.Module | None = None
-        if not head_is_frozen:
+        self.teacher_head = teacher_head
+        if teacher_head is None and not head_is_frozen:
             self.teacher_head = copy.deepcopy(student.head_module).requires_grad_(False)
         self._section = section
 
@@ -117,6 +125,7 @@ def student_engine(
     student_section: Student,
     precision: Precision,
     world: World,
+    teacher_head: nn.Module | None = None,
 ) -> Any:
     """Make the DeepSpeed engine that trains a student. All ranks call it.
 
@@ -126,6 +135,7 @@ def student_engine(
         student_section: the run file's section `student`.
         precision: precision of the student's weights.
         world: the ranks.
+        teacher_head: the teacher's head. Default: the student is untrained, so it has that head.
     """
     section = config.distill
     # Freezing comes first, because it needs the embeddings, which are removed with the lower block.
@@ -149,5 +159,7 @@ def student_engine(
         accumulation_steps=len(micro_batches),
         max_grad_norm=section.max_grad_norm,
     )
-    model = DistillationModel(student, section, head_is_frozen=student_section.freeze_head)
+    model = DistillationModel(
+        student, section, head_is_frozen=student_section.freeze_head, teacher_head=teacher_head
+    )
     return train_sharded(model, optimizer, settings, world)

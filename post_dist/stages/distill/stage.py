@@ -2,13 +2,16 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artifact
@@ -27,15 +30,17 @@ from post_dist.models.sharded import load_sharded
 from post_dist.models.student import check_cut, write_student
 from post_dist.runtime.checkpoint import is_whole, seal, sealed_digests
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
+from post_dist.runtime.engine_checkpoint import EngineStart, engine_checkpoints, engine_start
 from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.precision import choose_precision
 from post_dist.runtime.progress import progress
 from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, number_of_parameters, shard_share
 from post_dist.stages.corpus import corpora_folder
+from post_dist.stages.distill.attack import Attacked, attacked_losses
 from post_dist.stages.distill.batches import DistillationText, masking_for
 from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
 from post_dist.stages.distill.conflicts import (
@@ -44,7 +49,7 @@ from post_dist.stages.distill.conflicts import (
     limit_conflicts,
     required_sections,
 )
-from post_dist.stages.distill.given_away import given_away
+from post_dist.stages.distill.given_away import given_away, perplexities
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.layer_choice import choose_layers
 from post_dist.stages.distill.model import student_engine
@@ -58,12 +63,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Teacher:
-    """The teacher, its files and its tokenizer."""
+    """The teacher, its files, its tokenizer, and the precision of both models."""
 
     folder: Path
     digest: str
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What the training of a student leaves.
+
+    Attributes:
+        weights: the student's weights on rank 0, without a frozen lower block, which ran in the
+            teacher; empty on other ranks.
+        teacher_head: the teacher's head; None if the student's own is equal to it.
+        metrics: metrics of the student on the held-out split.
+    """
+
+    weights: dict[str, torch.Tensor]
+    teacher_head: nn.Module | None
+    metrics: dict[str, float]
 
 
 def refuse_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
@@ -99,70 +121,79 @@ def distill(
         Interrupted: a rank was asked to stop; the state is saved.
     """
     config = folder.config
-    _, student_section = required_sections(config)
-    section = config.distill
     copies = LocalCopies(_copies_folder(folder), world.rank)
     begun = engine_start(folder.checkpoints, resume, world, copies)
 
     corpus, teacher = _load(config, teacher_folder, teacher_digest, world)
-    model = teacher.model
-    tokenizer = teacher.tokenizer
-    precision = choose_precision(config.engine, world.device)
-
-    # Choose layers, and make the student from them.
     untrained = _write_untrained(folder, teacher, corpus, world, resumes=begun.step > 0)
-    student = load_whole(untrained, precision, world.device)
-    layers = student.model.config.post_dist_layers
-    check_cut(model, student, layers)
-    engine = student_engine(student, config, student_section, precision, world)
+    masking = masking_for(teacher.model, teacher.tokenizer, config)
+    text = DistillationText(corpus, masking, world.device)
+    trained = _train(folder, teacher, untrained, text, begun, copies, world)
+
+    # Train copies of the finished student further, to see what an owner would gain.
+    attacks: dict[int, float] = {}
+    if config.distill.attack_tokens:
+        finished = folder.checkpoints / "finished"
+        world.on_main(partial(_write_finished, finished, untrained, trained, teacher.precision))
+        attacked = Attacked(finished, teacher.model, trained.teacher_head, text, teacher.precision)
+        attacks = attacked_losses(folder, attacked, world)
+
+    # Rank 0 writes the artifact.
+    world.on_main(partial(_write_artifact, folder, teacher, untrained, trained, attacks))
+    copies.clear()
+
+
+def _train(
+    folder: RunFolder,
+    teacher: _Teacher,
+    untrained: Path,
+    text: DistillationText,
+    begun: EngineStart,
+    copies: LocalCopies,
+    world: World,
+) -> _Trained:
+    """Train a student, and evaluate it. All ranks call it."""
+    config = folder.config
+    _, student_section = required_sections(config)
+    section = config.distill
+    model = teacher.model
+    # Every rank has a whole student, of which the engine shards what its ZeRO stage says.
+    student = load_whole(untrained, teacher.precision, world.device)
+    check_cut(model, student, student.model.config.post_dist_layers)
+    engine = student_engine(student, config, student_section, teacher.precision, world)
     begun.restore(engine)
 
-    # Train. With a cache, steps read files of signals, which other workers may be writing.
-    text = DistillationText(corpus, masking_for(model, tokenizer, config), world.device)
+    # With a cache, steps read files of signals, which other workers may be writing.
     online = OnlineTeacher(model, section.layers_in_teacher(student_section))
     with ExitStack() as opened:
         source: SignalSource = online
         if section.cache != "none":
             maker = SignalMaker(model, section, student_section, config.seed)
             worker = opened.enter_context(
-                signal_worker(folder.path, teacher_digest, maker, corpus, world)
+                signal_worker(folder.path, teacher.digest, maker, text.corpus, world)
             )
-            source = CachedTeacher(worker, corpus, world.device)
+            source = CachedTeacher(worker, text.corpus, world.device)
         student_step = StudentStep(engine, text, source, section, world)
         checkpoints = opened.enter_context(
             engine_checkpoints(folder.checkpoints, engine, world, copies)
         )
-        job = DistillationJob(student_step, checkpoints, folder, world)
+        metrics = open_public_metrics(folder, world)
+        job = DistillationJob(student_step, checkpoints, metrics, "distill")
         run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
     # The last checkpoint is complete, so no restart needs signals.
     source.finish()
 
-    # Evaluate the student on the held-out split, which a cache does not cover.
-    metrics = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
-    log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-    # Gather the trained weights on rank 0, which writes the artifact.
-    trained = full_weights(student, world)
-    settings = {
-        "layers": layers,
-        "num_teacher_layers": len(model.layers),
-        "student": student_section.model_dump(mode="json"),
-        "distill": section.model_dump(mode="json"),
-        "held_out": metrics,
+    # The held-out split is not in a cache.
+    held_out = held_out_metrics(engine, online, text, section.micro_batch_size_per_gpu, world)
+    log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()))
+    # The names begin with `model.`, the attribute of `LanguageModel` with the transformers model.
+    weights = {
+        name.removeprefix("model."): tensor for name, tensor in full_weights(student, world).items()
     }
-
-    # Rank 0 loads a second copy of the student, which also holds the weights that were not trained.
-    def write() -> None:
-        whole = load_whole(untrained, precision, torch.device("cpu")).model
-        # The names begin with `model.`, the attribute of `LanguageModel` with the transformers
-        # model. The frozen lower block is missing, because it ran in the teacher.
-        weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
-        settings["given_away"] = given_away(whole, weights, number_of_parameters(model))
-        whole.load_state_dict(weights, strict=False)
-        _write_artifact(folder.artifact, teacher, whole, precision, settings)
-
-    world.on_main(write)
-    copies.clear()
+    trained = _Trained(weights, engine.module.teacher_head, held_out)
+    # An attack needs the memory.
+    engine.destroy()
+    return trained
 
 
 def write_signals(
@@ -221,7 +252,7 @@ def _load(config: RunConfig, folder: Path, digest: str, world: World) -> tuple[C
         check_documents_apart(model)
     percent = 100 * shard_share(model)
     log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
-    return corpus, _Teacher(folder, digest, model, tokenizer)
+    return corpus, _Teacher(folder, digest, model, tokenizer, precision)
 
 
 def _copies_folder(folder: RunFolder) -> Path | None:
@@ -266,14 +297,38 @@ def _write_untrained(
     return untrained
 
 
+def _write_finished(
+    finished: Path, untrained: Path, trained: _Trained, precision: Precision
+) -> None:
+    """Write the weights of the student for the attacks, unless an earlier start has done so."""
+    if finished.exists():
+        return
+    student = load_whole(untrained, precision, torch.device("cpu")).model
+    student.load_state_dict(trained.weights, strict=False)
+    write_folder(finished, student.save_pretrained)
+
+
 def _write_artifact(
-    artifact: Path,
+    folder: RunFolder,
     teacher: _Teacher,
-    student: PreTrainedModel,
-    precision: Precision,
-    settings: dict[str, Any],
+    untrained: Path,
+    trained: _Trained,
+    attacks: Mapping[int, float],
 ) -> None:
     """Write the student with its card and manifest, and read it back before it gets its name."""
+    # A second copy of the student, which also holds the weights that were not trained.
+    student = load_whole(untrained, teacher.precision, torch.device("cpu")).model
+    _, student_section = required_sections(folder.config)
+    settings = {
+        "layers": student.config.post_dist_layers,
+        "num_teacher_layers": len(teacher.model.layers),
+        "student": student_section.model_dump(mode="json"),
+        "distill": folder.config.distill.model_dump(mode="json"),
+        "held_out": trained.metrics,
+        "given_away": given_away(student, trained.weights, number_of_parameters(teacher.model)),
+        "perplexity": perplexities(trained.metrics, attacks),
+    }
+    student.load_state_dict(trained.weights, strict=False)
 
     def fill(partial: Path) -> None:
         phase("writing the student")
@@ -283,10 +338,10 @@ def _write_artifact(
         phase("hashing the student")
 
     def check(partial: Path) -> None:
-        _check_reads_back(partial, precision, student.state_dict())
+        _check_reads_back(partial, teacher.precision, student.state_dict())
 
     write_artifact(
-        artifact,
+        folder.artifact,
         "student",
         fill,
         parents={"teacher": teacher.digest},
@@ -310,7 +365,7 @@ def _write_student_card(folder: Path, settings: dict[str, Any]) -> None:
         folder,
         "Student for private soft-prompt tuning",
         summary,
-        settings["held_out"] | counts,
+        settings["held_out"] | counts | {"perplexity": settings["perplexity"]},
         library="transformers",
     )
 

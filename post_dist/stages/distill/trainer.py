@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import Distill
 from post_dist.data.order import RankBatch
 from post_dist.errors import InputError, Interrupted
@@ -18,9 +17,9 @@ from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import EngineCheckpoints
+from post_dist.runtime.metric_log import MetricRecord
 from post_dist.runtime.nonfinite import NonFiniteGuard
 from post_dist.runtime.schedule import Schedule, ScheduledRates
-from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.watchdog import phase
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.signals import SignalSource
@@ -178,27 +177,26 @@ class DistillationJob:
     Args:
         student_step: takes the steps.
         checkpoints: writes the checkpoints.
-        folder: the run folder, for the metrics.
-        world: the ranks.
+        metrics: the record of each step's metrics.
+        label: name of the training in progress bars and messages.
     """
-
-    label = "distill"
 
     def __init__(
         self,
         student_step: StudentStep,
         checkpoints: EngineCheckpoints,
-        folder: RunFolder,
-        world: World,
+        metrics: MetricRecord,
+        label: str,
     ) -> None:
         section = student_step.section
+        self.label = label
         self.steps = section.steps
         self._student_step = student_step
         self._checkpoints = checkpoints
         self._optimizer = student_step.engine.optimizer
         schedule = Schedule("linear", section.warmup_share, section.steps)
         self._rates = ScheduledRates(self._optimizer, schedule)
-        self._metrics = open_public_metrics(folder, world)
+        self._metrics = metrics
         # Whether a step was taken since the last checkpoint.
         self._unsaved = False
 
