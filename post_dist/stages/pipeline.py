@@ -83,7 +83,7 @@ class Pipeline:
         self.inputs = RunInputs(config, world)
 
     def distill(self) -> RunFolder:
-        """Find or make the student.
+        """Find or make the student, and attack it if the run file says so.
 
         Returns:
             The finished folder of the stage.
@@ -91,14 +91,32 @@ class Pipeline:
         from post_dist.stages.distill.stage import distill, refuse_distillation
 
         self._config.need("distill")
+        folder = self._student_folder
         teacher = self.inputs.teacher
-        digest = self.inputs.teacher_digest
-        inputs = {"teacher": digest, "corpus": self.inputs.data_digest("corpus")}
-        folder = run_folder(self._config, "distill", inputs)
         if self._unfinished([folder]):
             refuse_distillation(folder.config, teacher, self._world)
             with self.running([folder]):
-                distill(folder, teacher, digest, self._world, self._resume)
+                distill(folder, teacher, self.inputs.teacher_digest, self._world, self._resume)
+        if self._config.distill.attack_tokens:
+            return self._attack(folder)
+        return folder
+
+    def _attack(self, student: RunFolder) -> RunFolder:
+        """Find or make the student whose card tells of attacks."""
+        from post_dist.stages.distill.attack import attack
+        from post_dist.stages.distill.attack_config import attacks_config
+        from post_dist.stages.distill.stage import refuse_distillation
+
+        # Settings that do not name the layers, such as `auto`, may stand for another student.
+        digest = read_manifest(student.artifact, "student").digest
+        inputs = self._distill_inputs | {"student": digest}
+        folder = run_folder(attacks_config(self._config), "distill", inputs, label="attack")
+        teacher = self.inputs.teacher
+        if self._unfinished([folder]):
+            refuse_distillation(folder.config, teacher, self._world)
+            with self.running([folder]):
+                digest = self.inputs.teacher_digest
+                attack(folder, student.artifact, teacher, digest, self._world, self._resume)
         return folder
 
     def signals(self) -> tuple[Path, int]:
@@ -111,12 +129,10 @@ class Pipeline:
 
         self._config.need("distill")
         teacher = self.inputs.teacher
-        digest = self.inputs.teacher_digest
-        inputs = {"teacher": digest, "corpus": self.inputs.data_digest("corpus")}
         # The folder is not made: the signals are beside it.
-        folder = run_folder(self._config, "distill", inputs)
+        folder = self._student_folder
         refuse_distillation(folder.config, teacher, self._world)
-        return write_signals(folder, teacher, digest, self._world)
+        return write_signals(folder, teacher, self.inputs.teacher_digest, self._world)
 
     def warm_start(self) -> RunFolder:
         """Find or make the public prompt for the student.
@@ -490,6 +506,20 @@ class Pipeline:
         return prompt
 
     # Folders of the stages.
+
+    @property
+    def _student_folder(self) -> RunFolder:
+        """The folder of the student itself, which attacks do not change."""
+        # Without them in its signature, a student that is finished can be attacked later.
+        section = self._config.distill.model_copy(update={"attack_tokens": ()})
+        config = self._config.model_copy(update={"distill": section})
+        return run_folder(config, "distill", self._distill_inputs)
+
+    @property
+    def _distill_inputs(self) -> dict[str, str]:
+        """Digest of each input of distillation, by its role."""
+        corpus = self.inputs.data_digest("corpus")
+        return {"teacher": self.inputs.teacher_digest, "corpus": corpus}
 
     def private_folder(
         self, config: RunConfig, stage: Stage, inputs: dict[str, str], label: str = ""

@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from started import run, run_ranks
 
 from post_dist.artifacts.manifest import read_manifest
 from post_dist.models.load import load_whole
+from post_dist.stages.distill import attack
 from post_dist.verify import verify
 
 STUDENT = ("--set=student.layers=[0,3]", "--set=student.frozen_lower_layers=1")
@@ -20,10 +22,16 @@ STUDENT = ("--set=student.layers=[0,3]", "--set=student.frozen_lower_layers=1")
 ATTACKS = ("--set=distill.attack_tokens=[500, 2560]", "--set=distill.learning_rate=0.01")
 
 
+def student(output: Path, *, attacked: bool) -> Path:
+    """Return the folder of the one student in a folder, before its attacks or after them."""
+    name = "distill-attack-????????" if attacked else "distill-????????"
+    (artifact,) = output.rglob(f"{name}/artifact")
+    return artifact
+
+
 def perplexities(output: Path) -> dict[str, float]:
-    """Return the perplexities in the manifest of the one student in a folder."""
-    (artifact,) = output.rglob("distill-*/artifact")
-    return read_manifest(artifact, "student").config["perplexity"]
+    """Return the perplexities in the manifest of the one attacked student in a folder."""
+    return read_manifest(student(output, attacked=True), "student").config["perplexity"]
 
 
 @pytest.fixture(scope="module")
@@ -37,45 +45,46 @@ def provider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_more_distillation_brings_the_student_nearer_to_its_teacher(provider: Path) -> None:
-    found = perplexities(provider.parent / "runs")
-    names = [
-        "teacher",
-        "student",
-        "student after 500 more tokens",
-        "student after 2560 more tokens",
-    ]
-    assert list(found) == names
-    assert found[names[3]] < found[names[2]] < found[names[1]]
+    runs = provider.parent / "runs"
+    found = perplexities(runs)
+    attacked = [f"student after {tokens} more tokens" for tokens in (500, 2560)]
+    assert list(found) == ["teacher", "student", *attacked]
+    assert found[attacked[1]] < found[attacked[0]] < found["student"]
 
-    (artifact,) = provider.parent.glob("runs/tiny/distill-*/artifact")
+    artifact = student(runs, attacked=True)
     held_out = read_manifest(artifact, "student").config["held_out"]
     assert found["teacher"] == math.exp(held_out["teacher_lm"])
     assert found["student"] == math.exp(held_out["lm"])
     # The owner's `verify` and the provider's card tell the same.
     assert verify(artifact)["perplexity"] == found
     card = (artifact / "README.md").read_text()
-    assert f"| perplexity, {names[3]} | {found[names[3]]} |" in card
-    assert not list(artifact.parent.glob("checkpoints")), "the attacks leave nothing behind"
+    assert f"| perplexity, {attacked[1]} | {found[attacked[1]]} |" in card
+    assert not (artifact.parent / "checkpoints").exists()
+    # 4 and 20 steps, counted on.
+    lines = (artifact.parent / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(24))
 
 
-def test_an_attack_leaves_the_student_as_it_was(provider: Path, tmp_path: Path) -> None:
-    done = run("distill", provider, f"--output={tmp_path}", *STUDENT, ATTACKS[1])
-    assert done.returncode == 0, done.stderr
-    assert list(perplexities(tmp_path)) == ["teacher", "student"]
-    (alone,) = tmp_path.rglob("distill-*/artifact")
-    (attacked,) = provider.parent.glob("runs/tiny/distill-*/artifact")
-    # An attack is a setting of its own, and not one of the student.
-    assert alone.parent.name != attacked.parent.name
-    weights = [
-        load_whole(folder, "fp32", torch.device("cpu")).model.state_dict()
-        for folder in (alone, attacked)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    lines = [
-        [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-        for folder in (alone, attacked)
-    ]
-    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+def test_a_finished_student_is_attacked_as_it_is(
+    provider: Path, tmp_path: Path, main: Callable
+) -> None:
+    command = ("distill", provider, f"--output={tmp_path}", *STUDENT, ATTACKS[1])
+    assert main(*command)[0] == 0
+    before = student(tmp_path, attacked=False)
+    assert list(verify(before)["perplexity"]) == ["teacher", "student"]
+    code, _, err = main(*command, ATTACKS[0])
+    assert code == 0, err
+    assert f"distill is finished: {before.parent}" in err
+
+    attacked = student(tmp_path, attacked=True)
+    assert verify(attacked)["ok"]
+    for file in before.iterdir():
+        same = file.read_bytes() == (attacked / file.name).read_bytes()
+        assert same is (file.name not in ("README.md", "post_dist.json")), file
+    # What follows takes the attacked one, whose card says more.
+    code, out, err = main("distill", provider, f"--output={tmp_path}", *STUDENT, *ATTACKS, "--json")
+    assert code == 0, err
+    assert json.loads(out)["artifact"] == str(attacked)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -88,15 +97,26 @@ def test_several_ranks_attack_as_one_does(provider: Path, tmp_path: Path, stage:
     assert perplexities(tmp_path) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_teacher_with_another_head_than_the_student_s_is_still_the_teacher(
-    tmp_path: Path, main: Callable
+def test_a_trained_head_is_not_taken_for_the_teacher_s(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    heads = []
+    real = attack.student_engine
+
+    def student_engine(*given: Any) -> Any:
+        heads.append(given[-1].weight.clone())
+        return real(*given)
+
+    monkeypatch.setattr(attack, "student_engine", student_engine)
     file = tiny.write_run(tmp_path)
     trained = ("--set=student.freeze_head=false", "--set=student.freeze_embeddings=false")
     code, _, err = main("distill", file, f"--output={tmp_path / 'out'}", *trained, *ATTACKS)
     assert code == 0, err
-    found = perplexities(tmp_path / "out")
-    assert found["student after 2560 more tokens"] < found["student"]
+    cpu = torch.device("cpu")
+    head = load_whole(tmp_path / "teacher", "fp32", cpu).head_module.weight
+    own = load_whole(student(tmp_path / "out", attacked=True), "fp32", cpu).head_module.weight
+    assert [torch.equal(each, head) for each in heads] == [True, True]
+    assert not torch.equal(own, head)
 
 
 def test_a_killed_attack_goes_on_where_it_was(provider: Path, tmp_path: Path) -> None:
@@ -105,7 +125,7 @@ def test_a_killed_attack_goes_on_where_it_was(provider: Path, tmp_path: Path) ->
     killed, other = run_ranks(*command, preparations=("killed in its 17th step", "nothing"))
     assert killed.returncode == -signal.SIGKILL
     assert other.returncode not in (0, None)
-    (folder,) = tmp_path.rglob("distill-*/checkpoints")
+    (folder,) = tmp_path.rglob("distill-attack-*/checkpoints")
     assert (folder / "attack-500.json").exists()
     assert (folder / "attack-2560" / "step-4").exists()
 

@@ -4,105 +4,179 @@ A copy of the finished student is trained on more public text, with all of its l
 outputs of the teacher itself. An owner has no such outputs, so this is more than an owner can do.
 """
 
+import copy
 import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from post_dist.artifacts.card import CARD
+from post_dist.artifacts.manifest import FILE_NAME, read_manifest, write_artifact
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
-from post_dist.files import write_file
-from post_dist.models.language_model import LanguageModel
+from post_dist.files import write_file, write_folder
 from post_dist.models.load import load_whole
+from post_dist.models.student import write_student
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
 from post_dist.runtime.local_copies import LocalCopies
-from post_dist.runtime.metric_log import MetricLog
+from post_dist.runtime.metric_log import MetricRecord, MetricValue
+from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.stages.distill.attack_config import attack_config
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.conflicts import required_sections
+from post_dist.stages.distill.given_away import perplexities
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
+from post_dist.stages.distill.student_card import write_student_card
+from post_dist.stages.distill.teacher import Teacher, load_teacher
 from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Attacked:
+class _Attacked:
     """The models and the text of an attack.
 
     Attributes:
         student: folder of the finished student.
-        teacher: the teacher, perhaps sharded.
+        teacher: the teacher.
         teacher_head: the teacher's head; None if the student's own is equal to it.
         text: the public text.
-        precision: precision of the student.
     """
 
     student: Path
-    teacher: LanguageModel
+    teacher: Teacher
     teacher_head: nn.Module | None
     text: DistillationText
-    precision: Precision
 
 
-def attacked_losses(folder: RunFolder, attacked: Attacked, world: World) -> dict[int, float]:
-    """Attack a finished student with each number of tokens in `distill.attack_tokens`.
+def attack(
+    folder: RunFolder,
+    student: Path,
+    teacher_folder: Path,
+    teacher_digest: str,
+    world: World,
+    resume: str,
+) -> None:
+    """Attack a finished student, and write it once more, with what the attacks have reached.
 
-    All ranks call it. An interrupted attack resumes from its checkpoint.
+    All ranks call it. There is one attack for each number in `distill.attack_tokens`. An
+    interrupted one resumes from its checkpoint.
 
     Args:
-        folder: the run folder.
-        attacked: the models and the text.
+        folder: the run folder, with the settings of `attack_config.attacks_config`.
+        student: the student's artifact. It is not changed.
+        teacher_folder: the large LLM in Hugging Face format.
+        teacher_digest: digest of its files.
         world: the ranks.
-
-    Returns:
-        The language-modeling loss in nats on held-out text, by the number of tokens.
+        resume: `auto` resumes from the newest checkpoint; `never` deletes what earlier starts left.
 
     Raises:
-        InputError: the training diverges.
+        InputError: the corpus cannot be used, or training diverges.
         EnvironmentFault: the disk is full.
         Interrupted: a rank was asked to stop; the state is saved.
     """
+    if resume == "never":
+        world.on_main(partial(shutil.rmtree, folder.checkpoints, ignore_errors=True))
+    config = folder.config
+    corpus, teacher = load_teacher(config, teacher_folder, teacher_digest, world)
+    text = teacher.reads(corpus, config, world.device)
+    head = _teacher_head(folder, student, teacher, world)
+    attacked = _Attacked(student, teacher, head, text)
+    # The steps of all attacks are counted on, as those of one run.
+    metrics = open_public_metrics(folder, world)
+    first = 0
     losses = {}
-    for tokens in folder.config.distill.attack_tokens:
+    for tokens in config.distill.attack_tokens:
+        own = attack_config(config, tokens)
         place = folder.checkpoints / f"attack-{tokens}"
-        result = place.with_suffix(".json")
-        # Rank 0 decides for all ranks, because other nodes may see the file later.
-        found = world.on_main(lambda result=result: _read(result))
-        if found is None:
-            found = _attacked_loss(attack_config(folder.config, tokens), place, attacked, world)
-            world.on_main(lambda result=result, place=place, loss=found: _keep(result, place, loss))
-        losses[tokens] = found
-        log.info("after %d more tokens of distillation: lm %.4g on held-out text", tokens, found)
-    return losses
+        losses[tokens] = _loss(own, place, attacked, _LaterSteps(metrics, first), world)
+        log.info("after %d more tokens: lm %.4g on held-out text", tokens, losses[tokens])
+        first += own.distill.steps
+    world.on_main(lambda: _write(folder.artifact, student, losses))
 
 
-def _attacked_loss(config: RunConfig, place: Path, attacked: Attacked, world: World) -> float:
+def _teacher_head(
+    folder: RunFolder, student: Path, teacher: Teacher, world: World
+) -> nn.Module | None:
+    """Return the teacher's head if the student's own was trained."""
+    _, student_section = required_sections(folder.config)
+    if student_section.freeze_head:
+        return None
+    # An untrained student has it. The teacher's own may be in shards.
+    untrained = folder.checkpoints / "untrained"
+    layers = tuple(read_manifest(student, "student").config["layers"])
+
+    def write() -> None:
+        if not untrained.exists():
+            write_folder(
+                untrained,
+                lambda place: write_student(place, teacher.folder, layers, teacher.tokenizer),
+            )
+
+    world.on_main(write)
+    head = load_whole(untrained, teacher.precision, world.device).head_module
+    return copy.deepcopy(head).requires_grad_(False)
+
+
+def _loss(
+    config: RunConfig, place: Path, attacked: _Attacked, metrics: MetricRecord, world: World
+) -> float:
+    """Return the language-modeling loss that an attack reaches on held-out text, in nats.
+
+    Args:
+        config: the settings of this attack.
+        place: folder of its checkpoints. The result is kept beside it.
+        attacked: the models and the text.
+        metrics: the record of its steps.
+        world: the ranks.
+    """
+    result = place.with_suffix(".json")
+    # Rank 0 decides for all ranks, because other nodes may see the file later.
+    found: float | None = world.on_main(
+        lambda: json.loads(result.read_text()) if result.exists() else None
+    )
+    if found is not None:
+        return found
+    loss = _attacked_loss(config, place, attacked, metrics, world)
+
+    def keep() -> None:
+        write_file(result, lambda unfinished: unfinished.write_text(json.dumps(loss)))
+        # An attack that is over does not resume.
+        shutil.rmtree(place, ignore_errors=True)
+
+    world.on_main(keep)
+    return loss
+
+
+def _attacked_loss(
+    config: RunConfig, place: Path, attacked: _Attacked, metrics: MetricRecord, world: World
+) -> float:
     """Distill a copy of the student further, and return its language-modeling loss."""
     _, student_section = required_sections(config)
     section = config.distill
-    # An attack may be repeated at little cost, so its checkpoints have no second copies.
+    precision = attacked.teacher.precision
+    # An attack can be repeated at little cost, so its checkpoints have no second copies.
     copies = LocalCopies(None, world.rank)
     begun = engine_start(place, "auto", world, copies)
-    student = load_whole(attacked.student, attacked.precision, world.device)
+    student = load_whole(attacked.student, precision, world.device)
     engine = student_engine(
-        student, config, student_section, attacked.precision, world, attacked.teacher_head
+        student, config, student_section, precision, world, attacked.teacher_head
     )
     begun.restore(engine)
     # No layer is frozen, so the teacher runs none of the student's.
-    teacher = OnlineTeacher(attacked.teacher, 0)
+    teacher = OnlineTeacher(attacked.teacher.model, 0)
     student_step = StudentStep(engine, attacked.text, teacher, section, world)
     with engine_checkpoints(place, engine, world, copies) as checkpoints:
-        # The metrics of the run are those of the student itself.
-        job = DistillationJob(student_step, checkpoints, MetricLog(None), "attack")
+        job = DistillationJob(student_step, checkpoints, metrics, "attack")
         run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
     size = section.micro_batch_size_per_gpu
     loss = held_out_metrics(engine, teacher, attacked.text, size, world)["lm"]
@@ -111,11 +185,34 @@ def _attacked_loss(config: RunConfig, place: Path, attacked: Attacked, world: Wo
     return loss
 
 
-def _read(result: Path) -> float | None:
-    return float(json.loads(result.read_text())) if result.exists() else None
+def _write(artifact: Path, student: Path, losses: dict[int, float]) -> None:
+    """Write the student with a card and a manifest that tell of the attacks."""
+    manifest = read_manifest(student, "student")
+    held_out = manifest.config["held_out"]
+    settings = manifest.config | {"perplexity": perplexities(held_out, losses)}
+
+    def fill(unfinished: Path) -> None:
+        others = shutil.ignore_patterns(CARD, FILE_NAME)
+        shutil.copytree(student, unfinished, ignore=others, dirs_exist_ok=True)
+        write_student_card(unfinished, settings)
+
+    write_artifact(
+        artifact,
+        "student",
+        fill,
+        parents=manifest.parents,
+        config=settings,
+        tokenizer=manifest.tokenizer,
+    )
 
 
-def _keep(result: Path, checkpoints: Path, loss: float) -> None:
-    """Write the result of an attack, whose checkpoints are of no use from then on."""
-    write_file(result, lambda partial: partial.write_text(json.dumps(loss)))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+class _LaterSteps:
+    """Adds a number to the step of all metrics."""
+
+    def __init__(self, metrics: MetricRecord, first: int) -> None:
+        self._metrics = metrics
+        self._first = first
+
+    def write(self, step: int, **values: MetricValue) -> None:
+        """Add the metrics of one step."""
+        self._metrics.write(self._first + step, **values)
