@@ -66,24 +66,42 @@ class Harness:
         config = self._private_config(settings, epsilon)
         pipeline = self._pipeline(config)
         prompt = read_prompt(pipeline.tune().artifact)
-        student = pipeline.student
+        answers = self._answers(config, pipeline.student, pipeline.student_digest)
+        scores_NC = answers.answers(prompt, f"student + prompt, epsilon {epsilon:g}")
+        # Class biases are part of the tuned prompt, and the cache holds scores without them.
+        scores_NC = scores_NC + torch.tensor(prompt.task.class_biases or [0.0])
+        return {"name": "student + prompt", **_metrics(scores_NC, answers)}
+
+    def given_away(self, settings: list[str]) -> Row:
+        """Distill a student, attack it, and return what it gives away of its teacher.
+
+        Args:
+            settings: changes of the run file, as `KEY=VALUE`.
+        """
+        config = self._config(settings)
+        pipeline = self._pipeline(config)
+        found = read_manifest(pipeline.student, "student").config
+        teacher = self._answers(config, pipeline.inputs.teacher, pipeline.inputs.teacher_digest)
+        student = self._answers(config, pipeline.student, pipeline.student_digest)
+        zero_shot = {
+            "teacher": _metrics(teacher.answers(None, "teacher"), teacher),
+            "student": _metrics(student.answers(None, "student"), student),
+        }
+        return {**found["given_away"], "perplexity": found["perplexity"], "zero-shot": zero_shot}
+
+    def _answers(self, config: RunConfig, folder: Path, digest: str) -> CachedAnswers:
+        """Return the answers of a model, which are cached by model and prompt, as in `evaluate`."""
         split = config.evaluate.split
         examples = load_examples(config.private_task, split, "private_task")
-        # The answers are cached by model and prompt, as in the stage evaluate.
         precision = choose_precision(config.engine, self._world.device)
-        model = load_whole(student, precision, self._world.device)
-        answers = CachedAnswers(
-            EvaluatedModel(model, student, read_manifest(student, "student").digest),
+        model = load_whole(folder, precision, self._world.device)
+        return CachedAnswers(
+            EvaluatedModel(model, folder, digest),
             EvaluationSplit(config.private_task, examples, split),
             self._output / "answers",
             config.evaluate.batch_size,
             self._world,
         )
-        scores_NC = answers.answers(prompt, f"student + prompt, epsilon {epsilon:g}")
-        # Class biases are part of the tuned prompt, and the cache holds scores without them.
-        scores_NC = scores_NC + torch.tensor(prompt.task.class_biases or [0.0])
-        metrics = classification_metrics(scores_NC.numpy(), np.array(examples.classes))
-        return {"name": "student + prompt", **metrics}
 
     def _pipeline(self, config: RunConfig) -> Pipeline:
         return Pipeline(config, self._world, _STAGES)
@@ -94,3 +112,7 @@ class Harness:
 
     def _config(self, settings: list[str]) -> RunConfig:
         return load_run(self._run, settings, self._output)
+
+
+def _metrics(scores_NC: torch.Tensor, answers: CachedAnswers) -> Row:
+    return classification_metrics(scores_NC.numpy(), np.array(answers.examples.classes))
