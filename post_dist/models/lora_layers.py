@@ -86,3 +86,11 @@ def lora_conflicts(
                 )
             )
     return found
+
+
+def lowest_layer(model: LanguageModel, lora: Lora) -> int:
+    """Return the number of the lowest layer that a LoRA changes, counted from 0."""
+    for number, shapes in enumerate(layer_linears(model)):
+        if not shapes.keys().isdisjoint(lora.layers):
+            return number
+    return 0

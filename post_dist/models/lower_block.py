@@ -1,11 +1,13 @@
-"""The frozen lower block of a student: the teacher runs it, and the student starts after it.
+"""The lower layers of a model: run once, and left out where their output is known.
 
-The block consists of the teacher's own first layers. Both models would compute the same hidden
-states, so the student takes the teacher's.
+The frozen lower block of a student consists of the teacher's own first layers. Both models would
+compute the same hidden states, so the student takes the teacher's.
 
 Shapes: B sequences, T tokens, d width.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,18 +76,50 @@ def forward_with_below(
     """
     if not layers:
         return teacher(input_ids_BT, position_ids=positions_BT), None
+    with outputs_of(teacher, layers - 1) as outputs:
+        hidden_BTd: torch.Tensor = teacher(input_ids_BT, position_ids=positions_BT)
+    return hidden_BTd, outputs[-1]
+
+
+@contextmanager
+def outputs_of(model: LanguageModel, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Collect what a layer gives in each forward pass inside this context, each [B, T, d]."""
     outputs: list[torch.Tensor] = []
 
     def keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         outputs.append(hidden)
 
-    hook = teacher.layers[layers - 1].register_forward_hook(keep_output)
+    hook = model.layers[layer].register_forward_hook(keep_output)
     try:
-        hidden_BTd: torch.Tensor = teacher(input_ids_BT, position_ids=positions_BT)
+        yield outputs
     finally:
         hook.remove()
-    return hidden_BTd, outputs[-1]
+
+
+@contextmanager
+def without_layers(
+    model: LanguageModel, skipped: Iterable[int], *, in_tuple: bool
+) -> Iterator[dict[int, "Passage"]]:
+    """Skip layers of a model inside this context.
+
+    Args:
+        model: the model.
+        skipped: the layers, counted from 0.
+        in_tuple: what `layers_give_tuples` says of the model.
+
+    Returns:
+        What stands in place of each layer, by its number.
+    """
+    removed = {layer: model.layers[layer] for layer in skipped}
+    passages = {layer: Passage(in_tuple=in_tuple) for layer in removed}
+    for layer, passage in passages.items():
+        model.layers[layer] = passage
+    try:
+        yield passages
+    finally:
+        for layer, module in removed.items():
+            model.layers[layer] = module
 
 
 class Passage(nn.Module):

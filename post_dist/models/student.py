@@ -6,8 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from post_dist.models.facts import meta_from_config, meta_model
 from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config
-from post_dist.models.lower_block import Passage, layers_give_tuples
+from post_dist.models.lower_block import layers_give_tuples, without_layers
 from post_dist.models.model_checks import running
 from post_dist.models.weight_units import WeightReader, weight_units
 from post_dist.runtime.distributed import World
@@ -146,7 +145,7 @@ def least_harmful_layers(
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
         weighted = []
-        with _without_layers(teacher, [layer], in_tuple=in_tuple):
+        with without_layers(teacher, [layer], in_tuple=in_tuple):
             for (input_ids_BT, weight), whole_BV in zip(batches, whole, strict=True):
                 cut_BV = _last_log_probabilities(teacher, input_ids_BT)
                 kl = nn.functional.kl_div(cut_BV, whole_BV, reduction="batchmean", log_target=True)
@@ -179,7 +178,7 @@ def check_cut(teacher: LanguageModel, student: LanguageModel, layers: Sequence[i
     skipped = [layer for layer in range(len(teacher.layers)) if layer not in layers]
     with torch.no_grad(), running(teacher, "without some of its layers"):
         in_tuple = layers_give_tuples(teacher)
-        with _without_layers(teacher, skipped, in_tuple=in_tuple):
+        with without_layers(teacher, skipped, in_tuple=in_tuple):
             expected = teacher(input_ids).float()
         ours = student(input_ids).float()
     if not agree(ours, expected):
@@ -267,21 +266,6 @@ def freeze(student: LanguageModel, section: Student) -> None:
 
 def _identities(parameters: Iterable[nn.Parameter]) -> set[int]:
     return {id(parameter) for parameter in parameters}
-
-
-@contextmanager
-def _without_layers(
-    model: LanguageModel, skipped: Iterable[int], *, in_tuple: bool
-) -> Iterator[None]:
-    """Skip layers of the model inside this context."""
-    removed = {layer: model.layers[layer] for layer in skipped}
-    for layer in removed:
-        model.layers[layer] = Passage(in_tuple=in_tuple)
-    try:
-        yield
-    finally:
-        for layer, module in removed.items():
-            model.layers[layer] = module
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The plan of tuning: one GPU, and one prompt or adapter for each privacy plan of the run."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
@@ -12,6 +12,9 @@ from post_dist.planning.memory import GIB
 from post_dist.privacy.micro_batches import LENGTH_STEP
 from post_dist.stages.conflicts import tune_conflicts
 
+if TYPE_CHECKING:
+    from post_dist.privacy.plan import PrivacyPlan
+
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -21,11 +24,13 @@ class _Prompt:
         batch_size: number of examples in a step; in a private run, the expected number.
         steps: number of steps.
         examples: number of training examples that the privacy plan implies; 0 without privacy.
+        keeps_lower: whether what the layers below a LoRA give is computed once.
     """
 
     batch_size: float
     steps: int
     examples: float = 0.0
+    keeps_lower: bool = False
 
 
 def plan_tune(inputs: PlanInputs) -> StageEstimate:
@@ -39,10 +44,10 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     """
     config = inputs.config
     section = config.tune
-    prompts, epsilons = _prompts(config)
-    flops = [_step_flops(inputs, prompt.batch_size) for prompt in prompts]
+    prompts, epsilons = _prompts(inputs)
+    flops = [_step_flops(inputs, prompt) for prompt in prompts]
     step_seconds = [count / inputs.flops_per_second for count in flops]
-    reading_seconds = [_reading_seconds(inputs, prompt.examples) for prompt in prompts]
+    reading_seconds = [_reading_seconds(inputs, prompt) for prompt in prompts]
     trials = section.search.mean_trials if section.search else None
     # Prompts are tuned one after the other, and a search repeats the steps of each of them.
     seconds = sum(reading_seconds)
@@ -55,7 +60,7 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
         "prompts": len(prompts),
         "trials_of_each": trials,
     }
-    if section.adapter == "head":
+    if any(reading_seconds):
         numbers["reading_seconds"] = max(reading_seconds)
     if epsilons:
         numbers["epsilon"] = epsilons
@@ -72,8 +77,9 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     )
 
 
-def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
+def _prompts(inputs: PlanInputs) -> tuple[list[_Prompt], list[float]]:
     """List the prompts that are tuned on the student, and the epsilon of each private one."""
+    config = inputs.config
     # The run's own prompt comes first, then one for each of `evaluate.private_rows`.
     prompts = []
     if not config.privacy.enabled:
@@ -85,12 +91,24 @@ def _prompts(config: RunConfig) -> tuple[list[_Prompt], list[float]]:
 
         for plan in private_plans(config):
             examples = plan.expected_batch_size / plan.sampling_probability
-            prompts.append(_Prompt(plan.expected_batch_size, plan.steps, examples))
+            keeps_lower = _keeps_lower(inputs, plan)
+            prompts.append(_Prompt(plan.expected_batch_size, plan.steps, examples, keeps_lower))
             epsilons.append(account(plan).epsilon)
     return prompts, epsilons
 
 
-def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
+def _keeps_lower(inputs: PlanInputs, plan: "PrivacyPlan") -> bool:
+    """Return whether the run computes the layers below a LoRA once for all steps."""
+    from post_dist.privacy.lower_states import are_kept
+
+    section = inputs.config.tune
+    if section.adapter != "lora" or section.lora_settings.upper_layers is None:
+        return False
+    of_example = _run_length(inputs) * inputs.models.student.width * inputs.bytes_each
+    return are_kept(plan, of_example)
+
+
+def _step_flops(inputs: PlanInputs, prompt: _Prompt) -> float:
     """Count the operations of a step.
 
     No weight of the model is trained, so backward costs one forward of the layers that it passes.
@@ -99,16 +117,16 @@ def _step_flops(inputs: PlanInputs, batch_size: float) -> float:
     student = inputs.models.student
     if inputs.config.tune.adapter == "head":
         # The scores, and the outer product of error and feature.
-        return 4 * batch_size * _classes(inputs.config) * student.width
+        return 4 * prompt.batch_size * _classes(inputs.config) * student.width
     text, response = inputs.text_lengths()
     length = inputs.config.tune.num_virtual_tokens + text + response
-    tokens = batch_size * _run_length(inputs)
-    forward = sum(cost.layer_flops(student, layer, tokens, length) for layer in student.layers)
-    head = cost.head_flops(student, batch_size * (response or 1))
+    tokens = prompt.batch_size * _run_length(inputs)
+    whole = sum(cost.layer_flops(student, layer, tokens, length) for layer in student.layers)
+    head = cost.head_flops(student, prompt.batch_size * (response or 1))
     # The gradients of a LoRA need no backward pass below its lowest layer.
     passed = student.upper_layers(inputs.config.tune.lora_settings.upper_layers)
-    backward = sum(cost.layer_flops(student, layer, tokens, length) for layer in passed)
-    return forward + backward + 2 * head
+    upper = sum(cost.layer_flops(student, layer, tokens, length) for layer in passed)
+    return (upper if prompt.keeps_lower else whole) + upper + 2 * head
 
 
 def _run_length(inputs: PlanInputs) -> int:
@@ -124,13 +142,18 @@ def _classes(config: RunConfig) -> int:
     return 2 if config.private_task is None else len(config.private_task.labels)
 
 
-def _reading_seconds(inputs: PlanInputs, examples: float) -> float:
-    """Estimate one pass of the student over all examples, whose hidden states a head reads."""
-    if inputs.config.tune.adapter != "head":
+def _reading_seconds(inputs: PlanInputs, prompt: _Prompt) -> float:
+    """Estimate one pass over all examples, for the hidden states of a head or below a LoRA."""
+    student = inputs.models.student
+    layers = student.layers
+    # The pass ends below the LoRA. For a head it runs through all layers.
+    if prompt.keeps_lower:
+        layers = layers[: -(inputs.config.tune.lora_settings.upper_layers or 0)]
+    elif inputs.config.tune.adapter != "head":
         return 0.0
-    text, _ = inputs.text_lengths()
-    length = inputs.config.tune.num_virtual_tokens + text
-    flops = cost.forward_flops(inputs.models.student, examples, length)
+    length = _run_length(inputs)
+    tokens = prompt.examples * length
+    flops = sum(cost.layer_flops(student, layer, tokens, length) for layer in layers)
     return flops / inputs.flops_per_second
 
 

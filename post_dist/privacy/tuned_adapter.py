@@ -8,6 +8,7 @@ Shapes: B examples or units.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from post_dist.models.adapted import adapted
 from post_dist.models.classifier import PromptInput
 from post_dist.models.tuning_task import TuningTask, example_losses
 from post_dist.privacy.gradients import unit_gradients
+from post_dist.privacy.lower_states import LowerStates
 from post_dist.privacy.plain_batches import batch_of_like_length
 from post_dist.privacy.scoring import answer_logits, count_right, validation_task
 from post_dist.runtime.distributed import World
@@ -35,12 +37,20 @@ class AdapterGradients:
         task: the model and the form of the task.
         adapter: the current values.
         prompt: the prompt in front of each text, if the adapter leaves it there.
+        below: the outputs of the layers below the adapter; None to run all layers.
     """
 
-    def __init__(self, task: TuningTask, adapter: Lora | Prefix, prompt: PromptInput) -> None:
+    def __init__(
+        self,
+        task: TuningTask,
+        adapter: Lora | Prefix,
+        prompt: PromptInput,
+        below: LowerStates | None = None,
+    ) -> None:
         self._task = task
         self._adapter = adapter
         self._prompt = prompt
+        self._below = below
 
     def __call__(self, batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
         """Return the per-example gradients [B, ...] of all values.
@@ -55,7 +65,8 @@ class AdapterGradients:
         for value in self._adapter.values:
             copy = value.detach().expand(len(targets), *value.shape)
             copies.append(copy.requires_grad_(True))
-        with adapted(task.model, self._adapter.with_values(copies)):
+        lower = self._below.given(batch) if self._below else nullcontext()
+        with adapted(task.model, self._adapter.with_values(copies)), lower:
             losses_B = example_losses(
                 task.model, task.reader.verbalizer, batch, targets, self._prompt
             )
@@ -110,6 +121,11 @@ class TunedAdapter(ABC):
         return PromptContents(task.start_nd, task.reader.task, statement, adapter)
 
     @property
+    def below(self) -> LowerStates | None:
+        """The outputs of the layers below the adapter, if they are kept from step to step."""
+        return None
+
+    @property
     def units(self) -> Sequence[Sequence[int]]:
         """The examples of each unit of privacy."""
         return self.task.units
@@ -151,7 +167,7 @@ class TunedAdapter(ABC):
         """Yield the gradients of a step's units, some of them at a time."""
         # One object serves all micro-batches of the step: the values do not change within it.
         prompt = self.prompt_in_front(self.task)
-        gradients = AdapterGradients(self.task, self._with(parameters), prompt)
+        gradients = AdapterGradients(self.task, self._with(parameters), prompt, self.below)
         return unit_gradients(
             self.task, parameters, units, self.sizes, self.world.device, lambda: gradients
         )

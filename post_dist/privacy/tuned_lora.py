@@ -1,6 +1,7 @@
 """A LoRA on the student, behind a fixed prompt, as the part that tuning trains."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -11,8 +12,11 @@ from post_dist.config.schema import RunConfig, Tune
 from post_dist.conflicts import Conflict
 from post_dist.models.classifier import PromptInput
 from post_dist.models.facts import ModelFacts
-from post_dist.models.lora_layers import lora_conflicts, untrained_lora
+from post_dist.models.lora_layers import lora_conflicts, lowest_layer, untrained_lora
 from post_dist.models.tuning_task import TuningTask
+from post_dist.privacy.lower_states import LowerStates, are_kept
+from post_dist.privacy.micro_batches import padded_length
+from post_dist.privacy.plan import declared_plan
 from post_dist.privacy.tuned_adapter import TunedAdapter
 
 
@@ -55,3 +59,22 @@ class TunedLora(TunedAdapter):
             random = torch.randn(factor.shape, generator=generator)
             values.append((random / factor.shape[1] ** 0.5).to(device))
         return lora.with_values(values)
+
+    def __post_init__(self) -> None:
+        """Read the examples before the first step, from which on a run spends its budget."""
+        _ = self.below
+
+    @cached_property
+    def below(self) -> LowerStates | None:
+        """The outputs of the layers below the LoRA, if keeping them saves time."""
+        # Without privacy, the examples come in other micro-batches in each epoch.
+        if not self.config.privacy.enabled:
+            return None
+        model = self.task.model
+        layers = lowest_layer(model, self.task.need(Lora))
+        tokens = len(self.task.start_nd) + padded_length(self.task)
+        of_example = tokens * model.width * model.model.dtype.itemsize
+        # The noise multiplier does not matter here.
+        if not layers or not are_kept(declared_plan(self.config, 1.0), of_example):
+            return None
+        return LowerStates(self.task, layers, self.sizes, self.world)

@@ -37,11 +37,31 @@ def section_of(family: str = "llama", **fields: Any) -> Any:
     return Tune(adapter="lora", lora=lora, **fields)
 
 
+def privacy_of(epochs: float) -> Any:
+    """Return a plan that reads each of 100 declared examples so often; none for 0."""
+    from post_dist.config.privacy import Privacy
+
+    if not epochs:
+        return Privacy(enabled=False)
+    steps = round(epochs * 100 / 4)
+    sizes = {"declared_examples": 100, "expected_batch_size": 4, "steps": steps}
+    return Privacy(enabled=True, noise_multiplier=1, **sizes)
+
+
 def tuned_lora(
-    family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    epochs: float = 0,
+    **changes: Any,
 ) -> tuple[Any, list[torch.Tensor]]:
     """Return a LoRA on seven examples, and factors that are not zero."""
-    config = SimpleNamespace(tune=section_of(family), need_task=lambda role: None, seed=0)
+    config = SimpleNamespace(
+        tune=section_of(family),
+        need_task=lambda role: None,
+        seed=0,
+        privacy=privacy_of(epochs),
+        protects_users=bool(changes.get("users")),
+    )
     task = tuning_task(family, dtype)
     kind = part("privacy.tuned_lora").TunedLora
     task = replace(task, adapter=kind.start(task, config, None), **changes)
@@ -151,6 +171,34 @@ def a_lora_changes_the_upper_layers() -> None:
     assert all(factor.any() for factor in start[::2])
 
 
+def layers_below_a_lora_run_once() -> None:
+    types = {"llama": torch.bfloat16, "opt": torch.float32, "roberta": torch.float32}
+    for family, dtype in types.items():
+        made, parameters = tuned_lora(family, dtype)
+        kept, _ = tuned_lora(family, dtype, epochs=3)
+        assert made.below is None
+        for units in (range(7), [6, 2], [3]):
+            wanted = list(made.gradients(parameters, units))
+            lowest = kept.task.model.layers[0]
+            with mock.patch.object(lowest, "forward", side_effect=AssertionError("it ran again")):
+                found = list(kept.gradients(parameters, units))
+            for one, other in zip(wanted, found, strict=True):
+                assert all(map(torch.equal, one, other)), f"{family}: other gradients"
+
+
+def declared_numbers_decide_whether_lower_states_are_kept() -> None:
+    module = part("privacy.lower_states")
+    assert tuned_lora(epochs=1.9)[0].below is None
+    assert tuned_lora(epochs=3, users=USERS)[0].below is None
+    made, _ = tuned_lora(epochs=3)
+    assert made.below is not None
+    # 100 declared examples, of which the task has seven.
+    of_all = 100 * (len(made.task.start_nd) + made.task.reader.longest) * made.task.model.width * 4
+    for most, is_kept in ((of_all, True), (of_all - 1, False)):
+        with mock.patch.object(module, "_MOST_BYTES", most):
+            assert (tuned_lora(epochs=3)[0].below is not None) is is_kept
+
+
 def a_lora_is_scored_as_evaluate_does() -> None:
     made, parameters = tuned_lora(dtype=torch.float64)
     parameters = [2 * parameter for parameter in parameters]
@@ -191,6 +239,8 @@ CHECKS: list[Callable[[], None]] = [
     one_unit_moves_a_lora_by_the_norm_at_most,
     layers_that_mix_the_rows_of_examples_are_refused,
     a_lora_changes_the_upper_layers,
+    layers_below_a_lora_run_once,
+    declared_numbers_decide_whether_lower_states_are_kept,
     a_lora_is_scored_as_evaluate_does,
     no_place_counts_for_a_lora,
 ]

@@ -1181,6 +1181,20 @@ MUTANTS = [
         "a_lora_changes_the_upper_layers",
     ),
     Mutant(
+        "outputs of the lower layers of another text",
+        "privacy.lower_states",
+        "row[:length]",
+        "row[:2]",
+        "layers_below_a_lora_run_once",
+    ),
+    Mutant(
+        "time of a run that follows from the number of examples",
+        "privacy.tuned_lora",
+        "not are_kept(declared_plan(self.config, 1.0), of_example)",
+        "not len(self.task.examples) < 50",
+        "declared_numbers_decide_whether_lower_states_are_kept",
+    ),
+    Mutant(
         "factors of a LoRA beside the rows of other examples",
         "models.adapted",
         "if self._down.dim() == 3 and",

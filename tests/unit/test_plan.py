@@ -681,6 +681,26 @@ def test_a_lora_in_the_upper_layers_has_a_short_backward_pass(run: Path, main: C
     assert 0.5 * flops["all"] < flops["one"] < 0.8 * flops["all"]
 
 
+def test_the_layers_below_a_lora_run_once_in_a_long_private_run(run: Path, main: Callable) -> None:
+    settings = ["num_virtual_tokens=10", "adapter=lora", "lora={upper_layers: 1}"]
+    private = ["enabled=true", "target_epsilon=8", "declared_examples=1000"]
+    sets = [f"--set=tune.{each}" for each in settings]
+    sets += [f"--set=privacy.{each}" for each in [*private, "expected_batch_size=10"]]
+    stages = {}
+    for steps in (199, 200):
+        code, plan = planned(main, run, "--nodes=8", *sets, f"--set=privacy.steps={steps}")
+        assert code == 0, plan["conflicts"]
+        stages[steps] = plan["stages"][1]
+    # The student has two layers. A step needs the upper one alone, forward and backward.
+    once = stages[199]["step_seconds"] - stages[200]["step_seconds"]
+    assert 0.2 < once / stages[199]["step_seconds"] < 0.34
+    # The lower one runs over 1,000 examples before the first step, and not over 10 in each.
+    assert "reading_seconds" not in stages[199]
+    assert stages[200]["reading_seconds"] == pytest.approx(100 * once)
+    hours = (200 * stages[200]["step_seconds"] + stages[200]["reading_seconds"]) / 3600
+    assert stages[200]["hours"] == pytest.approx(hours)
+
+
 def test_a_prefix_passes_no_tokens_through_the_layers(run: Path, main: Callable) -> None:
     tokens = "--set=tune.num_virtual_tokens=10"
     found = {}
