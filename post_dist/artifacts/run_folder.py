@@ -38,7 +38,7 @@ ADMITTED = "admitted"
 """Folder beside the runs with the checked copies of students from other parties."""
 LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
-_LATER_FIELDS = {"attack_tokens", "deduplicate", "deepspeed"}
+_LATER_FIELDS = {"attack_tokens", "comparison_noise_multiplier", "deduplicate", "deepspeed"}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
 
 RUN_MARKS = ("lock", "environment.json", SETTINGS)

@@ -159,6 +159,9 @@ class RunConfig(Section):
         needs_classes = {
             "tune.class_bias": self.tune.class_bias,
             "tune.search": self.tune.search is not None,
+            "privacy.comparison_noise_multiplier": (
+                self.privacy.comparison_noise_multiplier is not None
+            ),
         }
         for field, is_set in needs_classes.items():
             if is_set:
@@ -233,12 +236,23 @@ class RunConfig(Section):
                 "a search that looks at private scores is not free"
             )
 
-        # One person may have any number of validation examples, which the score's noise does not
+        # One person may have any number of validation examples, which the noise on a count does not
         # cover.
-        if self.tune.search is not None and self.protects_users:
+        compares = is_private and self.privacy.comparison_noise_multiplier is not None
+        counting = {
+            "tune.search": self.tune.search is not None,
+            "privacy.comparison_noise_multiplier": compares,
+        }
+        for field, is_set in counting.items():
+            if is_set and self.protects_users:
+                raise ValueError(
+                    f"{field} does not go with private_task.user_column: "
+                    "it counts examples, not people"
+                )
+        if compares and self.tune.search is not None:
             raise ValueError(
-                "tune.search does not go with private_task.user_column: "
-                "the score of a trial counts examples, not people"
+                "privacy.comparison_noise_multiplier does not go with tune.search, "
+                "which compares its own trials"
             )
 
         # Each of these epsilons makes a plan of its own, with the same checks.

@@ -59,7 +59,8 @@ class PrivacyPlan:
         noise_source: `system`, or `seeded` for tests, which is not private.
         declared_examples: the public number of examples, if the run file declares one.
         mean_trials: mean number of training runs in a search; None for a single run.
-        score_noise_multiplier: standard deviation of the noise on a trial's score.
+        score_noise_multiplier: standard deviation of the noise on a trial's score, or on the
+            comparison of a single run with its start; None for a single run without one.
         unit: what neighbors differ in: one example, or all examples of one user.
         clip_quantile: the quantile of gradient norms that C follows; None for a fixed C.
     """
@@ -130,9 +131,9 @@ class PrivacyPlan:
             problems.append("clip_quantile needs an expected batch of 10 times noise_multiplier")
         if self.unit not in (ONE_EXAMPLE, ONE_USER):
             problems.append(f"unit must be {ONE_EXAMPLE} or {ONE_USER}")
-        # A search gives both of these numbers, and a single run gives neither.
-        if (self.mean_trials is None) != (self.score_noise_multiplier is None):
-            problems.append("mean_trials and score_noise_multiplier must be given together")
+        # A search scores its trials. A single run may compare its result with its start.
+        if self.mean_trials is not None and self.score_noise_multiplier is None:
+            problems.append("mean_trials needs score_noise_multiplier")
         return problems
 
     @property
@@ -153,7 +154,7 @@ class PrivacyPlan:
         )
 
     def trial_event(self) -> DpEvent:
-        """Describe one training run, with its score in a search, for the accountants."""
+        """Describe one training run, with its score or comparison, for the accountants."""
         # The clipping norm C is not part of the event, because sigma is in units of C.
         training = self.sampler.event(self.noise_multiplier, self.steps)
         if self.score_noise_multiplier is None:
@@ -184,7 +185,7 @@ class PrivacyPlan:
         A step that is started again with another sum reads the same examples as the first time. Its
         k noisy sums reveal as much as one sum with 1/k of the noise variance. That is more than k
         independent samples would reveal. A search is always charged in full, and its repeated steps
-        are charged on top.
+        are charged on top. A comparison with the start is charged with the first step.
 
         Args:
             begun: histogram: number of times a step was started -> number of such steps.
@@ -194,11 +195,13 @@ class PrivacyPlan:
             covered_by_search = self.mean_trials is not None and times <= 1
             if count == 0 or covered_by_search:
                 continue
+            # A single run is compared once. The score of a search is in its own charge.
+            compared = None if self.mean_trials or plans else self.score_noise_multiplier
             # Averaging k sums of one sample divides the noise variance by k.
             repeated = replace(
                 self,
                 mean_trials=None,
-                score_noise_multiplier=None,
+                score_noise_multiplier=compared,
                 steps=count,
                 noise_multiplier=self.noise_multiplier / times**0.5,
             )
@@ -232,6 +235,9 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
             "privacy: give declared_examples, or both target_delta and sampling_probability"
         )
     search = config.tune.search
+    score_noise = section.comparison_noise_multiplier
+    if search is not None:
+        score_noise = search.score_noise_multiplier
     plan = PrivacyPlan(
         noise_multiplier=noise_multiplier,
         sampling_probability=sampling_probability,
@@ -242,7 +248,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
         noise_source=section.noise_source,
         declared_examples=declared,
         mean_trials=None if search is None else search.mean_trials,
-        score_noise_multiplier=None if search is None else search.score_noise_multiplier,
+        score_noise_multiplier=score_noise,
         unit=ONE_USER if config.protects_users else ONE_EXAMPLE,
         clip_quantile=section.clip_quantile,
     )

@@ -17,6 +17,7 @@ from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.accounting import account
 from post_dist.privacy.batch_sizes import independent_sizes
 from post_dist.privacy.calibration import private_plan
+from post_dist.privacy.comparison import Comparison
 from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source
@@ -84,13 +85,25 @@ def tune_privately(
         trainer = PrivateTrainer(tuned_kind(config.tune)(task, config, sizes, world), config, run)
         settings = TrialSettings(_learning_rate(config, plan), plan.max_grad_norm)
         if config.tune.search is None:
-            parameters = trainer.train(settings, 0, folder.checkpoints)
+            parameters = _single_run(trainer, settings)
         else:
             parameters = run_search(trainer, settings)
         # Without the key, a finished run cannot be resumed, and its noise cannot be subtracted.
         destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
+
+
+def _single_run(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.Tensor]:
+    """Train once, and compare the result with its start if the plan pays for that."""
+    run = trainer.run
+    if run.plan.score_noise_multiplier is None:
+        return trainer.train(settings, 0, run.checkpoints)
+    # Missing validation examples must show before the training.
+    comparison = Comparison(trainer)
+    parameters = trainer.train(settings, 0, run.checkpoints)
+    comparison.finish(parameters)
+    return parameters
 
 
 def _learning_rate(config: RunConfig, plan: PrivacyPlan) -> float:

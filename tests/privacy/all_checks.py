@@ -5,6 +5,7 @@ from collections.abc import Callable
 from privacy import (
     checks,
     clipping_checks,
+    comparison_checks,
     gradient_checks,
     head_checks,
     ledger_checks,
@@ -20,6 +21,7 @@ CHECKS: dict[str, Callable[[], None]] = {}
 for module in (
     checks,
     clipping_checks,
+    comparison_checks,
     gradient_checks,
     user_checks,
     head_checks,

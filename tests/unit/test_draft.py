@@ -145,6 +145,18 @@ def test_true_and_false_answer_the_question_of_their_column(tmp_path: Path, main
         assert "Letters" not in run.read_text()
 
 
+@pytest.mark.parametrize(("rows", "noise"), [(1200, None), (2000, 20)])
+def test_a_large_table_is_compared_with_the_start(
+    tmp_path: Path, main: Callable, rows: int, noise: float | None
+) -> None:
+    data = write_table(tmp_path / "t.csv", rows=rows)
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    config = post_dist.load_run(tmp_path / "work/run.yaml")
+    assert config.privacy.comparison_noise_multiplier == noise
+
+
 @pytest.mark.parametrize("preset", ["laptop", "gpu", "cluster", "paper"])
 def test_every_preset_is_accepted(tmp_path: Path, main: Callable, preset: str) -> None:
     data = write_table(tmp_path / "t.csv", rows=1200)

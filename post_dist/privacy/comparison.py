@@ -1,0 +1,71 @@
+"""Compare what was tuned with what it began as, by a noisy count that the privacy plan pays for.
+
+One more validation example changes the difference of the two counts by one at most.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from post_dist.files import write_file
+from post_dist.privacy.trainer import PrivateTrainer
+
+log = logging.getLogger(__name__)
+
+_DEVIATIONS = 2.0
+"""A difference of fewer standard deviations of the noise does not tell the two apart."""
+
+
+class Comparison:
+    """The comparison of one run. What to compare with is counted when it is made.
+
+    Args:
+        trainer: the part that is tuned, and the run.
+
+    Raises:
+        InputError: the data have no validation examples.
+        Interrupted: the run was asked to stop.
+    """
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self._part = trainer.part
+        self._run = trainer.run
+        # A run may be killed after its key is destroyed. The noise cannot be drawn again then.
+        self._file = trainer.run.checkpoints / "comparison.json"
+        self._right_before = 0
+        if not self._file.exists():
+            self._right_before = self._part.count_right(self._part.parameters())
+
+    def finish(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Tell how many more validation examples the tuned parameters get right, with noise."""
+        if not self._file.exists():
+            gained = self._noisy(self._part.count_right(parameters) - self._right_before)
+            write_file(self._file, lambda partial: partial.write_text(json.dumps(gained)))
+        gained = float(json.loads(self._file.read_text()))
+        deviation = float(self._run.plan.score_noise_multiplier or 0.0)
+        told = (
+            f"with noise of standard deviation {deviation:g}, {gained:+.0f} validation examples "
+            "are right that were not before tuning"
+        )
+        if gained > _DEVIATIONS * deviation:
+            log.info("tune: %s", told)
+        elif gained < -_DEVIATIONS * deviation:
+            log.warning(
+                "tune: the result is WORSE than what tuning began with: %s; use what it began "
+                "with, or give tuning more examples or a larger epsilon",
+                told,
+            )
+        else:
+            log.warning(
+                "tune: the result cannot be told from what tuning began with: %s; more examples or "
+                "a larger epsilon help",
+                told,
+            )
+
+    def _noisy(self, gained: int) -> float:
+        """Add the noise of the plan."""
+        # Another difference gets independent noise, and the same one always the same.
+        noise = float(self._run.source.normal(1, "comparison", gained)[0])
+        return gained + noise * float(self._run.plan.score_noise_multiplier or 0.0)
