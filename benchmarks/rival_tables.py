@@ -12,7 +12,11 @@ OURS = {
     "genres": "head, genres, head on the LLM",
 }
 """Our experiment on each task, in the results of `utility.py`."""
-OWNER_ALONE = "ours: a head on the student, the owner alone"
+OWNER_ALONE = {
+    "ours: a head on the student, the owner alone": "head",
+    "DP-LoRA on the student, the owner alone": "LoRA",
+}
+"""Lines of an owner without a provider, and the adapter of each in the results."""
 OUR_ROWS = {
     "the LLM alone (zero-shot)": "zero-shot",
     "TF-IDF + logistic regression": "TF-IDF + logistic regression",
@@ -47,8 +51,10 @@ def rivals_table(rivals: dict[str, Any], ours: dict[str, Any]) -> str:
         for rival, name in RIVAL_NAMES.items():
             found = [_rows_of_rival(rivals, f"{rival}, {task}, {privacy}") for task in TASKS]
             lines[f"{name}, {privacy}"] = found
-        alone = [_of_owner_alone(ours, task, privacy) for task in TASKS]
-        lines[f"{OWNER_ALONE}, {privacy}"] = alone
+        for line, adapter in OWNER_ALONE.items():
+            names = [f"{adapter}, the owner alone, {task}, {privacy}" for task in TASKS]
+            found = [_rows_of_ours(ours, name, "student + prompt") for name in names]
+            lines[f"{line}, {privacy}"] = found
         for line, row in OUR_ROWS.items():
             if _privacy_of(line) == privacy:
                 found = [_rows_of_ours(ours, OURS[task], row) for task in TASKS]
@@ -76,10 +82,6 @@ def _rows_of_ours(results: dict[str, Any], experiment: str, name: str) -> list[d
         if key.rpartition(", seed ")[0] == experiment:
             found += [row for row in measured["rows"] if row["name"] == name]
     return found
-
-
-def _of_owner_alone(results: dict[str, Any], task: str, privacy: str) -> list[dict[str, Any]]:
-    return _rows_of_ours(results, f"head, the owner alone, {task}, {privacy}", "student + prompt")
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:
