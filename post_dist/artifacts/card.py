@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CARD = "README.md"
-"""Name of the file."""
 _SOURCE = (
     "Made by [post_dist](https://arxiv.org/abs/2506.16196); hashes and lineage are in "
     "`post_dist.json`."
@@ -46,7 +44,7 @@ def write_card(  # noqa: PLR0913 - one parameter for each part of a card
         tags.append(tag)
     metadata = ModelCardData(library_name=library, tags=tags, base_model=base_model)
     text = _text(title, summary, settings, notes)
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}").save(folder / CARD)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}").save(folder / "README.md")
 
 
 def _text(

@@ -44,9 +44,6 @@ class Privacy(Section):
     """Adapt C: after each step it moves toward this quantile of the gradient norms, and
     `max_grad_norm` is only its first value. The noise on the quantile is part of the plan (arXiv
     1905.03871). Default: C is fixed."""
-    comparison_noise_multiplier: Annotated[float, Field(ge=0.2, le=1e4)] | None = None
-    """After the last step, tell how many more validation examples are right than before the first,
-    with noise of this standard deviation. Its cost is part of the plan. Default: no comparison."""
     # The ledger of the data set.
     max_total_epsilon: PositiveFloat | None = None
     """Limit on the total epsilon of all runs on this data set. A run that would exceed it is

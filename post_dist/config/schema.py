@@ -159,9 +159,7 @@ class RunConfig(Section):
         needs_classes = {
             "tune.class_bias": self.tune.class_bias,
             "tune.search": self.tune.search is not None,
-            "privacy.comparison_noise_multiplier": (
-                self.privacy.comparison_noise_multiplier is not None
-            ),
+            "tune.comparison_noise_multiplier": self.tune.comparison_noise_multiplier is not None,
         }
         for field, is_set in needs_classes.items():
             if is_set:
@@ -238,10 +236,10 @@ class RunConfig(Section):
 
         # One person may have any number of validation examples, which the noise on a count does not
         # cover.
-        compares = is_private and self.privacy.comparison_noise_multiplier is not None
+        compares = self.tune.comparison_noise_multiplier is not None
         counting = {
             "tune.search": self.tune.search is not None,
-            "privacy.comparison_noise_multiplier": compares,
+            "tune.comparison_noise_multiplier": compares,
         }
         for field, is_set in counting.items():
             if is_set and self.protects_users:
@@ -251,7 +249,7 @@ class RunConfig(Section):
                 )
         if compares and self.tune.search is not None:
             raise ValueError(
-                "privacy.comparison_noise_multiplier does not go with tune.search, "
+                "tune.comparison_noise_multiplier does not go with tune.search, "
                 "which compares its own trials"
             )
 

@@ -279,6 +279,14 @@ class Tune(AdapterTraining):
     full."""
     search: Search | None = None
     """Choose the learning rate or the clipping norm privately; needs `privacy.enabled`."""
+    comparison_noise_multiplier: Annotated[float, Field(ge=0.2, le=1e4)] | None = None
+    """After a private run, tell how many more validation examples are right than before it, with
+    noise of this standard deviation. Its cost is part of the plan. Default: no comparison."""
+
+    @property
+    def counts_right(self) -> bool:
+        """Whether a private run counts the validation examples that are classified correctly."""
+        return self.search is not None or self.comparison_noise_multiplier is not None
 
     @property
     def scores_classes_alone(self) -> bool:

@@ -40,7 +40,7 @@ private_task:
   test_share: 0.1                    # another 10%, which only `evaluate` reads
 tune:
 {adapter}  num_virtual_tokens: {num_virtual_tokens}
-{tune}privacy:                             # docs/privacy.md
+{tune}{comparison}privacy:                             # docs/privacy.md
   enabled: true
   target_epsilon: 8                  # the noise is chosen so that the run meets this
   # The number of training {units} is private. This is {share:.0%} of the {units}, rounded up to one
@@ -49,7 +49,7 @@ tune:
   expected_batch_size: {batch_size}
   steps: {steps}
   max_grad_norm: 1.0                 # gradients are clipped to this norm; choose it on public data
-{learning_rate}{comparison}{cluster}"""
+{learning_rate}{cluster}"""
 _HEAD = """\
   # A linear classifier on the model's hidden states. `adapter: prompt` tunes a prompt of, say, 10
   # vectors instead: vLLM serves it, and it needs far more time and examples to become as good.

@@ -182,7 +182,7 @@ class _IndependenceCheck:
 
     Args:
         task: the model and the form of the task.
-        section: says whether biases are tuned, and whether trials are scored.
+        section: says whether biases are tuned, and whether right answers are counted.
         length: padded length T of the micro-batch.
         generator: draws the probes.
         all_patterns: whether to try each place beside more kinds of neighbors.

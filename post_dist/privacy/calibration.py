@@ -108,7 +108,8 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
     if excess(most) > 0:
         raise InputError(
             f"privacy.target_epsilon: no noise multiplier up to {_MOST_SIGMA:g} reaches {target:g}",
-            "set fewer steps, a smaller sampling_probability or a larger target_epsilon",
+            "set fewer steps, a smaller sampling_probability, more noise on scores and comparisons "
+            "or a larger target_epsilon",
         )
     # Raise sigma from 1 until the target is met.
     high = 0.0

@@ -235,7 +235,7 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
             "privacy: give declared_examples, or both target_delta and sampling_probability"
         )
     search = config.tune.search
-    score_noise = section.comparison_noise_multiplier
+    score_noise = config.tune.comparison_noise_multiplier
     if search is not None:
         score_noise = search.score_noise_multiplier
     plan = PrivacyPlan(

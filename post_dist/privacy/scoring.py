@@ -74,11 +74,11 @@ def count_right(
     right = 0
     for micro_batch in micro_batches(task, range(len(task.examples)), sizes, world.device):
         # This tells the watchdog that the run is alive, but not how many batches there are.
-        phase("scoring a trial")
+        phase("counting right answers")
         scores_BC = class_scores(task, micro_batch.batch, parameters)
         # Copies that fill up a micro-batch are cut off before the count.
         matches_B = scores_BC.argmax(dim=1) == micro_batch.targets
         right += int(matches_B[: micro_batch.counted].sum())
         if stop_requested(world):
-            raise stopped("the next start scores the trial again")
+            raise stopped("the next start counts right answers again")
     return right

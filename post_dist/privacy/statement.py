@@ -165,7 +165,7 @@ def settings_problems(statement: dict[str, Any], config: Mapping[str, Any]) -> l
     # Where a setting is not given, the plan has computed it.
     settings = {name: section.get(name) for name in _SETTINGS}
     settings["delta"] = section.get("target_delta")
-    settings["score_noise_multiplier"] = section.get("comparison_noise_multiplier")
+    settings["score_noise_multiplier"] = tune.get("comparison_noise_multiplier")
     settings["steps"] = section.get("steps") or tune.get("steps")
     settings["expected_batch_size"] = section.get("expected_batch_size") or tune.get("batch_size")
     for name, value in settings.items():

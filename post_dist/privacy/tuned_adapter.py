@@ -147,14 +147,14 @@ class TunedAdapter(ABC):
     def results(
         cls, task: TuningTask, section: Tune
     ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
-        """Return the gradients of a micro-batch, and its logits if trials are scored."""
+        """Return the gradients of a micro-batch, and its logits if right answers are counted."""
         adapter = cls.probe(task, section)
         gradients = AdapterGradients(task, adapter, cls.prompt_in_front(task))
 
         def compute(batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
             found = gradients(batch, targets)
-            # A search also scores its trials, so a score must not depend on other examples either.
-            if section.search is not None:
+            # A run that also counts right answers needs scores that depend on no other example.
+            if section.counts_right:
                 with adapted(task.model, adapter):
                     found.append(answer_logits(task, batch, task.start_nd))
             return found

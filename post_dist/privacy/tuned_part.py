@@ -90,7 +90,7 @@ class TunedPart(Protocol):
 
         Args:
             task: the model, and the prompt and adapter to start from.
-            section: says whether biases are tuned, and whether trials are scored.
+            section: says whether biases are tuned, and whether right answers are counted.
         """
 
     def gradients(

@@ -106,13 +106,13 @@ class TunedPrompt:
     def results(
         task: TuningTask, section: Tune
     ) -> Callable[[Batch, torch.Tensor], list[torch.Tensor]]:
-        """Return the gradients of a micro-batch, and its logits if trials are scored."""
+        """Return the gradients of a micro-batch, and its logits if right answers are counted."""
         parameters = prompt_parameters(task, section)
         gradients = task_gradients(task, parameters)
 
         def compute(batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
             found = gradients(batch, targets)
-            if section.search is not None:
+            if section.counts_right:
                 found.append(answer_logits(task, batch, parameters[0]))
             return found
 

@@ -227,7 +227,9 @@ class _Shadows:
             "seed": self._config.seed + number,
             "private_task": _task_of(self.task, members),
             "privacy": privacy.model_copy(update={"ledger_anchors": self.folder / "anchors"}),
-            "tune": self._config.tune.model_copy(update={"search": None}),
+            "tune": self._config.tune.model_copy(
+                update={"search": None, "comparison_noise_multiplier": None}
+            ),
             "inputs": self._inputs,
         }
         return self._config.model_copy(update=changes)

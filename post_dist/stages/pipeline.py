@@ -102,13 +102,13 @@ class Pipeline:
         return folder
 
     def _attack(self, student: RunFolder) -> RunFolder:
-        """Find or make the student whose card tells of attacks."""
+        """Find or make the student whose manifest tells of attacks."""
         from post_dist.stages.distill.attack import attack
         from post_dist.stages.distill.attack_config import attacks_config
         from post_dist.stages.distill.stage import refuse_distillation
 
         # Settings that do not name the layers, such as `auto`, may stand for another student.
-        digest = read_manifest(student.artifact, "student").digest
+        digest = self._world.on_main(lambda: read_manifest(student.artifact, "student").digest)
         inputs = self._distill_inputs | {"student": digest}
         folder = run_folder(attacks_config(self._config), "distill", inputs, label="attack")
         teacher = self.inputs.teacher

@@ -245,6 +245,8 @@ def check_inputs(config: RunConfig, teacher: Path) -> None:
     task = config.private_task
     if task is not None and task.template is not None:
         load_examples(task, config.evaluate.split, "private_task")
+        if config.tune.counts_right:
+            load_examples(task, "validation", "private_task")
         prompt_task = PromptTask.of_section(task, config.tune.init_text)
         model = load_config(teacher)
         TaskReader(

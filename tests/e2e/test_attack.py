@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from post_dist.verify import verify
 
 STUDENT = ("--set=student.layers=[0,3]", "--set=student.frozen_lower_layers=1")
 # 4 steps of 4 sequences of 32 tokens, and 20 steps.
-ATTACKS = ("--set=distill.attack_tokens=[500, 2560]", "--set=distill.learning_rate=0.01")
+ATTACKS = ("--set=distill.attack_tokens=[500, 2560]", "--set=distill.learning_rate=0.003")
 
 
 def student(output: Path, *, attacked: bool) -> Path:
@@ -55,10 +56,9 @@ def test_more_distillation_brings_the_student_nearer_to_its_teacher(provider: Pa
     held_out = read_manifest(artifact, "student").config["held_out"]
     assert found["teacher"] == math.exp(held_out["teacher_lm"])
     assert found["student"] == math.exp(held_out["lm"])
-    # The owner's `verify` and the provider's card tell the same.
+    # `verify` tells the same, and the card leads there.
     assert verify(artifact)["perplexity"] == found
-    card = (artifact / "README.md").read_text()
-    assert f"| perplexity, {attacked[1]} | {found[attacked[1]]} |" in card
+    assert "prints what attacks on it have reached" in (artifact / "README.md").read_text()
     assert not (artifact.parent / "checkpoints").exists()
     # 4 and 20 steps, counted on.
     lines = (artifact.parent / "metrics.jsonl").read_text().splitlines()
@@ -72,16 +72,22 @@ def test_a_finished_student_is_attacked_as_it_is(
     assert main(*command)[0] == 0
     before = student(tmp_path, attacked=False)
     assert list(verify(before)["perplexity"]) == ["teacher", "student"]
+    # A student that was signed and handed out is attacked later.
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-f", key, "-N", ""], check=True)
+    assert main("sign", before, "--key", key)[0] == 0
     code, _, err = main(*command, ATTACKS[0])
     assert code == 0, err
     assert f"distill is finished: {before.parent}" in err
 
     attacked = student(tmp_path, attacked=True)
-    assert verify(attacked)["ok"]
-    for file in before.iterdir():
-        same = file.read_bytes() == (attacked / file.name).read_bytes()
-        assert same is (file.name not in ("README.md", "post_dist.json")), file
-    # What follows takes the attacked one, whose card says more.
+    assert verify(attacked)["signature"] == "not signed"
+    files = {file.name for file in before.iterdir()} - {"post_dist.json", "post_dist.json.sig"}
+    assert {file.name for file in attacked.iterdir()} == files | {"post_dist.json"}
+    assert all((before / each).read_bytes() == (attacked / each).read_bytes() for each in files)
+    # A prompt that was tuned on the one belongs to the other.
+    digests = {read_manifest(each, "student").digest for each in (before, attacked)}
+    assert len(digests) == 1
     code, out, err = main("distill", provider, f"--output={tmp_path}", *STUDENT, *ATTACKS, "--json")
     assert code == 0, err
     assert json.loads(out)["artifact"] == str(attacked)

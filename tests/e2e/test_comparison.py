@@ -1,18 +1,20 @@
-"""`privacy.comparison_noise_multiplier`: a private result beside what tuning began with."""
+"""`tune.comparison_noise_multiplier`: a private result beside what tuning began with."""
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from e2e.test_head import artifact, write_run
 
 from post_dist.artifacts.prompt import read_prompt
+from post_dist.privacy.comparison import Comparison
 from post_dist.stages.tune import stage
 
-COMPARED = "--set=privacy.comparison_noise_multiplier=2"
+COMPARED = "--set=tune.comparison_noise_multiplier=2"
 
 
 def told(err: str) -> str:
@@ -44,8 +46,9 @@ def test_a_result_that_is_no_better_is_told(
 ) -> None:
     run = write_run(tmp_path)
     assert main("warm-start", run)[0] == 0
-    still = "--set=privacy.learning_rate=1.0e-9"
-    code, _, err = main("tune", run, COMPARED, still)
+    # Noise from a seed is the same in each run of this test.
+    still = ("--set=privacy.learning_rate=1.0e-9", "--set=privacy.noise_source=seeded")
+    code, _, err = main("tune", run, COMPARED, *still)
     assert code == 0, err
     assert "cannot be told from what tuning began with" in err
 
@@ -56,12 +59,45 @@ def test_a_result_that_is_no_better_is_told(
     other = "--set=tune.optimizer=sgd"
     with monkeypatch.context() as patch:
         patch.setattr(stage, "write_tuned_prompt", full_disk)
-        code, _, err = main("tune", run, COMPARED, still, other)
+        code, _, err = main("tune", run, COMPARED, *still, other)
         assert code != 0
     first = told(err)
-    code, _, err = main("tune", run, COMPARED, still, other)
+    code, _, err = main("tune", run, COMPARED, *still, other)
     assert code == 0, err
     assert told(err) == first
+
+
+@pytest.mark.parametrize(
+    ("right", "message"),
+    [
+        (61, "+21 validation examples are right that were not before tuning"),
+        (20, "the result is WORSE than what tuning began with"),
+        (58, "cannot be told from what tuning began with"),
+        (22, "cannot be told from what tuning began with"),
+    ],
+)
+def test_two_deviations_tell_a_result_from_its_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, right: int, message: str
+) -> None:
+    counts = iter((40, right))
+    part = SimpleNamespace(parameters=list, count_right=lambda parameters: next(counts))
+    silent = SimpleNamespace(normal=lambda count, *purpose: [0.0] * count)
+    plan = SimpleNamespace(score_noise_multiplier=9.9)
+    run = SimpleNamespace(plan=plan, source=silent, checkpoints=tmp_path)
+    with caplog.at_level("INFO", "post_dist"):
+        Comparison(SimpleNamespace(part=part, run=run)).finish([])
+    assert message in caplog.text
+    assert (caplog.records[0].levelname == "INFO") is (right == 61)
+
+
+def test_an_audit_by_membership_compares_nothing(tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path)
+    assert main("warm-start", run)[0] == 0
+    assert main("tune", run, COMPARED)[0] == 0
+    sizes = ("--shadows=4", "--rows=80")
+    few = ("--set=privacy.expected_batch_size=20", "--set=privacy.steps=2")
+    code, _, err = main("audit", run, "--attack=lira", COMPARED, *sizes, *few)
+    assert code == 0, err
 
 
 def test_missing_validation_examples_show_before_the_first_step(
@@ -69,6 +105,9 @@ def test_missing_validation_examples_show_before_the_first_step(
 ) -> None:
     run = write_run(tmp_path)
     assert main("warm-start", run)[0] == 0
+    code, out, err = main("check", run, COMPARED, "--set=private_task.validation_share=0")
+    assert code == 2
+    assert "the validation split is empty" in out + err
     code, _, err = main("tune", run, COMPARED, "--set=private_task.validation_share=0")
     assert code == 2
     assert "the validation split is empty" in err
@@ -82,7 +121,7 @@ def test_missing_validation_examples_show_before_the_first_step(
     [
         ("tune.search={mean_trials: 2, learning_rate: [0.1]}", "does not go with tune.search"),
         ("private_task.user_column=label", "it counts examples, not people"),
-        ("privacy.comparison_noise_multiplier=0.1", "greater than or equal to 0.2"),
+        ("tune.comparison_noise_multiplier=0.1", "greater than or equal to 0.2"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -98,4 +137,4 @@ def test_a_task_that_generates_text_is_not_compared(tmp_path: Path, main: Callab
     task = ("--set=private_task.response_column=label", "--set=private_task.labels={}")
     code, _, err = main("tune", run, COMPARED, *task)
     assert code == 2
-    assert "privacy.comparison_noise_multiplier is for tasks with classes" in err
+    assert "tune.comparison_noise_multiplier is for tasks with classes" in err

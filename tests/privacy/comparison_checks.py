@@ -75,9 +75,9 @@ def a_comparison_is_in_the_statement() -> None:
     other = statement.privacy_statement(spending.Spending(plain, "now").at_the_end())
     assert other["epsilon"] < claim["epsilon"]
     assert statement.statement_problems(other | {"score_noise_multiplier": 2.0})
-    section = {"enabled": True, "comparison_noise_multiplier": 2.0}
-    assert statement.settings_problems(claim, {"privacy": section}) == []
-    assert statement.settings_problems(other, {"privacy": section})
+    settings = {"privacy": {"enabled": True}, "tune": {"comparison_noise_multiplier": 2.0}}
+    assert statement.settings_problems(claim, settings) == []
+    assert statement.settings_problems(other, settings)
 
 
 CHECKS: list[Callable[[], None]] = [

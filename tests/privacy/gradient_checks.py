@@ -336,6 +336,7 @@ def no_place_in_a_micro_batch_counts() -> None:
     )
     plain = {"micro_batch_size_per_gpu": 12, "num_virtual_tokens": 6}
     search = {"search": {"mean_trials": 2, "learning_rate": [0.1]}}
+    comparison = {"comparison_noise_multiplier": 2}
 
     def chosen(change: Change, **more: Any) -> dict[int, int]:
         with changed_layer(task.model, change):
@@ -347,7 +348,9 @@ def no_place_in_a_micro_batch_counts() -> None:
     assert chosen(mix_examples) == {16: 1}, "examples change each other"
     assert chosen(round_the_last_differently) == fours, "a last bit was not noticed"
     assert chosen(round_the_last_score_differently) == planned
-    assert chosen(round_the_last_score_differently, **search) == fours, "a score's bit differs"
+    for counting in (search, comparison):
+        found = chosen(round_the_last_score_differently, **counting)
+        assert found == fours, "a score's bit differs"
 
     # Rounding changes no zero, so a student of zeros shows no difference with made-up texts.
     weight = task.model.layers[0].mlp.down_proj.weight

@@ -265,7 +265,7 @@ MUTANTS = [
     Mutant(
         "scores of a search not compared",
         "privacy.tuned_prompt",
-        "            if section.search is not None:\n",
+        "            if section.counts_right:\n",
         "            if False:\n",
         "no_place_in_a_micro_batch_counts",
     ),
@@ -506,7 +506,7 @@ MUTANTS = [
     Mutant(
         "comparison with the start left out of a statement",
         "privacy.statement",
-        'section.get("comparison_noise_multiplier")',
+        'tune.get("comparison_noise_multiplier")',
         "None",
         "a_comparison_is_in_the_statement",
     ),
@@ -1239,7 +1239,7 @@ MUTANTS = [
     Mutant(
         "scores of a search over LoRAs not compared",
         "privacy.tuned_adapter",
-        "            if section.search is not None:\n",
+        "            if section.counts_right:\n",
         "            if False:\n",
         "no_place_counts_for_a_lora",
     ),
@@ -1298,7 +1298,7 @@ MUTANTS = [
     Mutant(
         "scores of a search over prefixes not compared",
         "privacy.tuned_adapter",
-        "            if section.search is not None:\n",
+        "            if section.counts_right:\n",
         "            if False:\n",
         "no_place_counts_for_a_prefix",
     ),

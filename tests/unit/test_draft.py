@@ -154,7 +154,7 @@ def test_a_large_table_is_compared_with_the_start(
     code, _, err = main("init", tmp_path / "work", *options)
     assert code == 0, err
     config = post_dist.load_run(tmp_path / "work/run.yaml")
-    assert config.privacy.comparison_noise_multiplier == noise
+    assert config.tune.comparison_noise_multiplier == noise
 
 
 @pytest.mark.parametrize("preset", ["laptop", "gpu", "cluster", "paper"])

@@ -46,10 +46,11 @@ def test_the_teachers_loss_is_that_of_transformers(tmp_path: Path) -> None:
 
 
 def test_the_perplexity_of_a_broken_student_is_a_number() -> None:
-    found = perplexities({"teacher_lm": 2.0, "lm": 1e5}, {4096: math.inf})
+    found = perplexities({"teacher_lm": 2.0, "lm": 1e5}, {4096: math.inf, 8192: math.nan})
     assert found["teacher"] == pytest.approx(7.389, abs=1e-3)
     assert math.isfinite(found["student"])
     assert math.isfinite(found["student after 4096 more tokens"])
+    assert math.isfinite(found["student after 8192 more tokens"])
 
 
 @pytest.mark.parametrize(

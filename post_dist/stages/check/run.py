@@ -170,9 +170,9 @@ class _Check:
         if task is not None:
             own = PromptTask.of_section(task, config.tune.init_text)
             self._check_reading("tune", own, list(task.labels))
-            # A private search scores its trials on the validation split.
+            # Right answers are counted on the validation split.
             splits = ["train"]
-            if config.tune.search is not None:
+            if config.privacy.enabled and config.tune.counts_right:
                 splits.append("validation")
             self._check_examples("tune", task, splits)
         self._account()

@@ -1,7 +1,7 @@
 """What an owner gains who distills the student further, in the hope to get the large LLM.
 
-A copy of the finished student is trained on more public text, with all of its layers and the
-outputs of the teacher itself. An owner has no such outputs, so this is more than an owner can do.
+A copy of the finished student is trained on the text behind that of its own training, with all of
+its layers and the outputs of the teacher itself. An owner has no such outputs.
 """
 
 import copy
@@ -11,13 +11,14 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from post_dist.artifacts.card import CARD
-from post_dist.artifacts.manifest import FILE_NAME, read_manifest, write_artifact
+from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, read_manifest, write_artifact
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
 from post_dist.files import write_file, write_folder
 from post_dist.models.load import load_whole
 from post_dist.models.student import write_student
@@ -34,7 +35,6 @@ from post_dist.stages.distill.given_away import perplexities
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.student_card import write_student_card
 from post_dist.stages.distill.teacher import Teacher, load_teacher
 from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 
@@ -47,12 +47,14 @@ class _Attacked:
 
     Attributes:
         student: folder of the finished student.
+        steps: number of steps that it was trained for.
         teacher: the teacher.
         teacher_head: the teacher's head; None if the student's own is equal to it.
         text: the public text.
     """
 
     student: Path
+    steps: int
     teacher: Teacher
     teacher_head: nn.Module | None
     text: DistillationText
@@ -66,7 +68,7 @@ def attack(
     world: World,
     resume: str,
 ) -> None:
-    """Attack a finished student, and write it once more, with what the attacks have reached.
+    """Attack a finished student, and write it once more, with a manifest that tells of the attacks.
 
     All ranks call it. There is one attack for each number in `distill.attack_tokens`. An
     interrupted one resumes from its checkpoint.
@@ -80,17 +82,19 @@ def attack(
         resume: `auto` resumes from the newest checkpoint; `never` deletes what earlier starts left.
 
     Raises:
-        InputError: the corpus cannot be used, or training diverges.
+        InputError: the corpus cannot be used, training diverges, or the student is too old.
         EnvironmentFault: the disk is full.
         Interrupted: a rank was asked to stop; the state is saved.
     """
+    # Rank 0 reads the student's files for all ranks.
+    made = world.on_main(lambda: _settings_of(student))
     if resume == "never":
         world.on_main(partial(shutil.rmtree, folder.checkpoints, ignore_errors=True))
     config = folder.config
     corpus, teacher = load_teacher(config, teacher_folder, teacher_digest, world)
     text = teacher.reads(corpus, config, world.device)
-    head = _teacher_head(folder, student, teacher, world)
-    attacked = _Attacked(student, teacher, head, text)
+    head = _teacher_head(folder, tuple(made["layers"]), teacher, world)
+    attacked = _Attacked(student, made["distill"]["steps"], teacher, head, text)
     # The steps of all attacks are counted on, as those of one run.
     metrics = open_public_metrics(folder, world)
     first = 0
@@ -104,16 +108,37 @@ def attack(
     world.on_main(lambda: _write(folder.artifact, student, losses))
 
 
+def _settings_of(student: Path) -> dict[str, Any]:
+    """Return how a student was made.
+
+    Raises:
+        InputError: it was made by a version that did not say enough.
+    """
+    made = dict(read_manifest(student, "student").config)
+    if "teacher_lm" not in made.get("held_out", {}):
+        raise InputError(
+            f"{student} was made by an older version, which did not evaluate the teacher",
+            "distill it again, or leave distill.attack_tokens out",
+        )
+    return made
+
+
 def _teacher_head(
-    folder: RunFolder, student: Path, teacher: Teacher, world: World
+    folder: RunFolder, layers: tuple[int, ...], teacher: Teacher, world: World
 ) -> nn.Module | None:
-    """Return the teacher's head if the student's own was trained."""
+    """Return the teacher's head if the student's own was trained.
+
+    Args:
+        folder: the run folder.
+        layers: the teacher's layers in the student.
+        teacher: the teacher.
+        world: the ranks, which all call this function.
+    """
     _, student_section = required_sections(folder.config)
     if student_section.freeze_head:
         return None
     # An untrained student has it. The teacher's own may be in shards.
     untrained = folder.checkpoints / "untrained"
-    layers = tuple(read_manifest(student, "student").config["layers"])
 
     def write() -> None:
         if not untrained.exists():
@@ -174,7 +199,7 @@ def _attacked_loss(
     begun.restore(engine)
     # No layer is frozen, so the teacher runs none of the student's.
     teacher = OnlineTeacher(attacked.teacher.model, 0)
-    student_step = StudentStep(engine, attacked.text, teacher, section, world)
+    student_step = StudentStep(engine, attacked.text, teacher, section, world, attacked.steps)
     with engine_checkpoints(place, engine, world, copies) as checkpoints:
         job = DistillationJob(student_step, checkpoints, metrics, "attack")
         run_training(job, begun.step, world, EverySteps(section.checkpoint_every_steps))
@@ -186,23 +211,30 @@ def _attacked_loss(
 
 
 def _write(artifact: Path, student: Path, losses: dict[int, float]) -> None:
-    """Write the student with a card and a manifest that tell of the attacks."""
-    manifest = read_manifest(student, "student")
-    held_out = manifest.config["held_out"]
-    settings = manifest.config | {"perplexity": perplexities(held_out, losses)}
+    """Write the student with a manifest that tells of the attacks.
 
-    def fill(unfinished: Path) -> None:
-        others = shutil.ignore_patterns(CARD, FILE_NAME)
-        shutil.copytree(student, unfinished, ignore=others, dirs_exist_ok=True)
-        write_student_card(unfinished, settings)
+    Its files stay as they are. So it has the digest that it had, and whatever was made with it
+    still belongs to it.
+    """
+    manifest = read_manifest(student, "student")
+    reached = perplexities(manifest.config["held_out"], losses)
+
+    def fill(place: Path) -> None:
+        # A signature is that of the old manifest.
+        others = shutil.ignore_patterns(FILE_NAME, SIGNATURE)
+        shutil.copytree(student, place, ignore=others, dirs_exist_ok=True)
+
+    def check(place: Path) -> None:
+        read_manifest(place, "student")
 
     write_artifact(
         artifact,
         "student",
         fill,
         parents=manifest.parents,
-        config=settings,
+        config=manifest.config | {"perplexity": reached},
         tokenizer=manifest.tokenizer,
+        check=check,
     )
 
 

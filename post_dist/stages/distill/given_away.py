@@ -44,7 +44,7 @@ def perplexities(held_out: Mapping[str, float], attacks: Mapping[int, float]) ->
     Args:
         held_out: metrics of the student, with the language-modeling losses of both models in nats.
         attacks: the loss of a copy of the student that was distilled further, by the number of
-            tokens (see `attack.attacked_losses`).
+            tokens (see `attack.py`).
 
     Returns:
         The perplexity of each model by its name. Of a masked model it is that of masked tokens.
@@ -52,5 +52,6 @@ def perplexities(held_out: Mapping[str, float], attacks: Mapping[int, float]) ->
     losses = {"teacher": held_out["teacher_lm"], "student": held_out["lm"]}
     for tokens, loss in attacks.items():
         losses[f"student after {tokens} more tokens"] = loss
-    # The perplexity of a broken model may exceed every float.
-    return {name: math.exp(min(loss, _LARGEST_LOSS)) for name, loss in losses.items()}
+    # The perplexity of a broken model may exceed every float. Its loss may be no number, which is
+    # not below the largest one.
+    return {name: math.exp(min(_LARGEST_LOSS, loss)) for name, loss in losses.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.precision import Precision
@@ -39,7 +40,6 @@ from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_maker import SignalMaker
 from post_dist.stages.distill.signals import SignalSource
-from post_dist.stages.distill.student_card import write_student_card
 from post_dist.stages.distill.teacher import Teacher, load_teacher
 from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 
@@ -237,7 +237,7 @@ def _write_artifact(
         phase("writing the student")
         student.save_pretrained(partial)
         teacher.tokenizer.save_pretrained(partial)
-        write_student_card(partial, settings)
+        _write_student_card(partial, settings)
         phase("hashing the student")
 
     def check(partial: Path) -> None:
@@ -251,6 +251,26 @@ def _write_artifact(
         config=settings,
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
         check=check,
+    )
+
+
+def _write_student_card(folder: Path, settings: dict[str, Any]) -> None:
+    layers = settings["layers"]
+    counts = settings["given_away"]
+    copied = 100 * counts["student_parameters"] / counts["teacher_parameters"]
+    unchanged = 100 * counts["unchanged_parameters"] / counts["teacher_parameters"]
+    summary = (
+        f"A student of {len(layers)} of {settings['num_teacher_layers']} layers "
+        f"(numbers {layers}), distilled on public text. It was copied from {copied:.1f}% of the "
+        f"teacher's parameters, and {unchanged:.1f}% are still equal to the teacher's. "
+        "`post-dist verify` also prints what attacks on it have reached, if its provider has tried."
+    )
+    write_card(
+        folder,
+        "Student for private soft-prompt tuning",
+        summary,
+        settings["held_out"] | counts | {"perplexity": settings["perplexity"]},
+        library="transformers",
     )
 
 

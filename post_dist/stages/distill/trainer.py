@@ -41,6 +41,7 @@ class StudentStep:
         source: the teacher's signals.
         section: the section `distill` of the run file.
         world: the ranks.
+        skipped_steps: number of steps whose text is left out: the first step reads on behind them.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class StudentStep:
         source: SignalSource,
         section: Distill,
         world: World,
+        skipped_steps: int = 0,
     ) -> None:
         self.engine = engine
         self.section = section
         self.source = source
         self._text = text
         self._world = world
+        self._skipped_steps = skipped_steps
         self._stand_in = _StandIn(world)
 
     @property
@@ -75,7 +78,10 @@ class StudentStep:
         """
         sums_K = torch.zeros(len(TERMS), device=self._world.device)
         micro_batches = self._text.corpus.step_batches(
-            step, self.section.batch_size, self.section.micro_batch_size_per_gpu, self._world
+            self._skipped_steps + step,
+            self.section.batch_size,
+            self.section.micro_batch_size_per_gpu,
+            self._world,
         )
         for micro_batch, inputs in self._with_signals(micro_batches, step):
             # The watchdog reports the last phase when a rank hangs.

@@ -73,7 +73,11 @@ def measure_speed(config: RunConfig, model: TunedModel, world: World) -> TuningS
     sizes = independent_sizes(config.tune, task)
     count = len(task.examples)
     start = time.monotonic()
-    part = tuned_kind(config.tune)(task, config, sizes, world)
+    # The steps and the batch size are not chosen yet, so nothing is kept from step to step that
+    # only some plans would keep.
+    privacy = config.privacy.model_copy(update={"enabled": False})
+    undecided = config.model_copy(update={"privacy": privacy})
+    part = tuned_kind(config.tune)(task, undecided, sizes, world)
     reading_seconds = (time.monotonic() - start) / count
     parameters = part.parameters()
 
