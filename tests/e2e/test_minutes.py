@@ -6,13 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import yaml
 from e2e.test_head import write_run as write_head_run
+from e2e.test_lora import write_lora_run
 from started import run_ranks
 
+from post_dist.privacy import tuned_lora
 from post_dist.stages.tune.speed import TuningSpeed
 
 STUDENT = ("--set=inputs.student=student", "--set=inputs.trust_model=true")
@@ -82,6 +85,20 @@ def test_a_head_needs_time_to_read_its_examples(tmp_path: Path, main: Callable) 
     # The advice is a number of minutes that is enough.
     (needed,) = re.findall(r"give (\d+) minutes or more", err)
     assert main("privacy", run, f"--minutes={needed}", options[1])[0] == 0
+
+
+def test_the_speed_of_a_lora_is_that_of_a_plan_that_keeps_nothing(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_lora_run(tmp_path)
+    assert main("warm-start", run)[0] == 0
+    kept = mock.Mock(side_effect=AssertionError("it was kept"))
+    monkeypatch.setattr(tuned_lora, "LowerStates", kept)
+    # The run file's own steps would read each example many times.
+    options = ("--minutes=0.5", "--set=privacy.steps=2000", "--json")
+    code, out, err = main("privacy", run, *options)
+    assert code == 0, err
+    assert json.loads(out)["gradients_per_second"] > 10
 
 
 def test_one_of_several_ranks_measures(tmp_path: Path, main: Callable) -> None:
