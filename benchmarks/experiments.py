@@ -253,11 +253,13 @@ class Experiment:
         name: name in the results.
         settings: what it changes in the run file, as `KEY=VALUE`.
         epsilon: target epsilon, where the measurement is of one private model on the student alone.
+        untuned: whether the measurement is of the student without a prompt.
     """
 
     name: str
     settings: list[str]
     epsilon: int | None = None
+    untuned: bool = False
 
 
 def experiments(part: str, seed: int) -> list[Experiment]:
@@ -308,6 +310,13 @@ def _owner(seeded: list[str]) -> list[Experiment]:
                 settings = [*seeded, *HEAD, *task, *changes, *alone]
                 found.append(Experiment(title, settings, epsilon))
     return found
+
+
+def _untuned(seeded: list[str]) -> list[Experiment]:
+    return [
+        Experiment(f"the student without a prompt, {name}", [*seeded, *HEAD, *task], untuned=True)
+        for name, task in {"reviews": [], **TASKS}.items()
+    ]
 
 
 def _upper_bound(seeded: list[str]) -> list[Experiment]:
@@ -411,6 +420,7 @@ PARTS = {
     "head": _head,
     "tasks": _tasks,
     "owner": _owner,
+    "untuned": _untuned,
     "upper": _upper_bound,
     "private": _private,
     "clipping": _clipping,

@@ -82,12 +82,22 @@ class Harness:
         pipeline = self._pipeline(config)
         found = read_manifest(pipeline.student, "student").config
         teacher = self._answers(config, pipeline.inputs.teacher, pipeline.inputs.teacher_digest)
-        student = self._answers(config, pipeline.student, pipeline.student_digest)
         zero_shot = {
             "teacher": _metrics(teacher.answers(None, "teacher"), teacher),
-            "student": _metrics(student.answers(None, "student"), student),
+            "student": self.untuned_row(settings),
         }
         return {**found["given_away"], "perplexity": found["perplexity"], "zero-shot": zero_shot}
+
+    def untuned_row(self, settings: list[str]) -> Row:
+        """Return the row of the student without a prompt.
+
+        Args:
+            settings: changes of the run file, as `KEY=VALUE`.
+        """
+        config = self._config(settings)
+        pipeline = self._pipeline(config)
+        answers = self._answers(config, pipeline.student, pipeline.student_digest)
+        return {"name": "student", **_metrics(answers.answers(None, "student"), answers)}
 
     def _answers(self, config: RunConfig, folder: Path, digest: str) -> CachedAnswers:
         """Return the answers of a model, which are cached by model and prompt, as in `evaluate`."""

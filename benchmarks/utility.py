@@ -9,6 +9,7 @@ The parts, and the split that each is measured on:
     tasks       the same on two tasks that no setting was chosen on              test
     owner       a head and a LoRA without a public prompt, on three tasks        test
     moved       a LoRA and a prefix on the student, to a head on the LLM         test
+    untuned     the student without a prompt, on three tasks                     test
     upper       full prompt tuning of the target                                 test
     adapters    a LoRA and a prefix on the student, with two rates each          validation
     options     each setting of the transfer added and left out                  validation
@@ -83,7 +84,9 @@ def measure(
     harness: "Harness", experiment: Experiment, settings: list[str]
 ) -> list[dict[str, Any]]:
     """Return the rows of an experiment's table, after all changes of the run file."""
-    # An experiment with an epsilon ends at the student; all others run the pipeline to its table.
+    # These end at the student; all others run the pipeline to its table.
+    if experiment.untuned:
+        return [harness.untuned_row(settings)]
     if experiment.epsilon is None:
         return harness.pipeline_table(settings)
     return [harness.student_row(settings, experiment.epsilon)]
