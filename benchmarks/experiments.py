@@ -146,9 +146,10 @@ LORA = ["tune={adapter: lora}", "privacy.learning_rate=1.0e-3", *FEW_GRADIENTS]
 """A LoRA in place of the head."""
 PREFIX = ["tune={adapter: prefix}", "privacy.learning_rate=1.0e-3", *FEW_GRADIENTS]
 """A prefix in place of the head. It starts from the public prompt."""
+FAST_LORA = [*LORA, "privacy.learning_rate=4.0e-3"]
 ADAPTERS = {
     "LoRA": LORA,
-    "LoRA, four times the rate": [*LORA, "privacy.learning_rate=4.0e-3"],
+    "LoRA, four times the rate": FAST_LORA,
     "prefix": PREFIX,
     "prefix, ten times the rate": [*PREFIX, "privacy.learning_rate=1.0e-2"],
 }
@@ -303,7 +304,8 @@ def _tasks(seeded: list[str]) -> list[Experiment]:
 def _owner(seeded: list[str]) -> list[Experiment]:
     alone = ["warm_start=null", "tune.init_text=null", "tune.num_virtual_tokens=1"]
     found = []
-    for adapter, changes in {"head": [], "LoRA": LORA}.items():
+    adapters = {"head": [], "LoRA": LORA, "LoRA, four times the rate": FAST_LORA}
+    for adapter, changes in adapters.items():
         for name, task in {"reviews": [], **TASKS}.items():
             for epsilon in HEAD_EPSILONS:
                 title = f"{adapter}, the owner alone, {name}, epsilon {epsilon}"
