@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from post_dist.files import write_file
+from post_dist.privacy.search import noisy_score
 from post_dist.privacy.trainer import PrivateTrainer
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Comparison:
     def finish(self, parameters: Sequence[torch.Tensor]) -> None:
         """Tell how many more validation examples the tuned parameters get right, with noise."""
         if not self._file.exists():
-            gained = self._noisy(self._part.count_right(parameters) - self._right_before)
+            difference = self._part.count_right(parameters) - self._right_before
+            gained = noisy_score(difference, self._run.plan, self._run.source, trial=0)
             write_file(self._file, lambda partial: partial.write_text(json.dumps(gained)))
         gained = float(json.loads(self._file.read_text()))
         deviation = float(self._run.plan.score_noise_multiplier or 0.0)
@@ -63,9 +65,3 @@ class Comparison:
                 "a larger epsilon help",
                 told,
             )
-
-    def _noisy(self, gained: int) -> float:
-        """Add the noise of the plan."""
-        # Another difference gets independent noise, and the same one always the same.
-        noise = float(self._run.source.normal(1, "comparison", gained)[0])
-        return gained + noise * float(self._run.plan.score_noise_multiplier or 0.0)

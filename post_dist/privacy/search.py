@@ -50,14 +50,14 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
 
 
 def noisy_score(count: int, plan: PrivacyPlan, source: RandomSource, trial: int) -> float:
-    """Add the plan's noise to a trial's number of correct validation examples.
+    """Add the plan's noise to a number of correct validation examples, or to a gain in it.
 
     Args:
         count: the private count. The noise is a function of it, so another count gets independent
             noise.
         plan: gives the standard deviation of the noise.
         source: randomness of the run.
-        trial: number of the trial.
+        trial: number of the trial; 0 without a search.
     """
     noise = float(source.normal(1, "score", trial, count)[0])
     return count + noise * float(plan.score_noise_multiplier or 0.0)

@@ -485,15 +485,15 @@ MUTANTS = [
     Mutant(
         "comparison with the start without noise",
         "privacy.comparison",
-        "noise * float(self._run.plan.score_noise_multiplier or 0.0)",
-        "noise * 0.0",
+        "noisy_score(difference, self._run.plan, self._run.source, trial=0)",
+        "difference",
         "a_comparison_has_the_noise_of_the_plan",
     ),
     Mutant(
         "comparison with the start drawn again after the key is gone",
         "privacy.comparison",
-        "        if not self._file.exists():\n            gained",
-        "        if True:\n            gained",
+        "        if not self._file.exists():\n            difference",
+        "        if True:\n            difference",
         "a_comparison_has_the_noise_of_the_plan",
     ),
     Mutant(
