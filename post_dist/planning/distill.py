@@ -123,16 +123,26 @@ class _Seconds:
 
 
 @dataclass(frozen=True)
-class _Attack:
-    """What an attack on the student needs (see `stages.distill.attack`).
+class _Distillation:
+    """What a distillation needs: that of the student itself, or an attack on it.
 
     Attributes:
-        seconds: duration.
+        work: what one rank runs in a step.
+        flops: operations of one rank's step, by part.
+        traffic: bytes that one rank receives in a step.
+        seconds: seconds of the parts of a step.
+        step_seconds: duration of a step.
+        all_seconds: duration of all steps.
         memory: memory of one GPU by part, in GiB.
         moments: for each moment of a step, the parts that exist only then.
     """
 
-    seconds: float
+    work: _Work
+    flops: dict[str, float]
+    traffic: _Traffic
+    seconds: _Seconds
+    step_seconds: float
+    all_seconds: float
     memory: dict[str, float]
     moments: list[tuple[str, ...]]
 
@@ -147,23 +157,15 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     if config.corpus is None or config.student is None:
         raise InputError("plan needs the sections `corpus` and `student`")
     section = config.distill
-
-    # What one rank computes, receives and waits for in a step.
-    work = _work(inputs, config.corpus, config.student)
-    flops = _flops(inputs, work)
-    traffic = _traffic(inputs, work)
-    seconds = _seconds(inputs, work, flops, traffic)
-    step = seconds.of_step(overlap=inputs.overlap)
-    memory, moments = _memory(inputs, work)
+    own = _distillation(inputs, config.corpus, config.student)
+    flops, traffic, seconds = own.flops, own.traffic, own.seconds
 
     # The whole stage. The attacks run after the student is trained.
     attacks = [_attack(inputs, tokens) for tokens in section.attack_tokens]
-    attack_hours = sum(attack.seconds for attack in attacks) / 3600
-    hours = section.steps * step / 3600 + attack_hours
-    for attack in attacks:
-        # An attack trains all layers, so it needs more memory.
-        if fullest(attack.memory, attack.moments) > fullest(memory, moments):
-            memory, moments = attack.memory, attack.moments
+    attack_hours = sum(attack.all_seconds for attack in attacks) / 3600
+    hours = own.all_seconds / 3600 + attack_hours
+    # An attack trains all layers, so it may need more memory.
+    fullest_one = max([own, *attacks], key=lambda each: fullest(each.memory, each.moments))
 
     # A checkpoint holds what the optimizer keeps, whatever the precision of the run.
     checkpoint = cost.ADAM_BYTES * inputs.models.trained
@@ -182,40 +184,46 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
             "memory": seconds.memory,
         }
         | nonzero(fetch=seconds.fetch, signals=seconds.signals),
-        "step_seconds": step,
+        "step_seconds": own.step_seconds,
         "steps": section.steps,
-        "tokens_per_second": section.batch_size * work.length / step,
-        "model_flops_utilisation": inputs.utilization(sum(flops.values()), step),
+        "tokens_per_second": section.batch_size * own.work.length / own.step_seconds,
+        "model_flops_utilisation": inputs.utilization(sum(flops.values()), own.step_seconds),
         "shard_group": group_numbers(inputs),
         "checkpoint_gib": checkpoint / GIB,
         "checkpoint_interval_seconds": young_interval(save_seconds, inputs.machine.ranks),
-        "teacher_signals_gib": work.signal_bytes / GIB or None,
+        "teacher_signals_gib": own.work.signal_bytes / GIB or None,
     } | nonzero(attack_hours=attack_hours)
     return StageEstimate(
         stage="distill",
         ranks=inputs.machine.ranks,
         hours=hours,
-        memory_gib=memory,
+        memory_gib=fullest_one.memory,
         numbers=numbers,
         conflicts=_conflicts(inputs),
-        moments=moments,
+        moments=fullest_one.moments,
         host_bytes=_host_bytes(inputs),
     )
 
 
-def _attack(inputs: PlanInputs, tokens: int) -> _Attack:
+def _distillation(inputs: PlanInputs, corpus: Corpus, student: Student) -> _Distillation:
+    """Estimate the steps of a distillation."""
+    # What one rank computes, receives and waits for in a step.
+    work = _work(inputs, corpus, student)
+    flops = _flops(inputs, work)
+    traffic = _traffic(inputs, work)
+    seconds = _seconds(inputs, work, flops, traffic)
+    step = seconds.of_step(overlap=inputs.overlap)
+    all_seconds = inputs.config.distill.steps * step
+    return _Distillation(work, flops, traffic, seconds, step, all_seconds, *_memory(inputs, work))
+
+
+def _attack(inputs: PlanInputs, tokens: int) -> _Distillation:
     """Estimate the further distillation of a copy of the student on a number of tokens."""
-    # It is a distillation itself, of a student without frozen layers.
+    # No layer is frozen, so other parts of the student are trained.
     config = attack_config(inputs.config, tokens)
-    corpus, student = required_sections(config)
     models = models_of(config, inputs.models.teacher)
     of_attack = replace(inputs, config=config, models=models)
-    work = _work(of_attack, corpus, student)
-    traffic = _traffic(of_attack, work)
-    seconds = _seconds(of_attack, work, _flops(of_attack, work), traffic)
-    memory, moments = _memory(of_attack, work)
-    steps = config.distill.steps
-    return _Attack(steps * seconds.of_step(overlap=inputs.overlap), memory, moments)
+    return _distillation(of_attack, *required_sections(config))
 
 
 def _conflicts(inputs: PlanInputs) -> list[Conflict]:
