@@ -1,9 +1,10 @@
 """Measure `post-dist corpus`: memory, speed, the cost of the hashes, and killed starts.
 
     python benchmarks/corpus.py [MEGABYTES ...]
+    python benchmarks/corpus.py --kills MEGABYTES
 
 The text is made of words that a Zipf distribution draws. A byte-level BPE tokenizer of 8,000 tokens
-is trained on it. It writes corpus-cpu.md.
+is trained on it. The first command writes corpus-cpu.md. The second prints what killed starts lose.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,13 +26,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from post_dist.config.sources import Corpus
-from post_dist.data.corpus_files import units_of
+from post_dist.data.corpus_files import UNIT_BYTES, units_of
 from post_dist.data.make_shards import make_shards
 from post_dist.data.token_shards import check_parts, read_index
 
 MEGABYTES = (50, 200)
 WORKERS = (1, 2)
-KILLS = 5
+KILLS = 20
 _RESULTS = Path(__file__).with_name("corpus-cpu.md")
 _REPEATED_MEGABYTES = 50
 _MIB = 1 << 20
@@ -39,29 +41,23 @@ _LINE_WORDS = 120
 
 
 def main(megabytes: list[int]) -> None:
-    """Measure each size with each number of workers, then killed starts, and write the table."""
+    """Measure each size with each number of workers, and write the table."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rows = []
-        killed = ""
         for size in megabytes:
-            text = folder / f"{size}.txt"
-            _write_text(text, size)
-            if not (folder / "tokenizer").exists():
-                _train_tokenizer(text, folder / "tokenizer")
+            text = _prepared_text(folder, size)
             digests = set()
             for workers in WORKERS:
                 found = _measured(folder, text, workers)
                 digests.add(found["digest"])
                 rows.append(_row(size, workers, found))
-                _write_results(rows, killed)
+                _write_results(rows)
             if len(digests) != 1:
                 raise SystemExit("the number of processes changed the shards")
-            killed = killed or _kill(folder, text)
-        _write_results(rows, killed)
 
 
-def _write_results(rows: list[tuple[str, ...]], killed: str) -> None:
+def _write_results(rows: list[tuple[str, ...]]) -> None:
     """Write the rows measured so far."""
     heads = (
         "text MB",
@@ -80,7 +76,7 @@ def _write_results(rows: list[tuple[str, ...]], killed: str) -> None:
         "check at each later start, in two threads. Shards of all numbers of processes are equal "
         "to the byte.\n\n"
     )
-    _RESULTS.write_text(intro + markdown_table(heads, rows) + "\n" + killed + "\n")
+    _RESULTS.write_text(intro + markdown_table(heads, rows) + "\n")
 
 
 def _row(size: int, workers: int, found: dict[str, float]) -> tuple[str, ...]:
@@ -92,6 +88,15 @@ def _row(size: int, workers: int, found: dict[str, float]) -> tuple[str, ...]:
         f"{found['above_base'] / 2**30:.2f}",
         f"{found['bytes'] / found['check_seconds'] / 1e9:.2f}",
     )
+
+
+def _prepared_text(folder: Path, megabytes: int) -> Path:
+    """Write a text of this size, and train the tokenizer if there is none yet."""
+    text = folder / f"{megabytes}.txt"
+    _write_text(text, megabytes)
+    if not (folder / "tokenizer").exists():
+        _train_tokenizer(text, folder / "tokenizer")
+    return text
 
 
 def _write_text(path: Path, megabytes: int) -> None:
@@ -223,31 +228,59 @@ class _Peak:
             self._most = max(self._most, sum(map(_resident, set(processes))))
 
 
-def _kill(folder: Path, text: Path) -> str:
-    """Kill starts with SIGKILL at random moments, and return a line that says what was lost."""
+def kill(megabytes: int) -> None:
+    """Kill starts with SIGKILL at random moments, and print what was lost."""
     source = random.Random(0)
-    corpora = folder / "killed"
-    whole = next((folder / f"corpora-{text.stem}-1").iterdir())
-    kills = 0
-    for _ in range(KILLS):
-        before = _finished(corpora)
-        process = _start(folder, text, 2, corpora)
-        # Wait until it works again, so that the kill does not hit the imports alone.
-        while process.poll() is None and _finished(corpora) == before:
-            time.sleep(0.02)
-        time.sleep(source.uniform(0, 1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if list(corpora.glob("*/index.json")):
-            break
-        kills += 1
-    _start(folder, text, 2, corpora).communicate()
-    equal = _digest(whole) == _digest(next(corpora.iterdir()))
-    return (
-        f"Two processes on {text.stem} MB, killed {kills} times with SIGKILL: equal to the byte to "
-        f"an undisturbed run: {'yes' if equal else 'no'}. A kill loses at most one part per "
-        "process, 16 MiB of text each."
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        text = _prepared_text(folder, megabytes)
+        corpora = folder / "killed"
+        lost = []
+        for _ in range(KILLS):
+            before = _finished(corpora)
+            process = _start(folder, text, WORKERS[-1], corpora)
+            # Wait until it works again, so that the kill does not hit the imports alone.
+            while process.poll() is None and _finished(corpora) == before:
+                time.sleep(0.02)
+            time.sleep(source.uniform(0, 3))
+            if process.poll() is not None:
+                break
+            lost.append(_text_in_work(process.pid, text))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            print(f"killed with {lost[-1] / 1e6:.1f} MB in work", flush=True)
+        _start(folder, text, WORKERS[-1], corpora).communicate()
+        whole = folder / "whole"
+        _start(folder, text, 1, whole).communicate()
+        equal = _digest(next(whole.iterdir())) == _digest(next(corpora.iterdir()))
+    print(
+        f"{WORKERS[-1]} processes on {megabytes} MB, killed {len(lost)} times with SIGKILL: equal "
+        f"to the byte to an undisturbed run: {'yes' if equal else 'no'}. Text read twice after a "
+        f"kill, MB: {statistics.median(lost) / 1e6:.1f} in the median, {max(lost) / 1e6:.1f} at "
+        f"most, {sum(lost) / 1e6:.1f} in all."
     )
+
+
+def _text_in_work(process: int, text: Path) -> int:
+    """Return how many bytes of unfinished units a process and its children have read."""
+    own = 0
+    try:
+        for link in Path(f"/proc/{process}/fd").iterdir():
+            if os.readlink(link) == str(text):
+                facts = Path(f"/proc/{process}/fdinfo/{link.name}").read_text()
+                position = int(facts.split("pos:")[1].split()[0]) % UNIT_BYTES
+                # A unit that is read to its end may not be finished yet.
+                own += position if position > _MIB else UNIT_BYTES
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        children = [int(child) for task in tasks for child in _words(task / "children")]
+    except OSError:
+        # A file was closed, or the process has ended.
+        return own
+    return own + sum(_text_in_work(child, text) for child in children)
+
+
+def _words(path: Path) -> list[str]:
+    return path.read_text().split()
 
 
 def _finished(corpora: Path) -> int:
@@ -257,5 +290,7 @@ def _finished(corpora: Path) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         _one(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    elif sys.argv[1:2] == ["--kills"]:
+        kill(int(sys.argv[2]))
     else:
         main([int(each) for each in sys.argv[1:]] or list(MEGABYTES))

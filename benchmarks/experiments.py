@@ -170,7 +170,7 @@ HEAD_SETTINGS = {
 from the plan's noise."""
 
 
-def _task(private: str, public: str, template: str, words: Sequence[str]) -> list[str]:
+def task_settings(private: str, public: str, template: str, words: Sequence[str]) -> list[str]:
     """Return the settings of a task whose labels are their own words.
 
     Args:
@@ -189,7 +189,7 @@ def _task(private: str, public: str, template: str, words: Sequence[str]) -> lis
 
 TASKS = {
     "tweets": [
-        *_task(
+        *task_settings(
             "name: tweets, path: ../demo/tweets.csv",
             "name: product reviews, path: ../demo/products.csv",
             r"Tweet: {text}\nSentiment:",
@@ -199,7 +199,7 @@ TASKS = {
         "privacy.expected_batch_size=330",
     ],
     "genres": [
-        *_task(
+        *task_settings(
             "name: genres, path: ../demo/genres.csv",
             "name: other texts, path: ../demo/public_genres.csv",
             r"Text: {text}\nTopic:",

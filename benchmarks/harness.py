@@ -13,6 +13,8 @@ from post_dist.config.load import load_run
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig
 from post_dist.data.tasks import load_examples
 from post_dist.models.load import load_whole
+from post_dist.privacy.micro_batches import planned_sizes, size_of_longest
+from post_dist.privacy.tuned_head import TunedHead
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
 from post_dist.runtime.logs import speak
@@ -20,6 +22,8 @@ from post_dist.runtime.precision import choose_precision
 from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.metrics import classification_metrics
 from post_dist.stages.pipeline import Pipeline
+from post_dist.stages.tune.stage import load_task
+from post_dist.stages.tune.tuned_model import TunedModel
 
 _STAGES = frozenset(STAGE_SECTIONS)
 
@@ -63,7 +67,7 @@ class Harness:
             epsilon: target epsilon.
         """
         # Stages that an earlier experiment has finished are taken from the folder of runs.
-        config = self._private_config(settings, epsilon)
+        config = self.private_config(settings, epsilon)
         pipeline = self._pipeline(config)
         prompt = read_prompt(pipeline.tune().artifact)
         answers = self._answers(config, pipeline.student, pipeline.student_digest)
@@ -99,6 +103,32 @@ class Harness:
         answers = self._answers(config, pipeline.student, pipeline.student_digest)
         return {"name": "student", **_metrics(answers.answers(None, "student"), answers)}
 
+    def head(self, settings: list[str]) -> tuple[TunedHead, int]:
+        """Return an untrained head that has read its examples, and how many the validation has.
+
+        Args:
+            settings: changes of the run file, as `KEY=VALUE`.
+        """
+        config = self._config(settings)
+        pipeline = self._pipeline(config)
+        model = TunedModel(
+            pipeline.student, pipeline.student_digest, "student", pipeline.public_prompt
+        )
+        task = load_task(config.private_task, config, model, self._world)
+        sizes = planned_sizes(task, size_of_longest(config.tune, task))
+        validation = load_examples(config.private_task, "validation", "private_task")
+        return TunedHead(task, config, sizes, self._world), len(validation.texts)
+
+    def private_config(self, settings: list[str], epsilon: float) -> RunConfig:
+        """Return the run file of a private run.
+
+        Args:
+            settings: changes of the run file, as `KEY=VALUE`.
+            epsilon: target epsilon.
+        """
+        config = self._config(settings)
+        return config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
+
     def _answers(self, config: RunConfig, folder: Path, digest: str) -> CachedAnswers:
         """Return the answers of a model, which are cached by model and prompt, as in `evaluate`."""
         split = config.evaluate.split
@@ -115,10 +145,6 @@ class Harness:
 
     def _pipeline(self, config: RunConfig) -> Pipeline:
         return Pipeline(config, self._world, _STAGES)
-
-    def _private_config(self, settings: list[str], epsilon: float) -> RunConfig:
-        config = self._config(settings)
-        return config.model_copy(update={"privacy": config.privacy.for_target(epsilon)})
 
     def _config(self, settings: list[str]) -> RunConfig:
         return load_run(self._run, settings, self._output)

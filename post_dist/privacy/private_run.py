@@ -83,7 +83,7 @@ def tune_privately(
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
         trainer = PrivateTrainer(tuned_kind(config.tune)(task, config, sizes, world), config, run)
-        settings = TrialSettings(_learning_rate(config, plan), plan.max_grad_norm)
+        settings = TrialSettings(learning_rate(config, plan), plan.max_grad_norm)
         if config.tune.search is None:
             parameters = _single_run(trainer, settings)
         else:
@@ -106,7 +106,7 @@ def _single_run(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.
     return parameters
 
 
-def _learning_rate(config: RunConfig, plan: PrivacyPlan) -> float:
+def learning_rate(config: RunConfig, plan: PrivacyPlan) -> float:
     """Return the learning rate: that of the run file, or less for a head if the noise is large."""
     if config.privacy.learning_rate is not None:
         return config.privacy.learning_rate

@@ -104,7 +104,7 @@ def tune(
     alone = replace(world, size=1)
 
     def tune_alone() -> None:
-        task = _load_task(private_task, folder.config, model, alone)
+        task = load_task(private_task, folder.config, model, alone)
         if model.public_prompt is None:
             task = replace(task, adapter=_kept(folder, task.adapter))
         with offline():
@@ -155,10 +155,20 @@ def bound_task(
     return replace(task, adapter=adapter)
 
 
-def _load_task(
+def load_task(
     private_task: Task, config: RunConfig, tuned: TunedModel, world: World
 ) -> TuningTask:
-    """Load the training examples and the model."""
+    """Load the training examples and the model.
+
+    Args:
+        private_task: the task and its examples.
+        config: the run file.
+        tuned: the model.
+        world: this process, alone.
+
+    Raises:
+        InputError: the model and the data do not fit together.
+    """
     loaded = load_examples(private_task, "train", "private_task")
     task = bound_task(private_task, config, tuned, world)
     examples = task.reader.encode(loaded.texts, loaded.responses)
