@@ -262,25 +262,20 @@ def kill(megabytes: int) -> None:
 
 
 def _text_in_work(process: int, text: Path) -> int:
-    """Return how many bytes of unfinished units a process and its children have read."""
-    own = 0
-    try:
-        for link in Path(f"/proc/{process}/fd").iterdir():
-            if os.readlink(link) == str(text):
-                facts = Path(f"/proc/{process}/fdinfo/{link.name}").read_text()
-                position = int(facts.split("pos:")[1].split()[0]) % UNIT_BYTES
-                # A unit that is read to its end may not be finished yet.
-                own += position if position > _MIB else UNIT_BYTES
-        tasks = list(Path(f"/proc/{process}/task").iterdir())
-        children = [int(child) for task in tasks for child in _words(task / "children")]
-    except OSError:
-        # A file was closed, or the process has ended.
-        return own
-    return own + sum(_text_in_work(child, text) for child in children)
+    """Return how many bytes of unfinished units the workers of a process have read, at most."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    workers = {worker for task in tasks for worker in (task / "children").read_text().split()}
+    return sum(_read_of_unit(Path("/proc") / worker, text) for worker in workers)
 
 
-def _words(path: Path) -> list[str]:
-    return path.read_text().split()
+def _read_of_unit(worker: Path, text: Path) -> int:
+    for link in (worker / "fd").iterdir():
+        if os.readlink(link) == str(text):
+            facts = (worker / "fdinfo" / link.name).read_text()
+            read = int(facts.split("pos:")[1].split()[0]) % UNIT_BYTES
+            # A unit that is read to its end may not be finished yet.
+            return read if read > _MIB else UNIT_BYTES
+    return UNIT_BYTES
 
 
 def _finished(corpora: Path) -> int:

@@ -143,6 +143,16 @@ class Task(DataSource):
         """Maximum number of tokens of a response; 0 for a task with classes."""
         return self.max_response_length if self.response_column is not None else 0
 
+    @property
+    def hashed_test_share(self) -> float:
+        """Fraction of the texts that a hash puts into the test split."""
+        return 0.0 if self.test_hub_split is not None else self.test_share
+
+    @property
+    def validation_per_training(self) -> float:
+        """About how many validation examples there are for each training example."""
+        return self.validation_share / (1 - self.validation_share - self.hashed_test_share)
+
     @model_validator(mode="before")
     @classmethod
     def _named_task(cls, fields: Any) -> Any:

@@ -289,6 +289,17 @@ class Tune(AdapterTraining):
         return self.search is not None or self.comparison_noise_multiplier is not None
 
     @property
+    def validation_passes(self) -> float:
+        """How often a private run reads the validation examples; of a search, the mean."""
+        if not self.counts_right:
+            return 0.0
+        # The hidden states that a head reads are computed once.
+        if self.adapter == "head":
+            return 1.0
+        # A comparison counts before and after the steps, and a search after each trial.
+        return 2.0 if self.search is None else self.search.mean_trials
+
+    @property
     def scores_classes_alone(self) -> bool:
         """Whether what is tuned scores the classes and no other word."""
         return self.adapter == "head"

@@ -118,7 +118,11 @@ def _work() -> None:
     # Libraries may print to standard output. Their lines go to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    work: TokenizerWork = pickle.load(sys.stdin.buffer)
+    try:
+        work: TokenizerWork = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
+        # The parent was killed before it had sent all of the work.
+        return
     try:
         for line in sys.stdin.buffer:
             _make(work, int(line), answers)

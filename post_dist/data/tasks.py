@@ -101,10 +101,9 @@ def split_of(unit: str, task: Task) -> str:
     """
     # The place does not depend on the shares, so a larger share only adds examples to a split.
     place = _place(unit, task)
-    test_share = 0.0 if task.test_hub_split is not None else task.test_share
-    if place < test_share:
+    if place < task.hashed_test_share:
         return "test"
-    if place < test_share + task.validation_share:
+    if place < task.hashed_test_share + task.validation_share:
         return "validation"
     return "train"
 

@@ -23,6 +23,7 @@ _TRAFFIC = {
 }
 _TOTALS = {
     "reading the examples, s": "reading_seconds",
+    "counting right validation examples, s": "counting_seconds",
     "step, s": "step_seconds",
     "share of the peak": "model_flops_utilisation",
     "prompts": "prompts",

@@ -1,10 +1,11 @@
 """The plan of tuning: one GPU, and one prompt or adapter for each privacy plan of the run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from post_dist.config.schema import RunConfig
-from post_dist.models.size import ModelSize
+from post_dist.models.size import LayerSize, ModelSize
 from post_dist.planning import cost
 from post_dist.planning.estimate import StageEstimate
 from post_dist.planning.inputs import PlanInputs
@@ -48,9 +49,10 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     flops = [_step_flops(inputs, prompt) for prompt in prompts]
     step_seconds = [count / inputs.flops_per_second for count in flops]
     reading_seconds = [_reading_seconds(inputs, prompt) for prompt in prompts]
+    counting_seconds = [_counting_seconds(inputs, prompt) for prompt in prompts]
     trials = section.search.mean_trials if section.search else None
     # Prompts are tuned one after the other, and a search repeats the steps of each of them.
-    seconds = sum(reading_seconds)
+    seconds = sum(reading_seconds) + sum(counting_seconds)
     for step, prompt in zip(step_seconds, prompts, strict=True):
         seconds += (trials or 1) * step * prompt.steps
     numbers: dict[str, Any] = {
@@ -62,6 +64,8 @@ def plan_tune(inputs: PlanInputs) -> StageEstimate:
     }
     if any(reading_seconds):
         numbers["reading_seconds"] = max(reading_seconds)
+    if any(counting_seconds):
+        numbers["counting_seconds"] = max(counting_seconds)
     if epsilons:
         numbers["epsilon"] = epsilons
     models = inputs.models
@@ -151,9 +155,24 @@ def _reading_seconds(inputs: PlanInputs, prompt: _Prompt) -> float:
         layers = layers[: -(inputs.config.tune.lora_settings.upper_layers or 0)]
     elif inputs.config.tune.adapter != "head":
         return 0.0
+    return _forward_seconds(inputs, layers, prompt.examples)
+
+
+def _counting_seconds(inputs: PlanInputs, prompt: _Prompt) -> float:
+    """Estimate the passes that count right validation examples, for a search or a comparison."""
+    task = inputs.config.private_task
+    # Only the data owner's run file names the shares of the splits.
+    if task is None:
+        return 0.0
+    read = inputs.config.tune.validation_passes * task.validation_per_training * prompt.examples
+    return _forward_seconds(inputs, inputs.models.student.layers, read)
+
+
+def _forward_seconds(inputs: PlanInputs, layers: Sequence[LayerSize], examples: float) -> float:
+    """Estimate a forward pass of some layers over examples of full length."""
     length = _run_length(inputs)
-    tokens = prompt.examples * length
-    flops = sum(cost.layer_flops(student, layer, tokens, length) for layer in layers)
+    student = inputs.models.student
+    flops = sum(cost.layer_flops(student, layer, examples * length, length) for layer in layers)
     return flops / inputs.flops_per_second
 
 

@@ -15,8 +15,12 @@ from e2e.test_head import write_run as write_head_run
 from e2e.test_lora import write_lora_run
 from started import run_ranks
 
+from post_dist.config.schema import RunConfig
+from post_dist.errors import InputError
 from post_dist.privacy import tuned_lora
+from post_dist.privacy.suggested_settings import LEAST_GRADIENTS, suggested_plan
 from post_dist.stages.tune.speed import TuningSpeed
+from post_dist.stages.tune.timed_settings import plan_for
 
 STUDENT = ("--set=inputs.student=student", "--set=inputs.trust_model=true")
 DECLARED = ("--set=privacy.declared_examples=160", "--set=privacy.ledger_anchors=anchors")
@@ -85,6 +89,38 @@ def test_a_head_needs_time_to_read_its_examples(tmp_path: Path, main: Callable) 
     # The advice is a number of minutes that is enough.
     (needed,) = re.findall(r"give (\d+) minutes or more", err)
     assert main("privacy", run, f"--minutes={needed}", options[1])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "counts", "examples_read"),
+    [
+        ("head", {}, 1000),
+        ("head", {"comparison_noise_multiplier": 20}, 1125),
+        ("prompt", {"comparison_noise_multiplier": 20}, 250),
+    ],
+)
+def test_the_validation_examples_take_time_too(
+    adapter: str, counts: dict[str, float], examples_read: int
+) -> None:
+    task = {"name": "t", "visibility": "private", "path": "x"}
+    task |= {"template": "{text}", "labels": {"0": ["a"], "1": ["b"]}}
+    privacy = {"enabled": True, "target_epsilon": 8, "declared_examples": 1000}
+    config = RunConfig.model_validate(
+        {
+            "name": "t",
+            "private_task": task,
+            "privacy": privacy,
+            "tune": {"adapter": adapter, **counts},
+        }
+    )
+    reading = 0.1 if adapter == "head" else 0.0
+    speed = TuningSpeed(pass_seconds=0.1, pass_examples=1, lengths=0, reading_seconds=reading)
+    needed = suggested_plan(adapter, LEAST_GRADIENTS, 1000)
+    steps = needed["privacy.steps"] * speed.step_seconds(needed["privacy.expected_batch_size"])
+    minutes = (steps + 0.1 * examples_read) / 60
+    assert plan_for(config, speed, minutes + 0.001)
+    with pytest.raises(InputError, match="are too few for a private run"):
+        plan_for(config, speed, minutes - 0.001)
 
 
 def test_the_speed_of_a_lora_is_that_of_a_plan_that_keeps_nothing(

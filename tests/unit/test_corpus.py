@@ -3,8 +3,11 @@
 import gzip
 import json
 import os
+import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -453,6 +456,16 @@ def test_a_killed_start_loses_only_unfinished_parts(
     assert kills >= 5
     fill_folder(work, {})
     assert files_of(work.folder) == files_of(whole.folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_worker_whose_parent_is_killed_ends_in_silence(tmp_path: Path, share: float) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(texts(20)))
+    message = pickle.dumps(work_in(tmp_path / "shards", section_of(tmp_path / "a.txt")))
+    command = [sys.executable, "-m", "post_dist.data.shard_worker"]
+    sent = message[: int(share * len(message))]
+    ended = subprocess.run(command, input=sent, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize("number", stop._SIGNALS)

@@ -827,6 +827,40 @@ def test_a_warm_start_and_a_head_are_counted(run: Path, main: Callable) -> None:
     assert tune["hours"] == pytest.approx((tune["reading_seconds"] + steps) / 3600)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "counts", "passes"),
+    [
+        ("head", "comparison_noise_multiplier=20", 1),
+        ("prompt", "comparison_noise_multiplier=20", 2),
+        ("prompt", "search={mean_trials: 3, learning_rate: [0.1]}", 3),
+    ],
+)
+def test_counting_right_examples_costs_forward_passes(
+    run: Path, main: Callable, adapter: str, counts: str, passes: int
+) -> None:
+    private = ["enabled=true", "target_epsilon=8", "declared_examples=900", "steps=10"]
+    sets = [f"--set=privacy.{each}" for each in [*private, "expected_batch_size=10"]]
+    sets += [f"--set=tune.adapter={adapter}", "--set=tune.num_virtual_tokens=10"]
+    sets += ["--set=private_task.validation_share=0.2", "--set=private_task.test_share=0.2"]
+    sets += ["--set=warm_start={batch_size: 64}"]
+    tune = {}
+    for setting in ("", counts):
+        added = [f"--set=tune.{setting}"] if setting else []
+        code, plan = planned(main, run, "--nodes=8", *sets, *added)
+        assert code == 0, plan["conflicts"]
+        (tune[setting],) = [stage for stage in plan["stages"] if stage["stage"] == "tune"]
+    # A third as many examples are in the validation split. A head reads the others in one pass.
+    code, plan = planned(main, run, "--nodes=8", *sets, "--set=tune.adapter=head")
+    (head,) = [stage for stage in plan["stages"] if stage["stage"] == "tune"]
+    counting = tune[counts]["counting_seconds"]
+    assert counting == pytest.approx(passes / 3 * head["reading_seconds"])
+    assert "counting_seconds" not in tune[""]
+    trials = tune[counts]["trials_of_each"] or 1
+    added_steps = (trials - 1) * tune[""]["steps"] * tune[""]["step_seconds"]
+    more = 3600 * (tune[counts]["hours"] - tune[""]["hours"])
+    assert more == pytest.approx(counting + added_steps)
+
+
 def test_an_attack_costs_what_a_distillation_of_all_layers_costs(run: Path, main: Callable) -> None:
     layers = ("--set=student.layers=[0,1,2,79]", "--set=student.num_layers=null")
     common = ("--nodes=8", *layers, "--set=distill.steps=100", "--set=distill.cache=none")

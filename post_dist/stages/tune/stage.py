@@ -155,9 +155,7 @@ def bound_task(
     return replace(task, adapter=adapter)
 
 
-def load_task(
-    private_task: Task, config: RunConfig, tuned: TunedModel, world: World
-) -> TuningTask:
+def load_task(private_task: Task, config: RunConfig, tuned: TunedModel, world: World) -> TuningTask:
     """Load the training examples and the model.
 
     Args:

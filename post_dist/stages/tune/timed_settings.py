@@ -61,7 +61,7 @@ def settings_for_minutes(
     config = _with_prompt_length(config, of_prompt)
     refuse_settings(config, model, world)
     speed = _speed(config, model, world)
-    plan = _plan_for(config, speed, minutes)
+    plan = plan_for(config, speed, minutes)
     return {
         "gradients_per_second": speed.gradients_per_second,
         "settings": {**plan, **of_prompt},
@@ -137,17 +137,25 @@ def _digest(config: RunConfig, model: TunedModel, world: World) -> str:
     return digest_of({"settings": settings, "model": model.digest, "gpu": gpu})[:8]
 
 
-def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str, float]:
+def plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str, float]:
     """Return the largest plan that the time allows.
+
+    Args:
+        config: the run file of a private run.
+        speed: the speed of this machine.
+        minutes: the time.
+
+    Returns:
+        The value of each field of the run file, such as `privacy.steps`.
 
     Raises:
         InputError: there is too little time.
     """
     examples = _declared_examples(config)
-    reading_seconds = examples * speed.reading_seconds
     # A search trains several times, and the time is that of all of them.
     search = config.tune.search
     trials = 1.0 if search is None else search.mean_trials
+    beside_steps = examples * speed.reading_seconds + _counting_seconds(config, speed, examples)
 
     def plan_of(gradients: float) -> dict[str, float]:
         return suggested_plan(config.tune.adapter, gradients, examples)
@@ -155,7 +163,7 @@ def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str
     def seconds(gradients: float) -> float:
         plan = plan_of(gradients)
         step_seconds = speed.step_seconds(plan["privacy.expected_batch_size"])
-        return reading_seconds + trials * plan["privacy.steps"] * step_seconds
+        return beside_steps + trials * plan["privacy.steps"] * step_seconds
 
     if seconds(LEAST_GRADIENTS) > 60 * minutes:
         needed = math.ceil(seconds(LEAST_GRADIENTS) / 60)
@@ -180,6 +188,16 @@ def _plan_for(config: RunConfig, speed: TuningSpeed, minutes: float) -> dict[str
     if config.privacy.sampling_probability is not None:
         plan["privacy.sampling_probability"] = plan["privacy.expected_batch_size"] / examples
     return plan
+
+
+def _counting_seconds(config: RunConfig, speed: TuningSpeed, examples: float) -> float:
+    """Return about the longest time that counting right validation examples takes."""
+    passes = config.tune.validation_passes
+    validation = examples * config.need_task("private_task").validation_per_training
+    if config.tune.adapter == "head":
+        return passes * validation * speed.reading_seconds
+    # A pass without gradients takes less than one with them.
+    return passes * validation / speed.gradients_per_second
 
 
 def _declared_examples(config: RunConfig) -> float:
