@@ -163,6 +163,16 @@ def writing(destination: Path) -> Iterator[None]:
         ) from None
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file. A last line that a full disk has cut stays a line of its own."""
+    with path.open("ab+") as file:
+        is_empty = file.seek(0, os.SEEK_END) == 0
+        if not is_empty:
+            file.seek(-1, os.SEEK_END)
+        is_cut = not is_empty and file.read(1) != b"\n"
+        file.write(b"\n" * is_cut + line.encode() + b"\n")
+
+
 def put_in_place(partial: Path, destination: Path) -> None:
     """Flush a finished folder to disk, then give it its final name."""
     # If the folder were renamed first, a power failure could leave it with empty files.

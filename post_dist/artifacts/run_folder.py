@@ -34,6 +34,8 @@ _WITHOUT_INFLUENCE = {"path", "ledger", "ledger_anchors", "max_total_epsilon"}
 
 SETTINGS = "resolved.yaml"
 """The file with the settings of a run, which every run folder has."""
+ENVIRONMENT = "environment.json"
+"""The file that says where the newest start of a run took place."""
 ADMITTED = "admitted"
 """Folder beside the runs with the checked copies of students from other parties."""
 LATEST = "latest"
@@ -41,7 +43,7 @@ LATEST = "latest"
 _LATER_FIELDS = {"attack_tokens", "comparison_noise_multiplier", "deduplicate", "deepspeed"}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
 
-RUN_MARKS = ("lock", "environment.json", SETTINGS)
+RUN_MARKS = ("lock", ENVIRONMENT, SETTINGS)
 """Files that each run folder has from its beginning on."""
 _RUN_NAME = re.compile(rf"(?:{'|'.join(STAGE_SECTIONS)})(?:-[a-z]+)?-[0-9a-f]{{8}}")
 
@@ -156,10 +158,11 @@ class RunFolder:
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
             "packages": installed_versions(_PACKAGES),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
         settings = self.config.model_dump(mode="json")
         (self.path / SETTINGS).write_text(write_yaml(settings))
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        (self.path / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def is_run(folder: Path) -> bool:

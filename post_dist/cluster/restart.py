@@ -1,12 +1,13 @@
-"""Decide whether a failed job is worth another start. The batch script calls it at its end.
+"""Decide whether a job that has ended is worth another start. The batch script calls it.
 
     python -m post_dist.cluster.restart EXIT_CODE
 
-The exit code is 0 if the job should be queued again. Every failure is recorded in the folder of the
-job's logs, with the step that the run had reached. The same failure twice at the same step would
-come a third time.
+The exit code is 0 if the job should be queued again, and 2 if not. Every failure and time limit is
+recorded in the folder of the job's logs, with the step that the run had reached. The same failure
+twice at the same step would come a third time.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -15,13 +16,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from post_dist.errors import InputError
-from post_dist.report.runs import progress_below
+from post_dist.artifacts.run_folder import ENVIRONMENT
+from post_dist.errors import InputError, Interrupted
+from post_dist.files import append_line
+from post_dist.report.runs import RunProgress, progress_below
 from post_dist.runtime.launcher import FINAL_EXIT_CODES
 
 _MOST_RESTARTS = 10
 _SAME_FAILURE = 2
 """Number of equal failures at the same step that end a job."""
+_SAME_LIMIT = 3
+"""Number of time limits at the same step that end a job."""
+_NOT_AGAIN = 2
+"""Exit code for a job that should not be queued again. If this program fails, Python's is 1."""
 _TAIL_BYTES = 1 << 16
 _MESSAGE = "post-dist: "
 _OWN_MESSAGES = (f"{_MESSAGE}restart ", f"{_MESSAGE}not restarted: ")
@@ -57,7 +64,8 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
     Returns:
         The decision, and a line that explains it; empty for a job that did not fail.
     """
-    if exit_code == 0 or exit_code in FINAL_EXIT_CODES:
+    in_time = exit_code == Interrupted.exit_code
+    if exit_code == 0 or (exit_code in FINAL_EXIT_CODES and not in_time):
         return False, ""
     folder = Path(environment.get("POST_DIST_JOB_FOLDER", "."))
     job = environment["SLURM_JOB_ID"]
@@ -71,19 +79,47 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
     # The logs of a submitted job are in the run's own folder. Others may be anywhere.
     if "POST_DIST_JOB_FOLDER" in environment:
         stage = environment["SLURM_JOB_NAME"].removeprefix("post_dist-")
-        step = _step(folder.parent, stage)
-    failure = Failure(time.time(), exit_code, step, _reason(folder, job, since))
-    with record.open("a") as file:
-        file.write(json.dumps(asdict(failure)) + "\n")
+        step = _step(folder.parent, stage, environment["SLURM_JOB_ID"])
+    reason = "" if in_time else _reason(folder, job, since)
+    failure = Failure(time.time(), exit_code, step, reason)
     most = int(environment.get("POST_DIST_MAX_RESTARTS", _MOST_RESTARTS))
-    return _verdict([*earlier, failure], most)
+    try:
+        append_line(record, json.dumps(asdict(failure)))
+    except OSError as error:
+        # Without the record nobody would count the restarts.
+        return in_time, f"not restarted: {record} cannot be written: {error.strerror}"
+    if in_time:
+        return _verdict_on_limits([*earlier, failure], most)
+    limits = Interrupted.exit_code
+    return _verdict([each for each in [*earlier, failure] if each.exit_code != limits], most)
+
+
+def _verdict_on_limits(ends: list[Failure], most: int) -> tuple[bool, str]:
+    """Decide about a job that has saved because its time was up.
+
+    Args:
+        ends: all ends of the job, this one included.
+        most: largest number of restarts of a job that fails.
+    """
+    last = ends[-1]
+    at_this_step = 0
+    for end in reversed(ends):
+        if (end.exit_code, end.step) != (last.exit_code, last.step):
+            break
+        at_this_step += 1
+    # Nothing tells how far a stage without steps has come. It is always at step 0.
+    if at_this_step < (_SAME_LIMIT if last.step else max(most, _SAME_LIMIT)):
+        return True, ""
+    return False, (
+        f"not restarted: the time limit has come {at_this_step} times{_place(last)}; "
+        "raise time_minutes"
+    )
 
 
 def _verdict(failures: list[Failure], most: int) -> tuple[bool, str]:
     """Decide by all failures of a job, the last one included."""
     last = failures[-1]
-    place = "" if last.step is None else f" at step {last.step}"
-    told = f"exit code {last.exit_code}{place}"
+    told = f"exit code {last.exit_code}{_place(last)}"
     if last.reason:
         told += f" ({last.reason})"
     # A rank that hangs, and then one that starts too slowly, are not the same failure.
@@ -95,14 +131,23 @@ def _verdict(failures: list[Failure], most: int) -> tuple[bool, str]:
     return True, f"restart {len(failures)} of {most}: {told}"
 
 
+def _place(failure: Failure) -> str:
+    return "" if failure.step is None else f" at step {failure.step}"
+
+
 def _read(record: Path) -> list[Failure]:
     if not record.exists():
         return []
-    return [Failure(**json.loads(line)) for line in record.read_text().splitlines()]
+    failures = []
+    for line in record.read_text().splitlines():
+        # A full disk may have cut a line.
+        with contextlib.suppress(ValueError, TypeError):
+            failures.append(Failure(**json.loads(line)))
+    return failures
 
 
-def _step(folder: Path, stage: str) -> int:
-    """Return the number of steps that the newest run of a stage has done.
+def _step(folder: Path, stage: str, job: str) -> int:
+    """Return the number of steps that a job has done of its stage.
 
     It is 0 for a stage without steps, such as `evaluate`. Nothing else tells whether such a stage
     has come further than before. Of `signals`, the files that all workers have written are counted.
@@ -115,8 +160,18 @@ def _step(folder: Path, stage: str) -> int:
         runs = progress_below(folder)
     except (InputError, OSError):
         return 0
-    steps = [run.step for run in runs if run.run.startswith(f"{stage}-")]
-    return (steps[-1] or 0) if steps else 0
+    # Runs with other settings lie beside those of this job.
+    own = [run for run in runs if run.run.startswith(f"{stage}-") and _job_of(folder, run) == job]
+    return sum(run.step or 0 for run in own)
+
+
+def _job_of(folder: Path, run: RunProgress) -> str | None:
+    """Return the number of the job in which the newest start of a run took place."""
+    try:
+        environment = json.loads((folder / run.run / ENVIRONMENT).read_text())
+    except (OSError, ValueError):
+        return None
+    return environment.get("slurm_job") if isinstance(environment, dict) else None
 
 
 def _reason(folder: Path, job: str, since: float) -> str:
@@ -139,7 +194,7 @@ def main() -> int:
     again, told = decide(int(sys.argv[1]), os.environ)
     if told:
         print(f"{_MESSAGE}{told}", flush=True)
-    return 0 if again else 1
+    return 0 if again else _NOT_AGAIN
 
 
 if __name__ == "__main__":

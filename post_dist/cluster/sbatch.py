@@ -14,16 +14,20 @@ from submitit.slurm.slurm import _make_sbatch_string
 from post_dist.config.cluster import Cluster, ClusterStage, Resources
 
 BEFORE = ("trap 'cancelled=1' TERM",)
+AFTER_SETUP = ("set +e",)
+"""Lines after those of the run file or the site, which may have said `set -e`. The shell would then
+end with srun, and nobody would queue the job again."""
 AFTER = (
-    # Exit code 6 means that the ranks have saved because time is up, so the job is queued again.
-    # The batch script does this after all tasks have ended. The requeue would kill a task that
-    # called scontrol itself.
-    # `restart` decides about other failures, such as a dead rank.
+    # Exit code 6 means that the ranks have saved because time is up. `restart` decides about it and
+    # about failures, such as a dead rank. If it cannot run, a job that has saved goes on.
+    # The batch script queues the job again after all tasks have ended. The requeue would kill a
+    # task that called scontrol itself.
     "code=$?",
     # The last job of an array has the array's own number, and to requeue that restarts all of them.
     "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
     'restart=("${POST_DIST_PYTHON:-python}" -m post_dist.cluster.restart $code)',
-    'if [[ $code != 0 && -z ${cancelled:-} ]] && { [[ $code == 6 ]] || "${restart[@]}"; }; then '
+    "if [[ $code != 0 && -z ${cancelled:-} ]] && "
+    '{ "${restart[@]}" || [[ $? != 2 && $code == 6 ]]; }; then '
     'scontrol requeue "${job:-$SLURM_JOB_ID}"; fi',
     "exit $code",
 )
@@ -72,14 +76,15 @@ def job_parameters(
         "POST_DIST_JOB_FOLDER": str(folder.resolve()),
         "POST_DIST_MAX_RESTARTS": str(cluster.max_restarts),
     }
-    parameters["setup"] = [*BEFORE, *_exports(variables), *setup_lines(cluster)]
+    parameters["setup"] = [*BEFORE, *_exports(variables), *setup_lines(cluster), *AFTER_SETUP]
     parameters["teardown"] = list(AFTER)
     # Since Slurm 22.05, srun ignores the --cpus-per-task of sbatch.
     parameters["srun_args"] = [*SRUN, f"--cpus-per-task={asked.cpus_per_task}", *_srun(asked)]
     # One log for each task, with all lines in the order in which they were written.
     parameters["stderr_to_stdout"] = True
     parameters["wckey"] = None
-    more: dict[str, Any] = {"requeue": True}
+    # An own --no-requeue keeps Slurm from queueing the job again, whoever asks for it.
+    more: dict[str, Any] = {} if asked.sbatch.get("no-requeue") else {"requeue": True}
     if asked.reservation is not None:
         more["reservation"] = asked.reservation
     # An option that is false is left out. sbatch has no value for "not".

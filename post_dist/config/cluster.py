@@ -127,8 +127,8 @@ class Cluster(Resources):
     job again, and it resumes."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
     """Largest number of times that a job is queued again after a rank died or hung. Time limits,
-    failed nodes and preemption do not count. The same failure twice at the same step ends the
-    job."""
+    failed nodes and preemption do not count. The same failure twice at the same step ends the job,
+    and so do three time limits at the same step."""
     # The fields that differ for a stage.
     corpus: Resources = Resources()
     """Resources of `corpus`, where they differ. Tokenizing has one node, one task and no GPU; its
@@ -175,11 +175,31 @@ class Cluster(Resources):
         # Only the fields that the stage sets itself replace the common ones.
         fields = self.model_dump(include=set(Resources.model_fields))
         fields |= own.model_dump(exclude_unset=True, include=set(Resources.model_fields))
-        if stage == "corpus" and own.gres is None:
-            fields["gres"] = None
+        if own.gres is None and fields["gres"] is not None:
+            fields["gres"] = _gres_of(stage, fields["gres"])
         if stage in _ONE_TASK:
             fields |= _single_task(stage, own, fields["gpus_per_node"])
         return Resources.model_validate(fields)
+
+
+def _gres_of(stage: ClusterStage, common: str) -> str | None:
+    """Return the generic resources of a stage's job that asks for none of its own.
+
+    Args:
+        stage: the stage.
+        common: what the other stages ask for, such as `gpu:h100:8,nvme:1`.
+    """
+    if stage == "corpus":
+        return None
+    if stage != "tune":
+        return common
+    # Tuning has one GPU. The other GPUs of the node would be idle.
+    asked = []
+    for resource in common.split(","):
+        *names, count = resource.split(":")
+        is_of_gpus = resource.startswith("gpu:") and count.isdecimal()
+        asked.append(":".join([*names, "1"]) if is_of_gpus else resource)
+    return ",".join(asked)
 
 
 def _single_task(stage: ClusterStage, own: Resources, common_gpus: int) -> dict[str, int]:

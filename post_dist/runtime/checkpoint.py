@@ -183,8 +183,10 @@ def is_whole(folder: Path) -> bool:
     if sealed is None:
         return False
     found = file_digests(folder)
-    # The seal does not hold its own hash.
-    found.pop(SEAL)
+    # The seal does not hold its own hash. NFS keeps hidden files for processes that read them.
+    for name in list(found):
+        if name == SEAL or Path(name).name.startswith("."):
+            del found[name]
     return sealed == found
 
 
@@ -200,7 +202,9 @@ def _newest(
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=_step_of, reverse=True)
+    # Somebody may have put a copy beside them, such as step-20.bak.
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _discard(path: Path) -> None:

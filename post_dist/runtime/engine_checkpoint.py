@@ -8,19 +8,20 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import deepspeed
 import torch
 from safetensors.torch import save_file
 
-from post_dist.errors import Interrupted
+from post_dist.errors import ArtifactRefused, Interrupted
 from post_dist.files import file_digest, flush, put_in_place, writing
-from post_dist.runtime.checkpoint import SEAL, drop_old, seal, sealed_digests, start_step
+from post_dist.runtime.checkpoint import drop_old, seal, sealed_digests, start_step
 from post_dist.runtime.distributed import World
-from post_dist.runtime.engine_state import engine_state, restore_engine
+from post_dist.runtime.engine_state import engine_state, holds_state, restore_engine
 from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import phase
@@ -79,7 +80,7 @@ class EngineCheckpoints:
         place = self._folder / f"step-{step}"
         files = self._folder / f".step-{step}.partial"
         self._world.on_main(partial(_make_room, files, place))
-        file = files / f"rank{self._world.rank}.safetensors"
+        file = files / _file_name(self._world.rank)
         state = engine_state(self._engine)
         digests = self._thread.submit(_write_file, file, place, state, self._copies)
         self._write = _Write(place, files, digests)
@@ -147,24 +148,70 @@ def engine_checkpoints(
 
 
 @dataclass(frozen=True)
+class _SavedFile:
+    """A file of a checkpoint.
+
+    Attributes:
+        original: the file in the checkpoint.
+        digest: its digest, from the checkpoint's seal.
+        copy: an undamaged copy on this rank's node, which was found in place of the original; the
+            original was not read then.
+    """
+
+    original: Path
+    digest: str
+    copy: Path | None = None
+
+
+@dataclass(frozen=True)
 class EngineStart:
     """What a training engine starts from.
 
     Attributes:
         step: the step to start from; 0 without a checkpoint.
-        files: the files of the checkpoint, those with a copy on this rank's node as the copy.
+        files: the files of the checkpoint, in the order of the ranks that wrote them.
+        world: the ranks.
     """
 
     step: int
-    files: Sequence[Path]
+    files: Sequence[_SavedFile]
+    world: World
 
     def restore(self, engine: deepspeed.DeepSpeedEngine) -> None:
         """Set an engine to the checkpoint, if there is one. All ranks call it.
 
-        The number of ranks may differ from that of the run that saved it.
+        The number of ranks and the ZeRO stage may differ from those of the run that saved it.
+
+        Raises:
+            ArtifactRefused: a file is damaged whose copy is on another rank's node.
         """
-        if self.step:
-            restore_engine(engine, self.files)
+        if not self.step:
+            return
+        own = self._own_file()
+        if not self.world.any(own is None or not holds_state(own, engine)):
+            restore_engine(engine, [cast(Path, own)])
+            return
+        # With another layout, a rank reads files of others. Their copies may be out of its reach.
+        self.world.together(self._check_originals)
+        restore_engine(engine, [file.original for file in self.files])
+
+    def _own_file(self) -> Path | None:
+        """Return the file that a rank of this number has written, or the copy of it."""
+        rank = self.world.rank
+        if rank >= len(self.files) or self.files[rank].original.name != _file_name(rank):
+            return None
+        return self.files[rank].copy or self.files[rank].original
+
+    def _check_originals(self) -> None:
+        """Hash the originals of this rank's share that were not read yet."""
+        for file in self.files:
+            if file.copy is not None and not _is_whole(file.original, file.digest):
+                raise ArtifactRefused(
+                    f"{file.original} is damaged, and this number of ranks or ZeRO stage cannot "
+                    "read its copy",
+                    f"start once with the earlier layout, or delete {file.original.parent} to go "
+                    "back to the checkpoint before it",
+                )
 
 
 def engine_start(folder: Path, resume: str, world: World, copies: LocalCopies) -> EngineStart:
@@ -176,7 +223,7 @@ def engine_start(folder: Path, resume: str, world: World, copies: LocalCopies) -
         world: the ranks.
         copies: second copies of this rank's files, which are read instead of them.
     """
-    files: list[Path] = []
+    files: list[_SavedFile] = []
 
     def whole(place: Path) -> bool:
         found = _undamaged_files(place, world, copies)
@@ -184,27 +231,36 @@ def engine_start(folder: Path, resume: str, world: World, copies: LocalCopies) -
         return not world.any(found is None)
 
     step = start_step(folder, resume, world, whole)
-    return EngineStart(step, files)
+    return EngineStart(step, files, world)
 
 
-def _undamaged_files(place: Path, world: World, copies: LocalCopies) -> list[Path] | None:
+def _undamaged_files(place: Path, world: World, copies: LocalCopies) -> list[_SavedFile] | None:
     """Return the files of a checkpoint, or None if this rank's share of them is damaged."""
     sealed = sealed_digests(place)
     if sealed is None:
         return None
     # In the order of the ranks that wrote them, so that each rank reads its own one.
     names = sorted(sealed, key=lambda name: (len(name), name))
-    files = [place / name for name in names]
-    if {path.name for path in place.iterdir()} != {SEAL, *names}:
+    files = [_SavedFile(place / name, sealed[name]) for name in names]
+    # Other files may lie beside them, such as one that NFS keeps for a process that reads it.
+    if not all(file.original.is_file() for file in files):
         return None
-    for number in range(world.rank, len(names), world.size):
-        digest = sealed[names[number]]
-        copy = copies.find(digest)
+    for number in range(world.rank, len(files), world.size):
+        file = files[number]
+        copy = copies.find(file.digest)
         if copy is not None:
-            files[number] = copy
-        elif file_digest(files[number], partial(phase, f"reading {place.name}")) != digest:
+            files[number] = replace(file, copy=copy)
+        elif not _is_whole(file.original, file.digest):
             return None
     return files
+
+
+def _is_whole(file: Path, digest: str) -> bool:
+    return file_digest(file, partial(phase, f"reading {file.parent.name}")) == digest
+
+
+def _file_name(rank: int) -> str:
+    return f"rank{rank}.safetensors"
 
 
 def _make_room(files: Path, place: Path) -> None:

@@ -71,6 +71,22 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def holds_state(file: Path, engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Return whether a file has all pieces that this rank holds, and so no other file is needed.
+
+    Args:
+        file: the safetensors file of a rank of an earlier run.
+        engine: the engine.
+    """
+    with safe_open(file, framework="pt") as handle:
+        saved = {key: handle.get_slice(key).get_shape() for key in handle.keys()}
+    pieces = _pieces(engine)
+    # A rank without pieces would not learn which step Adam is at.
+    return bool(pieces) and all(
+        saved.get(f"{piece.name}/weight/{piece.start}") == [piece.length] for piece in pieces
+    )
+
+
 @torch.no_grad()
 def restore_engine(engine: deepspeed.DeepSpeedEngine, files: Sequence[Path]) -> None:
     """Set an engine to the state that `engine_state` returned on the ranks of an earlier run.

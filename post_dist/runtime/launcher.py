@@ -38,8 +38,9 @@ def find_launcher(environment: Mapping[str, str]) -> str:
         EnvironmentFault: the launcher's variables are incomplete or contradict each other.
     """
     given = [name for name in _TORCHRUN if environment.get(name)]
-    slurm_tasks = int(environment.get("SLURM_NTASKS") or 1)
-    in_slurm_step = bool(environment.get("SLURM_PROCID"))
+    # Batch scripts and interactive allocations have SLURM_PROCID and SLURM_NTASKS too.
+    in_slurm_step = bool(environment.get("SLURM_STEP_NUM_TASKS"))
+    slurm_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
 
     # MASTER_ADDR alone does not count, because some clusters set it for every job.
     if not given or given == ["MASTER_ADDR"]:
@@ -47,7 +48,7 @@ def find_launcher(environment: Mapping[str, str]) -> str:
             raise EnvironmentFault(
                 f"Slurm started {slurm_tasks} tasks, but RANK and WORLD_SIZE are not set: "
                 "each task would run alone",
-                "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
+                "set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID "
                 "MASTER_ADDR MASTER_PORT in each task",
             )
         return "none"
@@ -63,7 +64,8 @@ def find_launcher(environment: Mapping[str, str]) -> str:
     size = _checked_world_size(environment)
     if in_slurm_step and slurm_tasks > 1 and slurm_tasks != size:
         raise EnvironmentFault(
-            f"WORLD_SIZE={size} contradicts SLURM_NTASKS={slurm_tasks}", "start one task per rank"
+            f"WORLD_SIZE={size} contradicts SLURM_STEP_NUM_TASKS={slurm_tasks}",
+            "start one task per rank",
         )
     if environment.get("TORCHELASTIC_RUN_ID"):
         return "torchrun"
@@ -76,8 +78,11 @@ def _checked_world_size(environment: Mapping[str, str]) -> int:
         rank = int(environment["RANK"])
         size = int(environment["WORLD_SIZE"])
         int(environment["LOCAL_RANK"])
+        int(environment["MASTER_PORT"])
     except ValueError:
-        raise EnvironmentFault("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+        raise EnvironmentFault(
+            "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers"
+        ) from None
     if not 0 <= rank < size:
         raise EnvironmentFault(f"RANK={rank} is not below WORLD_SIZE={size}")
     return size

@@ -29,7 +29,9 @@ def wait_for_ranks(rank: int, size: int, limit_seconds: float) -> dist.Store:
     # The store has its own time limit, which may be longer than the watchdog's.
     with unwatched("waiting for all ranks to start"):
         store = _reach_store(rank, size, limit_seconds)
-        keys = [f"started/{each}" for each in range(size)]
+        # torchrun's store outlives the ranks, and holds what those of an earlier start have said.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        keys = [f"started/{start}/{each}" for each in range(size)]
         try:
             store.set(keys[rank], socket.gethostname())
             left = max(deadline - time.monotonic(), 1.0)

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from post_dist.files import append_line, writing
+
 MetricValue = float | int | bool
 
 
@@ -29,23 +31,31 @@ class MetricLog:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, **values: MetricValue) -> None:
-        """Add one line: the step, its metrics, and the seconds since this object was made."""
+        """Add one line: the step, its metrics, and the seconds since this object was made.
+
+        Raises:
+            EnvironmentFault: the disk is full.
+        """
         if self._path is None:
             return
         seconds = round(time.monotonic() - self._start, 3)
         line = json.dumps({"seconds": seconds, "step": step, **values})
         # The file is closed after each line, so a killed run loses no metrics.
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        with writing(self._path):
+            append_line(self._path, line)
 
 
 def read_metric_log(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file, and keep the last line of each step.
 
-    A run that resumed from a checkpoint may have written some steps twice.
+    A run that resumed from a checkpoint may have written some steps twice. A line that a full
+    disk has cut is left out.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for text in path.read_text().splitlines():
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
         by_step[line["step"]] = line
     return list(by_step.values())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from started import Command, rank_variables, run_ranks
+from torch.distributed import TCPStore
 
 
 def two_ranks(
@@ -150,6 +151,24 @@ def test_a_rank_that_never_comes_is_named(distilled: Path, rank: int, said: str)
     message = command.communicate()[1]
     assert command.returncode == 3, message
     assert said in message
+
+
+def test_a_rank_of_an_earlier_start_does_not_count(distilled: Path) -> None:
+    variables = rank_variables(2)[0]
+    # torchrun's own store, in which both ranks of the first start have met.
+    store = TCPStore("127.0.0.1", int(variables["MASTER_PORT"]), is_master=True)
+    for key in ("started/0", "started/1", "started/0/0", "started/0/1"):
+        store.set(key, "node")
+    restarted = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    command = Command(
+        "distill",
+        distilled,
+        "--set=engine.join_timeout_seconds=2",
+        variables=variables | restarted,
+    )
+    message = command.communicate()[1]
+    assert command.returncode == 3, message
+    assert "rank 1 of 2 has not started within 2 s" in message
 
 
 def test_a_rank_that_waits_for_others_leaves_in_seconds(distilled: Path) -> None:

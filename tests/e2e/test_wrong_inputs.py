@@ -19,6 +19,7 @@ from started import Command
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest
 from post_dist.files import file_digest
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.runtime.launcher import find_launcher
 
 Fields = dict[str, Any]
 
@@ -799,10 +800,14 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PO
             {"RANK": "0", "WORLD_SIZE": "2"},
             "RANK, WORLD_SIZE are set, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not",
         ),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "Slurm started 4 tasks"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, "Slurm started 4 tasks"),
         (
-            TORCHRUN | {"RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
-            "WORLD_SIZE=2 contradicts SLURM_NTASKS=4",
+            TORCHRUN | {"RANK": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+            "WORLD_SIZE=2 contradicts SLURM_STEP_NUM_TASKS=4",
+        ),
+        (
+            TORCHRUN | {"RANK": "0", "MASTER_PORT": "tcp"},
+            "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers",
         ),
         (
             TORCHRUN | {"RANK": "3"},
@@ -818,6 +823,19 @@ def test_a_launcher_that_contradicts_itself_is_refused(
     assert command.returncode == 3
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("step", "launcher"),
+    [
+        ({}, "none"),
+        (TORCHRUN | {"RANK": "0"}, "deepspeed or plain environment"),
+        (TORCHRUN | {"RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, "srun"),
+    ],
+)
+def test_a_batch_script_is_no_task_of_its_job(step: dict[str, str], launcher: str) -> None:
+    # Slurm sets these two in batch scripts and in interactive allocations too.
+    assert find_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"} | step) == launcher
 
 
 def test_a_refused_stage_leaves_no_folder(base: Path, main: Callable, tmp_path: Path) -> None:

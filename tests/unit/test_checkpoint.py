@@ -1,5 +1,6 @@
 """Checkpoints and files on disk are complete, or are not there."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import file_digest, write_file
 from post_dist.runtime import checkpoint, engine_checkpoint
 from post_dist.runtime.checkpoint import (
@@ -17,6 +18,7 @@ from post_dist.runtime.checkpoint import (
     newest_step,
     optimizer_state,
     save_tensors,
+    seal,
     take_up,
 )
 from post_dist.runtime.distributed import World
@@ -169,6 +171,54 @@ def test_a_rank_keeps_two_copies_on_its_node(tmp_path: Path) -> None:
     assert found == {(0, 2), (0, 3), (1, 2), (1, 3)}
     copies[0].clear()
     assert {path.name.partition("-")[0] for path in (tmp_path / "node").iterdir()} == {"rank10"}
+
+
+@pytest.mark.parametrize(("alike", "flipped"), [(True, True), (False, False), (False, True)])
+def test_no_rank_reads_what_nobody_has_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, alike: bool, flipped: bool
+) -> None:
+    # Two ranks have saved, each with a copy on this node. One rank goes on.
+    place = tmp_path / "checkpoints" / "step-7"
+    place.mkdir(parents=True)
+    digests = {}
+    for rank in (0, 1):
+        tensors = {f"w/weight/{5 * rank}": torch.arange(5) + 5.0 * rank}
+        file = place / f"rank{rank}.safetensors"
+        save_file(tensors, file)
+        digests[file.name] = file_digest(file)
+        LocalCopies(tmp_path / "node", rank).keep(tensors, digests[file.name])
+    seal(place, digests)
+    if flipped:
+        DAMAGE["a bit flipped"](place / "rank0.safetensors")
+    read = []
+    monkeypatch.setattr(engine_checkpoint, "holds_state", lambda file, engine: alike)
+    monkeypatch.setattr(
+        engine_checkpoint, "restore_engine", lambda engine, files: read.extend(files)
+    )
+    copies = LocalCopies(tmp_path / "node", 0)
+    alone = World(0, 1, 0, "none", torch.device("cpu"))
+    start = engine_checkpoint.engine_start(place.parent, "auto", alone, copies)
+    assert start.step == 7
+    if alike:
+        start.restore(None)
+        assert [path.parent.name for path in read] == ["node"]
+    elif not flipped:
+        start.restore(None)
+        assert [path.name for path in read] == list(digests)
+    else:
+        with pytest.raises(ArtifactRefused, match=r"rank0.safetensors is damaged, .*its copy"):
+            start.restore(None)
+        assert read == []
+
+
+def test_what_lies_beside_checkpoints_harms_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_tensors(tmp_path, step, {"a": torch.full((1,), float(step))})
+    shutil.copytree(tmp_path / "step-2", tmp_path / "step-2.bak")
+    (tmp_path / "step-2" / ".nfs0000000003c4").touch()
+    assert newest_step(tmp_path) == 2
+    save_tensors(tmp_path, 3, {"a": torch.zeros(1)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-2.bak", "step-3"]
 
 
 def test_a_copy_that_cannot_be_written_is_only_said(

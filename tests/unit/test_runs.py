@@ -16,6 +16,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import lock_file
+from post_dist.runtime.metric_log import MetricLog, read_metric_log
 
 
 def write_unfinished(folder: Path, *checkpoints: int, **settings: dict) -> Path:
@@ -272,3 +273,16 @@ def test_a_key_of_names_is_whole_or_not_there(
     other = replace(folder, name_key=b"o" * 32)
     with pytest.raises(EnvironmentFault), other.held():
         pass
+
+
+def test_a_line_of_metrics_that_a_full_disk_has_cut_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricLog(path)
+    metrics.write(0, loss=1.0)
+    with path.open("a") as file:
+        file.write('{"')
+    for step in (1, 2):
+        metrics.write(step, loss=0.5)
+    assert [line["step"] for line in read_metric_log(path)] == [0, 1, 2]
+    with pytest.raises(EnvironmentFault, match="the disk is full"):
+        MetricLog(Path("/dev/full")).write(0, loss=1.0)

@@ -1,5 +1,6 @@
 """The batch files, without a Slurm."""
 
+import errno
 import json
 import os
 import re
@@ -8,12 +9,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import pytest
 import tiny
 import yaml
 from pydantic import ValidationError
 
+from post_dist.cluster import restart
 from post_dist.cluster.restart import decide
 from post_dist.cluster.sbatch import SRUN, job_parameters, job_text, task_python
 from post_dist.config.cluster import Cluster, ClusterStage
@@ -105,25 +108,27 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
 def test_a_run_that_saved_or_lost_a_rank_is_queued_again(
     tmp_path: Path, code: int, cancelled: bool, array: dict[str, str], requeued: str
 ) -> None:
-    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "srun").write_text(
-        f"#!/bin/bash\n{'kill -TERM $PPID' if cancelled else ':'}\nexit {code}\n"
-    )
+    srun = f"{'kill -TERM $PPID' if cancelled else ':'}\nexit {code}"
+    asked = f"requeue {requeued}\n" if requeued else ""
+    assert requeued_by(tmp_path, Cluster(), srun, **array) == (code, asked)
+
+
+def requeued_by(folder: Path, cluster: Cluster, srun: str, **variables: str) -> tuple[int, str]:
+    """Run the script of a job whose srun does this; return its exit code and what it asks for."""
+    asked = folder / "asked"
+    (folder / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {asked}\n')
+    (folder / "srun").write_text(f"#!/bin/bash\n{srun}\n")
     for program in ("scontrol", "srun"):
-        (tmp_path / program).chmod(0o755)
-    text = job_text("work", str(tmp_path), job_parameters(Cluster(), "distill", tmp_path))
+        (folder / program).chmod(0o755)
+    text = job_text("work", str(folder), job_parameters(cluster, "distill", folder))
     environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "PATH": f"{folder}:/usr/bin:/bin",
         "PYTHONPATH": str(FOLDER.parent),
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "post_dist-distill",
     }
-    environment |= array
-    assert subprocess.run(["bash", "-c", text], env=environment, check=False).returncode == code
-    asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else "") == (
-        f"requeue {requeued}\n" if requeued else ""
-    )
+    ended = subprocess.run(["bash", "-c", text], env=environment | variables, check=False)
+    return ended.returncode, asked.read_text() if asked.exists() else ""
 
 
 SCHEDULER = {
@@ -177,6 +182,23 @@ def test_options_of_the_scheduler_are_quoted_values(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("common", "of_tune"),
+    [
+        ("gpu:h100:8", "gpu:h100:1"),
+        ("gpu:8,nvme:2", "gpu:1,nvme:2"),
+        ("gpu:h100", "gpu:h100"),
+        ("gpu", "gpu"),
+    ],
+)
+def test_tuning_holds_one_gpu_of_a_node(common: str, of_tune: str) -> None:
+    cluster = Cluster.model_validate({"gpus_per_node": 8, "nodes": 4, "gres": common})
+    assert cluster.for_stage("tune").gres == of_tune
+    assert cluster.for_stage("distill").gres == common
+    own = Cluster.model_validate({"gres": common, "tune": {"gres": "gpu:a100:2"}})
+    assert own.for_stage("tune").gres == "gpu:a100:2"
+
+
 def fail(
     folder: Path, code: int, step: int, message: str = "", stage: str = "distill"
 ) -> tuple[bool, str]:
@@ -184,6 +206,7 @@ def fail(
     run = folder / "distill-01234567"
     run.mkdir(exist_ok=True)
     (run / "resolved.yaml").write_text("distill: {steps: 100}")
+    (run / "environment.json").write_text('{"slurm_job": "17"}')
     lines = [json.dumps({"step": each, "seconds": each}) + "\n" for each in range(step)]
     (run / "metrics.jsonl").write_text("".join(lines))
     logs = folder / "slurm"
@@ -214,7 +237,7 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     )
     assert fail(tmp_path, 137, 60)[1] == "not restarted: exit code 137 at step 60, after 3 restarts"
     assert len((tmp_path / "slurm" / "17_failures.jsonl").read_text().splitlines()) == 5
-    for code in (0, 2, 4, 5, 6):
+    for code in (0, 2, 4, 5):
         assert fail(tmp_path, code, 70) == (False, "")
 
     # A worker of an array has restarts of its own. Files by any worker are progress.
@@ -236,6 +259,68 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     (tmp_path / "other").mkdir()
     assert fail(tmp_path / "other", 1, 10, stage="evaluate")[0]
     assert not fail(tmp_path / "other", 1, 20, stage="evaluate")[0]
+
+
+def test_time_limits_without_progress_end_a_job(tmp_path: Path) -> None:
+    for step in (5, 9, 9):
+        assert fail(tmp_path, 6, step) == (True, "")
+    # A failure in between is another end. It counts alone.
+    assert fail(tmp_path, 137, 9) == (True, "restart 1 of 3: exit code 137 at step 9")
+    for _ in range(2):
+        assert fail(tmp_path, 6, 9) == (True, "")
+    assert fail(tmp_path, 6, 9) == (
+        False,
+        "not restarted: the time limit has come 3 times at step 9; raise time_minutes",
+    )
+
+
+def test_the_step_is_that_of_the_job_s_own_run(tmp_path: Path) -> None:
+    # A run with other settings, by another job, is newer and finished.
+    other = tmp_path / "distill-fedcba98"
+    other.mkdir()
+    (other / "resolved.yaml").write_text("distill: {steps: 9}")
+    (other / "environment.json").write_text('{"slurm_job": "18"}')
+    assert fail(tmp_path, 137, 100) == (True, "restart 1 of 3: exit code 137 at step 100")
+    assert fail(tmp_path, 137, 500) == (True, "restart 2 of 3: exit code 137 at step 500")
+
+
+def test_a_record_that_a_full_disk_has_cut_is_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fail(tmp_path, 137, 10)[0]
+    record = tmp_path / "slurm" / "17_failures.jsonl"
+    with record.open("a") as file:
+        file.write('{"time": 1')
+    assert fail(tmp_path, 137, 20) == (True, "restart 2 of 3: exit code 137 at step 20")
+    assert not fail(tmp_path, 137, 20)[0]
+    assert len(record.read_text().splitlines()) == 4
+    # Without a record, nobody would count the restarts.
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(restart, "append_line", full)
+    again, told = fail(tmp_path, 137, 30)
+    assert not again
+    assert "cannot be written: No space left on device" in told
+    assert fail(tmp_path, 6, 30)[0]
+
+
+@pytest.mark.parametrize("setup", ["set -euo pipefail", "set -e; false || true"])
+def test_what_setup_says_to_the_shell_ends_with_it(tmp_path: Path, setup: str) -> None:
+    cluster = Cluster.model_validate({"setup": [setup]})
+    assert requeued_by(tmp_path, cluster, "exit 6") == (6, "requeue 17\n")
+
+
+def test_a_job_that_has_saved_goes_on_if_python_is_gone(tmp_path: Path) -> None:
+    broken = Cluster.model_validate({"setup": ["POST_DIST_PYTHON=/nowhere/python"]})
+    assert requeued_by(tmp_path, broken, "exit 6") == (6, "requeue 17\n")
+    (tmp_path / "asked").unlink()
+    assert requeued_by(tmp_path, broken, "exit 137") == (137, "")
+
+
+def test_an_own_option_against_restarts_stays_the_only_one(tmp_path: Path) -> None:
+    cluster = Cluster.model_validate({"sbatch": {"no-requeue": True}})
+    text = job_text("work", str(tmp_path), job_parameters(cluster, "distill", tmp_path))
+    assert "#SBATCH --no-requeue" in text
+    assert "#SBATCH --requeue" not in text
 
 
 @pytest.mark.parametrize(
