@@ -54,6 +54,17 @@ class DataSource(Section):
         """Names of the columns in `text`, in order."""
         return placeholders(self.text)
 
+    @property
+    def text_pieces(self) -> list[str]:
+        """What is in `text` before each of its columns, and after the last one."""
+        pieces = [""]
+        # The two braces that stand for one come without a name.
+        for literal, name, _, _ in Formatter().parse(self.text):
+            pieces[-1] += literal
+            if name is not None:
+                pieces.append("")
+        return pieces
+
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
         if (self.path is None) == (self.hub is None):
@@ -67,6 +78,8 @@ class DataSource(Section):
     def _names_a_column(cls, text: str) -> str:
         if not placeholders(text):
             raise ValueError("names no column; write one in braces, such as '{text}'")
+        if any(spec or conversion for _, _, spec, conversion in Formatter().parse(text)):
+            raise ValueError("has a name with ':' or '!'; rename the column")
         return text
 
 
@@ -197,6 +210,12 @@ class Task(DataSource):
             raise ValueError("response_column is for causal models; {mask} is for masked ones")
         if self.user_column is not None and not self.is_private:
             raise ValueError("user_column is for private_task; public texts need no protection")
+        if self.label_column in self.labels and self.response_column is None:
+            # Labels are handed on with the prompt, and this one would be that of a private example.
+            raise ValueError(
+                f"label_column '{self.label_column}' is also one of the labels: is the first line "
+                "of the file an example? Write a line with the names of the columns above it"
+            )
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")
         return self

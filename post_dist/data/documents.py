@@ -18,13 +18,14 @@ from pyarrow import ArrowException, parquet
 
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import Unit, file_type
+from post_dist.data.delimited import OPTIONS, TSV_OPTIONS, separator_of
 from post_dist.data.sources import (
     arrow_as_written,
     as_written,
     complete_rows,
     compose_texts,
+    has_whole_characters,
     open_hub,
-    separator_of,
 )
 from post_dist.errors import InputError
 
@@ -121,6 +122,13 @@ def _parse_object(line: str, unit: Unit, place: int, number: int) -> dict[str, A
     if not isinstance(found, dict):
         number += _line_at(unit, place)
         raise InputError(f"corpus.path: {unit.path}, line {number}, is not a JSON object")
+    # An escape of half a character is rare, and to look at all of a line takes time.
+    if "\\ud" in line.lower() and not has_whole_characters(found):
+        number += _line_at(unit, place)
+        raise InputError(
+            f"corpus.path: {unit.path}, line {number}, holds half a character, such as \\ud83d",
+            "write each character whole",
+        )
     return found
 
 
@@ -148,7 +156,8 @@ def _blocks_of_lines(unit: Unit) -> Iterator[tuple[int, str]]:
 
 def _decode(block: bytes, unit: Unit, place: int) -> str:
     try:
-        return block.decode("utf-8")
+        # Some programs on Windows begin a file with a byte order mark.
+        return block.decode("utf-8" if place else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = _line_at(unit, place + error.start)
         raise InputError(f"corpus.path: {unit.path}, line {line}: is not UTF-8 text") from None
@@ -184,23 +193,21 @@ def _open(unit: Unit) -> IO[bytes]:
 def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
         header = cast(io.BufferedReader, file).peek(1).split(b"\n")[0]
-    yield from _delimited(unit, separator_of(header))
+    yield from _delimited(unit, OPTIONS | {"sep": separator_of(header)})
 
 
 def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
-    yield from _delimited(unit, "\t")
+    yield from _delimited(unit, TSV_OPTIONS)
 
 
-def _delimited(unit: Unit, separator: str) -> Iterator[pd.DataFrame]:
+def _delimited(unit: Unit, options: dict[str, Any]) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
         # pandas reports an empty file as a file without columns. A zstd stream has no way back.
         if not cast(io.BufferedReader, file).peek(1):
             raise InputError(f"corpus.path: {unit.path} is empty")
-        reader: Any = pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, chunksize=_ROWS
-        )
+        reader: Any = pd.read_csv(file, chunksize=_ROWS, **options)
         for table in reader:
-            # As in `data/sources.py`, a first row with too many fields shifts all columns.
+            # As in `data/delimited.py`, a first row with too many fields shifts all columns.
             if not isinstance(table.index, pd.RangeIndex):
                 raise ValueError("line 2")
             yield table

@@ -7,7 +7,6 @@ To add a file type, write a function and add a line to `_READERS`.
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,29 +18,33 @@ import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
+from post_dist.data.delimited import FileFault, is_missing, read_csv, read_tsv
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    with path.open("rb") as file:
-        header = file.readline()
-    return _read_delimited(path, separator_of(header))
-
-
-def _read_tsv(path: Path) -> pd.DataFrame:
-    return _read_delimited(path, "\t")
-
-
 def _read_jsonl(path: Path) -> pd.DataFrame:
-    with path.open(encoding="utf-8") as lines:
+    # Some programs on Windows begin a file with a byte order mark.
+    with path.open(encoding="utf-8-sig") as lines:
         # A blank line, such as one at the end of the file, is not an example.
         objects = [json.loads(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
-    # An escape such as "\ud800" is half a character, which no tokenizer takes.
-    json.dumps(objects, ensure_ascii=False).encode()
+    if not all(map(has_whole_characters, objects)):
+        raise FileFault(": holds half a character, such as \\ud83d", "write each character whole")
     return as_written(objects)
+
+
+def has_whole_characters(found: dict[str, Any]) -> bool:
+    """Return whether no string of a JSON object ends or begins in the middle of a character.
+
+    An escape may stand for half of one, and no tokenizer takes that.
+    """
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -49,12 +52,12 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_lines(path: Path) -> pd.DataFrame:
-    return pd.DataFrame({"text": path.read_text(encoding="utf-8").splitlines()})
+    return pd.DataFrame({"text": path.read_text(encoding="utf-8-sig").splitlines()})
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_lines,
@@ -62,16 +65,26 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 """The reader of each file type. A reader raises ValueError for a file that is not of its type."""
 
 
+_HINTS = {
+    ".csv": "put a text that holds a separator or a line end in quotes",
+    ".tsv": "write a text without tabs and line ends",
+    ".jsonl": "write one JSON object on each line",
+}
+"""What a file of each type must have, for messages."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a source that have no missing value.
 
     Attributes:
+        numbers: number of each row in the source, from 1.
         texts: the text of each row, composed from its columns.
         answers: the value in the answer column of each row; empty if no answers were read.
         users: the value in the user column of each row; empty if no users were read.
     """
 
+    numbers: list[int]
     texts: list[str]
     answers: list[str]
     users: list[str]
@@ -100,10 +113,14 @@ def read_rows(
     table = _read_source(source, hub_split, where)
     others = [column for column in (answer_column, user_column) if column is not None]
     table = complete_rows(source, table, [*source.text_columns, *others], where)
+    if user_column is not None:
+        # Rows without a user would be those of one user, and in all splits.
+        table = table[~table[user_column].map(is_missing).astype(bool)]
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
     texts = compose_texts(source, table)
-    return Rows(texts, _strings(table, answer_column), _strings(table, user_column))
+    numbers = [place + 1 for place in table.index]
+    return Rows(numbers, texts, _strings(table, answer_column), _strings(table, user_column))
 
 
 def complete_rows(
@@ -123,28 +140,39 @@ def complete_rows(
     for column in columns:
         if column not in table.columns:
             raise _no_column(source, table, column, where)
-        if any(isinstance(value, list | dict) for value in table[column]):
-            # One more row could add a key to the mappings of all other rows.
-            raise InputError(
-                f"{where}: column '{column}' holds lists or mappings",
-                "write each value as text or as a number",
-            )
+        _refuse_values(table[column], f"{where}: column '{column}'")
     # An example without text or label cannot be used.
     return table.dropna(subset=columns)
 
 
-def is_missing(value: object) -> bool:
-    """Return whether a value is missing. In a CSV file, that is a field with nothing in it."""
-    return value is None or value != value or not str(value).strip()
+def _refuse_values(values: pd.Series, what: str) -> None:
+    """Refuse a column with values that cannot be read as they were written.
+
+    Args:
+        values: the values of the column.
+        what: the column, for the message.
+
+    Raises:
+        InputError: there is such a value. It is not quoted.
+    """
+    for value in values:
+        # One more row could add a key to the mappings of all other rows.
+        if isinstance(value, list | dict):
+            raise InputError(
+                f"{what} holds lists or mappings", "write each value as text or as a number"
+            )
+        if isinstance(value, _Unreadable):
+            raise InputError(f"{what} holds {value.kind}", "write each value as text")
 
 
 def compose_texts(source: DataSource, table: pd.DataFrame) -> list[str]:
     """Return the text of each row, composed from its columns as the field `text` says."""
-    names = source.text_columns
     # Values are converted to strings first, so 30 and "30" give the same text.
     texts = []
-    for values in table[names].map(str).itertuples(index=False):
-        texts.append(source.text.format(**dict(zip(names, values, strict=True))).strip())
+    for values in table[source.text_columns].map(str).itertuples(index=False):
+        # A name may be a number or hold a dot, which `str.format` takes for something else.
+        pieces = zip(source.text_pieces, [*values, ""], strict=True)
+        texts.append("".join(literal + value for literal, value in pieces).strip())
     return texts
 
 
@@ -163,11 +191,13 @@ def read_column(path: Path, column: str, where: str) -> list[str]:
     table = read_table(path, where)
     if column not in table.columns:
         raise InputError(
-            f"{where}: {path.name} has no column '{column}'",
-            f"name one with --column: {', '.join(map(str, table.columns))}",
+            f"{where}: {path.name} has no column '{column}' among {len(table.columns)} columns",
+            # In a file without a header, the names of the columns are the first text.
+            "name a column of the file's first line with --column",
         )
+    _refuse_values(table[column], f"{where}: column '{column}'")
     # A row that was dropped would shift the answers to all rows after it.
-    missing = table[column].isna().to_numpy().nonzero()[0]
+    missing = table[column].map(is_missing).to_numpy(bool).nonzero()[0]
     if len(missing):
         raise InputError(f"{where}: row {missing[0] + 1} has no value in column '{column}'")
     return table[column].map(str).tolist()
@@ -198,15 +228,22 @@ def as_written(rows: list[dict[str, Any]] | dict[str, list[Any]]) -> pd.DataFram
 
 
 def arrow_as_written(table: pyarrow.Table) -> pd.DataFrame:
-    """Undo what the data type of a column has done to its values.
-
-    Raises:
-        ValueError: a column of integers holds one that a column of numbers could not.
-    """
+    """Undo what the data type of a column has done to its values."""
     columns = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
         columns[name] = [_value_as_written(value) for value in values.to_pylist()]
     return as_written(columns)
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A value that cannot be read as it was written. Only a column that is used is refused.
+
+    Attributes:
+        kind: what it is, for messages.
+    """
+
+    kind: str
 
 
 def _value_as_written(value: object) -> object:
@@ -221,28 +258,14 @@ def _value_as_written(value: object) -> object:
         return format(value.normalize(), "f")
     # Above this number, a column with a missing value would round it.
     if isinstance(value, int) and abs(value) > 2**53:
-        raise ValueError("an integer above 2^53")
+        return _Unreadable("whole numbers above 2^53")
+    # Some programs do not mark text as text.
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return _Unreadable("bytes that are not UTF-8 text")
     return value
-
-
-def separator_of(header: bytes) -> str:
-    """Return the separator of a CSV file: of comma, semicolon and tab the one most in its header.
-
-    Only the header decides. Otherwise, one more example could change how all others are read.
-    """
-    # A quoted name may hold any character.
-    unquoted = re.sub(rb'"[^"]*"', b"", header)
-    # Of equally many, `max` takes the first: the comma.
-    return max(",;\t", key=lambda separator: unquoted.count(separator.encode()))
-
-
-def _read_delimited(path: Path, separator: str) -> pd.DataFrame:
-    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    # If rows have one field more than the header, pandas makes the first column an index. The names
-    # of all other columns then shift by one.
-    if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError("the first row has more fields than the header")
-    return table
 
 
 def read_table(path: Path, where: str) -> pd.DataFrame:
@@ -267,15 +290,16 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
         raise InputError(f"{where}: {path}: {problem}") from None
     except UnicodeError:
         raise InputError(f"{where}: {path}: is not UTF-8 text", "save it as UTF-8") from None
+    except FileFault as fault:
+        raise InputError(f"{where}: {path}{fault}", fault.hint) from None
     except (ValueError, RecursionError, OverflowError):
         # Python knows no date after the year 9999. The parser's own message is dropped, because it
         # may quote an example.
         if path.stat().st_size == 0:
             raise InputError(f"{where}: {path} is empty") from None
-        hint = "put a text that holds a separator or a line end in quotes"
         raise InputError(
             f"{where}: {path} cannot be read as {path.suffix[1:].upper()}",
-            hint if reader in (_read_csv, _read_tsv) else "",
+            _HINTS.get(path.suffix.lower(), ""),
         ) from None
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from post_dist.config.sources import Task
-from post_dist.data.sources import is_missing, read_rows
+from post_dist.data.delimited import is_missing
+from post_dist.data.sources import read_rows
 from post_dist.errors import InputError
 
 
@@ -57,8 +58,8 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     # Rows of other splits are checked too, so every run finds a wrong label.
     answer_of: dict[tuple[str, str], int | str] = {}
     disputed = set()
-    numbered = enumerate(zip(users, rows.texts, rows.answers, strict=True), start=1)
-    for row, (user, text, written) in numbered:
+    found = zip(rows.numbers, users, rows.texts, rows.answers, strict=True)
+    for row, user, text, written in found:
         if _is_unlabeled(task, written):
             continue
         answer = _answer(task, written, row, where)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 
 from post_dist.config.sources import is_label_name
+from post_dist.data.delimited import is_missing
 from post_dist.errors import InputError
 
 _MOST_CLASSES = 50
-_UNUSABLE = set('{}[].!:"\\')
+_UNUSABLE = set('{}!:"\\')
 """Characters that a column's name may not have, because `text` is a format string."""
 
 
@@ -51,7 +52,7 @@ def chosen_columns(
         guess = _guess(table)
         # Of two columns, texts and labels are hard to confuse.
         if len(names) == 2 and (text, label, user) == (None, None, None):
-            return _usable(guess)
+            return _usable(guess, table, data)
         raise InputError(
             f"{data.name} has the columns {listed}",
             f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
@@ -61,17 +62,26 @@ def chosen_columns(
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
-    return _usable(Columns(text, label, user))
+    return _usable(Columns(text, label, user), table, data)
 
 
-def _usable(columns: Columns) -> Columns:
+def _usable(columns: Columns, table: pd.DataFrame, data: Path) -> Columns:
     """Return columns whose names a run file can hold."""
+    # The label would get into the run file, and from there into the prompt.
+    if columns.label in set(table[columns.label].map(str)):
+        raise InputError(
+            f"{data.name}: the column of the labels is called as one of its own labels, so the "
+            "first line seems to be an example",
+            "write a line with the names of the columns above it, such as text,label",
+        )
     # `text` of the run file is a format string, in which these characters mean something else.
     if _UNUSABLE & set(columns.text):
         raise InputError(
             f"--text: the name of column '{columns.text}' has one of {' '.join(sorted(_UNUSABLE))}",
             "rename the column",
         )
+    if not (columns.text + columns.label).isprintable():
+        raise InputError(f"{data.name}: the name of a column is not printable", "rename the column")
     return columns
 
 
@@ -90,8 +100,9 @@ def count_units(table: pd.DataFrame, columns: Columns) -> int:
     """Return how many rows a table has, or how many users if epsilon holds for users."""
     if columns.user is None:
         return len(table)
-    # As the stages count: a row whose user is null is left out.
-    return int(table[columns.user].dropna().map(str).nunique())
+    # As the stages count: a row without a user is left out.
+    users = table[columns.user]
+    return int(users[~users.map(is_missing).astype(bool)].map(str).nunique())
 
 
 def label_values(table: pd.DataFrame, column: str) -> list[str]:

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -179,6 +179,7 @@ def test_columns_are_composed(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=300))
+@settings(deadline=None)
 def test_template_stays_whole_whatever_the_text(text: str) -> None:
     template = Template("Review: {text} It was", WORDS, 24, masked=False, vocabulary=600)
     (row,) = template.encode([text])
@@ -286,7 +287,7 @@ def test_lifted_logits_raise_the_class_scores_and_nothing_else() -> None:
 def test_half_a_character_in_a_json_file_is_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "secret \\ud800", "label": 1}\n')
-    with pytest.raises(InputError, match="not UTF-8") as caught:
+    with pytest.raises(InputError, match="half a character") as caught:
         read_table(path, "private_task")
     assert "secret" not in str(caught.value)
 

@@ -1,0 +1,114 @@
+"""Tables of lines whose fields a separator divides: CSV, where a field may be in quotes, and TSV.
+
+A quote in the wrong place would join all lines up to the next one into a single field. One row more
+in the file could then take a hundred others away, and epsilon counts rows. So a CSV file is read
+only if each of its quotes belongs to a quoted field. A TSV file has no quoting, as its standard and
+most programs have it: a quote is a character like any other.
+"""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+OPTIONS: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+"""Options of pandas with which each value is text, as it is written."""
+TSV_OPTIONS = OPTIONS | {"sep": "\t", "quoting": csv.QUOTE_NONE}
+
+
+class FileFault(ValueError):
+    """A fault of a file. Its message quotes nothing of the file.
+
+    Args:
+        problem: what is wrong; it follows the path of the file.
+        hint: what the user can do.
+    """
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(problem)
+        self.hint = hint
+
+
+def separator_of(header: bytes) -> str:
+    """Return the separator of a CSV file: of comma, semicolon and tab the one most in its header.
+
+    Only the header decides. Otherwise, one more example could change how all others are read.
+    """
+    # A quoted name may hold any character.
+    unquoted = re.sub(rb'"[^"]*"', b"", header)
+    # Of equally many, `max` takes the first: the comma.
+    return max(",;\t", key=lambda separator: unquoted.count(separator.encode()))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a CSV file whose first line has the names of the columns.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    text = _text_of(path)
+    separator = separator_of(text.partition(b"\n")[0])
+    _check_quotes(text, separator)
+    return _table(text, OPTIONS | {"sep": separator})
+
+
+def read_tsv(path: Path) -> pd.DataFrame:
+    """Read a TSV file whose first line has the names of the columns.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    return _table(_text_of(path), TSV_OPTIONS)
+
+
+def _text_of(path: Path) -> bytes:
+    """Return a file without its byte order mark and without blank lines at its beginning."""
+    return path.read_bytes().removeprefix(_BYTE_ORDER_MARK).lstrip(b"\r\n")
+
+
+def _check_quotes(text: bytes, separator: str) -> None:
+    """Refuse a quote in a field without quotes, and a quoted field that does not end.
+
+    Raises:
+        FileFault: there is one. The message names the line.
+    """
+    sep = re.escape(separator.encode())
+    quoted = rb'"(?:[^"]++|"")*+"'
+    field = re.compile(rb"(?:%b|[^\"%b\r\n]*+)(?:%b|\r\n?|\n|\Z)" % (quoted, sep, sep))
+    place = 0
+    while place < len(text):
+        found = field.match(text, place)
+        if found is None:
+            line = text.count(b"\n", 0, place) + 1
+            raise FileFault(
+                f", line {line}: a quote is in a field without quotes, or a quoted field does not "
+                "end",
+                'put a text with quotes in quotes, and write each of its own twice: "a ""b"" c"',
+            )
+        place = found.end()
+
+
+def _table(text: bytes, options: dict[str, Any]) -> pd.DataFrame:
+    names = pd.read_csv(io.BytesIO(text), header=None, nrows=1, **options).iloc[0].dropna()
+    if names.duplicated().any():
+        raise FileFault(": two columns have the same name", "rename one of them in the first line")
+    # A blank line between others is a row without values. Otherwise rows would shift.
+    table = pd.read_csv(io.BytesIO(text), skip_blank_lines=False, **options)
+    # If rows have one field more than the header, pandas makes the first column an index. The names
+    # of all other columns then shift by one.
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("the first row has more fields than the header")
+    rows = len(table)
+    while rows and all(map(is_missing, table.iloc[rows - 1])):
+        rows -= 1
+    return table.iloc[:rows]
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value is missing. In a CSV file, that is a field with nothing in it."""
+    return value is None or value != value or not str(value).strip()
