@@ -45,14 +45,18 @@ def file_digest(path: Path, between: Callable[[], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def file_digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+def file_digests(folder: Path, pattern: str = "*", *, hidden: bool = True) -> dict[str, str]:
     """Return the sha256 of each file in a folder, by the file's path relative to the folder.
 
     Args:
         folder: the folder, with the folders in it.
         pattern: pattern of the files' names, such as `*.safetensors`.
+        hidden: whether files and folders whose names begin with a dot count. Others than we write
+            them: file systems, desktops, and the hub's client at each download.
     """
     files = sorted(entry for entry in folder.rglob(pattern) if entry.is_file())
+    if not hidden:
+        files = [file for file in files if not _is_hidden(file.relative_to(folder))]
     # A model folder may hold hundreds of GB. Hashing a file does not hold Python's lock.
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
@@ -60,11 +64,15 @@ def file_digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     return dict(zip(names, digests, strict=True))
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def fingerprint(path: Path) -> str:
-    """Return a digest of every byte of a file or of a model folder."""
+    """Return a digest of every byte of a file or of a model folder, without its hidden files."""
     if path.is_file():
         return file_digest(path)
-    return digest_of(file_digests(path))
+    return digest_of(file_digests(path, hidden=False))
 
 
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:

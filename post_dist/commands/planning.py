@@ -8,6 +8,7 @@ import typer
 
 from post_dist.commands.options import AsJson, Output, Overrides, RunFile, counts
 from post_dist.commands.printing import print_json
+from post_dist.config.cluster import ClusterStage
 from post_dist.config.load import load_run
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
@@ -17,6 +18,10 @@ from post_dist.report.tables import print_wide
 if TYPE_CHECKING:
     from post_dist.models.size import ModelSize
     from post_dist.planning.hardware import Hardware, Machine
+
+
+_SHARDED: tuple[ClusterStage, ...] = ("warm_start", "transfer", "evaluate")
+"""Stages beside `distill` whose jobs may have many nodes."""
 
 
 def plan(  # noqa: PLR0913 - typer reads the options from parameters
@@ -58,7 +63,9 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     described = read_hardware(gpu, hardware)
     requested = config.cluster.for_stage("distill")
     of_node = gpus_per_node or requested.gpus_per_node or described.node.gpus
-    machine = Machine(nodes or requested.nodes, of_node, described)
+    # With --nodes, all stages have these nodes.
+    of_stage = {} if nodes else {stage: config.cluster.for_stage(stage).nodes for stage in _SHARDED}
+    machine = Machine(nodes or requested.nodes, of_node, described, of_stage)
     gpus = counts("--sweep", sweep) if sweep else []
     teacher = size_of(config_folder(config.teacher))
     result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}

@@ -10,10 +10,12 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from post_dist.config.stages import LoraSettings
 from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts, facts_of, meta_model
 from post_dist.models.families import AttentionWidths, attention_widths, experts_per_token
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.lora_layers import chosen_shapes
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,14 @@ class ModelSize:
     def cut(self, numbers: tuple[int, ...]) -> "ModelSize":
         """Return the size of a student that keeps the layers with these indices."""
         layers = tuple(self.layers[number] for number in numbers)
-        return replace(self, layers=layers, facts=replace(self.facts, layers=len(layers)))
+        linears = tuple(self.facts.linears[number] for number in numbers)
+        facts = replace(self.facts, layers=len(layers), linears=linears)
+        return replace(self, layers=layers, facts=facts)
+
+    def lora_values(self, settings: LoraSettings) -> int:
+        """Return the number of values of a LoRA on this model."""
+        shapes = chosen_shapes(self.facts.linears, settings)
+        return settings.r * sum(sum(shape) for shape in shapes.values())
 
     def upper_layers(self, count: int | None) -> tuple[LayerSize, ...]:
         """Return the sizes of the last `count` layers; of all of them without a number."""

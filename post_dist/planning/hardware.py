@@ -1,6 +1,7 @@
 """The hardware of a plan: GPUs, links and hosts, from a YAML file that users may extend."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,11 +113,18 @@ class Machine:
         nodes: number of nodes.
         gpus_per_node: number of GPUs of each node.
         hardware: kind of the GPUs.
+        nodes_of_stage: number of nodes of the stages that have others.
     """
 
     nodes: int
     gpus_per_node: int
     hardware: Hardware
+    nodes_of_stage: Mapping[str, int] = field(default_factory=dict)
+
+    def of_stage(self, stage: str) -> "Machine":
+        """Return the nodes of a stage's job."""
+        nodes = self.nodes_of_stage.get(stage, self.nodes)
+        return replace(self, nodes=nodes, nodes_of_stage={})
 
     @property
     def ranks(self) -> int:
@@ -130,8 +138,10 @@ class Machine:
 
     def link(self, ranks: int) -> LinkName:
         """Return the slowest link that connects a number of neighboring ranks."""
-        # Shard groups are made of neighboring ranks, which fill a node before the next one.
-        return "node" if ranks <= self.gpus_per_node else "network"
+        # Neighboring ranks fill a node before the next one. Groups whose size does not divide that
+        # of a node lie across nodes.
+        is_inside = self.nodes == 1 or self.gpus_per_node % ranks == 0
+        return "node" if is_inside else "network"
 
     def collective_seconds(self, received_bytes: float, ranks: int, calls: float) -> float:
         """Compute the time of collectives.

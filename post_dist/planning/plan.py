@@ -16,6 +16,7 @@ from post_dist.planning.distill import plan_distill
 from post_dist.planning.estimate import StageEstimate, stage_numbers
 from post_dist.planning.hardware import Machine
 from post_dist.planning.inputs import PlanInputs, models_of
+from post_dist.planning.memory import frozen_memory
 from post_dist.planning.signals import plan_signals
 from post_dist.planning.simulation import GPU_HOURS_BETWEEN_FAILURES, STORAGE_GB_PER_SECOND
 from post_dist.planning.transfer import plan_transfer
@@ -34,7 +35,7 @@ def plan_run(
     Args:
         config: the run file.
         teacher: size of the large model.
-        machine: the nodes and GPUs.
+        machine: the nodes and GPUs of `distill`, and the nodes of stages that have others.
         precision: precision of weights and activations.
 
     Returns:
@@ -43,7 +44,6 @@ def plan_run(
         workers. `conflicts` of all stages. `hours` and `gpu_hours` in total, and what is
         `not_counted` in them. `assumptions`: the rates that the plan uses.
     """
-    # All stages are planned for the same machine and precision.
     inputs = PlanInputs(config, models_of(config, teacher), machine, precision)
     stages = [stage_numbers(estimate, machine) for estimate in _estimates(inputs)]
     # Each conflict starts with its stage, because a plan prints all conflicts in one list.
@@ -51,6 +51,7 @@ def plan_run(
     for stage in stages:
         for conflict in stage["conflicts"]:
             conflicts.append(f"{stage['stage']}: {conflict}")
+    conflicts += _evaluation_conflicts(_for_stage(inputs, "evaluate"))
     return {
         "gpus": machine.ranks,
         "gpu_memory_gib": machine.hardware.memory_gib,
@@ -69,16 +70,34 @@ def plan_run(
 
 def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
     """Yield the estimates of the run's stages, in the order in which they start."""
-    distillation = plan_distill(inputs)
+    distillation = plan_distill(_for_stage(inputs, "distill"))
     config = inputs.config
     # Planning distillation has checked that both sections are there.
     if config.cluster.signals.workers and config.corpus and config.student:
         yield plan_signals(inputs, config.corpus, config.student)
     yield distillation
     if inputs.config.warm_start is not None:
-        yield plan_warm_start(inputs, inputs.config.warm_start)
-    yield plan_tune(inputs)
-    yield plan_transfer(inputs)
+        yield plan_warm_start(_for_stage(inputs, "warm_start"), inputs.config.warm_start)
+    yield plan_tune(_for_stage(inputs, "tune"))
+    yield plan_transfer(_for_stage(inputs, "transfer"))
+
+
+def _for_stage(inputs: PlanInputs, stage: str) -> PlanInputs:
+    return replace(inputs, machine=inputs.machine.of_stage(stage))
+
+
+def _evaluation_conflicts(inputs: PlanInputs) -> list[str]:
+    """Say if the large model alone does not fit on the GPUs of the evaluation."""
+    held = frozen_memory(
+        inputs.models.teacher, inputs.config.engine, inputs.group, inputs.bytes_each
+    )
+    of_gpu = inputs.machine.hardware.memory_gib
+    if sum(held.values()) <= of_gpu:
+        return []
+    return [
+        f"evaluate: {sum(held.values()):.1f} GiB of the large model on a GPU of {of_gpu:g} GiB "
+        "(raise cluster.evaluate.nodes)"
+    ]
 
 
 def _hours(stages: Sequence[dict[str, Any]]) -> float:
@@ -200,4 +219,6 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     # More nodes are the last resort.
     for nodes in _MORE_NODES:
         if nodes > machine.nodes:
-            yield _Change("engine", over_all | recompute, replace(machine, nodes=nodes))
+            yield _Change(
+                "engine", over_all | recompute, replace(machine, nodes=nodes, nodes_of_stage={})
+            )

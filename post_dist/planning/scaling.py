@@ -74,7 +74,8 @@ def planned(
         points = []
         for count in sorted(gpus):
             nodes = -(-count // in_node)
-            place = replace(machine, nodes=nodes, gpus_per_node=min(count, in_node))
+            of_node = min(count, in_node)
+            place = replace(machine, nodes=nodes, gpus_per_node=of_node, nodes_of_stage={})
             # Weak scaling grows the batch with the number of GPUs.
             times = 1.0 if scaling == "strong" else place.ranks / min(gpus)
             plan = plan_run(grown(config, times), teacher, place, precision)

@@ -93,7 +93,7 @@ def plan_signals(inputs: PlanInputs, corpus: Corpus, student: Student) -> StageE
         # All workers share the storage.
         "signals": ranks * tokens * stored.bytes_per_token / (STORAGE_GB_PER_SECOND * 1e9),
     } | nonzero(fetch=fetch / machine.hardware.host_bytes_per_second())
-    step = _step_seconds(seconds, overlap=machine.hardware.overlap)
+    step = _step_seconds(seconds, overlap=inputs.overlap)
     steps = ceil(stored.sequences / (ranks * size))
 
     memory = frozen_memory(teacher, config.engine, inputs.group, inputs.bytes_each)

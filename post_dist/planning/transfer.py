@@ -7,7 +7,6 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict
 from post_dist.data.order import rank_batches
-from post_dist.models.lora_layers import chosen_shapes
 from post_dist.planning import cost
 from post_dist.planning.cost import TransferBatch
 from post_dist.planning.estimate import PartEstimate, StageEstimate
@@ -186,8 +185,7 @@ def _trained_values(inputs: PlanInputs, work: _Work) -> int:
     lora = inputs.config.transfer.lora
     if lora is None:
         return work.prompts * inputs.config.tune.num_virtual_tokens * target.width
-    shapes = chosen_shapes(target.facts.linears, lora)
-    return lora.r * sum(sum(shape) for shape in shapes.values())
+    return target.lora_values(lora)
 
 
 def _flops(inputs: PlanInputs, work: _Work) -> dict[str, float]:

@@ -192,10 +192,14 @@ def _memory(inputs: PlanInputs, student: ModelSize) -> dict[str, float]:
         "activations": kept * micro * length * each / GIB,
         "logits": logits / GIB,
     }
+    # A pass of shorter examples holds more of them.
+    copies = micro * max(1.0, length / LENGTH_STEP)
+    # Clipping needs the gradient of each example by itself, in fp32.
+    if section.adapter == "lora" and any(each.enabled for each in inputs.config.all_privacy):
+        values = student.lora_values(section.lora_settings)
+        memory["gradients_of_examples"] = copies * values * 4 / GIB
     if section.adapter == "prefix":
         # Each example keeps its keys and values beside those of its text, and their fp32 gradients.
-        # A pass of shorter examples holds more of them.
-        copies = micro * max(1.0, length / LENGTH_STEP)
         of_token = len(student.layers) * (student.attention.key + student.attention.value)
         memory["prefixes"] = copies * section.num_virtual_tokens * of_token * (each + 4) / GIB
     return memory

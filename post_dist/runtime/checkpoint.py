@@ -182,11 +182,10 @@ def is_whole(folder: Path) -> bool:
     sealed = sealed_digests(folder)
     if sealed is None:
         return False
-    found = file_digests(folder)
-    # The seal does not hold its own hash. NFS keeps hidden files for processes that read them.
-    for name in list(found):
-        if name == SEAL or Path(name).name.startswith("."):
-            del found[name]
+    # NFS keeps hidden files for processes that read them.
+    found = file_digests(folder, hidden=False)
+    # The seal does not hold its own hash.
+    found.pop(SEAL)
     return sealed == found
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import file_digest, write_file
+from post_dist.files import file_digest, fingerprint, write_file
 from post_dist.runtime import checkpoint, engine_checkpoint
 from post_dist.runtime.checkpoint import (
     load_tensors,
@@ -209,6 +209,19 @@ def test_no_rank_reads_what_nobody_has_checked(
         with pytest.raises(ArtifactRefused, match=r"rank0.safetensors is damaged, .*its copy"):
             start.restore(None)
         assert read == []
+
+
+def test_hidden_files_do_not_make_another_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = fingerprint(tmp_path)
+    # A desktop, and the hub's client at each download.
+    (tmp_path / ".DS_Store").touch()
+    metadata = tmp_path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("1764471600.5")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert fingerprint(tmp_path) != before
 
 
 def test_what_lies_beside_checkpoints_harms_none(tmp_path: Path) -> None:

@@ -268,6 +268,12 @@ def test_workers_are_planned_beside_distillation(run: Path, main: Callable) -> N
     assert plan["hours"] == pytest.approx(beside + sum(stage["hours"] for stage in others))
     assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in plan["stages"]))
     assert plan["long_run"]["days"] * 24 > distill["hours"]
+    # Without overlap, the shards come before the layers compute.
+    apart = "--set=engine.deepspeed.zero_optimization.overlap_comm=false"
+    workers = "--set=cluster.signals={workers: 4, nodes: 2}"
+    later = planned(main, run, *settings, workers, apart)[1]["stages"][0]
+    assert later["step_seconds"] == pytest.approx(sum(later["seconds"].values()))
+    assert later["step_seconds"] > signals["step_seconds"]
     # A worker of one GPU does not hold a 70B teacher, whatever the nodes of `distill`.
     code, plan = planned(
         main, run, *settings, "--set=cluster.signals={workers: 4, gpus_per_node: 1}"
@@ -492,7 +498,8 @@ def test_every_prompt_that_is_tuned_and_transferred_is_counted(run: Path, main: 
         "--set=tune.search.mean_trials=5",
         "--set=tune.search.learning_rate=[0.1, 0.01]",
     )[1]["stages"][1]
-    assert searched["hours"] == pytest.approx(5 * tune_one["hours"])
+    counting = searched["counting_seconds"] / 3600
+    assert searched["hours"] == pytest.approx(5 * tune_one["hours"] + counting)
     public = planned(
         main, run, "--nodes=8", "--set=privacy.enabled=false", "--set=evaluate.private_rows=[8]"
     )[1]["stages"][1]
@@ -841,24 +848,69 @@ def test_counting_right_examples_costs_forward_passes(
     private = ["enabled=true", "target_epsilon=8", "declared_examples=900", "steps=10"]
     sets = [f"--set=privacy.{each}" for each in [*private, "expected_batch_size=10"]]
     sets += [f"--set=tune.adapter={adapter}", "--set=tune.num_virtual_tokens=10"]
-    sets += ["--set=private_task.validation_share=0.2", "--set=private_task.test_share=0.2"]
-    sets += ["--set=warm_start={batch_size: 64}"]
+    sets += ["--set=private_task.validation_share=0.2", "--set=warm_start={batch_size: 64}"]
     tune = {}
     for setting in ("", counts):
         added = [f"--set=tune.{setting}"] if setting else []
         code, plan = planned(main, run, "--nodes=8", *sets, *added)
         assert code == 0, plan["conflicts"]
         (tune[setting],) = [stage for stage in plan["stages"] if stage["stage"] == "tune"]
-    # A third as many examples are in the validation split. A head reads the others in one pass.
+    # The task has a test split of its own, so a quarter as many examples are in the validation
+    # split. A head reads the others in one pass.
     code, plan = planned(main, run, "--nodes=8", *sets, "--set=tune.adapter=head")
     (head,) = [stage for stage in plan["stages"] if stage["stage"] == "tune"]
     counting = tune[counts]["counting_seconds"]
-    assert counting == pytest.approx(passes / 3 * head["reading_seconds"])
+    assert counting == pytest.approx(passes / 4 * head["reading_seconds"])
     assert "counting_seconds" not in tune[""]
     trials = tune[counts]["trials_of_each"] or 1
     added_steps = (trials - 1) * tune[""]["steps"] * tune[""]["step_seconds"]
     more = 3600 * (tune[counts]["hours"] - tune[""]["hours"])
     assert more == pytest.approx(counting + added_steps)
+
+
+def test_each_stage_is_planned_on_the_nodes_of_its_job(run: Path, main: Callable) -> None:
+    own = ("--set=cluster.distill={nodes: 8}", "--set=cluster.transfer={nodes: 1}")
+    own += ("--set=engine.shard_group=all", "--set=transfer.batch_size=64")
+    _, plan = planned(main, run, *own)
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert (stages["distill"]["gpus"], stages["transfer"]["gpus"]) == (64, 8)
+    for nodes, stage in ((8, "distill"), (1, "transfer")):
+        _, alike = planned(main, run, *own, f"--nodes={nodes}")
+        (same,) = [each for each in alike["stages"] if each["stage"] == stage]
+        assert stages[stage] == same
+    # The large model needs 141 GB, and the evaluation has four GPUs on its one node.
+    few = ("--set=cluster.evaluate={nodes: 1}", "--gpus-per-node=1")
+    _, plan = planned(main, run, *own, *few)
+    assert any(line.startswith("evaluate: ") for line in plan["conflicts"]), plan["conflicts"]
+
+
+def test_a_group_that_lies_across_nodes_gathers_over_the_network() -> None:
+    described = read_hardware("h100", None)
+    for nodes, ranks, link in (
+        (3, 8, "node"),
+        (3, 4, "node"),
+        (3, 6, "network"),
+        (3, 24, "network"),
+        (1, 6, "node"),
+    ):
+        assert Machine(nodes, 8, described).link(ranks) == link, (nodes, ranks)
+
+
+def test_a_private_lora_keeps_a_gradient_of_each_example(run: Path, main: Callable) -> None:
+    targets = "[q_proj, k_proj, v_proj, o_proj]"
+    sets = ["tune.adapter=lora", f"tune.lora={{r: 16, target_modules: {targets}}}"]
+    sets += ["tune.num_virtual_tokens=10", "private_task.max_length=118"]
+    sets += ["tune.micro_batch_size_per_gpu=8"]
+    private = ["enabled=true", "target_epsilon=8", "declared_examples=900", "steps=10"]
+    sets += [f"privacy.{each}" for each in [*private, "expected_batch_size=10"]]
+    code, plan = planned(main, run, "--nodes=8", *[f"--set={each}" for each in sets])
+    assert code == 0, plan["conflicts"]
+    (tune,) = [stage for stage in plan["stages"] if stage["stage"] == "tune"]
+    # The student has two layers. Queries and outputs are 8192 wide, keys and values 1024.
+    values = 2 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024))
+    # Of examples with 16 tokens, 8 times as many as of the longest ones are in a pass.
+    gradients = 64 * values * 4 / 2**30
+    assert tune["memory_gib"]["gradients_of_examples"] == pytest.approx(gradients)
 
 
 def test_an_attack_costs_what_a_distillation_of_all_layers_costs(run: Path, main: Callable) -> None:
