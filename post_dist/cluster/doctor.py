@@ -239,9 +239,9 @@ def _slurm(folder: Path) -> Iterator[Finding]:
 def _disk(folder: Path) -> Iterator[Finding]:
     # A folder that does not exist yet will be on the disk of the folder around it.
     folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
     try:
+        while not folder.exists():
+            folder = folder.parent
         seconds_off = _clock_difference(folder)
     except OSError as error:
         yield Finding(

@@ -18,6 +18,8 @@ _LOOKS_TO_BELIEVE = 4
 
 Slurm reports NODE_FAIL for about four seconds before it queues the job again.
 """
+_LOOKS_TO_FORGET = 60
+"""Number of times in a row that Slurm must not know a job."""
 _IN_QUEUE = {
     "PENDING",
     "RUNNING",
@@ -78,10 +80,15 @@ def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
     """Poll a job until it was over several times in a row, and return its last state."""
     told = State("")
     looks_over = 0
+    looks_unknown = 0
     while True:
         # If the job is back in the queue, the count starts again.
         state = _state(job.job_id)
         looks_over = 0 if state.queued else looks_over + 1
+        # Without accounting, Slurm forgets a job some minutes after its end.
+        looks_unknown = 0 if state.name else looks_unknown + 1
+        if looks_unknown >= _LOOKS_TO_FORGET:
+            return State("UNKNOWN", exit_code="unknown")
         believed = looks_over >= _LOOKS_TO_BELIEVE
         # Report an end only when it is confirmed, and every other change at once.
         if state != told and (state.queued or believed):

@@ -47,7 +47,9 @@ class Verbalizer:
             if len(tokens) != 1 and not allow_multi_token:
                 raise _several_tokens(word, tokenizer.convert_ids_to_tokens(tokens))
             # Some tokenizers know tokens that the model has no embedding for.
-            if not tokens or tokens[0] >= vocabulary:
+            # A word of unknown characters is the same token as any other such word.
+            is_unknown = tokenizer.unk_token_id in tokens[:1]
+            if not tokens or tokens[0] >= vocabulary or is_unknown:
                 raise InputError(
                     f"the label word {word!r} has no token of the model", "choose another word"
                 )

@@ -72,9 +72,17 @@ class Completions:
         Raises:
             EnvironmentFault: the server does not give the probabilities of the label words.
         """
+        if not answer.get("choices"):
+            raise EnvironmentFault(
+                f"the server answers with an error: {_message_of(answer)}",
+                "start it with --enable-prompt-embeds, and --max-logprobs of the number of label "
+                "words",
+            )
         choice = answer["choices"][0]
         if self._reader.generates:
             return Response(choice["text"])
+        if not choice.get("logprobs"):
+            raise EnvironmentFault("the server answers without log-probabilities")
         (of_first_token,) = choice["logprobs"]["top_logprobs"]
         logprobs = {int(name.removeprefix(_TOKEN)): of_first_token[name] for name in of_first_token}
         self._check_processed(logprobs)
@@ -94,6 +102,12 @@ class Completions:
                 "the server answers with probabilities over its whole vocabulary",
                 "start it with --logprobs-mode processed_logprobs",
             )
+
+
+def _message_of(answer: Mapping[str, Any]) -> str:
+    """Return what a server says of an error, in either of the forms that vLLM has had."""
+    error = answer.get("error", answer)
+    return str(error.get("message", "unknown") if isinstance(error, Mapping) else error)[:500]
 
 
 def write_completions(

@@ -11,6 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from post_dist.config.sources import Task
 from post_dist.data.order import rank_batches, rows_of_like_length, shuffled_rows
@@ -233,6 +237,16 @@ def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
     ).token_ids
     with pytest.raises(InputError, match="share the token"):
         Verbalizer((("bad", "good"), ("good",)), WORDS, vocabulary=600, allow_multi_token=False)
+
+
+def test_a_label_word_of_unknown_characters_is_refused() -> None:
+    core = Tokenizer(WordPiece({"[UNK]": 0, "good": 1, "bad": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    known = Verbalizer((("bad",), ("good",)), words, vocabulary=3, allow_multi_token=False)
+    assert known.token_ids == [[2], [1]]
+    with pytest.raises(InputError, match="'wunderbar' has no token of the model"):
+        Verbalizer((("bad",), ("wunderbar",)), words, vocabulary=3, allow_multi_token=False)
 
 
 @given(count=st.integers(1, 40), at_most=st.integers(1, 12), ranks=st.integers(1, 7))

@@ -68,6 +68,15 @@ def test_a_request_to_vllm_gets_the_scores_of_predict(
     answer = answer_of(server, body | {"allowed_token_ids": list(range(600))})
     with pytest.raises(EnvironmentFault, match="over its whole vocabulary"):
         completions.prediction(answer)
+    # Both forms in which vLLM reports an error, and an answer without what was asked for.
+    refusal = {"message": "Requested sample logprobs of 30, which is greater than max allowed: 20"}
+    for wrong, said in (
+        ({"error": refusal}, "which is greater than max allowed: 20"),
+        (refusal | {"object": "error"}, "which is greater than max allowed: 20"),
+        ({"choices": [{"text": "", "logprobs": None}]}, "answers without log-probabilities"),
+    ):
+        with pytest.raises(EnvironmentFault, match=said):
+            completions.prediction(wrong)
 
 
 def test_peft_loads_model_and_prompt_and_gives_the_same_logits(tmp_path: Path, model: Path) -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 from unittest import mock
 
@@ -16,10 +17,13 @@ import tiny
 import yaml
 from pydantic import ValidationError
 
+from post_dist.cluster import follow as follow_module
 from post_dist.cluster import restart
+from post_dist.cluster.follow import State
 from post_dist.cluster.restart import decide
 from post_dist.cluster.sbatch import SRUN, job_parameters, job_text, task_python
 from post_dist.config.cluster import Cluster, ClusterStage
+from post_dist.errors import EnvironmentFault
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 ONLY_BY_SUBMITIT = ("# command", "export SUBMITIT_EXECUTOR=slurm", "export POST_DIST_", "srun ")
@@ -643,3 +647,28 @@ def test_doctor_names_a_lock_that_a_killed_compiler_left(
     code, text, _ = main("doctor", tmp_path / "runs")
     assert code == 3
     assert f"BAD  ops: a killed compiler left {lock}; remove the file" in text
+
+
+def test_a_job_that_slurm_has_forgotten_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter(
+        [State("RUNNING", queued=True)] + [State("")] * 59 + [State("PENDING", queued=True)]
+    )
+    looked = []
+
+    def look(job: str) -> State:
+        looked.append(next(states, State("")))
+        return looked[-1]
+
+    monkeypatch.setattr(follow_module, "_state", look)
+    monkeypatch.setattr(follow_module, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    job = SimpleNamespace(stage="distill", job_id="17", log="the/log")
+    with pytest.raises(EnvironmentFault, match=r"ended as UNKNOWN(.|\n)*the/log"):
+        follow_module.follow([job], lambda line: None)
+    # Slurm may lose sight of a job for a while.
+    assert len(looked) == 61 + 60
+
+
+def test_doctor_names_a_folder_that_cannot_be_there(tmp_path: Path, main: Callable) -> None:
+    code, text, _ = main("doctor", tmp_path / ("a" * 300) / "b")
+    assert code == 3
+    assert "File name too long" in text
