@@ -51,8 +51,8 @@ def file_digests(folder: Path, pattern: str = "*", *, hidden: bool = True) -> di
     Args:
         folder: the folder, with the folders in it.
         pattern: pattern of the files' names, such as `*.safetensors`.
-        hidden: whether files and folders whose names begin with a dot count. Others than we write
-            them: file systems, desktops, and the hub's client at each download.
+        hidden: whether files and folders whose names begin with a dot count. File systems and
+            desktops write such files, and so does the hub's client at each download.
     """
     files = sorted(entry for entry in folder.rglob(pattern) if entry.is_file())
     if not hidden:

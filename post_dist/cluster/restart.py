@@ -86,8 +86,9 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
     try:
         append_line(record, json.dumps(asdict(failure)))
     except OSError as error:
-        # Without the record nobody would count the restarts.
-        return in_time, f"not restarted: {record} cannot be written: {error.strerror}"
+        unwritten = f"{record} cannot be written: {error.strerror}"
+        # Without the record nobody would count the restarts. What was saved goes on.
+        return in_time, unwritten if in_time else f"not restarted: {unwritten}"
     if in_time:
         return _verdict_on_limits([*earlier, failure], most)
     limits = Interrupted.exit_code

@@ -214,7 +214,8 @@ class Task(DataSource):
             # Labels are handed on with the prompt, and this one would be that of a private example.
             raise ValueError(
                 f"label_column '{self.label_column}' is also one of the labels: is the first line "
-                "of the file an example? Write a line with the names of the columns above it"
+                "of the file an example? Write a line with the names of the columns above it, or "
+                "rename the column"
             )
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")

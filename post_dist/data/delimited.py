@@ -67,8 +67,15 @@ def read_tsv(path: Path) -> pd.DataFrame:
 
 
 def _text_of(path: Path) -> bytes:
-    """Return a file without its byte order mark and without blank lines at its beginning."""
-    return path.read_bytes().removeprefix(_BYTE_ORDER_MARK).lstrip(b"\r\n")
+    """Return a file without its byte order mark and without blank lines at its beginning.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8 text.
+    """
+    text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    # In UTF-16, a quote would be found where none is.
+    text.decode()
+    return text.lstrip(b"\r\n")
 
 
 def _check_quotes(text: bytes, separator: str) -> None:

@@ -72,7 +72,8 @@ def _usable(columns: Columns, table: pd.DataFrame, data: Path) -> Columns:
         raise InputError(
             f"{data.name}: the column of the labels is called as one of its own labels, so the "
             "first line seems to be an example",
-            "write a line with the names of the columns above it, such as text,label",
+            "write a line with the names of the columns above it, such as text,label, or rename "
+            "the column",
         )
     # `text` of the run file is a format string, in which these characters mean something else.
     if _UNUSABLE & set(columns.text):

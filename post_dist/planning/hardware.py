@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from post_dist.config.cluster import ClusterStage
 from post_dist.config.precision import Precision
 from post_dist.config.sections import PositiveFloat, PositiveInt, Section
 from post_dist.config.yaml_files import read_yaml
@@ -119,9 +120,9 @@ class Machine:
     nodes: int
     gpus_per_node: int
     hardware: Hardware
-    nodes_of_stage: Mapping[str, int] = field(default_factory=dict)
+    nodes_of_stage: Mapping[ClusterStage, int] = field(default_factory=dict)
 
-    def of_stage(self, stage: str) -> "Machine":
+    def of_stage(self, stage: ClusterStage) -> "Machine":
         """Return the nodes of a stage's job."""
         nodes = self.nodes_of_stage.get(stage, self.nodes)
         return replace(self, nodes=nodes, nodes_of_stage={})

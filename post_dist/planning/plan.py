@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from post_dist.config.cluster import ClusterStage
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.models.size import ModelSize
@@ -82,7 +83,7 @@ def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
     yield plan_transfer(_for_stage(inputs, "transfer"))
 
 
-def _for_stage(inputs: PlanInputs, stage: str) -> PlanInputs:
+def _for_stage(inputs: PlanInputs, stage: ClusterStage) -> PlanInputs:
     return replace(inputs, machine=inputs.machine.of_stage(stage))
 
 
