@@ -15,7 +15,7 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.models import Teacher
 from post_dist.data.task_reader import TaskReader
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import fingerprint
+from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
@@ -82,7 +82,11 @@ def fitting_model(
     load_config(folder)
     # Only a tuned prompt names all files of its model. A large LLM is hashed for its weights alone.
     if not _is_transferred(prompt):
-        _check_lineage(prompt, folder, fingerprint(folder))
+        digest = fingerprint(folder)
+        # Version 0.1.0 counted hidden files. The hub's client writes them anew at each download.
+        if prompt.manifest.parents.get("model") != digest:
+            digest = digest_of(file_digests(folder))
+        _check_lineage(prompt, folder, digest)
     _check_target(prompt, folder)
     yield _checked(prompt, folder)
 

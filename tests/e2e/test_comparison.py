@@ -93,7 +93,6 @@ def test_two_deviations_tell_a_result_from_its_start(
 def test_an_audit_by_membership_compares_nothing(tmp_path: Path, main: Callable) -> None:
     run = write_run(tmp_path)
     assert main("warm-start", run)[0] == 0
-    assert main("tune", run, COMPARED)[0] == 0
     sizes = ("--shadows=4", "--rows=80")
     few = ("--set=privacy.expected_batch_size=20", "--set=privacy.steps=2")
     code, _, err = main("audit", run, "--attack=lira", COMPARED, *sizes, *few)

@@ -16,7 +16,8 @@ import torch
 
 import post_dist
 from post_dist.artifacts.head import LinearHead
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError
+from post_dist.files import digest_of, file_digests
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 TEXTS = ["the film is lovely", "", 'the plot, "it" is dull and\u2028long ' * 3, "secret 7"]
@@ -98,10 +99,27 @@ def test_an_old_task_answers_with_its_label_words(tmp_path: Path, model: Path) -
     assert list(found.scores) == ["bad", "good"]
 
 
+def test_a_model_stays_the_same_when_it_is_downloaded_again(tmp_path: Path) -> None:
+    model = served.write_model(tmp_path / "model", "llama")
+    metadata = model / ".cache" / "huggingface" / "config.json.metadata"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("1764471600.5")
+    prompt = served.write_prompt(tmp_path / "prompt", model)
+    # Version 0.1.0 counted hidden files.
+    old = {"model": digest_of(file_digests(model))}
+    older = served.write_prompt(tmp_path / "older", model, parents=old)
+    for each in (prompt, older):
+        assert post_dist.load_prompt(each).predict(["a film"], model)
+    metadata.write_text("1764475200.5")
+    assert post_dist.load_prompt(prompt).predict(["a film"], model)
+    with pytest.raises(ArtifactRefused, match="was tuned on another model"):
+        post_dist.load_prompt(older).predict(["a film"], model)
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "code", "message"),
     [
-        ("t.csv", (), 2, "has no column 'text'\n  name one with --column: body, label"),
+        ("t.csv", (), 2, "has no column 'text' among 2 columns\n  name a column of the file's"),
         ("none.csv", (), 2, "No such file"),
         ("none.txt", (), 2, "No such file"),
         ("t.doc", (), 2, "has no known file type"),
