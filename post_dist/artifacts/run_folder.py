@@ -264,6 +264,18 @@ def _influential(value: Any) -> Any:
     kept = {}
     for key, inner in value.items():
         is_unset_later = key in _LATER_FIELDS and not inner
-        if key not in _WITHOUT_INFLUENCE and not is_unset_later:
-            kept[key] = _influential(inner)
+        if key in _WITHOUT_INFLUENCE or is_unset_later:
+            continue
+        # The keys of `labels` are the owner's words, and not names of settings.
+        kept[key] = in_order(inner) if key == "labels" else _influential(inner)
     return kept
+
+
+def in_order(labels: dict[str, Any]) -> Any:
+    """Return the labels of a task for a digest, which does not see the order of a mapping.
+
+    Their order is that of the classes. In the order of the alphabet, the mapping says all.
+    """
+    if list(labels) == sorted(labels):
+        return labels
+    return [[label, words] for label, words in labels.items()]

@@ -309,7 +309,8 @@ def _true_positive_rate(profile: Iterable[tuple[float, float]]) -> float:
     bound = 1.0
     # Each (epsilon, delta) bounds both error rates of a test; the tightest pair counts.
     for epsilon, delta in profile:
-        by_members = math.exp(epsilon) * false_positive_rate + delta
+        # A larger epsilon bounds nothing, and overflows.
+        by_members = math.exp(min(epsilon, 100.0)) * false_positive_rate + delta
         by_others = 1 - math.exp(-epsilon) * (1 - delta - false_positive_rate)
         bound = min(bound, by_members, by_others)
     return bound

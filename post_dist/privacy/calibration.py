@@ -16,7 +16,8 @@ from post_dist.privacy.plan import PrivacyPlan, declared_plan
 
 # A calibrated sigma is rounded up to a multiple of this.
 _SIGMA_GRID = 1e-4
-_LEAST_SIGMA = 0.2
+LEAST_SIGMA = 0.2
+"""Smallest noise multiplier that a calibration gives."""
 _MOST_SIGMA = 200.0
 
 # Step of the bracket search, in log sigma. The search starts at sigma 1, because the privacy loss
@@ -103,7 +104,7 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
         InputError: epsilon crosses the target outside the range of sigma.
     """
     # If the largest sigma does not meet the target, no sigma in range does.
-    least = math.log(_LEAST_SIGMA)
+    least = math.log(LEAST_SIGMA)
     most = math.log(_MOST_SIGMA)
     if excess(most) > 0:
         raise InputError(
@@ -121,7 +122,7 @@ def _bracket(excess: Callable[[float], float], target: float) -> ExplicitBracket
         if low == least:
             raise InputError(
                 f"privacy.target_epsilon: {target:g} is met with a noise multiplier "
-                f"below {_LEAST_SIGMA:g}",
+                f"below {LEAST_SIGMA:g}",
                 "set a smaller target_epsilon, or set noise_multiplier",
             )
         high = low

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from post_dist.files import write_file
-from post_dist.privacy.search import noisy_score
+from post_dist.privacy.search import charge_score, noisy_score
 from post_dist.privacy.trainer import PrivateTrainer
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Comparison:
         """Tell how many more validation examples the tuned parameters get right, with noise."""
         if not self._file.exists():
             difference = self._part.count_right(parameters) - self._right_before
+            charge_score(self._run, difference, trial=0)
             gained = noisy_score(difference, self._run.plan, self._run.source, trial=0)
             write_file(self._file, lambda partial: partial.write_text(json.dumps(gained)))
         gained = float(json.loads(self._file.read_text()))

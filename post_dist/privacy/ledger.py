@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -229,10 +229,30 @@ class LedgerRun:
         # The plan's own steps were checked against the cap at the start; repeated ones were not.
         if known:
             intents = {**self.spending.intents, (trial, step): known | {commitment}}
-            self._check_cap(Spending(self._plan, self.spending.opened, intents))
+            self._check_cap(replace(self.spending, intents=intents))
         self._ledger.append(
             row="step", run=self._run, trial=trial, step=step, commitment=commitment
         )
+
+    def intend_score(self, trial: int, commitment: str) -> None:
+        """Write to disk that a count of right examples is told, unless the ledger has it.
+
+        The plan pays for one count of each trial. Another one would be charged on top.
+
+        Args:
+            trial: number of the trial; 0 without a search.
+            commitment: keyed digest of the count.
+
+        Raises:
+            PrivacyRefused: a second count would exceed the cap.
+        """
+        known = self.spending.scores.get(trial, set())
+        if commitment in known:
+            return
+        if known:
+            scores = {**self.spending.scores, trial: known | {commitment}}
+            self._check_cap(replace(self.spending, scores=scores))
+        self._ledger.append(row="score", run=self._run, trial=trial, commitment=commitment)
 
     def charge_done(self, trial: int, steps: int) -> None:
         """Charge the steps before a trial's checkpoint that are missing in the ledger.

@@ -43,6 +43,10 @@ _MAY_BE_NONE = {"declared_examples", "mean_trials", "score_noise_multiplier", "c
 _INTEGERS = {"steps", "declared_examples"}
 
 
+MOST_DELTA = 0.01
+"""Largest delta of a plan."""
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
     """Parameters of DP-SGD, for one training run or for a search over several.
@@ -179,24 +183,30 @@ class PrivacyPlan:
             "example is revealed in full"
         ]
 
-    def spent(self, begun: Mapping[int, int]) -> list["PrivacyPlan"]:
+    def spent(
+        self, begun: Mapping[int, int], told: Mapping[int, int] | None = None
+    ) -> list["PrivacyPlan"]:
         """Return what a run has spent of this plan, as plans whose steps were all taken.
 
         A step that is started again with another sum reads the same examples as the first time. Its
         k noisy sums reveal as much as one sum with 1/k of the noise variance. That is more than k
         independent samples would reveal. A search is always charged in full, and its repeated steps
-        are charged on top. A comparison with the start is charged with the first step.
+        are charged on top. A comparison with the start is charged with the first step. The same
+        holds for it and for the scores of a search: k noisy counts of one trial reveal as much as
+        one with 1/k of the noise variance.
 
         Args:
             begun: histogram: number of times a step was started -> number of such steps.
+            told: histogram: number of different counts of a trial that were told with noise ->
+                number of such trials. None if each was told once at most.
         """
+        score_noise = self._charged_score_noise(told or {})
         plans: list[PrivacyPlan] = []
         for times, count in sorted(begun.items()):
             covered_by_search = self.mean_trials is not None and times <= 1
             if count == 0 or covered_by_search:
                 continue
-            # A single run is compared once. The score of a search is in its own charge.
-            compared = None if self.mean_trials or plans else self.score_noise_multiplier
+            compared = None if plans else score_noise
             # Averaging k sums of one sample divides the noise variance by k.
             repeated = replace(
                 self,
@@ -208,7 +218,22 @@ class PrivacyPlan:
             plans.append(repeated)
         if self.mean_trials is None:
             return plans
+        # Scores may differ where no step does. A plan has a step at least, which comes with them.
+        if score_noise is not None and not plans:
+            alone = replace(self, mean_trials=None, score_noise_multiplier=score_noise, steps=1)
+            plans.append(alone)
         return [self, *plans]
+
+    def _charged_score_noise(self, told: Mapping[int, int]) -> float | None:
+        """Return the noise of one count that reveals as much as all that are charged; or None.
+
+        The scores of a search are in its own charge. Those of repeated trials come on top.
+        """
+        of_one = self.score_noise_multiplier
+        counts = max(told, default=1)
+        if self.mean_trials is not None:
+            counts = sum(times * trials for times, trials in told.items() if times > 1)
+        return None if of_one is None or not counts else of_one / counts**0.5
 
 
 def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
@@ -255,7 +280,12 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
     problems = plan.out_of_bounds()
     if problems:
         raise InputError(f"privacy: {'; '.join(problems)}", "see `post-dist privacy RUN.yaml`")
-    # The prompt of such a plan would not pass the door.
+    # The prompts of such plans would not pass the door.
+    if plan.delta > MOST_DELTA:
+        raise InputError(
+            f"privacy: a delta of {plan.delta:.3g} is above {MOST_DELTA:g}, which protects nobody",
+            "set privacy.target_delta, well below one over the number of examples",
+        )
     if plan.misfit is not None:
         raise InputError(
             f"privacy: {plan.misfit}",

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from post_dist.config.schema import Search
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
-from post_dist.privacy.trainer import PrivateTrainer, TrialSettings
+from post_dist.privacy.trainer import PrivateRun, PrivateTrainer, TrialSettings
 from post_dist.runtime.checkpoint import load_tensors, newest_step, save_tensors
 
 
@@ -39,7 +39,9 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
         # Settings, training and score noise are functions of the key and the trial's number.
         chosen = trial_settings(trainer.config.tune.search, settings, run.source, trial)
         parameters = trainer.train(chosen, trial, run.checkpoints / f"trial-{trial}")
-        score = noisy_score(trainer.part.count_right(parameters), run.plan, run.source, trial)
+        count = trainer.part.count_right(parameters)
+        charge_score(run, count, trial)
+        score = noisy_score(count, run.plan, run.source, trial)
         # The noisy score alone decides. Only the best trial's parameters are kept.
         if score > best["score"]:
             best = {"score": torch.tensor(score, dtype=torch.float64)}
@@ -47,6 +49,15 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
                 best[str(index)] = value
         save_tensors(kept, trial + 1, best)
     return [best[str(index)] for index in range(len(best) - 1)]
+
+
+def charge_score(run: PrivateRun, count: int, trial: int) -> None:
+    """Write to the ledger that a count will be told with noise.
+
+    A run that is repeated on another machine may count another number of right examples.
+    """
+    commitment = run.source.commitment(str(count).encode(), "score", trial)
+    run.ledger.intend_score(trial, commitment)
 
 
 def noisy_score(count: int, plan: PrivacyPlan, source: RandomSource, trial: int) -> float:

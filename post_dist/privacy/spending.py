@@ -42,12 +42,14 @@ class Spending:
         plan: the run's plan.
         opened: time at which the run started, in UTC.
         intents: by (trial, step), the commitments to all sums with which the step was started.
+        scores: by trial, the commitments to all counts of right examples that were told with noise.
         finished: whether all steps were taken.
     """
 
     plan: PrivacyPlan
     opened: str
     intents: dict[tuple[int, int], set[str]] = field(default_factory=dict)
+    scores: dict[int, set[str]] = field(default_factory=dict)
     finished: bool = False
 
     @property
@@ -60,12 +62,17 @@ class Spending:
         """Repeated steps: number of times a step was started -> number of such steps."""
         return {times: count for times, count in self._begun.items() if times > 1}
 
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether no step was taken and no count told twice with different values."""
+        return not self.repeated_steps and max(self._told, default=0) <= 1
+
     def plans(self) -> list[PrivacyPlan]:
         """Return the spending as plans whose steps were all taken.
 
         A search is charged in full from its first row.
         """
-        return self.plan.spent(self._begun)
+        return self.plan.spent(self._begun, self._told)
 
     def at_the_end(self) -> "Spending":
         """Return what the run will have spent when all steps of its plan were taken."""
@@ -76,6 +83,11 @@ class Spending:
     def _begun(self) -> Counter[int]:
         """Histogram: number of times a step was started -> number of such steps."""
         return Counter(len(sums) for sums in self.intents.values())
+
+    @property
+    def _told(self) -> Counter[int]:
+        """Histogram: number of counts of a trial that were told -> number of such trials."""
+        return Counter(len(counts) for counts in self.scores.values())
 
 
 @dataclass
@@ -119,6 +131,9 @@ class DataSpending:
         elif kind == "step":
             place = (int(row["trial"]), int(row["step"]))
             self.runs[row["run"]].intents.setdefault(place, set()).add(str(row["commitment"]))
+        elif kind == "score":
+            scores = self.runs[row["run"]].scores
+            scores.setdefault(int(row["trial"]), set()).add(str(row["commitment"]))
         elif kind == "finished":
             self.runs[row["run"]].finished = True
         else:

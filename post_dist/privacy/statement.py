@@ -14,7 +14,8 @@ from post_dist.privacy.accounting import (
     group_epsilons,
     rdp_epsilon,
 )
-from post_dist.privacy.plan import ONE_USER, RELATION, PrivacyPlan
+from post_dist.privacy.calibration import LEAST_SIGMA
+from post_dist.privacy.plan import MOST_DELTA, ONE_USER, RELATION, PrivacyPlan
 from post_dist.privacy.spending import Spending
 
 _SEVERAL_EXAMPLES = (
@@ -51,7 +52,8 @@ _LEAST_NOISE_OF_REPEATS = 0.2
 """Each kind of repeats takes an accountant seconds, and the more, the smaller its noise is."""
 _MOST_STEPS_OF_A_SEARCH = 10**6
 _MOST_EPSILON = 200.0
-_MOST_DELTA = 0.01
+_LEAST_SHARE_OF_TARGET = 0.5
+"""A calibrated epsilon is close below its target, also where large steps of the noise are taken."""
 
 _SETTINGS = (
     *("noise_multiplier", "sampling_probability", "declared_examples", "max_grad_norm"),
@@ -77,8 +79,8 @@ def privacy_statement(spending: Spending) -> dict[str, Any]:
     """
     plan = spending.plan
     planned = account(plan)
-    # Repeated steps cost more than the plan, so all numbers are computed from what was spent.
-    cost = cost_of(spending.plans(), plan) if spending.repeated_steps else planned
+    # Repeated steps and counts cost more than the plan, so all numbers follow from what was spent.
+    cost = planned if spending.is_as_planned else cost_of(spending.plans(), plan)
     statement = {
         "private": plan.private,
         "epsilon": cost.epsilon,
@@ -165,13 +167,33 @@ def settings_problems(statement: dict[str, Any], config: Mapping[str, Any]) -> l
     # Where a setting is not given, the plan has computed it.
     settings = {name: section.get(name) for name in _SETTINGS}
     settings["delta"] = section.get("target_delta")
-    settings["score_noise_multiplier"] = tune.get("comparison_noise_multiplier")
+    search = tune.get("search") if isinstance(tune.get("search"), dict) else {}
+    settings["mean_trials"] = search.get("mean_trials")
+    settings["score_noise_multiplier"] = search.get(
+        "score_noise_multiplier", tune.get("comparison_noise_multiplier")
+    )
     settings["steps"] = section.get("steps") or tune.get("steps")
     settings["expected_batch_size"] = section.get("expected_batch_size") or tune.get("batch_size")
     for name, value in settings.items():
         if value is not None and statement.get(name) != value:
             problems.append(f"its `{name}` is not that of the settings in the manifest")
+    # A run without a search has not computed how many trials it has.
+    if statement.get("mean_trials") is not None and not search:
+        problems.append("its `mean_trials` is not that of the settings in the manifest")
+    target = section.get("target_epsilon")
+    if section.get("noise_multiplier") is None and isinstance(target, float | int):
+        problems += _target_problems(statement, target)
     return problems
+
+
+def _target_problems(statement: dict[str, Any], target: float) -> list[str]:
+    """Describe a claim far below the epsilon that its noise was calibrated for."""
+    claim = statement.get("epsilon")
+    # The least noise may give less than was wanted.
+    is_calibrated = _is_between(statement.get("noise_multiplier"), 2 * LEAST_SIGMA, math.inf)
+    if is_calibrated and _is_between(claim, 0, _LEAST_SHARE_OF_TARGET * target):
+        return [f"it claims epsilon {claim:.4f}, and the manifest says that {target:g} was wanted"]
+    return []
 
 
 def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
@@ -204,9 +226,9 @@ def _word_problems(statement: dict[str, Any], plan: PrivacyPlan) -> list[str]:
 
 def _delta_problems(plan: PrivacyPlan) -> list[str]:
     """Describe a delta that is too large to protect anybody."""
-    if plan.delta <= _MOST_DELTA:
+    if plan.delta <= MOST_DELTA:
         return []
-    return [f"its delta {plan.delta:.3g} is above {_MOST_DELTA:g}"]
+    return [f"its delta {plan.delta:.3g} is above {MOST_DELTA:g}"]
 
 
 def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> list[str]:

@@ -81,9 +81,12 @@ def test_two_deviations_tell_a_result_from_its_start(
 ) -> None:
     counts = iter((40, right))
     part = SimpleNamespace(parameters=list, count_right=lambda parameters: next(counts))
-    silent = SimpleNamespace(normal=lambda count, *purpose: [0.0] * count)
+    silent = SimpleNamespace(
+        normal=lambda count, *purpose: [0.0] * count, commitment=lambda data, *purpose: ""
+    )
+    ledger = SimpleNamespace(intend_score=lambda trial, commitment: None)
     plan = SimpleNamespace(score_noise_multiplier=9.9)
-    run = SimpleNamespace(plan=plan, source=silent, checkpoints=tmp_path)
+    run = SimpleNamespace(plan=plan, source=silent, checkpoints=tmp_path, ledger=ledger)
     with caplog.at_level("INFO", "post_dist"):
         Comparison(SimpleNamespace(part=part, run=run)).finish([])
     assert message in caplog.text
@@ -99,20 +102,23 @@ def test_an_audit_by_membership_compares_nothing(tmp_path: Path, main: Callable)
     assert code == 0, err
 
 
-def test_missing_validation_examples_show_before_the_first_step(
-    tmp_path: Path, main: Callable
+@pytest.mark.parametrize(
+    "counts", [COMPARED, "--set=tune.search={mean_trials: 2, learning_rate: [0.1]}"]
+)
+def test_missing_validation_examples_show_before_anything_is_charged(
+    tmp_path: Path, main: Callable, counts: str
 ) -> None:
     run = write_run(tmp_path)
     assert main("warm-start", run)[0] == 0
-    code, out, err = main("check", run, COMPARED, "--set=private_task.validation_share=0")
+    code, out, err = main("check", run, counts, "--set=private_task.validation_share=0")
     assert code == 2
     assert "the validation split is empty" in out + err
-    code, _, err = main("tune", run, COMPARED, "--set=private_task.validation_share=0")
+    code, _, err = main("tune", run, counts, "--set=private_task.validation_share=0")
     assert code == 2
     assert "the validation split is empty" in err
-    code, out, _ = main("budget", tmp_path / "private.csv.ledger.jsonl", "--json")
-    spent = json.loads(out) if code == 0 else {"runs": []}
-    assert sum(each["steps_charged"] for each in spent["runs"]) == 0
+    # A search is charged in full from its first row on.
+    ledger = tmp_path / "private.csv.ledger.jsonl"
+    assert not ledger.exists() or '"opened"' not in ledger.read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from started import Command
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.manifest import FILE_NAME, read_manifest
+from post_dist.artifacts.prompt import PromptContents, Provenance, read_prompt, write_prompt
 from post_dist.files import file_digest
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 from post_dist.runtime.launcher import find_launcher
@@ -150,6 +152,17 @@ def prompt_tensor(tensor: torch.Tensor) -> Callable[[Fields, Path], object]:
         resign(folder / "prompt")
 
     return change
+
+
+def head(fields: Fields, folder: Path) -> None:
+    """Put an untrained head behind the prompt."""
+    prompt = read_prompt(folder / "prompt")
+    untrained = LinearHead.untrained(torch.randn(9, 32), 2)
+    contents = PromptContents(prompt.embeddings, prompt.task, None, untrained)
+    found = prompt.manifest
+    origin = Provenance("model", found.tokenizer, found.parents, found.config)
+    shutil.rmtree(folder / "prompt")
+    write_prompt(folder / "prompt", contents, origin, lambda _: None)
 
 
 def class_biases(fields: Fields, folder: Path) -> None:
@@ -609,6 +622,20 @@ CASES = [
         "exceeds privacy.declared_examples",
         private(enabled=False, declared_examples=4),
         ("privacy", "{run}"),
+    ),
+    Case(
+        "delta that protects nobody",
+        2,
+        "a delta of 0.0135 is above 0.01",
+        private(declared_examples=50),
+        TUNE,
+    ),
+    Case(
+        "head for classes in another order",
+        4,
+        "or another order",
+        both(head, put("private_task.labels", {"0": ["good"], "1": ["bad"]})),
+        (*OWNER_EVALUATES, "--set", "teacher=null", "--set", "evaluate.baselines=[]"),
     ),
     Case(
         "delta of rounding",

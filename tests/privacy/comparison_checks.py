@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from privacy.checks import folder, fresh_source, part, plan_of
+from privacy.ledger_checks import open_ledger
 
 BEFORE = 40
 AFTER = 55
@@ -26,7 +27,8 @@ class _Part:
 def gained(noise: float, source: Any, place: Any) -> float:
     """Return the difference that a comparison has kept, after a restart that has lost its key."""
     plan = plan_of(score_noise_multiplier=noise)
-    run = SimpleNamespace(plan=plan, source=source, checkpoints=place)
+    ledger = SimpleNamespace(intend_score=lambda trial, commitment: None)
+    run = SimpleNamespace(plan=plan, source=source, checkpoints=place, ledger=ledger)
     trainer = SimpleNamespace(part=_Part(), run=run)
     comparison = part("privacy.comparison").Comparison
     comparison(trainer).finish([torch.ones(1)])
@@ -64,6 +66,34 @@ def a_comparison_is_charged_once() -> None:
     assert [each.score_noise_multiplier for each in search.spent({2: 5})] == [2.0, None]
 
 
+def a_count_that_is_told_twice_is_charged_twice() -> None:
+    plan = replace(plan_of(steps=3), score_noise_multiplier=2.0)
+    assert plan.spent({1: 3}, {1: 1}) == [plan]
+    assert plan.spent({1: 3}, {2: 1}) == [replace(plan, score_noise_multiplier=2 / 2**0.5)]
+    # Of a search, the scores of repeated trials come on top of its own charge.
+    search = replace(plan, mean_trials=3.0)
+    assert search.spent({1: 9}, {1: 3}) == [search]
+    assert [each.score_noise_multiplier for each in search.spent({1: 9}, {2: 2})] == [2.0, 1.0]
+    assert [each.score_noise_multiplier for each in search.spent({2: 3}, {2: 2})] == [2.0, 1.0]
+
+    # Two machines end one run, and count another number of right examples.
+    statement = part("privacy.statement")
+    source = fresh_source()
+    epsilons = []
+    for counts in ((), (5,), (5, 5), (5, 6)):
+        with folder() as place, open_ledger(place) as opened:
+            charged = part("privacy.ledger").LedgerRun(opened, "run", plan, None)
+            for step in range(plan.steps):
+                charged.intend(0, step, f"{step}")
+            run = SimpleNamespace(source=source, ledger=charged)
+            for count in counts:
+                part("privacy.search").charge_score(run, count, trial=0)
+            claim = statement.privacy_statement(charged.spending)
+            assert statement.statement_problems(claim) == []
+            epsilons.append(claim["epsilon"])
+    assert epsilons[0] == epsilons[1] == epsilons[2] < epsilons[3] - 0.05, epsilons
+
+
 def a_comparison_is_in_the_statement() -> None:
     statement = part("privacy.statement")
     spending = part("privacy.spending")
@@ -80,8 +110,31 @@ def a_comparison_is_in_the_statement() -> None:
     assert statement.settings_problems(other, settings)
 
 
+def a_statement_has_the_search_and_the_target_of_its_settings() -> None:
+    statement = part("privacy.statement")
+    spending = part("privacy.spending")
+    plain = plan_of()
+    claim = statement.privacy_statement(spending.Spending(plain, "now").at_the_end())
+    section = {"enabled": True, "noise_multiplier": None}
+    assert statement.settings_problems(claim, {"privacy": section}) == []
+    search = {"mean_trials": 5.0, "score_noise_multiplier": 10.0}
+    hidden = {"privacy": section, "tune": {"search": search}}
+    assert statement.settings_problems(claim, hidden), (
+        "the search of a manifest is not in its claim"
+    )
+    claimed = claim | {"mean_trials": 5.0, "score_noise_multiplier": 10.0}
+    assert statement.settings_problems(claimed, hidden) == []
+    assert statement.settings_problems(claimed, {"privacy": section})
+    # Calibrated noise gives nearly the epsilon that was wanted.
+    for share, fits in ((1.001, True), (3.0, False)):
+        wanted = section | {"target_epsilon": share * claim["epsilon"]}
+        assert (statement.settings_problems(claim, {"privacy": wanted}) == []) is fits
+
+
 CHECKS: list[Callable[[], None]] = [
     a_comparison_has_the_noise_of_the_plan,
     a_comparison_is_charged_once,
+    a_count_that_is_told_twice_is_charged_twice,
     a_comparison_is_in_the_statement,
+    a_statement_has_the_search_and_the_target_of_its_settings,
 ]

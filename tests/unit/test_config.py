@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from post_dist.artifacts.run_folder import RunFolder, run_folder
+from post_dist.artifacts.run_folder import RunFolder, influential_settings, run_folder
 from post_dist.config.assets import asset
 from post_dist.config.deepspeed import frozen_settings, overlaps, training_settings
 from post_dist.config.load import load_run
 from post_dist.config.schema import Engine, RunConfig, Stage
 from post_dist.config.sources import named_tasks
 from post_dist.errors import ArtifactRefused, InputError
+from post_dist.files import digest_of
 
 MINIMAL = "name: run\nteacher: {path: /model}\n"
 TASK = """
@@ -267,3 +268,17 @@ def test_the_paper_s_settings_of_a_transfer_come_with_its_objective(
 ) -> None:
     section = load(tmp_path, f"{MINIMAL}transfer: {settings}\n").transfer
     assert tuple(getattr(section, name) for name in LOSS_AND_START) == expected
+
+
+def test_labels_count_in_their_order_and_whatever_their_names(tmp_path: Path) -> None:
+    """A label may be called like a field without influence. The order is that of the classes."""
+    task = {"name": "t", "visibility": "private", "path": tmp_path / "a.csv", "template": "{text}"}
+
+    def signed(labels: dict[str, list[str]]) -> str:
+        config = RunConfig.model_validate({"name": "t", "private_task": task | {"labels": labels}})
+        return digest_of(influential_settings(config, "tune"))
+
+    one = signed({"path": ["bad"], "road": ["good"]})
+    assert one != signed({"path": ["awful"], "road": ["good"]})
+    assert one != signed({"road": ["good"], "path": ["bad"]})
+    assert one == signed({"path": ["bad"], "road": ["good"]})

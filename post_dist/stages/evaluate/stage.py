@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder
-from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.conflicts import Layout, raise_conflicts
@@ -92,7 +92,7 @@ def refuse_evaluation(
     task = config.need_task("private_task")
     for prompt_set in prompts:
         for prompt in (prompt_set.source, *prompt_set.on_target.values()):
-            _check_classes(prompt.task, task)
+            _check_classes(prompt, task)
         check_belongs(prompt_set.source, student, student_tokenizer)
 
     # Examples must fit into the context behind the longest prompt of each model.
@@ -171,16 +171,17 @@ def evaluate(
     world.on_main(lambda: _write(folder, table, parents))
 
 
-def _check_classes(prompt_task: PromptTask, task: Task) -> None:
-    """Check that the class biases of a prompt belong to the classes of the run file.
+def _check_classes(prompt: SoftPromptArtifact, task: Task) -> None:
+    """Check that the class biases or the head of a prompt belong to the classes of the run file.
 
     Raises:
         ArtifactRefused: the run file has other label words, or the same words in another order.
     """
-    if prompt_task.class_biases and prompt_task.label_words != tuple(task.labels.values()):
+    has_own_classes = bool(prompt.task.class_biases) or isinstance(prompt.adapter, LinearHead)
+    if has_own_classes and prompt.task.label_words != tuple(task.labels.values()):
         raise ArtifactRefused(
-            "the prompt has a bias for each class of its own task, and private_task.labels has "
-            "other label words, or another order",
+            "the prompt has a bias or a head for each class of its own task, and "
+            "private_task.labels has other label words, or another order",
             "evaluate it with the label words of its task.json, in that order",
         )
 

@@ -57,6 +57,9 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
     def read_data() -> None:
         load_examples(private_task, "train", "private_task")
         if config.privacy.enabled:
+            # A search is charged from its first row in the ledger on.
+            if config.tune.counts_right:
+                load_examples(private_task, "validation", "private_task")
             # Opacus takes seconds to import.
             from post_dist.privacy.private_run import refuse_private_tuning
 
