@@ -246,11 +246,11 @@ class LedgerRun:
         Raises:
             PrivacyRefused: a second count would exceed the cap.
         """
-        known = self.spending.scores.get(trial, set())
-        if commitment in known:
+        told = self.spending.scores.get(trial, set())
+        if commitment in told:
             return
-        if known:
-            scores = {**self.spending.scores, trial: known | {commitment}}
+        if told:
+            scores = {**self.spending.scores, trial: told | {commitment}}
             self._check_cap(replace(self.spending, scores=scores))
         self._ledger.append(row="score", run=self._run, trial=trial, commitment=commitment)
 

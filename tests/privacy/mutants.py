@@ -428,8 +428,8 @@ MUTANTS = [
     Mutant(
         "repeated steps left out of the claim",
         "privacy.statement",
-        "if spending.repeated_steps else planned",
-        "if False else planned",
+        "planned if spending.is_as_planned else",
+        "planned if True else",
         "statements_hold_what_was_charged",
     ),
     Mutant(
