@@ -67,7 +67,7 @@ def read_tsv(path: Path) -> pd.DataFrame:
 
 
 def _text_of(path: Path) -> bytes:
-    """Return a file without its byte order mark and without blank lines at its beginning.
+    """Return a file without its byte order mark, and without blank lines at its ends.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8 text.
@@ -75,7 +75,7 @@ def _text_of(path: Path) -> bytes:
     text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     # In UTF-16, a quote would be found where none is.
     text.decode()
-    return text.lstrip(b"\r\n")
+    return text.strip(b"\r\n")
 
 
 def _check_quotes(text: bytes, separator: str) -> None:
@@ -104,18 +104,10 @@ def _table(text: bytes, options: dict[str, Any]) -> pd.DataFrame:
     names = pd.read_csv(io.BytesIO(text), header=None, nrows=1, **options).iloc[0].dropna()
     if names.duplicated().any():
         raise FileFault(": two columns have the same name", "rename one of them in the first line")
-    # A blank line between others is a row without values. Otherwise rows would shift.
+    # A blank line between others is a row too. Otherwise the rows behind it would shift.
     table = pd.read_csv(io.BytesIO(text), skip_blank_lines=False, **options)
     # If rows have one field more than the header, pandas makes the first column an index. The names
     # of all other columns then shift by one.
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("the first row has more fields than the header")
-    rows = len(table)
-    while rows and all(map(is_missing, table.iloc[rows - 1])):
-        rows -= 1
-    return table.iloc[:rows]
-
-
-def is_missing(value: object) -> bool:
-    """Return whether a value is missing. In a CSV file, that is a field with nothing in it."""
-    return value is None or value != value or not str(value).strip()
+    return table

@@ -18,7 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
-from post_dist.data.delimited import FileFault, is_missing, read_csv, read_tsv
+from post_dist.data.delimited import FileFault, read_csv, read_tsv
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
@@ -145,6 +145,11 @@ def complete_rows(
     return table.dropna(subset=columns)
 
 
+def is_missing(value: object) -> bool:
+    """Return whether a value is missing. In a CSV file, that is a field with nothing in it."""
+    return value is None or value != value or not str(value).strip()
+
+
 def _refuse_values(values: pd.Series, what: str) -> None:
     """Refuse a column with values that cannot be read as they were written.
 
@@ -197,7 +202,7 @@ def read_column(path: Path, column: str, where: str) -> list[str]:
         )
     _refuse_values(table[column], f"{where}: column '{column}'")
     # A row that was dropped would shift the answers to all rows after it.
-    missing = table[column].map(is_missing).to_numpy(bool).nonzero()[0]
+    missing = table[column].isna().to_numpy().nonzero()[0]
     if len(missing):
         raise InputError(f"{where}: row {missing[0] + 1} has no value in column '{column}'")
     return table[column].map(str).tolist()

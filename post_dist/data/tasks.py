@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from post_dist.config.sources import Task
-from post_dist.data.delimited import is_missing
-from post_dist.data.sources import read_rows
+from post_dist.data.sources import is_missing, read_rows
 from post_dist.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from post_dist.config.sources import is_label_name
-from post_dist.data.delimited import is_missing
+from post_dist.data.sources import is_missing
 from post_dist.errors import InputError
 
 _MOST_CLASSES = 50

@@ -9,8 +9,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task
-from post_dist.data.delimited import is_missing
-from post_dist.data.sources import read_table
+from post_dist.data.sources import is_missing, read_table
 from post_dist.draft.columns import chosen_columns, count_units, label_values
 from post_dist.draft.label_words import LabelWords, label_words, question
 from post_dist.draft.model import DraftModel, read_model

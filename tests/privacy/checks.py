@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -356,7 +356,8 @@ class FakeTrainer:
         fields = {"name": "a", "tune": tune, "privacy": privacy}
         self.config = RunConfig.model_validate(fields)
         trainer = part("privacy.trainer")
-        self.run = trainer.PrivateRun(plan, source, None, checkpoints, "fake", None)
+        ledger = SimpleNamespace(intend_score=lambda trial, commitment: None)
+        self.run = trainer.PrivateRun(plan, source, ledger, checkpoints, "fake", None)
         # A search asks the part that is trained for its score.
         self.part = self
 

@@ -122,6 +122,8 @@ def a_statement_has_the_search_and_the_target_of_its_settings() -> None:
     assert statement.settings_problems(claim, hidden), (
         "the search of a manifest is not in its claim"
     )
+    compared = claim | {"score_noise_multiplier": 10.0}
+    assert statement.settings_problems(compared, hidden), "a comparison passes for a search"
     claimed = claim | {"mean_trials": 5.0, "score_noise_multiplier": 10.0}
     assert statement.settings_problems(claimed, hidden) == []
     assert statement.settings_problems(claimed, {"privacy": section})

@@ -132,7 +132,7 @@ def noise_moves_the_scores_of_a_head_by_less_than_half_a_nat() -> None:
     from post_dist.config.privacy import Privacy
     from post_dist.config.stages import Tune
 
-    rate_of = part("privacy.private_run")._learning_rate
+    rate_of = part("privacy.private_run").learning_rate
     plan = plan_of(noise_multiplier=5.0, max_grad_norm=2.0, steps=100, expected_batch_size=50.0)
 
     def rate(tune: Tune, privacy: Privacy) -> float:

@@ -81,10 +81,12 @@ def test_what_pandas_has_quoted_is_read_as_it_was(
 def test_rows_do_not_shift(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\ngood film\n\nbad film\n")
-    with pytest.raises(InputError, match="row 2 has no value in column 'text'"):
-        read_column(path, "text", "texts")
+    assert read_column(path, "text", "texts") == ["good film", "", "bad film"]
     path.write_text("\ufefftext\ngood film\nbad film\n\n\n", encoding="utf-8")
     assert read_column(path, "text", "texts") == ["good film", "bad film"]
+    # An empty text that was written is a text.
+    path.write_text('text\ngood film\n""\n')
+    assert read_column(path, "text", "texts") == ["good film", ""]
     (tmp_path / "a.jsonl").write_text('{"text": ["a", "b"]}\n')
     with pytest.raises(InputError, match="holds lists or mappings"):
         read_column(tmp_path / "a.jsonl", "text", "texts")
