@@ -8,8 +8,8 @@ Two tasks that no setting was chosen on:
 - genres.csv: sentences of the Brown corpus in five classes (its README permits copies)
 - public_genres.csv: sentences of other texts of the corpus, without their classes
 
-Four public tasks that settings may be chosen on. None of their texts is in the tasks above or in
-the demo's:
+Four public tasks that settings may be chosen on. None of their texts is a private one of the tasks
+above or of the demo:
 
 - rated_products.csv: the product reviews in three classes
 - editorials.csv: sentences of newspaper editorials from the package of the tweets, in the same
