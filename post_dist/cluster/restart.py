@@ -89,10 +89,10 @@ def decide(exit_code: int, environment: Mapping[str, str]) -> tuple[bool, str]:
         unwritten = f"{record} cannot be written: {error.strerror}"
         # Without the record nobody would count the restarts. What was saved goes on.
         return in_time, unwritten if in_time else f"not restarted: {unwritten}"
+    ends = [*earlier, failure]
     if in_time:
-        return _verdict_on_limits([*earlier, failure], most)
-    limits = Interrupted.exit_code
-    return _verdict([each for each in [*earlier, failure] if each.exit_code != limits], most)
+        return _verdict_on_limits(ends, most)
+    return _verdict([end for end in ends if end.exit_code != Interrupted.exit_code], most)
 
 
 def _verdict_on_limits(ends: list[Failure], most: int) -> tuple[bool, str]:

@@ -56,7 +56,7 @@ class DataSource(Section):
 
     @property
     def text_pieces(self) -> list[str]:
-        """What is in `text` before each of its columns, and after the last one."""
+        """The parts of `text` before each of its columns, and after the last one."""
         pieces = [""]
         # The two braces that stand for one come without a name.
         for literal, name, _, _ in Formatter().parse(self.text):

@@ -290,7 +290,7 @@ class Tune(AdapterTraining):
 
     @property
     def validation_passes(self) -> float:
-        """How often a private run reads the validation examples; of a search, the mean."""
+        """Number of passes of a private run over the validation examples; the mean for a search."""
         if not self.counts_right:
             return 0.0
         # The hidden states that a head reads are computed once.

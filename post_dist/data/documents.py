@@ -123,7 +123,7 @@ def _parse_object(line: str, unit: Unit, place: int, number: int) -> dict[str, A
         number += _line_at(unit, place)
         raise InputError(f"corpus.path: {unit.path}, line {number}, is not a JSON object")
     # An escape of half a character is rare, and to look at all of a line takes time.
-    if "\\ud" in line.lower() and not has_whole_characters(found):
+    if ("\\ud" in line or "\\uD" in line) and not has_whole_characters(found):
         number += _line_at(unit, place)
         raise InputError(
             f"corpus.path: {unit.path}, line {number}, holds half a character, such as \\ud83d",

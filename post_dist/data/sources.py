@@ -115,7 +115,7 @@ def read_rows(
     table = complete_rows(source, table, [*source.text_columns, *others], where)
     if user_column is not None:
         # Rows without a user would be those of one user, and in all splits.
-        table = table[~table[user_column].map(is_missing).astype(bool)]
+        table = rows_with(table, user_column)
     if table.empty:
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
     texts = compose_texts(source, table)
@@ -150,6 +150,11 @@ def is_missing(value: object) -> bool:
     return value is None or value != value or not str(value).strip()
 
 
+def rows_with(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the rows of a table whose value in a column is not missing."""
+    return table.loc[[not is_missing(value) for value in table[column]]]
+
+
 def _refuse_values(values: pd.Series, what: str) -> None:
     """Refuse a column with values that cannot be read as they were written.
 
@@ -172,11 +177,12 @@ def _refuse_values(values: pd.Series, what: str) -> None:
 
 def compose_texts(source: DataSource, table: pd.DataFrame) -> list[str]:
     """Return the text of each row, composed from its columns as the field `text` says."""
+    between = source.text_pieces
     # Values are converted to strings first, so 30 and "30" give the same text.
     texts = []
     for values in table[source.text_columns].map(str).itertuples(index=False):
         # A name may be a number or hold a dot, which `str.format` takes for something else.
-        pieces = zip(source.text_pieces, [*values, ""], strict=True)
+        pieces = zip(between, [*values, ""], strict=True)
         texts.append("".join(literal + value for literal, value in pieces).strip())
     return texts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from post_dist.config.sources import is_label_name
-from post_dist.data.sources import is_missing
+from post_dist.data.sources import rows_with
 from post_dist.errors import InputError
 
 _MOST_CLASSES = 50
@@ -102,8 +102,7 @@ def count_units(table: pd.DataFrame, columns: Columns) -> int:
     if columns.user is None:
         return len(table)
     # As the stages count: a row without a user is left out.
-    users = table[columns.user]
-    return int(users[~users.map(is_missing).astype(bool)].map(str).nunique())
+    return int(rows_with(table, columns.user)[columns.user].map(str).nunique())
 
 
 def label_values(table: pd.DataFrame, column: str) -> list[str]:

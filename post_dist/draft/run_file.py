@@ -9,7 +9,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task
-from post_dist.data.sources import is_missing, read_table
+from post_dist.data.sources import read_table, rows_with
 from post_dist.draft.columns import chosen_columns, count_units, label_values
 from post_dist.draft.label_words import LabelWords, label_words, question
 from post_dist.draft.model import DraftModel, read_model
@@ -117,7 +117,7 @@ def draft_run(
             f"a private run needs {_FEWEST_UNITS} with a label, or more",
         )
     columns = chosen_columns(table, data, text, label, user)
-    table = table[[not is_missing(value) for value in table[columns.label]]]
+    table = rows_with(table, columns.label)
     labels = label_values(table, columns.label)
     units = count_units(table, columns)
     kind = "rows" if user is None else "users"

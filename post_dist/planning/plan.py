@@ -71,7 +71,7 @@ def plan_run(
 
 def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
     """Yield the estimates of the run's stages, in the order in which they start."""
-    distillation = plan_distill(_for_stage(inputs, "distill"))
+    distillation = plan_distill(inputs)
     config = inputs.config
     # Planning distillation has checked that both sections are there.
     if config.cluster.signals.workers and config.corpus and config.student:
@@ -79,7 +79,7 @@ def _estimates(inputs: PlanInputs) -> Iterator[StageEstimate]:
     yield distillation
     if inputs.config.warm_start is not None:
         yield plan_warm_start(_for_stage(inputs, "warm_start"), inputs.config.warm_start)
-    yield plan_tune(_for_stage(inputs, "tune"))
+    yield plan_tune(inputs)
     yield plan_transfer(_for_stage(inputs, "transfer"))
 
 
