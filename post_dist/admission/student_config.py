@@ -44,6 +44,11 @@ _MOST_ENTRIES = 4096
 _WORD = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 
 
+def is_known_family(model_type: str) -> bool:
+    """Return whether an owner's checks take a student of a family."""
+    return model_type in _FAMILIES
+
+
 def rebuild_config(path: Path) -> None:
     """Check a config.json and replace it by one that holds the known fields alone.
 

@@ -15,6 +15,9 @@ from post_dist.errors import InputError
 NO_TOKEN = -100
 """Marks a position without a token; cross-entropy ignores it."""
 
+_PROBE = "a"
+"""A text of which each tokenizer makes tokens."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -82,9 +85,15 @@ class Template:
         max_response_length: int = 0,
     ) -> None:
         _check_template(text, tokenizer, masked=masked)
-        if max_response_length and tokenizer.eos_token_id is None:
+        if masked and not _has_embedding(tokenizer.mask_token_id, vocabulary):
             raise InputError(
-                "the tokenizer has no end-of-text token, which ends each response",
+                "the tokenizer has no mask token that the model has an embedding for",
+                "use a masked model whose tokenizer has one",
+            )
+        if max_response_length and not _has_embedding(tokenizer.eos_token_id, vocabulary):
+            raise InputError(
+                "the tokenizer has no end-of-text token that the model has an embedding for, "
+                "and one ends each response",
                 "use another model",
             )
         self._tokenizer = tokenizer
@@ -98,6 +107,8 @@ class Template:
         before, _, after = text.replace("{mask}", mask_token).partition("{text}")
         self._before = _without_double_braces(before)
         self._after = _without_double_braces(after)
+        # A causal model would answer behind the tokens that end a text for this tokenizer.
+        self._ends = 0 if masked else with_limits(lambda: _tokens_at_the_end(tokenizer), [_PROBE])
         # The special tokens of the tokenizer also count.
         tokens = with_limits(lambda: self._tokens(""), [text])
         if len(tokens) >= max_length:
@@ -114,7 +125,7 @@ class Template:
     def first_tokens(self) -> list[int]:
         """Return the tokens before the text, or one that may stand before any text."""
         tokenizer = self._tokenizer
-        before = self._known(tokenizer(self._before.rstrip(), verbose=False).input_ids)
+        before = self._tokens_of(self._before.rstrip())
         ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         return before or self._known([token for token in ends if token is not None])[:1] or [0]
 
@@ -162,7 +173,7 @@ class Template:
         """Return a valid token for padding. Any will do, because the model ignores padding."""
         tokenizer = self._tokenizer
         for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-            if token is not None:
+            if _has_embedding(token, self._vocabulary):
                 return int(token)
         return 0
 
@@ -194,8 +205,11 @@ class Template:
 
     def _tokens(self, text: str) -> list[int]:
         # Not verbose, because a warning about a long text would show its length, which is private.
-        templated = self._before + text + self._after
-        return self._known(self._tokenizer(templated, verbose=False).input_ids)
+        return self._tokens_of(self._before + text + self._after)
+
+    def _tokens_of(self, templated: str) -> list[int]:
+        tokens = self._tokenizer(templated, verbose=False).input_ids
+        return self._known(tokens[: len(tokens) - self._ends])
 
     def _known(self, tokens: list[int]) -> list[int]:
         """Return the tokens that the model has an embedding for."""
@@ -229,6 +243,21 @@ def _check_template(text: str, tokenizer: PreTrainedTokenizerBase, *, masked: bo
             "the tokenizer is not a fast one, so long texts cannot be cut",
             "use a model with a tokenizer.json",
         )
+
+
+def _has_embedding(token: int | None, vocabulary: int) -> bool:
+    return token is not None and token < vocabulary
+
+
+def _tokens_at_the_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many special tokens a tokenizer puts behind each text."""
+    of_text = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    tokens = tokenizer(_PROBE).input_ids
+    for start in range(len(tokens) - len(of_text) + 1):
+        end = start + len(of_text)
+        if tokens[start:end] == of_text:
+            return len(tokens) - end
+    return 0
 
 
 def _without_double_braces(text: str) -> str:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from post_dist.models.families import scales_attention_by_layer
+from post_dist.models.families import is_masked, scales_attention_by_layer
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import is_masked, read_config
+from post_dist.models.load import read_config
 from post_dist.models.lora_layers import layer_linears
-from post_dist.models.model_checks import check_no_scale
+from post_dist.models.model_checks import check_config
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ModelFacts:
         matrix_head: whether the head is one matrix, perhaps with a bias.
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
         scales_attention_by_layer: whether attention depends on the index of the layer.
+        has_other_parts: whether the language model is a part of a larger one, which reads images.
         linears: outputs and inputs of the linear modules of each layer, by name in the model.
         meta: the model on the meta device, for what only a forward pass can tell; None if the facts
             were read from a loaded model.
@@ -45,6 +46,7 @@ class ModelFacts:
     matrix_head: bool
     linear_head: bool
     scales_attention_by_layer: bool
+    has_other_parts: bool = False
     linears: Sequence[Mapping[str, tuple[int, int]]] = field(default=(), compare=False)
     meta: LanguageModel | None = field(default=None, compare=False, repr=False)
 
@@ -67,6 +69,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         matrix_head=isinstance(model.head_module, nn.Linear),
         linear_head=model.has_linear_head,
         scales_attention_by_layer=scales_attention_by_layer(inner.config),
+        has_other_parts=inner.config.get_text_config() is not inner.config,
         linears=layer_linears(model),
         # A loaded model would stay in memory with its facts.
         meta=model if inner.device.type == "meta" else None,
@@ -88,8 +91,8 @@ def meta_from_config(config: PretrainedConfig) -> LanguageModel:
     Raises:
         InputError: the family is not supported.
     """
-    # A run refuses a model that scales its logits. The configuration is enough to know.
-    check_no_scale(config)
+    # A run refuses such a model too. The configuration is enough to know.
+    check_config(config)
     masked = is_masked(config)
     family = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with torch.device("meta"):

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from post_dist.errors import InputError
 
@@ -20,6 +24,9 @@ _CONTEXT_LENGTHS = ("max_position_embeddings", "max_seq_len")
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 """Configuration fields for the number of experts that compute each token."""
+
+_ROTARY_BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies depend on the length of a sequence."""
 
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Families whose positions start after the index of the padding token."""
@@ -42,8 +49,43 @@ class AttentionWidths:
     output: int
 
 
+def is_language_model(config: PretrainedConfig) -> bool:
+    """Return whether transformers has a causal or masked model of this type, in one part."""
+    family = config.model_type
+    known = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known |= family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not config.is_encoder_decoder
+
+
+def is_masked(config: PretrainedConfig) -> bool:
+    """Return whether a model is a masked language model.
+
+    The `architectures` of its configuration say so. If they name neither a masked nor a causal
+    class, as those of older BERTs do, an encoder is a masked language model.
+    """
+    names = config.architectures or []
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return True
+    named_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return is_encoder(config) and not named_causal
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Return whether each token of a model attends to all others, as in BERT."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and getattr(config, "is_decoder", None) is False
+
+
 def context_length(config: PretrainedConfig) -> float:
-    """Return the largest number of tokens that a model can take; infinite without a limit."""
+    """Return the largest number of tokens that a model can take; infinite without a limit.
+
+    Some models change the frequencies of all positions where a sequence is longer than those of
+    their first training. A text's scores would then depend on the texts beside it.
+    """
+    return min(_positions(config), _positions_with_one_frequency(config))
+
+
+def _positions(config: PretrainedConfig) -> float:
     # For example, RoBERTa with padding index 1 and 514 positions can take 512 tokens.
     reserved = 0
     if config.model_type in _POSITIONS_AFTER_PADDING:
@@ -53,6 +95,20 @@ def context_length(config: PretrainedConfig) -> float:
             positions: float = getattr(config, name)
             return positions - reserved
     return math.inf
+
+
+def _positions_with_one_frequency(config: PretrainedConfig) -> float:
+    rotary = getattr(config, "rope_parameters", None) or {}
+    # Some families have other parameters for each kind of layer.
+    kinds = [each for each in rotary.values() if isinstance(each, dict)] or [rotary]
+    limits = [math.inf]
+    for kind in kinds:
+        if kind.get("rope_type") not in _ROTARY_BY_LENGTH:
+            continue
+        trained = kind.get("original_max_position_embeddings")
+        trained = trained or getattr(config, "original_max_position_embeddings", None)
+        limits.append(trained or config.max_position_embeddings)
+    return min(limits)
 
 
 def logit_cap(config: PretrainedConfig) -> float | None:

@@ -10,10 +10,11 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import func, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
+from post_dist.errors import InputError
 from post_dist.models import families
 from post_dist.models.agreement import agree
 from post_dist.models.last_layer import run_at
@@ -24,6 +25,9 @@ from post_dist.runtime.gathering import gathered
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Function from hidden states [..., d] to logits [..., K]."""
 
+PrefixProduct = Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
+"""Maps the gradients [B, 1, ...] of a prefix to those of the prompt [B, n, d]."""
+
 
 class LanguageModel(nn.Module):
     """Wraps a transformers model. Its forward pass returns hidden states, or logits at the answers.
@@ -33,7 +37,8 @@ class LanguageModel(nn.Module):
         masked: whether it is a masked language model; otherwise it is causal.
 
     Raises:
-        InputError: the head of the model cannot be identified.
+        InputError: the head of the model cannot be identified, or its embeddings have another width
+            than its hidden states.
     """
 
     def __init__(self, model: PreTrainedModel, *, masked: bool) -> None:
@@ -42,6 +47,13 @@ class LanguageModel(nn.Module):
         self.masked = masked
         self._head_name = families.head_name(model)
         self._in_place: Sequence[torch.Tensor] | None = None
+        width_of_embeddings = getattr(model.get_input_embeddings(), "embedding_dim", self.width)
+        if width_of_embeddings != self.width:
+            raise InputError(
+                f"{type(model).__name__}: the embeddings have width {width_of_embeddings}, and the "
+                f"hidden states {self.width}",
+                "use a model with one width",
+            )
         # Replace the attention by a version that takes a `packing`, if the family allows it.
         if not masked and model._supports_attention_backend:
             model.set_attn_implementation(PACKABLE[str(model.config._attn_implementation)])
@@ -126,6 +138,41 @@ class LanguageModel(nn.Module):
                 return False
         return agree(shared, separate)
 
+    @cached_property
+    def keeps_prefix(self) -> bool:
+        """Whether the keys and values of a prompt may replace the prompt.
+
+        A trial run finds out, because models with recurrent layers keep other states, and some
+        families ignore a cache. All ranks of a sharded model must call it together.
+        """
+        if self.masked:
+            return False
+        device = self.model.device
+        input_ids_BT = torch.arange(4, 12, device=device).view(2, 4)
+        answer_B = torch.tensor([3, 2], device=device)
+        with torch.no_grad(), self.behind(None):
+            prompt_nd = self.embed(torch.arange(12, 15, device=device))
+            expected = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
+            try:
+                prefix = self.prefix_of(prompt_nd)
+                found = self(input_ids_BT, prefix=prefix, answer=answer_B).float()
+            except (TypeError, ValueError, AttributeError, LookupError):
+                return False
+        return bool(prefix) and agree(found, expected)
+
+    @cached_property
+    def differentiates_prefix(self) -> bool:
+        """Whether `prefix_with_product` runs on this model, as a trial run of one vector says."""
+        vector = torch.zeros(1, self.width, device=self.model.device)
+        try:
+            prefix, product = self.prefix_with_product(vector)
+            product(tuple(part.unsqueeze(0) for part in prefix))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        return True
+
     # The parts of a forward pass.
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -185,6 +232,22 @@ class LanguageModel(nn.Module):
         for layer in cache.layers:
             prefix += [layer.keys, layer.values]
         return prefix
+
+    def prefix_with_product(
+        self, prompt_nd: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], PrefixProduct]:
+        """Return a prompt's prefix, and the product that carries its gradients to the prompt.
+
+        Raises:
+            RuntimeError: the model has operations that PyTorch refuses here, so it does not
+                `differentiates_prefix`.
+        """
+        # PyTorch repeats the backward pass of fused attention for each example of a batched
+        # product.
+        with self.plain_attention():
+            # pyrefly: ignore[bad-unpacking]
+            prefix, product = func.vjp(lambda prompt: tuple(self.prefix_of(prompt)), prompt_nd)
+        return prefix, func.vmap(product)
 
     @contextmanager
     def behind(self, prefix: Sequence[torch.Tensor] | None) -> Iterator[None]:

@@ -28,6 +28,7 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import Teacher
 from post_dist.errors import EnvironmentFault, InputError, first_line
 from post_dist.files import digest_of, file_digests
+from post_dist.models.families import is_masked
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_split
 from post_dist.models.quantized import dequantizer
@@ -206,11 +207,6 @@ def weights_digest(files: Mapping[str, str]) -> str:
 def weights_of(folder: Path) -> str:
     """Return the `weights_digest` of a model, from its weights alone."""
     return weights_digest(file_digests(folder, f"*{_WEIGHTS_SUFFIX}"))
-
-
-def is_masked(config: PretrainedConfig) -> bool:
-    """Return whether a model is a masked language model, by the `architectures` in its config."""
-    return any(name.endswith("ForMaskedLM") for name in config.architectures or [])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -11,19 +11,31 @@ from transformers import PretrainedConfig
 
 from post_dist.errors import InputError, first_line
 from post_dist.models.agreement import agree
-from post_dist.models.families import scales_logits
+from post_dist.models.families import (
+    is_encoder,
+    is_language_model,
+    is_masked,
+    scales_logits,
+)
 from post_dist.models.language_model import LanguageModel
 
 
-def check_no_scale(config: PretrainedConfig) -> None:
-    """Check in the configuration that a model does not scale its logits.
+def check_config(config: PretrainedConfig) -> None:
+    """Check in the configuration that a model is of a kind that post_dist can use.
 
     For a sharded model this replaces `check_split`, which runs the model. After such a run, ZeRO
     would keep weights for a second use that never comes.
 
     Raises:
-        InputError: the model scales its logits.
+        InputError: the model scales its logits, or is neither a causal nor a masked language model.
     """
+    if not is_language_model(config):
+        raise InputError(
+            f"a model of the type {config.model_type} is no causal or masked language model",
+            "use a decoder such as Llama, or an encoder such as BERT",
+        )
+    if is_encoder(config) and not is_masked(config):
+        raise _not_causal(f"a model of the type {config.model_type}")
     if scales_logits(config):
         raise _changed_logits(config.get_text_config().model_type)
 
@@ -33,15 +45,19 @@ def check_split(model: LanguageModel) -> None:
 
     Raises:
         InputError: the logits differ. The model may scale or cap them in an unknown way, or its
-            last layer does not run at some positions alone. Or it does not run without its tokens.
+            last layer does not run at some positions alone. Or it does not run without its tokens,
+            or is causal by its class alone.
     """
     # Any tokens will do, but the first few are often special tokens.
     input_ids = torch.arange(4, 8, device=model.model.device)[None]
     mask = torch.ones_like(input_ids)
     answer = 2
+    other_end = input_ids.clone()
+    other_end[:, -1] += 1
     with torch.no_grad():
         with running(model, "on embeddings in place of tokens"):
             ours = model.head(model(input_ids)).float()
+            before_other_end = model.head(model(other_end)).float()[:, :-1]
         with running(model, "as a whole"):
             own_forward = model.model(input_ids=input_ids, attention_mask=mask)
         with running(model, "at the answers alone"):
@@ -49,6 +65,8 @@ def check_split(model: LanguageModel) -> None:
     expected = own_forward.logits.float()
     if not agree(ours, expected):
         raise _changed_logits(type(model.model).__name__)
+    if not model.masked and not agree(ours[:, :-1], before_other_end):
+        raise _not_causal(f"a {type(model.model).__name__}")
     if not agree(at_answer, expected[:, answer]):
         raise InputError(
             f"a {type(model.model).__name__} gives other logits at the answers alone",
@@ -69,7 +87,9 @@ def running(model: LanguageModel, how: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise InputError(
             f"a {type(model.model).__name__} does not run {how}: {first_line(error)}",
             "use a model of another family",
@@ -105,4 +125,12 @@ def _changed_logits(model: str) -> InputError:
     return InputError(
         f"a {model} changes its logits in a way that post_dist does not know",
         "use a model of another family",
+    )
+
+
+def _not_causal(model: str) -> InputError:
+    return InputError(
+        f"{model} attends to later tokens, so it is not causal, and its config.json names a "
+        "causal class",
+        "name its masked class in `architectures`, such as BertForMaskedLM",
     )

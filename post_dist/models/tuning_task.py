@@ -87,9 +87,10 @@ class AnswerStates:
     @torch.no_grad()
     def __init__(self, task: TuningTask) -> None:
         self._model = task.model
-        # In a causal model the prompt's keys and values are the same for all examples.
-        self._prompt = task.start_nd if task.model.masked else None
-        self._prefix = None if task.model.masked else task.model.prefix_of(task.start_nd)
+        # In most causal models the prompt's keys and values are the same for all examples.
+        keeps = task.model.keeps_prefix
+        self._prompt = None if keeps else task.start_nd
+        self._prefix = task.model.prefix_of(task.start_nd) if keeps else None
         self._word_scores = word_scores(task.model, task.reader.verbalizer)
         self._head = task.need(LinearHead)
         self._layers = self._head.layers(task.model.width, len(task.model.layers))

@@ -15,7 +15,6 @@ Shapes: B examples, n prompt tokens, d width, C classes, R tokens of a response.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import func
 
 from post_dist.data.template import Batch
 from post_dist.data.verbalizer import Verbalizer
@@ -26,9 +25,6 @@ from post_dist.privacy.micro_batches import micro_batches
 
 # Sharing the prefix is slower for shorter prompts (measured on a CPU, texts of 40 tokens).
 _SHARE_FROM_TOKENS = 20
-
-Product = Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
-"""Maps the gradients [B, 1, ...] of a prefix to those of the prompt [B, n, d]."""
 
 Gradients = Callable[[Batch, torch.Tensor], list[torch.Tensor]]
 """Maps examples and their targets to the gradients [B, ...] of each parameter."""
@@ -61,7 +57,7 @@ class ExampleGradients:
         self._prompt_nd = parameters[0].detach()
         self._prefix: tuple[torch.Tensor, ...] | None = None
         if share_prefix:
-            self._prefix, self._product = _prefix_with_product(model, self._prompt_nd)
+            self._prefix, self._product = model.prefix_with_product(self._prompt_nd)
 
     def __call__(self, batch: Batch, targets: torch.Tensor) -> list[torch.Tensor]:
         """Return the per-example gradients [B, ...] of each parameter, in the parameter's dtype.
@@ -102,17 +98,6 @@ class ExampleGradients:
             copy = source.detach().expand(count, *source.shape[1:])
             copies.append(copy.requires_grad_(True))
         return copies
-
-
-def _prefix_with_product(
-    model: LanguageModel, prompt_nd: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], Product]:
-    """Return a prompt's prefix, and the product that carries its gradients back to the prompt."""
-    # PyTorch repeats the backward pass of fused attention for each example of a batched product.
-    with model.plain_attention():
-        # pyrefly: ignore[bad-unpacking]
-        prefix, product = func.vjp(lambda prompt: tuple(model.prefix_of(prompt)), prompt_nd)
-    return prefix, func.vmap(product)
 
 
 def task_gradients(task: TuningTask, parameters: Sequence[torch.Tensor]) -> ExampleGradients:
@@ -192,7 +177,9 @@ def sharing_is_faster(model: LanguageModel, num_virtual_tokens: int) -> bool:
     """
     on_cpu = model.model.device.type == "cpu"
     long_enough = num_virtual_tokens >= _SHARE_FROM_TOKENS
-    return not model.masked and on_cpu and long_enough and not _writes_tables(model)
+    if not (on_cpu and long_enough) or _writes_tables(model):
+        return False
+    return model.keeps_prefix and model.differentiates_prefix
 
 
 def _writes_tables(model: LanguageModel) -> bool:

@@ -21,9 +21,9 @@ from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
+from post_dist.models.families import is_masked
 from post_dist.models.load import (
     check_is_folder,
-    is_masked,
     load_config,
     load_tokenizer,
     model_folder,

@@ -28,6 +28,7 @@ from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, Pl
 from post_dist.stages.check.task import bind_template, label_tokens
 from post_dist.stages.conflicts import transfer_conflicts, tune_conflicts
 from post_dist.stages.distill.conflicts import conflicts as distill_conflicts
+from post_dist.stages.distill.conflicts import token_conflicts
 from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
 from post_dist.stages.transfer.conflicts import TransferModels
 from post_dist.stages.tune.conflicts import start_conflicts
@@ -115,6 +116,9 @@ class _Check:
         config = self.config
         if self._given.teacher is not None and self._given.teacher.facts is not None:
             found = distill_conflicts(config, self._given.teacher.facts, self._layout("distill"))
+            tokenizer = self._given.teacher.tokenizer
+            if tokenizer is not None:
+                found += token_conflicts(tokenizer, self._given.teacher.facts)
             self.findings.add("distill", found)
         if config.cluster.signals.workers:
             # Each worker of the array holds a teacher of its own.

@@ -1,10 +1,13 @@
 """The conflicts of distillation: settings that do not suit the teacher, the ranks or each other."""
 
+from transformers import PreTrainedTokenizerBase
+
+from post_dist.admission.tokenizer_files import check_tokens
 from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
 from post_dist.config.schema import Distill, RunConfig, Student
 from post_dist.config.sources import Corpus
 from post_dist.conflicts import Conflict, Layout
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError
 from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
@@ -63,6 +66,20 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
     return found
 
 
+def token_conflicts(tokenizer: PreTrainedTokenizerBase, teacher: ModelFacts) -> list[Conflict]:
+    """Check that the teacher has an embedding for each token, as the owner of a student does."""
+    try:
+        check_tokens(tokenizer, teacher.vocabulary)
+    except ArtifactRefused as error:
+        return [
+            Conflict(
+                f"the teacher: {error.args[0]}, so every owner would refuse its student",
+                "resize the teacher's embeddings, or remove these tokens from the tokenizer",
+            )
+        ]
+    return []
+
+
 def limit_conflicts(config: RunConfig, teacher: ModelFacts, precision: Precision) -> list[Conflict]:
     """Check that `distill.cache_gib` has room for the files of a step, and for one more.
 
@@ -116,6 +133,13 @@ def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts
             Conflict(
                 "a trained head does not go with engine.zero_stage: 3, which scatters its weights",
                 "set engine.zero_stage: 2, or student.freeze_head: true",
+            )
+        )
+    if teacher.has_other_parts:
+        found.append(
+            Conflict(
+                f"the teacher's language model is a part of a larger one ({teacher.family})",
+                "save the language model alone, and give that as the teacher",
             )
         )
     if teacher.tied and student.freeze_embeddings != student.freeze_head:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from post_dist.admission.student_config import is_known_family
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.run_folder import RunFolder
@@ -19,7 +20,12 @@ from post_dist.data.corpus import Corpus
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import write_folder
 from post_dist.models.facts import read_facts
-from post_dist.models.load import load_whole, tokenizer_fingerprint
+from post_dist.models.load import (
+    load_tokenizer,
+    load_whole,
+    read_config,
+    tokenizer_fingerprint,
+)
 from post_dist.models.student import check_cut, write_student
 from post_dist.runtime.checkpoint import is_whole, seal, sealed_digests
 from post_dist.runtime.distributed import World
@@ -32,7 +38,7 @@ from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import full_weights, number_of_parameters
 from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
-from post_dist.stages.distill.conflicts import conflicts, required_sections
+from post_dist.stages.distill.conflicts import conflicts, required_sections, token_conflicts
 from post_dist.stages.distill.given_away import given_away, perplexities
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.layer_choice import choose_layers
@@ -49,13 +55,23 @@ log = logging.getLogger(__name__)
 def refuse_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
     """Refuse a run file that does not suit the teacher or the ranks. All ranks call it.
 
-    It reads the teacher's configuration, and no weights.
+    It reads the teacher's configuration and tokenizer, and no weights.
 
     Raises:
         InputError: there are conflicts; the message lists all of them.
     """
     layout = layout_of(config.engine, world)
-    raise_conflicts("distill", conflicts(config, read_facts(teacher_folder), layout))
+    facts = read_facts(teacher_folder)
+    found = conflicts(config, facts, layout)
+    found += token_conflicts(load_tokenizer(teacher_folder), facts)
+    raise_conflicts("distill", found)
+    family = read_config(teacher_folder).model_type
+    if not is_known_family(family):
+        log.warning(
+            "owners' checks know no family %s: they refuse this student, unless they trust it "
+            "unchecked",
+            family,
+        )
 
 
 def distill(
