@@ -93,6 +93,8 @@ def load_run(
         >>> config.name, config.tune.steps
         ('demo', 200)
     """
+    if isinstance(overrides, str):
+        raise InputError("overrides is one string", "give a list of strings")
     return load.load_run(Path(path), list(overrides), None if output is None else Path(output))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -105,6 +106,9 @@ def main() -> None:
     """Run the command line, and end the process with its exit code."""
     silence_deepspeed()
     leave_in_seconds()
+    # A terminal that cannot show a character gets its number, and no error.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if _asks_for_json():
         reserve_stdout()
     code = run_command()

@@ -124,7 +124,7 @@ class RunFolder:
 
         Raises:
             InputError: the folder cannot be written to.
-            EnvironmentFault: another process works in the folder.
+            EnvironmentFault: another process works in the folder, or has just finished its stage.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -134,6 +134,12 @@ class RunFolder:
         # The file stays open while the body runs, because closing it releases the lock.
         with lock:
             self._acquire(lock)
+            # This process has looked before it had the lock. A finished stage must not run again.
+            if self.finished:
+                raise EnvironmentFault(
+                    f"another process has just finished {self.stage} in {self.path}",
+                    "run the same command again: it takes that result",
+                )
             with writing(self.path):
                 self._describe()
             yield

@@ -13,7 +13,16 @@ from post_dist.errors import InputError
 _INTERNAL_PLACES = ("function-", "literal[", "tuple[", "constrained-")
 """Prefixes of the names that pydantic gives to the alternatives of a union, in an error's place."""
 
+_WORDINGS = {
+    "tuple_type": "Input should be a list, such as [first, second]",
+    "list_type": "Input should be a list, such as [first, second]",
+    "dict_type": "Input should be a mapping, with a name and a value a line",
+    "path_type": "Input should be a path",
+    "model_type": "Input should be a section, with a field a line",
+}
+"""Our words for types of Python, by pydantic's name of the problem."""
 
+_NOT_FINITE = (".inf", ".Inf", ".INF", ".nan", ".NaN", ".NAN", "inf", "nan")
 _MOST_BYTES = 1 << 20
 """Size limit of a run file."""
 
@@ -111,9 +120,9 @@ def _describe(problems: list[Any]) -> str:
         return _describe_unknown_key(place, problem["loc"])
     if problem["type"] == "missing":
         return f"{place}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _wording(problem)
     for alternative in problems[1:]:
-        message += f" or {alternative['msg'].removeprefix('Input should be ')}"
+        message += f" or {_wording(alternative).removeprefix('Input should be ')}"
     message = f"{message[:1].lower()}{message[1:]}"
 
     # Messages of our own rules quote the value where it helps. Add it to pydantic's own messages.
@@ -122,6 +131,14 @@ def _describe(problems: list[Any]) -> str:
     if is_scalar and problem["type"] != "value_error":
         message += f" (found {given!r:.60})"
     return f"{place or 'run file'}: {message}"
+
+
+def _wording(problem: Any) -> str:
+    """Return pydantic's message, in words of YAML in place of Python's types."""
+    if problem["type"] == "float_parsing" and str(problem["input"]).lstrip("+-") in _NOT_FINITE:
+        return "Input should be a finite number"
+    message: str = _WORDINGS.get(problem["type"], problem["msg"])
+    return message.removeprefix("Value error, ")
 
 
 def _describe_unknown_key(place: str, location: tuple[int | str, ...]) -> str:

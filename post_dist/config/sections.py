@@ -2,9 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -45,3 +52,21 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_true_for_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` for a number, which Python would read as 1."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and _is_number(field.annotation):
+            raise ValueError(f"is a number, not {str(value).lower()}")
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a field holds numbers alone, or nothing."""
+    if annotation in (int, float):
+        return True
+    # A union, or a number with limits. Its other arguments are the limits.
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return bool(parts) and _is_number(parts[0]) and bool not in parts

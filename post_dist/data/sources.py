@@ -289,6 +289,8 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
     Raises:
         InputError: the file cannot be read. The message quotes nothing of it.
     """
+    if path.is_dir():
+        raise InputError(f"{where}: {path.name} is a folder", "give a file")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(

@@ -12,6 +12,8 @@ from post_dist.errors import InputError
 _MOST_CLASSES = 50
 _UNUSABLE = set('{}!:"\\')
 """Characters that a column's name may not have, because `text` is a format string."""
+_MOST_WORDS = 3
+"""Most words of a name that a message may quote. A line with more may be a private example."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,32 @@ def chosen_columns(
         # Of two columns, texts and labels are hard to confuse.
         if len(names) == 2 and (text, label, user) == (None, None, None):
             return _usable(guess, table, data)
+        _refuse_example(names, data)
         raise InputError(
             f"{data.name} has the columns {listed}",
             f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
         )
     for option, column in (("--text", text), ("--label", label), ("--user", user)):
         if column is not None and column not in names:
+            _refuse_example(names, data)
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
     return _usable(Columns(text, label, user), table, data)
+
+
+def _refuse_example(names: list[str], data: Path) -> None:
+    """Refuse to list the columns of a file if the first line seems to be an example.
+
+    Raises:
+        InputError: names have many words. The message does not quote them.
+    """
+    if any(len(name.split()) > _MOST_WORDS for name in names):
+        raise InputError(
+            f"{data.name}: no such columns, and the first line seems to be an example",
+            "write a line with the names of the columns above it, such as text,label; or give "
+            "--text and --label as the first line has them",
+        )
 
 
 def _usable(columns: Columns, table: pd.DataFrame, data: Path) -> Columns:

@@ -1,15 +1,19 @@
 """Turn the end of a command into an exit code, and its error into one message."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from post_dist.errors import InputError, PostDistError
+from post_dist.errors import EnvironmentFault, InputError, PostDistError
 from post_dist.extras import missing_package
 from post_dist.runtime.last_error import answer_error, report_error
 from post_dist.runtime.stop import leave_quietly
 from post_dist.runtime.watchdog import rest
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 
 
 def exit_code_of(work: Callable[[], object]) -> int:
@@ -22,7 +26,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         0, the code of a `SystemExit`, the code of a `PostDistError`, or 1 for any other exception.
     """
     try:
-        work()
+        _work_and_flush(work)
     except SystemExit as end:  # typer ends every command this way
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code:
@@ -41,6 +45,14 @@ def exit_code_of(work: Callable[[], object]) -> int:
             # A missing extra is no bug, so it needs no traceback.
             report_error(fault)
             return fault.exit_code
+        if isinstance(error, OSError) and error.errno in _FULL:
+            # Files are written in `writing`, which names them. This was standard output.
+            full = EnvironmentFault(
+                "the output cannot be written: the disk is full",
+                "free some space, and run it again",
+            )
+            report_error(full)
+            return full.exit_code
         place = "".join(traceback.format_tb(error.__traceback__))
         name = type(error).__name__
         print(f"post-dist: internal error: {name}\n{place}", file=sys.stderr)
@@ -49,6 +61,14 @@ def exit_code_of(work: Callable[[], object]) -> int:
     finally:
         rest()
     return 0
+
+
+def _work_and_flush(work: Callable[[], object]) -> None:
+    """Run work, and write what it has printed, because an error in the end would be lost."""
+    try:
+        work()
+    finally:
+        sys.stdout.flush()
 
 
 def _fields_of(end: SystemExit) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from post_dist.config.models import Engine
 from post_dist.config.precision import PrecisionChoice
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.task_reader import TaskReader
+from post_dist.errors import InputError
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
@@ -49,7 +50,11 @@ class Predictor:
 
         Returns:
             One prediction for each text, in their order.
+
+        Raises:
+            InputError: `texts` is no list of strings.
         """
+        check_texts(texts)
         if not texts:
             return []
         # The stages strip a text too, after composing it from its columns.
@@ -61,6 +66,17 @@ class Predictor:
         biases = self._prompt.task.class_biases
         scores_NC = answers + torch.tensor(biases) if biases else answers
         return [class_prediction(self._prompt.task.class_names, row) for row in scores_NC]
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Check that texts are a list of strings.
+
+    Raises:
+        InputError: they are one string, whose characters would be taken for texts, or hold
+            something else.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError("texts is not a list of strings", "give one text as [text]")
 
 
 def load_predictor(

@@ -15,9 +15,18 @@ if TYPE_CHECKING:  # loads transformers, which a prompt without a model does not
     from post_dist.serving.predictor import Predictor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompt(SoftPromptArtifact):
     """A prompt that has passed all checks, with methods to use it on its model."""
+
+    def __repr__(self) -> str:
+        """Describe the prompt in a line. All of its numbers would flood a notebook."""
+        kind = "prompt" if self.adapter is None else self.adapter.title
+        tokens, width = self.embeddings.shape
+        return (
+            f"Prompt({kind!r}, {tokens} x {width}, template={self.task.template!r}, "
+            f"epsilon={self.epsilon})"
+        )
 
     @classmethod
     def admitted(cls, folder: Path, keys: Sequence[str] = ()) -> "Prompt":
@@ -74,8 +83,11 @@ class Prompt(SoftPromptArtifact):
             One prediction for each text, in their order.
 
         Raises:
-            PostDistError: any error of `on_model`.
+            PostDistError: any error of `on_model`, or `texts` is no list of strings.
         """
+        from post_dist.serving.predictor import check_texts
+
+        check_texts(texts)
         predictor = self.on_model(model, revision=revision, precision=precision)
         return predictor.predict(texts, batch_size)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import post_dist
 from post_dist.artifacts.run_folder import RunFolder, influential_settings, run_folder
 from post_dist.config.assets import asset
 from post_dist.config.deepspeed import frozen_settings, overlaps, training_settings
@@ -205,6 +206,30 @@ def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
     assert "transfer.steps: input should be greater than 0 (found -1)" in message
     assert "engine.precision" in message
     assert "'auto', 'fp32', 'bf16' or 'fp16'" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("privacy=3", "privacy: input should be a section"),
+        ("distill.attack_tokens=5", "distill.attack_tokens: input should be a list"),
+        ("privacy.target_epsilon=.inf", "privacy.target_epsilon: input should be a finite number"),
+        ("privacy.steps=true", "privacy.steps: is a number, not true"),
+        ("privacy.target_epsilon=false", "privacy.target_epsilon: is a number, not false"),
+        ("inputs.student=3", "inputs.student: input should be a path"),
+    ],
+)
+def test_errors_of_types_speak_of_yaml(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, MINIMAL, override)
+    assert message in str(caught.value)
+    assert "tuple" not in str(caught.value)
+
+
+def test_overrides_are_a_list(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    with pytest.raises(InputError, match="overrides is one string"):
+        post_dist.load_run(tmp_path / "run.yaml", "transfer.alpha=0.5")
 
 
 def test_provider_stages_do_not_see_the_private_task(tmp_path: Path) -> None:

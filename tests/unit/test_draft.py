@@ -217,6 +217,8 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
         (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
         (("--text=body", "--label=topic_name", "--data={gap}"), "has 1 different values"),
         (("--data={none}",), "No such file"),
+        (("--data={nohead}",), "the first line seems to be an example"),
+        (("--data={nohead}", "--text=body", "--label=topic"), "write a line with the names"),
         (("--data={header}",), "header.csv has no rows"),
     ],
 )
@@ -227,8 +229,10 @@ def test_wrong_input_leaves_nothing(
         "few": write_table(tmp_path / "few.csv", rows=90),
         "gap": write_table(tmp_path / "gap.csv", labels=("secret", " ")),
         "none": tmp_path / "none.csv",
+        "nohead": tmp_path / "nohead.csv",
         "header": write_table(tmp_path / "header.csv", rows=0),
     }
+    tables["nohead"].write_text("1,the secret of a film,0\n2,another secret of one,1\n")
     data = write_table(tmp_path / "t.csv")
     given = [option.format(**tables) for option in options]
     code, out, err = main("init", tmp_path / "work", f"--data={data}", *given)

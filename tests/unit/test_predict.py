@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -154,6 +156,37 @@ def test_wrong_input_is_refused_and_no_text_is_quoted(  # noqa: PLR0913
     assert (found, out) == (code, "")
     assert message in err
     assert "secret" not in err
+
+
+@pytest.mark.parametrize("texts", ["a text", [3], [None], ["one", b"two"]])
+def test_texts_are_a_list_of_strings(prompt: Path, model: Path, texts: Any) -> None:
+    loaded = post_dist.load_prompt(prompt)
+    with pytest.raises(InputError, match="not a list of strings"):
+        loaded.predict(texts, "no model is needed to tell")
+    with pytest.raises(InputError, match="not a list of strings"):
+        loaded.on_model(model, precision="fp32").predict(texts)
+
+
+def test_a_prompt_is_described_in_a_line(prompt: Path) -> None:
+    described = repr(post_dist.load_prompt(prompt))
+    assert "tensor" not in described
+    assert "template=" in described
+    assert "epsilon=" in described
+    assert len(described) < 200
+
+
+def test_a_full_disk_behind_standard_output_is_told(
+    prompt: Path, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("a film\n")
+    command = [sys.executable, "-m", "post_dist", "predict", prompt, tmp_path / "t.txt"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [*command, f"--model={model}"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.returncode == 3
+    assert "the disk is full" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_prompt_of_another_tokenizer_or_width_is_refused(tmp_path: Path, model: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from report_run import HOSTILE, write_full_run, write_metrics
 
+from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
@@ -272,6 +273,16 @@ def test_a_key_of_names_is_whole_or_not_there(
     assert key.stat().st_mode & 0o777 == 0o600
     other = replace(folder, name_key=b"o" * 32)
     with pytest.raises(EnvironmentFault), other.held():
+        pass
+
+
+def test_a_stage_that_another_process_has_finished_does_not_run_again(tmp_path: Path) -> None:
+    """The artifact may appear between the look at the folder and the lock."""
+    folder = RunFolder(tmp_path / "tune-1a2b3c4d", "tune", RunConfig(name="a"))
+    assert not folder.finished
+    folder.artifact.mkdir(parents=True)
+    (folder.artifact / FILE_NAME).write_text("{}")
+    with pytest.raises(EnvironmentFault, match="just finished tune"), folder.held():
         pass
 
 
