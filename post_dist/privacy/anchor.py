@@ -179,12 +179,15 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
         may_move: whether the ledger of known data is used wherever it is.
 
     Raises:
-        PrivacyRefused: the data have another ledger, or theirs is missing.
+        PrivacyRefused: the data have another ledger, or two, or theirs is missing.
         InputError: the folder cannot be written to.
     """
     ledger = ledger.resolve()
     with owner_only(), _locked(folder):
-        anchor = _match(_anchors(folder), ledger, marks)
+        anchors = _anchors(folder)
+        anchor = _match(anchors, ledger, marks)
+        if anchor is not None and may_move:
+            _refuse_two_ledgers(anchors, anchor, marks)
         if anchor is None:
             file = folder / f"{secrets.token_hex(8)}.json"
             salt = secrets.token_hex(16)
@@ -216,6 +219,28 @@ def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anc
         if first != _NO_ROWS and anchor.record.first == first:
             return anchor
     return None
+
+
+def _refuse_two_ledgers(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequence[str]) -> None:
+    """Refuse data whose contents have one ledger, and whose place has another.
+
+    An edited copy that was saved back is such a case: its examples have spent from both.
+
+    Raises:
+        PrivacyRefused: there are two, and the run file does not choose.
+    """
+    for mark in marks:
+        if chosen.record.knows(mark):
+            continue
+        for other in anchors:
+            if other.record.knows(mark) and other.record.rows > 0:
+                raise PrivacyRefused(
+                    f"these data have their privacy ledger at {chosen.ledger}, and other data "
+                    f"that were at this place have theirs at {other.ledger}: of examples that are "
+                    "in both, epsilon adds up",
+                    "if no example is in both, set privacy.ledger to the first; else put the data "
+                    "back as they were",
+                )
 
 
 def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:

@@ -411,6 +411,35 @@ def copies_of_the_data_share_a_ledger() -> None:
         assert refused(partial(find, copies[0]), "PrivacyRefused", "is missing")
 
 
+def data_with_two_ledgers_are_refused() -> None:
+    """An edited copy of the data is saved back, after both have spent."""
+    anchor = part("privacy.anchor")
+    ledger = part("privacy.ledger")
+    with folder() as place:
+
+        def find(data: Path, chosen: Path | None = None) -> Any:
+            beside = data.with_name(f"{data.name}.ledger.jsonl")
+            return anchor.find_anchor(
+                place / "anchors", chosen or beside, marks_of(path=data), may_move=chosen is None
+            )
+
+        data, copy = place / "a.csv", place / "b.csv"
+        data.write_text("text,label\nx,0\n")
+        copy.write_text("text,label\nx,0\ny,1\n")
+        # A ledger that has spent nothing hinders nobody.
+        unspent = find(data)
+        both = [unspent, find(copy)]
+        assert both[0].ledger != both[1].ledger
+        for found in both:
+            with ledger.lock_ledger(found) as opened:
+                ledger.LedgerRun(opened, "run", plan_of(), None)
+        shutil.copy(copy, data)
+        assert refused(partial(find, data), "PrivacyRefused", "epsilon adds up")
+        # The owner may say that they are other people's, and is not asked again.
+        assert find(data, both[1].ledger).ledger == both[1].ledger
+        assert find(data).ledger == both[1].ledger
+
+
 def marks_of(**source: Any) -> tuple[str, ...]:
     """Return what private data from a file or from the hub are known by."""
     from post_dist.config.sources import Task
@@ -558,6 +587,7 @@ CHECKS: list[Callable[[], None]] = [
     the_cap_belongs_to_the_data,
     a_ledger_keeps_all_its_rows,
     copies_of_the_data_share_a_ledger,
+    data_with_two_ledgers_are_refused,
     hub_data_have_one_ledger,
     no_step_goes_on_without_its_ledger,
     a_file_that_is_no_ledger_stays_as_it_is,

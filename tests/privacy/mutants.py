@@ -694,6 +694,13 @@ MUTANTS = [
         "copies_of_the_data_share_a_ledger",
     ),
     Mutant(
+        "data that have spent from two ledgers",
+        "privacy.anchor",
+        "if anchor is not None and may_move:",
+        "if False:",
+        "data_with_two_ledgers_are_refused",
+    ),
+    Mutant(
         "edited data get another ledger",
         "privacy.anchor",
         "    return (file_digest(task.path), f",
