@@ -164,7 +164,7 @@ def writing(destination: Path) -> Iterator[None]:
         if disk_is_full or getattr(error, "errno", None) == errno.ENOSPC:
             raise EnvironmentFault(
                 f"cannot write {destination}: the disk is full",
-                "free some space, then run the same command again to resume",
+                "free some space, then run the same command again",
             ) from None
         raise InputError(
             f"cannot write {destination}: {reason}", "choose another place that you may write to"

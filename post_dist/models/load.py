@@ -30,7 +30,7 @@ from post_dist.errors import EnvironmentFault, InputError, first_line
 from post_dist.files import digest_of, file_digests
 from post_dist.models.families import is_masked
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.model_checks import check_split
+from post_dist.models.model_checks import check_config, check_split
 from post_dist.models.quantized import dequantizer
 from post_dist.runtime.precision import DTYPES
 
@@ -247,9 +247,10 @@ def model_settings(folder: Path, precision: Precision, device: torch.device) -> 
         device: the device that the model will run on.
 
     Raises:
-        InputError: the folder does not hold a model.
+        InputError: the folder does not hold a model, or one of a kind that post_dist cannot use.
     """
     config = load_config(folder)
+    check_config(config)
     masked = is_masked(config)
     # On a CPU, fused attention in bf16 has a backward pass six times slower than plain matrix
     # products (measured with a batch of 16 x 40). On other devices transformers chooses: fused

@@ -23,7 +23,7 @@ from post_dist.models.language_model import LanguageModel
 def check_config(config: PretrainedConfig) -> None:
     """Check in the configuration that a model is of a kind that post_dist can use.
 
-    For a sharded model this replaces `check_split`, which runs the model. After such a run, ZeRO
+    A sharded model gets no other check, because `check_split` runs the model. After that, ZeRO
     would keep weights for a second use that never comes.
 
     Raises:

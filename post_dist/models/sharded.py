@@ -26,7 +26,6 @@ from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole, model_settings
-from post_dist.models.model_checks import check_config
 from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
@@ -75,7 +74,6 @@ def _load_shards(
     folder: Path, engine: Engine, precision: Precision, group: ShardGroup, device: torch.device
 ) -> LanguageModel:
     settings = model_settings(folder, precision, device)
-    check_config(settings.config)
     with torch.device("meta"):
         on_meta = settings.auto_class.from_config(settings.config, **settings.arguments)
     # Whatever is wrong with the files is found here, on all ranks alike, before they share a step.

@@ -33,6 +33,16 @@ SIZES = TOKENS | {
     "max_position_embeddings": 128,
 }
 
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
+
 
 def write(folder: Path, config: Any, model_class: str = "AutoModelForCausalLM") -> Path:
     """Write a random model of a configuration with a tokenizer."""
@@ -207,6 +217,9 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no causal or masked language model"):
         read_facts(tmp_path)
+    folder = write(tmp_path / "bart", transformers.BartConfig(vocab_size=600, **BART), "BartModel")
+    with pytest.raises(InputError, match="no causal or masked language model"):
+        load_whole(folder, "fp32", CPU)
 
 
 def test_a_part_of_a_larger_model_is_no_teacher(tmp_path: Path) -> None:
