@@ -28,8 +28,11 @@ def largest_embedding_norm(folder: Path) -> float:
     Returns:
         The norm; infinite if no file holds the embeddings under a name that the model knows.
     """
-    with _stored_table(folder, meta_model(folder).model) as table_Vd:
-        return math.inf if table_Vd is None else _largest_norm(table_Vd)
+    model = meta_model(folder).model
+    # Gemma's embeddings are larger than its table.
+    scale: Any = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    with _stored_table(folder, model) as table_Vd:
+        return math.inf if table_Vd is None else scale * _largest_norm(table_Vd)
 
 
 def read_embedding_table(folder: Path) -> torch.Tensor:
@@ -43,7 +46,7 @@ def read_embedding_table(folder: Path) -> torch.Tensor:
     """
     model = meta_model(folder).model
     module = model.get_input_embeddings()
-    # Gemma 3 multiplies the embeddings of tokens, but not given ones.
+    # Gemma multiplies the embeddings of tokens, but not given ones.
     scale = getattr(module, "scalar_embed_scale", None)
     if type(module) is not nn.Embedding and scale is None:
         raise InputError(f"{folder}: a {type(module).__name__} is more than a table of embeddings")

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from post_dist.models.families import is_masked, scales_attention_by_layer
+from post_dist.models.families import (
+    generates_from_embeddings,
+    is_masked,
+    scales_attention_by_layer,
+)
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import read_config
 from post_dist.models.lora_layers import layer_linears
@@ -30,6 +34,7 @@ class ModelFacts:
         matrix_head: whether the head is one matrix, perhaps with a bias.
         linear_head: whether the logits are one matrix product, with no bias and no soft cap.
         scales_attention_by_layer: whether attention depends on the index of the layer.
+        generates: whether it generates text behind embeddings.
         has_other_parts: whether the language model is a part of a larger one, which reads images.
         linears: outputs and inputs of the linear modules of each layer, by name in the model.
         meta: the model on the meta device, for what only a forward pass can tell; None if the facts
@@ -46,6 +51,7 @@ class ModelFacts:
     matrix_head: bool
     linear_head: bool
     scales_attention_by_layer: bool
+    generates: bool = True
     has_other_parts: bool = False
     linears: Sequence[Mapping[str, tuple[int, int]]] = field(default=(), compare=False)
     meta: LanguageModel | None = field(default=None, compare=False, repr=False)
@@ -69,6 +75,7 @@ def facts_of(model: LanguageModel) -> ModelFacts:
         matrix_head=isinstance(model.head_module, nn.Linear),
         linear_head=model.has_linear_head,
         scales_attention_by_layer=scales_attention_by_layer(inner.config),
+        generates=not model.masked and generates_from_embeddings(inner),
         has_other_parts=inner.config.get_text_config() is not inner.config,
         linears=layer_linears(model),
         # A loaded model would stay in memory with its facts.

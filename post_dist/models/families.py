@@ -4,8 +4,10 @@ Every rule that depends on names of a family is here. To support a new family, c
 this file. Also check `model_checks.py`, whose rules run the model.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -27,9 +29,6 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose frequencies depend on the length of a sequence."""
-
-_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
-"""Families whose positions start after the index of the padding token."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,24 @@ def context_length(config: PretrainedConfig) -> float:
 
 
 def _positions(config: PretrainedConfig) -> float:
-    # For example, RoBERTa with padding index 1 and 514 positions can take 512 tokens.
-    reserved = 0
-    if config.model_type in _POSITIONS_AFTER_PADDING:
-        reserved = (config.pad_token_id or 0) + 1
     for name in _CONTEXT_LENGTHS:
         if hasattr(config, name):
             positions: float = getattr(config, name)
-            return positions - reserved
+            return positions
     return math.inf
+
+
+def positions_after_padding(model: PreTrainedModel) -> float:
+    """Return the number of positions where they start after the index of the padding token.
+
+    RoBERTa with padding index 1 and 514 positions can take 512 tokens. Infinite in other families.
+    """
+    limits = [math.inf]
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if is_table and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits)
 
 
 def _positions_with_one_frequency(config: PretrainedConfig) -> float:
@@ -114,6 +122,16 @@ def _positions_with_one_frequency(config: PretrainedConfig) -> float:
 def logit_cap(config: PretrainedConfig) -> float | None:
     """Return the soft cap on the logits of Gemma 2; None in families without one."""
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
+def looks_back_over_a_window(config: PretrainedConfig) -> bool:
+    """Return whether some layers attend to a window of the tokens before alone."""
+    settings = config.get_text_config()
+    kinds = layer_kinds(settings)
+    if kinds:
+        return any("sliding" in kind or "chunked" in kind for kind in kinds)
+    uses = getattr(settings, "use_sliding_window", True)
+    return bool(uses and getattr(settings, "sliding_window", None))
 
 
 def scales_logits(config: PretrainedConfig) -> bool:
@@ -169,6 +187,12 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
     """Return the MLP of a layer; None in families without a module named `mlp`."""
     mlp = getattr(layer, "mlp", None)
     return mlp if isinstance(mlp, nn.Module) else None
+
+
+def generates_from_embeddings(model: PreTrainedModel) -> bool:
+    """Return whether `generate` takes embeddings for tokens, by the rule of transformers."""
+    prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
+    return prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters
 
 
 def head_name(model: PreTrainedModel) -> str:

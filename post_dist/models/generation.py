@@ -12,12 +12,33 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig
 
+from post_dist.conflicts import Conflict
 from post_dist.data.template import NO_TOKEN, Batch, Encoded, Template
+from post_dist.errors import InputError
 from post_dist.models.batch_inference import InferenceRun, map_batches
+from post_dist.models.facts import ModelFacts
 from post_dist.models.language_model import LanguageModel
 
 _FILLING = 0
 """What follows the end of a response in a batch. It is cut off."""
+
+
+def generation_conflicts(whose: str, model: ModelFacts, response_length: int) -> list[Conflict]:
+    """Check that a model can generate responses behind embeddings.
+
+    Args:
+        whose: name of the model in the message, such as `the student`.
+        model: facts of the model.
+        response_length: most tokens of a response; 0 for a task with classes.
+    """
+    if not response_length or model.generates:
+        return []
+    return [
+        Conflict(
+            f"{whose}, a {model.family}, cannot generate text behind a soft prompt",
+            "use a causal model of another family, or a task with labels",
+        )
+    ]
 
 
 def response_hidden(
@@ -107,6 +128,9 @@ def generate_responses(
 
     Returns:
         Tokens [N, R] without the end token, padded with NO_TOKEN, on the CPU of every rank.
+
+    Raises:
+        InputError: the model reads padding, and there are several ranks.
     """
     length = template.max_response_length
     greedy = GenerationConfig(
@@ -122,11 +146,27 @@ def generate_responses(
         return whole_BR.masked_fill(ended, NO_TOKEN)
 
     def generate(chosen: list[Encoded]) -> torch.Tensor:
+        if not model.ignores_left_padding:
+            return generate_by_length(chosen)
         batch = template.collate(chosen).to(run.world.device)
         embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
         # All ranks of a sharded model run the same number of forward passes.
         synced = run.world.size > 1
         return respond(inputs_embeds=embeddings, attention_mask=mask, synced_gpus=synced)
+
+    def generate_by_length(chosen: list[Encoded]) -> torch.Tensor:
+        if run.world.size > 1:
+            raise InputError(
+                f"a {type(model.model).__name__} reads padding, so it cannot generate on several "
+                "ranks",
+                "run it on one rank",
+            )
+        responses = torch.full((len(chosen), length), NO_TOKEN, device=run.world.device)
+        for rows in _rows_by_length(chosen):
+            batch = template.collate([chosen[row] for row in rows]).to(run.world.device)
+            embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
+            responses[rows] = respond(inputs_embeds=embeddings, attention_mask=mask)
+        return responses
 
     def generate_behind_prefix(chosen: list[Encoded]) -> torch.Tensor:
         # Padding would be between the prefix and the text, and some families count its positions.

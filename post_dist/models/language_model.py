@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import func, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from post_dist.errors import InputError
 from post_dist.models import families
@@ -73,7 +73,8 @@ class LanguageModel(nn.Module):
     @property
     def context_length(self) -> float:
         """Largest number of tokens; infinite in families without a limit."""
-        return families.context_length(self.model.config)
+        own = families.context_length(self.model.config)
+        return min(own, families.positions_after_padding(self.model))
 
     @property
     def logit_cap(self) -> float | None:
@@ -159,6 +160,32 @@ class LanguageModel(nn.Module):
             except (TypeError, ValueError, AttributeError, LookupError):
                 return False
         return bool(prefix) and agree(found, expected)
+
+    @cached_property
+    def ignores_left_padding(self) -> bool:
+        """Whether generation answers a text alike behind masked padding, as a trial run finds out.
+
+        Some recurrent layers read the padding. All ranks of a sharded model must call it together.
+        """
+        tokens = torch.arange(4, 8, device=self.model.device)
+        one_token = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        found = []
+        for padding in (0, 3):
+            embeddings = self.embed(torch.cat([tokens[:padding], tokens]))[None]
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=tokens.device)
+            mask[:, :padding] = 0
+            # pyrefly: ignore[not-callable] - a method of every model with a causal head
+            written = self.model.generate(
+                inputs_embeds=embeddings, attention_mask=mask, generation_config=one_token
+            )
+            found.append(written.logits[0].float())
+        return agree(found[1], found[0])
 
     @cached_property
     def differentiates_prefix(self) -> bool:

@@ -62,11 +62,21 @@ def check_split(model: LanguageModel) -> None:
             own_forward = model.model(input_ids=input_ids, attention_mask=mask)
         with running(model, "at the answers alone"):
             at_answer = model(input_ids, mask, answer=mask.new_tensor([answer])).float()
+        with running(model, "beside padding"):
+            padded = torch.cat([input_ids, input_ids[:, :2]], dim=1)
+            mask_of_padded = torch.cat([mask, torch.zeros_like(mask[:, :2])], dim=1)
+            beside_padding = model.head(model(padded, mask_of_padded)).float()[:, : mask.shape[1]]
     expected = own_forward.logits.float()
     if not agree(ours, expected):
         raise _changed_logits(type(model.model).__name__)
     if not model.masked and not agree(ours[:, :-1], before_other_end):
         raise _not_causal(f"a {type(model.model).__name__}")
+    if not agree(beside_padding, ours):
+        raise InputError(
+            f"a {type(model.model).__name__} reads padding, so a text's scores would depend on the "
+            "texts beside it",
+            "use a model of another family",
+        )
     if not agree(at_answer, expected[:, answer]):
         raise InputError(
             f"a {type(model.model).__name__} gives other logits at the answers alone",

@@ -63,6 +63,11 @@ class AnchorRecord:
         """Return the record, with the marks of data added."""
         return self._with_salted(map(self._salted, marks))
 
+    def without_data(self, marks: Iterable[str]) -> "AnchorRecord":
+        """Return the record, without the marks of data that belong to another ledger."""
+        removed = set(map(self._salted, marks))
+        return replace(self, data=tuple(each for each in self.data if each not in removed))
+
     def with_data_of(self, other: "AnchorRecord") -> "AnchorRecord":
         """Return the record, with the data of another record with the same salt."""
         return self._with_salted(other.data)
@@ -194,6 +199,10 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
             anchor = Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
         record = _placed(anchor, ledger, may_move=may_move)
         anchor.write(record.with_data(marks))
+        # What the data are known by leads to one ledger, now and later.
+        for other in anchors:
+            if other is not anchor and any(map(other.record.knows, marks)):
+                other.write(other.record.without_data(marks))
     return anchor
 
 
@@ -208,9 +217,11 @@ def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anc
     """Return the anchor that knows the data; else that of the path; else that of a moved ledger."""
     # Equal contents come before an equal place, where there may be other data by now.
     for mark in marks:
-        for anchor in anchors:
-            if anchor.record.knows(mark):
-                return anchor
+        known = [anchor for anchor in anchors if anchor.record.knows(mark)]
+        # Of two, the run file may have chosen one; a ledger without rows has no say.
+        known.sort(key=lambda anchor: (anchor.ledger != ledger, anchor.record.rows == 0))
+        if known:
+            return known[0]
     for anchor in anchors:
         if anchor.ledger == ledger:
             return anchor
@@ -229,18 +240,16 @@ def _refuse_two_ledgers(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequen
     Raises:
         PrivacyRefused: there are two, and the run file does not choose.
     """
-    for mark in marks:
-        if chosen.record.knows(mark):
-            continue
-        for other in anchors:
-            if other.record.knows(mark) and other.record.rows > 0:
-                raise PrivacyRefused(
-                    f"these data have their privacy ledger at {chosen.ledger}, and other data "
-                    f"that were at this place have theirs at {other.ledger}: of examples that are "
-                    "in both, epsilon adds up",
-                    "if no example is in both, set privacy.ledger to the first; else put the data "
-                    "back as they were",
-                )
+    for other in anchors:
+        known = other is not chosen and any(map(other.record.knows, marks))
+        if known and other.record.rows > 0:
+            raise PrivacyRefused(
+                f"these data have their privacy ledger at {chosen.ledger}, and other data "
+                f"that were at this place have theirs at {other.ledger}: of examples that are "
+                "in both, epsilon adds up",
+                "if no example is in both, set privacy.ledger to the first; else put the data "
+                "back as they were",
+            )
 
 
 def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:

@@ -18,6 +18,7 @@ from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
+from post_dist.models.generation import generation_conflicts
 from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
 from post_dist.stages.prompt_origin import check_belongs, check_norms, check_target
 from post_dist.stages.room import room_conflicts
@@ -136,4 +137,6 @@ def _checked(prompt: SoftPromptArtifact, folder: Path) -> FittingModel:
     found = room_conflicts(_MODEL, facts.context_length, len(prompt.embeddings), reader.longest)
     if found:
         raise ArtifactRefused(found[0].message, "the prompt was made for a longer context")
+    for conflict in generation_conflicts(_MODEL, facts, prompt.task.max_response_length):
+        raise ArtifactRefused(conflict.message, conflict.hint)
     return FittingModel(folder, facts, tokenizer, reader)

@@ -437,7 +437,14 @@ def data_with_two_ledgers_are_refused() -> None:
         assert refused(partial(find, data), "PrivacyRefused", "epsilon adds up")
         # The owner may say that they are other people's, and is not asked again.
         assert find(data, both[1].ledger).ledger == both[1].ledger
+        twice = partial(refused, error="PrivacyRefused", word="epsilon adds up")
+        assert not twice(partial(find, data)), "the owner is asked again"
         assert find(data).ledger == both[1].ledger
+        # Later versions at this place stay with the ledger that was chosen.
+        for version in range(8):
+            data.write_text(f"text,label\nx,0\ny,1\n{version},1\n")
+            assert find(data).ledger == both[1].ledger
+            assert find(data, both[1].ledger).ledger == both[1].ledger
 
 
 def marks_of(**source: Any) -> tuple[str, ...]:

@@ -668,7 +668,7 @@ MUTANTS = [
     Mutant(
         "a ledger for each copy of the data",
         "privacy.anchor",
-        "if anchor.record.knows(mark):",
+        "if known:",
         "if False:",
         "copies_of_the_data_share_a_ledger",
     ),
@@ -698,6 +698,13 @@ MUTANTS = [
         "privacy.anchor",
         "if anchor is not None and may_move:",
         "if False:",
+        "data_with_two_ledgers_are_refused",
+    ),
+    Mutant(
+        "a place that stays with two ledgers",
+        "privacy.anchor",
+        "other.write(other.record.without_data(marks))",
+        "pass",
         "data_with_two_ledgers_are_refused",
     ),
     Mutant(

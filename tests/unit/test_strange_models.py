@@ -14,8 +14,10 @@ from post_dist.config.load import load_run
 from post_dist.conflicts import Layout
 from post_dist.data.template import Template
 from post_dist.errors import InputError
-from post_dist.models.facts import read_facts
+from post_dist.models.batch_inference import InferenceRun
+from post_dist.models.facts import meta_from_config, read_facts
 from post_dist.models.families import context_length
+from post_dist.models.generation import generate_responses, generation_conflicts
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.privacy.gradients import sharing_is_faster
 from post_dist.runtime.distributed import World
@@ -264,3 +266,65 @@ def test_a_family_that_no_owner_knows_is_told(
         caplog.clear()
         refuse_distillation(load_run(run), tmp_path / "teacher", World(0, 1, 0, "none", CPU))
         assert ("know no family" in caplog.text) == (family == "gpt_neo")
+
+
+def test_a_window_that_the_mask_alone_knows_keeps_the_prompt_apart(tmp_path: Path) -> None:
+    """Texts longer than the window would attend too far back behind a shared prompt."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    for window in (8, None):
+        config = transformers.PhimoeConfig(**SIZES, **experts, sliding_window=window)
+        model = load_whole(write(tmp_path / f"{window}", config), "fp32", CPU)
+        assert model.shares_prompt == (window is None)
+
+
+def test_a_masked_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
+    sizes = {name: size for name, size in SIZES.items() if name != "num_attention_heads"}
+    folder = write(tmp_path / "fnet", transformers.FNetConfig(**sizes), "FNetForMaskedLM")
+    with pytest.raises(InputError, match="reads padding"):
+        load_whole(folder, "fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    "family", ["Longformer", "MPNet", "RobertaPreLayerNorm", "XLMRobertaXL", "Data2VecText"]
+)
+def test_positions_start_after_the_padding(family: str) -> None:
+    settings = {"attention_window": 8} if family == "Longformer" else {}
+    config = getattr(transformers, f"{family}Config")(**(SIZES | {"pad_token_id": 1}), **settings)
+    config.architectures = [f"{family}ForMaskedLM"]
+    assert meta_from_config(config).context_length == 126
+
+
+def test_a_recurrent_model_generates_texts_of_one_length_together(tmp_path: Path) -> None:
+    """It would read the padding before a shorter text."""
+    folder = write(tmp_path / "rwkv", RECURRENT["rwkv"]())
+    model = load_whole(folder, "fp32", CPU)
+    assert not model.ignores_left_padding
+    words = load_tokenizer(folder)
+    template = Template("{text}", words, 48, masked=False, vocabulary=600, max_response_length=6)
+    texts = ["the film", "the long story of the cast is great", "a plot of no scene at all"]
+    examples = template.encode(texts)
+
+    def answers(size: int) -> torch.Tensor:
+        run = InferenceRun(size, World(0, 1, 0, "none", CPU), "test")
+        return generate_responses(model, examples, template, None, 2, run)
+
+    torch.testing.assert_close(answers(3), answers(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
+def test_attention_ignores_padding(tmp_path: Path, family: str) -> None:
+    model = load_whole(tiny.write_model(tmp_path / "model", family), "fp32", CPU)
+    assert model.ignores_left_padding
+
+
+def test_a_model_that_cannot_generate_behind_embeddings_is_refused(tmp_path: Path) -> None:
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=128
+    )
+    config.save_pretrained(tmp_path)
+    facts = read_facts(tmp_path)
+    assert not facts.generates
+    assert generation_conflicts("the model", facts, 0) == []
+    [conflict] = generation_conflicts("the model", facts, 8)
+    assert "cannot generate text" in conflict.message
+    assert read_facts(tiny.write_model(tmp_path / "llama", "llama")).generates

@@ -5,6 +5,7 @@ import logging
 from post_dist.config.schema import Student
 from post_dist.data.corpus import Corpus
 from post_dist.models.language_model import LanguageModel
+from post_dist.models.model_checks import running
 from post_dist.models.student import least_harmful_layers, listed_layers
 from post_dist.runtime.distributed import World
 
@@ -38,6 +39,9 @@ def choose_layers(
     for batch in corpus.step_batches(0, _SEQUENCES, micro_batch_size, world):
         sample.append((corpus.training(batch).to(world.device), batch.weight))
     num_layers = int(section.num_layers or 0)
-    layers = least_harmful_layers(teacher, sample, num_layers, section.frozen_lower_layers, world)
+    with running(teacher, "without some of its layers"):
+        layers = least_harmful_layers(
+            teacher, sample, num_layers, section.frozen_lower_layers, world
+        )
     log.info("student: layers %s (their removal costs most at the last position)", list(layers))
     return layers

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.models.generation import generation_conflicts
 from post_dist.runtime.precision import precision_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.room import room_conflicts
@@ -49,4 +50,5 @@ def conflicts(config: RunConfig, models: Sequence[PromptedModel], layout: Layout
         found += room_conflicts(
             model.whose, model.facts.context_length, model.num_virtual_tokens, longest
         )
+        found += generation_conflicts(model.whose, model.facts, task.response_length)
     return found

@@ -9,6 +9,7 @@ from post_dist.config.schema import RunConfig, Transfer
 from post_dist.config.sources import Task
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.models.generation import generation_conflicts
 from post_dist.models.lora_layers import lora_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.room import room_conflicts
@@ -82,6 +83,7 @@ def conflicts(
     longest = prompt.task.max_length + prompt.task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):
         found += room_conflicts(whose, facts.context_length, prompt.num_virtual_tokens, longest)
+        found += generation_conflicts(whose, facts, prompt.task.max_response_length)
     if prompt.task.max_response_length:
         found += _generation_conflicts(config.transfer, public_task)
     if prompt.has_head and config.transfer.scores != "classes":

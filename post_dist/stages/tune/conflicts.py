@@ -4,6 +4,7 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
+from post_dist.models.generation import generation_conflicts
 from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.precision import precision_conflicts
 from post_dist.stages.room import room_conflicts
@@ -31,6 +32,7 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
     found += room_conflicts("the model", model.context_length, prompt, longest)
+    found += generation_conflicts("the model", model, task.response_length)
     found += tuned_kind(config.tune).conflicts(config.tune, model)
     return found
 

@@ -42,7 +42,7 @@ def report_one_class(task: TuningTask, tuned: PromptContents, world: World) -> N
     """
     try:
         _report(task, tuned, world)
-    except (PostDistError, RuntimeError) as error:
+    except (PostDistError, RuntimeError, LookupError, TypeError, ValueError) as error:
         log.warning("tune: no answers to texts of the model: %s", type(error).__name__)
 
 
