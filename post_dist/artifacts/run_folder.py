@@ -67,6 +67,15 @@ Private tuning is not listed, because a repeated step must be bit-equal.
 """
 
 
+MEMBERSHIP = "membership.json"
+"""The result of an audit by membership, which makes no artifact."""
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether the run in a folder has its artifact, or the result of its audit."""
+    return (run / "artifact" / FILE_NAME).is_file() or (run / MEMBERSHIP).is_file()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a stage's run with one signature, which covers its settings and inputs.

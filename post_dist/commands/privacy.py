@@ -79,13 +79,10 @@ def budget(
     json_: AsJson = False,
 ) -> None:
     """Add up what all runs have spent on a data set, including stopped and discarded runs."""
-    from post_dist.privacy.budget import budget_of, change_cap
-    from post_dist.privacy.ledger import ledger_beside
+    from post_dist.privacy.budget import budget_of, change_cap, ledger_for
 
     # The data stand for their ledger.
-    beside = ledger_beside(ledger)
-    if beside.exists():
-        ledger = beside
+    ledger = ledger_for(ledger, anchors)
     if cap is not None:
         change_cap(ledger, cap, delta, anchors)
     result = budget_of(ledger, delta, anchors)

@@ -194,7 +194,7 @@ class WarmStart(PromptTraining):
     init_text: InitText | None = None
     """The prompt starts from the embeddings of this text, repeated or cut to its length. Default: a
     sentence with the label words of the task."""
-    class_shares: tuple[PositiveFloat, ...] = ()
+    class_shares: tuple[Annotated[float, Field(ge=1e-6)], ...] = ()
     """Share of each class among the texts, as far as it is known without private data. The scores
     of the large LLM are shifted to these shares. Default: equal shares."""
     head_layers: Annotated[int, Field(gt=0, le=64)] = 4

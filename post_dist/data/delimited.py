@@ -52,7 +52,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         ValueError: it is no such file.
     """
     text = _text_of(path)
-    separator = separator_of(text.partition(b"\n")[0])
+    separator = separator_of(re.split(rb"[\r\n]", text, maxsplit=1)[0])
     _check_quotes(text, separator)
     return _table(text, OPTIONS | {"sep": separator})
 

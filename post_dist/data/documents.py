@@ -192,7 +192,8 @@ def _open(unit: Unit) -> IO[bytes]:
 
 def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
-        header = cast(io.BufferedReader, file).peek(1).split(b"\n")[0]
+        header = cast(io.BufferedReader, file).peek(1)
+        header = re.split(rb"[\r\n]", header, maxsplit=1)[0]
     yield from _delimited(unit, OPTIONS | {"sep": separator_of(header)})
 
 

@@ -263,7 +263,8 @@ def _cores() -> int:
     """Return the number of cores that this process may use."""
     allowed = len(os.sched_getaffinity(0))
     # Not every cluster binds a task to the cores that it has asked for.
-    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK") or allowed))
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(allowed, int(asked)) if asked.isdecimal() else allowed
 
 
 def _between() -> None:

@@ -121,7 +121,9 @@ def _belongs(task: Task, unit: str, split: str) -> bool:
 
 
 def _is_unlabeled(task: Task, written: str) -> bool:
-    """Return whether a row has nothing in its label column."""
+    """Return whether a row has nothing in the column of its label or response."""
+    if task.response_column is not None:
+        return is_missing(written)
     return bool(task.labels) and is_missing(written) and written not in task.labels
 
 

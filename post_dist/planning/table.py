@@ -81,7 +81,9 @@ def _verdict(plan: dict[str, Any]) -> str:
     told = f"It fits on {where} and takes {duration(3600 * plan['hours'])}. "
     told += f"The fullest GPU holds {needed}, in {fullest['stage']}."
     if plan["conflicts"]:
-        return f"It cannot run as planned, for {len(plan['conflicts'])} reasons below. {told}"
+        count = len(plan["conflicts"])
+        reasons = "the reason" if count == 1 else f"{count} reasons"
+        return f"It cannot run as planned, for {reasons} below. {told}"
     return told
 
 

@@ -292,8 +292,10 @@ def _prv_epsilon(trial: PrivacyPlan) -> float:
     if trial.score_noise_multiplier is not None:
         accountant.history.append((trial.score_noise_multiplier, 1.0, 1))
     with warnings.catch_warnings():
-        # Opacus takes logarithms of zero, but does not use the results.
+        # Opacus takes logarithms of zero, but does not use the results. It also begins with a bound
+        # of another accountant, and says where that is loose.
         warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
         return float(accountant.get_epsilon(trial.delta))
 
 

@@ -152,7 +152,12 @@ def data_marks(task: Task | None) -> tuple[str, ...]:
         return ()
     if task.path is None:
         return (f"hub {task.hub} {task.hub_config}",)
-    return (file_digest(task.path), f"file {task.path.resolve()}")
+    return file_marks(task.path)
+
+
+def file_marks(data: Path) -> tuple[str, ...]:
+    """Return what a file of private data is known by."""
+    return (file_digest(data), f"file {data.resolve()}")
 
 
 def anchor_folder(config: RunConfig) -> Path:
@@ -211,6 +216,18 @@ def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
     if not folder.is_dir():
         return None
     return _match(_anchors(folder), ledger.resolve(), ())
+
+
+def ledger_of_copies(folder: Path, data: Path) -> Path | None:
+    """Return the ledger of a file of data, which its copies and links share; None if unknown.
+
+    Nothing is written.
+    """
+    marks = file_marks(data)
+    for anchor in _anchors(folder) if folder.is_dir() else []:
+        if any(map(anchor.record.knows, marks)):
+            return anchor.ledger
+    return None
 
 
 def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:

@@ -6,8 +6,14 @@ from typing import Any
 
 from post_dist.errors import InputError
 from post_dist.privacy.accounting import composed_epsilon
-from post_dist.privacy.anchor import Anchor, default_anchor_folder, find_anchor, known_anchor
-from post_dist.privacy.ledger import lock_ledger
+from post_dist.privacy.anchor import (
+    Anchor,
+    default_anchor_folder,
+    find_anchor,
+    known_anchor,
+    ledger_of_copies,
+)
+from post_dist.privacy.ledger import ledger_beside, lock_ledger
 from post_dist.privacy.spending import (
     Cap,
     DataSpending,
@@ -19,6 +25,21 @@ from post_dist.privacy.spending import (
 
 # The delta at which the budget of an empty ledger is stated.
 _DEFAULT_DELTA = 1e-6
+
+
+def ledger_for(path: Path, anchors: Path | None = None) -> Path:
+    """Return the ledger that is meant: a ledger itself, or that of private data.
+
+    Args:
+        path: the ledger, or the data, or a copy of them or a link to them.
+        anchors: folder with the anchor of the ledger. None takes that in the owner's home.
+    """
+    beside = ledger_beside(path)
+    if beside.exists():
+        return beside
+    if not path.is_file():
+        return path
+    return ledger_of_copies(anchors or default_anchor_folder(), path) or path
 
 
 def budget_of(path: Path, delta: float | None, anchors: Path | None = None) -> dict[str, Any]:

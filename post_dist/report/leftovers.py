@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from post_dist.admission.private_folder import PREFIX
-from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.artifacts.run_folder import ADMITTED, RUN_MARKS, is_run
+from post_dist.artifacts.run_folder import ADMITTED, RUN_MARKS, is_finished, is_run
 from post_dist.errors import InputError
 from post_dist.files import lock_file, writing
 from post_dist.report.runs import run_folders
@@ -75,7 +74,7 @@ def leftovers(folder: Path) -> list[Leftover]:
             continue
         with _held(path) as free:
             around[path.parent] = around.get(path.parent, True) and free
-        if free and not (path / "artifact" / FILE_NAME).is_file():
+        if free and not is_finished(path):
             found.append(_leftover(path, "unfinished run"))
         elif free and (path / "checkpoints").is_dir():
             # The run was killed between its last two actions.

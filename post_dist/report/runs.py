@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.artifacts.run_folder import SETTINGS
+from post_dist.artifacts.run_folder import SETTINGS, is_finished
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
 from post_dist.report.lineage import manifest_of, privacy_claim, settings_of, steps_of
@@ -122,9 +122,9 @@ def _found(path: Path) -> FoundRun:
     is_run = (path / SETTINGS).is_file()
     artifact = path / "artifact" if is_run else path
     manifest = artifact / FILE_NAME
-    finished = manifest.is_file()
+    finished = manifest.is_file() or is_finished(path)
     epsilon = privacy_claim(artifact).get("epsilon")
-    dated = path / SETTINGS if is_run and not finished else manifest
+    dated = manifest if manifest.is_file() else path / SETTINGS
     return FoundRun(
         stage=_stage(path.name) or path.name if is_run else _kind(manifest),
         state="finished" if finished else "unfinished",
@@ -156,7 +156,7 @@ def _kind(manifest: Path) -> str:
 
 def _progress(path: Path) -> RunProgress:
     """Read how far the run in a folder is."""
-    if (path / "artifact" / FILE_NAME).is_file():
+    if is_finished(path):
         return RunProgress(path.name, "finished")
     stage = _stage(path.name)
     settings = settings_of(path)

@@ -20,7 +20,9 @@ class _Joined:
 
 def this_rank() -> int:
     """Return this process's rank from the launcher, or 0 without one. It does not load torch."""
-    return int(os.environ.get("RANK") or 0)
+    # `join_ranks` refuses a rank that is no number.
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def join_ranks(config: RunConfig) -> "World":

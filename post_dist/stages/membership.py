@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from post_dist.artifacts.prompt import read_prompt
-from post_dist.artifacts.run_folder import RunFolder
+from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
 from post_dist.config.privacy import Privacy
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RESULT = "membership.json"
 _SHADOWS = "shadows"
 """Folder of the shadow prompts, and of the private rows that they are tuned on."""
 _RATE = "true_positive_rate_at_1_percent_false"
@@ -353,7 +352,7 @@ def _numbers(model: str, success: AttackSuccess) -> dict[str, float]:
 
 def finished_result(folder: RunFolder) -> dict[str, Any] | None:
     """Read the result of a finished audit; None if it is not finished."""
-    file = folder.path / _RESULT
+    file = folder.path / MEMBERSHIP
     if not file.is_file():
         return None
     # The audit may have been killed before it had deleted all of them.
@@ -365,5 +364,5 @@ def finished_result(folder: RunFolder) -> dict[str, Any] | None:
 def _finish(folder: RunFolder, shadows: Path, result: dict[str, Any]) -> None:
     """Keep the numbers, and delete the shadow prompts, which no epsilon covers."""
     text = json.dumps(result, indent=2) + "\n"
-    write_file(folder.path / _RESULT, lambda unfinished: unfinished.write_text(text))
+    write_file(folder.path / MEMBERSHIP, lambda unfinished: unfinished.write_text(text))
     shutil.rmtree(shadows)

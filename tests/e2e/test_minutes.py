@@ -20,7 +20,7 @@ from post_dist.errors import InputError
 from post_dist.privacy import tuned_lora
 from post_dist.privacy.suggested_settings import LEAST_GRADIENTS, suggested_plan
 from post_dist.stages.tune.speed import TuningSpeed
-from post_dist.stages.tune.timed_settings import plan_for
+from post_dist.stages.tune.timed_settings import kept_speed, plan_for
 
 STUDENT = ("--set=inputs.student=student", "--set=inputs.trust_model=true")
 DECLARED = ("--set=privacy.declared_examples=160", "--set=privacy.ledger_anchors=anchors")
@@ -144,7 +144,11 @@ def test_one_of_several_ranks_measures(tmp_path: Path, main: Callable) -> None:
     command = ("privacy", run, "--minutes=0.5", "--json")
     made = run_ranks(*command, preparations=("nothing", "nothing"))
     assert [rank.returncode for rank in made] == [0, 0], made[0].stderr
-    assert len(list(tmp_path.rglob("speed-*.json"))) == 1
+    (kept,) = tmp_path.rglob("speed-*.json")
+    for damaged in ("", "[]", kept.read_text().replace('"pass_seconds": ', '"pass_seconds": -')):
+        kept.write_text(damaged)
+        with pytest.raises(InputError, match="holds no speed"):
+            kept_speed(kept)
 
 
 def test_no_step_needs_more_passes_than_its_time_has() -> None:

@@ -833,6 +833,10 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PO
             "WORLD_SIZE=2 contradicts SLURM_STEP_NUM_TASKS=4",
         ),
         (
+            TORCHRUN | {"RANK": "x"},
+            "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers",
+        ),
+        (
             TORCHRUN | {"RANK": "0", "MASTER_PORT": "tcp"},
             "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers",
         ),

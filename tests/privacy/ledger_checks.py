@@ -391,6 +391,8 @@ def copies_of_the_data_share_a_ledger() -> None:
         copies[1].symlink_to(data)
         copies[2].hardlink_to(data)
         for copy in copies:
+            of_copy = part("privacy.budget").ledger_for(copy, place / "anchors")
+            assert of_copy == found.ledger, f"the budget of {copy.name} is not found"
             assert find(copy).ledger == found.ledger, f"{copy.name} has a ledger of its own"
         plain = hashlib.sha256(data.read_bytes()).hexdigest()
         assert plain not in found.file.read_text(), "an anchor confirms a guess of the data"

@@ -710,8 +710,8 @@ MUTANTS = [
     Mutant(
         "edited data get another ledger",
         "privacy.anchor",
-        "    return (file_digest(task.path), f",
-        "    return (file_digest(task.path),)\n    return (f",
+        "    return (file_digest(data), f",
+        "    return (file_digest(data),)\n    return (f",
         "copies_of_the_data_share_a_ledger",
     ),
     Mutant(

@@ -216,6 +216,7 @@ def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
         ("privacy.target_epsilon=.inf", "privacy.target_epsilon: input should be a finite number"),
         ("privacy.steps=true", "privacy.steps: is a number, not true"),
         ("privacy.target_epsilon=false", "privacy.target_epsilon: is a number, not false"),
+        ("warm_start={class_shares: [1.0e-300, 1]}", "warm_start.class_shares.0: input should be"),
         ("inputs.student=3", "inputs.student: input should be a path"),
     ],
 )

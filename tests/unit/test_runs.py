@@ -12,7 +12,7 @@ import pytest
 from report_run import HOSTILE, write_full_run, write_metrics
 
 from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.artifacts.run_folder import RunFolder
+from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
 from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import EnvironmentFault, InputError
@@ -284,6 +284,22 @@ def test_a_stage_that_another_process_has_finished_does_not_run_again(tmp_path: 
     (folder.artifact / FILE_NAME).write_text("{}")
     with pytest.raises(EnvironmentFault, match="just finished tune"), folder.held():
         pass
+
+
+def test_an_audit_by_membership_is_a_finished_run(tmp_path: Path, main: Callable) -> None:
+    """Its result is no artifact, and took many shadow runs."""
+    run = tmp_path / "tiny" / "tune-membership-1a2b3c4d"
+    with RunFolder(run, "tune", RunConfig(name="tiny")).held():
+        pass
+    _, out, _ = main("ls", tmp_path, "--json")
+    assert [each["state"] for each in json.loads(out)["runs"]] == ["unfinished"]
+    (run / MEMBERSHIP).write_text("{}")
+    _, out, _ = main("ls", tmp_path, "--json")
+    assert [each["state"] for each in json.loads(out)["runs"]] == ["finished"]
+    _, out, _ = main("status", tmp_path / "tiny", "--json")
+    assert "unfinished" not in out
+    assert main("clean", tmp_path, "--yes")[0] == 0
+    assert (run / MEMBERSHIP).is_file()
 
 
 def test_a_line_of_metrics_that_a_full_disk_has_cut_is_left_out(tmp_path: Path) -> None:

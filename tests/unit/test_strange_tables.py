@@ -33,6 +33,32 @@ def rows_of(path: Path, **fields: object) -> list[tuple[str, str]]:
     return list(zip(rows.texts, rows.answers, strict=True))
 
 
+def test_only_the_header_decides_the_separator_whatever_ends_the_lines(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    lines = ["text,label", *(f"a film; with; many; marks {row},1" for row in range(5))]
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(end.join([*lines, ""]).encode())
+        assert list(read_table(path, "t").columns) == ["text", "label"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_row_without_a_response_is_left_out(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"film {row}", "reply": "fine" if row % 5 else None} for row in range(100)]
+    path = tmp_path / f"t{suffix}"
+    table = pd.DataFrame(rows)
+    if suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=True)
+    section = Task.model_validate(
+        {"name": "t", "visibility": "private", "path": path, "template": "{text} was"}
+        | {"response_column": "reply"}
+    )
+    found = load_examples(section, "train", "private_task")
+    assert len(found.texts) > 50
+    assert set(found.responses) == {"fine"}
+
+
 FILMS = [(f"film {number} is fine", str(number % 2)) for number in range(40)]
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 

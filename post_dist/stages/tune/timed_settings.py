@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _speed(config: RunConfig, model: TunedModel, world: World) -> TuningSpeed:
     def measure() -> TuningSpeed:
         if path.exists():
             log.info("tune: the speed is of an earlier start; to measure again, delete %s", path)
-            return TuningSpeed(**json.loads(path.read_text()))
+            return kept_speed(path)
         speed = measure_speed(config, model, alone)
         # Whatever belongs to a private run is for its owner alone.
         with owner_only():
@@ -126,6 +127,21 @@ def _speed(config: RunConfig, model: TunedModel, world: World) -> TuningSpeed:
         return speed
 
     return world.on_main(measure)
+
+
+def kept_speed(path: Path) -> TuningSpeed:
+    """Read a speed that was measured before.
+
+    Raises:
+        InputError: the file does not hold one.
+    """
+    try:
+        speed = TuningSpeed(**json.loads(path.read_text()))
+        if speed.pass_seconds > 0:
+            return speed
+    except (ValueError, TypeError):
+        pass
+    raise InputError(f"{path} holds no speed", "delete it, and the speed is measured again")
 
 
 def _digest(config: RunConfig, model: TunedModel, world: World) -> str:
