@@ -15,8 +15,10 @@ from post_dist.artifacts.prompt import (
 from post_dist.errors import InputError
 from post_dist.files import write_folder
 from post_dist.models.embedding_table import read_embedding_table
+from post_dist.models.facts import meta_model
 from post_dist.serving.completions import write_completions
 from post_dist.serving.model import FittingModel, fitting_model
+from post_dist.serving.peft_check import check_peft_reads
 
 ExportFormat = Literal["vllm", "peft", "hub"]
 
@@ -94,9 +96,12 @@ def _write_vllm(export: _Export, destination: Path) -> None:
 
 def _write_peft(export: _Export, destination: Path) -> None:
     """Write an adapter that names its model, so that PEFT's auto classes load both."""
-    write_folder(
-        destination, lambda folder: write_prompt_files(folder, export.prompt, export.address)
-    )
+
+    def fill(folder: Path) -> None:
+        write_prompt_files(folder, export.prompt, export.address)
+        check_peft_reads(folder, export.prompt, meta_model(export.model.folder))
+
+    write_folder(destination, fill)
 
 
 def _write_hub(export: _Export, destination: Path) -> None:

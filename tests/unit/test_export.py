@@ -5,20 +5,26 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import served
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 import post_dist
 from post_dist.artifacts.head import LinearHead
-from post_dist.artifacts.prompt import read_prompt
+from post_dist.artifacts.prompt import read_prompt, write_prompt_files
+from post_dist.config.stages import LoraSettings
 from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError
+from post_dist.models.facts import meta_model
 from post_dist.models.load import load_whole, weights_of
+from post_dist.models.lora_layers import untrained_lora
 from post_dist.serving.completions import Completions
+from post_dist.serving.peft_check import check_peft_reads
 from post_dist.verify import verify
 
 CPU = torch.device("cpu")
@@ -159,3 +165,38 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, model: Path) -> None
     headed.export("hub", model, tmp_path / "hub")
     with pytest.raises(InputError, match="exists already"):
         headed.export("hub", model, tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "reason"),
+    [
+        ("llama", ("q_proj", "down_proj"), None),
+        ("deepseek_v3", ("o_proj",), None),
+        # PEFT moves these to the experts, so the LoRA of the other layers would be lost.
+        ("deepseek_v3", ("down_proj",), "it takes other layers"),
+        ("deepseek_v3", ("gate_proj",), "PEFT does not read"),
+        ("llama", (), None),
+        ("mpt", (), "num_attention_heads"),
+    ],
+)
+def test_what_peft_reads_otherwise_is_no_export(
+    tmp_path: Path, family: str, modules: tuple[str, ...], reason: str | None
+) -> None:
+    folder = tiny.write_model(tmp_path / "model", family)
+    model = load_whole(folder, "fp32", CPU)
+    adapter = untrained_lora(model, LoraSettings(target_modules=modules), 0) if modules else None
+    prompt = replace(
+        read_prompt(
+            served.write_prompt(tmp_path / "prompt", tiny.write_model(tmp_path / "any", "llama"))
+        ),
+        embeddings=model.embed(torch.arange(4, 9)),
+        adapter=adapter,
+    )
+    (tmp_path / "adapter").mkdir()
+    write_prompt_files(tmp_path / "adapter", prompt, str(folder))
+    check = partial(check_peft_reads, tmp_path / "adapter", prompt, meta_model(folder))
+    if reason is None:
+        check()
+    else:
+        with pytest.raises(InputError, match=reason):
+            check()
