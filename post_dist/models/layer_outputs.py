@@ -34,7 +34,7 @@ def outputs_at(
 
     def collect(module: nn.Module, inputs: Any, output: Any) -> None:
         # Layers of some families also return their attention weights or keys and values.
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
             raise InputError(
                 f"a head cannot read the layers of this model: {type(module).__name__} does not "

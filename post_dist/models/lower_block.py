@@ -25,9 +25,9 @@ def take_out_lower_block(student: LanguageModel, layers: int) -> None:
     if not layers:
         return
     # Call this before any layer is replaced, because it runs the student's first layer.
-    in_tuple = layers_give_tuples(student)
+    num_outputs = count_layer_outputs(student)
     for index in range(layers):
-        student.layers[index] = Passage(in_tuple=in_tuple)
+        student.layers[index] = Passage(num_outputs=num_outputs)
     # Nothing would read the embeddings, so they are not computed.
     student.model.set_input_embeddings(nn.Identity())
 
@@ -87,7 +87,7 @@ def outputs_of(model: LanguageModel, layer: int) -> Iterator[list[torch.Tensor]]
     outputs: list[torch.Tensor] = []
 
     def keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         outputs.append(hidden)
 
     hook = model.layers[layer].register_forward_hook(keep_output)
@@ -99,20 +99,20 @@ def outputs_of(model: LanguageModel, layer: int) -> Iterator[list[torch.Tensor]]
 
 @contextmanager
 def without_layers(
-    model: LanguageModel, skipped: Iterable[int], *, in_tuple: bool
+    model: LanguageModel, skipped: Iterable[int], *, num_outputs: int
 ) -> Iterator[dict[int, "Passage"]]:
     """Skip layers of a model inside this context.
 
     Args:
         model: the model.
         skipped: the layers, counted from 0.
-        in_tuple: what `layers_give_tuples` says of the model.
+        num_outputs: what `count_layer_outputs` says of the model.
 
     Returns:
         What stands in place of each layer, by its number.
     """
     removed = {layer: model.layers[layer] for layer in skipped}
-    passages = {layer: Passage(in_tuple=in_tuple) for layer in removed}
+    passages = {layer: Passage(num_outputs=num_outputs) for layer in removed}
     for layer, passage in passages.items():
         model.layers[layer] = passage
     try:
@@ -126,36 +126,37 @@ class Passage(nn.Module):
     """Replaces a layer, and returns its input or the tensor `given`.
 
     Args:
-        in_tuple: whether the layers of this family return a tuple.
+        num_outputs: what `count_layer_outputs` says of the family.
     """
 
     given: torch.Tensor | None = None
     """Hidden states to return in place of the input."""
 
-    def __init__(self, *, in_tuple: bool) -> None:
+    def __init__(self, *, num_outputs: int) -> None:
         super().__init__()
-        self._in_tuple = in_tuple
+        self._num_outputs = num_outputs
 
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """Return hidden states [B, T, d], in a tuple if the replaced layer returns a tuple."""
         output = hidden_states if self.given is None else self.given
-        if self._in_tuple:
-            return (output,)
-        return output
+        if not self._num_outputs:
+            return output
+        # Behind the hidden states are attention weights, which nobody asks for.
+        return (output, *[None] * (self._num_outputs - 1))
 
 
 @torch.no_grad()
-def layers_give_tuples(model: LanguageModel) -> bool:
-    """Run the model once to find out whether its layers return tuples.
+def count_layer_outputs(model: LanguageModel) -> int:
+    """Run the model once, and return how many values its layers return; 0 if they return no tuple.
 
     All ranks of a sharded model must call it together.
     """
-    found: list[bool] = []
+    found: list[int] = []
 
     def keep_kind(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
+        found.append(len(output) if isinstance(output, tuple | list) else 0)
 
     hook = model.layers[0].register_forward_hook(keep_kind)
     try:

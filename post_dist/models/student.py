@@ -24,7 +24,7 @@ from post_dist.models.facts import meta_from_config, meta_model
 from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config
-from post_dist.models.lower_block import layers_give_tuples, without_layers
+from post_dist.models.lower_block import count_layer_outputs, without_layers
 from post_dist.models.model_checks import running
 from post_dist.models.weight_units import WeightReader, weight_units
 from post_dist.runtime.distributed import World
@@ -141,11 +141,11 @@ def least_harmful_layers(
     # Compute the whole teacher's predictions once for all layers.
     whole = [_last_log_probabilities(teacher, input_ids_BT) for input_ids_BT, _ in batches]
     # Call this before any layer is replaced, because it runs the first layer.
-    in_tuple = layers_give_tuples(teacher)
+    num_outputs = count_layer_outputs(teacher)
     costs: dict[int, float] = {}
     for layer in range(frozen_lower_layers, len(teacher.layers)):
         weighted = []
-        with without_layers(teacher, [layer], in_tuple=in_tuple):
+        with without_layers(teacher, [layer], num_outputs=num_outputs):
             for (input_ids_BT, weight), whole_BV in zip(batches, whole, strict=True):
                 cut_BV = _last_log_probabilities(teacher, input_ids_BT)
                 kl = nn.functional.kl_div(cut_BV, whole_BV, reduction="batchmean", log_target=True)
@@ -177,8 +177,8 @@ def check_cut(teacher: LanguageModel, student: LanguageModel, layers: Sequence[i
     input_ids = torch.arange(4, 12, device=teacher.model.device)[None]
     skipped = [layer for layer in range(len(teacher.layers)) if layer not in layers]
     with torch.no_grad(), running(teacher, "without some of its layers"):
-        in_tuple = layers_give_tuples(teacher)
-        with without_layers(teacher, skipped, in_tuple=in_tuple):
+        num_outputs = count_layer_outputs(teacher)
+        with without_layers(teacher, skipped, num_outputs=num_outputs):
             expected = teacher(input_ids).float()
         ours = student(input_ids).float()
     if not agree(ours, expected):

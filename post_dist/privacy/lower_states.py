@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from post_dist.data.template import Batch
-from post_dist.models.lower_block import layers_give_tuples, outputs_of, without_layers
+from post_dist.models.lower_block import count_layer_outputs, outputs_of, without_layers
 from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.micro_batches import micro_batches
 from post_dist.privacy.plan import ONE_EXAMPLE, PrivacyPlan
@@ -66,13 +66,13 @@ class LowerStates:
         self._model = task.model
         self._lower = range(layers)
         # Call this before any layer is replaced, because it runs the first one.
-        self._in_tuple = layers_give_tuples(task.model)
+        self._num_outputs = count_layer_outputs(task.model)
         self._by_text: dict[bytes, torch.Tensor] = {}
         # Nothing above them is needed, so those layers are left out of the pass.
         upper = range(layers, len(task.model.layers))
         examples = range(len(task.examples))
         with (
-            without_layers(task.model, upper, in_tuple=self._in_tuple),
+            without_layers(task.model, upper, num_outputs=self._num_outputs),
             outputs_of(task.model, layers - 1) as outputs,
         ):
             for micro_batch in micro_batches(task, examples, sizes, world.device):
@@ -91,7 +91,7 @@ class LowerStates:
         """Start the model above the lower layers, with their outputs of a batch of the task."""
         # The lowest layers are skipped, and the last of them gives what it gave before.
         states = [self._by_text[text] for text in _texts(batch)]
-        with without_layers(self._model, self._lower, in_tuple=self._in_tuple) as passages:
+        with without_layers(self._model, self._lower, num_outputs=self._num_outputs) as passages:
             passages[self._lower[-1]].given = torch.stack(states).to(self._model.model.device)
             yield
 

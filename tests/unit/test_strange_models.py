@@ -19,6 +19,7 @@ from post_dist.models.facts import meta_from_config, read_facts
 from post_dist.models.families import context_length
 from post_dist.models.generation import generate_responses, generation_conflicts
 from post_dist.models.load import load_tokenizer, load_whole
+from post_dist.models.student import check_cut, least_harmful_layers, write_student
 from post_dist.privacy.gradients import sharing_is_faster
 from post_dist.runtime.distributed import World
 from post_dist.stages.check.run import check_run
@@ -328,3 +329,21 @@ def test_a_model_that_cannot_generate_behind_embeddings_is_refused(tmp_path: Pat
     [conflict] = generation_conflicts("the model", facts, 8)
     assert "cannot generate text" in conflict.message
     assert read_facts(tiny.write_model(tmp_path / "llama", "llama")).generates
+
+
+@pytest.mark.parametrize("way", ["auto", "first_last"])
+def test_layers_that_return_more_than_states_can_be_left_out(tmp_path: Path, way: str) -> None:
+    """DeBERTa's layers return a place for attention weights too."""
+    config = transformers.DebertaV2Config(
+        **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8
+    )
+    folder = write(tmp_path / "deberta", config, "DebertaV2ForMaskedLM")
+    teacher = load_whole(folder, "fp32", CPU)
+    layers = (0, 3)
+    if way == "auto":
+        batches = [(torch.randint(4, 500, (2, 8)), 1.0)]
+        alone = World(0, 1, 0, "none", CPU)
+        layers = least_harmful_layers(teacher, batches, 2, 0, alone)
+    (tmp_path / "student").mkdir()
+    write_student(tmp_path / "student", folder, layers, load_tokenizer(folder))
+    check_cut(teacher, load_whole(tmp_path / "student", "fp32", CPU), layers)
