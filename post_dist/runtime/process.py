@@ -4,6 +4,7 @@ import errno
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from post_dist.errors import EnvironmentFault, InputError, PostDistError
@@ -68,7 +69,9 @@ def _work_and_flush(work: Callable[[], object]) -> None:
     try:
         work()
     finally:
-        sys.stdout.flush()
+        # Whoever reads no more, as `head` does, needs no error.
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
 
 
 def _fields_of(end: SystemExit) -> dict[str, Any]:

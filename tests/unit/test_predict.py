@@ -189,6 +189,20 @@ def test_a_full_disk_behind_standard_output_is_told(
     assert "Traceback" not in ended.stderr
 
 
+def test_a_reader_that_ends_early_is_no_error(prompt: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a film\n")
+    # Without a buffer, printing itself fails, and typer ends the command.
+    command = f"unset PYTHONUNBUFFERED; '{sys.executable}' -m post_dist predict '{prompt}'"
+    ended = subprocess.run(
+        f"{command} '{tmp_path}/t.txt' --model '{model}' | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in ended.stderr
+    assert "error" not in ended.stderr
+
+
 def test_a_prompt_of_another_tokenizer_or_width_is_refused(tmp_path: Path, model: Path) -> None:
     # The manifest is the sender's, so a true lineage does not replace the other checks.
     other = tiny.write_model(tmp_path / "wide", "llama", width=48)
