@@ -123,12 +123,9 @@ class LanguageModel(nn.Module):
         """
         if not self.takes_packing:
             return False
-        device = self.model.device
-        input_ids_BT = torch.arange(4, 12, device=device).view(2, 4)
-        answer_B = torch.tensor([3, 2], device=device)
         # A prefix in place of the prompt would make any two runs agree.
         with torch.no_grad(), self.behind(None):
-            prompt_nd = self.embed(torch.arange(12, 15, device=device))
+            input_ids_BT, answer_B, prompt_nd = self._trial_inputs()
             separate = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
             try:
                 shared = self(
@@ -148,11 +145,8 @@ class LanguageModel(nn.Module):
         """
         if self.masked:
             return False
-        device = self.model.device
-        input_ids_BT = torch.arange(4, 12, device=device).view(2, 4)
-        answer_B = torch.tensor([3, 2], device=device)
         with torch.no_grad(), self.behind(None):
-            prompt_nd = self.embed(torch.arange(12, 15, device=device))
+            input_ids_BT, answer_B, prompt_nd = self._trial_inputs()
             expected = self(input_ids_BT, prompt=prompt_nd, answer=answer_B).float()
             try:
                 prefix = self.prefix_of(prompt_nd)
@@ -160,6 +154,13 @@ class LanguageModel(nn.Module):
             except (TypeError, ValueError, AttributeError, LookupError):
                 return False
         return bool(prefix) and agree(found, expected)
+
+    def _trial_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return tokens [2, 4], their answers [2], and a prompt [3, d] for a trial run."""
+        device = self.model.device
+        input_ids_BT = torch.arange(4, 12, device=device).view(2, 4)
+        prompt_nd = self.embed(torch.arange(12, 15, device=device))
+        return input_ids_BT, torch.tensor([3, 2], device=device), prompt_nd
 
     @cached_property
     def ignores_left_padding(self) -> bool:
