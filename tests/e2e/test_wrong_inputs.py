@@ -275,7 +275,7 @@ CASES = [
     Case(
         "not a number",
         2,
-        "tune.learning_rate: input should be a valid number",
+        "tune.learning_rate: input should be a finite number",
         put("tune.learning_rate", float("nan")),
     ),
     Case("bad name", 2, "name: string should match pattern", put("name", "../escape")),
@@ -367,7 +367,7 @@ CASES = [
     Case(
         "data missing", 2, "private_task.path: .*No such file", put("private_task.path", "none.csv")
     ),
-    Case("data is a folder", 2, "no known file type", put("private_task.path", "teacher")),
+    Case("data is a folder", 2, "teacher is a folder", put("private_task.path", "teacher")),
     Case("data empty", 2, "is empty", write("private.csv", "")),
     Case("data without rows", 2, "has no rows", write("private.csv", "text,label\n")),
     Case(
@@ -715,7 +715,7 @@ CASES = [
         "budget of no ledger",
         4,
         "row 1 is not a ledger row",
-        command=("budget", "{folder}/private.csv"),
+        command=("budget", "{folder}/public.csv"),
     ),
     Case(
         "audit of too much",
