@@ -4,7 +4,7 @@ Shapes: B examples of a batch, N examples, T tokens, R tokens of a response, n p
 d width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,42 +146,34 @@ def generate_responses(
         return whole_BR.masked_fill(ended, NO_TOKEN)
 
     def generate(chosen: list[Encoded]) -> torch.Tensor:
-        if not model.ignores_left_padding:
-            return generate_by_length(chosen)
         batch = template.collate(chosen).to(run.world.device)
         embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
         # All ranks of a sharded model run the same number of forward passes.
         synced = run.world.size > 1
         return respond(inputs_embeds=embeddings, attention_mask=mask, synced_gpus=synced)
 
-    def generate_by_length(chosen: list[Encoded]) -> torch.Tensor:
-        if run.world.size > 1:
+    def generate_behind_prefix(chosen: list[Encoded]) -> torch.Tensor:
+        batch = template.collate(chosen).to(run.world.device)
+        cache = model.new_cache(len(chosen))
+        embeddings = _behind_cached(model.embed(batch.input_ids), cache.get_seq_length())
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        return respond(inputs_embeds=embeddings, attention_mask=mask, cache=cache)
+
+    with _own_settings_aside(model):
+        if model.has_prefix:
+            # Padding would be between the prefix and the text, and some families count its
+            # positions. Only a whole model has a prefix.
+            compute = _by_length(generate_behind_prefix)
+        elif model.ignores_left_padding:
+            compute = generate
+        elif run.world.size == 1:
+            compute = _by_length(generate)
+        else:
             raise InputError(
                 f"a {type(model.model).__name__} reads padding, so it cannot generate on several "
                 "ranks",
                 "run it on one rank",
             )
-        responses = torch.full((len(chosen), length), NO_TOKEN, device=run.world.device)
-        for rows in _rows_by_length(chosen):
-            batch = template.collate([chosen[row] for row in rows]).to(run.world.device)
-            embeddings, mask = _padded_on_the_left(model, batch, prompt_nd)
-            responses[rows] = respond(inputs_embeds=embeddings, attention_mask=mask)
-        return responses
-
-    def generate_behind_prefix(chosen: list[Encoded]) -> torch.Tensor:
-        # Padding would be between the prefix and the text, and some families count its positions.
-        # So the texts of one length go together. Only a whole model has a prefix.
-        responses = torch.full((len(chosen), length), NO_TOKEN, device=run.world.device)
-        for rows in _rows_by_length(chosen):
-            batch = template.collate([chosen[row] for row in rows]).to(run.world.device)
-            cache = model.new_cache(len(rows))
-            embeddings = _behind_cached(model.embed(batch.input_ids), cache.get_seq_length())
-            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-            responses[rows] = respond(inputs_embeds=embeddings, attention_mask=mask, cache=cache)
-        return responses
-
-    with _own_settings_aside(model):
-        compute = generate_behind_prefix if model.has_prefix else generate
         return map_batches(examples, compute, run)
 
 
@@ -246,12 +238,20 @@ def _padded_on_the_left(
     return embeddings[rows_B1, places.clamp(min=0)], (places >= 0).long()
 
 
-def _rows_by_length(examples: list[Encoded]) -> list[list[int]]:
-    """Return the places of examples, in one list for each number of tokens."""
-    groups: dict[int, list[int]] = {}
-    for row, example in enumerate(examples):
-        groups.setdefault(len(example.token_ids), []).append(row)
-    return list(groups.values())
+def _by_length(
+    generate: Callable[[list[Encoded]], torch.Tensor],
+) -> Callable[[list[Encoded]], torch.Tensor]:
+    """Return a function that generates for the examples of one length together."""
+
+    def generate_by_length(examples: list[Encoded]) -> torch.Tensor:
+        groups: dict[int, list[int]] = {}
+        for row, example in enumerate(examples):
+            groups.setdefault(len(example.token_ids), []).append(row)
+        order = torch.tensor([row for rows in groups.values() for row in rows])
+        found = [generate([examples[row] for row in rows]) for rows in groups.values()]
+        return torch.cat(found)[order.argsort()]
+
+    return generate_by_length
 
 
 def _behind_cached(embeddings: torch.Tensor, count: int) -> torch.Tensor:

@@ -59,6 +59,10 @@ class AnchorRecord:
         """Return whether data with this mark belong to the ledger."""
         return self._salted(mark) in self.data
 
+    def knows_any(self, marks: Iterable[str]) -> bool:
+        """Return whether data with one of these marks belong to the ledger."""
+        return any(map(self.knows, marks))
+
     def with_data(self, marks: Iterable[str]) -> "AnchorRecord":
         """Return the record, with the marks of data added."""
         return self._with_salted(map(self._salted, marks))
@@ -206,7 +210,7 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
         anchor.write(record.with_data(marks))
         # What the data are known by leads to one ledger, now and later.
         for other in anchors:
-            if other is not anchor and any(map(other.record.knows, marks)):
+            if other is not anchor and other.record.knows_any(marks):
                 other.write(other.record.without_data(marks))
     return anchor
 
@@ -223,22 +227,17 @@ def ledger_of_copies(folder: Path, data: Path) -> Path | None:
 
     Nothing is written.
     """
-    marks = file_marks(data)
-    for anchor in _anchors(folder) if folder.is_dir() else []:
-        if any(map(anchor.record.knows, marks)):
-            return anchor.ledger
-    return None
+    if not folder.is_dir():
+        return None
+    anchor = _that_knows(_anchors(folder), data, file_marks(data))
+    return None if anchor is None else anchor.ledger
 
 
 def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:
     """Return the anchor that knows the data; else that of the path; else that of a moved ledger."""
-    # Equal contents come before an equal place, where there may be other data by now.
-    for mark in marks:
-        known = [anchor for anchor in anchors if anchor.record.knows(mark)]
-        # Of two, the run file may have chosen one; a ledger without rows has no say.
-        known.sort(key=lambda anchor: (anchor.ledger != ledger, anchor.record.rows == 0))
-        if known:
-            return known[0]
+    found = _that_knows(anchors, ledger, marks)
+    if found is not None:
+        return found
     for anchor in anchors:
         if anchor.ledger == ledger:
             return anchor
@@ -246,6 +245,18 @@ def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anc
     for anchor in anchors:
         if first != _NO_ROWS and anchor.record.first == first:
             return anchor
+    return None
+
+
+def _that_knows(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:
+    """Return the anchor that knows the data, and of two that of `ledger`; None if none does."""
+    # Equal contents come before an equal place, where there may be other data by now.
+    for mark in marks:
+        known = [anchor for anchor in anchors if anchor.record.knows(mark)]
+        # Of two, the run file may have chosen one; a ledger without rows has no say.
+        known.sort(key=lambda anchor: (anchor.ledger != ledger, anchor.record.rows == 0))
+        if known:
+            return known[0]
     return None
 
 
@@ -258,8 +269,8 @@ def _refuse_two_ledgers(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequen
         PrivacyRefused: there are two, and the run file does not choose.
     """
     for other in anchors:
-        known = other is not chosen and any(map(other.record.knows, marks))
-        if known and other.record.rows > 0:
+        spent = other is not chosen and other.record.rows > 0
+        if spent and other.record.knows_any(marks):
             raise PrivacyRefused(
                 f"these data have their privacy ledger at {chosen.ledger}, and other data "
                 f"that were at this place have theirs at {other.ledger}: of examples that are "
