@@ -27,6 +27,8 @@ STORAGE_GB_PER_SECOND = 2.0
 _HOPELESS = 10
 """The simulation gives up after this many times the duration of the steps: the run saves too rarely
 to finish."""
+_QUANTILES = 1000
+"""Quantiles of a step's time that its mean is taken of."""
 _CANDIDATES = 24
 """Intervals that `best_interval` tries, each the one before divided by the square root of 2."""
 
@@ -76,57 +78,50 @@ class Outcome:
 
 
 def simulate(run: Run, seed: int) -> Outcome:
-    """Simulate a run once, with random numbers from a seed."""
+    """Simulate a run once, with random numbers from a seed.
+
+    Failures are drawn. Between two of them each step counts with its mean time, so a run costs as
+    much as it has failures, however many steps it has.
+    """
     source = np.random.default_rng(seed)
     mean_between = run.hours_between_failures * 3600 / run.ranks
+    step = run.step * _mean_of_slowest(run)
+    period = run.interval * step + run.save
     clock = 0.0
     done = 0
     failures = 0
     lost = 0
-    next_failure = source.exponential(mean_between) if np.isfinite(mean_between) else np.inf
-    # Each round ends with the last step of the run, or with a failure.
-    while done < run.steps:
-        # Draw as many steps as may end before the failure, in whole intervals.
-        until = min(run.steps - done, (next_failure - clock) / run.step + 1)
-        count = min(run.steps - done, run.interval * -(-int(until) // run.interval))
-        numbers = np.arange(1, count + 1)
+    while clock <= _HOPELESS * run.steps * run.step:
+        left = run.steps - done
         # The last step of a run needs no checkpoint.
-        saves = (numbers % run.interval == 0) & (numbers < run.steps - done)
-        saved = clock + np.cumsum(_step_seconds(run, count, source) + run.save * saves)
-        if saved[-1] <= next_failure:
-            clock = float(saved[-1])
-            done += count
-            continue
+        end = clock + left * step + (left - 1) // run.interval * run.save
+        failure = np.inf
+        if np.isfinite(mean_between):
+            failure = clock + source.exponential(mean_between)
+        if end <= failure:
+            return Outcome(end, run.steps * run.step / end, failures, lost)
 
         # The failure undoes the steps since the last checkpoint. A step that had ended when the
         # failure came during its checkpoint is lost too.
-        survived = int((saved <= next_failure).sum())
-        kept = survived // run.interval * run.interval
-        step_ended = saved[survived] - run.save * saves[survived] <= next_failure
-        done += kept
+        saved, since = divmod(failure - clock, period)
+        done += int(saved) * run.interval
+        lost += min(run.interval, int(since // step))
         failures += 1
-        lost += survived + int(step_ended) - kept
-        clock = next_failure + run.restart
-        next_failure = clock + source.exponential(mean_between)
-        if clock > _HOPELESS * run.steps * run.step:
-            return Outcome(clock, 0.0, failures, lost)
-    return Outcome(clock, run.steps * run.step / clock, failures, lost)
+        clock = failure + run.restart
+    return Outcome(clock, 0.0, failures, lost)
 
 
-def _step_seconds(run: Run, count: int, source: np.random.Generator) -> np.ndarray:
-    """Draw the time of the slowest rank at each of some steps.
+def _mean_of_slowest(run: Run) -> float:
+    """Return the mean time of the slowest rank at a step, divided by `Run.step`.
 
-    The largest of W normal values is the normal quantile of U^(1/W), where U is uniform. So one
-    draw is enough for any number of ranks.
+    The largest of W normal values is the normal quantile of U^(1/W), where U is uniform.
     """
-    slowest = np.zeros(count)
-    if run.jitter:
-        slowest = ndtri(source.random(count) ** (1 / run.ranks))
-    seconds: np.ndarray = np.maximum(0.0, 1 + run.jitter * slowest)
-    if run.straggler > 1:
-        own = run.straggler * (1 + run.jitter * source.standard_normal(count))
-        seconds = np.maximum(seconds, own)
-    return run.step * seconds
+    middles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    slowest = np.maximum(0.0, 1 + run.jitter * ndtri(middles ** (1 / run.ranks)))
+    if run.straggler == 1:
+        return float(slowest.mean())
+    own = run.straggler * (1 + run.jitter * ndtri(middles))
+    return float(np.maximum.outer(slowest, own).mean())
 
 
 def mean_goodput(run: Run, draws: int = _DRAWS) -> float:

@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -31,6 +33,9 @@ Rank 0 may tune alone for many hours while the others wait. The watchdog ends a 
 """
 
 Shared = TypeVar("Shared")
+
+_alone: ContextVar["World | None"] = ContextVar("alone", default=None)
+"""The ranks of which rank 0 is doing work alone."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,13 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self._refuse_alone()
         if self.size > 1:
             dist.barrier()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Average a tensor over ranks, in place."""
+        self._refuse_alone()
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
@@ -70,6 +77,7 @@ class World:
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
         """Concatenate the rows of all ranks in rank order. Ranks may differ in number of rows."""
+        self._refuse_alone()
         if self.size == 1:
             return rows
         counts = [torch.empty(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
@@ -124,6 +132,7 @@ class World:
 
     def from_main(self, own: Shared) -> Shared:
         """Return rank 0's value on every rank. All ranks call it."""
+        self._refuse_alone()
         if self.size == 1:
             return own
         # torch fills the list in place.
@@ -133,6 +142,7 @@ class World:
 
     def merged(self, own: dict[str, str]) -> dict[str, str]:
         """Return the entries of all ranks' dictionaries, in rank order. All ranks call it."""
+        self._refuse_alone()
         if self.size == 1:
             return own
         gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
@@ -164,6 +174,8 @@ class World:
     def on_main(self, work: Callable[[], Shared]) -> Shared:
         """Do work on rank 0 and return its result on every rank. All ranks call it.
 
+        The work holds no collective: the other ranks would take part in another one.
+
         The work may take hours. Rank 0 has its own watchdog. If that ends rank 0, the launcher ends
         the waiting ranks. NFS caches a failed lookup for about 30 s. Only rank 0 should therefore
         look for files that may not exist yet.
@@ -172,15 +184,29 @@ class World:
             PostDistError: the work failed on rank 0.
         """
         if self.is_main:
-            return self.from_main(self.together(work))
+            return self.from_main(self.together(partial(self._work_alone, work)))
         # Rank 0 may save its work after a request to stop, so this rank leaves when rank 0 does.
         with unwatched("waiting for rank 0"), saving():
             self.together(lambda: None)
         # The value of other ranks is ignored.
         return self.from_main(cast(Shared, None))
 
+    def _work_alone(self, work: Callable[[], Shared]) -> Shared:
+        """Do work on rank 0, and refuse collectives meanwhile."""
+        before = _alone.set(self)
+        try:
+            return work()
+        finally:
+            _alone.reset(before)
+
+    def _refuse_alone(self) -> None:
+        """Raise an error in work that rank 0 does alone. One rank is enough to find the mistake."""
+        if _alone.get() is self:
+            raise RuntimeError("a collective in work that rank 0 does alone")
+
     def _largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
+        self._refuse_alone()
         if self.size == 1:
             return number
         shared = torch.tensor([number], device=self.device)

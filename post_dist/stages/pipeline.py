@@ -464,7 +464,8 @@ class Pipeline:
         """Digest of the student."""
         if self.inputs.student is not None:
             return self.inputs.student_digest
-        return self._world.on_main(lambda: read_manifest(self.student, "student").digest)
+        student = self.student  # all ranks make it
+        return self._world.on_main(lambda: read_manifest(student, "student").digest)
 
     @property
     def _student_name(self) -> str:

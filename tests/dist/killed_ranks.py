@@ -386,13 +386,31 @@ FILES = ("rank0.safetensors", "rank1.safetensors", "checkpoint.json")
 DAMAGES = {"truncated": truncate, "flipped": flip, "deleted": Path.unlink}
 
 
-def with_a_damaged_start(base: Path, output: Path, expected: Expected) -> Outcome:
-    """Flip a bit of the untrained student, which is made again from the teacher."""
+def with_a_damaged_start(
+    base: Path, output: Path, expected: Expected, damage: Callable[[Path], None]
+) -> Outcome:
+    """Damage the untrained student, which is made again from the teacher."""
     run, detected, _ = killed_after_a_checkpoint(base, output)
-    flip(run.folder() / "checkpoints" / "untrained" / "model.safetensors")
+    damage(run.folder() / "checkpoints" / "untrained" / "model.safetensors")
     outcome = resume(base, run, detected, expected)
     assert "untrained is damaged: it is made again from the teacher" in run.log()
     return outcome
+
+
+def with_damaged_tokens(
+    base: Path, output: Path, expected: Expected, damage: Callable[[Path], None]
+) -> Outcome:
+    """Damage the tokens of the corpus: refused by name until the file is deleted as told."""
+    run, detected, _ = killed_after_a_checkpoint(base, output)
+    (part,) = output.glob("corpora/*/part-*.safetensors")
+    damage(part)
+    if part.exists():
+        codes, _ = start(base, output).wait()
+        said = run.log()
+        assert codes == [4, 4], said[-3000:]
+        assert f"{part.name} is not as it was written" in said
+        part.unlink()
+    return resume(base, run, detected, expected)
 
 
 def with_copies_on_the_node(base: Path, output: Path, expected: Expected) -> Outcome:
@@ -512,7 +530,10 @@ def rows(times: int) -> Iterator[tuple[str, int, Broken]]:
         for kind, damage in DAMAGES.items():
             name = f"newest checkpoint's {file} {kind}"
             yield name, 1, with_arguments(with_a_damaged_file, file, damage)
-    yield "untrained student flipped", 1, with_a_damaged_start
+    for kind, damage in DAMAGES.items():
+        yield f"untrained student {kind}", 1, with_arguments(with_a_damaged_start, damage)
+    for kind, damage in DAMAGES.items():
+        yield f"tokens of the corpus {kind}", 1, with_arguments(with_damaged_tokens, damage)
     yield "newest checkpoint flipped, copies on the node", 1, with_copies_on_the_node
     yield "copies on the node flipped", 1, with_damaged_copies
     for zero_stage in (1, 3):

@@ -103,6 +103,23 @@ def test_a_head_behind_a_public_prompt_is_tuned_transferred_and_compared(
     assert rows["student + prompt"] > 0.75
 
 
+def test_each_stage_finds_the_student_that_an_earlier_command_has_made(
+    tmp_path: Path, main: Callable
+) -> None:
+    run = write_run(tmp_path)
+    fields = yaml.safe_load(run.read_text())
+    del fields["inputs"]
+    fields["student"] = {"layers": "first_last", "num_layers": 2}
+    fields["corpus"] = {"path": "public.csv", "sequence_length": 16, "held_out_sequences": 4}
+    fields["distill"] = {"steps": 2, "batch_size": 4}
+    for section in ("warm_start", "tune", "transfer"):
+        fields[section]["steps"] = 2
+    run.write_text(yaml.safe_dump(fields))
+    for command in ("distill", "warm-start", "tune", "transfer", "evaluate"):
+        code, _, err = main(command, run)
+        assert code == 0, f"{command}: {err}"
+
+
 def test_a_prompt_that_private_data_have_touched_starts_no_tuning(
     tmp_path: Path, main: Callable
 ) -> None:

@@ -1,72 +1,32 @@
 """`post-dist submit` on a real Slurm: chains, time limits, nodes that crash, ranks that die."""
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import tiny
-import yaml
 from cluster import Cluster, in_time
+from submissions import (
+    artifact,
+    environment,
+    followed,
+    let_the_time_run_out,
+    logs,
+    processes_of,
+    steps_of,
+    submit,
+    write_long_corpus,
+    write_run,
+)
 
 from post_dist.config.cluster import ClusterStage
-
-CLUSTER = {
-    "partition": "main",
-    "corpus": {"cpus_per_task": 2, "time_minutes": 10},
-    "distill": {"nodes": 2, "tasks_per_node": 2, "time_minutes": 10},
-    "tune": {"time_minutes": 10},
-    "transfer": {"nodes": 2, "time_minutes": 10},
-}
-SETTINGS = {
-    "evaluate": {"baselines": []},
-    "distill": {"steps": 6, "batch_size": 4, "checkpoint_every_steps": 50},
-    "cluster": CLUSTER,
-}
-
-
-def write_run(folder: Path, **changes: dict) -> Path:
-    run = tiny.write_run(folder)
-    fields = yaml.safe_load(run.read_text()) | SETTINGS
-    for section, values in changes.items():
-        fields[section] = fields[section] | values
-    run.write_text(yaml.safe_dump(fields))
-    return run
-
-
-def environment(slurm: Cluster) -> dict[str, str]:
-    own = slurm.environment
-    return own | {"PATH": f"{Path(sys.executable).parent}:{own['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-def submit(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "post_dist", "submit", *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment(slurm), capture_output=True, text=True, timeout=900, check=False
-    )
-
-
-@contextlib.contextmanager
-def followed(slurm: Cluster, *arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A submission that is waited for, and the number of its first job."""
-    command = [sys.executable, "-u", "-m", "post_dist", "submit", *map(str, arguments), "--wait"]
-    waiting = subprocess.Popen(
-        command, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        answer = waiting.stdout.readline()
-        assert "job " in answer, waiting.communicate()[1]
-        yield waiting, re.search(r"job (\d+)", answer)[1]
-    finally:
-        waiting.kill()
-        waiting.communicate()
 
 
 def bench(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
@@ -74,23 +34,6 @@ def bench(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, env=environment(slurm), capture_output=True, text=True, timeout=60, check=False
     )
-
-
-def artifact(folder: Path, stage: str) -> Path:
-    (found,) = folder.glob(f"runs/tiny/{stage}-????????/artifact")
-    return found
-
-
-def logs(folder: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(folder.glob("runs/tiny/slurm/*_log.out")))
-
-
-def steps_of(folder: Path, stage: str) -> list[int]:
-    return [
-        json.loads(line)["step"]
-        for path in folder.glob(f"runs/tiny/{stage}-*/metrics.jsonl")
-        for line in path.read_text().splitlines()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -207,17 +150,6 @@ def test_a_step_is_measured_on_several_numbers_of_nodes(
     ]
 
 
-def let_the_time_run_out(slurm: Cluster, job: str, folder: Path) -> None:
-    """Lower the time limit of a running job until it is stopped; then give it enough time."""
-    used = slurm.run("squeue", f"--job={job}", "--noheader", "--Format=TimeUsed").stdout
-    minutes, seconds = map(int, used.strip().split(":"))
-    # Limits are whole minutes, and Slurm needs some seconds more than the signal's 20.
-    limit = minutes + (1 if seconds < 25 else 2)
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-    assert in_time(lambda: "stopped by SIGUSR2" in logs(folder), 150), logs(folder)
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-
-
 LONG = {"distill": {"steps": 800, "checkpoint_every_steps": 20}}
 
 
@@ -261,14 +193,6 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
     assert output.count("COMPLETED") == 1
     assert "resuming from step" in logs(folder)
     assert slurm.accounted_states(job)[0] == "NODE_FAIL"
-
-
-def write_long_corpus(path: Path, megabytes: int) -> None:
-    """Write text that one core needs minutes for."""
-    page = " ".join(text for text, _ in tiny.sentences(2000, 3))
-    with path.open("w") as file:
-        for number in range(megabytes * 1_000_000 // len(page)):
-            file.write(f"{number} {page}\n")
 
 
 @pytest.fixture(scope="module")
@@ -318,20 +242,6 @@ def test_a_corpus_job_that_is_stopped_ends_with_the_same_shards(
     assert {path.name for path in made.iterdir()} == names
     for name in names - {"lock"}:
         assert (made / name).read_bytes() == (wanted / name).read_bytes(), name
-
-
-def processes_of(job: str, rank: int) -> list[int]:
-    """The processes of a rank, by what Slurm put into their environment."""
-    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SUBMITIT_EXECUTOR=slurm"}
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_rank = b"submitit.core._submit" in (process / "cmdline").read_bytes()
-            if is_rank and wanted <= set(
-                (process / "environ").read_text(errors="replace").split("\0")
-            ):
-                found.append(int(process.name))
-    return found
 
 
 def lose_a_rank(slurm: Cluster, run: Path, number: int) -> dict:

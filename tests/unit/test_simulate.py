@@ -77,3 +77,10 @@ def test_checkpoints_that_are_too_far_apart_never_end() -> None:
         ).goodput
         == 0
     )
+
+
+def test_a_run_costs_as_much_as_it_has_failures_however_many_steps_it_has() -> None:
+    long = replace(CALM, step=0.1, steps=10**12, hours_between_failures=1e7, interval=10**7)
+    outcome = simulate(long, 0)
+    assert outcome.failures == pytest.approx(1e11 / (1e7 * 3600 / 64), rel=0.3)
+    assert outcome.seconds == pytest.approx(1e11, rel=0.01)
