@@ -52,6 +52,7 @@ from post_dist.results import (
     TransferResult,
 )
 from post_dist.runtime.launcher import remove_launcher_variables
+from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.ranks import join_ranks, leave_ranks
 from post_dist.runtime.stop import listening, stopped, was_requested
 from post_dist.runtime.watchdog import rest
@@ -439,7 +440,7 @@ def _with_stages(
     run: Callable[["Pipeline", "World"], _Result],
 ) -> _Result:
     """Join the ranks and run stages; raise Ctrl-C and a lost rank as errors with a hint."""
-    with listening():
+    with listening(), forgetting_private_data():
         # The order matters: `join_ranks` sets variables that torch reads when it is loaded.
         world = join_ranks(config)
         from post_dist.stages.pipeline import Pipeline

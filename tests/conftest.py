@@ -19,6 +19,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "dist")]
 import leave_nothing  # noqa: E402, F401 - starts the guardian of this run
 import started  # noqa: E402
 
+from post_dist.runtime.private_process import forgetting_private_data  # noqa: E402
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 Run = Callable[..., subprocess.CompletedProcess]
@@ -36,6 +38,13 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def forgets_private_data() -> Iterator[None]:
+    """Let the next test open connections, whatever this one has read."""
+    with forgetting_private_data():
+        yield
 
 
 @pytest.fixture(scope="session")

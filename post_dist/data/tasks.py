@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from post_dist.config.sources import Task
 from post_dist.data.sources import is_missing, read_rows
 from post_dist.errors import InputError
+from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Examples:
 def load_examples(task: Task, split: str, where: str) -> Examples:
     """Load the labeled examples of one split, each text once.
 
+    This process then makes no connection, until a `forgetting_private_data` around it ends.
+
     A row without a label is left out, and so is a text with two different labels or responses.
     One row more or less in the file then adds or removes at most one example. Private tuning relies
     on that. If the first of two labels were kept, one row could replace an example. A replacement
@@ -50,7 +53,10 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
             the number of the row, and never its contents.
     """
     answer_column = task.response_column or task.label_column
+    leave_no_core_dump()
     rows = read_rows(task, _hub_split(task, split), where, answer_column, task.user_column)
+    # A hub data set may have been fetched just now.
+    refuse_connections()
     # Without a user column, all rows are those of one nameless user.
     users = rows.users or [""] * len(rows.texts)
 

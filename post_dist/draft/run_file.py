@@ -14,6 +14,7 @@ from post_dist.draft.columns import chosen_columns, count_units, label_values
 from post_dist.draft.label_words import LabelWords, label_words, question
 from post_dist.draft.model import DraftModel, read_model
 from post_dist.errors import InputError
+from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
 
 _FEWEST_UNITS = 100
 """With fewer rows, or users, delta would be above the 0.01 that `verify` accepts."""
@@ -109,6 +110,8 @@ def draft_run(
             rows or users have one, or the model cannot be used.
     """
     # Everything that can be wrong with the table is found before a model is read.
+    leave_no_core_dump()
+    refuse_connections()
     table = read_table(data, "--data")
     # Without rows, there is nothing to guess the columns from.
     if table.empty:

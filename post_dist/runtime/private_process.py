@@ -34,9 +34,7 @@ def owner_only() -> Iterator[None]:
 
     New folders get mode 0700 and new files 0600, whatever the umask of the process is.
     """
-    # A core dump would hold the examples, and the key of the noise.
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))
+    leave_no_core_dump()
     before = os.umask(_OWNER_ONLY)
     try:
         yield
@@ -44,26 +42,36 @@ def owner_only() -> Iterator[None]:
         os.umask(before)
 
 
-@contextmanager
-def offline() -> Iterator[None]:
-    """Refuse every connection that Python code of this process tries to make.
+def leave_no_core_dump() -> None:
+    """Let this process leave no core dump. It would hold the examples, and the key of the noise."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))
 
-    Libraries report usage or look for updates on their own. The refusal is a `ConnectionError`,
-    which they handle as a network that is down. Code of a compiled library is not seen, and
-    neither is another program.
+
+def refuse_connections() -> None:
+    """Refuse every connection that Python code of this process tries to make from now on.
+
+    Whoever reads private data calls this, so that no command can forget it. Libraries report usage
+    or look for updates on their own. The refusal is a `ConnectionError`, which they handle as a
+    network that is down. Code of a compiled library is not seen, and neither is another program.
     """
     if not _Hook.added:
-        sys.addaudithook(_refuse_connections)
+        sys.addaudithook(_refuse_connection)
         _Hook.added = True
-    before = _Hook.refuses
     _Hook.refuses = True
+
+
+@contextmanager
+def forgetting_private_data() -> Iterator[None]:
+    """Allow connections as before at the end, when private data that were read inside are gone."""
+    before = _Hook.refuses
     try:
         yield
     finally:
         _Hook.refuses = before
 
 
-def _refuse_connections(event: str, arguments: tuple[object, ...]) -> None:
+def _refuse_connection(event: str, arguments: tuple[object, ...]) -> None:
     """Raise an error for the events of a connection to another machine."""
     if not _Hook.refuses or not event.startswith("socket."):
         return

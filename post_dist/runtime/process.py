@@ -10,6 +10,7 @@ from typing import Any
 from post_dist.errors import EnvironmentFault, InputError, PostDistError
 from post_dist.extras import missing_package
 from post_dist.runtime.last_error import answer_error, report_error
+from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.stop import leave_quietly
 from post_dist.runtime.watchdog import rest
 
@@ -67,7 +68,9 @@ def exit_code_of(work: Callable[[], object]) -> int:
 def _work_and_flush(work: Callable[[], object]) -> None:
     """Run work, and write what it has printed, because an error in the end would be lost."""
     try:
-        work()
+        # A notebook or a test may go on in this process.
+        with forgetting_private_data():
+            work()
     finally:
         # Whoever reads no more, as `head` does, needs no error.
         with suppress(BrokenPipeError):

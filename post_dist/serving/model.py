@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,12 +16,16 @@ from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.models import Teacher
 from post_dist.data.task_reader import TaskReader
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
-from post_dist.stages.prompt_origin import check_belongs, check_norms, check_target
+from post_dist.stages.prompt_origin import (
+    check_belongs,
+    check_made_for,
+    check_norms,
+    is_digest_of,
+)
 from post_dist.stages.room import room_conflicts
 
 _MODEL = "the model"
@@ -76,55 +81,15 @@ def fitting_model(
     if (folder / FILE_NAME).exists():
         with private_folder() as place:
             student = admit_student(folder, place)
-            _check_lineage(prompt, folder, parse_manifest(student / FILE_NAME).digest)
-            _check_target(prompt, student)
+            digest = parse_manifest(student / FILE_NAME).digest
+            weights = partial(weights_of, student)
+            check_made_for(prompt, str(folder), digest.__eq__, weights)
             yield _checked(prompt, student)
         return
     load_config(folder)
-    # Only a tuned prompt names all files of its model. A large LLM is hashed for its weights alone.
-    if not _is_transferred(prompt):
-        digest = fingerprint(folder)
-        # Version 0.1.0 counted hidden files. The hub's client writes them anew at each download.
-        if prompt.manifest.parents.get("model") != digest:
-            digest = digest_of(file_digests(folder))
-        _check_lineage(prompt, folder, digest)
-    _check_target(prompt, folder)
+    is_model = partial(is_digest_of, folder)
+    check_made_for(prompt, str(folder), is_model, partial(weights_of, folder))
     yield _checked(prompt, folder)
-
-
-def _is_transferred(prompt: SoftPromptArtifact) -> bool:
-    """Return whether a prompt is for a large LLM."""
-    return "source prompt" in prompt.manifest.parents
-
-
-def _check_lineage(prompt: SoftPromptArtifact, folder: Path, digest: str) -> None:
-    """Check that a prompt was not made for another model than this one.
-
-    A student has the width and the tokenizer of its teacher, so only the lineage tells them apart.
-
-    Raises:
-        ArtifactRefused: it was made for another model, by its own lineage.
-    """
-    tuned_here = prompt.manifest.parents.get("model") == digest
-    if _is_transferred(prompt):
-        # The lineage names the student that the source of the prompt was tuned on.
-        if tuned_here:
-            raise ArtifactRefused(
-                f"the prompt was transferred from {folder} to a large LLM",
-                "give the large LLM, or the prompt that was tuned on this student",
-            )
-    elif not tuned_here:
-        raise ArtifactRefused(
-            f"the prompt was tuned on another model than {folder}",
-            "give the model that it was tuned on; `transfer` makes a prompt for the large LLM",
-        )
-
-
-def _check_target(prompt: SoftPromptArtifact, folder: Path) -> None:
-    """Check that a prompt was not transferred to an LLM with other weights."""
-    # Hashing takes minutes for a large LLM. An older prompt does not name its LLM.
-    if "target" in prompt.manifest.parents:
-        check_target(prompt, weights_of(folder))
 
 
 def _checked(prompt: SoftPromptArtifact, folder: Path) -> FittingModel:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_dist.admission.refusal import refusing
-from post_dist.artifacts.manifest import read_manifest
+from post_dist.artifacts.manifest import ArtifactKind, read_manifest
 from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.artifacts.run_folder import RunFolder, run_folder
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import ArtifactRefused, InputError, PostDistError
-from post_dist.models.load import model_name
+from post_dist.models.load import model_name, weights_of
 from post_dist.runtime.distributed import World
 from post_dist.runtime.logs import log_file
-from post_dist.runtime.private_process import owner_only
+from post_dist.runtime.private_process import forgetting_private_data, owner_only
+from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.evaluate.cached_answers import ModelFolders
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
@@ -32,7 +33,7 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
-from post_dist.stages.prompt_origin import check_target
+from post_dist.stages.prompt_origin import check_made_for, is_transferred
 from post_dist.stages.run_inputs import RunInputs, check_inputs
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
@@ -322,7 +323,12 @@ class Pipeline:
             else:
                 artifact = self._tune_on_target(prompt.plan.config).artifact
             on_target = self.inputs.prompt(artifact, self.inputs.teacher)
-            check_target(on_target, self.inputs.teacher_weights)
+            check_made_for(
+                on_target,
+                str(self.inputs.teacher),
+                self.inputs.teacher_digest.__eq__,
+                lambda: self.inputs.teacher_weights,
+            )
             found[prompt.variant.label][prompt.row] = on_target
         return [
             PromptSet(variant.label, self._source(variant.source), found[variant.label])
@@ -476,7 +482,7 @@ class Pipeline:
     def public_prompt(self) -> SoftPromptArtifact | None:
         """The public prompt that tuning starts from: given, or made; None to start from text."""
         folder = self.public_prompt_folder
-        return None if folder is None else self.inputs.prompt(folder, self.student, PUBLIC_PROMPT)
+        return None if folder is None else self._for_student(folder, PUBLIC_PROMPT)
 
     @cached_property
     def public_prompt_folder(self) -> Path | None:
@@ -492,19 +498,33 @@ class Pipeline:
         return self.inputs.source_prompts or (self.tune().artifact,)
 
     def _source(self, folder: Path) -> SoftPromptArtifact:
-        """Read a prompt that was tuned on the student.
+        """Read a prompt that was tuned on the student."""
+        return self._for_student(folder, "soft prompt")
+
+    def _for_student(self, folder: Path, kind: ArtifactKind) -> SoftPromptArtifact:
+        """Read a prompt of the student.
 
         Raises:
-            ArtifactRefused: it was tuned on another student, by its own lineage.
+            ArtifactRefused: it was made for another model, by its own lineage.
         """
-        prompt = self.inputs.prompt(folder, self.student)
-        tuned_on = prompt.manifest.parents.get("model")
-        if not self.inputs.trusts_student and tuned_on != self.student_digest:
-            raise ArtifactRefused(
-                f"{folder} was tuned on another student than {self.student}",
-                "give the student that the owner of the prompt has got",
-            )
+        prompt = self.inputs.prompt(folder, self.student, kind)
+        # A student that is trusted has lost its manifest, by which prompts name it.
+        if self.inputs.trusts_student and not is_transferred(prompt):
+            return prompt
+        check_made_for(
+            prompt,
+            str(self._config.inputs.student or self.student),
+            self.student_digest.__eq__,
+            lambda: self._student_weights,
+        )
         return prompt
+
+    @cached_property
+    def _student_weights(self) -> str:
+        """Digest of the student's weights. A prompt that was transferred to it names them."""
+        student = self.student
+        with unwatched("hashing the student"):  # it may be an older large LLM
+            return self._world.on_main(partial(weights_of, student))
 
     # Folders of the stages.
 
@@ -569,6 +589,7 @@ class Pipeline:
         with ExitStack() as held:
             if any(folder.private for folder in folders):
                 held.enter_context(owner_only())
+                held.enter_context(forgetting_private_data())
             for folder in folders:
                 self._world.on_main(partial(held.enter_context, folder.held()))
                 held.enter_context(log_file(folder.path, self._world.rank))

@@ -1,12 +1,16 @@
 """Check that a soft prompt, which may come from another party, belongs to a model."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.prefix import Prefix
-from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.artifacts.prompt import PUBLIC_PROMPT, SoftPromptArtifact
 from post_dist.errors import ArtifactRefused
+from post_dist.files import digest_of, file_digests, fingerprint
 from post_dist.models.facts import ModelFacts
 from post_dist.models.load import tokenizer_fingerprint
 from post_dist.models.prefix_layers import prefix_shape
@@ -62,22 +66,61 @@ def check_belongs(
         )
 
 
-def check_target(prompt: SoftPromptArtifact, weights: str) -> None:
-    """Check that a transferred prompt was made for a large LLM with these weights.
+def check_made_for(
+    prompt: SoftPromptArtifact,
+    whose: str,
+    is_model: Callable[[str], bool],
+    weights: Callable[[], str],
+) -> None:
+    """Check that a prompt was made for a model, by the prompt's own lineage.
+
+    A student has the width and the tokenizer of its teacher, so only the lineage tells them apart.
 
     Args:
-        prompt: the soft prompt. An older one does not name its LLM, and passes.
-        weights: the `weights_digest` of the LLM.
+        prompt: a public prompt, a tuned prompt, or a transferred one.
+        whose: name of the model in the message.
+        is_model: whether a digest is that of the model.
+        weights: returns the `weights_digest` of the model. Only transferred prompts need it,
+            because hashing a large LLM takes minutes.
 
     Raises:
-        ArtifactRefused: it was made for another LLM.
+        ArtifactRefused: it was made for another model.
     """
-    # LLMs of one family have the same width and tokenizer.
-    if prompt.manifest.parents.get("target", weights) != weights:
+    parents = prompt.manifest.parents
+    made_on = parents["student" if prompt.manifest.kind == PUBLIC_PROMPT else "model"]
+    if not is_transferred(prompt):
+        if not is_model(made_on):
+            raise ArtifactRefused(
+                f"the prompt was tuned on another model than {whose}",
+                "give the model that it was tuned on; `transfer` makes a prompt for the large LLM",
+            )
+        return
+
+    # The prompt is for a large LLM. An older one does not name its LLM.
+    target = parents.get("target")
+    if target is not None and target == weights():
+        return
+    if is_model(made_on):
+        raise ArtifactRefused(
+            f"the prompt was transferred from {whose} to a large LLM",
+            "give the large LLM, or the prompt that was tuned on this student",
+        )
+    if target is not None:
         raise ArtifactRefused(
             "the prompt was transferred to an LLM with other weights",
             "give the LLM that it was transferred to; its name is in adapter_config.json",
         )
+
+
+def is_transferred(prompt: SoftPromptArtifact) -> bool:
+    """Return whether a prompt is for a large LLM, by its own lineage."""
+    return "source prompt" in prompt.manifest.parents
+
+
+def is_digest_of(folder: Path, digest: str) -> bool:
+    """Return whether a digest is that of a model folder without a manifest."""
+    # Version 0.1.0 counted hidden files. The hub's client writes them anew at each download.
+    return digest == fingerprint(folder) or digest == digest_of(file_digests(folder))
 
 
 def check_norms(prompt: SoftPromptArtifact, largest_embedding: float) -> None:

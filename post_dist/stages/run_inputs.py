@@ -15,6 +15,7 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Inputs, RunConfig
 from post_dist.config.sources import Corpus, DataSource
 from post_dist.data.corpus_files import source_digest
+from post_dist.data.private_as_public import refuse_private_text
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
@@ -30,6 +31,7 @@ from post_dist.models.load import (
     weights_digest,
 )
 from post_dist.runtime.distributed import World
+from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.watchdog import unwatched
 from post_dist.stages.prompt_origin import check_norms
 
@@ -176,8 +178,15 @@ class RunInputs:
         return prompt
 
     def data_digest(self, section: str) -> str:
-        """Identify the contents of a data section: a file's hash, or hub name and revision."""
+        """Identify the contents of a data section: a file's hash, or hub name and revision.
+
+        Raises:
+            PrivacyRefused: a public section names the private data.
+        """
         source: DataSource | Corpus = getattr(self._config, section)
+        if section != "private_task":
+            private = self._config.private_task
+            self._world.on_main(partial(refuse_private_text, private, source, section))
         if isinstance(source, Corpus):
             return self._world.on_main(partial(source_digest, source))
         if source.path is None:
@@ -244,9 +253,10 @@ def check_inputs(config: RunConfig, teacher: Path) -> None:
 
     task = config.private_task
     if task is not None and task.template is not None:
-        load_examples(task, config.evaluate.split, "private_task")
-        if config.tune.counts_right:
-            load_examples(task, "validation", "private_task")
+        with forgetting_private_data():
+            load_examples(task, config.evaluate.split, "private_task")
+            if config.tune.counts_right:
+                load_examples(task, "validation", "private_task")
         prompt_task = PromptTask.of_section(task, config.tune.init_text)
         model = load_config(teacher)
         TaskReader(

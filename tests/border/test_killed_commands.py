@@ -46,7 +46,7 @@ def test_the_student_of_a_killed_prediction_is_removed_by_the_next_command(
     prompt = test_prompts.HONEST
     (tmp_path / "texts.txt").write_text("a film\n")
     command = ["predict", prompt, tmp_path / "texts.txt", "--model", student]
-    killed(command, tmp_path, lambda: at_call(model, "_check_lineage", 1, before=True))
+    killed(command, tmp_path, lambda: at_call(model, "check_made_for", 1, before=True))
     (left,) = temporary.iterdir()
     os.utime(left, (0, 0))
     assert verify(prompt)["ok"]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from post_dist.admission.door import admit_prompt
 from post_dist.artifacts.lora import DOWN, Lora
-from post_dist.artifacts.manifest import parse_manifest
+from post_dist.artifacts.manifest import ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import (
     PUBLIC_PROMPT,
     PromptContents,
@@ -390,9 +390,55 @@ def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> No
     given = (f"--set=inputs.student={student}", f"--set=inputs.source_prompt={prompt}")
     code, _, err = main("transfer", run, *given)
     assert code == 4
-    assert "was tuned on another student" in err
+    assert "was tuned on another model" in err
     # The copy of the student that was admitted for it is gone too.
     assert not (tmp_path / "runs/tiny").exists()
+
+
+def prompt_made_on(folder: Path, kind: ArtifactKind, **parents: str) -> Path:
+    """Write a prompt whose vectors fit any tiny model, with a lineage."""
+    provenance = Provenance(
+        "m", "", {name.replace("_", " "): parents[name] for name in parents}, {}
+    )
+    contents = PromptContents(torch.zeros(5, 32), TASK, None)
+    write_prompt(folder, contents, provenance, lambda _: None, kind)
+    return folder
+
+
+def test_a_prompt_of_another_model_is_refused_wherever_it_is_given(
+    tmp_path: Path, main: Any
+) -> None:
+    """Student, large LLM and their relatives share width and tokenizer."""
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_student(tmp_path / "student")
+    own = parse_manifest(student / "post_dist.json").digest
+    teacher = weights_of(tmp_path / "teacher")
+    elsewhere = tiny.write_model(tmp_path / "elsewhere", "llama", seed=5)
+    transferred = prompt_made_on(
+        tmp_path / "transferred", "soft prompt", model=own, source_prompt="2" * 64, target=teacher
+    )
+    tuned = prompt_made_on(tmp_path / "tuned", "soft prompt", model=own)
+    public = prompt_made_on(tmp_path / "public", PUBLIC_PROMPT, teacher="1" * 64, student="2" * 64)
+    checked = {"student": student}
+    cases = [
+        ("transfer", checked | {"source_prompt": transferred}, "was transferred from"),
+        (
+            "transfer",
+            {"student": elsewhere, "trust_model": "true", "source_prompt": transferred},
+            "an LLM with other weights",
+        ),
+        (
+            "evaluate",
+            checked | {"source_prompt": tuned, "target_prompt": tuned},
+            "was tuned on another model",
+        ),
+        ("tune", checked | {"public_prompt": public}, "was tuned on another model"),
+    ]
+    for stage, inputs, problem in cases:
+        given = [f"--set=inputs.{name}={value}" for name, value in inputs.items()]
+        code, _, err = main(stage, run, *given, "--set=evaluate.baselines=[]")
+        assert code == 4, f"{stage}: {err}"
+        assert problem in err
 
 
 def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, main: Any) -> None:
@@ -459,7 +505,8 @@ def test_a_sender_cannot_choose_the_lineage_of_a_transferred_prompt(
     tmp_path: Path, main: Any
 ) -> None:
     run = tiny.write_run(tmp_path)
-    forged = {"model": "1" * 64, "source prompt": "2" * 64, "target": "3" * 64}
+    weights = weights_of(tmp_path / "teacher")
+    forged = {"model": "1" * 64, "source prompt": "2" * 64, "target": weights}
     sent = hostile(tmp_path, edit_json("post_dist.json", parents=forged))
     given = (f"--set=inputs.source_prompt={sent}", f"--set=inputs.student={tmp_path / 'teacher'}")
     code, _, err = main("transfer", run, *given, "--trust-model", "--set=transfer.steps=1")
@@ -467,7 +514,7 @@ def test_a_sender_cannot_choose_the_lineage_of_a_transferred_prompt(
     (made,) = (tmp_path / "runs/tiny").glob("transfer-????????/artifact")
     parents = read_prompt(made).manifest.parents
     assert parents["source prompt"] == parse_manifest(sent / "post_dist.json").digest
-    assert parents["target"] == weights_of(tmp_path / "teacher")
+    assert parents["target"] == weights
 
 
 def test_a_file_that_changes_while_it_is_read_is_never_used(tmp_path: Path) -> None:

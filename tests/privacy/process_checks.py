@@ -33,11 +33,17 @@ def a_private_process_makes_no_connection() -> None:
         }
         for name, call in calls.items():
             assert not raises_connection_error(call), f"{name} is refused without private data"
-            with process.offline():
+            with process.forgetting_private_data():
+                process.refuse_connections()
                 assert raises_connection_error(call), f"{name} was made"
             assert not raises_connection_error(call), f"{name} is refused afterwards"
         # Processes of one machine may talk.
-        with process.offline(), folder() as place, socket.socket(socket.AF_UNIX) as local:
+        with (
+            process.forgetting_private_data(),
+            folder() as place,
+            socket.socket(socket.AF_UNIX) as local,
+        ):
+            process.refuse_connections()
             local.bind(str(place / "socket"))
 
 

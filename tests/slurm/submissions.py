@@ -77,7 +77,7 @@ def logs(folder: Path) -> str:
 def steps_of(folder: Path, stage: str) -> list[int]:
     return [
         json.loads(line)["step"]
-        for path in folder.glob(f"runs/tiny/{stage}-*/metrics.jsonl")
+        for path in folder.glob(f"runs/tiny/{stage}-????????/*metrics.jsonl")
         for line in path.read_text().splitlines()
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from threading import Lock
 
 import pytest
@@ -123,12 +124,12 @@ def test_a_chain_that_is_disturbed_in_each_stage_ends_with_the_same_results(
     stages, disturb = DISTURBANCES[disturbance]
     one_at_a_time = Lock()  # signals and distill run side by side
 
-    def disturb_once(stage: str) -> str:
-        assert in_time(lambda: is_under_way(tmp_path, stage), 1800), f"{stage}: {logs(tmp_path)}"
+    def disturb_once(waiting: Popen, stage: str) -> str:
+        in_time(lambda: is_under_way(tmp_path, stage) or waiting.poll() is not None, 1800)
         with one_at_a_time:
             name = f"--name=post_dist-{stage}"
             job = slurm.run("squeue", "--noheader", name, "--states=R", "--format=%A").stdout
-            assert job.strip(), f"{stage} has ended already"
+            assert job.strip(), f"{stage} does not run: {logs(tmp_path)}"
             disturb(slurm, job.strip(), tmp_path)
         return job.strip()
 
@@ -136,7 +137,7 @@ def test_a_chain_that_is_disturbed_in_each_stage_ends_with_the_same_results(
         followed(slurm, write_chain(tmp_path), "pipeline") as (waiting, _),
         ThreadPoolExecutor(len(stages)) as pool,
     ):
-        disturbed = list(pool.map(disturb_once, stages))
+        disturbed = list(pool.map(partial(disturb_once, waiting), stages))
         output = waiting.communicate(timeout=900)[1]
     assert waiting.returncode == 0, output + logs(tmp_path)
     assert output.count("COMPLETED") == len(ALL)

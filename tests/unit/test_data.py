@@ -1,6 +1,8 @@
 """Splits, templates, verbalizers, packing and order."""
 
 import csv
+import resource
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.runtime.distributed import World
+from post_dist.runtime.private_process import forgetting_private_data
 
 WORDS = tiny.tokenizer("llama")
 MASKED_WORDS = tiny.tokenizer("roberta")
@@ -93,6 +96,23 @@ def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path
     )
     with pytest.raises(PrivacyRefused):
         load_public_texts(task(path), "public_task")
+
+
+def test_whoever_reads_private_data_makes_no_connection_and_leaves_no_core_dump(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = task(tiny.write_csv(tmp_path / "a.csv", tiny.sentences(50, 0)))
+    limits = []
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with forgetting_private_data():
+            load_examples(section, "train", "private_task")
+            assert [(kind, soft) for kind, (soft, _) in limits] == [(resource.RLIMIT_CORE, 0)]
+            with pytest.raises(ConnectionRefusedError, match="while private data are in memory"):
+                socket.create_connection(address, 1)
+        # The data are gone.
+        socket.create_connection(address, 1).close()
 
 
 def test_responses_stand_beside_their_texts_and_disputed_ones_are_left_out(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from post_dist.config.sources import Corpus, DataSource, Task
 from post_dist.conflicts import Conflict, Layout
 from post_dist.data.corpus_files import corpus_files, units_of
 from post_dist.data.documents import documents_of
+from post_dist.data.private_as_public import refuse_private_text
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts
+from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.given import GivenParts
 from post_dist.stages.check.models import same_tokenizer
@@ -89,6 +91,14 @@ class _Check:
         }
         for stage in self.stages:
             checks[stage]()
+        self._check_public_sections()
+
+    def _check_public_sections(self) -> None:
+        """Check that no public section names the private data."""
+        config = self.config
+        for where, public in (("corpus", config.corpus), ("public_task", config.public_task)):
+            refuse = partial(refuse_private_text, config.private_task, public, where)
+            self.findings.attempt(where, refuse)
 
     def _runnable_stages(self) -> list[Stage]:
         """List the stages whose sections the run file has. Another party runs the others."""
@@ -297,7 +307,8 @@ def _read_split(task: Task, split: str) -> None:
             without a header, these are values of the first example. Another hint replaces it.
     """
     try:
-        load_examples(task, split, "private_task")
+        with forgetting_private_data():
+            load_examples(task, split, "private_task")
     except InputError as error:
         safe_hint = "compare the file with text, label_column and labels of private_task"
         hint = safe_hint if error.hint else ""

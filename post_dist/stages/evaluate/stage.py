@@ -23,6 +23,7 @@ from post_dist.files import digest_of
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer
 from post_dist.runtime.distributed import World
+from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
 from post_dist.runtime.rank_layout import layout_of
 from post_dist.stages.evaluate.cached_answers import EvaluationSplit, ModelFolders, load_answers
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
@@ -210,6 +211,9 @@ def _load_split(folder: RunFolder, task: Task, task_digest: str, world: World) -
     """Load the examples of the split."""
     split = folder.config.evaluate.split
     examples = world.on_main(lambda: load_examples(task, split, "private_task"))
+    # The other ranks have got them from rank 0.
+    leave_no_core_dump()
+    refuse_connections()
     return EvaluationSplit(task, examples, digest_of({"rows": task_digest, "split": split}))
 
 

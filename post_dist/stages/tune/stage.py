@@ -27,7 +27,7 @@ from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.private_process import offline
+from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.tune.artifact import write_tuned_prompt
 from post_dist.stages.tune.conflicts import conflicts, start_conflicts
@@ -65,7 +65,8 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
 
             refuse_private_tuning(config)
 
-    world.on_main(read_data)
+    with forgetting_private_data():
+        world.on_main(read_data)
 
 
 def refuse_settings(config: RunConfig, model: TunedModel, world: World) -> None:
@@ -110,12 +111,11 @@ def tune(
         task = load_task(private_task, folder.config, model, alone)
         if model.public_prompt is None:
             task = replace(task, adapter=_kept(folder, task.adapter))
-        with offline():
-            parameters, statement = _train(folder, task, model.name, alone, resume)
-            kind = tuned_kind(folder.config.tune)
-            contents = kind.contents(task, parameters, statement)
-            write_tuned_prompt(folder, task, contents, model)
-            report_one_class(task, contents, alone)
+        parameters, statement = _train(folder, task, model.name, alone, resume)
+        kind = tuned_kind(folder.config.tune)
+        contents = kind.contents(task, parameters, statement)
+        write_tuned_prompt(folder, task, contents, model)
+        report_one_class(task, contents, alone)
 
     world.on_main(tune_alone)
 
