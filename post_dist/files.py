@@ -75,6 +75,17 @@ def fingerprint(path: Path) -> str:
     return digest_of(file_digests(path, hidden=False))
 
 
+def digest_as_read(digest: str, suffix: str) -> str:
+    """Return a digest of what is read from a data file, from that of its bytes and its file type.
+
+    The same bytes are other texts in TSV, which has no quotes, than in CSV. JSONL and Parquet hold
+    nothing that another type could read. CSV keeps the digest of its bytes, as older runs have it.
+    """
+    if suffix.lower() != ".tsv":
+        return digest
+    return digest_of({"file": digest, "type": suffix.lower()})
+
+
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder atomically: fill a temporary folder next to it, flush it, rename it.
 

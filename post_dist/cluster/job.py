@@ -23,6 +23,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from post_dist import api
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
+from post_dist.results import EvaluationResult
 from post_dist.runtime.process import exit_code_of
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import end_process, leave_in_seconds, listen
@@ -134,7 +135,8 @@ class StageJob(Job):
         leave_in_seconds()
         result = _RUNS[self.command](self.source.load())
         if this_rank() == 0:
-            print(result)
+            # Others may read a log. The scores are in the page, for their owner alone.
+            print(result.place if isinstance(result, EvaluationResult) else result)
         leave_ranks()
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,24 @@ def job_folder(config: RunConfig) -> Path:
     return folder
 
 
+def _made_job_folder(config: RunConfig) -> Path:
+    """Create the folder for submitit's logs and pickles, and return it.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    folder = job_folder(config)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # A job runs what the pickles say, so nobody else may put one there.
+        mode = stat.S_IMODE(folder.stat().st_mode) & ~0o022
+        # The logs of private stages are for their owner alone, as their run folders are.
+        if config.private_task is not None:
+            mode &= 0o700
+        folder.chmod(mode)
+    return folder
+
+
 def job_texts(config: RunConfig, jobs: list[Planned]) -> list[str]:
     """Return the batch file of each job as submitit would send it.
 
@@ -201,7 +220,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
         InputError: the folder for their logs cannot be written to.
         EnvironmentFault: Slurm does not accept a job.
     """
-    executor = submitit.SlurmExecutor(job_folder(config))
+    executor = submitit.SlurmExecutor(_made_job_folder(config))
     submitted: list[Submitted] = []
     accepted = 0
     try:
@@ -254,8 +273,7 @@ def run_here(config: RunConfig, jobs: list[Planned]) -> list[Submitted]:
     python = shlex.join(["bash", "-c", setup, "bash", sys.executable])
     # submitit's processes outlive the process that starts them. Tell them which process to watch.
     os.environ[SUBMITTER] = str(os.getpid())
-    with writing(job_folder(config)):
-        executor = submitit.LocalExecutor(job_folder(config), python=python)
+    executor = submitit.LocalExecutor(_made_job_folder(config), python=python)
     done: list[Submitted] = []
     for planned in jobs:
         asked = planned.cluster.for_stage(planned.stage)

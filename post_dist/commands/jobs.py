@@ -13,7 +13,7 @@ from post_dist.commands.printing import print_json
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, raise_conflicts
-from post_dist.errors import EnvironmentFault
+from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.ranks import this_rank
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
 
+    _refuse_together({"--print": print_, "--test-only": test_only, "--local": local})
     config = load_run(run, set_, output)
     # A job that would fail is refused here, before it waits in a queue.
     jobs = planned_jobs(config, RunSource.of_command(run, set_, output), _COMMANDS[command])
@@ -89,6 +90,13 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     if wait and not local:
         sys.stdout.flush()
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _refuse_together(options: dict[str, bool]) -> None:
+    """Refuse options of which one would silently win, and run what another one says not to run."""
+    given = [option for option, is_given in options.items() if is_given]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} do not go together", "give one of them")
 
 
 def _check_stages(config: RunConfig, stages: Sequence[str]) -> None:

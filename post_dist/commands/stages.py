@@ -168,7 +168,9 @@ def _run(
         if as_json:
             print_json(_json_object(result))
         elif isinstance(result, EvaluationResult):
-            print_wide(terminal_table(result.table))
+            # Others may read the log of a batch job. The page is for its owner alone.
+            if "SLURM_JOB_ID" not in os.environ or sys.stdout.isatty():
+                print_wide(terminal_table(result.table))
             print(result.place)
         else:
             # Standard error is not buffered, and what it gets must stand below.

@@ -13,7 +13,7 @@ from pyarrow import ArrowException, parquet
 
 from post_dist.config.sources import Corpus
 from post_dist.errors import InputError
-from post_dist.files import digest_of, file_digest
+from post_dist.files import digest_as_read, digest_of, file_digest
 from post_dist.runtime.stop import leave_if_requested
 from post_dist.runtime.watchdog import phase
 
@@ -139,7 +139,10 @@ def source_digest(section: Corpus) -> str:
     if section.path is None:
         return f"{section.hub}@{section.revision}"
     # The names of the files do not count, so a moved corpus is still found.
-    digests = [digest for _, digest in file_digests(section)]
+    digests = []
+    for path, digest in file_digests(section):
+        found = file_type(path)
+        digests.append(digest_as_read(digest, "" if found is None else found.suffix))
     # One file counts by its own digest, as the files of other sections do.
     return digests[0] if len(digests) == 1 else digest_of(digests)
 

@@ -1,11 +1,12 @@
 """Count how many evaluations have read a test split, in a file next to the data."""
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from post_dist.config.sources import Task
-from post_dist.files import writing
+from post_dist.files import append_line, writing
 
 _NAME = "test_readings.jsonl"
 
@@ -28,11 +29,19 @@ def count_split_read(task: Task, runs: Path, evaluation: str) -> int:
     path = runs / _NAME
     if task.path:
         path = task.path.with_name(f"{task.path.name}.{_NAME}")
-    with writing(path), path.open("a+") as file:
-        # In append mode the file position is at the end, so move it to the start for reading.
-        file.seek(0)
-        known = {json.loads(line)["evaluation"] for line in file}
+    with writing(path):
+        known = _evaluations(path)
         if evaluation not in known:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(json.dumps({"evaluation": evaluation, "at": now}) + "\n")
+            append_line(path, json.dumps({"evaluation": evaluation, "at": now}))
     return len(known | {evaluation})
+
+
+def _evaluations(path: Path) -> set[str]:
+    """Return the names of the evaluations in a record."""
+    found = set()
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        # A full disk, or the end of a process, may have cut a line.
+        with suppress(ValueError, TypeError, KeyError):
+            found.add(str(json.loads(line)["evaluation"]))
+    return found

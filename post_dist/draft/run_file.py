@@ -60,8 +60,9 @@ _COMPARISON = """\
   # Tells how many more validation rows are right than before, with this noise. Epsilon covers it.
   comparison_noise_multiplier: 20
 """
-_FEWEST_COMPARED = 1600
-"""With fewer training rows, the noise of a comparison would hide any gain."""
+_FEWEST_COMPARED = 3000
+"""With fewer declared examples, the noise of a comparison may hide any gain. They are rounded up to
+one digit, so these are at least 2,001 training rows."""
 _HEAD_STEPS = 400
 _HEAD_BATCH = 512
 _USER = """\

@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -171,15 +171,16 @@ def anchor_folder(config: RunConfig) -> Path:
 
 def default_anchor_folder() -> Path:
     """Return `post_dist/ledgers` in the folder for state of the XDG base directories."""
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    try:
-        # A relative path is void by the specification. It would lead to another folder each time.
-        around = state if state.is_absolute() else Path.home() / ".local" / "state"
-    except RuntimeError:
+    around = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # A relative path is void by the specification. It would lead to another folder each time.
+    if not around.is_absolute():
+        with suppress(RuntimeError):  # no home folder is known
+            around = Path.home() / ".local" / "state"
+    if not around.is_absolute():
         raise InputError(
             "this account has no home folder for the anchors of ledgers",
             "set privacy.ledger_anchors to a folder that stays with the owner",
-        ) from None
+        )
     return around / "post_dist" / "ledgers"
 
 

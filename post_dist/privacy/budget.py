@@ -60,8 +60,9 @@ def budget_of(path: Path, delta: float | None, anchors: Path | None = None) -> d
     # NaN passes the comparisons of the command line.
     if delta is not None and not 0 <= delta <= 1:
         raise InputError(f"--delta must be from 0 to 1, not {delta:g}")
-    lines = ledger_lines(path)
+    # A run may add rows at any time. The ledger, read last, has at least those of its anchor.
     anchor = _anchor(path, anchors)
+    lines = ledger_lines(path)
     if anchor is not None:
         anchor.check(lines)
     spending = spending_of(lines, path)

@@ -22,10 +22,10 @@ import torch
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
 from post_dist.config.privacy import Privacy
-from post_dist.config.schema import RunConfig
+from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Task
 from post_dist.data.tasks import Examples, load_examples
-from post_dist.errors import InputError
+from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
 from post_dist.files import digest_of, write_file
 from post_dist.privacy.membership import (
     AttackSuccess,
@@ -96,7 +96,12 @@ def audit_membership(
         return kept
     with pipeline.running([folder]):
         shadows = _Shadows(config, size, folder, pipeline, world)
-        result = _attack(config, shadows, world)
+        try:
+            result = _attack(config, shadows, world)
+        except (InputError, ArtifactRefused, PrivacyRefused):
+            # It does not go on, so no private rows may stay behind.
+            shutil.rmtree(shadows.folder, ignore_errors=True)
+            raise
         world.on_main(lambda: _finish(folder, shadows.folder, result))
     return result
 
@@ -171,14 +176,15 @@ class _Shadows:
         self.task = config.need_task("private_task")
         self.rows = world.on_main(lambda: _choose_rows(self.task, size.rows, config.seed))
         self.members_SN = balanced_members(size.shadows, len(self.rows.texts), config.seed)
-        # The shadows share the student and the public prompt of the run, which are admitted
-        # already. Nobody signs the shadows.
+        # The shadows share the student and the public prompt of the run. Nobody signs the shadows.
         shared = {
             "student": pipeline.student,
             "public_prompt": pipeline.public_prompt_folder,
             "trusted_keys": (),
         }
         self._inputs = config.inputs.model_copy(update=shared)
+        # The copy of an admitted student is no artifact, and would not be admitted again.
+        self._admitted = None if config.inputs.student is None else pipeline.inputs
         self.models = ModelFolders(pipeline.student, None)
         self.digests = {"student": pipeline.student_digest}
         if _transfers(config):
@@ -195,7 +201,7 @@ class _Shadows:
             self._world.on_main(write)
             config = self._shadow_config(number, members)
             # A finished shadow of an interrupted audit is found by its signature.
-            stages = Pipeline(config, self._world, frozenset(("tune",)))
+            stages = self._pipeline(config, "tune")
             prompts.append(stages.tune().artifact)
         return prompts
 
@@ -205,8 +211,12 @@ class _Shadows:
         inputs = self._inputs.model_copy(update={"source_prompt": tuple(prompts)})
         changes = {"output": self.folder, "name": "transfer", "inputs": inputs}
         config = self._config.model_copy(update=changes)
-        folders = Pipeline(config, self._world, frozenset(("transfer",))).transfer()
+        folders = self._pipeline(config, "transfer").transfer()
         return [folder.artifact for folder in folders]
+
+    def _pipeline(self, config: RunConfig, stage: Stage) -> Pipeline:
+        """Return a pipeline of shadows, which runs one stage."""
+        return Pipeline(config, self._world, frozenset((stage,)), admitted=self._admitted)
 
     def cost(self) -> "Account | None":
         """Return what each shadow prompt tells of its rows at most; None without privacy."""

@@ -69,19 +69,25 @@ class Pipeline:
         may_run: the stages that this command may start. The others must be finished, or their
             artifacts given in `inputs`.
         resume: `auto` resumes an unfinished stage from its checkpoint; `never` starts it anew.
+        admitted: the inputs of a run with the same given student, which has passed its checks.
 
     Attributes:
         inputs: reads what the run file names.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, may_run: frozenset[Stage], resume: str = "auto"
+        self,
+        config: RunConfig,
+        world: World,
+        may_run: frozenset[Stage],
+        resume: str = "auto",
+        admitted: RunInputs | None = None,
     ) -> None:
         self._config = config
         self._world = world
         self._may_run = may_run
         self._resume = resume
-        self.inputs = RunInputs(config, world)
+        self.inputs = RunInputs(config, world, admitted)
 
     def distill(self) -> RunFolder:
         """Find or make the student, and attack it if the run file says so.

@@ -20,7 +20,7 @@ from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import digest_of, file_digests, fingerprint
+from post_dist.files import digest_as_read, digest_of, file_digests, fingerprint
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.families import is_masked
 from post_dist.models.load import (
@@ -42,10 +42,14 @@ class RunInputs:
     Args:
         config: the run file.
         world: the ranks.
+        admitted: the inputs of a run with the same student, which has passed its checks there.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, admitted: "RunInputs | None" = None
+    ) -> None:
         self._config = config
+        self._admitted_there = admitted
         self._inputs = config.inputs
         self._world = world
         self._prompts: dict[Hashable, SoftPromptArtifact | ArtifactRefused] = {}
@@ -93,6 +97,8 @@ class RunInputs:
         Raises:
             ArtifactRefused: a check failed.
         """
+        if self._admitted_there is not None:
+            return self._admitted_there.student
         given = self._inputs.student
         # A run file may name any model of one's own as its student, such as a smaller one of the
         # teacher's family.
@@ -126,6 +132,8 @@ class RunInputs:
     @cached_property
     def trusts_student(self) -> bool:
         """Whether the given student has no manifest, and is used without a check."""
+        if self._admitted_there is not None:
+            return self._admitted_there.trusts_student
         return self._world.on_main(partial(_is_trusted, self._inputs))
 
     @cached_property
@@ -230,7 +238,7 @@ def _digest_of_file(path: Path, section: str) -> str:
     if not path.is_file():
         problem = "no file" if path.exists() else "missing"
         raise InputError(f"{section}.path: {path} is {problem}")
-    return fingerprint(path)
+    return digest_as_read(fingerprint(path), path.suffix)
 
 
 def check_inputs(config: RunConfig, teacher: Path) -> None:

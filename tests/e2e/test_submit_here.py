@@ -1,10 +1,12 @@
 """`post-dist submit --local`: submitit's processes on this machine, without a Slurm."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -114,3 +116,39 @@ def test_several_nodes_are_refused(tmp_path: Path, post_dist: Callable) -> None:
     assert done.returncode == 2
     assert "cluster.transfer.nodes is 2; --local has one node" in done.stderr
     assert not (tmp_path / "runs").exists(), "before the first job"
+
+
+def test_logs_and_pickles_of_private_jobs_are_for_their_owner(
+    tmp_path: Path, post_dist: Callable
+) -> None:
+    """Others may not read private scores, and may not put a pickle where a job looks for it."""
+    run = write_run(tmp_path)
+    settings = ["--set=evaluate.baselines=[]", "--set=distill.steps=1", "--set=tune.steps=1"]
+    before = os.umask(0)
+    try:
+        done = post_dist("submit", run, "pipeline", "--local", *settings, "--set=transfer.steps=1")
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "runs/tiny/slurm"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        provider = yaml.safe_load(run.read_text())
+        for section in ("private_task", "privacy", "tune", "evaluate"):
+            del provider[section]
+        run.write_text(yaml.safe_dump(provider | {"name": "public"}))
+        assert post_dist("submit", run, "corpus", "--local").returncode == 0
+        folder = tmp_path / "runs/public/slurm"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    finally:
+        os.umask(before)
+    logs = "".join(path.read_text() for path in tmp_path.glob("runs/tiny/slurm/*_log.out"))
+    assert "report: " in logs
+    assert "transferred" not in logs, "the table is in the page"
+
+
+def test_options_that_contradict_each_other_run_nothing(tmp_path: Path, main: Callable) -> None:
+    run = write_run(tmp_path)
+    pairs = itertools.combinations(("--print", "--test-only", "--local"), 2)
+    for pair in pairs:
+        code, _, err = main("submit", run, "tune", *pair)
+        assert code == 2
+        assert f"{' and '.join(pair)} do not go together" in err
+    assert not (tmp_path / "runs").exists()

@@ -197,6 +197,32 @@ def a_restart_repeats_or_pays() -> None:
         assert charged > 6, "steps on another gradient were not charged"
 
 
+def a_home_without_a_fixed_place_keeps_no_anchors() -> None:
+    anchor = part("privacy.anchor")
+    for home in ("relative", "."):
+        with mock.patch.dict(os.environ, {"HOME": home, "XDG_STATE_HOME": ""}):
+            try:
+                found = anchor.default_anchor_folder()
+            except part("errors").InputError:
+                continue
+            raise AssertionError(f"anchors in {found}, another folder in each working folder")
+
+
+def a_run_may_go_on_while_its_budget_is_added_up() -> None:
+    """Rows come at any time. A ledger that has more than its anchor knew was not cut."""
+    budgets = part("privacy.budget")
+    with folder() as place:
+        train_toy(place, fresh_source("a"), plan_of(sampling_probability=0.05))
+        real = budgets.known_anchor
+
+        def known_anchor(*given: Any) -> Any:
+            train_toy(place, fresh_source("b"), plan_of(sampling_probability=0.05))
+            return real(*given)
+
+        with mock.patch.object(budgets, "known_anchor", known_anchor):
+            budgets.budget_of(place / "ledger.jsonl", None)
+
+
 @on_a_coarse_grid
 def a_budget_adds_up_all_runs_and_holds_its_cap() -> None:
     errors = part("errors")
@@ -588,6 +614,8 @@ CHECKS: list[Callable[[], None]] = [
     a_run_is_gradient_descent_on_noisy_sums,
     intents_are_on_disk_before_the_noise,
     a_restart_repeats_or_pays,
+    a_home_without_a_fixed_place_keeps_no_anchors,
+    a_run_may_go_on_while_its_budget_is_added_up,
     a_budget_adds_up_all_runs_and_holds_its_cap,
     a_checkpoint_ahead_of_its_ledger_is_charged,
     a_run_keeps_its_plan,

@@ -982,6 +982,24 @@ MUTANTS = [
         "noise_has_tails_and_many_values",
     ),
     Mutant(
+        "a ledger that is read before its anchor",
+        "privacy.budget",
+        """    anchor = _anchor(path, anchors)
+    lines = ledger_lines(path)
+    if anchor""",
+        """    lines = ledger_lines(path)
+    anchor = _anchor(path, anchors)
+    if anchor""",
+        "a_run_may_go_on_while_its_budget_is_added_up",
+    ),
+    Mutant(
+        "anchors below a relative home",
+        "privacy.anchor",
+        "    if not around.is_absolute():\n        raise InputError(",
+        "    if not str(around):\n        raise InputError(",
+        "a_home_without_a_fixed_place_keeps_no_anchors",
+    ),
+    Mutant(
         "connections while private data are in memory",
         "runtime.private_process",
         "    _Hook.refuses = True\n",

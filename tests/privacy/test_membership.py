@@ -112,6 +112,30 @@ def test_a_prompt_that_learned_its_rows_is_caught_and_a_private_one_is_not(
     assert lira(main, run, *learning) == plain
 
 
+def test_an_owner_audits_on_the_student_of_a_provider(tmp_path: Path, main: Callable) -> None:
+    """The student has a manifest. It is admitted once, and all shadows use the copy."""
+    run = tiny.write_run(tmp_path)
+    assert main("distill", run, "--set=distill.steps=1")[0] == 0
+    (made,) = tmp_path.glob("runs/tiny/distill-*/artifact")
+    given = (f"inputs.student={made}", "teacher=null", "tune.steps=2", "tune.init_text=Classify")
+    owner = tmp_path / "owner"
+    found = lira(main, run, *given, f"output={owner}")
+    assert 0 <= found["student_auc"] <= 1
+    assert len(list(owner.glob("tiny/admitted/*"))) == 1
+
+
+def test_a_refused_audit_leaves_no_private_rows_behind(tmp_path: Path, main: Callable) -> None:
+    run = tiny.write_run(tmp_path)
+    tiny.write_student(tmp_path / "student")
+    given = (f"--set=inputs.student={tmp_path / 'student'}", "--set=teacher=null")
+    # The template alone fills the context, which is found when a shadow is tuned.
+    wrong = '--set=private_task.template="{text} %s"' % ("word " * 400)
+    sizes = ("--attack=lira", "--shadows=4", "--rows=40")
+    code, _, err = main("audit", run, *sizes, *given, wrong)
+    assert code == 2, err
+    assert not list(tmp_path.glob("runs/tiny/*/shadows"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

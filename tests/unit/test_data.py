@@ -18,16 +18,19 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from post_dist.config.sources import Task
+from post_dist.config.sources import Corpus, Task
+from post_dist.data.corpus_files import source_digest
 from post_dist.data.order import rank_batches, rows_of_like_length, shuffled_rows
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.sources import read_table
+from post_dist.data.split_reads import count_split_read
 from post_dist.data.tasks import load_examples, split_of
 from post_dist.data.template import Template
 from post_dist.data.verbalizer import Verbalizer
 from post_dist.errors import InputError, PrivacyRefused
 from post_dist.runtime.distributed import World
 from post_dist.runtime.private_process import forgetting_private_data
+from post_dist.stages.run_inputs import _digest_of_file
 
 WORDS = tiny.tokenizer("llama")
 MASKED_WORDS = tiny.tokenizer("roberta")
@@ -115,6 +118,17 @@ def test_whoever_reads_private_data_makes_no_connection_and_leaves_no_core_dump(
         socket.create_connection(address, 1).close()
 
 
+def test_a_cut_line_in_the_record_of_evaluations_is_left_out(tmp_path: Path) -> None:
+    section = task(tiny.write_csv(tmp_path / "a.csv", tiny.sentences(50, 0)))
+    record = tmp_path / "a.csv.test_readings.jsonl"
+    assert count_split_read(section, tmp_path, "evaluate-1") == 1
+    with record.open("a") as file:
+        file.write('{"evaluation": "eva')
+    assert count_split_read(section, tmp_path, "evaluate-2") == 2
+    assert count_split_read(section, tmp_path, "evaluate-2") == 2
+    assert len(record.read_text().splitlines()) == 3
+
+
 def test_responses_stand_beside_their_texts_and_disputed_ones_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,answer\nfirst,one\nsecond, two \nfirst,three\nthird,four\n")
@@ -153,6 +167,16 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, ending: str) -> None:
         if split_of(row.text, task(path)) == "train"
     ]
     assert list(zip(examples.texts, examples.classes, strict=True)) == wanted
+
+
+def test_data_of_another_file_type_are_other_data(tmp_path: Path) -> None:
+    """TSV has no quotes, so the same bytes are other texts."""
+    digests = set()
+    for name in ("a.csv", "b.csv", "a.tsv", "b.TSV"):
+        (tmp_path / name).write_text('text\tlabel\n"so ""good"""\t1\n')
+        digests.add(_digest_of_file(tmp_path / name, "private_task"))
+        digests.add(source_digest(Corpus(path=tmp_path / name)))
+    assert len(digests) == 2
 
 
 def test_the_header_alone_decides_what_separates_the_fields_of_a_csv_file(tmp_path: Path) -> None:

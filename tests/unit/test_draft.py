@@ -145,7 +145,7 @@ def test_true_and_false_answer_the_question_of_their_column(tmp_path: Path, main
         assert "Letters" not in run.read_text()
 
 
-@pytest.mark.parametrize(("rows", "noise"), [(1200, None), (2000, 20)])
+@pytest.mark.parametrize(("rows", "noise"), [(2500, None), (2600, 20)])
 def test_a_large_table_is_compared_with_the_start(
     tmp_path: Path, main: Callable, rows: int, noise: float | None
 ) -> None:
