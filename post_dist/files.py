@@ -116,6 +116,21 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         flush(destination.parent)
 
 
+def refuse_unwritable(destination: Path) -> None:
+    """Refuse a file that cannot be written to, before hours of work for it. It is left as it is.
+
+    Raises:
+        InputError: the file cannot be written to.
+        EnvironmentFault: the disk is full.
+    """
+    with writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not destination.exists()
+        destination.open("ab").close()
+        if is_new:
+            destination.unlink()
+
+
 def remove_unfinished(destination: Path) -> None:
     """Remove what killed processes have left of a file. No other process may be writing it.
 

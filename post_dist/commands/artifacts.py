@@ -76,10 +76,9 @@ def report(
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
     # Folders are runs, and files are measurements. A user may give both.
+    merged = _merge_measurements(files) if files else {}
     pages = [write_report(finished_evaluation(folder)) for folder in folders]
-    result: dict[str, Any] = {"reports": pages}
-    if files:
-        result |= _merge_measurements(files)
+    result: dict[str, Any] = {"reports": pages} | merged
     # If the plot cannot be written, the table is already printed. JSON is the result or the error.
     if not json_:
         _print_report(result)
