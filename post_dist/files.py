@@ -153,12 +153,27 @@ def lock_file(file: IO[str], *, shared: bool = False) -> bool:
         shared: whether others may hold the lock too, if they also share it.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(file, shared=shared)
     except OSError as error:
         message = "%s cannot be locked: %s; make sure that no other process works in it"
         log.warning(message, Path(file.name).parent, error.strerror)
+    return True
+
+
+def try_lock(file: IO[str], *, shared: bool = False) -> bool:
+    """Lock an open file like `lock_file`, but do not take a missing lock for a free file.
+
+    Args:
+        file: the file.
+        shared: whether others may hold the lock too, if they also share it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
 
