@@ -125,6 +125,7 @@ def refuse_unwritable(destination: Path) -> None:
     """
     with writing(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
+        # To open a file for appending changes nothing in it.
         is_new = not destination.exists()
         destination.open("ab").close()
         if is_new:

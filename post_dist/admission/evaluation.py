@@ -61,6 +61,7 @@ def checked_table(inside: Quarantined) -> dict[str, Any]:
         raise ArtifactRefused(f"it is a {inside.manifest.kind}, not an evaluation")
     if _TABLE not in inside.manifest.files:
         raise ArtifactRefused(f"it has no {_TABLE}")
+    # The size of the file is limited by the quarantine.
     table = read_object(inside.folder / _TABLE)
     try:
         _Table.model_validate(table)

@@ -76,6 +76,7 @@ def report(
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
     # Folders are runs, and files are measurements. A user may give both.
+    # A file that is refused leaves all pages as they are.
     merged = _merge_measurements(files) if files else {}
     pages = [write_report(finished_evaluation(folder)) for folder in folders]
     result: dict[str, Any] = {"reports": pages} | merged

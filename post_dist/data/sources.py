@@ -37,6 +37,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
+    # A lookup for each key would slow every line down.
     if len(fields) < len(pairs):
         raise FileFault(": an object has one key twice", "rename one of the two")
     return fields

@@ -67,11 +67,13 @@ def read_measurement(path: Path) -> Measurement:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES} bytes")
         found = Measurement.model_validate(parse_object(path.read_bytes()))
+        # A stage that is missing, or there twice, would give a wrong point of the plot.
         measured = sorted((row.stage, row.scaling) for row in found.rows)
         scalings = ["strong"] if found.ranks == 1 else ["strong", "weak"]
         if measured != [(stage, kind) for stage in ("distill", "transfer") for kind in scalings]:
             raise ValueError("rows")
     except ValidationError as error:
+        # The value itself could steer the terminal.
         raise _refusal(path, ".".join(map(str, error.errors()[0]["loc"]))) from None
     except OSError as error:
         raise _refusal(path, error.strerror or "it cannot be read") from None

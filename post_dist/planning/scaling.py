@@ -115,7 +115,7 @@ def measured(files: Sequence[Path]) -> list[_Row]:
 
 def _measured_point(measurement: Measurement, scaling: _Scaling) -> _Point:
     """Pick the rows of one kind of scaling from a file."""
-    stages = {}
+    stages: dict[str, _Numbers] = {}
     for row in measurement.rows:
         # On one rank, weak and strong scaling are equal and measured once.
         if row.scaling == scaling or measurement.ranks == 1:

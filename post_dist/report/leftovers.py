@@ -86,6 +86,7 @@ def leftovers(folder: Path) -> list[Leftover]:
     # A run in progress may read any cache beside it.
     for place, free in around.items():
         found += _caches(place, unlockable) if free else []
+    # One line for all: such a file system has no lock for any of them.
     if unlockable:
         log.warning(
             "kept, because without file locks a run in progress cannot be told from others: %s",

@@ -642,6 +642,18 @@ def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
     assert "--sweep: 12 GPUs are not whole nodes of 8" in found["error"]
 
 
+def test_all_sections_that_a_plan_lacks_are_named_at_once(run: Path, main: Callable) -> None:
+    fields = yaml.safe_load(run.read_text())
+    for name in ("student", "corpus", "distill"):
+        fields.pop(name, None)
+    fields["inputs"] = {"student": "student", "source_prompt": "prompt"}
+    run.write_text(yaml.safe_dump(fields))
+    code, found = planned(main, run)
+    assert code == 2
+    assert "plan needs sections that the run file lacks: `student`, `corpus`" in found["error"]
+    assert found["hint"].startswith("add them: distill is planned too")
+
+
 def measurement(ranks: object = 1, scalings: Sequence[str] = ("strong",), **change: object) -> str:
     """The file of `bench scale --write`, with some fields of each row changed."""
     rates = {
