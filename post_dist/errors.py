@@ -1,5 +1,7 @@
 """The errors that a user may see. Each one has a message, a hint and an exit code."""
 
+import shlex
+
 
 def printable(text: str, *, lines: bool = False) -> str:
     """Escape what a terminal would act on, or could not show: control characters, line breaks.
@@ -11,6 +13,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join(map(printable, text.split("\n")))
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def command_line(*words: object) -> str:
+    """Return a command for people to copy. A path with a space stays one word of the shell."""
+    return printable(shlex.join(map(str, words)))
 
 
 class PostDistError(Exception):

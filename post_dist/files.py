@@ -127,6 +127,22 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         flush(destination.parent)
 
 
+def refuse_unwritable(destination: Path) -> None:
+    """Refuse a file that cannot be written to, before hours of work for it. It is left as it is.
+
+    Raises:
+        InputError: the file cannot be written to.
+        EnvironmentFault: the disk is full.
+    """
+    with writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # To open a file for appending changes nothing in it.
+        is_new = not destination.exists()
+        destination.open("ab").close()
+        if is_new:
+            destination.unlink()
+
+
 def remove_unfinished(destination: Path) -> None:
     """Remove what killed processes have left of a file. No other process may be writing it.
 
@@ -149,12 +165,27 @@ def lock_file(file: IO[str], *, shared: bool = False) -> bool:
         shared: whether others may hold the lock too, if they also share it.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(file, shared=shared)
     except OSError as error:
         message = "%s cannot be locked: %s; make sure that no other process works in it"
         log.warning(message, Path(file.name).parent, error.strerror)
+    return True
+
+
+def try_lock(file: IO[str], *, shared: bool = False) -> bool:
+    """Lock an open file like `lock_file`, but do not take a missing lock for a free file.
+
+    Args:
+        file: the file.
+        shared: whether others may hold the lock too, if they also share it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
 

@@ -106,6 +106,7 @@ def quarantined(
     keys: Sequence[str] = (),
     only: frozenset[str] | None = None,
     hashed_only: bool = False,
+    signature_counts: bool = True,
 ) -> Iterator[Quarantined]:
     """Copy an artifact, and delete the copy afterwards.
 
@@ -115,6 +116,7 @@ def quarantined(
         keys: trusted public keys, one of which must have signed it; none to take unsigned ones.
         only: names of the files to copy and to check, besides the manifest; None for all.
         hashed_only: whether to compare the files with their hashes, and to copy none.
+        signature_counts: whether to check the signature, if there is one.
 
     Raises:
         ArtifactRefused: the folder holds anything but the files of one artifact, each of them
@@ -122,7 +124,9 @@ def quarantined(
             not good, or not by a trusted key.
     """
     with private_folder(parent) as copy:
-        yield _copy(folder, copy, keys, only, hashed_only=hashed_only)
+        yield _copy(
+            folder, copy, keys, only, hashed_only=hashed_only, signature_counts=signature_counts
+        )
 
 
 def _copy(
@@ -132,6 +136,7 @@ def _copy(
     only: frozenset[str] | None,
     *,
     hashed_only: bool,
+    signature_counts: bool,
 ) -> Quarantined:
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -142,7 +147,7 @@ def _copy(
         if FILE_NAME not in names:
             raise ArtifactRefused(f"it is not a post_dist artifact: it has no {FILE_NAME}")
         _copy_file(root, FILE_NAME, _MANIFEST, copy / FILE_NAME)
-        if SIGNATURE in names:
+        if signature_counts and SIGNATURE in names:
             _copy_file(root, SIGNATURE, _SIGNATURE, copy / SIGNATURE)
         # Nothing that a stranger has sent is parsed if keys are given.
         signature = check_signature(copy, keys)

@@ -1,10 +1,12 @@
 """Start a benchmark: join the ranks, find the models of the run file, and measure."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
+from post_dist.files import refuse_unwritable
 from post_dist.runtime.ranks import join_ranks
 
 BenchStage = Literal["distill", "tune", "transfer"]
@@ -53,6 +55,8 @@ def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, An
     from post_dist.bench.scale import bench_scale, write_scale
     from post_dist.stages.run_inputs import RunInputs
 
+    if write is not None:
+        world.on_main(partial(refuse_unwritable, write))
     result = bench_scale(config, RunInputs(config, world).teacher, world)
     if write is not None and world.is_main:
         write_scale(write, result)
@@ -64,10 +68,15 @@ def bench_fabric(write: Path | None = None) -> dict[str, Any]:
 
     Args:
         write: the hardware file that rank 0 writes for `post-dist plan --hardware`.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     world = join_ranks(RunConfig(name="fabric"))
     from post_dist.bench.fabric import measure_fabric, write_hardware
 
+    if write is not None:
+        world.on_main(partial(refuse_unwritable, write))
     result = measure_fabric(world)
     if write is not None and world.is_main:
         write_hardware(write, result)

@@ -45,7 +45,8 @@ def sign(
 
     # What a killed `sign` has left is no file of the artifact.
     remove_unfinished(folder / SIGNATURE)
-    result, manifest = verified_manifest(folder)
+    # The signature that it has is replaced, and may be damaged.
+    result, manifest = verified_manifest(folder, signature_counts=False)
     if not result["ok"]:
         refusal = ArtifactRefused(f"{folder} is not signed, because `verify` refuses it")
         refuse(result, refusal, json_)
@@ -75,10 +76,10 @@ def report(
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.is_file()]
     # Folders are runs, and files are measurements. A user may give both.
+    # A file that is refused leaves all pages as they are.
+    merged = _merge_measurements(files) if files else {}
     pages = [write_report(finished_evaluation(folder)) for folder in folders]
-    result: dict[str, Any] = {"reports": pages}
-    if files:
-        result |= _merge_measurements(files)
+    result: dict[str, Any] = {"reports": pages} | merged
     # If the plot cannot be written, the table is already printed. JSON is the result or the error.
     if not json_:
         _print_report(result)

@@ -11,7 +11,7 @@ from post_dist.commands.options import AsJson, Output, Overrides, RunFile, count
 from post_dist.commands.printing import print_json, print_numbers
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
-from post_dist.errors import InputError
+from post_dist.errors import InputError, command_line
 from post_dist.runtime.ranks import leave_ranks, this_rank
 
 bench = typer.Typer(
@@ -113,7 +113,8 @@ def _print_jobs(jobs: list[dict[str, Any]]) -> None:
         print(
             f"{job['nodes']} nodes: job {job['job_id']}, log {job['log']}, result {job['result']}"
         )
-    print("when they are done: post-dist report", *(job["result"] for job in jobs))
+    command = command_line("post-dist", "report", *(job["result"] for job in jobs))
+    print(f"when they are done: {command}")
 
 
 def _beside_peers(stage: BenchStage, run: Path, overrides: list[str] | None, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from post_dist.commands.options import AsJson
 from post_dist.commands.printing import print_json
 from post_dist.config.assets import asset
 from post_dist.config.presets import PresetName
-from post_dist.errors import InputError
+from post_dist.errors import InputError, command_line
 from post_dist.files import write_file
 
 _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
@@ -53,8 +53,8 @@ def init(  # noqa: PLR0913 - typer reads the options from parameters
         files = _write_demo(folder)
         run, script = files
         lines = [
-            f"python {script}        fetches the demo's model and data",
-            f"post-dist pipeline {run}   runs it",
+            f"{command_line('python', script)}        fetches the demo's model and data",
+            f"{command_line('post-dist', 'pipeline', run)}   runs it",
         ]
     else:
         # An edited run file is never overwritten.
@@ -94,6 +94,8 @@ def _after_draft(run: Path, names_model: bool) -> list[str]:
     lines = [f"wrote {run}; it holds the values of your label column, as the prompt will"]
     if not names_model:
         lines.append("it names no model to tune on yet: name one in `inputs`")
-    lines.append(f"post-dist check {run}   lists what does not fit, and epsilon")
-    lines.append(f"post-dist tune {run}    tunes the prompt")
+    check = command_line("post-dist", "check", run)
+    lines.append(f"{check}   lists what does not fit, and epsilon")
+    tune = command_line("post-dist", "tune", run)
+    lines.append(f"{tune}    tunes the prompt")
     return lines

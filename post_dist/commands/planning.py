@@ -52,14 +52,11 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     from post_dist.models.load import config_folder
     from post_dist.models.size import size_of
     from post_dist.planning.hardware import Machine, read_hardware
+    from post_dist.planning.inputs import needed_sections
     from post_dist.planning.scaling import draw
 
     # Read the hardware file before the model: a misspelled GPU should not cost a download.
-    if config.teacher is None:
-        raise InputError(
-            "plan needs the section `teacher`",
-            "it is for the provider's run; `post-dist bench tune` times a step of the owner's",
-        )
+    section, _, _ = needed_sections(config)
     described = read_hardware(gpu, hardware)
     requested = config.cluster.for_stage("distill")
     of_node = gpus_per_node or requested.gpus_per_node or described.node.gpus
@@ -67,7 +64,7 @@ def plan(  # noqa: PLR0913 - typer reads the options from parameters
     of_stage = {} if nodes else {stage: config.cluster.for_stage(stage).nodes for stage in _SHARDED}
     machine = Machine(nodes or requested.nodes, of_node, described, of_stage)
     gpus = counts("--sweep", sweep) if sweep else []
-    teacher = size_of(config_folder(config.teacher))
+    teacher = size_of(config_folder(section))
     result = _plan(config, teacher, machine, gpus) | {"gpu": gpu}
     # If the plot cannot be written, the table is already printed. JSON is the plan or the error.
     if not json_:

@@ -1,7 +1,6 @@
 """The commands for the three stages, the evaluation, and the whole pipeline."""
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from post_dist.commands.options import (
 )
 from post_dist.commands.printing import print_json
 from post_dist.config.schema import RunConfig
-from post_dist.errors import printable
+from post_dist.errors import command_line
 from post_dist.report.tables import print_wide, terminal_table
 from post_dist.runtime.ranks import leave_ranks, this_rank
 from post_dist.runtime.stop import listen
@@ -194,7 +193,7 @@ def _predict_command(config: RunConfig, result: _Result) -> str | None:
         return None
     prompt = _shortest(result.artifact)
     words = ["post-dist", "predict", prompt, "NEW.csv", "--model", _shortest(result.student)]
-    return printable(shlex.join([*words, "--column", column]))
+    return command_line(*words, "--column", column)
 
 
 def _shortest(path: Path) -> str:

@@ -3,14 +3,19 @@
 To add a file type, write its reader in `data/documents.py`.
 """
 
+import fnmatch
 import glob
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from pyarrow import ArrowException, parquet
 
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.sources import Corpus
 from post_dist.errors import InputError
 from post_dist.files import digest_as_read, digest_of, file_digest
@@ -24,6 +29,14 @@ LINE_TYPES = (".txt", ".jsonl")
 """Types whose files can be read from any byte on, because a document is a line."""
 TABLE_TYPES = (".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+_RECORDS = (
+    "*.ledger.jsonl",
+    "*test_readings.jsonl",
+    "private_metrics.jsonl",
+    "metrics.jsonl",
+    "[0-9]*_failures.jsonl",
+)
+"""Names of the files that post_dist writes about its runs and the data. They are no text."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +85,11 @@ def file_type(path: Path) -> FileType | None:
 def corpus_files(section: Corpus) -> list[Path]:
     """Return the files that `corpus.path` names, in reading order. A hub data set has none.
 
-    The files of a folder or a pattern are sorted by their paths.
+    The files of a folder or a pattern are sorted by their paths. Links are followed. Each file
+    counts once, whatever links lead to it.
 
     Raises:
-        InputError: there is no such file, or its type is unknown.
+        InputError: there is no such file, its type is unknown, or it cannot be read.
     """
     if section.path is None:
         return []
@@ -84,35 +98,86 @@ def corpus_files(section: Corpus) -> list[Path]:
         named = (named,)
     files: list[Path] = []
     for path in named:
-        files += _files_at(path)
+        try:
+            files += _files_at(path)
+        except OSError as error:
+            raise InputError(f"corpus.path: {error.filename}: {error.strerror}") from None
     return files
 
 
 def _files_at(path: Path) -> list[Path]:
     if path.is_dir():
         # A folder may also hold other files, such as a README.
-        files = [file for file in _visible_files(path) if file_type(file) is not None]
-        return _not_empty(files, path)
+        found = [file for file in _matches(path, ["**", "*"]) if file_type(file) is not None]
     # A file's own name may have brackets.
-    if not path.exists() and glob.has_magic(str(path)):
-        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [match for match in matches if not match.is_dir()]
-        return _not_empty([_usable(file) for file in files], path)
-    return [_usable(path)]
+    elif not path.exists() and glob.has_magic(str(path)):
+        found = list(_matches(Path(path.anchor), path.relative_to(path.anchor).parts))
+    else:
+        return [_usable(path)]
+    once: dict[str, Path] = {}
+    for file in sorted(found):
+        if not file.is_dir() and not _is_record(file):
+            once.setdefault(os.path.realpath(file), file)
+    return _not_empty([_usable(file) for file in once.values()], path)
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.rglob("*")):
-        # Hidden folders hold caches and version control.
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
-            yield file
+def _matches(folder: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """Find what matches a pattern, as `glob` does, but follow each link to a folder only once.
+
+    Args:
+        folder: where to search.
+        pattern: the pattern of each part of a path below it. `**` stands for any folders.
+    """
+    if not pattern:
+        yield folder
+        return
+    first, *rest = pattern
+    if first == "**":
+        for inner in _folders(folder):
+            yield from _matches(inner, rest or ["*"])
+    elif glob.has_magic(first):
+        for entry in _entries(folder, first):
+            yield from _matches(entry, rest)
+    elif os.path.lexists(folder / first):
+        yield from _matches(folder / first, rest)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """Yield a folder and all folders below it, each real folder once."""
+    seen = set()
+    waiting = deque([top])
+    while waiting:
+        folder = waiting.popleft()
+        real = os.path.realpath(folder)
+        # A link may lead back to a folder above it.
+        if real not in seen:
+            seen.add(real)
+            yield folder
+            waiting += [entry for entry in _entries(folder, "*") if entry.is_dir()]
+
+
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    """Return the entries of a folder that match a pattern. Runs and artifacts have none."""
+    # A run writes its metrics while the next one lists the corpus. Some of them are private.
+    is_made = any((folder / name).exists() for name in (SETTINGS, FILE_NAME))
+    if is_made or not folder.is_dir():
+        return []
+    names = sorted(fnmatch.filter(os.listdir(folder), pattern))
+    # Hidden folders hold caches and version control.
+    return [folder / name for name in names if pattern.startswith(".") or name[0] != "."]
+
+
+def _is_record(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in _RECORDS)
 
 
 def _not_empty(files: list[Path], path: Path) -> list[Path]:
     if not files:
         known = ", ".join(LINE_TYPES + TABLE_TYPES)
-        raise InputError(f"corpus.path: {path} has no file to read", f"file types: {known}")
+        raise InputError(
+            f"corpus.path: {path} has no file to read",
+            f"file types: {known}; hidden files and those of runs and artifacts do not count",
+        )
     return files
 
 
@@ -125,6 +190,11 @@ def _usable(path: Path) -> Path:
             f"corpus.path: {path.name} has no known file type",
             f"one of {', '.join(LINE_TYPES + TABLE_TYPES)}; all but .parquet also with "
             f"{' or '.join(COMPRESSIONS)}",
+        )
+    if _is_record(path):
+        raise InputError(
+            f"corpus.path: {path} has the name of a record of post_dist, which may be private",
+            "rename it if it is public text",
         )
     return path
 

@@ -9,8 +9,9 @@ most programs have it: a quote is a character like any other.
 import csv
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -100,10 +101,31 @@ def _check_quotes(text: bytes, separator: str) -> None:
         place = found.end()
 
 
+def refuse_equal_names(names: Iterable[str]) -> None:
+    """Refuse a table in which a name could stand for either of two columns.
+
+    Raises:
+        FileFault: two columns have the same name. It is not quoted.
+    """
+    # A column without a name is none that a run file could mean.
+    named = [name for name in names if name]
+    if len(set(named)) < len(named):
+        raise FileFault(": two columns have the same name", "rename one of them")
+
+
+def check_header(file: IO[bytes], options: dict[str, Any]) -> None:
+    """Check the names of the columns in the first line of a file.
+
+    Raises:
+        ValueError: there is no such line, or two of them are equal.
+    """
+    # With a header, pandas would rename the second column.
+    header = pd.read_csv(file, header=None, nrows=1, **options)
+    refuse_equal_names(header.iloc[0])
+
+
 def _table(text: bytes, options: dict[str, Any]) -> pd.DataFrame:
-    names = pd.read_csv(io.BytesIO(text), header=None, nrows=1, **options).iloc[0].dropna()
-    if names.duplicated().any():
-        raise FileFault(": two columns have the same name", "rename one of them in the first line")
+    check_header(io.BytesIO(text), options)
     # A blank line between others is a row too. Otherwise the rows behind it would shift.
     table = pd.read_csv(io.BytesIO(text), skip_blank_lines=False, **options)
     # If rows have one field more than the header, pandas makes the first column an index. The names

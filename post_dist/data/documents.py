@@ -5,7 +5,6 @@ A document is composed as in `data/sources.py`, from a row of a table or a line 
 
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,8 +17,16 @@ from pyarrow import ArrowException, parquet
 
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import Unit, file_type
-from post_dist.data.delimited import OPTIONS, TSV_OPTIONS, separator_of
+from post_dist.data.delimited import (
+    OPTIONS,
+    TSV_OPTIONS,
+    FileFault,
+    check_header,
+    refuse_equal_names,
+    separator_of,
+)
 from post_dist.data.sources import (
+    LINE_PARSER,
     arrow_as_written,
     as_written,
     complete_rows,
@@ -50,13 +57,15 @@ def documents_of(section: Corpus, unit: Unit) -> Iterator[str]:
         EnvironmentFault: the hub cannot be reached, or the package `datasets` is missing.
     """
     names = section.text_columns
+    # A corpus may have thousands of files.
+    where = "corpus" if unit.path is None else f"corpus.path: {unit.path}"
     is_first = unit.start == 0
     for table in _tables(section, unit):
         # A later line of a JSONL file may lack a column, as any line may. The first ones may not.
         if not is_first:
             table = table.reindex(columns=table.columns.union(names, sort=False))
         is_first = False
-        yield from compose_texts(section, complete_rows(section, table, names, "corpus"))
+        yield from compose_texts(section, complete_rows(section, table, names, where))
 
 
 def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
@@ -73,6 +82,8 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         raise InputError(f"corpus.path: {unit.path}: {problem}") from None
     except UnicodeError:
         raise InputError(f"corpus.path: {unit.path}: is not UTF-8 text") from None
+    except FileFault as fault:
+        raise InputError(f"corpus.path: {unit.path}{fault}", fault.hint) from None
     except _PARSING_ERRORS as error:
         # The parser's own message may quote a document of any length.
         place = _line_in(error)
@@ -116,7 +127,10 @@ def _parse_object(line: str, unit: Unit, place: int, number: int) -> dict[str, A
         number: number of the line in the block, from 0, for the message.
     """
     try:
-        found = json.loads(line)
+        found = LINE_PARSER.decode(line)
+    except FileFault as fault:
+        number += _line_at(unit, place)
+        raise FileFault(f", line {number}{fault}", fault.hint) from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -206,6 +220,9 @@ def _delimited(unit: Unit, options: dict[str, Any]) -> Iterator[pd.DataFrame]:
         # pandas reports an empty file as a file without columns. A zstd stream has no way back.
         if not cast(io.BufferedReader, file).peek(1):
             raise InputError(f"corpus.path: {unit.path} is empty")
+    with _open(unit) as file:
+        check_header(file, options)
+    with _open(unit) as file:
         reader: Any = pd.read_csv(file, chunksize=_ROWS, **options)
         for table in reader:
             # As in `data/delimited.py`, a first row with too many fields shifts all columns.
@@ -216,6 +233,7 @@ def _delimited(unit: Unit, options: dict[str, Any]) -> Iterator[pd.DataFrame]:
 
 def _parquet_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with parquet.ParquetFile(unit.path) as file:
+        refuse_equal_names(file.schema_arrow.names)
         # Other columns are not read. A missing one is reported with the names of all others.
         names = section.text_columns
         if not set(names) <= set(file.schema_arrow.names):

@@ -18,7 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
-from post_dist.data.delimited import FileFault, read_csv, read_tsv
+from post_dist.data.delimited import FileFault, read_csv, read_tsv, refuse_equal_names
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
@@ -27,12 +27,24 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     # Some programs on Windows begin a file with a byte order mark.
     with path.open(encoding="utf-8-sig") as lines:
         # A blank line, such as one at the end of the file, is not an example.
-        objects = [json.loads(line) for line in lines if line.strip()]
+        objects = [LINE_PARSER.decode(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
     if not all(map(has_whole_characters, objects)):
         raise FileFault(": holds half a character, such as \\ud83d", "write each character whole")
     return as_written(objects)
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    # A lookup for each key would slow every line down.
+    if len(fields) < len(pairs):
+        raise FileFault(": an object has one key twice", "rename one of the two")
+    return fields
+
+
+LINE_PARSER = json.JSONDecoder(object_pairs_hook=_fields)
+"""Parser of a line of JSONL. It raises FileFault for a key that could stand for two values."""
 
 
 def has_whole_characters(found: dict[str, Any]) -> bool:
@@ -48,6 +60,7 @@ def has_whole_characters(found: dict[str, Any]) -> bool:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    refuse_equal_names(parquet.read_schema(path).names)
     return arrow_as_written(parquet.read_table(path))
 
 

@@ -7,10 +7,9 @@ from post_dist.config.schema import Student
 from post_dist.config.sources import Corpus
 from post_dist.conflicts import Conflict
 from post_dist.data.order import rank_batches
-from post_dist.errors import InputError
 from post_dist.planning import cost
 from post_dist.planning.estimate import StageEstimate
-from post_dist.planning.inputs import PlanInputs, models_of
+from post_dist.planning.inputs import PlanInputs, models_of, needed_sections
 from post_dist.planning.layout import (
     fetched_bytes,
     group_numbers,
@@ -151,13 +150,12 @@ def plan_distill(inputs: PlanInputs) -> StageEstimate:
     """Estimate distillation.
 
     Raises:
-        InputError: the run file lacks the section `corpus` or `student`.
+        InputError: the run file lacks a section.
     """
     config = inputs.config
-    if config.corpus is None or config.student is None:
-        raise InputError("plan needs the sections `corpus` and `student`")
     section = config.distill
-    own = _distillation(inputs, config.corpus, config.student)
+    _, student, corpus = needed_sections(config)
+    own = _distillation(inputs, corpus, student)
     flops, traffic, seconds = own.flops, own.traffic, own.seconds
 
     # The whole stage. The attacks run after the student is trained.

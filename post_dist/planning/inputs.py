@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from post_dist.config.deepspeed import overlaps
+from post_dist.config.models import Student, Teacher
 from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
 from post_dist.config.schema import RunConfig
+from post_dist.config.sources import Corpus
 from post_dist.errors import InputError
 from post_dist.models.size import ModelSize
 from post_dist.models.student import stand_in_layers
@@ -30,15 +32,29 @@ class Models:
     trained: int
 
 
+def needed_sections(config: RunConfig) -> tuple[Teacher, Student, Corpus]:
+    """Return the sections of the run file that every plan reads.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    if config.teacher is None or config.student is None or config.corpus is None:
+        sections = {"teacher": config.teacher, "student": config.student, "corpus": config.corpus}
+        missing = [f"`{name}`" for name, section in sections.items() if section is None]
+        hint = "add them: distill is planned too, also if inputs.student gives its result"
+        if config.teacher is None:
+            hint = "it plans the provider's run; `post-dist bench tune` times the owner's step"
+        raise InputError(f"plan needs sections that the run file lacks: {', '.join(missing)}", hint)
+    return config.teacher, config.student, config.corpus
+
+
 def models_of(config: RunConfig, teacher: ModelSize) -> Models:
     """Compute the sizes of the models of a run file.
 
     Raises:
-        InputError: the run file has no section `student`, or the teacher lacks its layers.
+        InputError: the run file lacks a section, or the teacher lacks the student's layers.
     """
-    section = config.student
-    if section is None:
-        raise InputError("plan needs the sections `teacher` and `student`")
+    _, section, _ = needed_sections(config)
     # `layers: auto` chooses layers in the run. Other layers of the same number cost the same.
     student = teacher.cut(stand_in_layers(section, len(teacher.layers)))
     upper = student.above(section.frozen_lower_layers)

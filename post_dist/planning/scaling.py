@@ -5,7 +5,6 @@ Strong scaling keeps the batch size. Weak scaling keeps each GPU's part of the b
 the efficiency: the rate per GPU, divided by the rate per GPU on the fewest GPUs.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from post_dist.errors import InputError
 from post_dist.files import writing
 from post_dist.models.size import ModelSize
 from post_dist.planning.hardware import Machine
+from post_dist.planning.measurement import Measurement, read_measurement
 from post_dist.planning.plan import plan_run
 
 _RATES = {"distill": "tokens_per_second", "transfer": "samples_per_second"}
@@ -95,33 +95,32 @@ def measured(files: Sequence[Path]) -> list[_Row]:
         The rows of strong scaling, then those of weak scaling.
 
     Raises:
-        InputError: a file is not such a measurement.
+        InputError: a file is not such a measurement, or two are of equally many GPUs.
     """
-    # Any error while reading means the same: a file is not a measurement.
-    try:
-        found = [json.loads(file.read_text()) for file in files]
-        found.sort(key=lambda each: int(each["ranks"]))
-        rows: list[_Row] = []
-        for scaling in _SCALINGS:
-            points = [_measured_point(each, scaling) for each in found]
-            rows += _rows(scaling, points, _stragglers)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
-        raise InputError(
-            "not all of these files are measurements",
-            "`post-dist bench scale RUN.yaml --write FILE` makes them",
-        ) from None
+    found: dict[int, Measurement] = {}
+    for file in files:
+        measurement = read_measurement(file)
+        if measurement.ranks in found:
+            raise InputError(
+                f"{file} is a second measurement on {measurement.ranks} GPUs",
+                "give one file for each number of GPUs",
+            )
+        found[measurement.ranks] = measurement
+    rows: list[_Row] = []
+    for scaling in _SCALINGS:
+        points = [_measured_point(found[ranks], scaling) for ranks in sorted(found)]
+        rows += _rows(scaling, points, _stragglers)
     return rows
 
 
-def _measured_point(measurement: dict[str, Any], scaling: _Scaling) -> _Point:
+def _measured_point(measurement: Measurement, scaling: _Scaling) -> _Point:
     """Pick the rows of one kind of scaling from a file."""
-    ranks = measurement["ranks"]
-    stages = {}
-    for row in measurement["rows"]:
+    stages: dict[str, _Numbers] = {}
+    for row in measurement.rows:
         # On one rank, weak and strong scaling are equal and measured once.
-        if row["scaling"] == scaling or ranks == 1:
-            stages[row["stage"]] = row
-    return _Point(ranks, stages)
+        if row.scaling == scaling or measurement.ranks == 1:
+            stages[row.stage] = row.model_dump()
+    return _Point(measurement.ranks, stages)
 
 
 def _planned_conflicts(stage: str, numbers: _Numbers) -> list[str]:

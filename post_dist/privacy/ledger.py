@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from post_dist.config.schema import RunConfig
-from post_dist.errors import EnvironmentFault, InputError, PrivacyRefused
+from post_dist.errors import EnvironmentFault, InputError, PrivacyRefused, command_line
 from post_dist.files import writing
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import Anchor, anchor_folder, data_marks, find_anchor
@@ -286,7 +286,7 @@ class LedgerRun:
             raise PrivacyRefused(
                 f"this run would raise the epsilon of the data set to {total:.3f} "
                 f"(delta {self._cap.delta:.3g}), above its cap of {self._cap.epsilon:g}",
-                f"see `post-dist budget {self._ledger.path}`",
+                f"see `{command_line('post-dist', 'budget', self._ledger.path)}`",
             )
 
 
@@ -301,10 +301,11 @@ def _agreed_cap(ledger: OpenLedger, plan: PrivacyPlan, cap: float | None) -> Cap
     if recorded is None or (recorded.epsilon is None and cap is not None):
         return Cap(cap, plan.delta)
     if cap is not None and cap != recorded.epsilon:
+        command = command_line("post-dist", "budget", ledger.path, "--cap", f"{cap:g}")
         raise PrivacyRefused(
             f"{ledger.path} caps epsilon at {recorded.epsilon:g} (delta {recorded.delta:.3g}), "
             f"but privacy.max_total_epsilon is {cap:g}",
-            f"change the setting, or the cap: `post-dist budget {ledger.path} --cap {cap:g}`",
+            f"change the setting, or the cap: `{command}`",
         )
     return recorded
 

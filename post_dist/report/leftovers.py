@@ -4,6 +4,7 @@ A folder may hold other things of its user. So a run must have the name and the 
 stages give it, and a cache nothing but the files that belong there.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from post_dist.admission.private_folder import PREFIX
 from post_dist.artifacts.run_folder import ADMITTED, RUN_MARKS, is_finished, is_run
-from post_dist.errors import InputError
-from post_dist.files import lock_file, writing
+from post_dist.errors import InputError, printable
+from post_dist.files import try_lock, writing
 from post_dist.report.runs import run_folders
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ def leftovers(folder: Path) -> list[Leftover]:
         InputError: there is no such folder.
     """
     found = []
+    unlockable: list[Path] = []
     around: dict[Path, bool] = {}
     for path in run_folders(folder):
         if path.parent.name == ADMITTED:
             around.setdefault(path.parent.parent, True)
         if not is_run(path):
             continue
-        with _held(path) as free:
+        with _held(path, unlockable) as free:
             around[path.parent] = around.get(path.parent, True) and free
         if free and not is_finished(path):
             found.append(_leftover(path, "unfinished run"))
@@ -81,7 +85,13 @@ def leftovers(folder: Path) -> list[Leftover]:
             found.append(_leftover(path / "checkpoints", "checkpoints not needed"))
     # A run in progress may read any cache beside it.
     for place, free in around.items():
-        found += _caches(place) if free else []
+        found += _caches(place, unlockable) if free else []
+    # One line for all: such a file system has no lock for any of them.
+    if unlockable:
+        log.warning(
+            "kept, because without file locks a run in progress cannot be told from others: %s",
+            ", ".join(printable(str(path)) for path in unlockable),
+        )
     return sorted(found, key=lambda leftover: leftover.path)
 
 
@@ -92,7 +102,7 @@ def remove(leftover: Leftover) -> None:
         InputError: it cannot be removed.
     """
     path = leftover.path
-    with _held(path) as free, writing(path):
+    with _held(path, []) as free, writing(path):
         if not free:
             return
         try:
@@ -113,8 +123,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _caches(place: Path) -> list[Leftover]:
-    """Find the caches beside runs."""
+def _caches(place: Path, unlockable: list[Path]) -> list[Leftover]:
+    """Find the caches beside runs, and add those that cannot be locked to a list."""
     found = []
     for path in place.iterdir():
         cache = next((kind for kind in _CACHES if re.fullmatch(kind.name, path.name)), None)
@@ -122,7 +132,7 @@ def _caches(place: Path) -> list[Leftover]:
             continue
         if not all(re.fullmatch(cache.entry, name) for name in os.listdir(path)):
             continue
-        with _held(path) as free:
+        with _held(path, unlockable) as free:
             if free:
                 found.append(_leftover(path, cache.what))
     return found
@@ -138,8 +148,11 @@ def _leftover(path: Path, what: str) -> Leftover:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; the value tells whether no other process holds it."""
+def _held(path: Path, unlockable: list[Path]) -> Iterator[bool]:
+    """Hold the lock of a folder; the value tells whether no other process holds it.
+
+    A folder that cannot be locked may be in use. It is added to the list.
+    """
     with ExitStack() as files:
         lock = path / "lock"
         if lock.is_symlink() or not lock.is_file():
@@ -151,4 +164,9 @@ def _held(path: Path) -> Iterator[bool]:
             # It is somebody else's.
             yield False
             return
-        yield lock_file(file)
+        try:
+            free = try_lock(file)
+        except OSError:
+            free = False
+            unlockable.append(path)
+        yield free

@@ -10,7 +10,9 @@ from post_dist.artifacts.manifest import FILE_NAME, SIZE_LIMIT_BYTES, Manifest, 
 from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_object
 from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import PostDistError
+from post_dist.files import file_digest
 
+_CLAIM = "privacy.json"
 _UNCHECKED = "model"
 """Role of a student without a manifest, such as a downloaded model."""
 _COMMANDS = {
@@ -244,7 +246,19 @@ def _vectors(copy: Path, adapter: Mapping[str, Any]) -> str:
 
 def privacy_claim(folder: Path) -> dict[str, Any]:
     """Read the privacy claim of a prompt; empty if there is none."""
-    return _object(folder / "privacy.json")
+    return _object(folder / _CLAIM)
+
+
+def listed_claim(folder: Path) -> dict[str, Any]:
+    """Read the privacy claim that the manifest of a folder lists; empty if there is none."""
+    manifest = manifest_of(folder)
+    digest = None if manifest is None else manifest.files.get(_CLAIM)
+    path = folder / _CLAIM
+    try:
+        is_listed = _is_small_file(path) and file_digest(path) == digest
+    except OSError:
+        return {}
+    return privacy_claim(folder) if is_listed else {}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The pages of a finished pipeline: `report.md`, and `report.html` with its charts inside."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from post_dist.admission.refusal import refusing
 from post_dist.artifacts.card import markdown_text
 from post_dist.config.yaml_files import write_yaml
-from post_dist.errors import InputError, PostDistError
+from post_dist.errors import InputError, PostDistError, command_line
 from post_dist.files import write_file
 from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.report.lineage import PREFIX_TUNING, Made, lineage, settings_of
@@ -188,7 +187,9 @@ def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
         if each.role != row or each.folder is None or not each.intact:
             continue
         return {
-            "quoted": shlex.quote(str(each.folder)),
+            "command": command_line(
+                "post-dist", "predict", each.folder, "--model", "DIR", "texts.csv"
+            ),
             "literal": repr(str(each.folder)),
             "masked": each.adapter.get("task_type") != "CAUSAL_LM",
             # PEFT runs all of a prompt that has nothing behind it, and all of a prefix.

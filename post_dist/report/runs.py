@@ -21,7 +21,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import SETTINGS, is_finished
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
-from post_dist.report.lineage import manifest_of, privacy_claim, settings_of, steps_of
+from post_dist.report.lineage import listed_claim, manifest_of, settings_of, steps_of
 
 _TAIL_BYTES = 1 << 16
 _SILENT_SECONDS = 60.0
@@ -37,7 +37,7 @@ class FoundRun:
     Attributes:
         stage: name of the stage, or kind of the artifact.
         state: `finished` or `unfinished`.
-        epsilon: epsilon of a private prompt; otherwise None.
+        epsilon: epsilon that a private prompt claims in a file of its manifest; otherwise None.
         date: time of the artifact, or of the start of an unfinished run, in UTC.
         path: its folder.
     """
@@ -123,7 +123,7 @@ def _found(path: Path) -> FoundRun:
     artifact = path / "artifact" if is_run else path
     manifest = artifact / FILE_NAME
     finished = manifest.is_file() or is_finished(path)
-    epsilon = privacy_claim(artifact).get("epsilon")
+    epsilon = listed_claim(artifact).get("epsilon")
     dated = manifest if manifest.is_file() else path / SETTINGS
     return FoundRun(
         stage=_stage(path.name) or path.name if is_run else _kind(manifest),

@@ -12,7 +12,7 @@ from post_dist.artifacts.prompt import (
     write_prompt,
     write_prompt_files,
 )
-from post_dist.errors import InputError
+from post_dist.errors import InputError, command_line
 from post_dist.files import write_folder
 from post_dist.models.embedding_table import read_embedding_table
 from post_dist.models.facts import meta_model
@@ -121,7 +121,8 @@ def _write_hub(export: _Export, destination: Path) -> None:
 def _write_card(export: _Export, name: str, folder: Path) -> None:
     """Write the card of a prompt on the hub: what it is, its privacy, and how to use it."""
     prompt = export.prompt
-    notes = {"Use": [f"`post-dist predict DIR TEXTS --model {name}` answers with this prompt."]}
+    command = command_line("post-dist", "predict", "DIR", "TEXTS", "--model", name)
+    notes = {"Use": [f"`{command}` answers with this prompt."]}
     settings: dict[str, Any] = {
         "model": name,
         "prompt vectors": len(prompt.embeddings),

@@ -146,6 +146,16 @@ def test_signing_again_replaces_the_signature(signed: Path, keys: Path, main: Ca
     assert main("verify", signed, "--key", keys / "sender.pub")[0] == 4
 
 
+@pytest.mark.parametrize("old", ["", "no signature", "x" * 20_000])
+def test_a_damaged_signature_of_ones_own_is_replaced(
+    signed: Path, keys: Path, main: Callable, old: str
+) -> None:
+    (signed / SIGNATURE).write_text(old)
+    code, _, err = main("sign", signed, "--key", keys / "sender")
+    assert (code, err) == (0, "")
+    assert main("verify", signed, "--key", keys / "sender.pub")[0] == 0
+
+
 def test_what_verify_refuses_is_not_signed(sent: Path, keys: Path, main: Callable) -> None:
     edit_json("privacy.json", epsilon=0.01)(sent)
     sign(sent)
@@ -163,8 +173,8 @@ def test_what_was_checked_is_signed(sent: Path, keys: Path, monkeypatch: Any) ->
 
     check = module.verified_manifest
 
-    def then_replaced(folder: Path) -> tuple[dict, bytes]:
-        found = check(folder)
+    def then_replaced(folder: Path, **options: bool) -> tuple[dict, bytes]:
+        found = check(folder, **options)
         edit_json("post_dist.json", config={"forged": True})(folder)
         return found
 

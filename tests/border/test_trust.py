@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -15,10 +15,17 @@ from post_dist.admission import door
 from post_dist.admission.door import admit_student
 from post_dist.admission.private_folder import PREFIX
 from post_dist.admission.quarantine import quarantined
-from post_dist.artifacts.manifest import FILE_NAME, parse_manifest, read_manifest
+from post_dist.artifacts.manifest import (
+    FILE_NAME,
+    ArtifactKind,
+    parse_manifest,
+    read_manifest,
+    write_artifact,
+)
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.files import fingerprint
+from post_dist.verify import verify
 
 TASK = PromptTask("Review: {text} It was", (("bad",), ("good",)), 48, False, "Classify")
 
@@ -41,6 +48,39 @@ def test_a_student_without_a_manifest_is_refused_unless_it_is_trusted(
     prompt = Path(out.strip())
     assert read_manifest(prompt, "soft prompt").config["student_checked"] is False
     assert "Soft prompt for student, which was not checked" in (prompt / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", get_args(ArtifactKind))
+def test_no_kind_of_artifact_passes_without_its_files(
+    tmp_path: Path, kind: ArtifactKind, main: Any
+) -> None:
+    parents = dict.fromkeys(("teacher", "student", "model"), "0" * 64)
+    folder = tmp_path / "sent"
+    write_artifact(folder, kind, lambda partial: None, parents=parents, config={})
+    found = verify(folder)
+    assert (found["ok"], found["kind"], len(found["problems"])) == (False, kind, 1)
+    code, _, err = main("sign", folder, "--key", tmp_path / "key")
+    assert code == 4
+    assert "`verify` refuses it" in err
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ('{"task": "t", "split": "test", "rows": NaN}', "not plain JSON"),
+        ('{"task": "t", "split": "test", "rows": []}', "is no table of `evaluate`: rows"),
+        ("[]", "not a JSON object"),
+    ],
+)
+def test_verify_reads_the_table_of_an_evaluation(tmp_path: Path, table: str, problem: str) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "table.json").write_text(table)
+
+    parents = {"teacher": "0" * 64, "student": "1" * 64}
+    write_artifact(tmp_path / "sent", "evaluation", fill, parents=parents, config={})
+    found = verify(tmp_path / "sent")
+    assert not found["ok"]
+    assert problem in found["problems"][0]
 
 
 def test_trust_does_not_replace_a_check(tmp_path: Path, main: Any) -> None:

@@ -13,6 +13,7 @@ from started import run_script
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
 from post_dist.data.order import rank_batches
+from post_dist.errors import EnvironmentFault
 from post_dist.models.size import ModelSize, size_of
 from post_dist.planning.cost import Sharding, distill_bytes, transfer_bytes
 
@@ -144,6 +145,27 @@ def test_a_masked_teacher_is_measured_on_masked_text(tmp_path: Path, main: Calla
     assert [row["stage"] for row in json.loads(out)["rows"]] == list(STAGES)
 
 
+@pytest.mark.parametrize("command", ["scale", "fabric"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def measure(*given: object) -> None:
+        raise EnvironmentFault("it measures")
+
+    monkeypatch.setattr("post_dist.bench.scale.bench_scale", measure)
+    monkeypatch.setattr("post_dist.bench.fabric.measure_fabric", measure)
+    run = [tiny.write_run(tmp_path)] if command == "scale" else []
+    code, _, err = main("bench", command, *run, f"--write={tmp_path}")
+    assert code == 2
+    assert f"cannot write {tmp_path}: Is a directory" in err
+    kept = tmp_path / "kept"
+    kept.write_text("an older measurement")
+    for path in (kept, tmp_path / "new" / "a.json"):
+        assert main("bench", command, *run, f"--write={path}")[0] == 3
+    assert kept.read_text() == "an older measurement"
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> None:
     run = tiny.write_run(tmp_path)
     kept = []
@@ -160,7 +182,7 @@ def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> N
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("other.json", "not all of these files are measurements"),
+        ("other.json", "other.json is no measurement of steps"),
         ("none.json", "none.json does not exist"),
         (".", "holds no finished evaluation"),
     ],

@@ -453,6 +453,29 @@ CASES = [
         "alone fills max_length",
         put("private_task.template", "{text}" + " It was good" * 20),
     ),
+    Case(
+        "corpus of two columns of one name",
+        2,
+        "columns.csv: two columns have the same name",
+        both(write("columns.csv", "text,text\na,b\n"), put("corpus.path", "columns.csv")),
+        DISTILL,
+    ),
+    Case(
+        "corpus is a ledger",
+        2,
+        "has the name of a record of post_dist",
+        both(
+            write("private.csv.ledger.jsonl", "{}"), put("corpus.path", "private.csv.ledger.jsonl")
+        ),
+        DISTILL,
+    ),
+    Case(
+        "corpus without a column",
+        2,
+        "body.csv: there is no column 'text'",
+        both(write("body.csv", "body\na\n"), put("corpus.path", "body.csv")),
+        DISTILL,
+    ),
     Case("corpus too short", 2, "to be held out", put("corpus.held_out_sequences", 5000), DISTILL),
     Case(
         "documents that see each other",

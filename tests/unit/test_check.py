@@ -96,7 +96,7 @@ def test_everything_that_is_wrong_is_named_at_once(run: Path, main: Callable) ->
     found = messages(report)
     for words in (
         "distill: corpus.sequence_length 256 exceeds the teacher's context of 128",
-        "distill: corpus: there is no column 'body'",
+        f"distill: corpus.path: {run.parent / 'public.csv'}: there is no column 'body'",
         "distill: student.layers asks for 9 layers",
         "tune: the label word 'surprisingly unbelievable' is",
         "tune: private_task: row",

@@ -26,8 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from post_dist.artifacts.manifest import FILE_NAME
+from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.schema import Corpus as CorpusSection
-from post_dist.config.sources import DataSource
+from post_dist.config.sources import DataSource, Task
 from post_dist.data import documents as documents_module
 from post_dist.data import duplicates, token_parts
 from post_dist.data import make_shards as make_shards_module
@@ -37,10 +39,12 @@ from post_dist.data.documents import documents_of
 from post_dist.data.make_shards import fill_folder, make_shards
 from post_dist.data.order import RankBatch
 from post_dist.data.sources import read_rows
+from post_dist.data.split_reads import count_split_read
 from post_dist.data.token_parts import DOCUMENT_LENGTHS, TokenizerWork
 from post_dist.data.token_shards import TokenShards, read_index
 from post_dist.errors import ArtifactRefused, InputError, Interrupted
 from post_dist.files import lock_file
+from post_dist.privacy.ledger import ledger_beside
 from post_dist.runtime import stop
 from post_dist.runtime.distributed import World
 
@@ -236,6 +240,61 @@ def test_missing_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message.replace("*", ".")):
             documents(section_of(path))
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "**", "*/../**/[ab].txt"])
+def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path, pattern: str) -> None:
+    data = tmp_path / "data"
+    (data / "inner").mkdir(parents=True)
+    (tmp_path / "store").mkdir()
+    (data / "inner" / "a.txt").write_text("a")
+    (tmp_path / "store" / "b.txt").write_text("b")
+    (data / "part").symlink_to("../store")
+    (data / "again.txt").symlink_to("inner/a.txt")
+    # With two links to a folder above, paths of every length and order would lead to one file.
+    for name in ("up", "inner/up"):
+        (data / name).symlink_to(data)
+    assert sorted(documents(section_of(data / pattern))) == ["a", "b"]
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(InputError, match=r"b\.txt: No such file"):
+            documents(section_of(path))
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.*l*", "**", "runs/*/*/*.jsonl"])
+def test_what_post_dist_writes_is_no_text_of_the_corpus(tmp_path: Path, pattern: str) -> None:
+    run = tmp_path / "runs" / "demo" / "distill-1f2e3d4c"
+    for place in (run / "logs", tmp_path / "artifact", tmp_path / "runs/demo/texts"):
+        place.mkdir(parents=True)
+    (run / SETTINGS).write_text("name: demo")
+    (tmp_path / "artifact" / FILE_NAME).write_text("{}")
+    (tmp_path / "runs/demo/texts/public.jsonl").write_text('{"text": "public"}\n')
+    data = tmp_path / "private.csv"
+    task = Task(name="t", visibility="private", path=data, labels={"0": ("bad",)})
+    count_split_read(task, tmp_path, "private")
+    beside = ledger_beside(data)
+    for record in (
+        beside,
+        run / "metrics.jsonl",
+        run / "logs" / "rank.jsonl",
+        tmp_path / "private_metrics.jsonl",
+        tmp_path / "artifact" / "rows.jsonl",
+    ):
+        record.write_text('{"text": "private"}\n')
+    assert documents(section_of(tmp_path / pattern)) == ["public"]
+    with pytest.raises(InputError, match="has the name of a record"):
+        documents(section_of(beside))
+
+
+def test_a_missing_column_is_reported_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "b.csv").write_text("body\nx\n")
+    with pytest.raises(InputError, match=r"corpus\.path: .*b\.csv: there is no column 'text'"):
+        documents(section_of(tmp_path))
 
 
 def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # `plan` may load DeepSpeed, and its first import prints a line.
@@ -642,6 +642,74 @@ def test_a_sweep_takes_whole_nodes(run: Path, main: Callable) -> None:
     assert "--sweep: 12 GPUs are not whole nodes of 8" in found["error"]
 
 
+def test_all_sections_that_a_plan_lacks_are_named_at_once(run: Path, main: Callable) -> None:
+    fields = yaml.safe_load(run.read_text())
+    for name in ("student", "corpus", "distill"):
+        fields.pop(name, None)
+    fields["inputs"] = {"student": "student", "source_prompt": "prompt"}
+    run.write_text(yaml.safe_dump(fields))
+    code, found = planned(main, run)
+    assert code == 2
+    assert "plan needs sections that the run file lacks: `student`, `corpus`" in found["error"]
+    assert found["hint"].startswith("add them: distill is planned too")
+
+
+def measurement(ranks: object = 1, scalings: Sequence[str] = ("strong",), **change: object) -> str:
+    """The file of `bench scale --write`, with some fields of each row changed."""
+    rates = {
+        "step_seconds": 1.0,
+        "tokens_per_second": 1.0,
+        "samples_per_second": 1.0,
+        "straggler": None,
+    }
+    rows = []
+    for stage in ("distill", "transfer"):
+        rows += [{"stage": stage, "scaling": scaling} | rates | change for scaling in scalings]
+    return json.dumps({"ranks": ranks, "rows": rows})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        measurement(tokens_per_second=0),
+        measurement(samples_per_second=float("nan")),
+        measurement(step_seconds="fast"),
+        measurement(step_seconds=None),
+        measurement(step_seconds=5e-324, tokens_per_second=1e308),
+        measurement(straggler="rank 0 on \x1b[2Ja\nb"),
+        measurement(scaling="both"),
+        measurement(stage="tune"),
+        measurement(0),
+        measurement(2),
+        measurement(True),
+        measurement("1"),
+        '{"ranks": 1, "rows": [' + "[" * 100_000,
+        '{"ranks": 1, "ranks": 2}',
+        "{}",
+        "",
+    ],
+)
+def test_a_file_that_is_no_measurement_of_steps_is_refused_by_name(
+    tmp_path: Path, main: Callable, text: str
+) -> None:
+    (tmp_path / "good.json").write_text(measurement())
+    (tmp_path / "bad.json").write_text(text)
+    code, out, err = main("report", tmp_path / "good.json", tmp_path / "bad.json")
+    assert (code, out) == (2, "")
+    assert "bad.json is no measurement of steps" in err
+    assert "\x1b" not in err
+
+
+def test_two_measurements_on_equally_many_gpus_are_refused(tmp_path: Path, main: Callable) -> None:
+    for name, ranks in (("a", 1), ("b", 2), ("c", 2)):
+        scalings = ("strong",) if ranks == 1 else ("strong", "weak")
+        (tmp_path / name).write_text(measurement(ranks, scalings))
+    assert main("report", tmp_path / "a", tmp_path / "b")[0] == 0
+    code, _, err = main("report", *(tmp_path / name for name in "abc"))
+    assert code == 2
+    assert "c is a second measurement on 2 GPUs" in err
+
+
 def test_a_plot_that_cannot_be_written_is_no_traceback(
     run: Path, main: Callable, tmp_path: Path
 ) -> None:
@@ -652,23 +720,7 @@ def test_a_plot_that_cannot_be_written_is_no_traceback(
     assert f"cannot write {tmp_path / 'file' / 'llama3-70b' / 'plan.png'}: Not a directory" in err
 
     measured = tmp_path / "1.json"
-    rates = {
-        "step_seconds": 1.0,
-        "tokens_per_second": 1.0,
-        "samples_per_second": 1.0,
-        "straggler": None,
-    }
-    measured.write_text(
-        json.dumps(
-            {
-                "ranks": 1,
-                "rows": [
-                    {"stage": stage, "scaling": "strong"} | rates
-                    for stage in ("distill", "transfer")
-                ],
-            }
-        )
-    )
+    measured.write_text(measurement())
     (tmp_path / "scaling.png").mkdir()
     code, out, err = main("report", measured)
     assert (code, out.count("scaling, 1 GPUs")) == (2, 2)

@@ -1,5 +1,7 @@
 """`ls` and `status`: which runs there are, and how far they are."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -137,6 +139,22 @@ def test_status_of_a_resumed_run_reads_its_last_process(tmp_path: Path, main: Ca
     assert (stage["step"], stage["steps_per_second"]) == (302, 0.25)
 
 
+def test_ls_shows_no_epsilon_that_the_manifest_does_not_list(
+    tmp_path: Path, main: Callable
+) -> None:
+    write_full_run(tmp_path)
+    claim = json.dumps({"private": True, "epsilon": 0.01, "delta": 1e-5, "unit": "one example"})
+    # One has another claim in its manifest, and one has none.
+    for name in ("tune-1", "warm_start-1"):
+        (tmp_path / name / "artifact/privacy.json").write_text(claim)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / FILE_NAME).write_text("{}")
+    (tmp_path / "bare/privacy.json").write_text(claim)
+    _, out, _ = main("ls", tmp_path, "--json")
+    runs = json.loads(out)["runs"]
+    assert {run["epsilon"] for run in runs if "transfer" not in run["path"]} == {None}
+
+
 def test_a_silent_run_gets_no_time_left(tmp_path: Path, main: Callable) -> None:
     run = write_unfinished(tmp_path / "distill-1", distill={"steps": 500})
     write_metrics(run, loss=1.0)
@@ -201,6 +219,30 @@ def test_clean_lists_and_removes_unfinished_runs_and_caches_alone(
         tmp_path / "b/answers",
     ):
         assert kept.exists()
+
+
+def test_clean_keeps_what_it_cannot_lock(
+    tmp_path: Path,
+    main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a file system without locks, nothing tells a run in progress from a killed one."""
+    run = write_unfinished(tmp_path / "tune-2a2b3c4d", 1)
+    cache = tmp_path / "teacher-signals-1a2b3c4d"
+    cache.mkdir()
+    (cache / "lock").touch()
+
+    def no_locks(*given: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    code, out, _ = main("clean", tmp_path, "--yes")
+    assert (code, out.strip()) == (0, "0.0 MiB  in all")
+    (line,) = caplog.messages
+    assert line.endswith(f"cannot be told from others: {run}")
+    assert run.exists()
+    assert cache.exists()
 
 
 def test_clean_removes_nothing_that_only_looks_like_a_run(tmp_path: Path, main: Callable) -> None:

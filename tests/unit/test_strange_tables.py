@@ -118,11 +118,33 @@ def test_rows_do_not_shift(tmp_path: Path) -> None:
         read_column(tmp_path / "a.jsonl", "text", "texts")
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("text,label,label\na,0,1\n")
-    with pytest.raises(InputError, match="two columns have the same name"):
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    separator = "\t" if name == "a.tsv" else ","
+    path.write_text("text,label,text\na,0,b\n".replace(",", separator))
+    problem = "two columns have the same name"
+    if name == "a.jsonl":
+        path.write_text('{"text": "a", "label": 0, "text": "b"}\n')
+        problem = "an object has one key twice"
+    if name == "a.parquet":
+        columns = [pyarrow.array(values) for values in (["a"], ["0"], ["b"])]
+        table = pyarrow.Table.from_arrays(columns, ["text", "label", "text"])
+        parquet.write_table(table, path)
+    with pytest.raises(InputError, match=f"{name}: {problem}"):
         rows_of(path)
+    # A corpus is read in pieces, by readers of its own.
+    section = Corpus(path=path)
+    with pytest.raises(InputError, match=f"{name}.*: {problem}"):
+        [list(documents_of(section, unit)) for unit in units_of(section)]
+
+
+def test_columns_without_a_name_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,,\na,0,,\n")
+    section = Corpus(path=path)
+    assert rows_of(path) == [("a", "0")]
+    assert [list(documents_of(section, unit)) for unit in units_of(section)] == [["a"]]
 
 
 def test_a_file_without_a_header_is_not_quoted(tmp_path: Path, main: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -61,6 +62,14 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFu
             for member in node.body:
                 if isinstance(member, FUNCTIONS) and not member.name.startswith("_"):
                     yield member
+
+
+def test_commands_for_people_to_copy_are_quoted() -> None:
+    """A path in an f-string would be two words of the shell if it has a space."""
+    for path in files():
+        assert not re.search(r"post-dist [\w-]+ [\w -]*\{", path.read_text()), (
+            f"{path}: command_line"
+        )
 
 
 def test_public_functions_with_four_parameters_explain_them() -> None:
