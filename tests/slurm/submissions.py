@@ -92,7 +92,7 @@ def let_the_time_run_out(slurm: Cluster, job: str, folder: Path) -> None:
     # Limits are whole minutes, and Slurm needs some seconds more than the signal's 20.
     limit = minutes + (1 if seconds < 25 else 2)
     slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-    ranks = processes_of(job)
+    ranks = processes_of(slurm, job)
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     told = in_time(lambda: all(map(_has_been_told, ranks)), 150)
@@ -118,9 +118,11 @@ def write_long_corpus(path: Path, megabytes: int) -> None:
             file.write(f"{number} {page}\n")
 
 
-def processes_of(job: str, rank: int | None = None) -> list[int]:
+def processes_of(slurm: Cluster, job: str, rank: int | None = None) -> list[int]:
     """The processes of a rank or of all ranks, by what Slurm put into their environment."""
-    wanted = {f"SLURM_JOB_ID={job}", "SUBMITIT_EXECUTOR=slurm"}
+    # Another cluster on this machine may have a job with the same number.
+    own = f"SLURM_CONF={slurm.environment['SLURM_CONF']}"
+    wanted = {own, f"SLURM_JOB_ID={job}", "SUBMITIT_EXECUTOR=slurm"}
     if rank is not None:
         wanted.add(f"SLURM_PROCID={rank}")
     found = []

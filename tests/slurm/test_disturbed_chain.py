@@ -96,7 +96,7 @@ def crash_its_node(slurm: Cluster, job: str, folder: Path) -> None:
 def signal_a_rank(number: int, slurm: Cluster, job: str, folder: Path) -> None:
     """Send a signal to rank 1, or to the only rank."""
     # While rank 0 works alone, nobody but its own watchdog can find out that it is still.
-    (rank,) = processes_of(job, 1) or processes_of(job, 0)
+    (rank,) = processes_of(slurm, job, 1) or processes_of(slurm, job, 0)
     os.kill(rank, number)
 
 

@@ -249,7 +249,7 @@ def lose_a_rank(slurm: Cluster, run: Path, number: int) -> dict:
     folder = run.parent
     with followed(slurm, run, "distill") as (waiting, job):
         assert in_time(lambda: len(steps_of(folder, "distill")) > 25, 240), logs(folder)
-        (victim,) = processes_of(job, 1)
+        (victim,) = processes_of(slurm, job, 1)
         os.kill(victim, number)
         output = waiting.communicate(timeout=500)[1]
     assert waiting.returncode == 0, output + logs(folder)
@@ -290,7 +290,7 @@ def test_a_worker_that_dies_does_not_end_the_chain(slurm: Cluster, tmp_path: Pat
         signals = "runs/tiny/teacher-signals-*/*/[0-9]*.safetensors"
         assert in_time(lambda: list(tmp_path.glob(signals)), 600), logs(tmp_path)
         listed = slurm.run("squeue", "--noheader", "--name=post_dist-signals", "--format=%A")
-        workers = [pid for job in listed.stdout.split() for pid in processes_of(job, 0)]
+        workers = [pid for job in listed.stdout.split() for pid in processes_of(slurm, job, 0)]
         os.kill(workers[0], signal.SIGKILL)
         output = waiting.communicate(timeout=900)[1]
     assert waiting.returncode == 0, output + logs(tmp_path)

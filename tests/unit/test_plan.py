@@ -8,6 +8,7 @@ from pathlib import Path
 # `plan` may load DeepSpeed, and its first import prints a line.
 import deepspeed  # noqa: F401
 import pytest
+import tiny
 import yaml
 from transformers import LlamaConfig
 
@@ -139,6 +140,23 @@ def test_a_70b_teacher_on_64_gpus_by_hand(run: Path, teacher: Path, main: Callab
         ]
         == 0
     )
+
+
+def test_text_that_is_here_is_planned_by_a_sample(tmp_path: Path, main: Callable) -> None:
+    run = tiny.write_run(tmp_path)
+    # Text and its bytes per token change from file to file.
+    (tmp_path / "text").mkdir()
+    words = " ".join(text for text, _ in tiny.sentences(300, 3))
+    for number, line in enumerate((words, "12 34 " * 500, words)):
+        lines = f"{line}\n" * (1_500_000 // len(line))
+        (tmp_path / "text" / f"{number}.txt").write_text(lines)
+    given = ("--set=corpus={path: text, sequence_length: 32, held_out_sequences: 8}",)
+    plan = planned(main, run, *given)[1]["corpus"]
+    assert plan["sampled_mb"] == pytest.approx(3.1, abs=0.1)
+    assert plan["tokens_per_core_second"] != TOKENS_PER_CORE_SECOND
+    code, out, err = main("corpus", run, "--json", *given)
+    assert code == 0, err
+    assert plan["tokens"] == pytest.approx(json.loads(out)["tokens"], rel=0.05)
 
 
 def test_the_corpus_is_counted_by_its_limit_or_its_files(
