@@ -163,6 +163,8 @@ def _entries(folder: Path, pattern: str) -> list[Path]:
     if is_made or not folder.is_dir():
         return []
     names = sorted(fnmatch.filter(os.listdir(folder), pattern))
+    # The root of a disk has a folder that root alone may read.
+    names = [name for name in names if name != "lost+found"]
     # Hidden folders hold caches and version control.
     return [folder / name for name in names if pattern.startswith(".") or name[0] != "."]
 

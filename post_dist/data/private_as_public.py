@@ -37,11 +37,21 @@ def refuse_private_text(private: Task | None, public: DataSource | None, where: 
 
 
 def _same_hub_data(private: Task, public: DataSource) -> str | None:
-    """Return the name of a hub data set that both sections read the same split of."""
-    names = (private.hub, private.hub_config) == (public.hub, public.hub_config)
-    if names and public.hub_split in (private.hub_split, private.test_hub_split):
-        return private.hub
-    return None
+    """Return the name of a hub data set of which both sections read a split."""
+    if private.hub is None or public.hub is None or private.hub.lower() != public.hub.lower():
+        return None
+    # A data set without configurations has one of this name.
+    default = "default"
+    if (private.hub_config or default) != (public.hub_config or default):
+        return None
+    read = _splits(private.hub_split) | _splits(private.test_hub_split or "")
+    shared = read & _splits(public.hub_split)
+    return private.hub if shared or "all" in read | _splits(public.hub_split) else None
+
+
+def _splits(expression: str) -> set[str]:
+    """Return the names of the splits in an expression such as `train[:50%]+test`."""
+    return {part.partition("[")[0].strip() for part in expression.split("+")} - {""}
 
 
 def _files(public: DataSource) -> list[Path]:

@@ -33,7 +33,8 @@ class Examples:
 def load_examples(task: Task, split: str, where: str) -> Examples:
     """Load the labeled examples of one split, each text once.
 
-    This process then makes no connection, until a `forgetting_private_data` around it ends.
+    If they come from a file, this process then makes no connection until a
+    `forgetting_private_data` around it ends.
 
     A row without a label is left out, and so is a text with two different labels or responses.
     One row more or less in the file then adds or removes at most one example. Private tuning relies
@@ -55,8 +56,9 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
     answer_column = task.response_column or task.label_column
     leave_no_core_dump()
     rows = read_rows(task, _hub_split(task, split), where, answer_column, task.user_column)
-    # A hub data set may have been fetched just now.
-    refuse_connections()
+    # Another split of a hub data set may have to be fetched. The steps of tuning come behind it.
+    if task.path is not None:
+        refuse_connections()
     # Without a user column, all rows are those of one nameless user.
     users = rows.users or [""] * len(rows.texts)
 

@@ -24,6 +24,7 @@ from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
 from post_dist.config.privacy import Privacy
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Task
+from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import Examples, load_examples
 from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
 from post_dist.files import digest_of, write_file
@@ -94,6 +95,10 @@ def audit_membership(
     kept = world.on_main(lambda: finished_result(folder))
     if kept is not None:
         return kept
+    if _transfers(config):
+        # A hub data set is fetched before any private row is read.
+        public_task = config.need_task("public_task")
+        world.on_main(partial(load_public_texts, public_task, "public_task"))
     with pipeline.running([folder]):
         shadows = _Shadows(config, size, folder, pipeline, world)
         try:

@@ -33,7 +33,7 @@ from post_dist.stages.evaluate.rows import (
     target_prompts,
 )
 from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
-from post_dist.stages.prompt_origin import check_made_for, is_transferred
+from post_dist.stages.prompt_origin import check_made_for, is_digest_of, is_transferred
 from post_dist.stages.run_inputs import RunInputs, check_inputs
 from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
 
@@ -332,7 +332,7 @@ class Pipeline:
             check_made_for(
                 on_target,
                 str(self.inputs.teacher),
-                self.inputs.teacher_digest.__eq__,
+                self._is_teacher,
                 lambda: self.inputs.teacher_weights,
             )
             found[prompt.variant.label][prompt.row] = on_target
@@ -340,6 +340,12 @@ class Pipeline:
             PromptSet(variant.label, self._source(variant.source), found[variant.label])
             for variant in variants
         ]
+
+    def _is_teacher(self, digest: str) -> bool:
+        """Return whether a digest is that of the large LLM, with or without its hidden files."""
+        if digest == self.inputs.teacher_digest:
+            return True
+        return self._world.on_main(partial(is_digest_of, self.inputs.teacher, digest))
 
     # Stages with the settings of one row.
 

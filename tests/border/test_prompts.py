@@ -395,11 +395,10 @@ def test_a_prompt_of_another_student_is_refused(tmp_path: Path, main: Any) -> No
     assert not (tmp_path / "runs/tiny").exists()
 
 
-def prompt_made_on(folder: Path, kind: ArtifactKind, **parents: str) -> Path:
+def prompt_made_on(folder: Path, kind: ArtifactKind, tokenizer: str = "", **parents: str) -> Path:
     """Write a prompt whose vectors fit any tiny model, with a lineage."""
-    provenance = Provenance(
-        "m", "", {name.replace("_", " "): parents[name] for name in parents}, {}
-    )
+    lineage = {name.replace("_", " "): digest for name, digest in parents.items()}
+    provenance = Provenance("m", tokenizer, lineage, {})
     contents = PromptContents(torch.zeros(5, 32), TASK, None)
     write_prompt(folder, contents, provenance, lambda _: None, kind)
     return folder
@@ -439,6 +438,26 @@ def test_a_prompt_of_another_model_is_refused_wherever_it_is_given(
         code, _, err = main(stage, run, *given, "--set=evaluate.baselines=[]")
         assert code == 4, f"{stage}: {err}"
         assert problem in err
+
+
+def test_a_prompt_of_the_large_llm_is_its_own_whatever_hidden_files_it_has(
+    tmp_path: Path, main: Any
+) -> None:
+    """The hub's client writes hidden files into the folder of a model."""
+    run = tiny.write_run(tmp_path)
+    student = tiny.write_student(tmp_path / "student")
+    own = parse_manifest(student / "post_dist.json").digest
+    teacher = tmp_path / "teacher"
+    words = tokenizer_fingerprint(load_tokenizer(teacher))
+    source = prompt_made_on(tmp_path / "source", "soft prompt", words, model=own)
+    whole = fingerprint(teacher)
+    target = prompt_made_on(tmp_path / "target", "soft prompt", words, model=whole)
+    (teacher / ".cache").mkdir()
+    (teacher / ".cache" / "download").write_text("x")
+    inputs = {"student": student, "source_prompt": source, "target_prompt": target}
+    given = [f"--set=inputs.{name}={value}" for name, value in inputs.items()]
+    code, _, err = main("evaluate", run, *given, "--set=evaluate.baselines=[]")
+    assert code == 0, err
 
 
 def test_a_refused_prompt_does_not_stop_the_prompts_of_others(tmp_path: Path, main: Any) -> None:

@@ -97,15 +97,19 @@ def let_the_time_run_out(slurm: Cluster, job: str, folder: Path) -> None:
         os.kill(rank, signal.SIGSTOP)
     told = in_time(lambda: all(map(_has_been_told, ranks)), 150)
     for rank in ranks:
-        os.kill(rank, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGCONT)
     assert told, logs(folder)
     assert in_time(lambda: "stopped by SIGUSR2" in logs(folder), 30), logs(folder)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
 
 
 def _has_been_told(process: int) -> bool:
-    """Whether Slurm's signal waits for a process that is held still."""
-    status = Path(f"/proc/{process}/status").read_text()
+    """Whether Slurm's signal waits for a process that is held still, or has ended it."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # Slurm may wake a process up to tell it
+        return True
     pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
     return bool(pending >> signal.SIGUSR2 - 1 & 1)
 

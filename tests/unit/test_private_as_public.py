@@ -18,6 +18,7 @@ ROWS = {
     "template": "{text}",
     "labels": {"0": ("a",), "1": ("b",)},
 }
+HUB = {"hub": "some/reviews", "revision": "a" * 40}
 WAYS: dict[str, Callable[[Path, Path], object]] = {
     "symbolic link": lambda private, other: other.symlink_to(private),
     "hard link": lambda private, other: os.link(private, other),
@@ -66,18 +67,30 @@ def test_other_text_is_read_without_a_look_at_the_private_file(
     refuse_private_text(private_task(folder), public, "corpus")
 
 
-def test_a_hub_data_set_may_be_public_in_another_split_alone() -> None:
-    hub = {"hub": "some/reviews", "revision": "a" * 40}
-    private = Task(**ROWS, **hub, test_hub_split="test")
-    for split in ("train", "test"):
-        with pytest.raises(PrivacyRefused, match="public_task names the private data: some/rev"):
-            refuse_private_text(
-                private,
-                Task(name="public", visibility="public", **hub, hub_split=split),
-                "public_task",
-            )
-    refuse_private_text(private, Corpus(**hub, hub_split="unlabeled"), "corpus")
-    refuse_private_text(private, Corpus(hub="other/reviews", revision="a" * 40), "corpus")
+@pytest.mark.parametrize(
+    "public",
+    [
+        {},
+        {"hub_split": "test"},
+        {"hub_split": "unlabeled+train[:50%]"},
+        {"hub_split": "all"},
+        {"hub": "Some/Reviews"},
+        {"hub_config": "default"},
+    ],
+)
+def test_a_private_split_of_a_hub_data_set_is_no_public_text(public: dict[str, str]) -> None:
+    private = Task(**ROWS, **HUB, test_hub_split="test")
+    with pytest.raises(PrivacyRefused, match="public_task names the private data: some/reviews"):
+        refuse_private_text(
+            private, Task(name="public", visibility="public", **HUB | public), "public_task"
+        )
+
+
+def test_another_split_of_a_hub_data_set_may_be_public() -> None:
+    private = Task(**ROWS, **HUB, test_hub_split="test")
+    others = [{"hub_split": "unlabeled"}, {"hub": "other/reviews"}, {"hub_config": "german"}]
+    for other in others:
+        refuse_private_text(private, Corpus(**HUB | other), "corpus")
 
 
 @pytest.mark.parametrize(

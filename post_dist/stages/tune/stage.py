@@ -27,7 +27,7 @@ from post_dist.models.tuning_task import TuningTask
 from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.private_process import forgetting_private_data
+from post_dist.runtime.private_process import forgetting_private_data, refuse_connections
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.tune.artifact import write_tuned_prompt
 from post_dist.stages.tune.conflicts import conflicts, start_conflicts
@@ -109,6 +109,7 @@ def tune(
 
     def tune_alone() -> None:
         task = load_task(private_task, folder.config, model, alone)
+        refuse_connections()
         if model.public_prompt is None:
             task = replace(task, adapter=_kept(folder, task.adapter))
         parameters, statement = _train(folder, task, model.name, alone, resume)
