@@ -209,7 +209,7 @@ def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
     """Return the terms of each step of a training loop in plain torch."""
     folder = run.parent.parent / "teacher"
     section = CorpusSection(
-        path=folder.parent / "private.csv", sequence_length=96, held_out_sequences=8
+        path=folder.parent / "long.csv", sequence_length=96, held_out_sequences=8
     )
     corpus = build_corpus(
         section, load_tokenizer(folder), run / "corpora", 0, World(0, 1, 0, "none", CPU)
@@ -265,6 +265,7 @@ def test_distillation_is_a_plain_loop_s_step_by_step(
     tmp_path: Path, ranks: int, at_most: int, frozen: int, engine: dict
 ) -> None:
     run = tiny.write_run(tmp_path)
+    tiny.write_csv(tmp_path / "long.csv", tiny.sentences(200, 4))
     settings = {
         "student.frozen_lower_layers": frozen,
         "distill.steps": STEPS,
@@ -273,7 +274,7 @@ def test_distillation_is_a_plain_loop_s_step_by_step(
         "distill.learning_rate": LEARNING_RATE,
         "corpus.sequence_length": 96,
         "corpus.held_out_sequences": 8,
-        "corpus.path": "private.csv",
+        "corpus.path": "long.csv",
     }
     for name, value in engine.items():
         section = "distill" if name.startswith("teacher") else "engine"

@@ -40,12 +40,13 @@ SMALL = {
 )
 def test_a_row_is_run_and_printed_beside_the_published_one(tmp_path: Path, model: str) -> None:
     tiny.write_model(tmp_path / "model", FAMILIES[model])
-    data = tiny.write_csv(tmp_path / "data.csv", tiny.sentences(60, 1))
+    private = tiny.write_csv(tmp_path / "private.csv", tiny.sentences(60, 1))
+    public = tiny.write_csv(tmp_path / "public.csv", tiny.sentences(60, 2))
     places = {
         "teacher.path": tmp_path / "model",
-        "corpus.path": data,
-        "private_task.path": data,
-        "public_task.path": data,
+        "corpus.path": public,
+        "private_task.path": private,
+        "public_task.path": public,
     }
     options = [f"--set={place}={value}" for place, value in (SMALL | places).items()]
     command = [

@@ -220,7 +220,8 @@ def a_run_may_go_on_while_its_budget_is_added_up() -> None:
             return real(*given)
 
         with mock.patch.object(budgets, "known_anchor", known_anchor):
-            budgets.budget_of(place / "ledger.jsonl", None)
+            read = partial(budgets.budget_of, place / "ledger.jsonl", None, place / "anchors")
+            assert not refused(read, "ArtifactRefused", "no longer all there")
 
 
 @on_a_coarse_grid
