@@ -1,6 +1,5 @@
 """Refuse public text that is the private data. Only epsilon may tell of them."""
 
-import os
 from pathlib import Path
 
 from post_dist.config.sources import Corpus, DataSource, Task
@@ -44,9 +43,9 @@ def _same_hub_data(private: Task, public: DataSource) -> str | None:
     default = "default"
     if (private.hub_config or default) != (public.hub_config or default):
         return None
-    read = _splits(private.hub_split) | _splits(private.test_hub_split or "")
-    shared = read & _splits(public.hub_split)
-    return private.hub if shared or "all" in read | _splits(public.hub_split) else None
+    own = _splits(private.hub_split) | _splits(private.test_hub_split or "")
+    others = _splits(public.hub_split)
+    return private.hub if own & others or "all" in own | others else None
 
 
 def _splits(expression: str) -> set[str]:
@@ -63,7 +62,7 @@ def _files(public: DataSource) -> list[Path]:
 def _is_copy(private: Path, file: Path) -> bool:
     """Return whether a file is the private one or has its contents."""
     try:
-        if os.path.samefile(private, file):
+        if private.samefile(file):
             return True
         same_size = private.stat().st_size == file.stat().st_size
         return same_size and fingerprint(private) == fingerprint(file)

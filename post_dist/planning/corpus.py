@@ -34,7 +34,7 @@ _SAMPLE_PIECES = 3
 
 @dataclass(frozen=True)
 class _Speed:
-    """How text becomes tokens.
+    """The tokens of a text, and the time that they take.
 
     Attributes:
         tokens_per_byte: tokens of a byte of the files.

@@ -114,6 +114,12 @@ def _has_been_told(process: int) -> bool:
     return bool(pending >> signal.SIGUSR2 - 1 & 1)
 
 
+def node_of(slurm: Cluster, job: str) -> str:
+    """The last node of a job."""
+    nodes = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
+    return slurm.run("scontrol", "show", "hostnames", nodes).stdout.split()[-1]
+
+
 def write_long_corpus(path: Path, megabytes: int) -> None:
     """Write text that one core needs minutes for."""
     page = " ".join(text for text, _ in tiny.sentences(2000, 3))

@@ -17,6 +17,7 @@ from submissions import (
     followed,
     let_the_time_run_out,
     logs,
+    node_of,
     processes_of,
     steps_of,
     submit,
@@ -77,12 +78,6 @@ def is_under_way(folder: Path, stage: str) -> bool:
         return any(folder.glob("runs/tiny/teacher-signals-*/*/[0-9]*.safetensors"))
     # Most of the last job's work is a baseline.
     return len(steps_of(folder, "tune-target" if stage == "evaluate" else stage)) > 20
-
-
-def node_of(slurm: Cluster, job: str) -> str:
-    """The last node of a job."""
-    nodes = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
-    return slurm.run("scontrol", "show", "hostnames", nodes).stdout.split()[-1]
 
 
 def crash_its_node(slurm: Cluster, job: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ from submissions import (
     followed,
     let_the_time_run_out,
     logs,
+    node_of,
     processes_of,
     steps_of,
     submit,
@@ -180,8 +181,7 @@ def test_a_node_that_crashes_is_waited_for(slurm: Cluster, chained: tuple[Path, 
         job,
     ):
         assert in_time(lambda: len(steps_of(folder, "transfer")) > 30, 90), logs(folder)
-        nodes = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
-        victim = slurm.run("scontrol", "show", "hostnames", nodes).stdout.split()[1]
+        victim = node_of(slurm, job)
         slurm.kill_node(victim)
         assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60), (
             slurm.accounted_states(job)
@@ -227,7 +227,7 @@ def test_a_corpus_job_that_is_stopped_ends_with_the_same_shards(
         finished = "runs/corpora/*/*.json"
         assert in_time(lambda: list(tmp_path.glob(finished)), 240), logs(tmp_path)
         if disturbance == "node":
-            node = slurm.run("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
+            node = node_of(slurm, job)
             slurm.kill_node(node)
             assert in_time(lambda: "NODE_FAIL" in slurm.accounted_states(job), 60)
             slurm.start_node(node)
