@@ -40,7 +40,13 @@ ADMITTED = "admitted"
 """Folder beside the runs with the checked copies of students from other parties."""
 LATEST = "latest"
 """Folder beside the runs with a link to the newest finished run of each stage."""
-_LATER_FIELDS = {"attack_tokens", "comparison_noise_multiplier", "deduplicate", "deepspeed"}
+_LATER_FIELDS = {
+    "attack_tokens",
+    "comparison_noise_multiplier",
+    "compile",
+    "deduplicate",
+    "deepspeed",
+}
 """Fields that older versions do not have. Unset, they leave the signatures of older runs alone."""
 
 RUN_MARKS = ("lock", ENVIRONMENT, SETTINGS)

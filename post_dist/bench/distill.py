@@ -27,6 +27,7 @@ from post_dist.data.order import RankBatch
 from post_dist.files import fingerprint
 from post_dist.losses.heads import Head
 from post_dist.losses.terms import TERMS, hidden_terms_in_use, weights_of
+from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
@@ -94,7 +95,8 @@ def bench_distill(
     """
     facts = read_facts(teacher_folder)
     for cache in _CACHES:
-        found = conflicts(_with_cache(config, cache), facts, layout_of(config.engine, world))
+        with_cache = _with_cache(config, cache, compiled=config.distill.compile)
+        found = conflicts(with_cache, facts, layout_of(config.engine, world))
         raise_conflicts("bench distill", found)
     corpus_section, student_section = required_sections(config)
 
@@ -125,11 +127,13 @@ def bench_distill(
     }
 
 
-def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) -> RunConfig:
+def _with_cache(
+    config: RunConfig, cache: Literal["none", "hidden", "sampled"], *, compiled: bool = False
+) -> RunConfig:
     """Return the run file with a kind of cache, and the number of steps that the cache covers."""
     # A cache without a limit, because the timed steps read the same files many times.
     changes: dict[str, Any] = {"cache": cache, "cache_gib": None}
-    changes |= {"steps": _STEPS, "learning_rate": 0.0}
+    changes |= {"steps": _STEPS, "learning_rate": 0.0, "compile": compiled}
     if cache == "sampled":
         # A cache of samples has no hidden states, so the terms that compare them are left out.
         for term in hidden_terms_in_use(config.distill):
@@ -168,12 +172,12 @@ class _Ways:
     """
 
     def __init__(self, config: RunConfig, precision: Precision, inputs: _Inputs) -> None:
-        self._config = _with_cache(config, "none")
+        self._config = _with_cache(config, "none", compiled=config.distill.compile)
         self._precision = precision
         self._inputs = inputs
         _, self._student_section = required_sections(config)
         self._digest = fingerprint(inputs.teacher_folder)
-        self.teacher = load_sharded(inputs.teacher_folder, config.engine, precision, inputs.world)
+        self.teacher = self._load_teacher()
         self._whole_teacher = load_whole(inputs.teacher_folder, precision, inputs.world.device)
 
     def student(self) -> LanguageModel:
@@ -192,18 +196,33 @@ class _Ways:
             ways["TRL's GKD loss"] = self._peer(trl_distillation_loss)
         if find_spec("liger_kernel") and self.teacher.has_linear_head:
             ways["Liger's chunked loss"] = self._peer(liger_distillation_loss)
+        if self._config.distill.compile:
+            compiled_teacher = self._load_teacher()
+            compile_layers(compiled_teacher)
+            ways["ours, compiled"] = self._ours("none", compiled_teacher)
         ways["ours, cached"] = self._ours("hidden")
         ways["ours, sampled cache"] = self._ours("sampled")
         return {f"{name} {self._precision}": step for name, step in ways.items()}
 
-    def _ours(self, cache: Literal["none", "hidden", "sampled"]) -> Step:
-        """Return the step of the distill stage."""
+    def _load_teacher(self) -> LanguageModel:
+        """Load the teacher as the distill stage does."""
+        inputs = self._inputs
+        return load_sharded(
+            inputs.teacher_folder, self._config.engine, self._precision, inputs.world
+        )
+
+    def _ours(
+        self,
+        cache: Literal["none", "hidden", "sampled"],
+        compiled_teacher: LanguageModel | None = None,
+    ) -> Step:
+        """Return the step of the distill stage; compiled if its teacher is given compiled."""
         world = self._inputs.world
         corpus = self._inputs.corpus
-        config = _with_cache(self._config, cache)
+        config = _with_cache(self._config, cache, compiled=compiled_teacher is not None)
         section = config.distill
         lower_layers = section.layers_in_teacher(self._student_section)
-        source: SignalSource = OnlineTeacher(self.teacher, lower_layers)
+        source: SignalSource = OnlineTeacher(compiled_teacher or self.teacher, lower_layers)
         if cache != "none":
             maker = SignalMaker(self.teacher, section, self._student_section, config.seed)
             # The timed steps read files, and write none.

@@ -3,8 +3,9 @@
 Shapes: N positions, B positions of one chunk, d width, V vocabulary, K terms on logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ class LossSettings:
         pieces: number of pieces into which the positions are split. The logits of only one piece
             are in memory (see `logit_pieces`). All ranks of a sharded head must use the same
             number, even if their numbers of positions differ.
+        compiled: whether torch compiles the terms, which fuses their passes over the logits.
     """
 
     weights: Mapping[str, float]
     temperature: float
     pieces: int = 1
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,13 @@ class _LogitBatch:
         chunks = 1
         if logits_BV.device.type == "cpu":
             chunks = max(1, -(-logits_BV.numel() // _LOGITS_IN_CACHE))
+        terms_of = _compiled_terms() if self._settings.compiled else _terms_of_chunk
         sums_K = torch.zeros(len(LOGIT_TERMS), device=logits_BV.device)
         # In the dtype of the logits, as the head's backward pass requires.
         gradient_BV = torch.empty_like(logits_BV)
         for positions in split_positions(len(logits_BV), chunks):
             # Assign directly: a variable for the fp32 gradient would keep it in memory.
-            own_K, gradient_BV[positions] = _terms_of_chunk(chunk, positions, self._scales)
+            own_K, gradient_BV[positions] = terms_of(_in_fp32(chunk, positions), self._scales)
             sums_K = sums_K + own_K
         return sums_K, gradient_BV
 
@@ -214,12 +218,10 @@ class _LogitBatch:
         return None
 
 
-def _terms_of_chunk(
-    piece: LogitChunk, positions: slice, scales: Mapping[str, float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each term's sum [K] over some positions of a piece, and the gradient, in fp32."""
+def _in_fp32(piece: LogitChunk, positions: slice) -> LogitChunk:
+    """Return some positions of a piece, with the student's logits in fp32."""
     teacher_BV = piece.teacher_BV
-    chunk = LogitChunk(
+    return LogitChunk(
         student_BV=piece.student_BV[positions].float(),
         student_Bd=piece.student_Bd[positions],
         teacher=piece.teacher[positions],
@@ -227,6 +229,12 @@ def _terms_of_chunk(
         labels_B=piece.labels_B[positions],
         temperature=piece.temperature,
     )
+
+
+def _terms_of_chunk(
+    chunk: LogitChunk, scales: Mapping[str, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each term's sum [K] over a chunk, and the gradient, in fp32."""
     # Each term adds to the gradient of the terms before it. A second fp32 tensor [B, V] would
     # double the memory.
     sums = []
@@ -237,6 +245,12 @@ def _terms_of_chunk(
     if gradient_BV is None:
         gradient_BV = torch.zeros_like(chunk.student_BV)
     return torch.stack(sums), gradient_BV
+
+
+@cache
+def _compiled_terms() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return the compiled `_terms_of_chunk`, which takes chunks of any length."""
+    return torch.compile(_terms_of_chunk, dynamic=True)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -36,6 +36,9 @@ class LanguageModel(nn.Module):
         model: a transformers model that consists of one trunk and one head.
         masked: whether it is a masked language model; otherwise it is causal.
 
+    Attributes:
+        is_compiled: whether `compile_layers` has compiled its layers.
+
     Raises:
         InputError: the head of the model cannot be identified, or its embeddings have another width
             than its hidden states.
@@ -45,6 +48,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.masked = masked
+        self.is_compiled = False
         self._head_name = families.head_name(model)
         self._in_place: Sequence[torch.Tensor] | None = None
         width_of_embeddings = getattr(model.get_input_embeddings(), "embedding_dim", self.width)
@@ -409,6 +413,8 @@ class LanguageModel(nn.Module):
 
         Those of the last layer are the trunk's, behind its last norm.
         """
+        if self.is_compiled:
+            raise RuntimeError("compiled layers do not see the hooks that select positions")
         last = len(self.layers) - 1
         lower = [self.layers[layer] for layer in layers if layer != last]
         mlp = families.mlp_of(self.layers[last])

@@ -18,6 +18,7 @@ from post_dist.losses.heads import Heads
 from post_dist.losses.pieces import step_pieces
 from post_dist.losses.signals import TeacherSignal
 from post_dist.losses.terms import weights_of
+from post_dist.models.compiled import compile_layers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.student import freeze
@@ -116,6 +117,7 @@ class DistillationModel(nn.Module):
             pieces=step_pieces(
                 most_positions, self.student.vocabulary_size, self.student.model.device.type
             ),
+            compiled=self.student.is_compiled,
         )
 
 
@@ -141,6 +143,8 @@ def student_engine(
     # Freezing comes first, because it needs the embeddings, which are removed with the lower block.
     freeze(student, student_section)
     take_out_lower_block(student, section.layers_in_teacher(student_section))
+    if section.compile:
+        compile_layers(student)
     if config.engine.activation_checkpointing:
         student.checkpoint_activations()
 

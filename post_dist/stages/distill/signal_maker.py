@@ -48,6 +48,7 @@ class SignalMaker:
         self.section = section
         self._dtype = teacher.model.dtype
         self._width = teacher.width
+        self._is_compiled = teacher.is_compiled
         self._seed = seed
         self._lower_layers = section.layers_in_teacher(student)
         # A cached signal comes from the same code as a signal during training.
@@ -72,6 +73,9 @@ class SignalMaker:
         if "samples" in self.names:
             settings["seed"] = self._seed
             settings["samples"] = SAMPLES
+        # Compiled layers round otherwise, and a student should not depend on who made its signals.
+        if self._is_compiled:
+            settings["compiled"] = True
         if self._lower_layers:
             settings["lower_layers"] = self._lower_layers
         return settings

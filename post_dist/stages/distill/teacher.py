@@ -11,6 +11,7 @@ from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer
@@ -77,6 +78,8 @@ def load_teacher(
         found += limit_conflicts(config, read_facts(folder), precision)
         raise_conflicts("distill", found)
     model = load_sharded(folder, config.engine, precision, world)
+    if config.distill.compile:
+        compile_layers(model)
     if corpus_section.separate_documents and not model.masked:
         check_documents_apart(model)
     percent = 100 * shard_share(model)
