@@ -11,9 +11,8 @@ from post_dist.artifacts.strict_json import read_object
 from post_dist.artifacts.tensor_file import read_layout
 from post_dist.errors import ArtifactRefused
 from post_dist.models.facts import meta_model
+from post_dist.models.weight_files import INDEX, ONE_FILE
 
-INDEX = "model.safetensors.index.json"
-_ONE_FILE = "model.safetensors"
 _HEADER_BYTES = 4 << 20
 """Largest header; that of 512 layers with 12 tensors each has 1 MB."""
 _MOST_EXPERTS = 1 << 16
@@ -110,9 +109,9 @@ def _expected(model: PreTrainedModel) -> _Expected:
 def _check_index(folder: Path, found: Mapping[str, Path]) -> None:
     """Check that the index of several files says where each tensor is."""
     files = set(found.values())
-    if files == {folder / _ONE_FILE}:
+    if files == {folder / ONE_FILE}:
         if (folder / INDEX).exists():
-            raise ArtifactRefused(f"{INDEX} stands beside {_ONE_FILE}")
+            raise ArtifactRefused(f"{INDEX} stands beside {ONE_FILE}")
         return
     if not (folder / INDEX).exists():
         raise ArtifactRefused(f"the weights are in several files, and there is no {INDEX}")

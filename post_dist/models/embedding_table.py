@@ -15,6 +15,7 @@ from torch import nn
 
 from post_dist.errors import InputError
 from post_dist.models.facts import meta_model
+from post_dist.models.weight_files import weight_files
 
 _ROWS_AT_ONCE = 8192
 
@@ -70,7 +71,7 @@ def _stored_table(folder: Path, model: Any) -> Iterator[Any | None]:
     own = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor is table}
     prefix = f"{model.base_model_prefix}."
     known = own | {name.removeprefix(prefix) for name in own}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             for name in known & set(weights.keys()):
                 yield weights.get_slice(name)

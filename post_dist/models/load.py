@@ -32,6 +32,7 @@ from post_dist.models.families import is_masked
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_config, check_split
 from post_dist.models.quantized import dequantizer
+from post_dist.models.weight_files import check_tied, weight_files
 from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -157,17 +158,13 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def check_has_weights(folder: Path) -> None:
-    """Check that a folder holds safetensors.
+    """Check that a folder holds a model's weights.
 
     Raises:
         InputError: it does not, or is no folder.
     """
     check_is_folder(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder} has no safetensors weights",
-            "convert the model with save_pretrained; pickles are not loaded",
-        )
+    weight_files(folder)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -296,6 +293,7 @@ def load_whole(folder: Path, precision: Precision, device: torch.device) -> Lang
     except _LOADING_ERRORS as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
     check_none_missing(folder, report["missing_keys"])
+    check_tied(folder, model)
     language_model = LanguageModel(model, masked=settings.masked)
     language_model = language_model.eval().to(device).requires_grad_(False)
     check_split(language_model)

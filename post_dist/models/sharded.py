@@ -26,6 +26,7 @@ from post_dist.config.schema import Engine
 from post_dist.errors import EnvironmentFault
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole, model_settings
+from post_dist.models.weight_files import check_tied
 from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
@@ -64,20 +65,22 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
         model = load_whole(folder, precision, world.device)
     else:
         prepare_deepspeed(world)
-        model = _load_shards(folder, engine, precision, group, world.device)
+        model = _load_shards(folder, engine, precision, group, world)
     if engine.activation_checkpointing:
         model.checkpoint_activations()
     return model
 
 
 def _load_shards(
-    folder: Path, engine: Engine, precision: Precision, group: ShardGroup, device: torch.device
+    folder: Path, engine: Engine, precision: Precision, group: ShardGroup, world: World
 ) -> LanguageModel:
-    settings = model_settings(folder, precision, device)
+    settings = model_settings(folder, precision, world.device)
     with torch.device("meta"):
         on_meta = settings.auto_class.from_config(settings.config, **settings.arguments)
     # Whatever is wrong with the files is found here, on all ranks alike, before they share a step.
     units = weight_units(on_meta, folder)
+    # One rank reads them, because two tables of a large model have gigabytes.
+    world.on_main(lambda: check_tied(folder, on_meta))
     largest = max(parameter.numel() for parameter in on_meta.parameters())
     zero_settings = frozen_settings(engine, precision, math.ceil(largest / group.size))
 

@@ -36,6 +36,7 @@ from transformers.quantizers.base import HfQuantizer
 from post_dist.errors import InputError, first_line
 from post_dist.models.load import check_none_missing
 from post_dist.models.quantized import dequantizer
+from post_dist.models.weight_files import weight_files
 
 Transform = WeightRenaming | WeightConverter
 """A conversion of transformers: a new name, or operations on tensors."""
@@ -216,7 +217,7 @@ def weight_units(model: PreTrainedModel, folder: Path) -> list[WeightUnit]:
 def _stored_weights(folder: Path) -> list[StoredWeight]:
     """Read the headers of all weight files. Sort them as transformers does, expert by expert."""
     stored = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with _reading(folder), safe_open(file, framework="pt") as weights:
             for name in weights.keys():
                 header = weights.get_slice(name)

@@ -14,7 +14,7 @@ from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
 from post_dist.stages.check.models import (
     CheckedModel,
-    note_missing_weights,
+    find_weights,
     read_model,
     same_tokenizer,
 )
@@ -122,7 +122,7 @@ class GivenParts:
         folder = self._findings.attempt(self._stages[0], lambda: tokenizer_folder(section))
         if folder is None:
             return None
-        note_missing_weights(folder, self._findings)
+        find_weights(folder, self._stages[0], self._findings)
         return read_model(folder, self._stages[0], self._findings)
 
     def _read_student(self) -> CheckedModel | None:
@@ -148,7 +148,7 @@ class GivenParts:
         """Read a student that `inputs` gives. Its weights are not hashed, which may take long."""
         if not given.is_dir():
             return read_model(given, stage, self._findings)
-        note_missing_weights(given, self._findings)
+        find_weights(given, stage, self._findings)
         # The rule is that of the stages. A foreign configuration is read only behind the door.
         inputs = self._config.inputs
         if not inputs.trusted_keys and not (given / FILE_NAME).exists():

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.models.weight_files import weight_files
 from post_dist.stages.check.report import Findings
 
 
@@ -40,9 +41,16 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
     return CheckedModel(facts, tokenizer)
 
 
-def note_missing_weights(folder: Path, findings: Findings) -> None:
-    """Note that a model has no weights. They may be downloaded later, so it is no conflict."""
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+def find_weights(folder: Path, stage: str, findings: Findings) -> None:
+    """Find the files of a model's weights, without reading them.
+
+    A folder without any is no conflict, because they may be downloaded later.
+    """
+    if not folder.is_dir():
+        return
+    if any(folder.glob("*.safetensors")):
+        findings.attempt(stage, lambda: weight_files(folder))
+    else:
         findings.not_checked.append(f"weights: there are no safetensors in {folder}")
 
 
