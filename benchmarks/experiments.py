@@ -245,7 +245,7 @@ SMALLER_STUDENTS = {
         "student.frozen_lower_layers=12",
     ],
 }
-"""Fewer layers than those of the other experiments; with half of them, ten times the distillation."""
+"""Fewer layers than in the other experiments. With 9 of them, ten times the distillation."""
 DISTILL_STEPS = (60, 180, 600, 2400)
 TOKENS_PER_DISTILL_STEP = 1024
 

@@ -92,6 +92,14 @@ class Harness:
         }
         return {**found["given_away"], "perplexity": found["perplexity"], "zero-shot": zero_shot}
 
+    def student(self, settings: list[str]) -> Path:
+        """Find or make the student, and return its folder.
+
+        Args:
+            settings: changes of the run file, as `KEY=VALUE`.
+        """
+        return self._pipeline(self._config(settings)).student
+
     def untuned_row(self, settings: list[str]) -> Row:
         """Return the row of the student without a prompt.
 
