@@ -308,7 +308,7 @@ CASES = [
         write("demo.yaml", "mine"),
         ("init", "{folder}"),
     ),
-    Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
+    Case("init into a file", 2, "cannot write", command=("init", "{run}")),
     # models
     Case("teacher missing", 2, "is not a folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
@@ -810,6 +810,20 @@ CASES = [
         2,
         "cannot write",
         command=("distill", "{run}", "--output", "/proc/nowhere"),
+    ),
+    # Here the copy of the student is what is written first.
+    Case(
+        "output of tune inside a file",
+        2,
+        "cannot write .*Not a directory\n  choose another place",
+        write("taken", "x"),
+        (*TUNE, "--output", "{folder}/taken/deep"),
+    ),
+    Case(
+        "output of tune cannot be made",
+        2,
+        "cannot write .*\n  choose another place",
+        command=(*TUNE, "--output", "/proc/nowhere"),
     ),
 ]
 
