@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -904,6 +905,18 @@ def test_a_launcher_that_contradicts_itself_is_refused(
 def test_a_batch_script_is_no_task_of_its_job(step: dict[str, str], launcher: str) -> None:
     # Slurm sets these two in batch scripts and in interactive allocations too.
     assert find_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"} | step) == launcher
+
+
+def test_a_machine_without_a_folder_for_temporary_files_is_refused(
+    main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    code, out, err = main("ls", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (3, 3)
+    assert "there is no folder for temporary files" in err
+    assert "set TMPDIR to another folder" in err
+    assert "Traceback" not in err
 
 
 def test_a_refused_stage_leaves_no_folder(base: Path, main: Callable, tmp_path: Path) -> None:
