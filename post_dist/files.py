@@ -22,6 +22,8 @@ from post_dist.errors import EnvironmentFault, InputError
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 4 << 20
+OWNER_WRITES = 0o755
+"""Permissions of a new folder, from which the umask may take more."""
 
 
 def digest_of(value: Any) -> str:
@@ -86,6 +88,27 @@ def digest_as_read(digest: str, suffix: str) -> str:
     return digest_of({"file": digest, "type": suffix.lower()})
 
 
+def make_folder(folder: Path, mode: int = OWNER_WRITES) -> None:
+    """Create a folder and those above it, where they do not exist.
+
+    Under a umask that lets others write to new folders, they could replace what is in these.
+
+    Args:
+        folder: the folder.
+        mode: its permissions, if it is new. New folders above it have those of `OWNER_WRITES`.
+
+    Raises:
+        InputError: the folder cannot be created.
+        EnvironmentFault: the disk is full.
+    """
+    with writing(folder):
+        for above in reversed(folder.parents):
+            if not above.exists():
+                above.mkdir(OWNER_WRITES, exist_ok=True)
+        # An NFS client may remember that there is none. Creating it asks the server.
+        folder.mkdir(mode, exist_ok=True)
+
+
 def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder atomically: fill a temporary folder next to it, flush it, rename it.
 
@@ -98,7 +121,7 @@ def write_folder(destination: Path, fill: Callable[[Path], None]) -> None:
         with writing(destination):
             # A killed process may have left a half-written folder.
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            make_folder(partial)
             fill(partial)
             put_in_place(partial, destination)
     finally:
@@ -118,7 +141,7 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
     partial = destination.with_name(f".{uuid4().hex[:8]}.{destination.name}")
     with writing(destination):
         try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(destination.parent)
             fill(partial)
             flush(partial)
             partial.rename(destination)
@@ -135,7 +158,7 @@ def refuse_unwritable(destination: Path) -> None:
         EnvironmentFault: the disk is full.
     """
     with writing(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(destination.parent)
         # To open a file for appending changes nothing in it.
         is_new = not destination.exists()
         destination.open("ab").close()

@@ -15,7 +15,7 @@ from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind, Manifest
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
 from post_dist.errors import ArtifactRefused, printable
-from post_dist.files import put_in_place
+from post_dist.files import make_folder, put_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,8 +93,9 @@ def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:
 
     Raises:
         ArtifactRefused: a check failed.
+        InputError: the place cannot be written to.
     """
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(place, mode=0o700)
     with refusing(folder), quarantined(folder, place, keys=keys) as inside:
         log.info("%s: %s", folder, inside.signature)
         _check_lineage(inside.manifest)

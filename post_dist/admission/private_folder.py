@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from post_dist.errors import EnvironmentFault
+
 PREFIX = ".post_dist-quarantine-"
 """Beginning of the name of each private folder."""
 
@@ -28,10 +30,19 @@ def private_folder(parent: Path | None = None) -> Iterator[Path]:
 
     Yields:
         The folder.
+
+    Raises:
+        EnvironmentFault: it cannot be made.
     """
     around = Path(tempfile.gettempdir()) if parent is None else parent
     _remove_left(around)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=around))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=around))
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot make a folder in {around}: {error.strerror}",
+            "free some space there, or make it a folder that you may write to",
+        ) from None
     try:
         # The lock ends with this process, even if that is killed.
         with _locked(folder, fcntl.LOCK_SH):

@@ -28,7 +28,7 @@ from post_dist.bench.workloads import (
     untrained_student,
 )
 from post_dist.config.schema import RunConfig
-from post_dist.files import writing
+from post_dist.files import make_folder, writing
 from post_dist.models.load import load_tokenizer
 from post_dist.models.sharded import load_sharded
 from post_dist.planning.scaling import grown
@@ -120,8 +120,8 @@ def bench_scale(
 
 def write_scale(path: Path, measured: dict[str, Any]) -> None:
     """Write the result of `bench_scale` as JSON, for `post-dist report`."""
+    make_folder(path.parent)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(measured, indent=1) + "\n")
 
 

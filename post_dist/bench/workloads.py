@@ -24,7 +24,7 @@ from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.errors import InputError
-from post_dist.files import write_folder, writing
+from post_dist.files import make_folder, write_folder, writing
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config, load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
@@ -112,8 +112,8 @@ def untrained_student(
 
 
 def _make_scratch(output: Path) -> str:
+    make_folder(output)
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix="bench-scale-", dir=output)
 
 

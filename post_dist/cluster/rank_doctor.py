@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from post_dist.cluster.doctor import Finding
 from post_dist.extras import installed_versions
-from post_dist.files import lock_file, writing
+from post_dist.files import lock_file, make_folder, writing
 from post_dist.planning.hardware import Hardware, LinkName
 
 if TYPE_CHECKING:  # this import loads torch
@@ -100,8 +100,8 @@ def _shared_folder(world: "World", hosts: list[str], folder: Path) -> Iterator[F
     paths = [folder / f".post_dist-doctor-{token}-{rank}" for rank in range(world.size)]
 
     def write() -> None:
+        make_folder(folder)
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             paths[world.rank].write_text(hosts[world.rank])
 
     world.together(write)

@@ -25,7 +25,7 @@ from post_dist.cluster.sbatch import job_parameters, job_text, setup_lines, task
 from post_dist.config.cluster import Cluster, ClusterStage
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import EnvironmentFault, InputError, Interrupted
-from post_dist.files import writing
+from post_dist.files import make_folder, writing
 
 _UNREACHABLE = re.compile(
     "Could not establish a configuration source|Unable to contact slurm controller|Socket timed out"
@@ -162,8 +162,8 @@ def _made_job_folder(config: RunConfig) -> Path:
         InputError: it cannot be written to.
     """
     folder = job_folder(config)
+    make_folder(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         # A job runs what the pickles say, so nobody else may put one there.
         mode = stat.S_IMODE(folder.stat().st_mode) & ~0o022
         # The logs of private stages are for their owner alone, as their run folders are.

@@ -11,7 +11,7 @@ from post_dist.commands.printing import print_json
 from post_dist.config.assets import asset
 from post_dist.config.presets import PresetName
 from post_dist.errors import InputError, command_line
-from post_dist.files import write_file
+from post_dist.files import make_folder, write_file, writing
 
 _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
 _RUN_FILE = "run.yaml"
@@ -80,12 +80,10 @@ def _write_demo(folder: Path) -> list[Path]:
     for file in files:
         if file.exists():
             raise InputError(f"{file} exists already", "give another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with writing(folder):
         for file in files:
             shutil.copyfile(asset(f"examples/{file.name}"), file)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
     return files
 
 

@@ -14,7 +14,7 @@ from post_dist import api
 from post_dist.commands.options import AsJson, TrustedKeys
 from post_dist.commands.printing import print_json
 from post_dist.config.precision import PrecisionChoice
-from post_dist.errors import InputError
+from post_dist.errors import InputError, printable
 from post_dist.runtime.logs import speak
 from post_dist.runtime.stop import listen
 
@@ -97,7 +97,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
         _print_csv(found, loaded.task.class_names)
     else:
         for prediction in found:
-            print(json.dumps(_printed(prediction), ensure_ascii=False))
+            print(_json_line(_printed(prediction)))
 
 
 def export(
@@ -132,14 +132,29 @@ def _printed(prediction: "ClassPrediction | Response") -> dict[str, Any]:
     return fields
 
 
+def _json_line(fields: dict[str, Any]) -> str:
+    """Return a JSON object whose characters all print, and that a reader of JSON takes as it was.
+
+    A terminal acts on some characters that JSON does not escape, and a model may generate any.
+    """
+    line = json.dumps(fields, ensure_ascii=False)
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)
+
+
 def _print_csv(predictions: "Predictions", class_names: tuple[str, ...]) -> None:
-    """Print a header, and a line for each prediction."""
+    """Print a header, and a line for each prediction.
+
+    CSV has no escapes, so a file gets the texts as they are, and a terminal what it can show.
+    """
+    shown = printable if sys.stdout.isatty() else str
     table = csv.writer(sys.stdout, lineterminator="\n")
     if not class_names:
         table.writerow(["response"])
     else:
-        table.writerow(["label", "index", *(f"score {name}" for name in class_names)])
-    table.writerows(map(_cells, predictions))
+        names = [shown(f"score {name}") for name in class_names]
+        table.writerow(["label", "index", *names])
+    for prediction in predictions:
+        table.writerow([shown(str(cell)) for cell in _cells(prediction)])
 
 
 def _cells(prediction: "ClassPrediction | Response") -> list[object]:

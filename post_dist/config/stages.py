@@ -182,9 +182,15 @@ class Search(Section):
     """Standard deviation of the noise on a trial's score. The score is the number of validation
     examples that the trial classifies correctly."""
 
+    @property
+    def candidates(self) -> dict[str, tuple[float, ...]]:
+        """The values of each setting that is searched."""
+        listed = {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm}
+        return {name: values for name, values in listed.items() if values}
+
     @model_validator(mode="after")
     def _has_candidates(self) -> "Search":
-        if not self.learning_rate and not self.max_grad_norm:
+        if not self.candidates:
             raise ValueError(
                 "names nothing to try: give learning_rate or max_grad_norm a list of values"
             )

@@ -15,7 +15,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ENCODING = "utf-8-sig"
+"""UTF-8, for all files of texts. Some programs on Windows begin a file with a byte order mark."""
 
 OPTIONS: dict[str, Any] = {"dtype": str, "keep_default_na": False}
 """Options of pandas with which each value is text, as it is written."""
@@ -73,10 +74,9 @@ def _text_of(path: Path) -> bytes:
     Raises:
         UnicodeDecodeError: it is not UTF-8 text.
     """
-    text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     # In UTF-16, a quote would be found where none is.
-    text.decode()
-    return text.strip(b"\r\n")
+    text = path.read_bytes().decode(ENCODING)
+    return text.encode().strip(b"\r\n")
 
 
 def _check_quotes(text: bytes, separator: str) -> None:

@@ -18,6 +18,7 @@ from pyarrow import ArrowException, parquet
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import Unit, file_type
 from post_dist.data.delimited import (
+    ENCODING,
     OPTIONS,
     TSV_OPTIONS,
     FileFault,
@@ -170,8 +171,8 @@ def _blocks_of_lines(unit: Unit) -> Iterator[tuple[int, str]]:
 
 def _decode(block: bytes, unit: Unit, place: int) -> str:
     try:
-        # Some programs on Windows begin a file with a byte order mark.
-        return block.decode("utf-8" if place else "utf-8-sig")
+        # Only the beginning of a file can hold a byte order mark.
+        return block.decode("utf-8" if place else ENCODING)
     except UnicodeDecodeError as error:
         line = _line_at(unit, place + error.start)
         raise InputError(f"corpus.path: {unit.path}, line {line}: is not UTF-8 text") from None

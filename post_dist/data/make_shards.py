@@ -40,7 +40,7 @@ from post_dist.data.token_shards import (
     read_index,
 )
 from post_dist.errors import InputError
-from post_dist.files import digest_of, lock_file, write_file, writing
+from post_dist.files import digest_of, lock_file, make_folder, write_file, writing
 from post_dist.runtime.progress import progress
 from post_dist.runtime.stop import leave_if_requested
 from post_dist.runtime.watchdog import phase
@@ -130,8 +130,8 @@ def _held(folder: Path) -> Iterator[None]:
         InputError: the folder cannot be written to.
         Interrupted: this process was asked to stop while it waited.
     """
+    make_folder(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("w")
     # The file stays open while the body runs, because closing it releases the lock.
     with lock:
@@ -183,8 +183,8 @@ def _made_parts(work: TokenizerWork) -> list[PartRecord]:
 def _distinct_parts(work: TokenizerWork) -> list[PartRecord]:
     """Make the parts in a folder of their own, and write them without duplicates."""
     whole = replace(work, folder=work.folder / _WITH_DUPLICATES)
+    make_folder(whole.folder)
     with writing(whole.folder):
-        whole.folder.mkdir(exist_ok=True)
         # What a killed search for duplicates has left is large.
         for scratch in whole.folder.glob(".buckets-*"):
             shutil.rmtree(scratch)

@@ -18,14 +18,13 @@ import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
-from post_dist.data.delimited import FileFault, read_csv, read_tsv, refuse_equal_names
+from post_dist.data.delimited import ENCODING, FileFault, read_csv, read_tsv, refuse_equal_names
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
-    # Some programs on Windows begin a file with a byte order mark.
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding=ENCODING) as lines:
         # A blank line, such as one at the end of the file, is not an example.
         objects = [LINE_PARSER.decode(line) for line in lines if line.strip()]
     if not objects or not all(isinstance(found, dict) for found in objects):
@@ -65,7 +64,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_lines(path: Path) -> pd.DataFrame:
-    return pd.DataFrame({"text": path.read_text(encoding="utf-8-sig").splitlines()})
+    return pd.DataFrame({"text": path.read_text(encoding=ENCODING).splitlines()})
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
-from post_dist.files import writing
+from post_dist.files import make_folder, writing
 from post_dist.models.size import ModelSize
 from post_dist.planning.hardware import Machine
 from post_dist.planning.measurement import Measurement, read_measurement
@@ -211,6 +211,6 @@ def draw(rows: Sequence[_Row], title: str, path: Path) -> None:
     axes.set_ylabel("rate per GPU over the first")
     axes.set_title(title, fontsize=10)
     axes.legend()
+    make_folder(path.parent)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)

@@ -84,6 +84,9 @@ def tune_privately(
         # A search varies these settings; a single run uses them as they are.
         trainer = PrivateTrainer(tuned_kind(config.tune)(task, config, sizes, world), config, run)
         settings = TrialSettings(learning_rate(config, plan), plan.max_grad_norm)
+        # A head's rate follows from the plan, so the run file does not show it.
+        if config.tune.adapter == "head":
+            log.info("tune: learning rate %.3g", settings.learning_rate)
         if config.tune.search is None:
             parameters = _single_run(trainer, settings)
         else:
@@ -115,7 +118,6 @@ def learning_rate(config: RunConfig, plan: PrivacyPlan) -> float:
         # The noise of all steps adds up to a random walk, and the features of a head have length 1.
         noise_of_step = plan.noise_multiplier * plan.max_grad_norm / plan.expected_batch_size
         rate = min(rate, _SCORE_NOISE / (noise_of_step * math.sqrt(plan.steps)))
-        log.info("tune: learning rate %.3g", rate)
     return rate
 
 

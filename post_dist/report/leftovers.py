@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from post_dist.admission.private_folder import PREFIX
@@ -62,6 +62,30 @@ class Leftover:
     mib: float
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Folders that stay, because nothing tells whether a run is in progress there.
+
+    Attributes:
+        unlockable: their file system has no locks.
+        of_others: this user may not open their locks, or not look into them.
+    """
+
+    unlockable: list[Path] = field(default_factory=list)
+    of_others: list[Path] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Log the folders, in one line for each reason."""
+        reasons = {
+            "without file locks a run in progress cannot be told from others": self.unlockable,
+            "they are another user's, or read-only": self.of_others,
+        }
+        for reason, paths in reasons.items():
+            if paths:
+                shown = ", ".join(printable(str(path)) for path in paths)
+                log.warning("kept, because %s: %s", reason, shown)
+
+
 def leftovers(folder: Path) -> list[Leftover]:
     """Find what can be removed below a folder. Finished runs, and runs in progress, are kept.
 
@@ -69,14 +93,14 @@ def leftovers(folder: Path) -> list[Leftover]:
         InputError: there is no such folder.
     """
     found = []
-    unlockable: list[Path] = []
+    kept = _Kept()
     around: dict[Path, bool] = {}
     for path in run_folders(folder):
         if path.parent.name == ADMITTED:
             around.setdefault(path.parent.parent, True)
         if not is_run(path):
             continue
-        with _held(path, unlockable) as free:
+        with _held(path, kept) as free:
             around[path.parent] = around.get(path.parent, True) and free
         if free and not is_finished(path):
             found.append(_leftover(path, "unfinished run"))
@@ -85,13 +109,8 @@ def leftovers(folder: Path) -> list[Leftover]:
             found.append(_leftover(path / "checkpoints", "checkpoints not needed"))
     # A run in progress may read any cache beside it.
     for place, free in around.items():
-        found += _caches(place, unlockable) if free else []
-    # One line for all: such a file system has no lock for any of them.
-    if unlockable:
-        log.warning(
-            "kept, because without file locks a run in progress cannot be told from others: %s",
-            ", ".join(printable(str(path)) for path in unlockable),
-        )
+        found += _caches(place, kept) if free else []
+    kept.tell()
     return sorted(found, key=lambda leftover: leftover.path)
 
 
@@ -102,7 +121,7 @@ def remove(leftover: Leftover) -> None:
         InputError: it cannot be removed.
     """
     path = leftover.path
-    with _held(path, []) as free, writing(path):
+    with _held(path, _Kept()) as free, writing(path):
         if not free:
             return
         try:
@@ -123,16 +142,21 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _caches(place: Path, unlockable: list[Path]) -> list[Leftover]:
-    """Find the caches beside runs, and add those that cannot be locked to a list."""
+def _caches(place: Path, kept: _Kept) -> list[Leftover]:
+    """Find the caches beside runs, and note those that stay."""
     found = []
     for path in place.iterdir():
         cache = next((kind for kind in _CACHES if re.fullmatch(kind.name, path.name)), None)
         if cache is None or path.is_symlink() or not path.is_dir():
             continue
-        if not all(re.fullmatch(cache.entry, name) for name in os.listdir(path)):
+        try:
+            names = os.listdir(path)
+        except OSError:
+            kept.of_others.append(path)
             continue
-        with _held(path, unlockable) as free:
+        if not all(re.fullmatch(cache.entry, name) for name in names):
+            continue
+        with _held(path, kept) as free:
             if free:
                 found.append(_leftover(path, cache.what))
     return found
@@ -148,10 +172,10 @@ def _leftover(path: Path, what: str) -> Leftover:
 
 
 @contextmanager
-def _held(path: Path, unlockable: list[Path]) -> Iterator[bool]:
+def _held(path: Path, kept: _Kept) -> Iterator[bool]:
     """Hold the lock of a folder; the value tells whether no other process holds it.
 
-    A folder that cannot be locked may be in use. It is added to the list.
+    A folder that cannot be locked may be in use, so it is one that stays.
     """
     with ExitStack() as files:
         lock = path / "lock"
@@ -161,12 +185,12 @@ def _held(path: Path, unlockable: list[Path]) -> Iterator[bool]:
         try:
             file = files.enter_context(lock.open("a"))
         except OSError:
-            # It is somebody else's.
+            kept.of_others.append(path)
             yield False
             return
         try:
             free = try_lock(file)
         except OSError:
             free = False
-            unlockable.append(path)
+            kept.unlockable.append(path)
         yield free

@@ -80,7 +80,7 @@ def _markdown(name: str, table: Mapping[str, Any], made: Sequence[Made]) -> str:
     said = verdict(table, made)
     paragraphs = [
         f"# {markdown_text(f'{name}: {table_title(table)}')}",
-        markdown_text(f"{said.headline}. {said.privacy}"),
+        markdown_text(" ".join([f"{said.headline}.", *said.sentences, said.privacy])),
         markdown_table(table),
         NOTE,
     ]

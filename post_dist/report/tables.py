@@ -1,5 +1,6 @@
 """The comparison table as text: for a terminal, for `report.md`, and cell by cell for the page."""
 
+import math
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -26,9 +27,10 @@ _RESPONSE_COLUMNS = {
     "ROUGE-1 %": "rouge_1",
     "ROUGE-L %": "rouge_l",
 }
+MAJORITY = "majority class"
 TF_IDF = "TF-IDF + logistic regression"
 DP_REGRESSION = "DP logistic regression"
-_WITHOUT_PROMPT = ("zero-shot", "student", "majority class")
+_WITHOUT_PROMPT = ("zero-shot", "student")
 NOTE = (
     "Accuracy counts examples (micro) or averages the recall of the classes (macro). "
     "AUC takes one class against the rest and depends on the ranking alone. "
@@ -69,24 +71,32 @@ def table_title(table: Mapping[str, Any]) -> str:
     return title
 
 
-def simpler_is_ahead(table: Mapping[str, Any]) -> str:
-    """Return a sentence if a classifier without a language model beats every row with a prompt.
+def cautions(table: Mapping[str, Any]) -> list[str]:
+    """Return why the prompts of a table may be worth less than their accuracy, as sentences.
 
-    It names the private one if that is ahead too. Otherwise the text is empty.
+    The split may have one class only. Or the majority class, or a classifier without a language
+    model, is at least as good as every prompt. Of such classifiers, the private one is named.
     """
+    sentences = []
+    # AUC needs two classes, so every row of such a split lacks it.
+    if has_classes(table) and all(row["auc"] is None for row in table["rows"]):
+        sentences.append(
+            "All examples of this split have one class, so no accuracy tells what was learned."
+        )
+    # What the table shows as equal is equal.
     field = measured_field(table)
-    simple: dict[str, float] = {}
-    best = 0.0
-    for row in table["rows"]:
-        if row["name"].startswith((TF_IDF, DP_REGRESSION)):
-            simple[row["name"]] = row[field]
-        elif row["name"] not in _WITHOUT_PROMPT:
-            best = max(best, row[field])
-    ahead = [name for name, accuracy in simple.items() if accuracy > best]
-    if not ahead:
-        return ""
+    shown = {row["name"]: round(100 * row[field], 1) for row in table["rows"]}
+    classifiers = [name for name in shown if name.startswith((TF_IDF, DP_REGRESSION))]
+    without_prompt = {*_WITHOUT_PROMPT, MAJORITY, *classifiers}
+    best = max((shown[name] for name in shown if name not in without_prompt), default=math.inf)
+    as_good = [name for name in shown if name in (MAJORITY, *classifiers) and shown[name] >= best]
     # The private ones come last in a table, and say more.
-    return f"{ahead[-1]} is ahead of every prompt, with {100 * simple[ahead[-1]]:.1f}%."
+    named = [name for name in as_good if name == MAJORITY or name == as_good[-1]]
+    for name in named:
+        whose = f"The {name}" if name == MAJORITY else name
+        place = "ahead of every prompt" if shown[name] > best else "as good as the best prompt"
+        sentences.append(f"{whose} is {place}, with {shown[name]}%.")
+    return sentences
 
 
 def table_columns(table: Mapping[str, Any]) -> list[str]:
@@ -110,7 +120,7 @@ def terminal_table(table: Mapping[str, Any]) -> "Table":
     from rich.text import Text
 
     # A plain string would be read as markup, where brackets have a meaning.
-    caption = simpler_is_ahead(table) or None
+    caption = "\n".join(cautions(table)) or None
     drawn = Table(title=Text(plain(table_title(table))), caption=caption)
     for column in table_columns(table):
         justify = "left" if column == "row" else "right"

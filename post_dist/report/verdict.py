@@ -9,16 +9,17 @@ from post_dist.report.charts import Reference, percent
 from post_dist.report.lineage import Made, number
 from post_dist.report.tables import (
     DP_REGRESSION,
+    MAJORITY,
     TF_IDF,
+    cautions,
     has_classes,
     measured_field,
-    simpler_is_ahead,
     table_title,
 )
 
 ROW_NOTES = {
     "zero-shot": "large LLM, no prompt",
-    "majority class": "no model: the most frequent class",
+    MAJORITY: "no model: the most frequent class",
     TF_IDF: "no language model, fitted without privacy",
     DP_REGRESSION: "no language model, the epsilon of the prompt",
     "student": "student, no prompt",
@@ -85,6 +86,10 @@ def verdict(table: Mapping[str, Any], made: Sequence[Made]) -> Verdict:
     effect = f"takes {_MODELS[pair[1]]} from {before} to {after}"
     if before == after:
         effect = f"leaves {_MODELS[pair[1]]} at {after}"
+    # A headline is read alone. One class for all texts must not be as good without being named.
+    guessed = rows[MAJORITY][field] if MAJORITY in rows else -math.inf
+    if guessed >= prompted[field] or percent(guessed) == after:
+        effect += f", and the majority class reaches {percent(guessed)}"
     kind = "transferred prompt" if pair[1] == "transferred" else "prompt"
     points = 100 * (prompted[field] - without[field])
     facts = [
@@ -151,9 +156,7 @@ def _sentences(
         sentences.append("The two 95% intervals do not overlap.")
     else:
         sentences.append("The two 95% intervals overlap, so the difference may be chance.")
-    simpler = simpler_is_ahead(table)
-    if simpler:
-        sentences.append(simpler)
+    sentences += cautions(table)
     student = rows.get("student + prompt")
     if student is not None and student is not prompted:
         reached = percent(student[measured_field(table)])

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from post_dist.errors import ArtifactRefused, Interrupted
-from post_dist.files import file_digest, flush, put_in_place, writing
+from post_dist.files import file_digest, flush, make_folder, put_in_place, writing
 from post_dist.runtime.checkpoint import drop_old, seal, sealed_digests, start_step
 from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_state import engine_state, holds_state, restore_engine
@@ -266,7 +266,7 @@ def _file_name(rank: int) -> str:
 def _make_room(files: Path, place: Path) -> None:
     with writing(place):
         shutil.rmtree(files, ignore_errors=True)
-        files.mkdir(parents=True)
+        make_folder(files)
 
 
 def _write_file(

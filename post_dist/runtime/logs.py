@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from post_dist.errors import PostDistError
+from post_dist.files import make_folder, writing
 
 _NOISY = ("datasets", "DeepSpeed", "deepspeed", "huggingface_hub", "filelock", "torch")
 
@@ -41,10 +42,10 @@ def log_file(folder: Path, rank: int) -> Iterator[None]:
     """Also write this rank's log to `logs/rank<N>.log` of a run folder while the body runs."""
     logger = logging.getLogger("post_dist")
     place = folder / "logs" / f"rank{rank}.log"
-    # An NFS client may have cached that the folder does not exist. Creating it asks the server, so
-    # every rank does that before it opens its file.
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(place)
+    # Every rank creates the folder, because its NFS client may remember that there is none.
+    make_folder(place.parent)
+    with writing(place):
+        handler = logging.FileHandler(place)
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     )

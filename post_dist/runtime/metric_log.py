@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from post_dist.files import append_line, writing
+from post_dist.files import append_line, make_folder, writing
 
 MetricValue = float | int | bool
 
@@ -28,7 +28,7 @@ class MetricLog:
         self._path = path
         self._start = time.monotonic()
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
 
     def write(self, step: int, **values: MetricValue) -> None:
         """Add one line: the step, its metrics, and the seconds since this object was made.

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         0, the code of a `SystemExit`, the code of a `PostDistError`, or 1 for any other exception.
     """
     try:
+        _need_temporary_folder()
         _work_and_flush(work)
     except SystemExit as end:  # typer ends every command this way
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -63,6 +65,21 @@ def exit_code_of(work: Callable[[], object]) -> int:
     finally:
         rest()
     return 0
+
+
+def _need_temporary_folder() -> None:
+    """Refuse a machine without a folder for temporary files, which libraries need at their import.
+
+    Raises:
+        EnvironmentFault: there is none.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise EnvironmentFault(
+            "there is no folder for temporary files that can be written to",
+            "free some space in /tmp, or set TMPDIR to another folder",
+        ) from None
 
 
 def _work_and_flush(work: Callable[[], object]) -> None:

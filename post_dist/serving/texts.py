@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from post_dist.data.delimited import ENCODING
 from post_dist.data.sources import read_column
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump
@@ -33,7 +34,7 @@ def read_texts(source: str, column: str | None) -> list[str]:
         )
     try:
         content = sys.stdin.buffer.read() if source == STDIN else path.read_bytes()
-        text = content.decode()
+        text = content.decode(ENCODING)
     except OSError as error:
         raise InputError(f"{_WHERE}: {path}: {error.strerror or 'cannot be read'}") from None
     except UnicodeError:

@@ -315,7 +315,6 @@ def _write_rows(path: Path, rows: Examples, task: Task, chosen: np.ndarray) -> N
     for row in chosen:
         fields = {"text": rows.texts[row], "label": labels[rows.classes[row]]}
         lines.append(json.dumps(fields) + "\n")
-    path.parent.mkdir(exist_ok=True)
     write_file(path, lambda unfinished: unfinished.write_text("".join(lines)))
 
 

@@ -24,6 +24,7 @@ from post_dist.artifacts.manifest import (
 )
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
+from post_dist.errors import EnvironmentFault
 from post_dist.files import fingerprint
 from post_dist.verify import verify
 
@@ -48,6 +49,13 @@ def test_a_student_without_a_manifest_is_refused_unless_it_is_trusted(
     prompt = Path(out.strip())
     assert read_manifest(prompt, "soft prompt").config["student_checked"] is False
     assert "Soft prompt for student, which was not checked" in (prompt / "README.md").read_text()
+
+
+def test_a_place_without_room_for_a_copy_is_not_the_sender_s_fault(tmp_path: Path) -> None:
+    place = tmp_path / "admitted"
+    place.symlink_to("/proc/self")
+    with pytest.raises(EnvironmentFault, match=f"cannot make a folder in {place}: "):
+        admit_student(tmp_path / "student", place)
 
 
 @pytest.mark.parametrize("kind", get_args(ArtifactKind))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,7 +309,7 @@ CASES = [
         write("demo.yaml", "mine"),
         ("init", "{folder}"),
     ),
-    Case("init into a file", 2, "cannot write to", command=("init", "{run}")),
+    Case("init into a file", 2, "cannot write", command=("init", "{run}")),
     # models
     Case("teacher missing", 2, "is not a folder", put("teacher.path", "./nowhere")),
     Case("hub without commit", 2, "needs `revision`", put("teacher.path", "org/model")),
@@ -811,6 +812,20 @@ CASES = [
         "cannot write",
         command=("distill", "{run}", "--output", "/proc/nowhere"),
     ),
+    # Here the copy of the student is what is written first.
+    Case(
+        "output of tune inside a file",
+        2,
+        "cannot write .*Not a directory\n  choose another place",
+        write("taken", "x"),
+        (*TUNE, "--output", "{folder}/taken/deep"),
+    ),
+    Case(
+        "output of tune cannot be made",
+        2,
+        "cannot write .*\n  choose another place",
+        command=(*TUNE, "--output", "/proc/nowhere"),
+    ),
 ]
 
 
@@ -890,6 +905,18 @@ def test_a_launcher_that_contradicts_itself_is_refused(
 def test_a_batch_script_is_no_task_of_its_job(step: dict[str, str], launcher: str) -> None:
     # Slurm sets these two in batch scripts and in interactive allocations too.
     assert find_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"} | step) == launcher
+
+
+def test_a_machine_without_a_folder_for_temporary_files_is_refused(
+    main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    code, out, err = main("ls", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (3, 3)
+    assert "there is no folder for temporary files" in err
+    assert "set TMPDIR to another folder" in err
+    assert "Traceback" not in err
 
 
 def test_a_refused_stage_leaves_no_folder(base: Path, main: Callable, tmp_path: Path) -> None:

@@ -1052,10 +1052,10 @@ MUTANTS = [
     Mutant(
         "class balance in the card",
         "stages.tune.artifact",
-        "_write_card(artifact, folder.config, contents.privacy, model.title)",
+        "_write_card(artifact, folder.config, contents.privacy, model)",
         "balance = {'balance': float(task.targets.double().mean())}\n"
         "        claims = (contents.privacy or {}) | balance\n"
-        "        _write_card(artifact, folder.config, claims, model.title)",
+        "        _write_card(artifact, folder.config, claims, model)",
         "neighbors_leave_the_same_traces",
     ),
     Mutant(

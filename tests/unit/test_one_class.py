@@ -9,6 +9,7 @@ import tiny
 import torch
 from objectives import TASK
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import PromptContents
 from post_dist.data.task_reader import TaskReader
 from post_dist.models.generation import sampled_texts
@@ -52,6 +53,31 @@ def test_one_class_for_all_texts_is_warned_of(
     assert told.getMessage().startswith("tune: most frequent class: 100% of 64 texts")
     assert warning.levelname == "WARNING"
     assert "100% of 64 texts that the model wrote get the class 'good'" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("is_head", "privacy", "remedies"),
+    [
+        (False, None, "more examples or tune.adapter: head"),
+        (False, {"epsilon": 1.0}, "more examples or a larger epsilon or tune.adapter: head"),
+        (True, {"epsilon": 1.0}, "more examples or a larger epsilon"),
+    ],
+)
+def test_what_is_advised_fits_what_was_tuned(
+    task: TuningTask,
+    is_head: bool,
+    privacy: dict | None,
+    remedies: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tuned = replace(biased(task, (0.0, 100.0)), privacy=privacy)
+    if is_head:
+        head = LinearHead.untrained(torch.randn(9, 32), 2)
+        task = replace(task, adapter=head)
+        tuned = replace(tuned, adapter=head)
+    report_one_class(task, tuned, ALONE)
+    (warning,) = of_tuning(caplog)
+    assert warning.getMessage().endswith(f"depend on the text; try {remedies}")
 
 
 def test_answers_that_depend_on_the_text_are_not_warned_of(

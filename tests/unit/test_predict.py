@@ -20,6 +20,7 @@ import post_dist
 from post_dist.artifacts.head import LinearHead
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of, file_digests
+from post_dist.serving.texts import read_texts
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 TEXTS = ["the film is lovely", "", 'the plot, "it" is dull and\u2028long ' * 3, "secret 7"]
@@ -80,6 +81,17 @@ def test_every_input_and_format_gives_the_same_answers_in_order(
     for one, other in zip(alone, predictions, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
     assert post_dist.load_prompt(prompt).predict([], model) == []
+
+
+@pytest.mark.parametrize("source", ["t.txt", "-"])
+def test_a_byte_order_mark_is_no_text(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "\ufeffa film\na \ufeff mark inside\n".encode()
+    (tmp_path / "t.txt").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    path = source if source == "-" else str(tmp_path / source)
+    assert read_texts(path, None) == ["a film", "a \ufeff mark inside"]
 
 
 def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:

@@ -19,7 +19,7 @@ from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
 from post_dist.report.charts import loss_chart
 from post_dist.report.lineage import Made
-from post_dist.report.tables import table_text
+from post_dist.report.tables import cautions, table_text
 
 ROW = table_row("zero-shot", 0.75)
 
@@ -33,14 +33,16 @@ def test_the_table_as_text(tmp_path: Path) -> None:
     lines = table_text(table).splitlines()
     assert lines[0].strip() == "toy, test split (read 2 times)"
     first, second = (line.replace("│", " ").split() for line in lines[4:6])
-    assert first == ["zero-shot", "75.0", "72.0", "to", "78.0", "74.0", "none", "835", "none"]
-    assert second == ["[bold]a", "75.0", "72.0", "to", "78.0", "74.0", "none", "835", "8.00"]
+    assert first == ["zero-shot", "75.0", "72.0", "to", "78.0", "74.0", "90.0", "835", "none"]
+    assert second == ["[bold]a", "75.0", "72.0", "to", "78.0", "74.0", "90.0", "835", "8.00"]
 
 
 def test_a_task_that_generates_text_has_its_own_columns(tmp_path: Path) -> None:
     row = {"name": "a", "exact_match": 0.5, "interval_95": [0.4, 0.6], "rouge_1": 0.6}
     row |= {"rouge_l": 0.55, "n": 10, "epsilon": None}
     page = page_of(write_table(tmp_path, row))
+    none_right = [row | {"name": name, "exact_match": 0.0} for name in ("student", "transferred")]
+    assert cautions({"rows": none_right}) == []
     assert '<th scope="col">exact match %</th>' in page
     assert "<h2>Exact match with its 95% interval</h2>" in page
     assert (
@@ -88,6 +90,43 @@ def test_a_classifier_without_a_model_that_is_ahead_is_named(tmp_path: Path) -> 
         sentence = "TF-IDF + logistic regression is ahead of every prompt, with 77.0%."
         assert (sentence in page_of(table)) == said
         assert (sentence in table_text(read_table(table))) == said
+
+
+@pytest.mark.parametrize(
+    ("majority", "headline", "sentence"),
+    [
+        (0.7, "from 75.0% to 76.0%", ""),
+        (0.76, "from 75.0% to 76.0%, and the majority class reaches 76.0%", "as good as the best"),
+        (0.95, "from 75.0% to 76.0%, and the majority class reaches 95.0%", "ahead of every"),
+    ],
+)
+def test_a_prompt_no_better_than_the_majority_class_is_not_praised(
+    tmp_path: Path, majority: float, headline: str, sentence: str
+) -> None:
+    rows = [table_row("student", 0.75), table_row("majority class", majority)]
+    table = write_table(tmp_path, *rows, table_row("student + prompt", 0.76))
+    page = page_of(table)
+    assert f"<h1>The prompt takes the student {headline}</h1>" in page
+    said = f"The majority class is {sentence} prompt, with {100 * majority:.1f}%."
+    for text in (page, (tmp_path / "report.md").read_text(), table_text(read_table(table))):
+        assert (said in text) == bool(sentence)
+
+
+def test_a_classifier_as_good_as_the_best_prompt_is_named(tmp_path: Path) -> None:
+    names = ("student", "TF-IDF + logistic regression", "DP logistic regression, epsilon 8")
+    rows = [table_row(name, 0.75) for name in (*names, "student + prompt", "transferred")]
+    text = table_text(read_table(write_table(tmp_path, *rows)))
+    assert "DP logistic regression, epsilon 8 is as good as the best prompt, with 75.0%." in text
+    assert "TF-IDF + logistic regression is" not in text
+
+
+def test_a_split_with_one_class_is_called_so(tmp_path: Path) -> None:
+    names = ("student", "majority class", "student + prompt")
+    rows = [table_row(name, 1.0) | {"auc": None, "interval_95": [0.9, 1.0]} for name in names]
+    table = write_table(tmp_path, *rows)
+    for text in (page_of(table), table_text(read_table(table))):
+        assert "All examples of this split have one class" in text
+        assert "The majority class is as good as the best prompt, with 100.0%." in text
 
 
 def test_a_prompt_without_privacy_is_called_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_run import HOSTILE, write_full_run, write_metrics
@@ -243,6 +244,40 @@ def test_clean_keeps_what_it_cannot_lock(
     assert line.endswith(f"cannot be told from others: {run}")
     assert run.exists()
     assert cache.exists()
+
+
+def test_clean_names_what_another_user_has_made(
+    tmp_path: Path,
+    main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    theirs = write_unfinished(tmp_path / "a/tune-2a2b3c4d", 1)
+    ours = write_unfinished(tmp_path / "b/tune-3a2b3c4d", 1)
+    closed = tmp_path / "b/answers"
+    closed.mkdir()
+    # Nothing is forbidden to the user root, so the system's answers are made here.
+    opened, listed = Path.open, os.listdir
+
+    def open_lock(path: Path, *given: Any) -> Any:
+        if path == theirs / "lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *given)
+
+    def list_folder(path: Any) -> list[str]:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "open", open_lock)
+    monkeypatch.setattr(os, "listdir", list_folder)
+    code, out, _ = main("clean", tmp_path, "--yes")
+    assert code == 0
+    assert str(ours) in out
+    (line,) = caplog.messages
+    assert line == f"kept, because they are another user's, or read-only: {theirs}, {closed}"
+    assert theirs.exists()
+    assert not ours.exists()
 
 
 def test_clean_removes_nothing_that_only_looks_like_a_run(tmp_path: Path, main: Callable) -> None:

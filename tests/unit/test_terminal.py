@@ -1,5 +1,9 @@
 """Durations, bars and next commands on a terminal."""
 
+import csv
+import io
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +11,12 @@ import pytest
 import tiny
 
 from post_dist import PromptResult, load_run
+from post_dist.commands.predict import _json_line, _print_csv
 from post_dist.commands.privacy import budget_lines
 from post_dist.commands.stages import _predict_command
 from post_dist.errors import InputError
 from post_dist.runtime.terminal import bar, duration
+from post_dist.serving.predictions import Response
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,25 @@ def test_a_bar_is_filled_to_its_share() -> None:
 def test_a_terminal_gets_no_control_character_of_an_error() -> None:
     error = InputError("run.yaml: two errors\n  - \x1b[31mred\r\u202e", "give \x07 another")
     assert str(error) == "run.yaml: two errors\n  - \\x1b[31mred\\r\\u202e\n  give \\x07 another"
+
+
+def test_a_terminal_gets_no_control_character_of_a_response(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steering = "a\x1b[2J\x7f\x85\x9b31m\u202eb\u200f\u2028, \U000e0041 \n ü 雪 😀"
+    line = _json_line({"response": steering})
+    assert line.isprintable()
+    assert json.loads(line) == {"response": steering}
+    assert line.endswith(' ü 雪 😀"}'), "what prints stays readable"
+    # A file gets the response as it is.
+    _print_csv([Response(steering)], ())
+    assert list(csv.reader(io.StringIO(capsys.readouterr().out)))[1] == [steering]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _print_csv([Response(steering)], ())
+    heading, shown = capsys.readouterr().out.splitlines()
+    assert heading == "response"
+    assert shown.isprintable()
+    assert shown.startswith('"a\\x1b[2J\\x7f\\x85')
 
 
 def test_a_budget_is_a_sentence_and_bars() -> None:

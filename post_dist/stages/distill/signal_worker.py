@@ -21,7 +21,7 @@ import torch
 
 from post_dist.data.corpus import Corpus
 from post_dist.errors import EnvironmentFault
-from post_dist.files import lock_file, writing
+from post_dist.files import lock_file, make_folder, writing
 from post_dist.runtime.distributed import World
 from post_dist.runtime.progress import Advance
 from post_dist.runtime.stop import stop_requested, stopped
@@ -52,8 +52,8 @@ class _Claims:
         self._first = files.first_read()
         self._claimed: list[int] = []
         path = files.folder / _CLAIMS
+        make_folder(files.folder)
         with writing(path):
-            files.folder.mkdir(parents=True, exist_ok=True)
             # One open file for all claims: closing a second one would drop the locks of the first.
             self._locks = path.open("a")
             # `post-dist clean` leaves a folder alone while a worker shares this lock.

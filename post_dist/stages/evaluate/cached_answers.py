@@ -19,7 +19,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import Examples
-from post_dist.files import digest_of, write_file, writing
+from post_dist.files import digest_of, make_folder, write_file
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
@@ -170,9 +170,8 @@ class CachedAnswers:
         return answers_of(self._model, self._encoded, self._reader, prompt, run)
 
     def _store(self, file: Path, computed: torch.Tensor) -> None:
-        with writing(file):
-            # Only the owner may read answers to private examples.
-            self._cache.mkdir(mode=0o700, exist_ok=True)
+        # Only the owner may read answers to private examples.
+        make_folder(self._cache, mode=0o700)
         write_file(file, lambda partial: save_file({"answers": computed}, partial))
 
 

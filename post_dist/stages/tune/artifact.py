@@ -38,7 +38,7 @@ def write_tuned_prompt(
     """
 
     def card(artifact: Path) -> None:
-        _write_card(artifact, folder.config, contents.privacy, model.title)
+        _write_card(artifact, folder.config, contents.privacy, model)
 
     provenance = Provenance(
         model_name=model.name,
@@ -77,22 +77,42 @@ def _settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
     return settings
 
 
+def _used_settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
+    """Return the settings of `tune` that the run has used. They tell nothing of the data."""
+    # A public prompt replaces the text that the prompt would start from.
+    unused = set() if model.public_prompt is None else {"init_text"}
+    if not config.privacy.enabled:
+        # Only a private run compares its result with its start.
+        unused.add("comparison_noise_multiplier")
+        return config.tune.model_dump(exclude=unused, exclude_none=True)
+    # These take seconds to import, and a private run has imported them.
+    from post_dist.privacy.calibration import private_plan
+    from post_dist.privacy.private_run import learning_rate
+
+    # The statement has what the plan puts in the place of these.
+    unused |= {"steps", "batch_size", "comparison_noise_multiplier"}
+    rows = config.tune.model_dump(exclude=unused, exclude_none=True)
+    rows["learning_rate"] = learning_rate(config, private_plan(config))
+    return rows
+
+
 def _write_card(
-    artifact: Path, config: RunConfig, statement: dict[str, Any] | None, model_name: str
+    artifact: Path, config: RunConfig, statement: dict[str, Any] | None, model: TunedModel
 ) -> None:
     """Write the model card.
 
     The card of a private prompt includes the plan and the privacy statement.
     """
-    # Settings first, then the statement: where both have the same key, the statement wins.
-    rows = config.tune.model_dump(exclude_none=True)
+    rows = _used_settings(config, model)
     notes = {}
     if statement is None:
         summary = _NOT_PRIVATE
         rows["epsilon"] = "none: tuned without differential privacy"
     else:
         summary = _PRIVATE.format(**statement) if statement["private"] else _SEEDED
-        hidden = {"enabled", "ledger", "ledger_anchors"}
+        # The learning rate of a private run is there already.
+        hidden = {"enabled", "ledger", "ledger_anchors", "learning_rate"}
+        # Where a setting and the statement have the same name, the statement wins.
         rows |= config.privacy.model_dump(exclude=hidden, exclude_none=True)
         claims = dict(statement)
         notes["What epsilon does not cover"] = claims.pop("not_covered")
@@ -100,9 +120,13 @@ def _write_card(
         if warnings:
             notes["Warning"] = warnings
         rows |= claims
+        # Nobody is told which of its candidates a search has chosen.
+        if config.tune.search is not None:
+            for name in config.tune.search.candidates:
+                del rows[name]
     write_card(
         artifact,
-        f"Soft prompt for {model_name}",
+        f"Soft prompt for {model.title}",
         summary,
         rows,
         library="peft",

@@ -10,6 +10,7 @@ import logging
 
 import torch
 
+from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import PromptContents
 from post_dist.errors import PostDistError
 from post_dist.models.answers import answers_of
@@ -64,12 +65,23 @@ def _report(task: TuningTask, tuned: PromptContents, world: World) -> None:
     if share > _LARGEST_SHARE:
         log.warning(
             "tune: %.0f%% of %d texts that the model wrote get the class %r, so the answers may "
-            "hardly depend on the text; more examples or a larger epsilon help, and in place of a "
-            "prompt tune.adapter: head",
+            "hardly depend on the text; try %s",
             100 * share,
             len(texts),
             label,
+            _remedies(tuned),
         )
+
+
+def _remedies(tuned: PromptContents) -> str:
+    """Say what may help where all texts get one class."""
+    remedies = ["more examples"]
+    if tuned.privacy is not None:
+        remedies.append("a larger epsilon")
+    # A head needs far less signal than anything else that is tuned.
+    if not isinstance(tuned.adapter, LinearHead):
+        remedies.append("tune.adapter: head")
+    return " or ".join(remedies)
 
 
 def _largest_class(
