@@ -22,8 +22,9 @@ from post_dist.errors import EnvironmentFault, InputError
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 4 << 20
-OWNER_WRITES = 0o755
-"""Permissions of a new folder, from which the umask may take more."""
+FOLDER_MODE = 0o775
+"""Permissions of a new folder, from which the umask may take more. A group may work together."""
+_OTHERS_READ = 0o055
 
 
 def digest_of(value: Any) -> str:
@@ -88,14 +89,15 @@ def digest_as_read(digest: str, suffix: str) -> str:
     return digest_of({"file": digest, "type": suffix.lower()})
 
 
-def make_folder(folder: Path, mode: int = OWNER_WRITES) -> None:
+def make_folder(folder: Path, mode: int = FOLDER_MODE) -> None:
     """Create a folder and those above it, where they do not exist.
 
-    Under a umask that lets others write to new folders, they could replace what is in these.
+    Under a umask that lets all others write to new folders, they could replace what is in these.
 
     Args:
         folder: the folder.
-        mode: its permissions, if it is new. New folders above it have those of `OWNER_WRITES`.
+        mode: its permissions, if it is new. A group may write to new folders above it only if it
+            may write to the folder.
 
     Raises:
         InputError: the folder cannot be created.
@@ -104,7 +106,7 @@ def make_folder(folder: Path, mode: int = OWNER_WRITES) -> None:
     with writing(folder):
         for above in reversed(folder.parents):
             if not above.exists():
-                above.mkdir(OWNER_WRITES, exist_ok=True)
+                above.mkdir(mode | _OTHERS_READ, exist_ok=True)
         # An NFS client may remember that there is none. Creating it asks the server.
         folder.mkdir(mode, exist_ok=True)
 

@@ -25,7 +25,7 @@ from post_dist.config.schema import STAGE_SECTIONS, Engine, RunConfig, Stage
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.extras import installed_versions
-from post_dist.files import OWNER_WRITES, digest_of, lock_file, make_folder, writing
+from post_dist.files import FOLDER_MODE, digest_of, lock_file, make_folder, writing
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 
@@ -125,7 +125,7 @@ class RunFolder:
         partial = link.with_name(f".{self.path.name}")
         # A file system without links must not fail a finished run.
         with suppress(OSError):
-            link.parent.mkdir(OWNER_WRITES, exist_ok=True)
+            link.parent.mkdir(FOLDER_MODE, exist_ok=True)
             partial.unlink(missing_ok=True)
             partial.symlink_to(Path("..") / self.path.name)
             partial.replace(link)
@@ -141,7 +141,7 @@ class RunFolder:
             InputError: the folder cannot be written to.
             EnvironmentFault: another process works in the folder, or has just finished its stage.
         """
-        make_folder(self.path)
+        make_folder(self.path, 0o700 if self.private else FOLDER_MODE)
         with writing(self.path):
             if self.name_key is not None:
                 _keep_name_key(self.path.parent, self.name_key)
