@@ -166,7 +166,8 @@ def job_folder(config: RunConfig) -> Path:
     pattern = next((each for each in "%\\" if each in whole), None)
     if pattern is not None:
         raise InputError(
-            f"output: {whole!a} has a {pattern}, which Slurm reads as a pattern in the path of a log",
+            f"output: {whole!a} has a {pattern}, which Slurm reads as a pattern in the path of a "
+            "log",
             "give another --output",
         )
     if not whole.isprintable():
