@@ -5,6 +5,7 @@ stages. A private file is read on its owner's machine. Its values, counts and cl
 leave this module.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -318,7 +319,8 @@ class _Check:
 
         task = self.config.private_task
         # Data that cannot be read are a conflict of their own.
-        if task is not None and task.path is not None and not task.path.is_file():
+        path = None if task is None else task.path
+        if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
             return
         begun = _run_with_these_settings(self.config)
         # A finished run spends nothing, and a resumed one is charged already.
