@@ -168,6 +168,24 @@ def refuse_unwritable(destination: Path) -> None:
             destination.unlink()
 
 
+def check_write_access(destination: Path) -> None:
+    """Raise the error that writing a file or a folder would end with, but write nothing.
+
+    Missing folders above it count as made.
+
+    Raises:
+        OSError: this account may not write there.
+    """
+    place = destination.absolute()
+    while not place.exists():
+        place = place.parent
+    is_folder = place.is_dir()
+    if place != destination.absolute() and not is_folder:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(place, os.W_OK | os.X_OK if is_folder else os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def remove_unfinished(destination: Path) -> None:
     """Remove what killed processes have left of a file. No other process may be writing it.
 

@@ -56,6 +56,9 @@ _RUN_NAME = re.compile(rf"(?:{'|'.join(STAGE_SECTIONS)})(?:-[a-z]+)?-[0-9a-f]{{8
 _NAME_KEY = ".name_key"
 _KEY_BYTES = 32
 
+_ENGINE_RESULTS = {"precision", "quantized_gathers", "deepspeed"}
+"""Fields of `engine` that change results by more than rounding."""
+
 _LAYOUT = {
     "corpus": {"workers"},
     "distill": {
@@ -65,7 +68,7 @@ _LAYOUT = {
         "cache_gib",
     },
     "transfer": {"prompts_at_once"},
-    "engine": set(Engine.model_fields) - {"precision", "quantized_gathers", "deepspeed"},
+    "engine": set(Engine.model_fields) - _ENGINE_RESULTS,
 }
 """Fields that only divide the work. A run may resume with other values of them.
 
@@ -228,6 +231,17 @@ def influential_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     settings = config.view(stage).model_dump(mode="json", include=read, exclude=layout)
     kept: dict[str, Any] = _influential(settings)
     return kept
+
+
+def sharding_settings(engine: Engine) -> dict[str, Any]:
+    """Return the settings, besides the precision, that change the results of a sharded model.
+
+    Caches of such results have them in their keys. Unset ones are left out, so the caches of older
+    versions keep their keys.
+    """
+    fields = _ENGINE_RESULTS - {"precision"}
+    given = engine.model_dump(mode="json", include=fields, exclude_defaults=True)
+    return {name: value for name, value in given.items() if value}
 
 
 def _name_key(around: Path) -> bytes:

@@ -227,7 +227,7 @@ class _Ways:
             maker = SignalMaker(self.teacher, section, self._student_section, config.seed)
             # The timed steps read files, and write none.
             run = self._inputs.folder / "run"
-            with signal_worker(run, self._digest, maker, corpus, world) as worker:
+            with signal_worker(run, self._digest, config.engine, maker, corpus, world) as worker:
                 worker.fill(worker.count)
             source = CachedTeacher(worker, corpus, world.device)
         engine = student_engine(

@@ -49,7 +49,7 @@ def job_parameters(
     """
     asked = cluster.for_stage(stage)
     resources = {
-        "job_name": f"post_dist-{stage}",
+        "job_name": job_name(stage),
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks,
         "gpus_per_node": None if asked.gres else asked.gpus_per_node or None,
@@ -94,6 +94,11 @@ def job_parameters(
         more["kill-on-invalid-dep"] = "yes"
     parameters["additional_parameters"] = more
     return parameters
+
+
+def job_name(stage: ClusterStage) -> str:
+    """Return the name of a stage's job in the queue."""
+    return f"post_dist-{stage}"
 
 
 def setup_lines(cluster: Cluster) -> list[str]:

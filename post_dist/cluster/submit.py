@@ -21,10 +21,22 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from post_dist.cluster.job import SUBMITTER, Command, Job, RunSource, ScaleJob, StageJob
-from post_dist.cluster.sbatch import job_parameters, job_text, setup_lines, task_python
+from post_dist.cluster.sbatch import (
+    job_name,
+    job_parameters,
+    job_text,
+    setup_lines,
+    task_python,
+)
 from post_dist.config.cluster import Cluster, ClusterStage
 from post_dist.config.schema import RunConfig, Stage
-from post_dist.errors import EnvironmentFault, InputError, Interrupted
+from post_dist.errors import (
+    EnvironmentFault,
+    InputError,
+    Interrupted,
+    command_line,
+    first_line,
+)
 from post_dist.files import make_folder, writing
 
 _UNREACHABLE = re.compile(
@@ -147,9 +159,20 @@ def job_folder(config: RunConfig) -> Path:
         InputError: its path cannot stand in a batch file.
     """
     folder = config.output / config.name / "slurm"
-    if not str(folder).isprintable():
+    # submitit makes the path absolute, so the folder that this process is in counts too.
+    whole = str(folder.absolute())
+    # Slurm and submitit read `%` in the path of a log as the start of a pattern such as %j, and
+    # they do not agree on an escape for it. A backslash turns off all patterns in Slurm.
+    pattern = next((each for each in "%\\" if each in whole), None)
+    if pattern is not None:
         raise InputError(
-            f"output: {str(folder)!a} has a character that cannot stand in a batch file",
+            f"output: {whole!a} has a {pattern}, which Slurm reads as a pattern in the path of a "
+            "log",
+            "give another --output",
+        )
+    if not whole.isprintable():
+        raise InputError(
+            f"output: {whole!a} has a character that cannot stand in a batch file",
             "give another --output",
         )
     return folder
@@ -242,13 +265,7 @@ def submit_jobs(config: RunConfig, jobs: list[Planned], *, chained: bool = True)
             earlier.job.cancel(check=False)
         if not isinstance(error, FailedJobError | FailedSubmissionError):
             raise
-        hint = "nothing is left in the queue"
-        if submitted:
-            cancelled = ", ".join(earlier.job_id for earlier in submitted)
-            hint = f"the jobs before it are cancelled: {cancelled}"
-        raise EnvironmentFault(
-            f"Slurm does not take the job for {jobs[accepted].stage}: {error}", hint
-        ) from None
+        raise _not_accepted(error, jobs[accepted].stage, submitted) from None
     return submitted
 
 
@@ -307,6 +324,32 @@ def _submit(executor: submitit.Executor, planned: Planned, array: int) -> list[S
     with writing(executor.folder), executor.batch():
         jobs = [executor.submit(planned.job) for _ in range(array)]
     return [Submitted(planned.stage, job.job_id, job.paths.stdout, job) for job in jobs]
+
+
+def _not_accepted(
+    error: FailedJobError | FailedSubmissionError,
+    stage: ClusterStage,
+    cancelled: Sequence[Submitted],
+) -> EnvironmentFault:
+    """Say what became of a chain of jobs, one of which sbatch has not accepted.
+
+    Args:
+        error: the error of submitit.
+        stage: stage of the job.
+        cancelled: the jobs before it, which are cancelled.
+    """
+    message = f"Slurm does not take the job for {stage}: {error}"
+    hints = []
+    # sbatch has ended well, or has not got an answer in time: the job may be queued all the same.
+    if isinstance(error, FailedSubmissionError):
+        message = f"the number of the job for {stage} is unknown: {first_line(error)}"
+    if isinstance(error, FailedSubmissionError) or "timed out" in str(error):
+        squeue = command_line("squeue", "--me", f"--name={job_name(stage)}")
+        hints.append(f"the job may be in the queue: see `{squeue}`, and cancel it with scancel")
+    if cancelled:
+        numbers = ", ".join(earlier.job_id for earlier in cancelled)
+        hints.append(f"the jobs before it are cancelled: {numbers}")
+    return EnvironmentFault(message, "; ".join(hints) or "nothing is left in the queue")
 
 
 def _try_job(config: RunConfig, planned: Planned) -> str:

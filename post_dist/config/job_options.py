@@ -22,9 +22,17 @@ def _long_option(text: str) -> str:
 
 
 def _not_own(name: str) -> str:
-    """Refuse an option of sbatch that another field sets."""
+    """Refuse an option of sbatch that another field sets, or that `submit` cannot work with."""
     if name in _OWN_OPTIONS:
         raise ValueError(f"{name} is set by post_dist: see the other fields of `cluster`")
+    if name in _ANSWER_OPTIONS:
+        raise ValueError(
+            f"{name} changes what sbatch answers, so `submit` would not learn the job's number"
+        )
+    # sbatch takes the beginning of an option for the whole one.
+    for own in sorted(_OWN_OPTIONS | _ANSWER_OPTIONS):
+        if own.startswith(name) and name not in _OTHER_OPTIONS:
+            raise ValueError(f"{name} is short for {own}, which post_dist needs as it is")
     return name
 
 
@@ -57,6 +65,19 @@ _OWN_OPTIONS = {
     "wrap",
 }
 """Options of sbatch that have a field of their own, or that jobs rely on."""
+_ANSWER_OPTIONS = {
+    "help",
+    "parsable",
+    "quiet",
+    "test-only",
+    "usage",
+    "verbose",
+    "version",
+    "wait",
+}
+"""Options of sbatch that change when and what it answers, or whether it queues the job at all."""
+_OTHER_OPTIONS = {"gpus"}
+"""Options of sbatch that are the beginning of one of those."""
 
 OneLine = Annotated[str, AfterValidator(_one_line)]
 """The value of an option."""

@@ -30,6 +30,7 @@ from post_dist.models.weight_files import check_tied
 from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
+from post_dist.runtime.further_settings import refusing_further_settings
 from post_dist.runtime.gathering import gathered_from_reader
 from post_dist.runtime.rank_layout import ShardGroup, shard_group
 from post_dist.runtime.watchdog import phase
@@ -51,7 +52,8 @@ def load_sharded(folder: Path, engine: Engine, precision: Precision, world: Worl
 
     Raises:
         InputError: weights are missing, do not fit, or cannot be read. Or the model is not one
-            trunk with one head. Or this device does not support the settings of `engine`.
+            trunk with one head. Or this device or DeepSpeed does not support the settings of
+            `engine`.
         EnvironmentFault: `offload: nvme` without libaio.
     """
     group = shard_group(engine, world)
@@ -87,9 +89,10 @@ def _load_shards(
     # `from_config` can open zero.Init itself, but only for all ranks and not for a group. The dtype
     # comes only from DeepSpeed's settings, because DeepSpeed 0.19.8 turns any argument `dtype` into
     # bf16 on a CPU.
-    created_in_shards = deepspeed.zero.Init(
-        data_parallel_group=group.process_group, config_dict_or_path=zero_settings
-    )
+    with refusing_further_settings(engine):
+        created_in_shards = deepspeed.zero.Init(
+            data_parallel_group=group.process_group, config_dict_or_path=zero_settings
+        )
     # Otherwise the heap would keep freed memory between shards. With 2 ranks, the measured peak
     # was then 2.6 shards instead of 1.5.
     with memory_given_back_at_once():
@@ -103,7 +106,8 @@ def _load_shards(
                 weights = {name: places[name] for name in unit.targets}
                 _fill(weights, unit.pieces(on_meta, reader), reads=group.reads)
     language_model = LanguageModel(model, masked=settings.masked).eval()
-    return freeze_sharded(language_model, zero_settings)
+    with refusing_further_settings(engine):
+        return freeze_sharded(language_model, zero_settings)
 
 
 @torch.no_grad()

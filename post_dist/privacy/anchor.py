@@ -25,14 +25,15 @@ from pathlib import Path
 
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
-from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
-from post_dist.files import file_digest, write_file
+from post_dist.errors import ArtifactRefused, InputError, PostDistError, PrivacyRefused
+from post_dist.files import check_write_access, file_digest, write_file
 from post_dist.privacy.spending import NO_ROW, ledger_lines, row_hash
 from post_dist.runtime.private_process import owner_only
 
 log = logging.getLogger(__name__)
 
 _NO_ROWS = ""
+_LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,15 @@ class Anchor:
                 f"restore the ledger; to forget what was spent, delete {self.file} as well",
             )
 
+    def is_copied_to(self, other: Path) -> bool:
+        """Return whether a file begins like the ledger, which this owner has spent from."""
+        if not self.record.rows:
+            return False
+        try:
+            return _first_row(other) == self.record.first
+        except PostDistError:  # somebody else's, or no ledger
+            return False
+
     def advance(self, rows: int, first: str, last: str) -> None:
         """Remember the rows of the ledger.
 
@@ -161,7 +171,11 @@ def data_marks(task: Task | None) -> tuple[str, ...]:
 
 def file_marks(data: Path) -> tuple[str, ...]:
     """Return what a file of private data is known by."""
-    return (file_digest(data), f"file {data.resolve()}")
+    return (file_digest(data), _place_mark(data))
+
+
+def _place_mark(data: Path) -> str:
+    return f"file {data.resolve()}"
 
 
 def anchor_folder(config: RunConfig) -> Path:
@@ -200,20 +214,33 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
     ledger = ledger.resolve()
     with owner_only(), _locked(folder):
         anchors = _anchors(folder)
-        anchor = _match(anchors, ledger, marks)
-        if anchor is not None and may_move:
-            _refuse_two_ledgers(anchors, anchor, marks)
-        if anchor is None:
-            file = folder / f"{secrets.token_hex(8)}.json"
-            salt = secrets.token_hex(16)
-            anchor = Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
+        anchor = _chosen(anchors, folder, ledger, marks, may_move=may_move)
         record = _placed(anchor, ledger, may_move=may_move)
+        if record.ledger != str(ledger):
+            log.info("tune: the privacy ledger of these data is %s", record.ledger)
         anchor.write(record.with_data(marks))
         # What the data are known by leads to one ledger, now and later.
         for other in anchors:
             if other is not anchor and other.record.knows_any(marks):
                 other.write(other.record.without_data(marks))
     return anchor
+
+
+def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
+    """Return the anchor that `find_anchor` would, and refuse what it refuses. Nothing is written.
+
+    Args:
+        folder: the folder of the anchors, which may be missing.
+        ledger: where the run file expects the ledger.
+        marks: what the data are known by (`data_marks`).
+        may_move: whether the ledger of known data is used wherever it is.
+
+    Raises:
+        PrivacyRefused: the data have another ledger, or two, or theirs is missing.
+    """
+    ledger = ledger.resolve()
+    anchor = _chosen(_anchors(folder), folder, ledger, marks, may_move=may_move)
+    return Anchor(anchor.file, _placed(anchor, ledger, may_move=may_move))
 
 
 def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
@@ -232,6 +259,51 @@ def ledger_of_copies(folder: Path, data: Path) -> Path | None:
         return None
     anchor = _that_knows(_anchors(folder), data, file_marks(data))
     return None if anchor is None else anchor.ledger
+
+
+def knows_ledger_and_place(folder: Path, ledger: Path, data: Path) -> bool:
+    """Return whether runs of this owner have spent from a ledger, and on data at this place.
+
+    Then the anchors tell which ledger the data have. Nothing is written.
+
+    Args:
+        folder: the folder of the anchors.
+        ledger: the ledger.
+        data: the file of data.
+    """
+    spent = [anchor for anchor in _anchors(folder) if anchor.record.rows]
+    of_ledger = any(anchor.ledger == ledger for anchor in spent)
+    return of_ledger and any(anchor.record.knows(_place_mark(data)) for anchor in spent)
+
+
+def _chosen(
+    anchors: Sequence[Anchor],
+    folder: Path,
+    ledger: Path,
+    marks: Sequence[str],
+    *,
+    may_move: bool,
+) -> Anchor:
+    """Return the anchor of data or of a ledger; a new one if none is known.
+
+    Args:
+        anchors: the anchors of the folder.
+        folder: the folder.
+        ledger: where the run file expects the ledger.
+        marks: what the data are known by.
+        may_move: whether the ledger of known data is used wherever it is.
+
+    Raises:
+        PrivacyRefused: the data have two ledgers, and the run file does not choose.
+    """
+    anchor = _match(anchors, ledger, marks)
+    if anchor is not None and may_move:
+        _refuse_two_ledgers(anchors, anchor, marks)
+    if anchor is not None:
+        return anchor
+    file = folder / f"{secrets.token_hex(8)}.json"
+    salt = secrets.token_hex(16)
+    return Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
 
 
 def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:
@@ -304,7 +376,6 @@ def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:
             "set privacy.ledger to that file, or remove the setting; give other data a place of "
             "their own",
         )
-    log.info("tune: the privacy ledger of these data is %s", anchor.ledger)
     return record
 
 
@@ -348,12 +419,29 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / _LOCK).open("w")
     except OSError as error:
-        raise InputError(
-            f"cannot write the anchors of privacy ledgers to {folder}: {error.strerror}",
-            "set privacy.ledger_anchors to a folder that stays with the owner",
-        ) from None
+        raise _unwritable(folder, error) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def refuse_unwritable_anchors(folder: Path) -> None:
+    """Refuse a folder in which no anchor can be written. Nothing is written.
+
+    Raises:
+        InputError: this account may not write there.
+    """
+    try:
+        check_write_access(folder)
+        check_write_access(folder / _LOCK)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write the anchors of privacy ledgers to {folder}: {error.strerror}",
+        "set privacy.ledger_anchors to a folder that stays with the owner",
+    )

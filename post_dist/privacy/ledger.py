@@ -21,13 +21,22 @@ from typing import Any
 
 from post_dist.config.schema import RunConfig
 from post_dist.errors import EnvironmentFault, InputError, PrivacyRefused, command_line
-from post_dist.files import writing
+from post_dist.files import check_write_access, writing
 from post_dist.privacy.accounting import composed_epsilon
-from post_dist.privacy.anchor import Anchor, anchor_folder, data_marks, find_anchor
+from post_dist.privacy.anchor import (
+    Anchor,
+    anchor_folder,
+    data_marks,
+    expected_anchor,
+    find_anchor,
+    knows_ledger_and_place,
+    refuse_unwritable_anchors,
+)
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.spending import (
     NO_ROW,
     Cap,
+    DataSpending,
     Spending,
     is_whole_row,
     ledger_lines,
@@ -58,19 +67,92 @@ def ledger_beside(data: Path) -> Path:
     return data.with_name(f"{data.name}.ledger.jsonl")
 
 
-def anchor_of(config: RunConfig) -> Anchor:
+def anchor_of(config: RunConfig, *, write: bool = True) -> Anchor:
     """Return the anchor of the ledger for the private data of a run file.
+
+    Args:
+        config: the run file.
+        write: whether the anchor remembers these data, and a new one is kept.
 
     Raises:
         InputError: there is no place for the ledger or its anchor.
-        PrivacyRefused: the data have another ledger, or theirs is missing.
+        PrivacyRefused: the data have another ledger, or two, or theirs is missing.
     """
-    return find_anchor(
-        anchor_folder(config),
-        ledger_path(config),
-        data_marks(config.private_task),
-        may_move=config.privacy.ledger is None,
+    folder = anchor_folder(config)
+    ledger = ledger_path(config)
+    task = config.private_task
+    marks = data_marks(task)
+    may_move = config.privacy.ledger is None
+    anchor = expected_anchor(folder, ledger, marks, may_move=may_move)
+    # Of data that have spent from two ledgers, the run file may choose one.
+    is_chosen = not may_move and anchor.record.rows > 0 and anchor.record.knows_any(marks)
+    if task is not None and task.path is not None and not is_chosen:
+        _refuse_other_beside(task.path, anchor)
+    if not write:
+        return anchor
+    return find_anchor(folder, ledger, marks, may_move=may_move)
+
+
+def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
+    """Refuse to spend from one ledger while another one with rows is beside the data.
+
+    Another account may have written it, and the anchors of this one do not know it.
+
+    Args:
+        data: the file of private data.
+        anchor: the anchor of the ledger that the run would spend from.
+
+    Raises:
+        PrivacyRefused: there is such a ledger.
+    """
+    beside = ledger_beside(data).resolve()
+    is_other = beside != anchor.ledger and beside.is_file() and beside.stat().st_size > 0
+    # `find_anchor` judges what this account has spent from both.
+    is_known = knows_ledger_and_place(anchor.file.parent, beside, data)
+    if not is_other or is_known or anchor.is_copied_to(beside):
+        return
+    if anchor.record.rows:
+        raise PrivacyRefused(
+            f"these data have their privacy ledger at {anchor.ledger}, and others have spent "
+            f"from {beside}: of examples that are in both, epsilon adds up",
+            "if no example is in both, set privacy.ledger to the first; else give the data a "
+            "place of their own",
+        )
+    raise PrivacyRefused(
+        f"these data have their privacy ledger at {beside}, not at {anchor.ledger}",
+        "set privacy.ledger to that file, or remove the setting; if you may not write it, get "
+        "write access",
     )
+
+
+def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
+    """Refuse what tuning would refuse of the ledger of its data. Nothing is written.
+
+    Args:
+        config: the run file.
+        plan: plan of a run that is to begin; None to leave the cap unchecked.
+
+    Raises:
+        InputError: the ledger or its anchor cannot be written to.
+        PrivacyRefused: the data have another ledger, or the run would exceed the cap.
+        ArtifactRefused: the ledger was changed.
+    """
+    anchor = anchor_of(config, write=False)
+    path = anchor.ledger
+    try:
+        _refuse_no_file(path)
+        # Tuning makes the ledger, and no folder for it.
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        check_write_access(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    refuse_unwritable_anchors(anchor.file.parent)
+    lines = ledger_lines(path) if path.exists() else []
+    anchor.check(lines)
+    spending = spending_of(lines, path)
+    if plan is not None:
+        cap_of_run(path, spending, "", plan, config.privacy.max_total_epsilon)
 
 
 class OpenLedger:
@@ -179,32 +261,13 @@ class LedgerRun:
     def __init__(self, ledger: OpenLedger, run: str, plan: PrivacyPlan, cap: float | None) -> None:
         self._ledger = ledger
         self._run = run
-        self._plan = plan
-        self._cap = _agreed_cap(ledger, plan, cap)
-        known = ledger.spending.runs.get(run)
-        own = known or Spending(plan, _now())
-        # The steps so far were charged by the old plan, so the plan cannot change on a restart.
-        if own.plan != plan:
-            raise PrivacyRefused(
-                f"{ledger.path} records this run with another privacy plan",
-                "start anew with --resume never",
-            )
-        # One example more can move a user's clipped sum by 2 C, so the two costs do not add up.
-        others = {other.plan.unit for other in ledger.spending.runs.values()}
-        if others - {plan.unit}:
-            raise PrivacyRefused(
-                f"{ledger.path} counts what runs reveal of {', '.join(sorted(others))}, "
-                f"and this run protects {plan.unit}",
-                "keep to one setting of private_task.user_column for these data",
-            )
-        # A run is admitted only if all its steps fit below the cap.
-        self._check_cap(own)
+        self._cap = cap_of_run(ledger.path, ledger.spending, run, plan, cap)
         # The cap stands in the first row, so that it is older than anything that was spent.
         if ledger.spending.cap != self._cap:
             ledger.set_cap(self._cap)
         # A run that resumes has its row already.
-        if known is None:
-            ledger.append(row="opened", run=run, opened=own.opened, plan=asdict(plan))
+        if run not in ledger.spending.runs:
+            ledger.append(row="opened", run=run, opened=_now(), plan=asdict(plan))
 
     @property
     def spending(self) -> Spending:
@@ -277,33 +340,90 @@ class LedgerRun:
         Raises:
             PrivacyRefused: the total exceeds the cap.
         """
-        if self._cap.epsilon is None:
-            return
-        others = self._ledger.spending.plans(without=self._run)
-        plans = [*others, *own.at_the_end().plans()]
-        total = composed_epsilon(plans, self._cap.delta)
-        if total > self._cap.epsilon:
-            raise PrivacyRefused(
-                f"this run would raise the epsilon of the data set to {total:.3f} "
-                f"(delta {self._cap.delta:.3g}), above its cap of {self._cap.epsilon:g}",
-                f"see `{command_line('post-dist', 'budget', self._ledger.path)}`",
-            )
+        _refuse_above(self._cap, self._ledger.path, self._ledger.spending, self._run, own)
 
 
-def _agreed_cap(ledger: OpenLedger, plan: PrivacyPlan, cap: float | None) -> Cap:
+def cap_of_run(
+    path: Path, spending: DataSpending, run: str, plan: PrivacyPlan, cap: float | None
+) -> Cap:
+    """Return the cap under which a run starts or goes on. Nothing is written.
+
+    Args:
+        path: the ledger.
+        spending: what it says.
+        run: name of the run.
+        plan: plan of the run.
+        cap: the run file's limit for all runs together; None if it has none.
+
+    Raises:
+        PrivacyRefused: the run would exceed the cap, or it started with another plan.
+    """
+    agreed = _agreed_cap(path, spending.cap, plan, cap)
+    own = spending.runs.get(run) or Spending(plan, _now())
+    # The steps so far were charged by the old plan, so the plan cannot change on a restart.
+    if own.plan != plan:
+        raise PrivacyRefused(
+            f"{path} records this run with another privacy plan",
+            "start anew with --resume never",
+        )
+    # One example more can move a user's clipped sum by 2 C, so the two costs do not add up.
+    others = {other.plan.unit for other in spending.runs.values()}
+    if others - {plan.unit}:
+        raise PrivacyRefused(
+            f"{path} counts what runs reveal of {', '.join(sorted(others))}, "
+            f"and this run protects {plan.unit}",
+            "keep to one setting of private_task.user_column for these data",
+        )
+    # A run is admitted only if all its steps fit below the cap.
+    _refuse_above(agreed, path, spending, run, own)
+    return agreed
+
+
+def _refuse_above(cap: Cap, path: Path, spending: DataSpending, run: str, own: Spending) -> None:
+    """Refuse a run with which the data will have cost more than their cap.
+
+    Args:
+        cap: the cap.
+        path: the ledger.
+        spending: what it says.
+        run: name of the run.
+        own: what the run has spent.
+
+    Raises:
+        PrivacyRefused: the total exceeds the cap.
+    """
+    if cap.epsilon is None:
+        return
+    others = spending.plans(without=run)
+    plans = [*others, *own.at_the_end().plans()]
+    total = composed_epsilon(plans, cap.delta)
+    if total > cap.epsilon:
+        raise PrivacyRefused(
+            f"this run would raise the epsilon of the data set to {total:.3f} "
+            f"(delta {cap.delta:.3g}), above its cap of {cap.epsilon:g}",
+            f"see `{command_line('post-dist', 'budget', path)}`",
+        )
+
+
+def _agreed_cap(path: Path, recorded: Cap | None, plan: PrivacyPlan, cap: float | None) -> Cap:
     """Return the cap of a ledger, which a run file may set once.
+
+    Args:
+        path: the ledger.
+        recorded: its cap; None if it has none yet.
+        plan: plan of the run.
+        cap: the run file's limit.
 
     Raises:
         PrivacyRefused: the run file has another cap than the ledger.
     """
-    recorded = ledger.spending.cap
     # A ledger without a limit may get one from a run file, because that only forbids more.
     if recorded is None or (recorded.epsilon is None and cap is not None):
         return Cap(cap, plan.delta)
     if cap is not None and cap != recorded.epsilon:
-        command = command_line("post-dist", "budget", ledger.path, "--cap", f"{cap:g}")
+        command = command_line("post-dist", "budget", path, "--cap", f"{cap:g}")
         raise PrivacyRefused(
-            f"{ledger.path} caps epsilon at {recorded.epsilon:g} (delta {recorded.delta:.3g}), "
+            f"{path} caps epsilon at {recorded.epsilon:g} (delta {recorded.delta:.3g}), "
             f"but privacy.max_total_epsilon is {cap:g}",
             f"change the setting, or the cap: `{command}`",
         )
@@ -322,15 +442,10 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
     """
     path = anchor.ledger
     try:
-        # A device such as /dev/null would keep no row.
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")
+        _refuse_no_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise InputError(
-            f"cannot write the privacy ledger {path}: {error.strerror}",
-            "set privacy.ledger to a file that stays with the data",
-        ) from None
+        raise _unwritable(path, error) from None
     try:
         _lock(descriptor, path)
         # Another run may have ended since the anchor was read.
@@ -338,6 +453,25 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
         yield OpenLedger(descriptor, anchor)
     finally:
         os.close(descriptor)
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Refuse a device such as /dev/null, which would keep no row.
+
+    Raises:
+        OSError: it is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    """Say what to do about a ledger that cannot be written to."""
+    hint = "set privacy.ledger to a file that stays with the data"
+    # With another ledger, the data would forget what they have spent.
+    if os.path.isfile(path):
+        hint = "get write access: it counts what the data have spent, and no other ledger may"
+    return InputError(f"cannot write the privacy ledger {path}: {error.strerror}", hint)
 
 
 def _lock(descriptor: int, path: Path) -> None:

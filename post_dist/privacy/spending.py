@@ -175,10 +175,10 @@ def ledger_lines(path: Path) -> list[str]:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise InputError(
-            f"cannot read the privacy ledger {path}: {reason}",
-            "the first private run writes it beside the data, as DATA.ledger.jsonl",
-        ) from None
+        hint = "the first private run writes it beside the data, as DATA.ledger.jsonl"
+        if isinstance(error, PermissionError):
+            hint = "get access to read and write it: it counts what the data have spent"
+        raise InputError(f"cannot read the privacy ledger {path}: {reason}", hint) from None
     # The text after the last line break is empty, or an incomplete row from a killed run, or a row
     # whose line break an editor has removed.
     *lines, last = text.split("\n")

@@ -1,13 +1,18 @@
 """Check the run file's `engine.deepspeed` by DeepSpeed's own model of its settings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
 
 from post_dist.config.schema import Engine
 from post_dist.conflicts import Conflict
+from post_dist.errors import InputError, PostDistError, first_line
 
 _PLACE = "engine.deepspeed.zero_optimization"
+_REMOVED = "legacy_stage1"
+"""A setting that DeepSpeed's model still has. True ends every ZeRO stage with an error."""
 
 
 def further_conflicts(engine: Engine) -> list[Conflict]:
@@ -26,6 +31,8 @@ def further_conflicts(engine: Engine) -> list[Conflict]:
     found = []
     for key in sorted(given.keys() - known):
         found.append(Conflict(f"{_PLACE}: DeepSpeed has no setting {key}", "leave it out"))
+    if given.get(_REMOVED):
+        found.append(Conflict(f"{_PLACE}: DeepSpeed has removed {_REMOVED}", "leave it out"))
     values: dict[str, Any] = {key: value for key, value in given.items() if key in known}
     try:
         DeepSpeedZeroConfig(**values)
@@ -34,3 +41,27 @@ def further_conflicts(engine: Engine) -> list[Conflict]:
             place = ".".join([_PLACE, *map(str, problem["loc"])])
             found.append(Conflict(f"{place}: DeepSpeed says: {problem['msg']}", "change its value"))
     return found
+
+
+@contextmanager
+def refusing_further_settings(engine: Engine) -> Iterator[None]:
+    """Name `engine.deepspeed` in the errors with which DeepSpeed refuses settings at its start.
+
+    DeepSpeed's model of its settings does not know which of them go together.
+
+    Raises:
+        InputError: DeepSpeed does not start, and the run file has further settings.
+    """
+    try:
+        yield
+    except Exception as error:
+        # An error of torch or of the machine is a RuntimeError or an OSError.
+        of_machine = isinstance(error, RuntimeError | OSError)
+        if isinstance(error, NotImplementedError):
+            of_machine = False
+        if not engine.deepspeed or of_machine or isinstance(error, PostDistError):
+            raise
+        raise InputError(
+            f"engine.deepspeed: DeepSpeed does not start with these settings: {first_line(error)}",
+            "leave out those that you do not need",
+        ) from error

@@ -100,6 +100,17 @@ def test_another_student_another_batch_and_two_ranks_read_the_same_files(
     assert contents(one) == contents(two)
 
 
+def test_an_engine_that_changes_results_has_files_of_its_own(
+    run: Path, main: Callable, tmp_path: Path
+) -> None:
+    options = (FP32, "--set=distill.cache=hidden", "--set=distill.steps=2")
+    distilled(main, run, tmp_path, *options)
+    further = "--set=engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"
+    for other, own_files in (("--set=engine.zero_stage=0", False), (further, True)):
+        _, said = distilled(main, run, tmp_path, *options, "--set=student.layers=[0, 2]", other)
+        assert (RAN in said) == own_files
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the bytes of each file of signals, by its name."""
     return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}

@@ -362,6 +362,13 @@ CASES = [
         DISTILL,
     ),
     Case(
+        "settings of DeepSpeed that it refuses at its start",
+        2,
+        "engine.deepspeed: DeepSpeed does not start with these settings: allgather_bucket_size",
+        put("engine.deepspeed", {"zero_optimization": {"allgather_bucket_size": 1}}),
+        DISTILL,
+    ),
+    Case(
         "fp16 on a CPU", 2, "fp16 does not run on a CPU", put("engine.precision", "fp16"), DISTILL
     ),
     # data

@@ -476,6 +476,65 @@ def data_with_two_ledgers_are_refused() -> None:
             assert find(data, both[1].ledger).ledger == both[1].ledger
 
 
+def the_ledger_beside_the_data_counts_for_every_account() -> None:
+    """Another account has written it, so the anchors of this one do not know it."""
+    ledger = part("privacy.ledger")
+    from post_dist.config.schema import RunConfig
+
+    with folder() as place:
+
+        def write(name: str) -> Path:
+            (place / name).mkdir()
+            (place / name / "data.csv").write_text("text,label\nx,0\n")
+            return place / name / "data.csv"
+
+        words = {"template": "{text} It was", "labels": {"0": ["bad"], "1": ["good"]}}
+
+        def find(account: str, data: Path, **privacy: Path) -> Any:
+            task = {"name": "toy", "visibility": "private", "path": str(data)} | words
+            section = {"ledger_anchors": place / "anchors" / account} | privacy
+            given = {"name": "toy", "private_task": task, "privacy": section}
+            return ledger.anchor_of(RunConfig.model_validate(given))
+
+        def spend(account: str, data: Path, cap: float) -> Path:
+            with ledger.lock_ledger(find(account, data)) as opened:
+                ledger.LedgerRun(opened, "run", plan_of(), cap)
+            return ledger.ledger_beside(data)
+
+        data = write("shared")
+        beside = spend("first", data, 98.0)
+        link = place / "link.csv"
+        link.symlink_to(data)
+        start = partial(find, "second", data, ledger=place / "fresh.jsonl")
+        wanted = f"privacy ledger at {beside}, not at"
+        assert refused(start, "PrivacyRefused", wanted), "a fresh ledger"
+        assert not (place / "anchors/second").exists()
+        assert find("second", link).ledger == beside
+        assert find("second", data).ledger == beside
+        # Whoever has spent from a ledger of equal data may choose it, and must.
+        copy = write("copy")
+        own = spend("third", copy, 99.0)
+        unchosen = partial(find, "third", data)
+        assert refused(unchosen, "PrivacyRefused", "others have spent"), "the sum is unknown"
+        assert find("third", data, ledger=own).ledger == own
+        # A copied ledger is no second one.
+        shutil.copytree(place / "shared", place / "backup")
+        assert find("first", place / "backup/data.csv").ledger == beside
+
+
+def advice_for_a_ledger_that_cannot_be_written_keeps_to_it() -> None:
+    with folder() as place:
+        path = place / "ledger.jsonl"
+        for exists, advice in ((False, "set privacy.ledger"), (True, "get write access")):
+            if exists:
+                path.touch()
+            denied = mock.patch.object(os, "open", side_effect=PermissionError(13, "denied"))
+            anchor = part("privacy.anchor").find_anchor(place / "a", path, (), may_move=True)
+            start = part("privacy.ledger").lock_ledger(anchor).__enter__
+            with denied:
+                assert refused(start, "InputError", advice), f"the file is there: {exists}"
+
+
 def marks_of(**source: Any) -> tuple[str, ...]:
     """Return what private data from a file or from the hub are known by."""
     from post_dist.config.sources import Task
@@ -626,6 +685,8 @@ CHECKS: list[Callable[[], None]] = [
     a_ledger_keeps_all_its_rows,
     copies_of_the_data_share_a_ledger,
     data_with_two_ledgers_are_refused,
+    the_ledger_beside_the_data_counts_for_every_account,
+    advice_for_a_ledger_that_cannot_be_written_keeps_to_it,
     hub_data_have_one_ledger,
     no_step_goes_on_without_its_ledger,
     a_file_that_is_no_ledger_stays_as_it_is,

@@ -618,8 +618,8 @@ MUTANTS = [
     Mutant(
         "cap compared at the run's own delta",
         "privacy.ledger",
-        "composed_epsilon(plans, self._cap.delta)",
-        "composed_epsilon(plans, self._plan.delta)",
+        "composed_epsilon(plans, cap.delta)",
+        "composed_epsilon(plans, own.plan.delta)",
         "the_cap_belongs_to_the_data",
     ),
     Mutant(
@@ -708,10 +708,24 @@ MUTANTS = [
         "data_with_two_ledgers_are_refused",
     ),
     Mutant(
+        "a fresh ledger for each account",
+        "privacy.ledger",
+        "        _refuse_other_beside(task.path, anchor)\n",
+        "        pass\n",
+        "the_ledger_beside_the_data_counts_for_every_account",
+    ),
+    Mutant(
+        "advice that leads around what was spent",
+        "privacy.ledger",
+        "    if os.path.isfile(path):\n",
+        "    if False:\n",
+        "advice_for_a_ledger_that_cannot_be_written_keeps_to_it",
+    ),
+    Mutant(
         "edited data get another ledger",
         "privacy.anchor",
-        "    return (file_digest(data), f",
-        "    return (file_digest(data),)\n    return (f",
+        "    return (file_digest(data), _place_mark(data))",
+        "    return (file_digest(data),)",
         "copies_of_the_data_share_a_ledger",
     ),
     Mutant(

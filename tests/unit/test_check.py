@@ -12,8 +12,12 @@ import torch
 import yaml
 
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
+from post_dist.artifacts.run_folder import run_folder
 from post_dist.artifacts.task import PromptTask
+from post_dist.config.load import load_run
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
+from post_dist.privacy.calibration import private_plan
+from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
 
 STAGES = ["distill", "tune", "transfer", "evaluate"]
 
@@ -264,3 +268,85 @@ def test_a_run_file_without_a_stage_is_a_conflict(run: Path, main: Callable) -> 
     assert messages(report) == [
         "run file: the run file has no complete set of sections for any stage"
     ]
+
+
+PRIVATE = (
+    "--set=privacy={enabled: true, target_epsilon: 8, declared_examples: 100, "
+    "max_total_epsilon: 10, expected_batch_size: 10, steps: 4}",
+    "--set=private_task.validation_share=0.1",
+)
+
+
+def spend(run: Path, account: str) -> Path:
+    """Write the ledger of the private data, as a run of another account would."""
+    config = load_run(run, [each.removeprefix("--set=") for each in PRIVATE], None)
+    privacy = config.privacy.model_copy(update={"ledger_anchors": run.parent / account})
+    config = config.model_copy(update={"privacy": privacy})
+    with lock_ledger(anchor_of(config)) as opened:
+        ledger = LedgerRun(opened, "run", private_plan(config), 10.0)
+        for step in range(4):
+            ledger.intend(0, step, f"{step}")
+    return opened.path
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_the_ledger_refuses_is_a_conflict_and_nothing_is_spent(
+    run: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(run.parent / "state"))
+    code, report = checked(main, run, *PRIVATE)
+    assert code == 0, report
+    ledger = spend(run, "other")
+    before = files_of(run.parent)
+    fresh = run.parent / "fresh.jsonl"
+    for options, message in (
+        ((), "this run would raise the epsilon of the data set to"),
+        (("--set=privacy.max_total_epsilon=30",), "but privacy.max_total_epsilon is 30"),
+        ((f"--set=privacy.ledger={fresh}",), f"have their privacy ledger at {ledger}, not at"),
+        (("--set=privacy.ledger=none/l.jsonl",), f"have their privacy ledger at {ledger}, not at"),
+    ):
+        code, report = checked(main, run, *PRIVATE, *options)
+        assert code == 2
+        (found,) = messages(report)
+        assert found.startswith("tune: ")
+        assert message in found
+    assert files_of(run.parent) == before
+
+
+def test_places_that_cannot_be_written_are_conflicts(run: Path, main: Callable) -> None:
+    taken = run.parent / "taken"
+    taken.touch()
+    for options, message in (
+        ((f"--set=output={taken}",), f"distill: cannot write {taken}/tiny: Not a directory"),
+        (
+            (*PRIVATE, f"--set=privacy.ledger_anchors={taken}/a"),
+            f"tune: cannot write the anchors of privacy ledgers to {taken}/a: Not a directory",
+        ),
+        (
+            (*PRIVATE, "--set=privacy.ledger=none/l.jsonl"),
+            f"tune: cannot write the privacy ledger {run.parent}/none/l.jsonl: No such file",
+        ),
+    ):
+        code, report = checked(main, run, *options)
+        assert code == 2
+        (found,) = messages(report)
+        assert found.startswith(message), found
+
+
+def test_a_run_that_may_be_resumed_is_not_compared_with_the_cap(
+    run: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(run.parent / "state"))
+    spend(run, "state/post_dist/ledgers")
+    options = [each.removeprefix("--set=") for each in PRIVATE]
+    folder = run_folder(load_run(run, options), "tune", {})
+    with folder.held():
+        pass
+    code, report = checked(main, run, *PRIVATE)
+    assert code == 0, report
+    assert f"tune: the cap, because {folder.path} may be resumed" in report["not_checked"]
+    code, report = checked(main, run, *PRIVATE, "--set=seed=1")
+    assert code == 2

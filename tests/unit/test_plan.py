@@ -611,6 +611,10 @@ def test_what_else_of_the_student_is_trained_is_counted(run: Path, main: Callabl
             "DeepSpeed has no setting prefetch_bucket_size",
         ),
         (
+            ["engine.deepspeed.zero_optimization={legacy_stage1: true}"],
+            "engine.deepspeed.zero_optimization: DeepSpeed has removed legacy_stage1",
+        ),
+        (
             ["engine.deepspeed.zero_optimization={reduce_bucket_size: -1}"],
             "engine.deepspeed.zero_optimization.reduce_bucket_size: DeepSpeed says: Input should "
             "be greater than 0",

@@ -349,6 +349,10 @@ def test_an_own_option_against_restarts_stays_the_only_one(tmp_path: Path) -> No
         ({"environment": {"A=1;id": "a"}}, "cluster.environment.A=1;id"),
         ({"sbatch": {"comment": "a\nid"}}, "must be one line"),
         ({"sbatch": {"time": "9"}}, "time is set by post_dist"),
+        ({"sbatch": {"parsable": True}}, "parsable changes what sbatch answers"),
+        ({"distill": {"sbatch": {"quiet": True}}}, "quiet changes what sbatch answers"),
+        ({"sbatch": {"test": True}}, "test is short for test-only"),
+        ({"sbatch": {"outp": "log"}}, "outp is short for output"),
         ({"srun": ["id"]}, "cluster.srun.0: must be a long option"),
         (
             {"container": {"runtime": "pyxis", "image": "a", "mounts": ["data"]}},
@@ -519,6 +523,32 @@ def test_all_measurements_are_tried_first_and_queued_all_or_none(
     assert log.read_text().splitlines() == [*asked, "cancel 41", "cancel 42"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "stage", "message"),
+    [
+        ("echo 101", "transfer", "the number of the job for transfer is unknown"),
+        ("true", "distill", "the number of the job for distill is unknown"),
+        ("echo Socket timed out >&2; exit 1", "tune", "Slurm does not take the job for tune"),
+    ],
+)
+def test_a_job_that_may_be_queued_is_not_said_to_be_gone(
+    tmp_path: Path, main: Callable, commands: Callable, answer: str, stage: str, message: str
+) -> None:
+    commands(
+        sbatch=f"[[ $1 == --test-only ]] && exit\n"
+        f'grep -q "job-name=post_dist-{stage}" "${{@: -1}}" && {{ {answer}; exit; }}\n'
+        "echo Submitted batch job 41",
+        srun="",
+        scancel="",
+    )
+    code, out, error = main("submit", write_run(tmp_path), "pipeline")
+    assert (code, out) == (3, "")
+    assert message in error
+    assert f"may be in the queue: see `squeue --me --name=post_dist-{stage}`" in error
+    assert "the jobs before it are cancelled: 41" in error
+    assert "nothing is left" not in error
+
+
 def test_the_array_s_number_is_what_the_next_job_waits_for(
     tmp_path: Path, main: Callable, commands: Callable
 ) -> None:
@@ -592,6 +622,25 @@ def test_logs_that_cannot_be_written_are_named(
     )
     assert (code, out) == (2, "")
     assert f"cannot write {tmp_path / 'taken/x/slurm'}" in error
+
+
+@pytest.mark.parametrize("name", ["a%j", "50%", "a\\b"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pattern_in_the_path_of_the_logs_is_refused(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch, name: str, whole: bool
+) -> None:
+    (tmp_path / name).mkdir()
+    run = write_run(tmp_path, output="runs")
+    place: tuple[object, ...] = ("--output", tmp_path / name)
+    if not whole:
+        # submitit makes the path absolute.
+        monkeypatch.chdir(tmp_path / name)
+        place = ("--output", "runs")
+    for how in ("--print", "--test-only", "--local"):
+        code, out, error = main("submit", run, "distill", how, *place)
+        assert (code, out) == (2, "")
+        assert "which Slurm reads as a pattern in the path of a log" in error
+    assert list((tmp_path / name).iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from post_dist.config.schema import Evaluate, RunConfig, Transfer
-from post_dist.stages.evaluate import rows
+from post_dist.config.sources import Task as PrivateTask
+from post_dist.data.tasks import Examples
+from post_dist.files import digest_of
+from post_dist.models import sharded
+from post_dist.runtime.distributed import World
+from post_dist.stages.evaluate import cached_answers, rows
+from post_dist.stages.evaluate.cached_answers import (
+    EvaluatedModel,
+    EvaluationSplit,
+    ModelFolders,
+    load_answers,
+)
 from post_dist.stages.evaluate.rows import (
     PromptVariant,
     Row,
@@ -185,3 +196,40 @@ def test_a_baseline_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
     entries = table_entries(inputs(), first=True)
     assert entries[-1].name == "first class"
     assert len(table_entries(inputs(), first=False)) == len(entries) - 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "own"),
+    [
+        ({}, False),
+        ({"zero_stage": 3, "offload": "cpu", "deepspeed": {}}, False),
+        ({"quantized_gathers": True}, True),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, True),
+    ],
+)
+def test_the_answers_of_another_engine_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: dict, own: bool
+) -> None:
+    kept: dict[str, str] = {}
+
+    def keep(evaluated: EvaluatedModel, split: EvaluationSplit, *rest: object) -> None:
+        kept[evaluated.folder.name] = split.digest
+
+    monkeypatch.setattr(cached_answers, "CachedAnswers", keep)
+    monkeypatch.setattr(cached_answers, "load_whole", lambda *given: None)
+    monkeypatch.setattr(sharded, "load_sharded", lambda *given: None)
+    config = RunConfig.model_validate({"name": "x", "engine": {"precision": "fp32"} | engine})
+    task = PrivateTask(name="x", visibility="private", path="x.csv")
+    split = EvaluationSplit(task, Examples([], [], [], []), "rows")
+    load_answers(
+        ModelFolders(Path("student"), Path("target")),
+        {"student": "s", "teacher": "t"},
+        split,
+        config,
+        tmp_path,
+        World(0, 1, 0, "none", torch.device("cpu")),
+    )
+    # Without such settings, the keys are those of version 0.2.0.
+    plain = digest_of({"examples": "rows", "precision": "fp32"})
+    assert kept["student"] == plain, "the student is not sharded"
+    assert (kept["target"] != plain) == own

@@ -5,22 +5,28 @@ stages. A private file is read on its owner's machine. Its values, counts and cl
 leave this module.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from post_dist.artifacts.prompt import PUBLIC_PROMPT
+from post_dist.artifacts.run_folder import SETTINGS, influential_settings, is_finished
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.cluster import ClusterStage
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Corpus, DataSource, Task
+from post_dist.config.yaml_files import read_yaml
 from post_dist.conflicts import Conflict, Layout
 from post_dist.data.corpus_files import corpus_files, units_of
 from post_dist.data.documents import documents_of
 from post_dist.data.private_as_public import refuse_private_text
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
-from post_dist.errors import InputError
+from post_dist.errors import InputError, PostDistError
+from post_dist.files import check_write_access, writing
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.shard_group import engine_conflicts
@@ -35,6 +41,9 @@ from post_dist.stages.evaluate.conflicts import conflicts as evaluate_conflicts
 from post_dist.stages.transfer.conflicts import TransferModels
 from post_dist.stages.tune.conflicts import start_conflicts
 from post_dist.stages.warm_start.conflicts import conflicts as warm_start_conflicts
+
+if TYPE_CHECKING:
+    from post_dist.privacy.plan import PrivacyPlan
 
 _LARGEST_CORPUS_BYTES = 1 << 28
 """A larger corpus is not read: parsing it takes more than seconds."""
@@ -92,6 +101,10 @@ class _Check:
         for stage in self.stages:
             checks[stage]()
         self._check_public_sections()
+        if self.stages:
+            # Every stage writes its run there.
+            output = self.config.output / self.config.name
+            self.findings.attempt(self.stages[0], partial(_refuse_unwritable, output))
 
     def _check_public_sections(self) -> None:
         """Check that no public section names the private data."""
@@ -297,6 +310,59 @@ class _Check:
             if cost is not None:
                 epsilon = PlanEpsilon(cost.epsilon, plan.delta, plan.noise_multiplier)
                 self.epsilon.append(epsilon)
+            if section is self.config.privacy:
+                self._check_ledger(plan)
+
+    def _check_ledger(self, plan: "PrivacyPlan") -> None:
+        """Check that the ledger of the private data allows a run with this plan."""
+        from post_dist.privacy.ledger import refuse_spending
+
+        task = self.config.private_task
+        # Data that cannot be read are a conflict of their own.
+        path = None if task is None else task.path
+        if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+            return
+        begun = _run_with_these_settings(self.config)
+        # A finished run spends nothing, and a resumed one is charged already.
+        if begun is not None and is_finished(begun):
+            self.findings.not_checked.append(f"tune: the ledger, because {begun} is finished")
+            return
+        if begun is not None:
+            self.findings.not_checked.append(f"tune: the cap, because {begun} may be resumed")
+        new = plan if begun is None else None
+
+        def refuse() -> None:
+            with forgetting_private_data():
+                refuse_spending(self.config, new)
+
+        self.findings.attempt("tune", refuse)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        InputError: this account may not write there.
+    """
+    with writing(folder):
+        check_write_access(folder)
+
+
+def _run_with_these_settings(config: RunConfig) -> Path | None:
+    """Return the folder of a tuning run with these settings, if there is one.
+
+    Whether its inputs are the same too shows only when all of them are hashed.
+    """
+    wanted = influential_settings(config, "tune")
+    for run in sorted((config.output / config.name).glob("tune-*")):
+        try:
+            settings = read_yaml((run / SETTINGS).read_text(), str(run / SETTINGS))
+            found = influential_settings(RunConfig.model_validate(settings), "tune")
+        except (OSError, ValueError, PostDistError):  # of another version, or of somebody else
+            continue
+        if found == wanted:
+            return run
+    return None
 
 
 def _read_split(task: Task, split: str) -> None:

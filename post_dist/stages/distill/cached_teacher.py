@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from post_dist.artifacts.run_folder import sharding_settings
+from post_dist.config.schema import Engine
 from post_dist.data.corpus import Corpus
 from post_dist.files import digest_of
 from post_dist.losses.signals import TeacherSignal
@@ -97,7 +99,12 @@ class CachedTeacher:
 
 @contextmanager
 def signal_worker(
-    run: Path, teacher_digest: str, maker: SignalMaker, corpus: Corpus, world: World
+    run: Path,
+    teacher_digest: str,
+    engine: Engine,
+    maker: SignalMaker,
+    corpus: Corpus,
+    world: World,
 ) -> Iterator[SignalWorker]:
     """Yield a worker that writes the files that training reads. All ranks call it.
 
@@ -107,6 +114,7 @@ def signal_worker(
         run: the student's run folder. The signals are in a folder beside it, one for each teacher,
             corpus and kind of signal. With `distill.cache_gib`, the run has a folder of its own.
         teacher_digest: digest of the teacher's files.
+        engine: how the teacher is sharded.
         maker: computes the signals; all ranks run it equally often.
         corpus: the sequences.
         world: the ranks.
@@ -115,7 +123,7 @@ def signal_worker(
         InputError: the folder cannot be written to.
     """
     section = maker.section
-    covered = _covered(teacher_digest, maker, corpus)
+    covered = _covered(teacher_digest, engine, maker, corpus)
     most = None
     if section.cache_gib is not None:
         most = files_within(section.cache_gib, maker.bytes_per_token, corpus.sequence_length)
@@ -131,7 +139,9 @@ def signal_worker(
         worker.close()
 
 
-def _covered(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> dict[str, Any]:
+def _covered(
+    teacher_digest: str, engine: Engine, maker: SignalMaker, corpus: Corpus
+) -> dict[str, Any]:
     """Return everything that the signals and their places depend on."""
     return {
         "format": FORMAT,
@@ -139,5 +149,6 @@ def _covered(teacher_digest: str, maker: SignalMaker, corpus: Corpus) -> dict[st
         "corpus": corpus.digest,
         "order": corpus.order,
         "apart": corpus.keeps_apart,
+        **sharding_settings(engine),
         **maker.settings,
     }

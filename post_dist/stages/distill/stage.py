@@ -120,7 +120,7 @@ def distill(
         if section.cache != "none":
             maker = SignalMaker(model, section, student_section, config.seed)
             worker = opened.enter_context(
-                signal_worker(folder.path, teacher_digest, maker, corpus, world)
+                signal_worker(folder.path, teacher_digest, config.engine, maker, corpus, world)
             )
             source = CachedTeacher(worker, corpus, world.device)
         student_step = StudentStep(engine, text, source, section, world)
@@ -189,7 +189,7 @@ def write_signals(
     corpus, teacher = load_teacher(config, teacher_folder, teacher_digest, world)
     maker = SignalMaker(teacher.model, config.distill, student_section, config.seed)
     with (
-        signal_worker(folder.path, teacher_digest, maker, corpus, world) as worker,
+        signal_worker(folder.path, teacher_digest, config.engine, maker, corpus, world) as worker,
         progress("teacher signals", worker.missing, show=world.is_main) as advance,
     ):
         # With a limit, a finished student would be awaited forever.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
-from post_dist.artifacts.run_folder import in_order
+from post_dist.artifacts.run_folder import in_order, sharding_settings
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
@@ -195,13 +195,13 @@ def load_answers(
     """
     precision = choose_precision(config.engine, world.device)
     # Answers depend on the precision through rounding.
-    digest = digest_of({"examples": split.digest, "precision": precision})
-    split = replace(split, digest=digest)
+    covered = {"examples": split.digest, "precision": precision}
+    student_split = replace(split, digest=digest_of(covered))
     batch_size = config.evaluate.batch_size
     # Each rank holds the whole student. The target is loaded directly into shards.
     student_model = load_whole(models.student, precision, world.device)
     student = EvaluatedModel(student_model, models.student, digests["student"])
-    student_answers = CachedAnswers(student, split, cache, batch_size, world)
+    student_answers = CachedAnswers(student, student_split, cache, batch_size, world)
     if models.target is None:
         return student_answers, None
 
@@ -210,4 +210,7 @@ def load_answers(
 
     target_model = load_sharded(models.target, config.engine, precision, world)
     target = EvaluatedModel(target_model, models.target, digests["teacher"])
-    return student_answers, CachedAnswers(target, split, cache, batch_size, world)
+    # Those of a sharded model also depend on what sharding does to its weights.
+    target_digest = digest_of(covered | sharding_settings(config.engine))
+    target_split = replace(split, digest=target_digest)
+    return student_answers, CachedAnswers(target, target_split, cache, batch_size, world)
