@@ -57,6 +57,20 @@ def main(megabytes: list[int]) -> None:
                 raise SystemExit("the number of processes changed the shards")
 
 
+_INTRO = """\
+# The corpus stage (CPU)
+
+- Made by: `python benchmarks/corpus.py`.
+- Machine: two cores of an AMD EPYC, which other processes used too.
+- Text: lines of 120 words. A byte-level BPE tokenizer of 8,000 tokens reads it.
+- Columns: a second of a core is a second of processor time. The memory is that of all processes,
+  sampled every 50 ms, above what each has after its imports. `hashing` is the check at each later
+  start, in two threads.
+- Result: shards of all numbers of processes are equal to the byte.
+
+"""
+
+
 def _write_results(rows: list[tuple[str, ...]]) -> None:
     """Write the rows measured so far."""
     heads = (
@@ -67,16 +81,7 @@ def _write_results(rows: list[tuple[str, ...]]) -> None:
         "peak above base, GiB",
         "hashing, GB/s",
     )
-    intro = (
-        "# The corpus stage (CPU)\n\n"
-        "Made by `python benchmarks/corpus.py` on two cores of an AMD EPYC, which other processes "
-        "used too. A second of a core is a second of processor time. The text has lines of 120 "
-        "words; a byte-level BPE tokenizer of 8,000 tokens reads it. The memory is that of all "
-        "processes, sampled every 50 ms, above what each has after its imports. `hashing` is the "
-        "check at each later start, in two threads. Shards of all numbers of processes are equal "
-        "to the byte.\n\n"
-    )
-    _RESULTS.write_text(intro + markdown_table(heads, rows) + "\n")
+    _RESULTS.write_text(_INTRO + markdown_table(heads, rows) + "\n")
 
 
 def _row(size: int, workers: int, found: dict[str, float]) -> tuple[str, ...]:

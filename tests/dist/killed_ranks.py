@@ -547,15 +547,17 @@ HEAD = (
     "| fault | runs | detected after s, median (worst) | resumed after s, median (worst) "
     "| steps lost, most | samples lost or doubled | weights bit-equal | last loss off by, worst |"
 )
-ABOUT = (
-    "Made by `make faults`. A tiny Llama is distilled on two ranks over gloo without a launcher: "
-    f"teacher ZeRO-3, student ZeRO-1, fp32, {STEPS} steps, a checkpoint every {EVERY}. Each kill "
-    "is at a random step and rank. `detected` is the time from the end of the broken rank to that "
-    "of the other. `resumed` is the time from the start of the command to its first step; "
-    "libraries are loaded already, which takes a fresh start about 8 s. Rows with a star make "
-    "another student: another number of ranks rounds sums differently, and a loss that is not "
-    f"finite is skipped. torch {torch.__version__}, deepspeed {deepspeed.__version__}, two cores.\n"
-)
+ABOUT = f"""\
+- Made by: `make faults`.
+- Machine: torch {torch.__version__}, deepspeed {deepspeed.__version__}, two cores.
+- Run: a tiny Llama is distilled on two ranks over gloo without a launcher: teacher ZeRO-3, student
+  ZeRO-1, fp32, {STEPS} steps, a checkpoint every {EVERY}. Each kill is at a random step and rank.
+- Columns: `detected` is the time from the end of the broken rank to that of the other. `resumed` is
+  the time from the start of the command to its first step. Libraries are loaded already, which
+  takes a fresh start about 8 s.
+- Caveat: rows with a star make another student. Another number of ranks rounds sums differently,
+  and a loss that is not finite is skipped.
+"""
 
 
 def main() -> None:
