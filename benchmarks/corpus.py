@@ -34,6 +34,18 @@ MEGABYTES = (50, 200)
 WORKERS = (1, 2)
 KILLS = 20
 _RESULTS = Path(__file__).with_name("corpus-cpu.md")
+_INTRO = """\
+# The corpus stage (CPU)
+
+- Made by: `python benchmarks/corpus.py`.
+- Machine: two cores of an AMD EPYC, which other processes used too.
+- Text: lines of 120 words. A byte-level BPE tokenizer of 8,000 tokens reads it.
+- Columns: a second of a core is a second of processor time. The memory is that of all processes,
+  sampled every 50 ms, above what each has after its imports. `hashing` is the check at each later
+  start, in two threads.
+- Result: shards of all numbers of processes are equal to the byte.
+
+"""
 _REPEATED_MEGABYTES = 50
 _MIB = 1 << 20
 _SEPARATOR = 0
@@ -55,20 +67,6 @@ def main(megabytes: list[int]) -> None:
                 _write_results(rows)
             if len(digests) != 1:
                 raise SystemExit("the number of processes changed the shards")
-
-
-_INTRO = """\
-# The corpus stage (CPU)
-
-- Made by: `python benchmarks/corpus.py`.
-- Machine: two cores of an AMD EPYC, which other processes used too.
-- Text: lines of 120 words. A byte-level BPE tokenizer of 8,000 tokens reads it.
-- Columns: a second of a core is a second of processor time. The memory is that of all processes,
-  sampled every 50 ms, above what each has after its imports. `hashing` is the check at each later
-  start, in two threads.
-- Result: shards of all numbers of processes are equal to the byte.
-
-"""
 
 
 def _write_results(rows: list[tuple[str, ...]]) -> None:
