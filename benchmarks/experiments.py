@@ -244,6 +244,7 @@ SMALLER_STUDENTS = {
         f"student.layers={[*range(12), 29]}",
         "student.frozen_lower_layers=12",
     ],
+    "16 of 30 layers, 15 of them frozen": [f"student.layers={[*range(15), 29]}"],
 }
 """Fewer layers than in the other experiments. With 9 of them, ten times the distillation."""
 DISTILL_STEPS = (60, 180, 600, 2400)
