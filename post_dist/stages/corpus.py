@@ -11,7 +11,6 @@ from post_dist.data.corpus import check_long_enough, separator_of
 from post_dist.data.make_shards import make_shards
 from post_dist.data.private_as_public import refuse_private_text
 from post_dist.data.token_shards import read_index
-from post_dist.errors import InputError
 from post_dist.models.load import load_tokenizer, tokenizer_folder
 
 
@@ -47,12 +46,10 @@ def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
         EnvironmentFault: the hub cannot be reached, the disk is full, or a process has died.
         Interrupted: this process was asked to stop. Finished shards are kept.
     """
-    section = config.corpus
-    if section is None or config.teacher is None:
-        raise InputError("the run file lacks one of the sections corpus and teacher", "add it")
+    section, teacher = config.need_sections("corpus", "teacher")
     refuse_private_text(config.private_task, section, "corpus")
     # Of a hub model, only the tokenizer is downloaded.
-    tokenizer = load_tokenizer(tokenizer_folder(config.teacher))
+    tokenizer = load_tokenizer(tokenizer_folder(teacher))
     folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))
     index = read_index(folder)
     # The shards are kept, because another run may hold out fewer sequences.
