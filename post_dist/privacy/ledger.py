@@ -364,7 +364,7 @@ def cap_of_run(
     if own.plan != plan:
         raise PrivacyRefused(
             f"{path} records this run with another privacy plan",
-            "start anew with --resume never",
+            "run `post-dist tune` with --resume never; the ledger keeps what this run has spent",
         )
     # One example more can move a user's clipped sum by 2 C, so the two costs do not add up.
     others = {other.plan.unit for other in spending.runs.values()}

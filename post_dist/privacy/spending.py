@@ -186,7 +186,7 @@ def ledger_lines(path: Path) -> list[str]:
         return [*lines, last]
     # Without a whole line, nothing else shows that this is a ledger.
     if not lines and not _ROW_START.startswith(last[: len(_ROW_START)]):
-        raise ArtifactRefused(f"{path} is no privacy ledger", "give the path of the ledger")
+        raise ArtifactRefused(f"{path} is not a privacy ledger", "give the path of the ledger")
     return lines
 
 

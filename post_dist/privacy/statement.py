@@ -247,7 +247,7 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
                 if claimed != least:
                     problems.append(f"its {label} is not {least!r}")
             elif not _is_between(claimed, 0, math.inf):
-                problems.append(f"its {label} is no number")
+                problems.append(f"its {label} is not a number")
             elif claimed < least - _TOLERANCE:
                 problems.append(
                     f"it claims {label} {claimed:.4f}, but its numbers give {least:.4f}"

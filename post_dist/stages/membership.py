@@ -118,7 +118,7 @@ def _refuse(config: RunConfig, size: MembershipAttack) -> None:
         raise InputError(
             "membership inference asks for one row and its class; this task "
             + ("generates text" if task.response_column is not None else "protects users"),
-            "audit the plan with --attack canaries",
+            "audit the plan with the attack `canaries`",
         )
     if size.shadows < _FEWEST_SHADOWS or size.shadows % 2:
         raise InputError(
@@ -277,7 +277,7 @@ def shadow_privacy(config: RunConfig, members: int) -> Privacy:
     if expected > members:
         raise InputError(
             f"each shadow prompt has {members} examples, and a step expects {expected:g}",
-            "give more --rows, or set a smaller privacy.expected_batch_size",
+            "give more rows, or set a smaller privacy.expected_batch_size",
         )
     changes = {
         "target_epsilon": section.target_epsilon or account(plan).epsilon,
