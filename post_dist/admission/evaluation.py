@@ -67,5 +67,5 @@ def checked_table(inside: Quarantined) -> dict[str, Any]:
         _Table.model_validate(table)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactRefused(f"{_TABLE} is no table of `evaluate`: {place}") from None
+        raise ArtifactRefused(f"{_TABLE} is not a table of `evaluate`: {place}") from None
     return table

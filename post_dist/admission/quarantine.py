@@ -202,7 +202,7 @@ def _rule_of(name: str, kind: ArtifactKind) -> FileRule:
     for rule in _RULES[kind]:
         if re.fullmatch(rule.name, name):
             return rule
-    raise ArtifactRefused(f"{_shown(name)} is no file of a {kind}")
+    raise ArtifactRefused(f"{_shown(name)} is not a file of a {kind}")
 
 
 def _copy_file(root: int, name: str, rule: FileRule, destination: Path | None) -> str:

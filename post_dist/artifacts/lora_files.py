@@ -104,7 +104,7 @@ def _check_layout(path: Path, layouts: Mapping[str, TensorLayout]) -> int:
         is_down = name.endswith(DOWN)
         other = name.removesuffix(DOWN) + UP if is_down else name.removesuffix(UP) + DOWN
         if not _NAME.fullmatch(name) or other not in layouts or len(layout.shape) != 2:
-            raise ArtifactRefused(f"{path}: does not hold two factors of each layer alone")
+            raise ArtifactRefused(f"{path} does not hold two factors of each layer alone")
         ranks.add(layout.shape[0 if is_down else 1])
     if len(ranks) != 1 or max(ranks) > _MOST_RANK:
         raise ArtifactRefused(f"{path}: its factors have no common rank up to {_MOST_RANK}")

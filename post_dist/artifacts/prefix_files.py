@@ -78,11 +78,11 @@ def read_prefix(weights: Path, config: Path, num_virtual_tokens: int) -> Prefix:
     # Only a file with the right name and shape is passed to the library.
     layouts = read_layout(weights, SMALL_FILE_BYTES)
     if set(layouts) != {_KEY} or len(layouts[_KEY].shape) != 2:
-        raise ArtifactRefused(f"{weights}: does not hold one table of keys and values alone")
+        raise ArtifactRefused(f"{weights} does not hold one table of keys and values alone")
     rows, columns = layouts[_KEY].shape
     if rows != num_virtual_tokens:
         raise ArtifactRefused(
-            f"{weights}: has {rows} virtual tokens, and the prompt that it started from has "
+            f"{weights} has {rows} virtual tokens, and the prompt that it started from has "
             f"{num_virtual_tokens}"
         )
     try:

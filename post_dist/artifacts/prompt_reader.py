@@ -61,7 +61,7 @@ def read_embeddings(path: Path) -> torch.Tensor:
     embeddings_nd = _read_known(path, _PROMPT_DIMENSIONS)[KEY].float()
     if len(embeddings_nd) > MAX_VIRTUAL_TOKENS:
         raise ArtifactRefused(
-            f"{path}: has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
+            f"{path} has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
         )
     if embeddings_nd.norm(dim=1).max() > _NORM_LIMIT:
         raise ArtifactRefused(f"{path} holds a vector with a norm above {_NORM_LIMIT:g}")
@@ -234,10 +234,10 @@ def _read_known(
     # The library would load any other tensor as well.
     if set(layouts) - set(optional) != set(dimensions):
         names = ", ".join([*dimensions, *(f"perhaps {name}" for name in optional)])
-        raise ArtifactRefused(f"{path}: does not hold {names} alone")
+        raise ArtifactRefused(f"{path} does not hold {names} alone")
     known = {**dimensions, **optional}
     for name, layout in layouts.items():
         count = known[name]
         if len(layout.shape) != count:
-            raise ArtifactRefused(f"{path}: has a tensor without {count} dimensions")
+            raise ArtifactRefused(f"{path} has a tensor without {count} dimensions")
     return read_tensors(path)
