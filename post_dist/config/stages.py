@@ -342,7 +342,7 @@ class Transfer(AdapterTraining):
     the LLM. The LLM then runs forward alone: `steps`, `learning_rate`, `schedule` and
     `warmup_share` do not apply. All three work with whatever was tuned on the student."""
     head_layers: Annotated[int, Field(gt=0, le=64)] = 8
-    """A head reads the hidden states of this many neighbouring layers of the LLM. Held-out public
+    """A head reads the hidden states of this many neighboring layers of the LLM. Held-out public
     text decides which."""
     # The loss.
     objective: Literal["published", "proxy", "ensemble"] = "proxy"

@@ -69,7 +69,10 @@ _COMPUTED = frozenset(
         *("not_covered", "warnings"),
     )
 )
-"""The fields of a statement, besides those of its plan."""
+"""The fields of a statement, besides those of its plan.
+
+Finished statements have these names, so `neighbouring_relation` keeps its British spelling.
+"""
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
