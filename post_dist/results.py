@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from post_dist.artifacts.evaluation_table import TABLE_FILE
+
 
 @dataclass(frozen=True)
 class CorpusResult:
@@ -159,7 +161,7 @@ class EvaluationResult:
         """A line that names the report page, or the table's file if there is no page."""
         if self.report is not None:
             return f"report: {self.report}"
-        return f"table: {self.artifact / 'table.json'}"
+        return f"table: {self.artifact / TABLE_FILE}"
 
 
 @dataclass(frozen=True)
