@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
@@ -349,8 +348,7 @@ def _success(model: CachedAnswers, prompts: Sequence[Path], shadows: _Shadows) -
     for number, folder in enumerate(prompts):
         prompt = read_prompt(folder)
         scores_NC = model.answers(prompt, f"shadow prompt {number + 1} of {len(prompts)}")
-        if prompt.task.class_biases:
-            scores_NC = scores_NC + torch.tensor(prompt.task.class_biases)
+        scores_NC = prompt.task.with_biases(scores_NC)
         found.append(confidences(scores_NC.numpy(), classes_N))
     return attack(np.stack(found), shadows.members_SN)
 

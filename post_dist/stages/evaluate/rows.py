@@ -342,10 +342,9 @@ def _prompt_entries(
     # Cached answers are without biases, because they depend only on the prompt's vectors.
     name += inputs.label
     answers = model.answers(prompt, name)
-    biases = prompt.task.class_biases
-    if not biases:
+    if not prompt.task.class_biases:
         return [TableEntry(name, answers, model, prompt.epsilon)]
     return [
-        TableEntry(name, answers + torch.tensor(biases), model, prompt.epsilon),
+        TableEntry(name, prompt.task.with_biases(answers), model, prompt.epsilon),
         TableEntry(f"{name}, without biases", answers, model, prompt.epsilon),
     ]
