@@ -9,26 +9,6 @@ from post_dist.artifacts.evaluation_table import TABLE_FILE
 
 
 @dataclass(frozen=True)
-class CorpusResult:
-    """A tokenized corpus.
-
-    Attributes:
-        path: the folder of its shards.
-        tokens: number of tokens.
-        documents: number of documents.
-        sequences: number of sequences of `corpus.sequence_length` tokens.
-    """
-
-    path: Path
-    tokens: int
-    documents: int
-    sequences: int
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-@dataclass(frozen=True)
 class SignalsResult:
     """The teacher's signals, which `distill` reads.
 
