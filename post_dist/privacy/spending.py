@@ -19,6 +19,8 @@ _ROW_START = '{"row": "'
 
 NO_ROW = hashlib.sha256(b"post_dist ledger").hexdigest()
 """The hash that the first row carries, because no row comes before it."""
+NO_FIRST_ROW = ""
+"""What an anchor holds for the hash of the first row while its ledger has no row."""
 
 
 @dataclass(frozen=True)
