@@ -17,8 +17,8 @@ def context_conflicts(
     """
     if num_virtual_tokens + max_length <= context_length:
         return []
-    parts = f"texts of {max_length} tokens"
+    too_long = f"{max_length} tokens do not fit into the context of {whose} ({context_length})"
+    message = f"texts of {too_long}"
     if num_virtual_tokens:
-        parts = f"a prompt of {num_virtual_tokens} tokens and {parts}"
-    message = f"{parts} do not fit into the context of {whose} ({context_length})"
+        message = f"a prompt of {num_virtual_tokens} tokens and texts of {too_long}"
     return [Conflict(message, hint)]
