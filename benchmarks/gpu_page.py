@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+from processor import slug
 
-from post_dist.bench.timing import device_name, slug
+from post_dist.bench.timing import device_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """The GPU. Without one, the programs try themselves on the CPU with tiny sizes."""

@@ -1,6 +1,7 @@
 """This machine's processor: its name in the names of result files, and programs on its ranks."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,18 @@ from pathlib import Path
 
 import torch
 
-from post_dist.bench.timing import device_name, slug
+from post_dist.bench.timing import device_name
 
 BENCHMARKS = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """Environment of a rank that computes on one thread of the processor."""
 _PORT = 29640
+
+
+def slug(device: str) -> str:
+    """Return a device's name in the form for file names."""
+    return re.sub("[^a-z0-9]+", "-", device.lower())
 
 
 def results_file(name: str, suffix: str) -> Path:

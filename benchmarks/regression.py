@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from processor import BENCHMARKS
-
-from post_dist.bench.timing import slug
+from processor import BENCHMARKS, slug
 
 STAGES = ("distill", "tune", "transfer")
 TOLERATED_LOSS = 0.2

@@ -129,8 +129,9 @@ def prepare_environment() -> None:
 def default_results(program: str = "utility") -> Path:
     """Return the file of a program's results on this device."""
     import torch
+    from processor import slug
 
-    from post_dist.bench.timing import device_name, slug
+    from post_dist.bench.timing import device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return BENCHMARKS / f"{program}-{slug(device_name(device))}.json"

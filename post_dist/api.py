@@ -33,6 +33,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
 from post_dist.config.public_keys import read_public_key
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
+from post_dist.data.corpus_result import CorpusResult
 from post_dist.errors import (
     ArtifactRefused,
     EnvironmentFault,
@@ -41,7 +42,6 @@ from post_dist.errors import (
     PrivacyRefused,
 )
 from post_dist.results import (
-    CorpusResult,
     EvaluationResult,
     PrivacyCost,
     PromptResult,
@@ -122,8 +122,7 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
         from post_dist.stages import corpus
 
         speak(0)
-        made = corpus.tokenize_corpus(config)
-    return CorpusResult(made.path, made.tokens, made.documents, made.sequences)
+        return corpus.tokenize_corpus(config)
 
 
 def write_signals(config: RunConfig) -> SignalsResult:

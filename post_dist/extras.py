@@ -1,7 +1,10 @@
 """Packages that only some users need, and the extra of post_dist that installs each."""
 
+import os
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from post_dist.errors import EnvironmentFault
 
@@ -43,3 +46,12 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def op_cache() -> Path:
+    """Return the folder for DeepSpeed's compiled ops: TORCH_EXTENSIONS_DIR, or one beside Python.
+
+    The ops belong to one Python environment. DeepSpeed's own default is in the home folder, where
+    another environment would load them.
+    """
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")

@@ -5,25 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class CorpusResult:
-    """A tokenized corpus.
-
-    Attributes:
-        path: the folder of its shards.
-        tokens: number of tokens.
-        documents: number of documents.
-        sequences: number of sequences of `corpus.sequence_length` tokens.
-    """
-
-    path: Path
-    tokens: int
-    documents: int
-    sequences: int
-
-    def __str__(self) -> str:
-        return str(self.path)
+from post_dist.artifacts.evaluation_table import TABLE_FILE
 
 
 @dataclass(frozen=True)
@@ -159,7 +141,7 @@ class EvaluationResult:
         """A line that names the report page, or the table's file if there is no page."""
         if self.report is not None:
             return f"report: {self.report}"
-        return f"table: {self.artifact / 'table.json'}"
+        return f"table: {self.artifact / TABLE_FILE}"
 
 
 @dataclass(frozen=True)

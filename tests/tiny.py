@@ -1,4 +1,4 @@
-"""Small models of real families with their own tokenizer, and small labelled texts, for tests."""
+"""Small models of real families with their own tokenizer, and small labeled texts, for tests."""
 
 import json
 import random

@@ -190,7 +190,7 @@ def check_student(inside: Quarantined) -> None:
     if given_away and not _is_possible(given_away, size):
         raise ArtifactRefused(f"it has {size} parameters, and its manifest says otherwise")
     if not _are_perplexities(inside.manifest.config.get("perplexity", {})):
-        raise ArtifactRefused("what its manifest calls perplexity are no perplexities")
+        raise ArtifactRefused("its manifest has a `perplexity` that does not hold perplexities")
 
 
 def _check_kind(inside: Quarantined) -> None:
@@ -248,8 +248,7 @@ def refuse_unchecked(folder: Path, *, trusted: bool) -> None:
     if not trusted:
         raise ArtifactRefused(
             f"{folder} has no {FILE_NAME}, so it cannot be checked",
-            "get the student again; for a model of your own, give --trust-model or set "
-            "inputs.trust_model: true",
+            "get the student again; for a model of your own, set inputs.trust_model: true",
         )
     log.warning("%s has no %s: it is trusted, and not checked", folder, FILE_NAME)
 

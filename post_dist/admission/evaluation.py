@@ -5,10 +5,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from post_dist.admission.quarantine import Quarantined
+from post_dist.artifacts.evaluation_table import TABLE_FILE
 from post_dist.artifacts.strict_json import read_object
 from post_dist.errors import ArtifactRefused
 
-_TABLE = "table.json"
 _Share = Annotated[float, Field(ge=-0.01, le=1.01)]
 """A proportion. The ends of an interval may be rounded."""
 
@@ -59,13 +59,13 @@ def checked_table(inside: Quarantined) -> dict[str, Any]:
     """
     if inside.manifest.kind != "evaluation":
         raise ArtifactRefused(f"it is a {inside.manifest.kind}, not an evaluation")
-    if _TABLE not in inside.manifest.files:
-        raise ArtifactRefused(f"it has no {_TABLE}")
+    if TABLE_FILE not in inside.manifest.files:
+        raise ArtifactRefused(f"it has no {TABLE_FILE}")
     # The size of the file is limited by the quarantine.
-    table = read_object(inside.folder / _TABLE)
+    table = read_object(inside.folder / TABLE_FILE)
     try:
         _Table.model_validate(table)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactRefused(f"{_TABLE} is no table of `evaluate`: {place}") from None
+        raise ArtifactRefused(f"{TABLE_FILE} is not a table of `evaluate`: {place}") from None
     return table

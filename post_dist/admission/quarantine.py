@@ -25,7 +25,7 @@ from post_dist.artifacts.manifest import (
     Manifest,
     parse_manifest,
 )
-from post_dist.errors import ArtifactRefused, EnvironmentFault
+from post_dist.errors import ArtifactRefused, EnvironmentFault, printable
 
 _KIB = 1 << 10
 _MIB = 1 << 20
@@ -160,7 +160,7 @@ def _copy(
             listed = {name: digest for name, digest in listed.items() if name in only}
         for name in sorted(present ^ set(listed)):
             problem = "not in the manifest" if name in present else "missing"
-            raise ArtifactRefused(f"{_shown(name)} is {problem}")
+            raise ArtifactRefused(f"{printable(name)[:100]} is {problem}")
         _copy_listed(root, listed, manifest.kind, None if hashed_only else copy)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -202,7 +202,7 @@ def _rule_of(name: str, kind: ArtifactKind) -> FileRule:
     for rule in _RULES[kind]:
         if re.fullmatch(rule.name, name):
             return rule
-    raise ArtifactRefused(f"{_shown(name)} is no file of a {kind}")
+    raise ArtifactRefused(f"{printable(name)[:100]} is not a file of a {kind}")
 
 
 def _copy_file(root: int, name: str, rule: FileRule, destination: Path | None) -> str:
@@ -242,8 +242,3 @@ def _copy_file(root: int, name: str, rule: FileRule, destination: Path | None) -
 def _check_regular(name: str, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactRefused(f"{name} is not a regular file")
-
-
-def _shown(name: str) -> str:
-    """Return a foreign name without line breaks and control characters."""
-    return ascii(name)[1:-1][:100]

@@ -63,7 +63,7 @@ def rebuild_config(path: Path) -> None:
     family = fields.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise ArtifactRefused(
-            "config.json: its model_type is no known family",
+            "config.json: its model_type is not a known family",
             f"students may be of the families {', '.join(sorted(_FAMILIES))}",
         )
     defaults = _READ_WITHOUT_DEFAULT | CONFIG_MAPPING[family]().to_dict()
@@ -89,7 +89,7 @@ def _architecture(fields: Mapping[str, Any], family: str) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ArtifactRefused("config.json: architectures does not name one class")
     if names[0] not in known - {None}:
-        raise ArtifactRefused(f"config.json: architectures is no language model of {family}")
+        raise ArtifactRefused(f"config.json: architectures is not a language model of {family}")
     return names[0]
 
 

@@ -83,11 +83,11 @@ def rebuild_tokenizer_config(path: Path) -> None:
         rebuilt["model_max_length"] = length
     class_name = fields.get("tokenizer_class", "PreTrainedTokenizerFast")
     if not isinstance(class_name, str) or not _CLASS.fullmatch(class_name):
-        raise ArtifactRefused("tokenizer_config.json: tokenizer_class is no name of a class")
+        raise ArtifactRefused("tokenizer_config.json: tokenizer_class is not the name of a class")
     known = tokenizer_class_from_name(class_name)
     # The others have a vocabulary of their own, which nobody has tried.
     if known is None or not issubclass(known, PreTrainedTokenizerFast):
-        raise ArtifactRefused("tokenizer_config.json: tokenizer_class is no fast tokenizer")
+        raise ArtifactRefused("tokenizer_config.json: tokenizer_class is not a fast tokenizer")
     rebuilt["tokenizer_class"] = class_name
     path.write_text(json.dumps(rebuilt, indent=2) + "\n")
 
@@ -97,7 +97,7 @@ def _token(name: str, value: Any) -> str | dict[str, Any]:
     settings = value if isinstance(value, dict) else {"content": value}
     text = settings.get("content")
     if not isinstance(text, str) or len(text.encode()) > _TEXT_BYTES:
-        raise ArtifactRefused(f"tokenizer_config.json: {name} is no token")
+        raise ArtifactRefused(f"tokenizer_config.json: {name} is not a token")
     if not isinstance(value, dict):
         return text
     flags = {flag: settings[flag] for flag in _TOKEN_FLAGS & set(settings)}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from post_dist.artifacts.lora import DOWN, UP, Lora
+from post_dist.artifacts.peft_format import NAMED_FIELDS, VALUE_LIMIT
 from post_dist.artifacts.strict_json import read_small
 from post_dist.artifacts.tensor_file import TensorLayout, read_layout, read_tensors
 from post_dist.errors import ArtifactRefused
@@ -20,15 +21,6 @@ _NAME = re.compile(re.escape(_PREFIX) + r"([A-Za-z0-9_]+\.)+lora_[AB]\.weight")
 _LARGEST_HEADER = 1 << 20
 _MOST_RANK = 256
 _MOST_ALPHA = 1 << 16
-VALUE_LIMIT = 1e4
-"""Largest value of an adapter."""
-NAMED_FIELDS: Mapping[str, type] = {
-    "base_model_name_or_path": str,
-    "inference_mode": bool,
-    "peft_version": str,
-    "task_type": str,
-}
-"""Fields that change no score, and their types."""
 _WANTED: Mapping[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
@@ -104,7 +96,7 @@ def _check_layout(path: Path, layouts: Mapping[str, TensorLayout]) -> int:
         is_down = name.endswith(DOWN)
         other = name.removesuffix(DOWN) + UP if is_down else name.removesuffix(UP) + DOWN
         if not _NAME.fullmatch(name) or other not in layouts or len(layout.shape) != 2:
-            raise ArtifactRefused(f"{path}: does not hold two factors of each layer alone")
+            raise ArtifactRefused(f"{path} does not hold two factors of each layer alone")
         ranks.add(layout.shape[0 if is_down else 1])
     if len(ranks) != 1 or max(ranks) > _MOST_RANK:
         raise ArtifactRefused(f"{path}: its factors have no common rank up to {_MOST_RANK}")

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from post_dist.artifacts.lora_files import NAMED_FIELDS, VALUE_LIMIT
+from post_dist.artifacts.peft_format import (
+    LAYER_LIMIT,
+    NAMED_FIELDS,
+    PROMPT_EMBEDDINGS,
+    VALUE_LIMIT,
+)
 from post_dist.artifacts.prefix import Prefix, PrefixShape
 from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_small
 from post_dist.artifacts.tensor_file import read_layout, read_tensors
 from post_dist.errors import ArtifactRefused
 
-_KEY = "prompt_embeddings"
-"""PEFT's name of the table [n, 2 L h w]."""
 _PEFT_TYPE = "PREFIX_TUNING"
 PREFIX_LIMIT_BYTES = 255 << 20
 """Size limit of the keys and values. Their file may have 256 MiB."""
-_LAYER_LIMIT = 10_000
-"""Number of layers that no known model reaches."""
 _JSON_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
 """Errors that hostile JSON, or fields of the wrong type, may cause."""
 
@@ -38,7 +39,7 @@ def write_prefix(weights: Path, config: Path, prefix: Prefix, about: Mapping[str
         about: fields of the configuration that say what the prefix is for.
     """
     table = prefix.table().detach().to("cpu", torch.float32).contiguous()
-    save_file({_KEY: table}, weights, metadata={"format": "pt"})
+    save_file({PROMPT_EMBEDDINGS: table}, weights, metadata={"format": "pt"})
     fields = {
         "peft_type": _PEFT_TYPE,
         "inference_mode": True,
@@ -77,12 +78,12 @@ def read_prefix(weights: Path, config: Path, num_virtual_tokens: int) -> Prefix:
     """
     # Only a file with the right name and shape is passed to the library.
     layouts = read_layout(weights, SMALL_FILE_BYTES)
-    if set(layouts) != {_KEY} or len(layouts[_KEY].shape) != 2:
-        raise ArtifactRefused(f"{weights}: does not hold one table of keys and values alone")
-    rows, columns = layouts[_KEY].shape
+    if set(layouts) != {PROMPT_EMBEDDINGS} or len(layouts[PROMPT_EMBEDDINGS].shape) != 2:
+        raise ArtifactRefused(f"{weights} does not hold one table of keys and values alone")
+    rows, columns = layouts[PROMPT_EMBEDDINGS].shape
     if rows != num_virtual_tokens:
         raise ArtifactRefused(
-            f"{weights}: has {rows} virtual tokens, and the prompt that it started from has "
+            f"{weights} has {rows} virtual tokens, and the prompt that it started from has "
             f"{num_virtual_tokens}"
         )
     try:
@@ -91,7 +92,7 @@ def read_prefix(weights: Path, config: Path, num_virtual_tokens: int) -> Prefix:
         raise ArtifactRefused(
             f"{config} is not the configuration of this prefix of {rows} virtual tokens"
         ) from None
-    table = read_tensors(weights)[_KEY].float()
+    table = read_tensors(weights)[PROMPT_EMBEDDINGS].float()
     if float(table.abs().max()) > VALUE_LIMIT:
         raise ArtifactRefused(f"{weights} holds a value above {VALUE_LIMIT:g}")
     return Prefix.of_table(table, shape)
@@ -112,7 +113,7 @@ def _shape(fields: dict[str, Any], rows: int, columns: int) -> PrefixShape:
     layers, heads, token_width = (
         _count(fields.pop(name)) for name in ("num_layers", "num_attention_heads", "token_dim")
     )
-    if layers > _LAYER_LIMIT or token_width % heads or 2 * layers * token_width != columns:
+    if layers > LAYER_LIMIT or token_width % heads or 2 * layers * token_width != columns:
         raise ValueError("num_layers")
     if _count(fields.pop("num_virtual_tokens")) != rows or fields.pop("peft_type") != _PEFT_TYPE:
         raise ValueError("num_virtual_tokens")

@@ -16,10 +16,10 @@ from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.lora_files import read_lora, write_lora
 from post_dist.artifacts.manifest import ArtifactKind, Manifest, read_manifest, write_artifact
+from post_dist.artifacts.peft_format import PROMPT_EMBEDDINGS
 from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prefix_files import holds_prefix, read_prefix, write_prefix
 from post_dist.artifacts.prompt_reader import (
-    KEY,
     check_adapter_config,
     read_embeddings,
     read_head,
@@ -176,14 +176,14 @@ def write_prompt_files(folder: Path, contents: PromptContents, model_name: str) 
     # PEFT has one file for weights. It holds the LoRA or the prefix, if there is one.
     adapter = contents.adapter
     if isinstance(adapter, Lora | Prefix):
-        save_file({KEY: embeddings_nd}, folder / _PROMPT, metadata={"format": "pt"})
+        save_file({PROMPT_EMBEDDINGS: embeddings_nd}, folder / _PROMPT, metadata={"format": "pt"})
         files = (folder / _WEIGHTS, folder / _ADAPTER_CONFIG)
         if isinstance(adapter, Lora):
             write_lora(*files, adapter, about)
         else:
             write_prefix(*files, adapter, about)
     else:
-        save_file({KEY: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file({PROMPT_EMBEDDINGS: embeddings_nd}, folder / _WEIGHTS, metadata={"format": "pt"})
         _write_prompt_config(folder, embeddings_nd, about)
     if isinstance(adapter, LinearHead):
         tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors.items()}

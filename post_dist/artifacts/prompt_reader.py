@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.peft_format import LAYER_LIMIT, NAMED_FIELDS, PROMPT_EMBEDDINGS
 from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_small
 from post_dist.artifacts.task import PromptTask
 from post_dist.artifacts.tensor_file import read_layout, read_tensors
@@ -19,24 +20,13 @@ from post_dist.config.sections import steers_terminal
 from post_dist.config.sources import has_places, is_label_name
 from post_dist.errors import ArtifactRefused
 
-KEY = "prompt_embeddings"
-"""Name of the prompt's only tensor in PEFT's file."""
 MAX_VIRTUAL_TOKENS = 512
 
-_PROMPT_DIMENSIONS = {KEY: 2}
+_PROMPT_DIMENSIONS = {PROMPT_EMBEDDINGS: 2}
 _HEAD_DIMENSIONS = {"bias": 1, "mean": 1, "scale": 1, "weight": 2}
 """Number of dimensions of each tensor in a file."""
 _HEAD_PLACE = {"above": 1}
 """The tensor that only a head below the last layers has."""
-_LAYER_LIMIT = 10_000
-"""Number of layers that no known model reaches."""
-_ADAPTER_FIELDS: Mapping[str, type] = {
-    "base_model_name_or_path": str,
-    "inference_mode": bool,
-    "peft_version": str,
-    "task_type": str,
-}
-"""Fields of adapter_config.json that say something of a finished prompt. All others are null."""
 _NORM_LIMIT = 1e4
 """Largest Euclidean norm of a prompt vector. Embeddings of the known model families stay below 100.
 """
@@ -58,10 +48,10 @@ def read_embeddings(path: Path) -> torch.Tensor:
         ArtifactRefused: wrong size, header, dtype or shape; values that are not finite or far too
             large.
     """
-    embeddings_nd = _read_known(path, _PROMPT_DIMENSIONS)[KEY].float()
+    embeddings_nd = _read_known(path, _PROMPT_DIMENSIONS)[PROMPT_EMBEDDINGS].float()
     if len(embeddings_nd) > MAX_VIRTUAL_TOKENS:
         raise ArtifactRefused(
-            f"{path}: has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
+            f"{path} has {len(embeddings_nd)} prompt tokens, more than {MAX_VIRTUAL_TOKENS}"
         )
     if embeddings_nd.norm(dim=1).max() > _NORM_LIMIT:
         raise ArtifactRefused(f"{path} holds a vector with a norm above {_NORM_LIMIT:g}")
@@ -82,8 +72,8 @@ def read_head(path: Path, width: int, num_classes: int) -> LinearHead:
     """
     tensors = _read_known(path, _HEAD_DIMENSIONS, optional=_HEAD_PLACE)
     above = tensors.get("above")
-    if above is not None and (len(above) != 1 or above.item() not in range(_LAYER_LIMIT)):
-        raise ArtifactRefused(f"{path}: above is not a number of layers below {_LAYER_LIMIT}")
+    if above is not None and (len(above) != 1 or above.item() not in range(LAYER_LIMIT)):
+        raise ArtifactRefused(f"{path}: above is not a number of layers below {LAYER_LIMIT}")
     head = LinearHead.of_tensors(tensors)
     features = width * max(1, head.depth(width))
     fits = head.weight.shape == (num_classes, features) and len(head.bias) == num_classes
@@ -117,7 +107,7 @@ def check_adapter_config(path: Path, embeddings_nd: torch.Tensor) -> None:
             if name in wanted:
                 sound = type(value) is type(wanted[name]) and value == wanted.pop(name)
             else:
-                sound = value is None or isinstance(value, _ADAPTER_FIELDS.get(name, ()))
+                sound = value is None or isinstance(value, NAMED_FIELDS.get(name, ()))
             if not sound:
                 raise ValueError(name)
         if wanted:
@@ -234,10 +224,10 @@ def _read_known(
     # The library would load any other tensor as well.
     if set(layouts) - set(optional) != set(dimensions):
         names = ", ".join([*dimensions, *(f"perhaps {name}" for name in optional)])
-        raise ArtifactRefused(f"{path}: does not hold {names} alone")
+        raise ArtifactRefused(f"{path} does not hold {names} alone")
     known = {**dimensions, **optional}
     for name, layout in layouts.items():
         count = known[name]
         if len(layout.shape) != count:
-            raise ArtifactRefused(f"{path}: has a tensor without {count} dimensions")
+            raise ArtifactRefused(f"{path} has a tensor without {count} dimensions")
     return read_tensors(path)

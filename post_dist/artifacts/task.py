@@ -1,8 +1,15 @@
-"""`task.json`: the task of a soft prompt. The provider learns no more about the private task."""
+"""`task.json`: the task of a soft prompt. The provider learns no more about the private task.
+
+Shapes: N examples, C classes.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from post_dist.config.sources import Task
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,12 @@ class PromptTask:
     def class_names(self) -> tuple[str, ...]:
         """A name for each class: its label, or its first label word if the labels are unknown."""
         return self.label_names or tuple(words[0].strip() for words in self.label_words)
+
+    def with_biases(self, scores_NC: "torch.Tensor") -> "torch.Tensor":
+        """Add the class biases to class scores, if there are any."""
+        if not self.class_biases:
+            return scores_NC
+        return scores_NC + scores_NC.new_tensor(self.class_biases)
 
     @classmethod
     def of_section(cls, section: Task, init_text: str | None) -> "PromptTask":

@@ -74,7 +74,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, ValueError):
-        raise ArtifactRefused(f"{path}: is not a safetensors file") from None
+        raise ArtifactRefused(f"{path} is not a safetensors file") from None
     for tensor in tensors.values():
         if not torch.isfinite(tensor).all():
             raise ArtifactRefused(f"{path} holds values that are not finite")
@@ -84,16 +84,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _layout(path: Path, entry: Any) -> TensorLayout:
     """Check the entry of one tensor in a header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ArtifactRefused(f"{path}: has a tensor without dtype, shape or place")
+        raise ArtifactRefused(f"{path} has a tensor without dtype, shape or place")
     dtype = entry["dtype"]
     # A hostile dtype may be a list, which cannot be looked up in a dictionary.
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(_DTYPE_BYTES)
-        raise ArtifactRefused(f"{path}: has dtype {ascii(dtype)[:20]}, not one of {known}")
+        raise ArtifactRefused(f"{path} has dtype {ascii(dtype)[:20]}, not one of {known}")
     shape = entry["shape"]
     offsets = entry["data_offsets"]
     if not _are_integers(shape) or min(shape, default=1) < 1:
-        raise ArtifactRefused(f"{path}: has a tensor without a shape")
+        raise ArtifactRefused(f"{path} has a tensor without a shape")
     if not _are_integers(offsets) or len(offsets) != 2:
         raise _does_not_fit(path)
     first, end = offsets
@@ -108,7 +108,7 @@ def _read_header(path: Path, most_bytes: int) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
         if len(start) < _LENGTH_BYTES:
-            raise ArtifactRefused(f"{path}: is not a safetensors file")
+            raise ArtifactRefused(f"{path} is not a safetensors file")
         (header_bytes,) = struct.unpack("<Q", start)
         if header_bytes > min(most_bytes, size - _LENGTH_BYTES):
             raise ArtifactRefused(f"{path}: its header is too large")

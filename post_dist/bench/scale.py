@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from post_dist.bench.collectives import COLLECTIVE_KINDS, CollectiveKind, CollectiveTimer
 from post_dist.bench.timing import device_name, peak_memory_mib, seconds_of, wait_for, watch_memory
@@ -77,8 +76,7 @@ def bench_scale(
     # The collectives are part of what is measured, also on one rank.
     prepare_deepspeed(world)
     # Report the host of a straggler, so that its node can be taken out of the cluster.
-    hosts: list[str] = [""] * world.size
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = world.gather_objects(socket.gethostname())
     # On one rank, strong and weak scaling are the same.
     batch_factors = {"strong": 1, "weak": world.size} if world.size > 1 else {"strong": 1}
 

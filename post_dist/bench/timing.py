@@ -6,7 +6,6 @@ A minute in which the machine is slow then slows all of them.
 
 import ctypes
 import gc
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -134,11 +133,6 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "CPU"
-
-
-def slug(device: str) -> str:
-    """Return a device's name in the form for file names."""
-    return re.sub("[^a-z0-9]+", "-", device.lower())
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -30,7 +30,7 @@ from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 _PLAN = PrivacyPlan(
     noise_multiplier=1.0,
@@ -86,8 +86,12 @@ def bench_tune(
     # The loss needs the task's label words, but not its data.
     prompt_task = PromptTask.of_section(task, config.tune.init_text)
     reader = TaskReader(prompt_task, tokenizer, masked=False, vocabulary=model.vocabulary_size)
-    found = room_conflicts(
-        "the model", model.context_length, config.tune.num_virtual_tokens, task.max_length
+    found = context_conflicts(
+        "the model",
+        model.context_length,
+        config.tune.num_virtual_tokens,
+        task.max_length,
+        "lower tune.num_virtual_tokens or private_task.max_length",
     )
     raise_conflicts("bench tune", found)
 

@@ -23,7 +23,6 @@ from post_dist.config.sources import Task
 from post_dist.data.corpus import Corpus, build_corpus
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
-from post_dist.errors import InputError
 from post_dist.files import make_folder, write_folder, writing
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_config, load_tokenizer, load_whole
@@ -58,14 +57,9 @@ class RequiredSections:
         Raises:
             InputError: sections are missing; the message names all of them.
         """
-        sections = {field.name: getattr(config, field.name) for field in fields(cls)}
-        missing = [f"`{name}`" for name, section in sections.items() if section is None]
-        if missing:
-            raise InputError(
-                f"bench scale needs sections that the run file lacks: {', '.join(missing)}",
-                "add them to the run file; no private example is read",
-            )
-        return cls(**sections)
+        names = [field.name for field in fields(cls)]
+        hint = "add what `bench scale` needs to the run file; no private example is read"
+        return cls(*config.need_sections(*names, hint=hint))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_dist.extras import installed_versions
+from post_dist.extras import installed_versions, op_cache
 
 _FREE_GIB = 20
 _FREE_MEMORY_GIB = 4
@@ -82,11 +82,6 @@ def build_ops() -> list[str]:
             builder.load()
             built.append(builder.NAME)
     return built
-
-
-def op_cache() -> Path:
-    """Return the folder for compiled ops: it belongs to the Python environment that uses them."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
 def _use_own_cache() -> None:

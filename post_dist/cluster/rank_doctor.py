@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from post_dist.cluster.doctor import Finding
@@ -41,7 +41,7 @@ def examine_ranks(folder: Path, world: "World", planned: Hardware | None) -> lis
     Raises:
         InputError: the folder cannot be written to.
     """
-    hosts = _of_all_ranks(world, socket.gethostname())
+    hosts = world.gather_objects(socket.gethostname())
     names = ", ".join(sorted(set(hosts)))
     joined = f"{world.size} on {len(set(hosts))} hosts ({names}), by {world.launcher}"
     found = [Finding("ranks", True, joined)]
@@ -53,24 +53,13 @@ def examine_ranks(folder: Path, world: "World", planned: Hardware | None) -> lis
     return found
 
 
-def _of_all_ranks(world: "World", own: Any) -> list[Any]:
-    """Return a value of each rank, in rank order."""
-    import torch.distributed as dist
-
-    if world.size == 1:
-        return [own]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, own)
-    return gathered
-
-
 def _versions(world: "World", hosts: list[str]) -> Iterator[Finding]:
     import torch
 
     own = installed_versions(_PACKAGES) | {"python": sys.version.split()[0]}
     if world.device.type == "cuda":
         own["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    versions = _of_all_ranks(world, own)
+    versions = world.gather_objects(own)
     different = []
     for package in own:
         of_hosts = {each.get(package): host for each, host in zip(versions, hosts, strict=True)}
@@ -84,7 +73,7 @@ def _versions(world: "World", hosts: list[str]) -> Iterator[Finding]:
 def _clocks(world: "World", hosts: list[str]) -> Iterator[Finding]:
     # Ranks leave a barrier at about the same time.
     world.barrier()
-    times = _of_all_ranks(world, time.time())
+    times = world.gather_objects(time.time())
     spread = max(times) - min(times)
     cure = ""
     if spread > _CLOCK_SECONDS:
@@ -107,7 +96,7 @@ def _shared_folder(world: "World", hosts: list[str], folder: Path) -> Iterator[F
     world.together(write)
     try:
         seconds = _seconds_until_seen(paths)
-        waits = _of_all_ranks(world, seconds)
+        waits = world.gather_objects(seconds)
         yield _visibility(waits, hosts)
         # Without a shared folder, there is no file to lock.
         if None not in waits and world.size > 1:
@@ -168,7 +157,7 @@ def _gpu_errors(world: "World", hosts: list[str]) -> Iterator[Finding]:
     )
     answer = asked.stdout.strip()
     # A GPU without ECC answers [N/A].
-    errors = _of_all_ranks(world, int(answer) if answer.isdecimal() else 0)
+    errors = world.gather_objects(int(answer) if answer.isdecimal() else 0)
     damaged = sorted({host for count, host in zip(errors, hosts, strict=True) if count})
     cure = f"take out {', '.join(damaged)}" if damaged else ""
     yield Finding("GPU memory", not damaged, f"{sum(errors)} uncorrected errors", cure)

@@ -225,9 +225,7 @@ def try_jobs(config: RunConfig, jobs: list[Planned]) -> list[str]:
         InputError: Slurm refuses a job.
     """
     if shutil.which("sbatch") is None:
-        raise EnvironmentFault(
-            "sbatch is not here", "submit from a machine of the cluster, or use --local"
-        )
+        raise EnvironmentFault("sbatch is not here", "submit from a login node of the cluster")
     return [_try_job(config, planned) for planned in jobs]
 
 

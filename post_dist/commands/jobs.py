@@ -74,7 +74,13 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     if local:
         submitted = run_here(config, jobs)
     else:
-        answers = try_jobs(config, jobs)
+        try:
+            answers = try_jobs(config, jobs)
+        except EnvironmentFault as error:
+            # --test-only and --local do not go together.
+            if not test_only:
+                error.hint += ", or use --local"
+            raise
         if test_only:
             _check_stages(config, stages)
             _print_answers(stages, "answer", answers, json_)

@@ -119,7 +119,7 @@ def _describe(problems: list[Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return _describe_unknown_key(place, problem["loc"])
     if problem["type"] == "missing":
-        return f"{place}: is missing"
+        return f"{place} is missing"
     message = _wording(problem)
     for alternative in problems[1:]:
         message += f" or {_wording(alternative).removeprefix('Input should be ')}"

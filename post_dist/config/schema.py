@@ -5,7 +5,7 @@ reach the private task.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -300,10 +300,23 @@ class RunConfig(Section):
         trains_on_teacher = trains_on_teacher or self.evaluate.trains_on_teacher
         if not trains_on_teacher and not self.inputs.target_prompt:
             read.pop("teacher", None)
-        missing = [section for section in read if getattr(self, section) is None]
+        self.need_sections(*read)
+
+    def need_sections(self, *names: str, hint: str = "") -> list[Any]:
+        """Return sections without a default.
+
+        Args:
+            names: their names.
+            hint: hint of the error.
+
+        Raises:
+            InputError: some of them are missing; the message names these.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            raise InputError(f"the run file lacks the section{plural} {', '.join(missing)}")
+            raise InputError(f"the run file lacks the section{plural} {', '.join(missing)}", hint)
+        return [getattr(self, name) for name in names]
 
     def need_task(self, role: Literal["private_task", "public_task"]) -> Task:
         """Return the section of a task.

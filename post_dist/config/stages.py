@@ -16,18 +16,20 @@ AdapterName = Literal["prompt", "head", "lora", "prefix"]
 TransferredName = Literal["prompt", "head", "lora"]
 """What a transfer trains."""
 
+HEAD_DEFAULTS: Mapping[str, Any] = {
+    "num_virtual_tokens": 10,
+    "steps": 400,
+    "batch_size": 512,
+    "learning_rate": 4.0,
+    "schedule": "constant",
+    "warmup_share": 0.0,
+    "optimizer": "averaged_sgd",
+}
+"""Defaults of `tune` for a linear head, which is trained on features of length 1."""
+
 _ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt": {},
-    # Training of a linear head on features of length 1.
-    "head": {
-        "num_virtual_tokens": 10,
-        "steps": 400,
-        "batch_size": 512,
-        "learning_rate": 4.0,
-        "schedule": "constant",
-        "warmup_share": 0.0,
-        "optimizer": "averaged_sgd",
-    },
+    "head": HEAD_DEFAULTS,
     "lora": {"num_virtual_tokens": 10},
     "prefix": {"num_virtual_tokens": 10},
 }
@@ -342,7 +344,7 @@ class Transfer(AdapterTraining):
     the LLM. The LLM then runs forward alone: `steps`, `learning_rate`, `schedule` and
     `warmup_share` do not apply. All three work with whatever was tuned on the student."""
     head_layers: Annotated[int, Field(gt=0, le=64)] = 8
-    """A head reads the hidden states of this many neighbouring layers of the LLM. Held-out public
+    """A head reads the hidden states of this many neighboring layers of the LLM. Held-out public
     text decides which."""
     # The loss.
     objective: Literal["published", "proxy", "ensemble"] = "proxy"

@@ -185,7 +185,7 @@ def _not_empty(files: list[Path], path: Path) -> list[Path]:
 
 def _usable(path: Path) -> Path:
     if not path.is_file():
-        problem = "is no file" if path.exists() else "No such file or directory"
+        problem = "not a file" if path.exists() else "No such file or directory"
         raise InputError(f"corpus.path: {path}: {problem}")
     if file_type(path) is None:
         raise InputError(

@@ -82,7 +82,7 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         problem = error.strerror or "cannot be read"
         raise InputError(f"corpus.path: {unit.path}: {problem}") from None
     except UnicodeError:
-        raise InputError(f"corpus.path: {unit.path}: is not UTF-8 text") from None
+        raise InputError(f"corpus.path: {unit.path} is not UTF-8 text") from None
     except FileFault as fault:
         raise InputError(f"corpus.path: {unit.path}{fault}", fault.hint) from None
     except _PARSING_ERRORS as error:
@@ -175,7 +175,7 @@ def _decode(block: bytes, unit: Unit, place: int) -> str:
         return block.decode("utf-8" if place else ENCODING)
     except UnicodeDecodeError as error:
         line = _line_at(unit, place + error.start)
-        raise InputError(f"corpus.path: {unit.path}, line {line}: is not UTF-8 text") from None
+        raise InputError(f"corpus.path: {unit.path}, line {line} is not UTF-8 text") from None
 
 
 def _line_at(unit: Unit, place: int) -> int:

@@ -30,7 +30,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise ValueError("not a JSON object on each line")
     if not all(map(has_whole_characters, objects)):
-        raise FileFault(": holds half a character, such as \\ud83d", "write each character whole")
+        raise FileFault(" holds half a character, such as \\ud83d", "write each character whole")
     return as_written(objects)
 
 
@@ -314,7 +314,7 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
         problem = error.strerror or "cannot be read"
         raise InputError(f"{where}: {path}: {problem}") from None
     except UnicodeError:
-        raise InputError(f"{where}: {path}: is not UTF-8 text", "save it as UTF-8") from None
+        raise InputError(f"{where}: {path} is not UTF-8 text", "save it as UTF-8") from None
     except FileFault as fault:
         raise InputError(f"{where}: {path}{fault}", fault.hint) from None
     except (ValueError, RecursionError, OverflowError):

@@ -9,6 +9,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task
+from post_dist.config.stages import HEAD_DEFAULTS
 from post_dist.data.sources import read_table, rows_with
 from post_dist.draft.columns import chosen_columns, count_units, label_values
 from post_dist.draft.label_words import LabelWords, label_words, question
@@ -63,8 +64,6 @@ _COMPARISON = """\
 _FEWEST_COMPARED = 3000
 """With fewer declared examples, the noise of a comparison may hide any gain. They are rounded up to
 one digit, so these are at least 2,001 training rows."""
-_HEAD_STEPS = 400
-_HEAD_BATCH = 512
 _USER = """\
   # Epsilon holds for all texts of a user together. declared_examples and expected_batch_size count
   # users.
@@ -141,8 +140,9 @@ def draft_run(
     settings = PRESETS[preset]
     # A masked model has no head without a public prompt.
     has_head = settings.prefers_head and not (known is not None and known.facts.masked)
-    batch_size = min(_HEAD_BATCH if has_head else settings.expected_batch_size, declared // 10)
-    steps = _HEAD_STEPS if has_head else settings.steps_for(declared, batch_size)
+    usual = HEAD_DEFAULTS["batch_size"] if has_head else settings.expected_batch_size
+    batch_size = min(usual, declared // 10)
+    steps = HEAD_DEFAULTS["steps"] if has_head else settings.steps_for(declared, batch_size)
     return _FORMAT.format(
         name=_quoted(_name(data)),
         inputs=_inputs(folder, known),

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from post_dist.errors import EnvironmentFault
+from post_dist.errors import EnvironmentFault, first_line
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.lower_block import Passage
 
@@ -35,8 +35,7 @@ def _check_compiler(device_type: str) -> None:
         torch.compile(torch.neg)(torch.zeros(1, device=device_type))
     except Exception as error:
         # The backends raise errors of many classes.
-        first_line = str(error).strip().partition("\n")[0]
         raise EnvironmentFault(
-            f"distill.compile: torch cannot compile for this {device_type}: {first_line}",
+            f"distill.compile: torch cannot compile for this {device_type}: {first_line(error)}",
             "install a C++ compiler, and Triton for a GPU, or leave distill.compile out",
         ) from error

@@ -78,11 +78,12 @@ def lora_conflicts(
         alone = settings.model_copy(update={"target_modules": (target,)})
         if not chosen_shapes(layers, alone):
             names = {name.rsplit(".", 1)[1] for layer in layers for name in layer}
+            hint = f"choose from {', '.join(sorted(names))}" if names else "choose another model"
             found.append(
                 Conflict(
-                    f"{section}.lora.target_modules has {target}, which is no linear module in the "
-                    f"layers of {family}",
-                    f"choose from {', '.join(sorted(names)) or 'another model'}",
+                    f"{section}.lora.target_modules has {target}, which is not a linear module in "
+                    f"the layers of {family}",
+                    hint,
                 )
             )
     return found

@@ -108,7 +108,7 @@ def without_layers(
         skipped: the layers, counted from 0.
         num_outputs: what `count_layer_outputs` says of the model.
 
-    Returns:
+    Yields:
         What stands in place of each layer, by its number.
     """
     removed = {layer: model.layers[layer] for layer in skipped}

@@ -31,7 +31,7 @@ def check_config(config: PretrainedConfig) -> None:
     """
     if not is_language_model(config):
         raise InputError(
-            f"a model of the type {config.model_type} is no causal or masked language model",
+            f"a model of the type {config.model_type} is not a causal or masked language model",
             "use a decoder such as Llama, or an encoder such as BERT",
         )
     if is_encoder(config) and not is_masked(config):

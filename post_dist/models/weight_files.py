@@ -50,7 +50,7 @@ def _files_of_index(folder: Path) -> list[Path]:
     files = [folder / str(name) for name in sorted(names, key=str)]
     damaged = [file.name for file in files if file.parent != folder or not file.is_file()]
     if not files or damaged:
-        what = f"names {damaged[0]}, which is no file beside it" if damaged else "names no files"
+        what = f"names {damaged[0]}, which is not a file beside it" if damaged else "names no files"
         raise InputError(f"{folder / INDEX} {what}", "get the whole model again")
     return files
 

@@ -7,7 +7,6 @@ from post_dist.config.models import Student, Teacher
 from post_dist.config.precision import BYTES_PER_ELEMENT, Precision
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Corpus
-from post_dist.errors import InputError
 from post_dist.models.size import ModelSize
 from post_dist.models.student import stand_in_layers
 from post_dist.planning.cost import Sharding
@@ -38,14 +37,11 @@ def needed_sections(config: RunConfig) -> tuple[Teacher, Student, Corpus]:
     Raises:
         InputError: one of them is missing.
     """
-    if config.teacher is None or config.student is None or config.corpus is None:
-        sections = {"teacher": config.teacher, "student": config.student, "corpus": config.corpus}
-        missing = [f"`{name}`" for name, section in sections.items() if section is None]
-        hint = "add them: distill is planned too, also if inputs.student gives its result"
-        if config.teacher is None:
-            hint = "it plans the provider's run; `post-dist bench tune` times the owner's step"
-        raise InputError(f"plan needs sections that the run file lacks: {', '.join(missing)}", hint)
-    return config.teacher, config.student, config.corpus
+    hint = "`plan` needs them: distill is planned too, also if inputs.student gives its result"
+    if config.teacher is None:
+        hint = "`plan` is for the provider's run; `post-dist bench tune` times the owner's step"
+    teacher, student, corpus = config.need_sections("teacher", "student", "corpus", hint=hint)
+    return teacher, student, corpus
 
 
 def models_of(config: RunConfig, teacher: ModelSize) -> Models:

@@ -84,6 +84,6 @@ def read_measurement(path: Path) -> Measurement:
 
 def _refusal(path: Path, problem: str) -> InputError:
     return InputError(
-        f"{path} is no measurement of steps: {problem}",
+        f"{path} is not a measurement of steps: {problem}",
         "`post-dist bench scale RUN.yaml --write FILE` makes one",
     )

@@ -25,6 +25,7 @@ _TOTALS = {
     "reading the examples, s": "reading_seconds",
     "counting right validation examples, s": "counting_seconds",
     "step, s": "step_seconds",
+    # Programs read this field of `plan --json`, so it keeps its British spelling.
     "share of the peak": "model_flops_utilisation",
     "prompts": "prompts",
     "prompts at once": "prompts_at_once",

@@ -122,6 +122,7 @@ def _cost_of(plans: tuple[PrivacyPlan, ...], stated_for: PrivacyPlan) -> Cost:
         deltas = [float(delta) for delta in np.logspace(-12, -1, 45)]
         profile = [(float(accountant.get_epsilon(delta)), delta) for delta in deltas]
     else:
+        # Finished statements have this name, so it keeps its British spelling.
         name = f"PLD (dp-accounting, discretisation {FINE:g})"
         accountant = pld = _pld(plans, FINE)
         epsilons = np.linspace(0, 20, 401)

@@ -27,12 +27,11 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.errors import ArtifactRefused, InputError, PostDistError, PrivacyRefused
 from post_dist.files import check_write_access, file_digest, write_file
-from post_dist.privacy.spending import NO_ROW, ledger_lines, row_hash
+from post_dist.privacy.spending import NO_FIRST_ROW, NO_ROW, ledger_lines, row_hash
 from post_dist.runtime.private_process import owner_only
 
 log = logging.getLogger(__name__)
 
-_NO_ROWS = ""
 _LOCK = "lock"
 
 
@@ -303,7 +302,7 @@ def _chosen(
         return anchor
     file = folder / f"{secrets.token_hex(8)}.json"
     salt = secrets.token_hex(16)
-    return Anchor(file, AnchorRecord(str(ledger), 0, _NO_ROWS, NO_ROW, salt, ()))
+    return Anchor(file, AnchorRecord(str(ledger), 0, NO_FIRST_ROW, NO_ROW, salt, ()))
 
 
 def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anchor | None:
@@ -316,7 +315,7 @@ def _match(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -> Anc
             return anchor
     first = _first_row(ledger)
     for anchor in anchors:
-        if first != _NO_ROWS and anchor.record.first == first:
+        if first != NO_FIRST_ROW and anchor.record.first == first:
             return anchor
     return None
 
@@ -382,7 +381,7 @@ def _placed(anchor: Anchor, ledger: Path, *, may_move: bool) -> AnchorRecord:
 def _first_row(ledger: Path) -> str:
     """Return the hash of a ledger's first row."""
     lines = ledger_lines(ledger) if ledger.is_file() else []
-    return row_hash(lines[0]) if lines else _NO_ROWS
+    return row_hash(lines[0]) if lines else NO_FIRST_ROW
 
 
 def _anchors(folder: Path) -> list[Anchor]:

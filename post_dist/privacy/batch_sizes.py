@@ -76,7 +76,8 @@ def independent_sizes(section: Tune, task: TuningTask) -> dict[int, int]:
             earlier passes.
         Interrupted: the process was asked to stop.
     """
-    # The student's owner must not know the probes, or the student could behave for them alone.
+    # The provider of the student must not know the probes, or the student could behave for them
+    # alone.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     # The cheaper trial comes first and is the larger one. The student itself is run less often.
     kernels = replace(task, model=_with_random_weights(task, generator))

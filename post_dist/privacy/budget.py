@@ -124,7 +124,8 @@ def _anchor(ledger: Path, folder: Path | None) -> Anchor | None:
     anchor = known_anchor(folder or default_anchor_folder(), ledger)
     if anchor is None and folder is not None:
         raise InputError(
-            f"{folder} holds no anchor of {ledger}", "give privacy.ledger_anchors of the run file"
+            f"{folder} holds no anchor of {ledger}",
+            "--anchors takes the folder that privacy.ledger_anchors of the run file names",
         )
     return anchor
 

@@ -34,6 +34,7 @@ from post_dist.privacy.anchor import (
 )
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.spending import (
+    NO_FIRST_ROW,
     NO_ROW,
     Cap,
     DataSpending,
@@ -179,7 +180,7 @@ class OpenLedger:
         self.spending = spending_of(lines, self.path)
         # The next row carries the hash of the last one.
         self._rows = len(lines)
-        self._first = row_hash(lines[0]) if lines else ""
+        self._first = row_hash(lines[0]) if lines else NO_FIRST_ROW
         self._last = row_hash(lines[-1]) if lines else NO_ROW
         self._end_last_row()
         self._size = os.fstat(descriptor).st_size
@@ -205,7 +206,8 @@ class OpenLedger:
         self._size += len(data)
         self._rows += 1
         self._last = row_hash(line)
-        self._first = self._first or self._last
+        if self._first == NO_FIRST_ROW:
+            self._first = self._last
         # After the row, because an anchor that is ahead of its ledger would refuse it.
         self._anchor.advance(self._rows, self._first, self._last)
         self.spending.add(row)
@@ -364,7 +366,7 @@ def cap_of_run(
     if own.plan != plan:
         raise PrivacyRefused(
             f"{path} records this run with another privacy plan",
-            "start anew with --resume never",
+            "run `post-dist tune` with --resume never; the ledger keeps what this run has spent",
         )
     # One example more can move a user's clipped sum by 2 C, so the two costs do not add up.
     others = {other.plan.unit for other in spending.runs.values()}

@@ -279,7 +279,10 @@ def declared_plan(config: RunConfig, noise_multiplier: float) -> PrivacyPlan:
     )
     problems = plan.out_of_bounds()
     if problems:
-        raise InputError(f"privacy: {'; '.join(problems)}", "see `post-dist privacy RUN.yaml`")
+        raise InputError(
+            f"privacy: {'; '.join(problems)}",
+            "set these fields of the section privacy; docs/privacy.md explains them",
+        )
     # The prompts of such plans would not pass the door.
     if plan.delta > MOST_DELTA:
         raise InputError(

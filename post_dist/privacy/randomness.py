@@ -84,7 +84,7 @@ class RandomSource:
         if len(self.key) != _KEY_BYTES:
             raise ArtifactRefused(
                 f"the key of run {self.run} has been destroyed, so it cannot resume",
-                "start anew with --resume never",
+                _start_over("its run folder"),
             )
         return json.dumps([str(part) for part in purpose]).encode()
 
@@ -142,21 +142,27 @@ def _read(path: Path) -> RandomSource:
             text = file.read()
     except OSError as error:
         raise ArtifactRefused(
-            f"cannot read the key {path}: {error.strerror}", "start anew with --resume never"
+            f"cannot read the key {path}: {error.strerror}", _start_over(path.parent)
         ) from None
     # Whoever knows the key can subtract the noise, and whoever wrote it knows it.
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ArtifactRefused(
             f"the key {path} can be read or was written by others",
-            "start anew with --resume never",
+            _start_over(path.parent),
         )
     try:
         fields = json.loads(text)
         return RandomSource(str(fields["run"]), bytes.fromhex(fields["key"]))
     except (ValueError, KeyError, TypeError):
         raise ArtifactRefused(
-            f"{path} does not hold the key of a run", "start anew with --resume never"
+            f"{path} does not hold the key of a run", _start_over(path.parent)
         ) from None
+
+
+def _start_over(run_folder: Path | str) -> str:
+    """Return the hint for a run that cannot resume."""
+    # `audit` tunes too, and has no such option.
+    return f"delete {run_folder}, or run `post-dist tune` with --resume never"
 
 
 def _write(path: Path, source: RandomSource) -> None:

@@ -19,6 +19,8 @@ _ROW_START = '{"row": "'
 
 NO_ROW = hashlib.sha256(b"post_dist ledger").hexdigest()
 """The hash that the first row carries, because no row comes before it."""
+NO_FIRST_ROW = ""
+"""What an anchor holds for the hash of the first row while its ledger has no row."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def ledger_lines(path: Path) -> list[str]:
         return [*lines, last]
     # Without a whole line, nothing else shows that this is a ledger.
     if not lines and not _ROW_START.startswith(last[: len(_ROW_START)]):
-        raise ArtifactRefused(f"{path} is no privacy ledger", "give the path of the ledger")
+        raise ArtifactRefused(f"{path} is not a privacy ledger", "give the path of the ledger")
     return lines
 
 

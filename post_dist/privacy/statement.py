@@ -69,7 +69,10 @@ _COMPUTED = frozenset(
         *("not_covered", "warnings"),
     )
 )
-"""The fields of a statement, besides those of its plan."""
+"""The fields of a statement, besides those of its plan.
+
+Finished statements have these names, so `neighbouring_relation` keeps its British spelling.
+"""
 
 
 def privacy_statement(spending: Spending) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
                 if claimed != least:
                     problems.append(f"its {label} is not {least!r}")
             elif not _is_between(claimed, 0, math.inf):
-                problems.append(f"its {label} is no number")
+                problems.append(f"its {label} is not a number")
             elif claimed < least - _TOLERANCE:
                 problems.append(
                     f"it claims {label} {claimed:.4f}, but its numbers give {least:.4f}"

@@ -6,7 +6,7 @@ they come from, and their error.
 
 from collections.abc import Mapping
 
-from post_dist.config.stages import AdapterName
+from post_dist.config.stages import HEAD_DEFAULTS, AdapterName
 
 LEAST_GRADIENTS = 320
 """The shortest run: 20 steps of 16 examples."""
@@ -28,7 +28,6 @@ PROMPT_SETTINGS: Mapping[str, float] = {
 }
 """Settings of a prompt that are the same for any number of gradients, by field of the run file."""
 
-_HEAD_STEPS = 400
 _HEAD_SHARE = 0.1
 """Share of the examples in a step of a head."""
 
@@ -46,7 +45,7 @@ def suggested_plan(adapter: AdapterName, gradients: float, examples: float) -> d
     """
     if adapter == "head":
         # A head has time for all gradients that it needs, as a rule.
-        steps = _HEAD_STEPS
+        steps = HEAD_DEFAULTS["steps"]
         batch_size = min(_HEAD_SHARE * examples, gradients / steps)
     else:
         # More gradients make longer runs and larger batches at once.

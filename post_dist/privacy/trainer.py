@@ -62,7 +62,7 @@ class PrivateTrainer:
     """Trains and scores a part of a tuning task under a privacy plan.
 
     Args:
-        part: what is trained: the prompt, or a head behind it.
+        part: what is trained: the prompt, or an adapter behind it or in its place.
         config: the run file.
         run: plan, randomness, ledger and checkpoints.
     """

@@ -1,6 +1,7 @@
 """What tuning trains: the prompt itself, or an adapter behind a prompt or in its place.
 
-A new adapter is one class here, and its name and settings in `config/stages.py`.
+A new adapter is a class in its own file `tuned_*.py`, a line here in `_KINDS`, and its name and
+settings in `config/stages.py`.
 
 Shapes: B units or examples, C classes.
 """

@@ -7,6 +7,7 @@ from typing import Any
 
 from post_dist.admission.refusal import refusing
 from post_dist.artifacts.card import markdown_text
+from post_dist.artifacts.evaluation_table import TABLE_FILE
 from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError, command_line
 from post_dist.files import write_file
@@ -36,7 +37,7 @@ def finished_evaluation(runs: Path) -> Path:
     Raises:
         InputError: no evaluation is finished.
     """
-    tables = list(runs.glob("evaluate-*/artifact/table.json"))
+    tables = list(runs.glob(f"evaluate-*/artifact/{TABLE_FILE}"))
     if not tables:
         raise InputError(
             f"{runs} holds no finished evaluation",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from post_dist.admission.evaluation import checked_table
 from post_dist.admission.quarantine import quarantined
 from post_dist.artifacts.card import markdown_text, plain
+from post_dist.artifacts.evaluation_table import DP_REGRESSION, MAJORITY, TF_IDF
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,9 +28,6 @@ _RESPONSE_COLUMNS = {
     "ROUGE-1 %": "rouge_1",
     "ROUGE-L %": "rouge_l",
 }
-MAJORITY = "majority class"
-TF_IDF = "TF-IDF + logistic regression"
-DP_REGRESSION = "DP logistic regression"
 _WITHOUT_PROMPT = ("zero-shot", "student")
 NOTE = (
     "Accuracy counts examples (micro) or averages the recall of the classes (macro). "

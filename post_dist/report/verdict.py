@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from post_dist.artifacts.evaluation_table import DP_REGRESSION, MAJORITY, TF_IDF
 from post_dist.report.charts import Reference, percent
 from post_dist.report.lineage import Made, number
 from post_dist.report.tables import (
-    DP_REGRESSION,
-    MAJORITY,
-    TF_IDF,
     cautions,
     has_classes,
     measured_field,

@@ -5,13 +5,11 @@ Shapes: W ranks.
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -19,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
+from post_dist.extras import op_cache
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
 from post_dist.runtime.meeting import wait_for_ranks
 from post_dist.runtime.stop import saving
@@ -142,12 +141,18 @@ class World:
 
     def merged(self, own: dict[str, str]) -> dict[str, str]:
         """Return the entries of all ranks' dictionaries, in rank order. All ranks call it."""
+        gathered = self.gather_objects(own)
+        return {key: value for each in gathered for key, value in each.items()}
+
+    def gather_objects(self, own: Shared) -> list[Shared]:
+        """Return the value of each rank, in rank order. All ranks call it."""
         self._refuse_alone()
         if self.size == 1:
-            return own
-        gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
+            return [own]
+        # torch fills the list in place.
+        gathered = [own] * self.size
         dist.all_gather_object(gathered, own)
-        return {key: value for each in gathered for key, value in each.items()}
+        return gathered
 
     def together(self, work: Callable[[], Shared]) -> Shared:
         """Do each rank's own work. If it fails on one rank, all ranks raise an error.
@@ -239,9 +244,7 @@ def start(seed: int, join_timeout_seconds: float = 600.0) -> World:
     launcher = find_launcher(os.environ)
     if launcher == "none":
         os.environ |= ENVIRONMENT_OF_ONE_PROCESS
-    # DeepSpeed's compiled extensions belong to one Python environment. By default they are in the
-    # home folder, where another environment would load them.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(op_cache())
     rank = int(os.environ["RANK"])
     size = int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -20,13 +20,13 @@ from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
+from post_dist.stages.context_length import context_conflicts
 from post_dist.stages.prompt_origin import (
     check_belongs,
     check_made_for,
     check_norms,
     is_digest_of,
 )
-from post_dist.stages.room import room_conflicts
 
 _MODEL = "the model"
 
@@ -99,9 +99,14 @@ def _checked(prompt: SoftPromptArtifact, folder: Path) -> FittingModel:
     check_belongs(prompt, facts, tokenizer, _MODEL)
     check_norms(prompt, largest_embedding_norm(folder))
     reader = TaskReader(prompt.task, tokenizer, masked=facts.masked, vocabulary=facts.vocabulary)
-    found = room_conflicts(_MODEL, facts.context_length, len(prompt.embeddings), reader.longest)
-    if found:
-        raise ArtifactRefused(found[0].message, "the prompt was made for a longer context")
-    for conflict in generation_conflicts(_MODEL, facts, prompt.task.max_response_length):
+    found = context_conflicts(
+        _MODEL,
+        facts.context_length,
+        len(prompt.embeddings),
+        reader.longest,
+        "the prompt was made for a longer context",
+    )
+    found += generation_conflicts(_MODEL, facts, prompt.task.max_response_length)
+    for conflict in found:
         raise ArtifactRefused(conflict.message, conflict.hint)
     return FittingModel(folder, facts, tokenizer, reader)

@@ -5,8 +5,6 @@ Shapes: N texts, C classes.
 
 from collections.abc import Sequence
 
-import torch
-
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.models import Engine
 from post_dist.config.precision import PrecisionChoice
@@ -63,8 +61,7 @@ class Predictor:
         answers = answers_of(self._model, encoded, self._reader, self._prompt, run)
         if self._reader.generates:
             return [Response(text) for text in self._reader.texts_of(answers)]
-        biases = self._prompt.task.class_biases
-        scores_NC = answers + torch.tensor(biases) if biases else answers
+        scores_NC = self._prompt.task.with_biases(answers)
         return [class_prediction(self._prompt.task.class_names, row) for row in scores_NC]
 
 

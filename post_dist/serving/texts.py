@@ -38,7 +38,7 @@ def read_texts(source: str, column: str | None) -> list[str]:
     except OSError as error:
         raise InputError(f"{_WHERE}: {path}: {error.strerror or 'cannot be read'}") from None
     except UnicodeError:
-        raise InputError(f"{_WHERE}: {source}: is not UTF-8 text") from None
+        raise InputError(f"{_WHERE}: {source} is not UTF-8 text") from None
     # Other tools count line feeds alone, so `splitlines`, which knows more ends, would shift lines.
     lines = text.split("\n")
     if not lines[-1]:

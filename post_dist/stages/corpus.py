@@ -3,33 +3,15 @@
 It needs the teacher's tokenizer, and none of its weights.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from post_dist.config.schema import RunConfig
 from post_dist.data.corpus import check_long_enough, separator_of
+from post_dist.data.corpus_result import CorpusResult
 from post_dist.data.make_shards import make_shards
 from post_dist.data.private_as_public import refuse_private_text
 from post_dist.data.token_shards import read_index
-from post_dist.errors import InputError
 from post_dist.models.load import load_tokenizer, tokenizer_folder
-
-
-@dataclass(frozen=True)
-class TokenizedCorpus:
-    """Sealed shards of the corpus, and what they hold.
-
-    Attributes:
-        path: the folder of the shards.
-        tokens: number of tokens.
-        documents: number of documents.
-        sequences: number of sequences of `corpus.sequence_length` tokens.
-    """
-
-    path: Path
-    tokens: int
-    documents: int
-    sequences: int
 
 
 def corpora_folder(config: RunConfig) -> Path:
@@ -37,7 +19,7 @@ def corpora_folder(config: RunConfig) -> Path:
     return config.output / "corpora"
 
 
-def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
+def tokenize_corpus(config: RunConfig) -> CorpusResult:
     """Tokenize the corpus of a run file, or find its sealed shards and check them.
 
     Raises:
@@ -47,15 +29,13 @@ def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
         EnvironmentFault: the hub cannot be reached, the disk is full, or a process has died.
         Interrupted: this process was asked to stop. Finished shards are kept.
     """
-    section = config.corpus
-    if section is None or config.teacher is None:
-        raise InputError("the run file lacks one of the sections corpus and teacher", "add it")
+    section, teacher = config.need_sections("corpus", "teacher")
     refuse_private_text(config.private_task, section, "corpus")
     # Of a hub model, only the tokenizer is downloaded.
-    tokenizer = load_tokenizer(tokenizer_folder(config.teacher))
+    tokenizer = load_tokenizer(tokenizer_folder(teacher))
     folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))
     index = read_index(folder)
     # The shards are kept, because another run may hold out fewer sequences.
     check_long_enough(section, index.tokens)
     sequences = index.tokens // section.sequence_length
-    return TokenizedCorpus(folder, index.tokens, index.documents, sequences)
+    return CorpusResult(folder, index.tokens, index.documents, sequences)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
@@ -118,7 +117,7 @@ def _refuse(config: RunConfig, size: MembershipAttack) -> None:
         raise InputError(
             "membership inference asks for one row and its class; this task "
             + ("generates text" if task.response_column is not None else "protects users"),
-            "audit the plan with --attack canaries",
+            "audit the plan with the attack `canaries`",
         )
     if size.shadows < _FEWEST_SHADOWS or size.shadows % 2:
         raise InputError(
@@ -277,7 +276,7 @@ def shadow_privacy(config: RunConfig, members: int) -> Privacy:
     if expected > members:
         raise InputError(
             f"each shadow prompt has {members} examples, and a step expects {expected:g}",
-            "give more --rows, or set a smaller privacy.expected_batch_size",
+            "give more rows, or set a smaller privacy.expected_batch_size",
         )
     changes = {
         "target_epsilon": section.target_epsilon or account(plan).epsilon,
@@ -349,8 +348,7 @@ def _success(model: CachedAnswers, prompts: Sequence[Path], shadows: _Shadows) -
     for number, folder in enumerate(prompts):
         prompt = read_prompt(folder)
         scores_NC = model.answers(prompt, f"shadow prompt {number + 1} of {len(prompts)}")
-        if prompt.task.class_biases:
-            scores_NC = scores_NC + torch.tensor(prompt.task.class_biases)
+        scores_NC = prompt.task.with_biases(scores_NC)
         found.append(confidences(scores_NC.numpy(), classes_N))
     return attack(np.stack(found), shadows.members_SN)
 

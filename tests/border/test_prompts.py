@@ -365,7 +365,9 @@ def test_a_hostile_prefix_is_refused(tmp_path: Path, attack: str) -> None:
 def test_a_public_prompt_has_no_adapter_of_peft(tmp_path: Path, write: Callable) -> None:
     sent = write(tmp_path / "sent")
     edit_json("post_dist.json", kind="public prompt")(sent)
-    with pytest.raises(ArtifactRefused, match=r"prompt.safetensors is no file of a public prompt"):
+    with pytest.raises(
+        ArtifactRefused, match=r"prompt.safetensors is not a file of a public prompt"
+    ):
         admit_prompt(sent, PUBLIC_PROMPT)
 
 

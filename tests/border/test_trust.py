@@ -40,10 +40,10 @@ def test_a_student_without_a_manifest_is_refused_unless_it_is_trusted(
     code, _, err = main(*command)
     assert code == 4
     assert "has no post_dist.json, so it cannot be checked" in err
-    assert "--trust-model" in err
+    assert "set inputs.trust_model: true" in err
     assert not (tmp_path / "runs").exists()
 
-    code, out, err = main(*command, "--trust-model")
+    code, out, err = main(*command, "--set=inputs.trust_model=true")
     assert code == 0, err
     assert "student has no post_dist.json: it is trusted, and not checked" in err
     prompt = Path(out.strip())
@@ -76,7 +76,7 @@ def test_no_kind_of_artifact_passes_without_its_files(
     ("table", "problem"),
     [
         ('{"task": "t", "split": "test", "rows": NaN}', "not plain JSON"),
-        ('{"task": "t", "split": "test", "rows": []}', "is no table of `evaluate`: rows"),
+        ('{"task": "t", "split": "test", "rows": []}', "is not a table of `evaluate`: rows"),
         ("[]", "not a JSON object"),
     ],
 )

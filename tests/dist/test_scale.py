@@ -174,7 +174,7 @@ def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> N
             kept.append(line)
     run.write_text("".join(kept))
     code, out, err = main("bench", "scale", run, "--json")
-    refused = "bench scale needs sections that the run file lacks: `corpus`, `public_task`"
+    refused = "the run file lacks the sections corpus, public_task"
     assert (code, json.loads(out)["error"]) == (2, refused)
     assert refused in err
 
@@ -182,7 +182,7 @@ def test_missing_sections_are_named_at_once(tmp_path: Path, main: Callable) -> N
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("other.json", "other.json is no measurement of steps"),
+        ("other.json", "other.json is not a measurement of steps"),
         ("none.json", "none.json does not exist"),
         (".", "holds no finished evaluation"),
     ],

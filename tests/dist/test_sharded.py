@@ -13,11 +13,11 @@ from started import run_script
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from post_dist.cluster.doctor import op_cache
 from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Student
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import RankBatch
+from post_dist.extras import op_cache
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.student import freeze, write_student

@@ -162,4 +162,4 @@ def test_perplexities_that_are_none_are_refused(
 ) -> None:
     found = verify(tiny.write_student(tmp_path / "student", perplexity=statement))
     assert found["ok"] is ok
-    assert ok or "no perplexities" in found["problems"][0]
+    assert ok or "does not hold perplexities" in found["problems"][0]

@@ -177,7 +177,7 @@ def test_what_the_run_file_says_of_a_prompt_stays(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--minutes=1"], "give --epsilon too"),
+        (["--minutes=1"], "set privacy.enabled: true and privacy.target_epsilon"),
         (
             ["--minutes=1", "--epsilon=8", "--set=private_task.max_length=9000"],
             "do not fit into the context",

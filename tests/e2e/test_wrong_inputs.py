@@ -280,7 +280,7 @@ CASES = [
         put("tune.learning_rate", float("nan")),
     ),
     Case("bad name", 2, "name: string should match pattern", put("name", "../escape")),
-    Case("name missing", 2, "name: is missing", drop_section("name")),
+    Case("name missing", 2, "name is missing", drop_section("name")),
     Case(
         "override without value",
         2,
@@ -641,6 +641,13 @@ CASES = [
         TUNE,
     ),
     Case(
+        "privacy with a quantile of too few gradients",
+        2,
+        "set these fields of the section privacy",
+        private(target_epsilon=None, noise_multiplier=2, clip_quantile=0.5, expected_batch_size=4),
+        ("privacy", "{run}"),
+    ),
+    Case(
         "more rows a step than declared",
         2,
         "exceeds privacy.declared_examples",
@@ -762,7 +769,7 @@ CASES = [
     Case(
         "bench scale without public text",
         2,
-        "bench scale needs",
+        "lacks the section public_task",
         lambda fields, folder: fields.pop("public_task"),
         command=("bench", "scale", "{run}"),
     ),

@@ -45,14 +45,14 @@ def tuning_task(family: str, dtype: torch.dtype = torch.float64, device: torch.d
     reader = TaskReader(
         task, load_tokenizer(place), masked=model.masked, vocabulary=model.vocabulary_size
     )
-    labelled = tiny.sentences(7, 5)
-    labelled[3] = ("x", 1)
+    labeled = tiny.sentences(7, 5)
+    labeled[3] = ("x", 1)
     generator = torch.Generator().manual_seed(1)
     return TuningTask(
         model=model,
         reader=reader,
-        examples=reader.encode([text for text, _ in labelled]),
-        targets=torch.tensor([label for _, label in labelled]),
+        examples=reader.encode([text for text, _ in labeled]),
+        targets=torch.tensor([label for _, label in labeled]),
         start_nd=torch.randn(6, model.width, dtype=torch.float64, generator=generator) * 0.3,
     )
 

@@ -337,6 +337,9 @@ def test_a_key_that_others_may_know_is_refused(folder: Path, main: Callable, kin
     code, _, err = tune(main, folder)
     assert code == 4
     assert "randomness.json" in err
+    assert f"delete {key.parent}, or" in err
+    shutil.rmtree(key.parent)
+    assert tune(main, folder)[0] == 0
 
 
 def test_a_run_past_the_cap_is_refused_and_a_new_start_pays_again(
@@ -392,6 +395,7 @@ def test_a_cut_is_noticed_by_the_anchors_of_the_run_file(folder: Path, main: Cal
         code, _, err = main("budget", ledger, "--anchors", folder / "none", *cap)
         assert code == 2
         assert f"{folder / 'none'} holds no anchor of {ledger}" in err
+        assert "--anchors takes the folder" in err
     assert not (folder / "none").exists()
     # The new cap has gone, and what is left is a ledger.
     ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
@@ -497,6 +501,7 @@ def test_a_search_claims_the_price_of_its_selection_and_hides_its_trials(
     assert (code, json.loads(out)["exit_code"]) == (4, 4)
     assert "key of run" in err
     assert "has been destroyed" in err
+    assert "run `post-dist tune` with --resume never" in err
 
 
 def audited(folder: Path, *, sampling_probability: float, steps: int) -> Path:

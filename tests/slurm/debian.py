@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-PACKAGES = {  # and a program by which each is recognised
+PACKAGES = {  # and a program by which each is recognized
     "munge": "munged",
     "slurmctld": "slurmctld",
     "slurmdbd": "slurmdbd",

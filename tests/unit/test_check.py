@@ -115,6 +115,22 @@ def test_everything_that_is_wrong_is_named_at_once(run: Path, main: Callable) ->
     assert report["label_words"]["student"]["2"] == {"good": "Ġgood"}, "the sound words are shown"
 
 
+def test_a_context_that_is_too_short_names_what_can_be_lowered(run: Path, main: Callable) -> None:
+    tokens = "num_virtual_tokens"
+    settings = (f"warm_start={{{tokens}: 100}}", f"tune.{tokens}=100", "public_task.max_length=200")
+    code, report = checked(main, run, *(f"--set={each}" for each in settings))
+    assert code == 2
+    found = {each["message"]: each["hint"] for each in report["conflicts"]}
+    context = "do not fit into the context of the"
+    of_warm_start = {
+        f"a prompt of 100 tokens and texts of 200 tokens {context} student (128)": (
+            f"lower warm_start.{tokens} or public_task.max_length"
+        ),
+        f"texts of 200 tokens {context} teacher (128)": "lower public_task.max_length",
+    }
+    assert found.items() >= of_warm_start.items(), found
+
+
 def test_two_classes_that_share_a_token_are_found_beside_a_long_word(
     run: Path, main: Callable
 ) -> None:

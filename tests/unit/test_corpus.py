@@ -203,7 +203,7 @@ def test_lists_folders_and_patterns_name_files_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"good\n" * 900 + b"\xff\n", "a.txt, line 901: is not UTF-8 text"),
+        ("a.txt", b"good\n" * 900 + b"\xff\n", "a.txt, line 901 is not UTF-8 text"),
         ("a.jsonl", b'{"text": "x"}\n' * 900 + b"[]\n", "a.jsonl, line 901, is not a JSON object"),
         ("a.jsonl", b'{"other": "x"}\n', "there is no column 'text'"),
         ("a.jsonl", b'{"text": ["x"]}\n', "column 'text' holds lists or mappings"),

@@ -119,7 +119,7 @@ def test_compiled_models_are_whole_on_each_of_two_ranks(run: Path) -> None:
 def test_a_missing_section_is_a_conflict(run: Path) -> None:
     config = RunConfig.model_construct(corpus=None, student=None)
     (conflict,) = conflicts(config, LLAMA, Layout())
-    assert "lacks one of the sections corpus and student" in conflict.message
+    assert "the run file lacks the sections corpus, student" in conflict.message
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ COLLECTIVES: dict[str, Callable[[World], object]] = {
     "any": lambda world: world.any(True),
     "from_main": lambda world: world.from_main(1),
     "merged": lambda world: world.merged({}),
+    "gather_objects": lambda world: world.gather_objects(1),
     "together": lambda world: world.together(lambda: 1),
     "on_main": lambda world: world.on_main(lambda: 1),
 }

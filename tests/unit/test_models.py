@@ -22,6 +22,7 @@ from transformers import (
 from post_dist.artifacts.prompt import PromptContents, write_prompt_files
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Student
+from post_dist.config.stages import LoraSettings
 from post_dist.data.template import Template
 from post_dist.errors import InputError
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
@@ -29,6 +30,7 @@ from post_dist.models.cut import check_same_layers
 from post_dist.models.facts import meta_model
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_settings, tokenizer_fingerprint
+from post_dist.models.lora_layers import lora_conflicts
 from post_dist.models.lower_block import forward_above, forward_with_below, take_out_lower_block
 from post_dist.models.model_checks import check_documents_apart
 from post_dist.models.prompt_init import prompt_from_text
@@ -41,7 +43,7 @@ from post_dist.models.student import (
     write_student,
 )
 from post_dist.runtime.distributed import World
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, "none", CPU)
@@ -385,11 +387,23 @@ def test_prompt_starts_from_the_words_of_a_text(folder: Path) -> None:
     assert torch.equal(prompt_from_text(model, words, "the film is", 5), wanted)
 
 
+def test_a_model_without_linear_modules_is_the_wrong_one_for_a_lora() -> None:
+    settings = LoraSettings(target_modules=("q_proj",))
+    (conflict,) = lora_conflicts("tune", settings, [{}, {}], "bloom")
+    assert conflict.hint == "choose another model"
+    (conflict,) = lora_conflicts("tune", settings, [{"attn.query": (4, 4)}], "bloom")
+    assert conflict.hint == "choose from query"
+
+
 def test_prompt_and_text_must_fit_the_context(folder: Path) -> None:
     model = load_whole(folder, "fp32", CPU)
-    assert room_conflicts("the model", model.context_length, 28, 100) == []
-    (conflict,) = room_conflicts("the model", model.context_length, 40, 100)
-    assert f"the context of the model ({model.context_length})" in conflict.message
+    assert context_conflicts("the model", model.context_length, 28, 100, "") == []
+    (conflict,) = context_conflicts("the model", model.context_length, 40, 100, "cut it")
+    context = f"do not fit into the context of the model ({model.context_length})"
+    assert conflict.message == f"a prompt of 40 tokens and texts of 100 tokens {context}"
+    assert conflict.hint == "cut it"
+    (conflict,) = context_conflicts("the model", model.context_length, 0, 140, "")
+    assert conflict.message == f"texts of 140 tokens {context}"
 
 
 @pytest.mark.parametrize(
@@ -404,7 +418,7 @@ def test_a_context_that_is_not_counted_in_position_embeddings(
 ) -> None:
     model = LanguageModel(AutoModelForCausalLM.from_config(config), masked=False)
     assert model.context_length == longest
-    assert room_conflicts("the model", model.context_length, 4, 60) == []
+    assert context_conflicts("the model", model.context_length, 4, 60, "") == []
 
 
 @pytest.mark.parametrize(

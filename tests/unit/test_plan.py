@@ -562,7 +562,8 @@ def test_a_task_that_generates_text_counts_its_responses(run: Path, main: Callab
     assert code == 2
     assert (
         "transfer: a prompt of 100 tokens and texts of 8228 tokens do not fit into the context of "
-        "the target (8192) (lower tune.num_virtual_tokens or max_length)" in plan["conflicts"]
+        "the target (8192) (tune the prompt with a lower tune.num_virtual_tokens or private_task."
+        "max_length)" in plan["conflicts"]
     )
 
 
@@ -672,8 +673,8 @@ def test_all_sections_that_a_plan_lacks_are_named_at_once(run: Path, main: Calla
     run.write_text(yaml.safe_dump(fields))
     code, found = planned(main, run)
     assert code == 2
-    assert "plan needs sections that the run file lacks: `student`, `corpus`" in found["error"]
-    assert found["hint"].startswith("add them: distill is planned too")
+    assert found["error"] == "the run file lacks the sections student, corpus"
+    assert found["hint"].startswith("`plan` needs them: distill is planned too")
 
 
 def measurement(ranks: object = 1, scalings: Sequence[str] = ("strong",), **change: object) -> str:
@@ -718,7 +719,7 @@ def test_a_file_that_is_no_measurement_of_steps_is_refused_by_name(
     (tmp_path / "bad.json").write_text(text)
     code, out, err = main("report", tmp_path / "good.json", tmp_path / "bad.json")
     assert (code, out) == (2, "")
-    assert "bad.json is no measurement of steps" in err
+    assert "bad.json is not a measurement of steps" in err
     assert "\x1b" not in err
 
 

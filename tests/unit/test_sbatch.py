@@ -590,6 +590,23 @@ def test_a_silent_slurm_is_no_wrong_run_file(
     assert ("see `cluster`" in error) == (code == 2)
 
 
+def test_only_submit_itself_advises_its_option_local(
+    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = write_run(tmp_path)
+    advice = "sbatch is not here\n  submit from a login node of the cluster"
+    code, _, error = main("submit", run, "distill")
+    assert code == 3
+    assert f"{advice}, or use --local" in error
+    for arguments in (("submit", run, "distill", "--test-only"), ("bench", "scale", run)):
+        options = ("--submit", "1") if arguments[0] == "bench" else ()
+        code, _, error = main(*arguments, *options)
+        assert code == 3
+        assert advice in error
+        assert "--local" not in error
+
+
 def test_json_is_one_object_whatever_is_asked(
     tmp_path: Path, main: Callable, commands: Callable
 ) -> None:

@@ -218,10 +218,10 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     config = transformers.T5Config(vocab_size=600, pad_token_id=0, **sizes)
     config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no causal or masked language model"):
+    with pytest.raises(InputError, match="not a causal or masked language model"):
         read_facts(tmp_path)
     folder = write(tmp_path / "bart", transformers.BartConfig(vocab_size=600, **BART), "BartModel")
-    with pytest.raises(InputError, match="no causal or masked language model"):
+    with pytest.raises(InputError, match="not a causal or masked language model"):
         load_whole(folder, "fp32", CPU)
 
 

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import torch
 
+from post_dist.artifacts.evaluation_table import MAJORITY, TF_IDF
 from post_dist.data.tasks import Examples
 from post_dist.privacy.accounting import account
 from post_dist.stages.evaluate import private_text_baseline
 from post_dist.stages.evaluate.private_text_baseline import plan_like, private_text_scores
-from post_dist.stages.evaluate.text_baselines import MAJORITY, TF_IDF, text_baselines
+from post_dist.stages.evaluate.text_baselines import text_baselines
 
 TEXTS = {
     0: "the goalkeeper saved a penalty",

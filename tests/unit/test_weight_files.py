@@ -69,9 +69,12 @@ def test_other_weights_beside_a_model_are_not_read(
         ("{", "names no files"),
         ('{"weight_map": {}}', "names no files"),
         ('{"weight_map": 3}', "names no files"),
-        ('{"weight_map": {"a": 7}}', "names 7, which is no file beside it"),
+        ('{"weight_map": {"a": 7}}', "names 7, which is not a file beside it"),
         ('{"weight_map": {"a": [1]}}', "names no files"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is no file"),
+        (
+            '{"weight_map": {"a": "gone.safetensors"}}',
+            "names gone.safetensors, which is not a file",
+        ),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "names model.safetensors, which"),
     ],
 )

@@ -119,10 +119,10 @@ def liger_distillation_loss(
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     # Liger divides by the number of labels, and the published loss by that of all positions.
-    labelled = int((labels_BT != -100).sum()) / labels_BT.numel()
+    labeled = int((labels_BT != -100).sum()) / labels_BT.numel()
     scale = section.alpha_ce * section.temperature**2
     liger = LigerFusedLinearJSDLoss(
-        section.alpha_lm, scale * labelled, beta=0.0, temperature=section.temperature
+        section.alpha_lm, scale * labeled, beta=0.0, temperature=section.temperature
     )
     # pyrefly: ignore[missing-attribute]
     student_weight = student_head.weight
@@ -139,7 +139,7 @@ def liger_distillation_loss(
     # The divergence of the last positions, which Liger leaves out.
     last_BV = student_head(student_BTd[:, -1])
     wanted_BV = teacher_head(teacher_BTd[:, -1])
-    last = (1 - labelled) * softened_kl(wanted_BV, last_BV, section.temperature)
+    last = (1 - labeled) * softened_kl(wanted_BV, last_BV, section.temperature)
 
     similarity = functional.cosine_similarity(student_BTd.float(), teacher_BTd.float(), dim=-1)
     cos = 1 - similarity.mean()

@@ -18,7 +18,8 @@ class StageConflict:
     """A conflict, and the stage that would raise it.
 
     Attributes:
-        stage: name of the stage, or `run file`.
+        stage: name of the stage, or another part of a run: `run file`, `corpus`, `public_task` or
+            `signals`.
         message: what is wrong.
         hint: what to change; empty if the message says it already.
     """

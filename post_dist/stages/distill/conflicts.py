@@ -30,9 +30,8 @@ def required_sections(config: RunConfig) -> tuple[Corpus, Student]:
     Raises:
         InputError: one of them is missing.
     """
-    if config.corpus is None or config.student is None:
-        raise InputError("the run file lacks one of the sections corpus and student", "add it")
-    return config.corpus, config.student
+    corpus, student = config.need_sections("corpus", "student")
+    return corpus, student
 
 
 def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Conflict]:

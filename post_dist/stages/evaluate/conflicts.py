@@ -9,7 +9,7 @@ from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
 from post_dist.runtime.precision import precision_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,20 @@ def conflicts(config: RunConfig, models: Sequence[PromptedModel], layout: Layout
         found = engine_conflicts(config.engine, layout)
     longest = task.max_length + task.response_length
     for model in models:
-        found += room_conflicts(
-            model.whose, model.facts.context_length, model.num_virtual_tokens, longest
+        found += context_conflicts(
+            model.whose,
+            model.facts.context_length,
+            model.num_virtual_tokens,
+            longest,
+            _hint(model),
         )
         found += generation_conflicts(model.whose, model.facts, task.response_length)
     return found
+
+
+def _hint(model: PromptedModel) -> str:
+    """Say what would make prompt and texts fit into the model's context."""
+    if not model.num_virtual_tokens:
+        return "lower private_task.max_length"
+    # `evaluate` reads finished prompts, so a shorter prompt must be tuned first.
+    return "lower private_task.max_length, or tune with a lower tune.num_virtual_tokens"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import csr_array
+from scipy.special import softmax
 
 from post_dist.data.tasks import Examples
 from post_dist.errors import InputError
@@ -100,9 +101,7 @@ def _clipped_sum(
     features_Nd: csr_array, classes_N: np.ndarray, weight_Cd: np.ndarray, norm: float
 ) -> np.ndarray:
     """Return the sum [C, d] of the examples' gradients, each clipped to a norm."""
-    scores_NC = features_Nd @ weight_Cd.T
-    error_NC = np.exp(scores_NC - scores_NC.max(axis=1, keepdims=True))
-    error_NC /= error_NC.sum(axis=1, keepdims=True)
+    error_NC: np.ndarray = softmax(features_Nd @ weight_Cd.T, axis=1)
     error_NC[np.arange(len(classes_N)), classes_N] -= 1
     # A gradient is the outer product of error and feature, and no feature is longer than 1.
     lengths_N = np.linalg.norm(error_NC, axis=1)

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from post_dist.artifacts.evaluation_table import DP_REGRESSION
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.config.schema import RunConfig
 from post_dist.losses.transfer import proxy_logits
@@ -158,7 +159,7 @@ class TextBaselines(Row):
 class PrivateTextBaseline(Row):
     """A classifier without a language model, at the epsilon of the prompt on the student."""
 
-    name = "DP logistic regression"
+    name = DP_REGRESSION
 
     def entries(self, inputs: RowInputs) -> list[TableEntry]:
         """Return a line if the prompt was tuned with privacy for examples."""
@@ -341,10 +342,9 @@ def _prompt_entries(
     # Cached answers are without biases, because they depend only on the prompt's vectors.
     name += inputs.label
     answers = model.answers(prompt, name)
-    biases = prompt.task.class_biases
-    if not biases:
+    if not prompt.task.class_biases:
         return [TableEntry(name, answers, model, prompt.epsilon)]
     return [
-        TableEntry(name, answers + torch.tensor(biases), model, prompt.epsilon),
+        TableEntry(name, prompt.task.with_biases(answers), model, prompt.epsilon),
         TableEntry(f"{name}, without biases", answers, model, prompt.epsilon),
     ]

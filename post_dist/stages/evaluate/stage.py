@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from post_dist.artifacts.evaluation_table import TABLE_FILE
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.manifest import write_artifact
 from post_dist.artifacts.prompt import SoftPromptArtifact
@@ -39,8 +40,6 @@ from post_dist.stages.evaluate.text_baselines import text_baselines
 from post_dist.stages.prompt_origin import check_belongs
 
 log = logging.getLogger(__name__)
-
-TABLE = "table.json"
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ def _write(folder: RunFolder, table: Mapping[str, Any], parents: Mapping[str, st
     """Write the artifact with the table."""
 
     def fill(artifact: Path) -> None:
-        (artifact / TABLE).write_text(json.dumps(table, indent=2) + "\n")
+        (artifact / TABLE_FILE).write_text(json.dumps(table, indent=2) + "\n")
 
     settings = {"evaluate": folder.config.evaluate.model_dump(mode="json")}
     write_artifact(folder.artifact, "evaluation", fill, parents=parents, config=settings)

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from post_dist.artifacts.evaluation_table import MAJORITY, TF_IDF
 from post_dist.data.tasks import Examples
-
-MAJORITY = "majority class"
-TF_IDF = "TF-IDF + logistic regression"
 
 _INVERSE_REGULARIZATION = 10.0
 """`C` of scikit-learn. With word pairs, the default of 1 underfits some thousand short texts."""

@@ -12,10 +12,13 @@ from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.lora_layers import lora_conflicts
 from post_dist.runtime.shard_group import engine_conflicts
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 LEAST_TEXTS = 8
 """Number of public texts that a head needs. Of fewer, too few are held out to choose anything."""
+
+# The source prompt may be finished, and its task then comes from its file.
+_SHORTER_PROMPT = "tune the prompt with a lower tune.num_virtual_tokens or private_task.max_length"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def conflicts(
     # In both models the public text follows a prompt of the same length.
     longest = prompt.task.max_length + prompt.task.max_response_length
     for whose, facts in (("the student", models.student), ("the target", models.target)):
-        found += room_conflicts(whose, facts.context_length, prompt.num_virtual_tokens, longest)
+        found += context_conflicts(
+            whose, facts.context_length, prompt.num_virtual_tokens, longest, _SHORTER_PROMPT
+        )
         found += generation_conflicts(whose, facts, prompt.task.max_response_length)
     if prompt.task.max_response_length:
         found += _generation_conflicts(config.transfer, public_task)

@@ -137,7 +137,7 @@ class _Scores:
 
 
 def _best_layers(states_Nk: torch.Tensor, scores: _Scores, depth: int, width: int) -> LinearHead:
-    """Choose neighbouring layers on held-out texts.
+    """Choose neighboring layers on held-out texts.
 
     Args:
         states_Nk: states of all layers.

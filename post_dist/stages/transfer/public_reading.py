@@ -169,9 +169,7 @@ class PublicReading:
             return stored
         # Hidden states are stored. Compute only the logits of the label words from them.
         scores_NC = self.headed_scores(stored)
-        biases: Sequence[float] = self.reader.task.class_biases if prompted else ()
-        # Without biases, add zero to every class.
-        return scores_NC + torch.tensor([biases or [0.0]])
+        return self.reader.task.with_biases(scores_NC) if prompted else scores_NC
 
 
 class PromptedStates:

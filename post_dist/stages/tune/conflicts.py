@@ -7,7 +7,7 @@ from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
 from post_dist.privacy.tuned_part import tuned_kind
 from post_dist.runtime.precision import precision_conflicts
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 
 def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conflict]:
@@ -31,7 +31,8 @@ def conflicts(config: RunConfig, model: ModelFacts, layout: Layout) -> list[Conf
     padding = int(model.masked and private)
     longest = task.max_length + task.response_length + padding
     prompt = config.tune.num_virtual_tokens
-    found += room_conflicts("the model", model.context_length, prompt, longest)
+    hint = "lower tune.num_virtual_tokens or private_task.max_length"
+    found += context_conflicts("the model", model.context_length, prompt, longest, hint)
     found += generation_conflicts("the model", model, task.response_length)
     found += tuned_kind(config.tune).conflicts(config.tune, model)
     return found

@@ -8,8 +8,6 @@ Shapes: N texts, C classes.
 
 import logging
 
-import torch
-
 from post_dist.artifacts.head import LinearHead
 from post_dist.artifacts.prompt import PromptContents
 from post_dist.errors import PostDistError
@@ -90,9 +88,8 @@ def _largest_class(
     """Return the share of the most frequent class among the answers, and its first label word."""
     reader = task.reader
     run = InferenceRun(_BATCH, world, "texts of the model", show=False)
-    scores_NC = answers_of(task.model, reader.encode(texts), reader, prompt, run)
-    if prompt.task.class_biases:
-        scores_NC = scores_NC + torch.tensor(prompt.task.class_biases)
+    answers = answers_of(task.model, reader.encode(texts), reader, prompt, run)
+    scores_NC = prompt.task.with_biases(answers)
     counts_C = scores_NC.argmax(dim=1).bincount(minlength=reader.num_classes)
     largest = int(counts_C.argmax())
     return float(counts_C[largest]) / len(texts), reader.task.label_words[largest][0]

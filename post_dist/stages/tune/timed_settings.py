@@ -73,17 +73,20 @@ def _refuse(config: RunConfig, minutes: float) -> None:
     """Refuse a run file that has no private run, or one whose time cannot be known."""
     config.need_task("private_task")
     if not math.isfinite(minutes):
-        raise InputError(f"--minutes {minutes}: not a time")
+        raise InputError(f"minutes must be a finite number, not {minutes}")
     if not config.privacy.enabled:
-        raise InputError("--minutes plans a private run", "give --epsilon too, for example 8")
+        raise InputError(
+            "minutes are planned for a private run only",
+            "set privacy.enabled: true and privacy.target_epsilon, for example 8",
+        )
     if config.privacy.clip_quantile is not None:
         raise InputError(
-            "--minutes does not go with privacy.clip_quantile, which needs large batches",
+            "minutes do not go with privacy.clip_quantile, which needs large batches",
             "set privacy.steps and privacy.expected_batch_size",
         )
     if config.protects_users:
         raise InputError(
-            "--minutes does not go with private_task.user_column: how many texts a user has is "
+            "minutes do not go with private_task.user_column: how many texts a user has is "
             "private, so the time of a step is not known",
             "set privacy.steps and privacy.expected_batch_size",
         )

@@ -4,7 +4,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
 from post_dist.runtime.shard_group import engine_conflicts
-from post_dist.stages.room import room_conflicts
+from post_dist.stages.context_length import context_conflicts
 
 
 def conflicts(
@@ -50,6 +50,14 @@ def conflicts(
             )
         )
     prompt = section.num_virtual_tokens
-    found += room_conflicts("the student", student.context_length, prompt, task.max_length)
-    found += room_conflicts("the teacher", teacher.context_length, 0, task.max_length)
+    found += context_conflicts(
+        "the student",
+        student.context_length,
+        prompt,
+        task.max_length,
+        "lower warm_start.num_virtual_tokens or public_task.max_length",
+    )
+    # The teacher reads the texts without a prompt.
+    hint = "lower public_task.max_length"
+    found += context_conflicts("the teacher", teacher.context_length, 0, task.max_length, hint)
     return found

@@ -3,8 +3,8 @@
 from post_dist.conflicts import Conflict
 
 
-def room_conflicts(
-    whose: str, context_length: float, num_virtual_tokens: int, max_length: int
+def context_conflicts(
+    whose: str, context_length: float, num_virtual_tokens: int, max_length: int, hint: str
 ) -> list[Conflict]:
     """Compare the length of prompt and text with the context length of a model.
 
@@ -13,13 +13,12 @@ def room_conflicts(
         context_length: most tokens that the model can read; infinite if it has no limit.
         num_virtual_tokens: tokens of the soft prompt; 0 without one.
         max_length: most tokens of a text with its response.
+        hint: what the user can shorten.
     """
     if num_virtual_tokens + max_length <= context_length:
         return []
-    return [
-        Conflict(
-            f"a prompt of {num_virtual_tokens} tokens and texts of {max_length} tokens do not fit "
-            f"into the context of {whose} ({context_length})",
-            "lower tune.num_virtual_tokens or max_length",
-        )
-    ]
+    too_long = f"{max_length} tokens do not fit into the context of {whose} ({context_length})"
+    message = f"texts of {too_long}"
+    if num_virtual_tokens:
+        message = f"a prompt of {num_virtual_tokens} tokens and texts of {too_long}"
+    return [Conflict(message, hint)]
