@@ -198,8 +198,10 @@ def default_anchor_folder() -> Path:
     return around / "post_dist" / "ledgers"
 
 
-def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
-    """Return the anchor of a ledger; a new one if neither the ledger nor the data are known.
+def claim_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
+    """Write which ledger belongs to these data, and return its anchor.
+
+    The anchor is new if neither the ledger nor the data are known. Other anchors lose the data.
 
     Args:
         folder: the folder of the anchors.
@@ -227,7 +229,7 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
 
 
 def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
-    """Return the anchor that `find_anchor` would, and refuse what it refuses. Nothing is written.
+    """Return the anchor that `claim_anchor` would, and refuse what it refuses. Nothing is written.
 
     Args:
         folder: the folder of the anchors, which may be missing.
@@ -243,7 +245,7 @@ def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_mov
     return Anchor(anchor.file, _placed(anchor, ledger, may_move=may_move))
 
 
-def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
+def find_anchor(folder: Path, ledger: Path) -> Anchor | None:
     """Return the anchor of a ledger, if there is one. Nothing is written."""
     if not folder.is_dir():
         return None

@@ -26,9 +26,9 @@ from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
     Anchor,
     anchor_folder,
+    claim_anchor,
     data_marks,
     expected_anchor,
-    find_anchor,
     knows_ledger_and_place,
     refuse_unwritable_anchors,
 )
@@ -67,12 +67,12 @@ def ledger_beside(data: Path) -> Path:
     return data.with_name(f"{data.name}.ledger.jsonl")
 
 
-def anchor_of(config: RunConfig, *, write: bool = True) -> Anchor:
-    """Return the anchor of the ledger for the private data of a run file.
+def claim_anchor_for(config: RunConfig, *, write: bool = True) -> Anchor:
+    """Claim the anchor of the ledger for the private data of a run file, and return it.
 
     Args:
         config: the run file.
-        write: whether the anchor remembers these data, and a new one is kept.
+        write: whether the claim is written; otherwise it is only checked.
 
     Raises:
         InputError: there is no place for the ledger or its anchor.
@@ -90,7 +90,7 @@ def anchor_of(config: RunConfig, *, write: bool = True) -> Anchor:
         _refuse_other_beside(task.path, anchor)
     if not write:
         return anchor
-    return find_anchor(folder, ledger, marks, may_move=may_move)
+    return claim_anchor(folder, ledger, marks, may_move=may_move)
 
 
 def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
@@ -107,7 +107,7 @@ def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
     """
     beside = ledger_beside(data).resolve()
     is_other = beside != anchor.ledger and beside.is_file() and beside.stat().st_size > 0
-    # `find_anchor` judges what this account has spent from both.
+    # `claim_anchor` judges what this account has spent from both.
     is_known = knows_ledger_and_place(anchor.file.parent, beside, data)
     if not is_other or is_known or anchor.is_copied_to(beside):
         return
@@ -137,7 +137,7 @@ def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
         PrivacyRefused: the data have another ledger, or the run would exceed the cap.
         ArtifactRefused: the ledger was changed.
     """
-    anchor = anchor_of(config, write=False)
+    anchor = claim_anchor_for(config, write=False)
     path = anchor.ledger
     try:
         _refuse_no_file(path)

@@ -13,7 +13,7 @@ from border.hostile import sign
 from report_run import HOSTILE, table_row, write_full_run, write_table
 
 from post_dist.config.yaml_files import write_yaml
-from post_dist.privacy.anchor import default_anchor_folder, find_anchor
+from post_dist.privacy.anchor import claim_anchor, default_anchor_folder
 from post_dist.privacy.ledger import lock_ledger
 from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
@@ -217,7 +217,7 @@ def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "runs/tune-1/resolved.yaml").write_text(write_yaml(settings))
     assert "Privacy budget" not in page_of(evaluation)
     ledger = tmp_path / "a.csv.ledger.jsonl"
-    anchor = find_anchor(default_anchor_folder(), ledger, (), may_move=False)
+    anchor = claim_anchor(default_anchor_folder(), ledger, (), may_move=False)
     with lock_ledger(anchor) as opened:
         opened.set_cap(Cap(10.0, 1e-5))
     page = page_of(evaluation)
