@@ -34,7 +34,7 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.runtime.zero import number_of_parameters
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker

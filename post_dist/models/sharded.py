@@ -32,7 +32,7 @@ from post_dist.runtime.allocator import memory_given_back_at_once
 from post_dist.runtime.distributed import World, prepare_deepspeed
 from post_dist.runtime.further_settings import refusing_further_settings
 from post_dist.runtime.gathering import gathered_from_reader
-from post_dist.runtime.rank_layout import ShardGroup, shard_group
+from post_dist.runtime.shard_group import ShardGroup, shard_group
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import freeze_sharded
 

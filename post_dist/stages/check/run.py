@@ -28,8 +28,8 @@ from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import check_write_access, writing
 from post_dist.models.facts import ModelFacts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.runtime.private_process import forgetting_private_data
-from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.given import GivenParts
 from post_dist.stages.check.models import same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon

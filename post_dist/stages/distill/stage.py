@@ -32,7 +32,7 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
 from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.progress import progress
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase

@@ -29,7 +29,7 @@ from post_dist.models.load import load_tokenizer, load_whole, model_name, tokeni
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import train_prompts
 from post_dist.stages.transfer.artifact import NamedTarget, Transferred, write_transferred
