@@ -2,7 +2,7 @@
 
 from post_dist.config.schema import Engine
 from post_dist.conflicts import Conflict, Layout
-from post_dist.runtime.further_settings import further_conflicts
+from post_dist.runtime.deepspeed_conflicts import deepspeed_conflicts
 from post_dist.runtime.precision import precision_conflicts
 
 
@@ -24,7 +24,7 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     """
     found = _group_conflicts(engine, layout)
     found += precision_conflicts(engine, layout.device)
-    found += further_conflicts(engine)
+    found += deepspeed_conflicts(engine)
     if engine.quantized_gathers and layout.device == "cpu":
         found.append(
             Conflict(

@@ -65,7 +65,7 @@ def _check_zero(given: Any) -> Any:
 ZeroSettings = Annotated[dict[str, bool | int | float], BeforeValidator(_check_zero)]
 
 
-class FurtherSettings(Section):
+class DeepSpeedSettings(Section):
     """Further settings of DeepSpeed, under its own names. They reach the engines of all models.
 
     A setting that another field of the run file makes is refused. Any of these may change results,
