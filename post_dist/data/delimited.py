@@ -101,7 +101,7 @@ def _check_quotes(text: bytes, separator: str) -> None:
         place = found.end()
 
 
-def refuse_equal_names(names: Iterable[str]) -> None:
+def check_distinct_names(names: Iterable[str]) -> None:
     """Refuse a table in which a name could stand for either of two columns.
 
     Raises:
@@ -121,7 +121,7 @@ def check_header(file: IO[bytes], options: dict[str, Any]) -> None:
     """
     # With a header, pandas would rename the second column.
     header = pd.read_csv(file, header=None, nrows=1, **options)
-    refuse_equal_names(header.iloc[0])
+    check_distinct_names(header.iloc[0])
 
 
 def _table(text: bytes, options: dict[str, Any]) -> pd.DataFrame:

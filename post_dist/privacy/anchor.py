@@ -300,7 +300,7 @@ def _chosen(
     """
     anchor = _match(anchors, ledger, marks)
     if anchor is not None and may_move:
-        _refuse_two_ledgers(anchors, anchor, marks)
+        _check_one_ledger(anchors, anchor, marks)
     if anchor is not None:
         return anchor
     file = folder / f"{secrets.token_hex(8)}.json"
@@ -335,7 +335,7 @@ def _that_knows(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -
     return None
 
 
-def _refuse_two_ledgers(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequence[str]) -> None:
+def _check_one_ledger(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequence[str]) -> None:
     """Refuse data whose contents have one ledger, and whose place has another.
 
     An edited copy that was saved back is such a case: its examples have spent from both.
@@ -429,7 +429,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_unwritable_anchors(folder: Path) -> None:
+def check_anchors_writable(folder: Path) -> None:
     """Refuse a folder in which no anchor can be written. Nothing is written.
 
     Raises:

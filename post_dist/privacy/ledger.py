@@ -26,11 +26,11 @@ from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
     Anchor,
     anchor_folder,
+    check_anchors_writable,
     claim_anchor,
     data_marks,
     expected_anchor,
     knows_ledger_and_place,
-    refuse_unwritable_anchors,
 )
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.spending import (
@@ -87,13 +87,13 @@ def claim_anchor_for(config: RunConfig, *, write: bool = True) -> Anchor:
     # Of data that have spent from two ledgers, the run file may choose one.
     is_chosen = not may_move and anchor.record.rows > 0 and anchor.record.knows_any(marks)
     if task is not None and task.path is not None and not is_chosen:
-        _refuse_other_beside(task.path, anchor)
+        _check_none_beside(task.path, anchor)
     if not write:
         return anchor
     return claim_anchor(folder, ledger, marks, may_move=may_move)
 
 
-def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
+def _check_none_beside(data: Path, anchor: Anchor) -> None:
     """Refuse to spend from one ledger while another one with rows is beside the data.
 
     Another account may have written it, and the anchors of this one do not know it.
@@ -125,7 +125,7 @@ def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
     )
 
 
-def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
+def check_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
     """Refuse what tuning would refuse of the ledger of its data. Nothing is written.
 
     Args:
@@ -140,14 +140,14 @@ def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
     anchor = claim_anchor_for(config, write=False)
     path = anchor.ledger
     try:
-        _refuse_no_file(path)
+        _check_is_file(path)
         # Tuning makes the ledger, and no folder for it.
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         check_write_access(path)
     except OSError as error:
         raise _unwritable(path, error) from None
-    refuse_unwritable_anchors(anchor.file.parent)
+    check_anchors_writable(anchor.file.parent)
     lines = ledger_lines(path) if path.exists() else []
     anchor.check(lines)
     spending = spending_of(lines, path)
@@ -340,7 +340,7 @@ class LedgerRun:
         Raises:
             PrivacyRefused: the total exceeds the cap.
         """
-        _refuse_above(self._cap, self._ledger.path, self._ledger.spending, self._run, own)
+        _check_below(self._cap, self._ledger.path, self._ledger.spending, self._run, own)
 
 
 def cap_of_run(
@@ -375,11 +375,11 @@ def cap_of_run(
             "keep to one setting of private_task.user_column for these data",
         )
     # A run is admitted only if all its steps fit below the cap.
-    _refuse_above(agreed, path, spending, run, own)
+    _check_below(agreed, path, spending, run, own)
     return agreed
 
 
-def _refuse_above(cap: Cap, path: Path, spending: DataSpending, run: str, own: Spending) -> None:
+def _check_below(cap: Cap, path: Path, spending: DataSpending, run: str, own: Spending) -> None:
     """Refuse a run with which the data will have cost more than their cap.
 
     Args:
@@ -442,7 +442,7 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
     """
     path = anchor.ledger
     try:
-        _refuse_no_file(path)
+        _check_is_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise _unwritable(path, error) from None
@@ -455,7 +455,7 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
         os.close(descriptor)
 
 
-def _refuse_no_file(path: Path) -> None:
+def _check_is_file(path: Path) -> None:
     """Refuse a device such as /dev/null, which would keep no row.
 
     Raises:

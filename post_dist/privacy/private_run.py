@@ -34,7 +34,7 @@ _SCORE_NOISE = 0.4
 with 500, 1,500 and 6,800 examples at epsilon 8 and 1."""
 
 
-def refuse_private_tuning(config: RunConfig) -> None:
+def check_private_tuning(config: RunConfig) -> None:
     """Refuse a run before it has a folder: its plan, or the ledger of its data.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from post_dist.config.schema import RunConfig
 from post_dist.data.corpus import check_long_enough, separator_of
 from post_dist.data.make_shards import make_shards
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.data.token_shards import read_index
 from post_dist.errors import InputError
 from post_dist.models.load import load_tokenizer, tokenizer_folder
@@ -50,7 +50,7 @@ def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
     section = config.corpus
     if section is None or config.teacher is None:
         raise InputError("the run file lacks one of the sections corpus and teacher", "add it")
-    refuse_private_text(config.private_task, section, "corpus")
+    check_not_private(config.private_task, section, "corpus")
     # Of a hub model, only the tokenizer is downloaded.
     tokenizer = load_tokenizer(tokenizer_folder(config.teacher))
     folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))

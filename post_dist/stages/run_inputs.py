@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked
+from post_dist.admission.door import admit_prompt, admit_student, check_trusted
 from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
@@ -15,7 +15,7 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Inputs, RunConfig
 from post_dist.config.sources import Corpus, DataSource
 from post_dist.data.corpus_files import source_digest
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
@@ -194,7 +194,7 @@ class RunInputs:
         source: DataSource | Corpus = getattr(self._config, section)
         if section != "private_task":
             private = self._config.private_task
-            self._world.on_main(partial(refuse_private_text, private, source, section))
+            self._world.on_main(partial(check_not_private, private, source, section))
         if isinstance(source, Corpus):
             return self._world.on_main(partial(source_digest, source))
         if source.path is None:
@@ -216,7 +216,7 @@ def _is_trusted(inputs: Inputs) -> bool:
     # A sender might leave the manifest out, and with it the signature.
     if inputs.trusted_keys or (student / FILE_NAME).exists():
         return False
-    refuse_unchecked(student, trusted=inputs.trust_model)
+    check_trusted(student, trusted=inputs.trust_model)
     return True
 
 

@@ -710,7 +710,7 @@ MUTANTS = [
     Mutant(
         "a fresh ledger for each account",
         "privacy.ledger",
-        "        _refuse_other_beside(task.path, anchor)\n",
+        "        _check_none_beside(task.path, anchor)\n",
         "        pass\n",
         "the_ledger_beside_the_data_counts_for_every_account",
     ),

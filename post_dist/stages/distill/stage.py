@@ -52,7 +52,7 @@ from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 log = logging.getLogger(__name__)
 
 
-def refuse_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
+def check_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
     """Refuse a run file that does not suit the teacher or the ranks. All ranks call it.
 
     It reads the teacher's configuration and tokenizer, and no weights.
@@ -79,7 +79,7 @@ def distill(
 ) -> None:
     """Train a student and write it to `folder.artifact`. All ranks call it.
 
-    `refuse_distillation` comes first. The artifact's manifest also gets the metrics of the held-out
+    `check_distillation` comes first. The artifact's manifest also gets the metrics of the held-out
     split.
 
     Args:

@@ -71,7 +71,7 @@ class _WordScores:
     private: Mapping[str, torch.Tensor]
 
 
-def refuse_evaluation(
+def check_evaluation(
     config: RunConfig, models: ModelFolders, prompts: Sequence[PromptSet], world: World
 ) -> None:
     """Refuse prompts of another student or task, and settings that do not suit the models.
@@ -123,7 +123,7 @@ def evaluate(
 ) -> None:
     """Compute all rows and write `table.json` to `folder.artifact`.
 
-    `refuse_evaluation` comes first.
+    `check_evaluation` comes first.
 
     Args:
         folder: the run folder.

@@ -109,7 +109,7 @@ def describe_models(teacher_folder: Path, student_folder: Path) -> DescribedMode
     return DescribedModels(models, tokenizers)
 
 
-def refuse_transfer(
+def check_transfer(
     requests: Sequence[TransferRequest], described: DescribedModels, world: World
 ) -> None:
     """Refuse prompts of another student, and settings that do not suit the models or the ranks.
@@ -159,7 +159,7 @@ def transfer(
 ) -> dict[Path, PostDistError]:
     """Train a prompt for the target for each request, and write it to the request's artifact.
 
-    `refuse_transfer` comes first. Prompts of the same shape are trained together. They gather the
+    `check_transfer` comes first. Prompts of the same shape are trained together. They gather the
     target's weights once in each step. A prompt that overflows does not stop the others.
 
     Args:

@@ -74,7 +74,7 @@ class WarmStartModels:
     digests: dict[str, str]
 
 
-def refuse_warm_start(config: RunConfig, models: WarmStartModels, world: World) -> None:
+def check_warm_start(config: RunConfig, models: WarmStartModels, world: World) -> None:
     """Refuse settings that do not suit the models or the ranks. It reads no weights.
 
     Raises:
@@ -87,7 +87,7 @@ def refuse_warm_start(config: RunConfig, models: WarmStartModels, world: World) 
 
 
 def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume: str) -> None:
-    """Tune the public prompt and write it to `folder.artifact`. `refuse_warm_start` comes first.
+    """Tune the public prompt and write it to `folder.artifact`. `check_warm_start` comes first.
 
     If teacher or student say the same of all texts, the prompt stays as it was initialized.
 
