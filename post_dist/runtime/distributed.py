@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
-from post_dist.runtime.meeting import wait_for_ranks
+from post_dist.runtime.rendezvous import wait_for_ranks
 from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import phase, unwatched
 

@@ -33,7 +33,7 @@ class _Watch:
 
 
 def watch(rank: int, limit_seconds: float) -> None:
-    """Start to watch this process, or resume after `rest`.
+    """Start to watch this process, or resume after `pause_watchdog`.
 
     Args:
         rank: number of this rank, for the message.
@@ -50,7 +50,7 @@ def watch(rank: int, limit_seconds: float) -> None:
         _Watch.thread.start()
 
 
-def rest() -> None:
+def pause_watchdog() -> None:
     """Stop watching, at the end of a command."""
     _Watch.paused = True
 

@@ -259,7 +259,7 @@ def _train(
         wanted_BC = wanted_NC[own.rows].to(world.device)
         return own.weight * softened_kl(wanted_BC, scores_BC, 1.0, None)
 
-    train_prompt(run, loss_at, run.take_up(resume, world), world)
+    train_prompt(run, loss_at, run.restore_newest(resume, world), world)
     return prompt_nd.detach()
 
 
