@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from post_dist.report.charts import Reference, percent
-from post_dist.report.lineage import Made, number
+from post_dist.report.lineage import ReportedArtifact, number
 from post_dist.report.tables import (
     DP_REGRESSION,
     MAJORITY,
@@ -66,7 +66,7 @@ class Verdict:
     row: str
 
 
-def verdict(table: Mapping[str, Any], made: Sequence[Made]) -> Verdict:
+def verdict(table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> Verdict:
     """Compare the prompt with the model that has none.
 
     Args:
@@ -164,7 +164,7 @@ def _sentences(
     return sentences
 
 
-def _privacy(row: Mapping[str, Any], made: Sequence[Made]) -> str:
+def _privacy(row: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> str:
     """Say which privacy guarantee a row's prompt has."""
     statement = next((each.privacy for each in made if each.role == row["name"]), {})
     if statement.get("private") is False:

@@ -202,7 +202,7 @@ class Pipeline:
             try:
                 source = self._source(folder)
                 if several:
-                    self._refuse_alone(folder, source)
+                    self._check_one_of_several(folder, source)
                 sources[folder] = source
             except ArtifactRefused as error:
                 refused.append(error)
@@ -390,7 +390,7 @@ class Pipeline:
                 tune(folder, private_task, model, self._world, self._resume)
         return folder
 
-    def _refuse_alone(self, folder: Path, source: SoftPromptArtifact) -> None:
+    def _check_one_of_several(self, folder: Path, source: SoftPromptArtifact) -> None:
         """Refuse one of several prompts if it does not suit the models.
 
         Raises:

@@ -18,7 +18,7 @@ from post_dist.privacy.ledger import lock_ledger
 from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
 from post_dist.report.charts import loss_chart
-from post_dist.report.lineage import Made
+from post_dist.report.lineage import ReportedArtifact
 from post_dist.report.tables import cautions, table_text
 
 ROW = table_row("zero-shot", 0.75)
@@ -162,7 +162,9 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     ],
 )
 def test_a_head_on_the_large_llm_has_no_steps(settings: dict, said: str) -> None:
-    made = Made("transferred", "0", config={"transfer": {"objective": "ensemble", **settings}})
+    made = ReportedArtifact(
+        "transferred", "0", config={"transfer": {"objective": "ensemble", **settings}}
+    )
     assert made.detail == said
 
 

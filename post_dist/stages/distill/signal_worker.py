@@ -80,7 +80,7 @@ class _Claims:
         for file in self._claimed:
             self._unlock(file)
         self._claimed = []
-        with self._alone():
+        with self._exclusive():
             # Without a limit, full subfolders are not listed again: with a million files that would
             # take hours.
             if self._files.limited:
@@ -101,11 +101,11 @@ class _Claims:
             InputError: the folder cannot be written to.
             EnvironmentFault: the disk is full, or the file system has no locks.
         """
-        with self._alone():
+        with self._exclusive():
             self._files.write_first_read(first)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Keep other processes from claiming files and from moving, if there is a limit.
 
         Otherwise a worker could remove a file just after the student has moved back and found it.

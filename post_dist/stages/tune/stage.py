@@ -111,7 +111,7 @@ def tune(
         task = load_task(private_task, folder.config, model, alone)
         refuse_connections()
         if model.public_prompt is None:
-            task = replace(task, adapter=_kept(folder, task.adapter))
+            task = replace(task, adapter=_persisted_head(folder, task.adapter))
         parameters, statement = _train(folder, task, model.name, alone, resume)
         kind = tuned_kind(folder.config.tune)
         contents = kind.contents(task, parameters, statement)
@@ -181,7 +181,7 @@ def load_task(private_task: Task, config: RunConfig, tuned: TunedModel, world: W
     return replace(task, examples=examples, targets=targets, users=loaded.users)
 
 
-def _kept(folder: RunFolder, adapter: Adapter | None) -> Adapter | None:
+def _persisted_head(folder: RunFolder, adapter: Adapter | None) -> Adapter | None:
     """Return the head that the first start of a run has made, and keep it for later ones.
 
     Mean and scale of a head may come from texts that the model writes, and another machine may
