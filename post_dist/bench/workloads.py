@@ -26,7 +26,7 @@ from post_dist.data.public_text import load_public_texts
 from post_dist.errors import InputError
 from post_dist.files import make_folder, write_folder, writing
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_config, load_tokenizer, load_whole
+from post_dist.models.load import check_has_weights, load_tokenizer, load_whole, read_config
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
 from post_dist.runtime.distributed import World
@@ -89,7 +89,8 @@ def untrained_student(
         InputError: the folder `output` cannot be written to.
     """
     tokenizer = load_tokenizer(teacher_folder)
-    teacher_layers = load_config(teacher_folder).get_text_config().num_hidden_layers
+    check_has_weights(teacher_folder)
+    teacher_layers = read_config(teacher_folder).get_text_config().num_hidden_layers
     layers = stand_in_layers(sections.student, teacher_layers)
 
     # The folder is made beside the runs, because all nodes see that file system.

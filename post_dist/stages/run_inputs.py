@@ -25,9 +25,10 @@ from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.families import is_masked
 from post_dist.models.load import (
     check_is_folder,
-    load_config,
+    check_is_model,
     load_tokenizer,
     model_folder,
+    read_config,
     weights_digest,
 )
 from post_dist.runtime.distributed import World
@@ -72,7 +73,7 @@ class RunInputs:
             self._world.together(fetch if self._world.local_rank == 0 else lambda: None)
             found = partial(model_folder, self._config.teacher, is_here=True)
             folder = self._world.together(found)
-        load_config(folder)
+        check_is_model(folder)
         return folder
 
     @cached_property
@@ -223,7 +224,7 @@ def _is_trusted(inputs: Inputs) -> bool:
 def _digest_of_student(folder: Path) -> str:
     """Return the digest in a student's manifest, or that of its files if it has no manifest."""
     if not (folder / FILE_NAME).exists():
-        load_config(folder)
+        check_is_model(folder)
         return fingerprint(folder)
     # Its hashes have been compared when it was admitted.
     return parse_manifest(folder / FILE_NAME).digest
@@ -266,7 +267,7 @@ def check_inputs(config: RunConfig, teacher: Path) -> None:
             if config.tune.counts_right:
                 load_examples(task, "validation", "private_task")
         prompt_task = PromptTask.of_section(task, config.tune.init_text)
-        model = load_config(teacher)
+        model = read_config(teacher)
         TaskReader(
             prompt_task,
             load_tokenizer(teacher),
