@@ -21,7 +21,7 @@ from post_dist.bench.timing import Measure, time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
-from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.data.corpus import PackedCorpus, build_corpus
 from post_dist.data.masking import next_token_labels
 from post_dist.data.order import RankBatch
 from post_dist.files import fingerprint
@@ -69,7 +69,7 @@ class _Inputs:
 
     folder: Path
     teacher_folder: Path
-    corpus: Corpus
+    corpus: PackedCorpus
     world: World
 
 

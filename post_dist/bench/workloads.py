@@ -18,9 +18,8 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
-from post_dist.config.sources import Corpus as CorpusSection
-from post_dist.config.sources import Task
-from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.config.sources import Corpus, Task
+from post_dist.data.corpus import PackedCorpus, build_corpus
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.errors import InputError
@@ -46,7 +45,7 @@ class RequiredSections:
     Only the template and the label words of `private_task` are used.
     """
 
-    corpus: CorpusSection
+    corpus: Corpus
     student: Student
     private_task: Task
     public_task: Task
@@ -71,7 +70,7 @@ class RequiredSections:
 @contextmanager
 def untrained_student(
     config: RunConfig, sections: RequiredSections, teacher_folder: Path, world: World
-) -> Iterator[tuple[Path, Corpus]]:
+) -> Iterator[tuple[Path, PackedCorpus]]:
     """Write an untrained student and the corpus to a folder that exists within the context.
 
     A step on an untrained student costs as much as a step on a trained one.
@@ -136,7 +135,7 @@ class WorkloadInputs:
     teacher: LanguageModel
     tokenizer: PreTrainedTokenizerBase
     student_folder: Path
-    corpus: Corpus
+    corpus: PackedCorpus
     precision: Precision
     world: World
 

@@ -36,8 +36,8 @@ class FileFault(ValueError):
         self.hint = hint
 
 
-def separator_of(header: bytes) -> str:
-    """Return the separator of a CSV file: of comma, semicolon and tab the one most in its header.
+def csv_delimiter(header: bytes) -> str:
+    """Return the delimiter of a CSV file: of comma, semicolon and tab the one most in its header.
 
     Only the header decides. Otherwise, one more example could change how all others are read.
     """
@@ -54,7 +54,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         ValueError: it is no such file.
     """
     text = _text_of(path)
-    separator = separator_of(re.split(rb"[\r\n]", text, maxsplit=1)[0])
+    separator = csv_delimiter(re.split(rb"[\r\n]", text, maxsplit=1)[0])
     _check_quotes(text, separator)
     return _table(text, OPTIONS | {"sep": separator})
 

@@ -24,7 +24,7 @@ from post_dist.data.delimited import (
     FileFault,
     check_distinct_names,
     check_header,
-    separator_of,
+    csv_delimiter,
 )
 from post_dist.data.sources import (
     LINE_PARSER,
@@ -209,7 +209,7 @@ def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
         header = cast(io.BufferedReader, file).peek(1)
         header = re.split(rb"[\r\n]", header, maxsplit=1)[0]
-    yield from _delimited(unit, OPTIONS | {"sep": separator_of(header)})
+    yield from _delimited(unit, OPTIONS | {"sep": csv_delimiter(header)})
 
 
 def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus
-from post_dist.data.corpus_files import file_digests, file_type, source_digest, units_of
+from post_dist.data.corpus_files import corpus_digests, file_type, source_digest, units_of
 from post_dist.data.duplicates import without_duplicates
 from post_dist.data.shard_worker import WorkerPool
 from post_dist.data.token_parts import (
@@ -91,7 +91,7 @@ def _contents(
     """Return everything that the tokens depend on."""
     files = []
     # The same bytes are other documents in a file of another type. Names do not matter.
-    for path, digest in file_digests(section):
+    for path, digest in corpus_digests(section):
         files.append([str(file_type(path)), digest])
     # The length of sequences is left out, because the shards do not depend on it.
     fields = {"hub_config", "hub_split", "text", "max_rows", "max_tokens"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from post_dist.config.schema import RunConfig
-from post_dist.data.corpus import check_long_enough, separator_of
+from post_dist.data.corpus import check_long_enough, document_separator
 from post_dist.data.make_shards import make_shards
 from post_dist.data.private_as_public import check_not_private
 from post_dist.data.token_shards import read_index
@@ -53,7 +53,7 @@ def tokenize_corpus(config: RunConfig) -> TokenizedCorpus:
     check_not_private(config.private_task, section, "corpus")
     # Of a hub model, only the tokenizer is downloaded.
     tokenizer = load_tokenizer(tokenizer_folder(config.teacher))
-    folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))
+    folder = make_shards(section, tokenizer, document_separator(tokenizer), corpora_folder(config))
     index = read_index(folder)
     # The shards are kept, because another run may hold out fewer sequences.
     check_long_enough(section, index.tokens)

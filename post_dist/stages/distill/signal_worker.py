@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.errors import EnvironmentFault
 from post_dist.files import lock_file, make_folder, writing
 from post_dist.runtime.distributed import World
@@ -182,7 +182,7 @@ class SignalWorker:
     """
 
     def __init__(
-        self, files: SignalFiles, count: int, maker: SignalMaker, corpus: Corpus, world: World
+        self, files: SignalFiles, count: int, maker: SignalMaker, corpus: PackedCorpus, world: World
     ) -> None:
         self.files = files
         self.count = count
