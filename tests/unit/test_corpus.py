@@ -553,7 +553,7 @@ def test_another_run_waits_for_the_one_that_makes_the_shards(
     reference = make_shards(section, WORDS, END, tmp_path / "reference")
     folder = tmp_path / "corpora" / reference.name
     folder.mkdir(parents=True)
-    monkeypatch.setattr(make_shards_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(make_shards_module, "_POLL_SECONDS", 0.01)
     with (folder / "lock").open("w") as lock:
         assert lock_file(lock)
         found: list[Path] = []

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _CLAIMS = "claims"
 """Name of the empty file whose byte N is locked by the worker that makes the file in slot N."""
-_SECONDS_BETWEEN_LOOKS = 1.0
-"""Time until a worker looks again whether another one has finished or died."""
+_POLL_SECONDS = 1.0
+"""Time until a worker checks again whether another one has finished or died."""
 
 
 class _Claims:
@@ -236,15 +236,15 @@ class SignalWorker:
                 if not told:
                     log.info("distill.cache_gib is reached: waiting for distill to read the files")
                 told = True
-                # A student may take hours for a file, so each look counts as progress.
+                # A student may take hours for a file, so each poll counts as progress.
                 phase("waiting for distill to read signals")
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
             elif self._ready < wanted:
                 # A wait is reported to the watchdog once, so it ends if a worker hangs.
                 if awaited != self._ready:
                     awaited = self._ready
                     phase(f"waiting for another worker's file {self.files.path(awaited)}")
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
 
     def move(self, first: int) -> None:
         """Let later files take the place of those before number `first`. The student calls it.
