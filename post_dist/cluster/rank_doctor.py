@@ -75,8 +75,8 @@ def _versions(world: "World", hosts: list[str]) -> Iterator[Finding]:
     for package in own:
         of_hosts = {each.get(package): host for each, host in zip(versions, hosts, strict=True)}
         if len(of_hosts) > 1:
-            told = [f"{version} on {host}" for version, host in of_hosts.items()]
-            different.append(f"{package} {', '.join(told)}")
+            found = [f"{version} on {host}" for version, host in of_hosts.items()]
+            different.append(f"{package} {', '.join(found)}")
     cure = "install the same environment on all nodes" if different else ""
     yield Finding("versions", not different, "; ".join(different) or "equal on all ranks", cure)
 

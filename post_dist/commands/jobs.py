@@ -82,8 +82,8 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
         submitted = submit_jobs(config, jobs)
     # Print the job ids now: with --wait, this command may run for hours.
     if json_:
-        told = [{"stage": job.stage, "job_id": job.job_id, "log": job.log} for job in submitted]
-        print_json({"jobs": told})
+        rows = [{"stage": job.stage, "job_id": job.job_id, "log": job.log} for job in submitted]
+        print_json({"jobs": rows})
     else:
         for job in submitted:
             print(f"{job.stage}: job {job.job_id}, log {job.log}")

@@ -298,7 +298,7 @@ class LedgerRun:
         )
 
     def intend_score(self, trial: int, commitment: str) -> None:
-        """Write to disk that a count of right examples is told, unless the ledger has it.
+        """Write to disk that a count of right examples is released, unless the ledger has it.
 
         The plan pays for one count of each trial. Another one would be charged on top.
 
@@ -309,11 +309,11 @@ class LedgerRun:
         Raises:
             PrivacyRefused: a second count would exceed the cap.
         """
-        told = self.spending.scores.get(trial, set())
-        if commitment in told:
+        released = self.spending.scores.get(trial, set())
+        if commitment in released:
             return
-        if told:
-            scores = {**self.spending.scores, trial: told | {commitment}}
+        if released:
+            scores = {**self.spending.scores, trial: released | {commitment}}
             self._check_cap(replace(self.spending, scores=scores))
         self._ledger.append(row="score", run=self._run, trial=trial, commitment=commitment)
 

@@ -75,12 +75,12 @@ def write_report(evaluation: Path) -> Path:
 
 
 def _markdown(name: str, table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> str:
-    from post_dist.report.verdict import verdict
+    from post_dist.report.verdict import verdict_of
 
-    said = verdict(table, made)
+    verdict = verdict_of(table, made)
     paragraphs = [
         f"# {markdown_text(f'{name}: {table_title(table)}')}",
-        markdown_text(" ".join([f"{said.headline}.", *said.sentences, said.privacy])),
+        markdown_text(" ".join([f"{verdict.headline}.", *verdict.sentences, verdict.privacy])),
         markdown_table(table),
         NOTE,
     ]
@@ -92,9 +92,9 @@ def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[ReportedArt
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from post_dist.report.charts import interval_chart, privacy_chart
-    from post_dist.report.verdict import references, row_notes, verdict
+    from post_dist.report.verdict import references, row_notes, verdict_of
 
-    said = verdict(table, made)
+    verdict = verdict_of(table, made)
     compared = references(table, settings_of(evaluation))
     zero_shot = next((each for each in compared if "LLM" in each.name), None)
     # Names of tasks and rows come from run files, so they are escaped.
@@ -110,16 +110,16 @@ def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[ReportedArt
         run=evaluation.parent.name,
         title=f"{evaluation.parent.name}: {table_title(table)}",
         version=version("post_dist"),
-        said=said,
+        verdict=verdict,
         columns=table_columns(table),
         rows=table_cells(table),
         note=NOTE,
         made=made,
-        accuracies=interval_chart(table, row_notes(table), compared, said.row),
+        accuracies=interval_chart(table, row_notes(table), compared, verdict.row),
         privacy=privacy_chart(table, zero_shot),
         budget=_budget(made),
         curves=_curves(evaluation.parent, made),
-        use=_use(said.row, made),
+        use=_use(verdict.row, made),
         settings=_settings(made),
     )
 

@@ -66,7 +66,7 @@ class Verdict:
     row: str
 
 
-def verdict(table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> Verdict:
+def verdict_of(table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> Verdict:
     """Compare the prompt with the model that has none.
 
     Args:

@@ -224,7 +224,7 @@ class SignalWorker:
             Interrupted: a rank was asked to stop; complete files are kept.
         """
         awaited = -1
-        told = False
+        is_logged = False
         while self._ready < wanted:
             self._leave_if_requested()
             self._ready, numbers, is_full = self._world.on_main(lambda: self._claim(wanted))
@@ -233,9 +233,9 @@ class SignalWorker:
                 for _ in numbers:
                     advance("")
             elif is_full:
-                if not told:
+                if not is_logged:
                     log.info("distill.cache_gib is reached: waiting for distill to read the files")
-                told = True
+                is_logged = True
                 # A student may take hours for a file, so each poll counts as progress.
                 phase("waiting for distill to read signals")
                 time.sleep(_POLL_SECONDS)
