@@ -17,7 +17,7 @@ from post_dist.privacy.micro_batches import planned_sizes, size_of_longest
 from post_dist.privacy.tuned_head import TunedHead
 from post_dist.report import read_table
 from post_dist.runtime.distributed import start
-from post_dist.runtime.logs import speak
+from post_dist.runtime.logs import configure_logging
 from post_dist.runtime.precision import choose_precision
 from post_dist.stages.evaluate.cached_answers import CachedAnswers, EvaluatedModel, EvaluationSplit
 from post_dist.stages.evaluate.metrics import classification_metrics
@@ -43,7 +43,7 @@ class Harness:
     """
 
     def __init__(self, run: Path, output: Path) -> None:
-        speak(0)
+        configure_logging(0)
         self._run = run
         self._output = output
         self._world = start(0)

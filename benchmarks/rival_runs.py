@@ -22,7 +22,7 @@ from post_dist.errors import InputError
 from post_dist.models.load import model_folder
 from post_dist.privacy.plan import declared_plan
 from post_dist.runtime.distributed import World, start
-from post_dist.runtime.logs import speak
+from post_dist.runtime.logs import configure_logging
 from post_dist.stages.evaluate.metrics import classification_metrics
 
 
@@ -46,7 +46,7 @@ class RivalRuns:
     """
 
     def __init__(self, settings: list[str], opening: str, seed: int, output: Path) -> None:
-        speak(0)
+        configure_logging(0)
         overrides = [*TWO_CORES, f"seed={seed}", *settings]
         self._config = load_run(BENCHMARKS / "reviews.yaml", overrides, output)
         self._opening = opening

@@ -55,7 +55,7 @@ from post_dist.runtime.launcher import remove_launcher_variables
 from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.ranks import join_ranks, leave_ranks
 from post_dist.runtime.stop import listening, stopped, was_requested
-from post_dist.runtime.watchdog import rest
+from post_dist.runtime.watchdog import pause_watchdog
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
@@ -118,10 +118,10 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
         Interrupted: the call was asked to stop; the same call goes on.
     """
     with listening():
-        from post_dist.runtime.logs import speak
+        from post_dist.runtime.logs import configure_logging
         from post_dist.stages import corpus
 
-        speak(0)
+        configure_logging(0)
         return corpus.tokenize_corpus(config)
 
 
@@ -472,7 +472,7 @@ def _with_stages(
             ) from None
         finally:
             # Otherwise the watchdog would end a notebook that waits between two cells.
-            rest()
+            pause_watchdog()
             if world.launcher == "none":
                 remove_launcher_variables(os.environ)
 

@@ -152,7 +152,7 @@ def write_file(destination: Path, fill: Callable[[Path], object]) -> None:
         flush(destination.parent)
 
 
-def refuse_unwritable(destination: Path) -> None:
+def check_writable(destination: Path) -> None:
     """Refuse a file that cannot be written to, before hours of work for it. It is left as it is.
 
     Raises:

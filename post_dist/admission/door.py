@@ -234,7 +234,7 @@ def check_description(inside: Quarantined) -> "PreTrainedModel":
     return described
 
 
-def refuse_unchecked(folder: Path, *, trusted: bool) -> None:
+def check_trusted(folder: Path, *, trusted: bool) -> None:
     """Refuse a student without a manifest, unless the user says that it is a model of his own.
 
     Args:

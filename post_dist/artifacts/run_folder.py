@@ -302,11 +302,11 @@ def _influential(value: Any) -> Any:
         if key in _WITHOUT_INFLUENCE or is_unset_later:
             continue
         # The keys of `labels` are the owner's words, and not names of settings.
-        kept[key] = in_order(inner) if key == "labels" else _influential(inner)
+        kept[key] = labels_for_digest(inner) if key == "labels" else _influential(inner)
     return kept
 
 
-def in_order(labels: dict[str, Any]) -> Any:
+def labels_for_digest(labels: dict[str, Any]) -> Any:
     """Return the labels of a task for a digest, which does not see the order of a mapping.
 
     Their order is that of the classes. In the order of the alphabet, the mapping says all.

@@ -21,7 +21,7 @@ from post_dist.bench.timing import Measure, time_steps
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
-from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.data.corpus import PackedCorpus, build_corpus
 from post_dist.data.masking import next_token_labels
 from post_dist.data.order import RankBatch
 from post_dist.files import fingerprint
@@ -34,7 +34,7 @@ from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.sharded import load_sharded
 from post_dist.models.student import freeze, stand_in_layers, write_student
 from post_dist.runtime.distributed import World
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.runtime.zero import number_of_parameters
 from post_dist.stages.distill.batches import DistillationText
 from post_dist.stages.distill.cached_teacher import CachedTeacher, signal_worker
@@ -69,7 +69,7 @@ class _Inputs:
 
     folder: Path
     teacher_folder: Path
-    corpus: Corpus
+    corpus: PackedCorpus
     world: World
 
 

@@ -40,7 +40,7 @@ class _TimedCollective:
 
 
 @dataclass(frozen=True)
-class Link:
+class FittedLink:
     """Latency and bandwidth of a link, with the measurements that they were fitted to."""
 
     latency_seconds: float
@@ -55,7 +55,7 @@ class Link:
         }
 
 
-_FREE_LINK = Link(latency_seconds=0.0, bytes_per_second=1e15, measurements=[])
+_FREE_LINK = FittedLink(latency_seconds=0.0, bytes_per_second=1e15, measurements=[])
 """The link of a rank without neighbors. No collective uses it, so it costs nothing."""
 
 
@@ -154,7 +154,7 @@ def _host_memory_bytes() -> float:
     return 1024.0 * int(kib)
 
 
-def measure_link(world: World, ranks: int) -> Link:
+def measure_link(world: World, ranks: int) -> FittedLink:
     """Time all-gathers and all-reduces among neighbors over a range of sizes, and fit the link.
 
     All ranks call this function together.
@@ -180,7 +180,7 @@ def measure_link(world: World, ranks: int) -> Link:
         [each.received_bytes for each in measurements],
         [each.seconds for each in measurements],
     )
-    return Link(latency_seconds, bytes_per_second, measurements)
+    return FittedLink(latency_seconds, bytes_per_second, measurements)
 
 
 def _time_all_gather(

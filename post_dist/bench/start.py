@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
-from post_dist.files import refuse_unwritable
+from post_dist.files import check_writable
 from post_dist.runtime.ranks import join_ranks
 
 BenchStage = Literal["distill", "tune", "transfer"]
@@ -56,7 +56,7 @@ def bench_scale_of(config: RunConfig, write: Path | None = None) -> dict[str, An
     from post_dist.stages.run_inputs import RunInputs
 
     if write is not None:
-        world.on_main(partial(refuse_unwritable, write))
+        world.on_main(partial(check_writable, write))
     result = bench_scale(config, RunInputs(config, world).teacher, world)
     if write is not None and world.is_main:
         write_scale(write, result)
@@ -76,7 +76,7 @@ def bench_fabric(write: Path | None = None) -> dict[str, Any]:
     from post_dist.bench.fabric import measure_fabric, write_hardware
 
     if write is not None:
-        world.on_main(partial(refuse_unwritable, write))
+        world.on_main(partial(check_writable, write))
     result = measure_fabric(world)
     if write is not None and world.is_main:
         write_hardware(write, result)

@@ -18,14 +18,13 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.bench.transfer import MAX_EXAMPLES
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig, Student
-from post_dist.config.sources import Corpus as CorpusSection
-from post_dist.config.sources import Task
-from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.config.sources import Corpus, Task
+from post_dist.data.corpus import PackedCorpus, build_corpus
 from post_dist.data.order import RankBatch, rank_batches
 from post_dist.data.public_text import load_public_texts
 from post_dist.files import make_folder, write_folder, writing
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_config, load_tokenizer, load_whole
+from post_dist.models.load import check_has_weights, load_tokenizer, load_whole, read_config
 from post_dist.models.prompt_init import prompt_from_text
 from post_dist.models.student import stand_in_layers, write_student
 from post_dist.runtime.distributed import World
@@ -45,7 +44,7 @@ class RequiredSections:
     Only the template and the label words of `private_task` are used.
     """
 
-    corpus: CorpusSection
+    corpus: Corpus
     student: Student
     private_task: Task
     public_task: Task
@@ -65,7 +64,7 @@ class RequiredSections:
 @contextmanager
 def untrained_student(
     config: RunConfig, sections: RequiredSections, teacher_folder: Path, world: World
-) -> Iterator[tuple[Path, Corpus]]:
+) -> Iterator[tuple[Path, PackedCorpus]]:
     """Write an untrained student and the corpus to a folder that exists within the context.
 
     A step on an untrained student costs as much as a step on a trained one.
@@ -83,7 +82,8 @@ def untrained_student(
         InputError: the folder `output` cannot be written to.
     """
     tokenizer = load_tokenizer(teacher_folder)
-    teacher_layers = load_config(teacher_folder).get_text_config().num_hidden_layers
+    check_has_weights(teacher_folder)
+    teacher_layers = read_config(teacher_folder).get_text_config().num_hidden_layers
     layers = stand_in_layers(sections.student, teacher_layers)
 
     # The folder is made beside the runs, because all nodes see that file system.
@@ -129,7 +129,7 @@ class WorkloadInputs:
     teacher: LanguageModel
     tokenizer: PreTrainedTokenizerBase
     student_folder: Path
-    corpus: Corpus
+    corpus: PackedCorpus
     precision: Precision
     world: World
 

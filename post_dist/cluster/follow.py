@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from post_dist.cluster.submit import Submitted
 from post_dist.errors import EnvironmentFault
 
-_SECONDS_BETWEEN_LOOKS = 2.0
-_LOOKS_TO_BELIEVE = 4
+_POLL_SECONDS = 2.0
+_CONFIRMING_POLLS = 4
 """Number of times in a row that Slurm must report a job as over.
 
 Slurm reports NODE_FAIL for about four seconds before it queues the job again.
 """
-_LOOKS_TO_FORGET = 60
+_UNKNOWN_POLLS = 60
 """Number of times in a row that Slurm must not know a job."""
 _IN_QUEUE = {
     "PENDING",
@@ -78,25 +78,25 @@ def follow(jobs: Iterable[Submitted], say: Callable[[str], None]) -> None:
 
 def _until_over(job: Submitted, say: Callable[[str], None]) -> State:
     """Poll a job until it was over several times in a row, and return its last state."""
-    told = State("")
-    looks_over = 0
-    looks_unknown = 0
+    reported = State("")
+    polls_over = 0
+    polls_unknown = 0
     while True:
         # If the job is back in the queue, the count starts again.
         state = _state(job.job_id)
-        looks_over = 0 if state.queued else looks_over + 1
+        polls_over = 0 if state.queued else polls_over + 1
         # Without accounting, Slurm forgets a job some minutes after its end.
-        looks_unknown = 0 if state.name else looks_unknown + 1
-        if looks_unknown >= _LOOKS_TO_FORGET:
+        polls_unknown = 0 if state.name else polls_unknown + 1
+        if polls_unknown >= _UNKNOWN_POLLS:
             return State("UNKNOWN", exit_code="unknown")
-        believed = looks_over >= _LOOKS_TO_BELIEVE
+        confirmed = polls_over >= _CONFIRMING_POLLS
         # Report an end only when it is confirmed, and every other change at once.
-        if state != told and (state.queued or believed):
+        if state != reported and (state.queued or confirmed):
             say(f"{job.stage} (job {job.job_id}): {_place(state)}")
-            told = state
-        if believed and state.name not in _NOT_OVER:
+            reported = state
+        if confirmed and state.name not in _NOT_OVER:
             return state
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _place(state: State) -> str:

@@ -22,7 +22,7 @@ _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "numpy", "safete
 _CLOCK_SECONDS = 5.0
 _SECONDS_TO_BE_SEEN = 60.0
 """Longest time until other nodes see a new file. NFS remembers a failed lookup for 30 s."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 _SLOW = 0.5
 """Share of the planned rate below which a link counts as slow."""
 
@@ -64,8 +64,8 @@ def _versions(world: "World", hosts: list[str]) -> Iterator[Finding]:
     for package in own:
         of_hosts = {each.get(package): host for each, host in zip(versions, hosts, strict=True)}
         if len(of_hosts) > 1:
-            told = [f"{version} on {host}" for version, host in of_hosts.items()]
-            different.append(f"{package} {', '.join(told)}")
+            found = [f"{version} on {host}" for version, host in of_hosts.items()]
+            different.append(f"{package} {', '.join(found)}")
     cure = "install the same environment on all nodes" if different else ""
     yield Finding("versions", not different, "; ".join(different) or "equal on all ranks", cure)
 
@@ -112,7 +112,7 @@ def _seconds_until_seen(paths: list[Path]) -> float | None:
     while not all(path.exists() for path in paths):
         if time.monotonic() - start > _SECONDS_TO_BE_SEEN:
             return None
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
     return time.monotonic() - start
 
 

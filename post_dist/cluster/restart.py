@@ -120,16 +120,16 @@ def _verdict_on_limits(ends: list[Failure], most: int) -> tuple[bool, str]:
 def _verdict(failures: list[Failure], most: int) -> tuple[bool, str]:
     """Decide by all failures of a job, the last one included."""
     last = failures[-1]
-    told = f"exit code {last.exit_code}{_place(last)}"
+    cause = f"exit code {last.exit_code}{_place(last)}"
     if last.reason:
-        told += f" ({last.reason})"
+        cause += f" ({last.reason})"
     # A rank that hangs, and then one that starts too slowly, are not the same failure.
     kinds = [(failure.exit_code, failure.step, failure.reason) for failure in failures]
     if last.step is not None and kinds[-_SAME_FAILURE:].count(kinds[-1]) == _SAME_FAILURE:
-        return False, f"not restarted: {told}, for the second time at the same step"
+        return False, f"not restarted: {cause}, for the second time at the same step"
     if len(failures) > most:
-        return False, f"not restarted: {told}, after {most} restarts"
-    return True, f"restart {len(failures)} of {most}: {told}"
+        return False, f"not restarted: {cause}, after {most} restarts"
+    return True, f"restart {len(failures)} of {most}: {cause}"
 
 
 def _place(failure: Failure) -> str:
@@ -191,10 +191,10 @@ def _reason(folder: Path, job: str, since: float) -> str:
 
 
 def main() -> int:
-    """Print the decision, and return the exit code that tells it."""
-    again, told = decide(int(sys.argv[1]), os.environ)
-    if told:
-        print(f"{_MESSAGE}{told}", flush=True)
+    """Print the decision, and return the exit code that stands for it."""
+    again, message = decide(int(sys.argv[1]), os.environ)
+    if message:
+        print(f"{_MESSAGE}{message}", flush=True)
     return 0 if again else _NOT_AGAIN
 
 

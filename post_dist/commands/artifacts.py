@@ -104,7 +104,7 @@ def _print_report(result: dict[str, Any]) -> None:
     for page in result["reports"]:
         print(page)
     if "scaling" in result:
-        from post_dist.planning.scaling import lines  # loads torch
+        from post_dist.planning.scaling import scaling_lines  # loads torch
 
-        for line in lines(result["scaling"]):
+        for line in scaling_lines(result["scaling"]):
             print(line)

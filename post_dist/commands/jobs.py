@@ -62,7 +62,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
     from post_dist.cluster.job import RunSource
     from post_dist.cluster.submit import job_texts, planned_jobs, run_here, submit_jobs, try_jobs
 
-    _refuse_together({"--print": print_, "--test-only": test_only, "--local": local})
+    _check_at_most_one({"--print": print_, "--test-only": test_only, "--local": local})
     config = load_run(run, set_, output)
     # A job that would fail is refused here, before it waits in a queue.
     jobs = planned_jobs(config, RunSource.of_command(run, set_, output), _COMMANDS[command])
@@ -88,8 +88,8 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
         submitted = submit_jobs(config, jobs)
     # Print the job ids now: with --wait, this command may run for hours.
     if json_:
-        told = [{"stage": job.stage, "job_id": job.job_id, "log": job.log} for job in submitted]
-        print_json({"jobs": told})
+        rows = [{"stage": job.stage, "job_id": job.job_id, "log": job.log} for job in submitted]
+        print_json({"jobs": rows})
     else:
         for job in submitted:
             print(f"{job.stage}: job {job.job_id}, log {job.log}")
@@ -98,7 +98,7 @@ def submit(  # noqa: PLR0913 - typer reads the options from parameters
         follow(submitted, lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def _refuse_together(options: dict[str, bool]) -> None:
+def _check_at_most_one(options: dict[str, bool]) -> None:
     """Refuse options of which one would silently win, and run what another one says not to run."""
     given = [option for option, is_given in options.items() if is_given]
     if len(given) > 1:

@@ -15,7 +15,7 @@ from post_dist.commands.options import AsJson, TrustedKeys
 from post_dist.commands.printing import print_json
 from post_dist.config.precision import PrecisionChoice
 from post_dist.errors import InputError, printable
-from post_dist.runtime.logs import speak
+from post_dist.runtime.logs import configure_logging
 from post_dist.runtime.stop import listen
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def predict(  # noqa: PLR0913 - typer reads the options from parameters
     loaded = api.load_prompt(prompt, keys=key or ())
     from post_dist.serving.texts import read_texts
 
-    speak(rank=0)
+    configure_logging(rank=0)
     # Read the texts first, so that a wrong column shows before a model is loaded.
     found = loaded.predict(
         read_texts(texts, column),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from post_dist.config.further_settings import FurtherSettings
+from post_dist.config.deepspeed_section import DeepSpeedSettings
 from post_dist.config.precision import PrecisionChoice
 from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
 
@@ -119,7 +119,7 @@ class Engine(Section):
     local_checkpoint_folder: FilePath | None = None
     """A folder on each node's own disk for a second copy of the checkpoints of `distill`. A restart
     on the same nodes reads the copies, and of the shared storage only hashes and headers."""
-    deepspeed: FurtherSettings | None = None
+    deepspeed: DeepSpeedSettings | None = None
     """Further settings of DeepSpeed. Private tuning runs without DeepSpeed and does not read
     them."""
     # When a rank counts as lost.

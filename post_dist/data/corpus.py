@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from post_dist.config.sources import Corpus as CorpusSection
+from post_dist.config.sources import Corpus
 from post_dist.data.make_shards import make_shards
 from post_dist.data.order import RankBatch, first_places, rank_batches, shuffled_rows
 from post_dist.data.token_shards import TokenShards
@@ -25,7 +25,7 @@ from post_dist.runtime.distributed import World
 log = logging.getLogger(__name__)
 
 
-class Corpus:
+class PackedCorpus:
     """Sequences of tokens on disk. The last ones are the held-out split, which is not trained on.
 
     Args:
@@ -37,7 +37,7 @@ class Corpus:
     """
 
     def __init__(
-        self, shards: TokenShards, section: CorpusSection, seed: int, separator: int | None
+        self, shards: TokenShards, section: Corpus, seed: int, separator: int | None
     ) -> None:
         self._shards = shards
         self._length = section.sequence_length
@@ -142,12 +142,12 @@ class Corpus:
 
 
 def build_corpus(
-    section: CorpusSection,
+    section: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     corpora: Path,
     seed: int,
     world: World,
-) -> Corpus:
+) -> PackedCorpus:
     """Read the sequences of the text, which is tokenized first if need be. All ranks call it.
 
     Documents follow each other with an end-of-text token between them. The stream of tokens is cut
@@ -165,12 +165,12 @@ def build_corpus(
         ArtifactRefused: the tokenized corpus is not as it was written.
     """
     # Every rank would do the same work, so rank 0 tokenizes and the others wait.
-    separator = separator_of(tokenizer)
+    separator = document_separator(tokenizer)
     folder = world.on_main(partial(make_shards, section, tokenizer, separator, corpora))
     shards = TokenShards(folder)
     check_long_enough(section, len(shards))
     kept_apart = separator if section.separate_documents else None
-    corpus = Corpus(shards, section, seed, kept_apart)
+    corpus = PackedCorpus(shards, section, seed, kept_apart)
     log.info(
         "corpus: %d sequences of %d tokens to train on, %d held out",
         corpus.num_training_sequences,
@@ -180,7 +180,7 @@ def build_corpus(
     return corpus
 
 
-def check_long_enough(section: CorpusSection, tokens: int) -> None:
+def check_long_enough(section: Corpus, tokens: int) -> None:
     """Check that sequences are left to train on.
 
     Raises:
@@ -195,7 +195,7 @@ def check_long_enough(section: CorpusSection, tokens: int) -> None:
         )
 
 
-def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
+def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that ends a document: end-of-text, or a masked model's separator."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)

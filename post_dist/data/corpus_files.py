@@ -212,14 +212,14 @@ def source_digest(section: Corpus) -> str:
         return f"{section.hub}@{section.revision}"
     # The names of the files do not count, so a moved corpus is still found.
     digests = []
-    for path, digest in file_digests(section):
+    for path, digest in corpus_digests(section):
         found = file_type(path)
         digests.append(digest_as_read(digest, "" if found is None else found.suffix))
     # One file counts by its own digest, as the files of other sections do.
     return digests[0] if len(digests) == 1 else digest_of(digests)
 
 
-def file_digests(section: Corpus) -> list[tuple[Path, str]]:
+def corpus_digests(section: Corpus) -> list[tuple[Path, str]]:
     """Return the files of the corpus with the sha256 of each.
 
     Raises:

@@ -36,8 +36,8 @@ class FileFault(ValueError):
         self.hint = hint
 
 
-def separator_of(header: bytes) -> str:
-    """Return the separator of a CSV file: of comma, semicolon and tab the one most in its header.
+def csv_delimiter(header: bytes) -> str:
+    """Return the delimiter of a CSV file: of comma, semicolon and tab the one most in its header.
 
     Only the header decides. Otherwise, one more example could change how all others are read.
     """
@@ -54,7 +54,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         ValueError: it is no such file.
     """
     text = _text_of(path)
-    separator = separator_of(re.split(rb"[\r\n]", text, maxsplit=1)[0])
+    separator = csv_delimiter(re.split(rb"[\r\n]", text, maxsplit=1)[0])
     _check_quotes(text, separator)
     return _table(text, OPTIONS | {"sep": separator})
 
@@ -101,7 +101,7 @@ def _check_quotes(text: bytes, separator: str) -> None:
         place = found.end()
 
 
-def refuse_equal_names(names: Iterable[str]) -> None:
+def check_distinct_names(names: Iterable[str]) -> None:
     """Refuse a table in which a name could stand for either of two columns.
 
     Raises:
@@ -121,7 +121,7 @@ def check_header(file: IO[bytes], options: dict[str, Any]) -> None:
     """
     # With a header, pandas would rename the second column.
     header = pd.read_csv(file, header=None, nrows=1, **options)
-    refuse_equal_names(header.iloc[0])
+    check_distinct_names(header.iloc[0])
 
 
 def _table(text: bytes, options: dict[str, Any]) -> pd.DataFrame:

@@ -22,9 +22,9 @@ from post_dist.data.delimited import (
     OPTIONS,
     TSV_OPTIONS,
     FileFault,
+    check_distinct_names,
     check_header,
-    refuse_equal_names,
-    separator_of,
+    csv_delimiter,
 )
 from post_dist.data.sources import (
     LINE_PARSER,
@@ -209,7 +209,7 @@ def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
         header = cast(io.BufferedReader, file).peek(1)
         header = re.split(rb"[\r\n]", header, maxsplit=1)[0]
-    yield from _delimited(unit, OPTIONS | {"sep": separator_of(header)})
+    yield from _delimited(unit, OPTIONS | {"sep": csv_delimiter(header)})
 
 
 def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
@@ -234,7 +234,7 @@ def _delimited(unit: Unit, options: dict[str, Any]) -> Iterator[pd.DataFrame]:
 
 def _parquet_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
     with parquet.ParquetFile(unit.path) as file:
-        refuse_equal_names(file.schema_arrow.names)
+        check_distinct_names(file.schema_arrow.names)
         # Other columns are not read. A missing one is reported with the names of all others.
         names = section.text_columns
         if not set(names) <= set(file.schema_arrow.names):

@@ -39,7 +39,7 @@ def without_duplicates(source: Path, parts: Sequence[PartRecord], target: Path) 
         written = []
         first = 0
         for part in parts:
-            _look(f"removing duplicates from {part.name}")
+            _report_and_stop_if_asked(f"removing duplicates from {part.name}")
             end = first + part.documents
             record = read_record(target / part.name)
             if record is None:
@@ -54,7 +54,7 @@ def _find(source: Path, parts: Sequence[PartRecord], scratch: Path) -> np.ndarra
     documents = sum(part.documents for part in parts)
     is_duplicate = np.memmap(scratch / "flags", dtype=bool, mode="w+", shape=(max(documents, 1),))
     for bucket in _fill_buckets(source, parts, scratch, documents):
-        _look("looking for duplicates")
+        _report_and_stop_if_asked("looking for duplicates")
         rows = np.fromfile(bucket, dtype=np.uint64).reshape(-1, 3)
         # The sort is stable and rows are in reading order, so the first of equal rows is kept.
         rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
@@ -73,7 +73,7 @@ def _fill_buckets(
         files = [stack.enter_context(path.open("wb")) for path in paths]
         first = 0
         for part in parts:
-            _look(f"reading the digests of {part.name}")
+            _report_and_stop_if_asked(f"reading the digests of {part.name}")
             # A cut part has lost documents at its end.
             digests = np.load(digests_path(source / part.name))[: part.documents]
             numbers = np.arange(first, first + part.documents, dtype=np.uint64)
@@ -85,6 +85,6 @@ def _fill_buckets(
     return iter(paths)
 
 
-def _look(doing: str) -> None:
+def _report_and_stop_if_asked(doing: str) -> None:
     phase(doing)
     leave_if_requested("the finished parts of the tokenized corpus are kept")

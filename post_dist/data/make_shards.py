@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.sources import Corpus
-from post_dist.data.corpus_files import file_digests, file_type, source_digest, units_of
+from post_dist.data.corpus_files import corpus_digests, file_type, source_digest, units_of
 from post_dist.data.duplicates import without_duplicates
 from post_dist.data.shard_worker import WorkerPool
 from post_dist.data.token_parts import (
@@ -47,7 +47,7 @@ from post_dist.runtime.watchdog import phase
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 _KEPT = "the finished parts of the tokenized corpus are kept"
 _LOCK = "lock"
 _WITH_DUPLICATES = "with-duplicates"
@@ -91,7 +91,7 @@ def _contents(
     """Return everything that the tokens depend on."""
     files = []
     # The same bytes are other documents in a file of another type. Names do not matter.
-    for path, digest in file_digests(section):
+    for path, digest in corpus_digests(section):
         files.append([str(file_type(path)), digest])
     # The length of sequences is left out, because the shards do not depend on it.
     fields = {"hub_config", "hub_split", "text", "max_rows", "max_tokens"}
@@ -138,7 +138,7 @@ def _held(folder: Path) -> Iterator[None]:
         while not lock_file(lock):
             leave_if_requested("another run makes the tokenized corpus")
             phase(f"waiting for another run that makes {folder}")
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         yield
 
 
@@ -286,7 +286,7 @@ def _tokenize_in_processes(work: TokenizerWork, workers: int) -> None:
         with progress("tokenizing the corpus", len(made)) as advance:
             for number, unit in enumerate(made):
                 # The main thread must wake up to see a signal.
-                while not wait([unit], timeout=_SECONDS_BETWEEN_LOOKS).done:
+                while not wait([unit], timeout=_POLL_SECONDS).done:
                     leave_if_requested(_KEPT)
                 unit.result()
                 advance("")

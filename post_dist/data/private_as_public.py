@@ -8,7 +8,7 @@ from post_dist.errors import InputError, PrivacyRefused
 from post_dist.files import fingerprint
 
 
-def refuse_private_text(private: Task | None, public: DataSource | None, where: str) -> None:
+def check_not_private(private: Task | None, public: DataSource | None, where: str) -> None:
     """Refuse a public section that names the private data, or a copy of them.
 
     A slip of a path would train the provider's models on private examples without any privacy. The

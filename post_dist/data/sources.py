@@ -18,7 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from post_dist.config.sources import DataSource
-from post_dist.data.delimited import ENCODING, FileFault, read_csv, read_tsv, refuse_equal_names
+from post_dist.data.delimited import ENCODING, FileFault, check_distinct_names, read_csv, read_tsv
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
 
@@ -59,7 +59,7 @@ def has_whole_characters(found: dict[str, Any]) -> bool:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    refuse_equal_names(parquet.read_schema(path).names)
+    check_distinct_names(parquet.read_schema(path).names)
     return arrow_as_written(parquet.read_table(path))
 
 
@@ -152,7 +152,7 @@ def complete_rows(
     for column in columns:
         if column not in table.columns:
             raise _no_column(source, table, column, where)
-        _refuse_values(table[column], f"{where}: column '{column}'")
+        _check_values(table[column], f"{where}: column '{column}'")
     # An example without text or label cannot be used.
     return table.dropna(subset=columns)
 
@@ -167,7 +167,7 @@ def rows_with(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table.loc[[not is_missing(value) for value in table[column]]]
 
 
-def _refuse_values(values: pd.Series, what: str) -> None:
+def _check_values(values: pd.Series, what: str) -> None:
     """Refuse a column with values that cannot be read as they were written.
 
     Args:
@@ -218,7 +218,7 @@ def read_column(path: Path, column: str, where: str) -> list[str]:
             # In a file without a header, the names of the columns are the first text.
             "name a column of the file's first line with --column",
         )
-    _refuse_values(table[column], f"{where}: column '{column}'")
+    _check_values(table[column], f"{where}: column '{column}'")
     # A row that was dropped would shift the answers to all rows after it.
     missing = table[column].isna().to_numpy().nonzero()[0]
     if len(missing):

@@ -122,7 +122,7 @@ def tokenize_unit(work: TokenizerWork, number: int, between: Callable[[], None])
     most_tokens = work.section.max_tokens or float("inf")
 
     # Documents of finished parts are read again, because nothing else tells where the next begins.
-    documents = _with_looks(documents_of(work.section, work.units[number]), between)
+    documents = _polled(documents_of(work.section, work.units[number]), between)
     documents = islice(documents, documents_before, work.section.max_rows)
     part = _Part(work, number, len(finished))
     for piece in _pieces(documents, work.part_characters):
@@ -285,7 +285,7 @@ def _save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def _with_looks(documents: Iterator[str], between: Callable[[], None]) -> Iterator[str]:
+def _polled(documents: Iterator[str], between: Callable[[], None]) -> Iterator[str]:
     """Yield documents, and call a function now and then."""
     for number, document in enumerate(documents):
         if number % _DOCUMENTS_AT_ONCE == 0:

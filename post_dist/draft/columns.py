@@ -55,21 +55,21 @@ def chosen_columns(
         # Of two columns, texts and labels are hard to confuse.
         if len(names) == 2 and (text, label, user) == (None, None, None):
             return _usable(guess, table, data)
-        _refuse_example(names, data)
+        _check_has_header(names, data)
         raise InputError(
             f"{data.name} has the columns {listed}",
             f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
         )
     for option, column in (("--text", text), ("--label", label), ("--user", user)):
         if column is not None and column not in names:
-            _refuse_example(names, data)
+            _check_has_header(names, data)
             raise InputError(
                 f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
             )
     return _usable(Columns(text, label, user), table, data)
 
 
-def _refuse_example(names: list[str], data: Path) -> None:
+def _check_has_header(names: list[str], data: Path) -> None:
     """Refuse to list the columns of a file if the first line seems to be an example.
 
     Raises:

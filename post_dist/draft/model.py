@@ -29,7 +29,7 @@ class DraftModel:
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def read_model(folder: Path) -> DraftModel:
+def read_draft_model(folder: Path) -> DraftModel:
     """Read what a run file says of a model, and check that the model can be used.
 
     Raises:

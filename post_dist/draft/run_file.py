@@ -13,7 +13,7 @@ from post_dist.config.stages import HEAD_DEFAULTS
 from post_dist.data.sources import read_table, rows_with
 from post_dist.draft.columns import chosen_columns, count_units, label_values
 from post_dist.draft.label_words import LabelWords, label_words, question
-from post_dist.draft.model import DraftModel, read_model
+from post_dist.draft.model import DraftModel, read_draft_model
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
 
@@ -129,7 +129,7 @@ def draft_run(
             f"--data: {data.name} has fewer than {_FEWEST_UNITS} {kind} with a label",
             "a private run needs more",
         )
-    known = None if model is None else read_model(model)
+    known = None if model is None else read_draft_model(model)
     words = label_words(labels, columns.label, known)
     # The label word follows the template, which therefore ends by asking for it.
     template = "{text}\n" + question(columns.label, words)

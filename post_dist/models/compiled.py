@@ -6,7 +6,7 @@ import torch
 
 from post_dist.errors import EnvironmentFault, first_line
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.lower_block import Passage
+from post_dist.models.lower_block import SkippedLayer
 
 
 def compile_layers(model: LanguageModel) -> None:
@@ -23,7 +23,7 @@ def compile_layers(model: LanguageModel) -> None:
     # Otherwise the number of a layer is a constant of its code, and each layer has code of its own.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in model.layers:
-        if not isinstance(layer, Passage):
+        if not isinstance(layer, SkippedLayer):
             layer.forward = torch.compile(layer.forward)
     model.is_compiled = True
 

@@ -124,8 +124,8 @@ def logit_cap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
-def looks_back_over_a_window(config: PretrainedConfig) -> bool:
-    """Return whether some layers attend to a window of the tokens before alone."""
+def has_local_attention(config: PretrainedConfig) -> bool:
+    """Return whether some layers use sliding-window or chunked attention."""
     settings = config.get_text_config()
     kinds = layer_kinds(settings)
     if kinds:

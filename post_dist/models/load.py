@@ -147,14 +147,14 @@ def tokenizer_folder(teacher: Teacher) -> Path:
     return _local_folder(teacher, ["config.json", *tokenizer])
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """Load the configuration of a model from a folder that also holds its weights.
+def check_is_model(folder: Path) -> None:
+    """Check that a folder holds a model: its weights and a usable config.json.
 
     Raises:
-        InputError: the folder does not hold a model.
+        InputError: it does not.
     """
     check_has_weights(folder)
-    return read_config(folder)
+    read_config(folder)
 
 
 def check_has_weights(folder: Path) -> None:
@@ -246,7 +246,8 @@ def model_settings(folder: Path, precision: Precision, device: torch.device) -> 
     Raises:
         InputError: the folder does not hold a model, or one of a kind that post_dist cannot use.
     """
-    config = load_config(folder)
+    check_has_weights(folder)
+    config = read_config(folder)
     check_config(config)
     masked = is_masked(config)
     # On a CPU, fused attention in bf16 has a backward pass six times slower than plain matrix

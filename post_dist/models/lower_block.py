@@ -27,7 +27,7 @@ def take_out_lower_block(student: LanguageModel, layers: int) -> None:
     # Call this before any layer is replaced, because it runs the student's first layer.
     num_outputs = count_layer_outputs(student)
     for index in range(layers):
-        student.layers[index] = Passage(num_outputs=num_outputs)
+        student.layers[index] = SkippedLayer(num_outputs=num_outputs)
     # Nothing would read the embeddings, so they are not computed.
     student.model.set_input_embeddings(nn.Identity())
 
@@ -45,8 +45,8 @@ def forward_above(
     Returns:
         The student's last hidden states [B, T, d].
     """
-    passages = [layer for layer in student.layers if isinstance(layer, Passage)]
-    last = passages[-1]
+    skipped_layers = [layer for layer in student.layers if isinstance(layer, SkippedLayer)]
+    last = skipped_layers[-1]
     # Put in at the last replaced layer: before it, some families scale or normalize embeddings.
     last.given = below_BTd
     try:
@@ -100,7 +100,7 @@ def outputs_of(model: LanguageModel, layer: int) -> Iterator[list[torch.Tensor]]
 @contextmanager
 def without_layers(
     model: LanguageModel, skipped: Iterable[int], *, num_outputs: int
-) -> Iterator[dict[int, "Passage"]]:
+) -> Iterator[dict[int, "SkippedLayer"]]:
     """Skip layers of a model inside this context.
 
     Args:
@@ -112,17 +112,17 @@ def without_layers(
         What stands in place of each layer, by its number.
     """
     removed = {layer: model.layers[layer] for layer in skipped}
-    passages = {layer: Passage(num_outputs=num_outputs) for layer in removed}
-    for layer, passage in passages.items():
-        model.layers[layer] = passage
+    stand_ins = {layer: SkippedLayer(num_outputs=num_outputs) for layer in removed}
+    for layer, stand_in in stand_ins.items():
+        model.layers[layer] = stand_in
     try:
-        yield passages
+        yield stand_ins
     finally:
         for layer, module in removed.items():
             model.layers[layer] = module
 
 
-class Passage(nn.Module):
+class SkippedLayer(nn.Module):
     """Replaces a layer, and returns its input or the tensor `given`.
 
     Args:

@@ -29,10 +29,10 @@ from post_dist.models.load import load_whole, model_settings
 from post_dist.models.weight_files import check_tied
 from post_dist.models.weight_units import Piece, WeightReader, weight_units
 from post_dist.runtime.allocator import memory_given_back_at_once
+from post_dist.runtime.deepspeed_conflicts import naming_deepspeed_settings
 from post_dist.runtime.distributed import World, prepare_deepspeed
-from post_dist.runtime.further_settings import refusing_further_settings
 from post_dist.runtime.gathering import gathered_from_reader
-from post_dist.runtime.rank_layout import ShardGroup, shard_group
+from post_dist.runtime.shard_group import ShardGroup, shard_group
 from post_dist.runtime.watchdog import phase
 from post_dist.runtime.zero import freeze_sharded
 
@@ -89,7 +89,7 @@ def _load_shards(
     # `from_config` can open zero.Init itself, but only for all ranks and not for a group. The dtype
     # comes only from DeepSpeed's settings, because DeepSpeed 0.19.8 turns any argument `dtype` into
     # bf16 on a CPU.
-    with refusing_further_settings(engine):
+    with naming_deepspeed_settings(engine):
         created_in_shards = deepspeed.zero.Init(
             data_parallel_group=group.process_group, config_dict_or_path=zero_settings
         )
@@ -106,7 +106,7 @@ def _load_shards(
                 weights = {name: places[name] for name in unit.targets}
                 _fill(weights, unit.pieces(on_meta, reader), reads=group.reads)
     language_model = LanguageModel(model, masked=settings.masked).eval()
-    with refusing_further_settings(engine):
+    with naming_deepspeed_settings(engine):
         return freeze_sharded(language_model, zero_settings)
 
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from post_dist.models.families import looks_back_over_a_window
+from post_dist.models.families import has_local_attention
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Attention of transformers: (module, query, key, value, mask, **options) -> (output, weights)."""
@@ -94,7 +94,7 @@ class Packing:
             TypeError: the layer may look back over a window alone, and does not pass it.
         """
         # Some families put the window into the mask alone, which is not read here.
-        if "sliding_window" not in options and looks_back_over_a_window(module.config):
+        if "sliding_window" not in options and has_local_attention(module.config):
             raise TypeError(f"{type(module).__name__} does not pass its window")
         # Split the packed states. Each example gets the prompt's keys and values before its own.
         n = self.num_virtual_tokens

@@ -23,7 +23,7 @@ from post_dist.models.cut import check_same_layers, cut_config
 from post_dist.models.facts import meta_from_config, meta_model
 from post_dist.models.families import layer_list_name
 from post_dist.models.language_model import LanguageModel
-from post_dist.models.load import load_config
+from post_dist.models.load import check_has_weights, read_config
 from post_dist.models.lower_block import count_layer_outputs, without_layers
 from post_dist.models.model_checks import running
 from post_dist.models.weight_units import WeightReader, weight_units
@@ -204,7 +204,8 @@ def write_student(
         InputError: the list of layers of the teacher's family cannot be identified.
     """
     teacher = meta_model(teacher_folder)
-    config = cut_config(load_config(teacher_folder), layers)
+    check_has_weights(teacher_folder)
+    config = cut_config(read_config(teacher_folder), layers)
     student = meta_from_config(config)
     check_same_layers(teacher, student, layers)
     places = teacher.model.state_dict(keep_vars=True)

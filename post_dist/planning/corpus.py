@@ -12,7 +12,7 @@ from pathlib import Path
 from post_dist.config.models import Teacher
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Corpus
-from post_dist.data.corpus import separator_of
+from post_dist.data.corpus import document_separator
 from post_dist.data.corpus_files import LINE_TYPES, Unit, corpus_files, file_type
 from post_dist.data.token_parts import TokenizerWork, finished_parts, tokenize_unit
 from post_dist.errors import InputError, PostDistError
@@ -94,7 +94,7 @@ def _speed(section: Corpus, teacher: Teacher) -> _Speed:
         tokenizer = load_tokenizer(tokenizer_folder(teacher))
         with tempfile.TemporaryDirectory() as folder:
             whole = section.model_copy(update={"max_tokens": None, "max_rows": None})
-            separator = separator_of(tokenizer)
+            separator = document_separator(tokenizer)
             work = TokenizerWork(whole, tokenizer, separator, Path(folder), list(pieces))
             # The first call of a tokenizer is slow.
             tokenizer("some text")

@@ -11,7 +11,7 @@ from post_dist.models.size import ModelSize
 from post_dist.models.student import stand_in_layers
 from post_dist.planning.cost import Sharding
 from post_dist.planning.hardware import Machine
-from post_dist.runtime.shard_group import shard_group_size
+from post_dist.runtime.engine_conflicts import shard_group_size
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,9 @@ def _rows(
     return rows
 
 
-def lines(rows: Sequence[_Row]) -> list[str]:
+def scaling_lines(rows: Sequence[_Row]) -> list[str]:
     """Write each row as a line of text."""
-    told = []
+    lines = []
     for row in rows:
         steps = []
         for stage in _RATES:
@@ -164,8 +164,8 @@ def lines(rows: Sequence[_Row]) -> list[str]:
             efficiency = row[f"{stage}_efficiency"]
             steps.append(f"{stage} {seconds:.4g} s a step ({efficiency:.0%})")
         head = f"{row['scaling']} scaling, {row['gpus']} GPUs: {', '.join(steps)}"
-        told.append("; ".join([head, *row["conflicts"]]))
-    return told
+        lines.append("; ".join([head, *row["conflicts"]]))
+    return lines
 
 
 def grown(config: RunConfig, times: float) -> RunConfig:

@@ -12,7 +12,7 @@ from post_dist.planning.inputs import PlanInputs
 from post_dist.planning.layout import fetched_bytes, group_numbers, nonzero, offloaded_bytes
 from post_dist.planning.memory import GATHERED, GIB, frozen_memory
 from post_dist.planning.simulation import STORAGE_GB_PER_SECOND
-from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.stages.distill.signal_files import SEQUENCES_A_FILE, files_of
 from post_dist.stages.distill.signal_format import exact_product, kept_bytes, kept_names
 

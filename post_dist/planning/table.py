@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from post_dist.planning.scaling import lines
+from post_dist.planning.scaling import scaling_lines
 from post_dist.runtime.terminal import bar, duration
 
 _Stage = dict[str, Any]
@@ -58,17 +58,17 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 def plan_verdict(plan: dict[str, Any]) -> list[str]:
     """Write whether the run works as planned, and a bar for the memory and time of each stage."""
-    told = [_verdict(plan), ""]
+    lines = [_verdict(plan), ""]
     widest = max(len(stage["stage"]) for stage in plan["stages"])
     limit = plan["gpu_memory_gib"]
     for stage in plan["stages"]:
         memory = stage["memory_total_gib"]
         share = stage["hours"] / plan["hours"] if plan["hours"] else 0.0
-        told.append(
+        lines.append(
             f"{stage['stage']:<{widest}}  memory {bar(memory / limit)} {memory:6.1f} of {limit:g} "
             f"GiB   time {bar(share)} {duration(3600 * stage['hours'])}"
         )
-    return [*told, ""]
+    return [*lines, ""]
 
 
 def _verdict(plan: dict[str, Any]) -> str:
@@ -76,34 +76,36 @@ def _verdict(plan: dict[str, Any]) -> str:
     fullest = max(plan["stages"], key=lambda stage: stage["memory_total_gib"])
     needed = f"{fullest['memory_total_gib']:.1f} of {plan['gpu_memory_gib']:g} GiB"
     if not all(stage["fits"] for stage in plan["stages"]):
-        told = f"It does not fit on {where}: {fullest['stage']} needs {needed} of a GPU's memory."
+        verdict = (
+            f"It does not fit on {where}: {fullest['stage']} needs {needed} of a GPU's memory."
+        )
         changes = plan.get("nearest_that_fits")
-        return f"{told} It {_fits_with(changes)}." if changes else told
-    told = f"It fits on {where} and takes {duration(3600 * plan['hours'])}. "
-    told += f"The fullest GPU holds {needed}, in {fullest['stage']}."
+        return f"{verdict} It {_fits_with(changes)}." if changes else verdict
+    verdict = f"It fits on {where} and takes {duration(3600 * plan['hours'])}. "
+    verdict += f"The fullest GPU holds {needed}, in {fullest['stage']}."
     if plan["conflicts"]:
         count = len(plan["conflicts"])
         reasons = "the reason" if count == 1 else f"{count} reasons"
-        return f"It cannot run as planned, for {reasons} below. {told}"
-    return told
+        return f"It cannot run as planned, for {reasons} below. {verdict}"
+    return verdict
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """Write the totals, assumptions and conflicts of a plan as lines below its table."""
     without = ", ".join(plan["not_counted"])
-    told = [
+    lines = [
         f"total: {duration(3600 * plan['hours'])}, {plan['gpu_hours']:.3g} GPU-hours, "
         f"without {without}",
         f"assumptions: {_listed(plan['assumptions'], digits=6)}",
         f"distill as a long run: {_listed(plan['long_run'], digits=4)}",
-        *lines(plan.get("sweep", [])),
+        *scaling_lines(plan.get("sweep", [])),
     ]
     if plan["corpus"] is not None:
-        told.append(f"corpus on CPUs: {_listed(plan['corpus'], digits=4)}")
-    told += [f"CONFLICT {conflict}" for conflict in plan["conflicts"]]
+        lines.append(f"corpus on CPUs: {_listed(plan['corpus'], digits=4)}")
+    lines += [f"CONFLICT {conflict}" for conflict in plan["conflicts"]]
     if "nearest_that_fits" in plan:
-        told.append(_fits_with(plan["nearest_that_fits"]))
-    return told
+        lines.append(_fits_with(plan["nearest_that_fits"]))
+    return lines
 
 
 def _listed(numbers: Mapping[str, float], digits: int) -> str:

@@ -197,8 +197,10 @@ def default_anchor_folder() -> Path:
     return around / "post_dist" / "ledgers"
 
 
-def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
-    """Return the anchor of a ledger; a new one if neither the ledger nor the data are known.
+def claim_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
+    """Write which ledger belongs to these data, and return its anchor.
+
+    The anchor is new if neither the ledger nor the data are known. Other anchors lose the data.
 
     Args:
         folder: the folder of the anchors.
@@ -226,7 +228,7 @@ def find_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: b
 
 
 def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_move: bool) -> Anchor:
-    """Return the anchor that `find_anchor` would, and refuse what it refuses. Nothing is written.
+    """Return the anchor that `claim_anchor` would, and refuse what it refuses. Nothing is written.
 
     Args:
         folder: the folder of the anchors, which may be missing.
@@ -242,7 +244,7 @@ def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_mov
     return Anchor(anchor.file, _placed(anchor, ledger, may_move=may_move))
 
 
-def known_anchor(folder: Path, ledger: Path) -> Anchor | None:
+def find_anchor(folder: Path, ledger: Path) -> Anchor | None:
     """Return the anchor of a ledger, if there is one. Nothing is written."""
     if not folder.is_dir():
         return None
@@ -297,7 +299,7 @@ def _chosen(
     """
     anchor = _match(anchors, ledger, marks)
     if anchor is not None and may_move:
-        _refuse_two_ledgers(anchors, anchor, marks)
+        _check_one_ledger(anchors, anchor, marks)
     if anchor is not None:
         return anchor
     file = folder / f"{secrets.token_hex(8)}.json"
@@ -332,7 +334,7 @@ def _that_knows(anchors: Sequence[Anchor], ledger: Path, marks: Sequence[str]) -
     return None
 
 
-def _refuse_two_ledgers(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequence[str]) -> None:
+def _check_one_ledger(anchors: Sequence[Anchor], chosen: Anchor, marks: Sequence[str]) -> None:
     """Refuse data whose contents have one ledger, and whose place has another.
 
     An edited copy that was saved back is such a case: its examples have spent from both.
@@ -426,7 +428,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_unwritable_anchors(folder: Path) -> None:
+def check_anchors_writable(folder: Path) -> None:
     """Refuse a folder in which no anchor can be written. Nothing is written.
 
     Raises:

@@ -227,8 +227,8 @@ class _IndependenceCheck:
         short = self._short
         if size == 1:
             return [[full], [short], [self._other()], [full], [short]]
-        loud = self._loudest()
-        patterns = [[full, short], [loud, full]]
+        largest = self._largest_embedding_example()
+        patterns = [[full, short], [largest, full]]
         if self._all_patterns:
             # Without padding, some kernels need no mask.
             patterns += [[full, full], [short, self._other()]]
@@ -271,7 +271,7 @@ class _IndependenceCheck:
         """Make a new random example of full length."""
         return self._probe(len(self._full.token_ids))
 
-    def _loudest(self) -> _Probe:
+    def _largest_embedding_example(self) -> _Probe:
         """Make an example of the token with the largest embedding."""
         table: torch.Tensor = self._task.model.model.get_input_embeddings().get_parameter("weight")
         return self._probe(len(self._full.token_ids), int(table.float().norm(dim=1).argmax()))

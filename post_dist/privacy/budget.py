@@ -8,9 +8,9 @@ from post_dist.errors import InputError
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
     Anchor,
+    claim_anchor,
     default_anchor_folder,
     find_anchor,
-    known_anchor,
     ledger_of_copies,
 )
 from post_dist.privacy.ledger import ledger_beside, lock_ledger
@@ -110,7 +110,7 @@ def change_cap(
     # A file that is no ledger gets no anchor, and a mistyped folder neither.
     read_ledger(path)
     _anchor(path, anchors)
-    anchor = find_anchor(anchors or default_anchor_folder(), path, (), may_move=False)
+    anchor = claim_anchor(anchors or default_anchor_folder(), path, (), may_move=False)
     with lock_ledger(anchor) as ledger:
         ledger.set_cap(Cap(epsilon, delta or _usual_delta(ledger.spending)))
 
@@ -121,7 +121,7 @@ def _anchor(ledger: Path, folder: Path | None) -> Anchor | None:
     Raises:
         InputError: the given folder does not hold it.
     """
-    anchor = known_anchor(folder or default_anchor_folder(), ledger)
+    anchor = find_anchor(folder or default_anchor_folder(), ledger)
     if anchor is None and folder is not None:
         raise InputError(
             f"{folder} holds no anchor of {ledger}",

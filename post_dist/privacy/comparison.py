@@ -40,7 +40,7 @@ class Comparison:
             self._right_before = self._part.count_right(self._part.parameters())
 
     def finish(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Tell how many more validation examples the tuned parameters get right, with noise."""
+        """Release with noise how many more validation examples the tuned parameters get right."""
         if not self._file.exists():
             difference = self._part.count_right(parameters) - self._right_before
             charge_score(self._run, difference, trial=0)
@@ -48,21 +48,21 @@ class Comparison:
             write_file(self._file, lambda partial: partial.write_text(json.dumps(gained)))
         gained = float(json.loads(self._file.read_text()))
         deviation = float(self._run.plan.score_noise_multiplier or 0.0)
-        told = (
+        measured = (
             f"with noise of standard deviation {deviation:g}, {gained:+.0f} validation examples "
             "are right that were not before tuning"
         )
         if gained > _DEVIATIONS * deviation:
-            log.info("tune: %s", told)
+            log.info("tune: %s", measured)
         elif gained < -_DEVIATIONS * deviation:
             log.warning(
                 "tune: the result is WORSE than what tuning began with: %s; use what it began "
                 "with, or give tuning more examples or a larger epsilon",
-                told,
+                measured,
             )
         else:
             log.warning(
                 "tune: the result cannot be told from what tuning began with: %s; more examples or "
                 "a larger epsilon help",
-                told,
+                measured,
             )

@@ -26,11 +26,11 @@ from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
     Anchor,
     anchor_folder,
+    check_anchors_writable,
+    claim_anchor,
     data_marks,
     expected_anchor,
-    find_anchor,
     knows_ledger_and_place,
-    refuse_unwritable_anchors,
 )
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.spending import (
@@ -68,12 +68,12 @@ def ledger_beside(data: Path) -> Path:
     return data.with_name(f"{data.name}.ledger.jsonl")
 
 
-def anchor_of(config: RunConfig, *, write: bool = True) -> Anchor:
-    """Return the anchor of the ledger for the private data of a run file.
+def claim_anchor_for(config: RunConfig, *, write: bool = True) -> Anchor:
+    """Claim the anchor of the ledger for the private data of a run file, and return it.
 
     Args:
         config: the run file.
-        write: whether the anchor remembers these data, and a new one is kept.
+        write: whether the claim is written; otherwise it is only checked.
 
     Raises:
         InputError: there is no place for the ledger or its anchor.
@@ -88,13 +88,13 @@ def anchor_of(config: RunConfig, *, write: bool = True) -> Anchor:
     # Of data that have spent from two ledgers, the run file may choose one.
     is_chosen = not may_move and anchor.record.rows > 0 and anchor.record.knows_any(marks)
     if task is not None and task.path is not None and not is_chosen:
-        _refuse_other_beside(task.path, anchor)
+        _check_none_beside(task.path, anchor)
     if not write:
         return anchor
-    return find_anchor(folder, ledger, marks, may_move=may_move)
+    return claim_anchor(folder, ledger, marks, may_move=may_move)
 
 
-def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
+def _check_none_beside(data: Path, anchor: Anchor) -> None:
     """Refuse to spend from one ledger while another one with rows is beside the data.
 
     Another account may have written it, and the anchors of this one do not know it.
@@ -108,7 +108,7 @@ def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
     """
     beside = ledger_beside(data).resolve()
     is_other = beside != anchor.ledger and beside.is_file() and beside.stat().st_size > 0
-    # `find_anchor` judges what this account has spent from both.
+    # `claim_anchor` judges what this account has spent from both.
     is_known = knows_ledger_and_place(anchor.file.parent, beside, data)
     if not is_other or is_known or anchor.is_copied_to(beside):
         return
@@ -126,7 +126,7 @@ def _refuse_other_beside(data: Path, anchor: Anchor) -> None:
     )
 
 
-def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
+def check_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
     """Refuse what tuning would refuse of the ledger of its data. Nothing is written.
 
     Args:
@@ -138,17 +138,17 @@ def refuse_spending(config: RunConfig, plan: PrivacyPlan | None) -> None:
         PrivacyRefused: the data have another ledger, or the run would exceed the cap.
         ArtifactRefused: the ledger was changed.
     """
-    anchor = anchor_of(config, write=False)
+    anchor = claim_anchor_for(config, write=False)
     path = anchor.ledger
     try:
-        _refuse_no_file(path)
+        _check_is_file(path)
         # Tuning makes the ledger, and no folder for it.
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         check_write_access(path)
     except OSError as error:
         raise _unwritable(path, error) from None
-    refuse_unwritable_anchors(anchor.file.parent)
+    check_anchors_writable(anchor.file.parent)
     lines = ledger_lines(path) if path.exists() else []
     anchor.check(lines)
     spending = spending_of(lines, path)
@@ -300,7 +300,7 @@ class LedgerRun:
         )
 
     def intend_score(self, trial: int, commitment: str) -> None:
-        """Write to disk that a count of right examples is told, unless the ledger has it.
+        """Write to disk that a count of right examples is released, unless the ledger has it.
 
         The plan pays for one count of each trial. Another one would be charged on top.
 
@@ -311,11 +311,11 @@ class LedgerRun:
         Raises:
             PrivacyRefused: a second count would exceed the cap.
         """
-        told = self.spending.scores.get(trial, set())
-        if commitment in told:
+        released = self.spending.scores.get(trial, set())
+        if commitment in released:
             return
-        if told:
-            scores = {**self.spending.scores, trial: told | {commitment}}
+        if released:
+            scores = {**self.spending.scores, trial: released | {commitment}}
             self._check_cap(replace(self.spending, scores=scores))
         self._ledger.append(row="score", run=self._run, trial=trial, commitment=commitment)
 
@@ -342,7 +342,7 @@ class LedgerRun:
         Raises:
             PrivacyRefused: the total exceeds the cap.
         """
-        _refuse_above(self._cap, self._ledger.path, self._ledger.spending, self._run, own)
+        _check_below(self._cap, self._ledger.path, self._ledger.spending, self._run, own)
 
 
 def cap_of_run(
@@ -377,11 +377,11 @@ def cap_of_run(
             "keep to one setting of private_task.user_column for these data",
         )
     # A run is admitted only if all its steps fit below the cap.
-    _refuse_above(agreed, path, spending, run, own)
+    _check_below(agreed, path, spending, run, own)
     return agreed
 
 
-def _refuse_above(cap: Cap, path: Path, spending: DataSpending, run: str, own: Spending) -> None:
+def _check_below(cap: Cap, path: Path, spending: DataSpending, run: str, own: Spending) -> None:
     """Refuse a run with which the data will have cost more than their cap.
 
     Args:
@@ -444,7 +444,7 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
     """
     path = anchor.ledger
     try:
-        _refuse_no_file(path)
+        _check_is_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise _unwritable(path, error) from None
@@ -457,7 +457,7 @@ def lock_ledger(anchor: Anchor) -> Iterator[OpenLedger]:
         os.close(descriptor)
 
 
-def _refuse_no_file(path: Path) -> None:
+def _check_is_file(path: Path) -> None:
     """Refuse a device such as /dev/null, which would keep no row.
 
     Raises:

@@ -184,7 +184,7 @@ class PrivacyPlan:
         ]
 
     def spent(
-        self, begun: Mapping[int, int], told: Mapping[int, int] | None = None
+        self, begun: Mapping[int, int], released: Mapping[int, int] | None = None
     ) -> list["PrivacyPlan"]:
         """Return what a run has spent of this plan, as plans whose steps were all taken.
 
@@ -197,10 +197,10 @@ class PrivacyPlan:
 
         Args:
             begun: histogram: number of times a step was started -> number of such steps.
-            told: histogram: number of different counts of a trial that were told with noise ->
-                number of such trials. None if each was told once at most.
+            released: histogram: number of different noisy counts of a trial that were released ->
+                number of such trials. None if each was released once at most.
         """
-        score_noise = self._charged_score_noise(told or {})
+        score_noise = self._charged_score_noise(released or {})
         plans: list[PrivacyPlan] = []
         for times, count in sorted(begun.items()):
             covered_by_search = self.mean_trials is not None and times <= 1
@@ -224,15 +224,15 @@ class PrivacyPlan:
             plans.append(alone)
         return [self, *plans]
 
-    def _charged_score_noise(self, told: Mapping[int, int]) -> float | None:
+    def _charged_score_noise(self, released: Mapping[int, int]) -> float | None:
         """Return the noise of one count that reveals as much as all that are charged; or None.
 
         The scores of a search are in its own charge. Those of repeated trials come on top.
         """
         of_one = self.score_noise_multiplier
-        counts = max(told, default=1)
+        counts = max(released, default=1)
         if self.mean_trials is not None:
-            counts = sum(times * trials for times, trials in told.items() if times > 1)
+            counts = sum(times * trials for times, trials in released.items() if times > 1)
         return None if of_one is None or not counts else of_one / counts**0.5
 
 

@@ -18,7 +18,7 @@ from post_dist.privacy.accounting import account
 from post_dist.privacy.batch_sizes import independent_sizes
 from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.comparison import Comparison
-from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
+from post_dist.privacy.ledger import LedgerRun, claim_anchor_for, lock_ledger
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import run_search
@@ -34,7 +34,7 @@ _SCORE_NOISE = 0.4
 with 500, 1,500 and 6,800 examples at epsilon 8 and 1."""
 
 
-def refuse_private_tuning(config: RunConfig) -> None:
+def check_private_tuning(config: RunConfig) -> None:
     """Refuse a run before it has a folder: its plan, or the ledger of its data.
 
     Raises:
@@ -43,7 +43,7 @@ def refuse_private_tuning(config: RunConfig) -> None:
         ArtifactRefused: the ledger was changed.
     """
     account(private_plan(config))
-    with lock_ledger(anchor_of(config)):
+    with lock_ledger(claim_anchor_for(config)):
         pass
 
 
@@ -71,7 +71,7 @@ def tune_privately(
     _log_cost(plan)
     sizes = independent_sizes(config.tune, task)
     key_file = folder.path / "randomness.json"
-    anchor = anchor_of(config)
+    anchor = claim_anchor_for(config)
     # The lock is held for the whole run: two runs must not spend one budget at the same time.
     with lock_ledger(anchor) as open_ledger:
         if resume == "never":

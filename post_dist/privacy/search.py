@@ -52,7 +52,7 @@ def run_search(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.T
 
 
 def charge_score(run: PrivateRun, count: int, trial: int) -> None:
-    """Write to the ledger that a count will be told with noise.
+    """Write to the ledger that a count will be released with noise.
 
     A run that is repeated on another machine may count another number of right examples.
     """

@@ -44,7 +44,7 @@ class Spending:
         plan: the run's plan.
         opened: time at which the run started, in UTC.
         intents: by (trial, step), the commitments to all sums with which the step was started.
-        scores: by trial, the commitments to all counts of right examples that were told with noise.
+        scores: by trial, the commitments to all noisy counts of right examples that were released.
         finished: whether all steps were taken.
     """
 
@@ -66,15 +66,15 @@ class Spending:
 
     @property
     def is_as_planned(self) -> bool:
-        """Whether no step was taken and no count told twice with different values."""
-        return not self.repeated_steps and max(self._told, default=0) <= 1
+        """Whether no step was taken and no count released twice with different values."""
+        return not self.repeated_steps and max(self._released, default=0) <= 1
 
     def plans(self) -> list[PrivacyPlan]:
         """Return the spending as plans whose steps were all taken.
 
         A search is charged in full from its first row.
         """
-        return self.plan.spent(self._begun, self._told)
+        return self.plan.spent(self._begun, self._released)
 
     def at_the_end(self) -> "Spending":
         """Return what the run will have spent when all steps of its plan were taken."""
@@ -87,8 +87,8 @@ class Spending:
         return Counter(len(sums) for sums in self.intents.values())
 
     @property
-    def _told(self) -> Counter[int]:
-        """Histogram: number of counts of a trial that were told -> number of such trials."""
+    def _released(self) -> Counter[int]:
+        """Histogram: number of counts of a trial that were released -> number of such trials."""
         return Counter(len(counts) for counts in self.scores.values())
 
 

@@ -20,7 +20,7 @@ from post_dist.privacy.mechanism import PrivateOptimizer
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import RandomSource
 from post_dist.privacy.tuned_part import TunedPart
-from post_dist.runtime.checkpoint import load_tensors, optimizer_state, save_tensors, take_up
+from post_dist.runtime.checkpoint import load_tensors, optimizer_state, restore_newest, save_tensors
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import result_of
 from post_dist.runtime.schedule import Schedule, ScheduledRates
@@ -153,7 +153,7 @@ class PrivateTrial:
             The step to start from.
         """
         world = self._run.world
-        done = take_up(self.parameters, self._optimizer, self._checkpoints, "auto", world)
+        done = restore_newest(self.parameters, self._optimizer, self._checkpoints, "auto", world)
         # An adapted clipping norm is part of the state.
         if done and self._adapts:
             saved = load_tensors(self._checkpoints, done)

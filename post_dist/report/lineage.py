@@ -34,7 +34,7 @@ _DETAIL_LENGTH = 120
 
 
 @dataclass(frozen=True)
-class Made:
+class ReportedArtifact:
     """An artifact that the table rests on.
 
     Attributes:
@@ -118,7 +118,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def lineage(evaluation: Path) -> list[Made]:
+def lineage(evaluation: Path) -> list[ReportedArtifact]:
     """Find the student and the prompts of an evaluation.
 
     Only artifacts whose digest the evaluation has recorded are listed. The run folder may hold
@@ -132,19 +132,19 @@ def lineage(evaluation: Path) -> list[Made]:
         return []
     near = _artifacts_near(evaluation)
     unchecked = _unchecked_models(table, near)
-    found: dict[str, Made] = {}
+    found: dict[str, ReportedArtifact] = {}
     for role, digest in table.parents.items():
         # The teacher is a model without a manifest. Two rows may use one prompt.
         if role == "teacher" or digest in found:
             continue
         if digest in unchecked:
-            found[digest] = Made(_UNCHECKED, digest, check="trusted, not checked")
+            found[digest] = ReportedArtifact(_UNCHECKED, digest, check="trusted, not checked")
             continue
-        found[digest] = _made(role, digest, near)
+        found[digest] = _reported(role, digest, near)
         parents = near[digest][1].parents if digest in near else {}
         public = parents.get("public prompt")
         if public is not None and public not in found:
-            found[public] = _made("public prompt", public, near)
+            found[public] = _reported("public prompt", public, near)
     return sorted(found.values(), key=_place)
 
 
@@ -158,7 +158,7 @@ def _unchecked_models(table: Manifest, near: Mapping[str, tuple[Path, Manifest]]
     return found
 
 
-def _place(made: Made) -> int:
+def _place(made: ReportedArtifact) -> int:
     """Return the place of an artifact in the order in which they are made."""
     roles = list(_COMMANDS)
     for place, role in reversed(list(enumerate(roles))):
@@ -196,10 +196,12 @@ def _is_small_file(path: Path, most_bytes: int = SIZE_LIMIT_BYTES) -> bool:
     return path.is_file() and path.stat().st_size <= most_bytes
 
 
-def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> Made:
+def _reported(
+    role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]
+) -> ReportedArtifact:
     """Describe one artifact, and compare its files with their hashes."""
     if digest not in near:
-        return Made(role, digest)
+        return ReportedArtifact(role, digest)
     folder, manifest = near[digest]
     try:
         # The weights of a student are many, and the page shows none of them.
@@ -209,14 +211,14 @@ def _made(role: str, digest: str, near: Mapping[str, tuple[Path, Manifest]]) -> 
     except (OSError, PostDistError):
         pass
     # Nothing that it says is shown. The evaluation has checked other files.
-    return Made(role, digest, folder, "files were changed")
+    return ReportedArtifact(role, digest, folder, "files were changed")
 
 
-def _described(role: str, folder: Path, inside: Quarantined) -> Made:
+def _described(role: str, folder: Path, inside: Quarantined) -> ReportedArtifact:
     """Read what the page says of an artifact from its private copy."""
     copy = inside.folder
     adapter = _object(copy / "adapter_config.json")
-    return Made(
+    return ReportedArtifact(
         role,
         inside.manifest.digest,
         folder,

@@ -12,7 +12,7 @@ from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import InputError, PostDistError, command_line
 from post_dist.files import write_file
 from post_dist.losses.metric_labels import METRIC_LABELS
-from post_dist.report.lineage import PREFIX_TUNING, Made, lineage, settings_of
+from post_dist.report.lineage import PREFIX_TUNING, ReportedArtifact, lineage, settings_of
 from post_dist.report.tables import (
     NOTE,
     markdown_table,
@@ -75,27 +75,27 @@ def write_report(evaluation: Path) -> Path:
     return page
 
 
-def _markdown(name: str, table: Mapping[str, Any], made: Sequence[Made]) -> str:
-    from post_dist.report.verdict import verdict
+def _markdown(name: str, table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> str:
+    from post_dist.report.verdict import verdict_of
 
-    said = verdict(table, made)
+    verdict = verdict_of(table, made)
     paragraphs = [
         f"# {markdown_text(f'{name}: {table_title(table)}')}",
-        markdown_text(" ".join([f"{said.headline}.", *said.sentences, said.privacy])),
+        markdown_text(" ".join([f"{verdict.headline}.", *verdict.sentences, verdict.privacy])),
         markdown_table(table),
         NOTE,
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[Made]) -> str:
+def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> str:
     # Imported here: most commands write no page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from post_dist.report.charts import interval_chart, privacy_chart
-    from post_dist.report.verdict import references, row_notes, verdict
+    from post_dist.report.verdict import references, row_notes, verdict_of
 
-    said = verdict(table, made)
+    verdict = verdict_of(table, made)
     compared = references(table, settings_of(evaluation))
     zero_shot = next((each for each in compared if "LLM" in each.name), None)
     # Names of tasks and rows come from run files, so they are escaped.
@@ -111,16 +111,16 @@ def _html(evaluation: Path, table: Mapping[str, Any], made: Sequence[Made]) -> s
         run=evaluation.parent.name,
         title=f"{evaluation.parent.name}: {table_title(table)}",
         version=version("post_dist"),
-        said=said,
+        verdict=verdict,
         columns=table_columns(table),
         rows=table_cells(table),
         note=NOTE,
         made=made,
-        accuracies=interval_chart(table, row_notes(table), compared, said.row),
+        accuracies=interval_chart(table, row_notes(table), compared, verdict.row),
         privacy=privacy_chart(table, zero_shot),
         budget=_budget(made),
         curves=_curves(evaluation.parent, made),
-        use=_use(said.row, made),
+        use=_use(verdict.row, made),
         settings=_settings(made),
     )
 
@@ -133,7 +133,7 @@ def _printable(value: Any) -> Any:
     return "".join(kept)
 
 
-def _curves(runs: Path, made: Sequence[Made]) -> list[Any]:
+def _curves(runs: Path, made: Sequence[ReportedArtifact]) -> list[Any]:
     """Draw the losses of the provider's stages that the table rests on."""
     from post_dist.report.charts import loss_chart
 
@@ -148,7 +148,7 @@ def _curves(runs: Path, made: Sequence[Made]) -> list[Any]:
     return [curve for curve in curves if curve is not None]
 
 
-def _budget(made: Sequence[Made]) -> dict[str, Any] | None:
+def _budget(made: Sequence[ReportedArtifact]) -> dict[str, Any] | None:
     """Return what the private data set has spent, or None if its ledger is not here.
 
     The dictionary is that of `post-dist budget`, or `problem` if the ledger is refused.
@@ -182,7 +182,7 @@ def _ledger(settings: Mapping[str, Any]) -> Path | None:
         return None
 
 
-def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
+def _use(row: str, made: Sequence[ReportedArtifact]) -> dict[str, Any] | None:
     """Return how to use the prompt of a row: its folder, in the forms that the page needs."""
     for each in made:
         if each.role != row or each.folder is None or not each.intact:
@@ -202,13 +202,13 @@ def _use(row: str, made: Sequence[Made]) -> dict[str, Any] | None:
     return None
 
 
-def _unit(made: Made) -> str:
+def _unit(made: ReportedArtifact) -> str:
     """Return what the size of a prompt counts."""
     is_prefix = made.adapter.get("peft_type") == PREFIX_TUNING
     return "virtual tokens in every layer" if is_prefix else "prompt vectors"
 
 
-def _settings(made: Sequence[Made]) -> list[dict[str, str]]:
+def _settings(made: Sequence[ReportedArtifact]) -> list[dict[str, str]]:
     """Return the settings of each artifact as YAML. Manifests hold nothing of private data."""
     settings = []
     for each in made:

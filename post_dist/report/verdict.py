@@ -7,7 +7,7 @@ from typing import Any
 
 from post_dist.artifacts.evaluation_table import DP_REGRESSION, MAJORITY, TF_IDF
 from post_dist.report.charts import Reference, percent
-from post_dist.report.lineage import Made, number
+from post_dist.report.lineage import ReportedArtifact, number
 from post_dist.report.tables import (
     cautions,
     has_classes,
@@ -64,7 +64,7 @@ class Verdict:
     row: str
 
 
-def verdict(table: Mapping[str, Any], made: Sequence[Made]) -> Verdict:
+def verdict_of(table: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> Verdict:
     """Compare the prompt with the model that has none.
 
     Args:
@@ -162,7 +162,7 @@ def _sentences(
     return sentences
 
 
-def _privacy(row: Mapping[str, Any], made: Sequence[Made]) -> str:
+def _privacy(row: Mapping[str, Any], made: Sequence[ReportedArtifact]) -> str:
     """Say which privacy guarantee a row's prompt has."""
     statement = next((each.privacy for each in made if each.role == row["name"]), {})
     if statement.get("private") is False:

@@ -101,7 +101,7 @@ def restore_optimizer(
         optimizer.state[parameter] = state
 
 
-def take_up(
+def restore_newest(
     parameters: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     folder: Path,

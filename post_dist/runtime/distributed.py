@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
 from post_dist.extras import op_cache
 from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, find_launcher
-from post_dist.runtime.meeting import wait_for_ranks
+from post_dist.runtime.rendezvous import wait_for_ranks
 from post_dist.runtime.stop import saving
 from post_dist.runtime.watchdog import phase, unwatched
 
@@ -33,7 +33,7 @@ Rank 0 may tune alone for many hours while the others wait. The watchdog ends a 
 
 Shared = TypeVar("Shared")
 
-_alone: ContextVar["World | None"] = ContextVar("alone", default=None)
+_working_on_main: ContextVar["World | None"] = ContextVar("working_on_main", default=None)
 """The ranks of which rank 0 is doing work alone."""
 
 
@@ -62,13 +62,13 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size > 1:
             dist.barrier()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Average a tensor over ranks, in place."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
@@ -76,7 +76,7 @@ class World:
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
         """Concatenate the rows of all ranks in rank order. Ranks may differ in number of rows."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size == 1:
             return rows
         counts = [torch.empty(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
@@ -131,7 +131,7 @@ class World:
 
     def from_main(self, own: Shared) -> Shared:
         """Return rank 0's value on every rank. All ranks call it."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size == 1:
             return own
         # torch fills the list in place.
@@ -146,7 +146,7 @@ class World:
 
     def gather_objects(self, own: Shared) -> list[Shared]:
         """Return the value of each rank, in rank order. All ranks call it."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size == 1:
             return [own]
         # torch fills the list in place.
@@ -189,29 +189,29 @@ class World:
             PostDistError: the work failed on rank 0.
         """
         if self.is_main:
-            return self.from_main(self.together(partial(self._work_alone, work)))
+            return self.from_main(self.together(partial(self._work_on_main, work)))
         # Rank 0 may save its work after a request to stop, so this rank leaves when rank 0 does.
         with unwatched("waiting for rank 0"), saving():
             self.together(lambda: None)
         # The value of other ranks is ignored.
         return self.from_main(cast(Shared, None))
 
-    def _work_alone(self, work: Callable[[], Shared]) -> Shared:
+    def _work_on_main(self, work: Callable[[], Shared]) -> Shared:
         """Do work on rank 0, and refuse collectives meanwhile."""
-        before = _alone.set(self)
+        before = _working_on_main.set(self)
         try:
             return work()
         finally:
-            _alone.reset(before)
+            _working_on_main.reset(before)
 
-    def _refuse_alone(self) -> None:
+    def _refuse_collective_on_main(self) -> None:
         """Raise an error in work that rank 0 does alone. One rank is enough to find the mistake."""
-        if _alone.get() is self:
+        if _working_on_main.get() is self:
             raise RuntimeError("a collective in work that rank 0 does alone")
 
     def _largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
-        self._refuse_alone()
+        self._refuse_collective_on_main()
         if self.size == 1:
             return number
         shared = torch.tensor([number], device=self.device)
@@ -267,7 +267,7 @@ def start(seed: int, join_timeout_seconds: float = 600.0) -> World:
     return world
 
 
-def alone() -> World:
+def single_process() -> World:
     """Return a world of this process alone. It reads no variables of a launcher."""
     return World(0, 1, 0, "none", _use_device(0))
 

@@ -21,7 +21,7 @@ def silence_deepspeed() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def speak(rank: int) -> None:
+def configure_logging(rank: int) -> None:
     """Send this package's log to standard error on rank 0, and silence the libraries."""
     logger = logging.getLogger("post_dist")
     logger.setLevel(logging.INFO)

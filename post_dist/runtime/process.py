@@ -13,7 +13,7 @@ from post_dist.extras import missing_package
 from post_dist.runtime.last_error import answer_error, report_error
 from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.stop import leave_quietly
-from post_dist.runtime.watchdog import rest
+from post_dist.runtime.watchdog import pause_watchdog
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
@@ -63,7 +63,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         answer_error(PostDistError(f"internal error: {name}").as_object())
         return PostDistError.exit_code
     finally:
-        rest()
+        pause_watchdog()
     return 0
 
 

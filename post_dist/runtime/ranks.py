@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from post_dist.config.schema import RunConfig
 from post_dist.runtime.launcher import end_with_launcher
-from post_dist.runtime.watchdog import rest, watch
+from post_dist.runtime.watchdog import pause_watchdog, watch
 
 if TYPE_CHECKING:
     from post_dist.runtime.distributed import World
@@ -40,11 +40,11 @@ def join_ranks(config: RunConfig) -> "World":
     # libgomp reads this variable when torch is loaded, so it is set before these imports.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from post_dist.runtime.distributed import start
-    from post_dist.runtime.logs import speak
+    from post_dist.runtime.logs import configure_logging
 
     # The watchdog starts before the first collective, which would wait for a missing rank.
     limit_seconds = config.engine.hang_timeout_seconds
-    speak(this_rank())
+    configure_logging(this_rank())
     watch(this_rank(), limit_seconds)
     world = start(config.seed, config.engine.join_timeout_seconds)
     _Joined.world = world
@@ -63,4 +63,4 @@ def leave_ranks() -> None:
     try:
         world.leave()
     finally:
-        rest()
+        pause_watchdog()

@@ -1,57 +1,62 @@
-"""Check engine settings against the layout of the ranks: shard groups, offload and devices."""
+"""The ranks of a run as a layout, and this rank's part of it: the group that shares a model."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch.distributed as dist
 
 from post_dist.config.schema import Engine
-from post_dist.conflicts import Conflict, Layout
-from post_dist.runtime.further_settings import further_conflicts
-from post_dist.runtime.precision import precision_conflicts
+from post_dist.conflicts import Layout, raise_conflicts
+from post_dist.runtime.distributed import World
+from post_dist.runtime.engine_conflicts import engine_conflicts, shard_group_size
 
 
-def shard_group_size(engine: Engine, layout: Layout) -> int:
-    """Return the number of ranks that share one copy of a frozen model."""
-    if engine.shard_group == "all":
-        return layout.ranks
-    if engine.shard_group == "node":
-        return layout.ranks_per_node
-    return engine.shard_group
+@dataclass(frozen=True)
+class ShardGroup:
+    """The ranks that share one copy of a frozen model.
 
-
-def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
-    """Find the engine settings that do not suit a stage whose models are sharded.
-
-    Args:
-        engine: settings of the run file.
-        layout: the ranks of the stage and their device.
+    Attributes:
+        size: number of ranks; 1 if each rank has its own copy.
+        reads: whether this rank reads the weights for its group.
+        process_group: torch's process group; None if there is one rank, or the group has all ranks.
     """
-    found = _group_conflicts(engine, layout)
-    found += precision_conflicts(engine, layout.device)
-    found += further_conflicts(engine)
-    if engine.quantized_gathers and layout.device == "cpu":
-        found.append(
-            Conflict(
-                "engine.quantized_gathers: DeepSpeed's int8 kernels do not run on a CPU",
-                "leave it out",
-            )
-        )
-    return found
+
+    size: int
+    reads: bool
+    process_group: Any
 
 
-def _group_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
-    """Check that the ranks divide into shard groups, and that offload has shards to move."""
-    # The schema refuses `shard_group: 1` with offload, but `node` and `all` may also mean 1 rank.
-    size = shard_group_size(engine, layout)
-    if layout.ranks % size:
-        return [
-            Conflict(
-                f"engine.shard_group: {layout.ranks} ranks do not divide into groups of {size}",
-                "choose a divisor of the number of ranks, or engine.shard_group: all",
-            )
-        ]
-    if size == 1 < layout.ranks and engine.offload != "none":
-        return [
-            Conflict(
-                "engine.shard_group is one rank here, which keeps frozen models whole: "
-                "there is nothing to offload",
-                "set engine.shard_group: all, or engine.offload: none",
-            )
-        ]
-    return []
+def layout_of(engine: Engine, world: World) -> Layout:
+    """Describe the ranks of this run. All ranks call it together.
+
+    Raises:
+        InputError: `engine.shard_group: node` on nodes of different sizes.
+    """
+    # Only one group per node needs nodes of equal size.
+    ranks_per_node = world.ranks_of_a_node() if engine.shard_group == "node" else world.size
+    return Layout(world.size, ranks_per_node, world.device.type)
+
+
+def shard_group(engine: Engine, world: World) -> ShardGroup:
+    """Return this rank's group, by `engine.shard_group`. All ranks call it together.
+
+    Raises:
+        InputError: the engine settings do not suit the ranks (see `engine_conflicts`).
+    """
+    layout = layout_of(engine, world)
+    raise_conflicts("engine", engine_conflicts(engine, layout))
+    return _group_of_size(shard_group_size(engine, layout), world)
+
+
+@lru_cache
+def _group_of_size(size: int, world: World) -> ShardGroup:
+    """Return this rank's group of neighbors. The cache saves torch from making groups anew."""
+    reads = world.rank % size == 0
+    if size in (1, world.size):
+        return ShardGroup(size, reads, None)
+    # torch needs every rank to create every group, even groups that it does not belong to.
+    groups = []
+    for first in range(0, world.size, size):
+        groups.append(dist.new_group(list(range(first, first + size))))
+    return ShardGroup(size, reads, groups[world.rank // size])

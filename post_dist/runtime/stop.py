@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 _SECONDS_TO_LEAVE = 4.0
 """Seconds until a request to stop ends work that nobody saves. Slurm kills after 30."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 _requested: list[str] = []
 """Names of the signals that this process has received."""
@@ -97,7 +97,7 @@ def _end_in_time(signals: int) -> None:
     # After its work has saved, the process still tells the other ranks why it leaves.
     deadline = time.monotonic() + _SECONDS_TO_LEAVE
     while time.monotonic() < deadline:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
         if _Work.saves:
             deadline = time.monotonic() + _SECONDS_TO_LEAVE
     stop = Interrupted(

@@ -19,7 +19,7 @@ from post_dist.runtime.last_error import report_error
 
 log = logging.getLogger(__name__)
 
-_LOOKS_PER_LIMIT = 10
+_CHECKS_PER_LIMIT = 10
 """Number of checks within the time limit. A hang is found at most a tenth of the limit late."""
 
 
@@ -33,7 +33,7 @@ class _Watch:
 
 
 def watch(rank: int, limit_seconds: float) -> None:
-    """Start to watch this process, or resume after `rest`.
+    """Start to watch this process, or resume after `pause_watchdog`.
 
     Args:
         rank: number of this rank, for the message.
@@ -45,12 +45,12 @@ def watch(rank: int, limit_seconds: float) -> None:
     # A second command in the same process uses the same thread.
     if _Watch.thread is None:
         _Watch.thread = threading.Thread(
-            target=_look, args=(rank, limit_seconds), daemon=True, name="watchdog"
+            target=_watch_progress, args=(rank, limit_seconds), daemon=True, name="watchdog"
         )
         _Watch.thread.start()
 
 
-def rest() -> None:
+def pause_watchdog() -> None:
     """Stop watching, at the end of a command."""
     _Watch.paused = True
 
@@ -80,9 +80,9 @@ def unwatched(name: str) -> Iterator[None]:
         phase(name)
 
 
-def _look(rank: int, limit_seconds: float) -> None:
+def _watch_progress(rank: int, limit_seconds: float) -> None:
     while True:
-        time.sleep(limit_seconds / _LOOKS_PER_LIMIT)
+        time.sleep(limit_seconds / _CHECKS_PER_LIMIT)
         if not _Watch.paused and time.monotonic() - _Watch.moved >= limit_seconds:
             _end(rank, limit_seconds)
 

@@ -19,7 +19,7 @@ from post_dist.errors import ArtifactRefused, InputError
 from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.generation import generation_conflicts
-from post_dist.models.load import load_config, load_tokenizer, model_folder, weights_of
+from post_dist.models.load import check_is_model, load_tokenizer, model_folder, weights_of
 from post_dist.stages.context_length import context_conflicts
 from post_dist.stages.prompt_origin import (
     check_belongs,
@@ -86,7 +86,7 @@ def fitting_model(
             check_made_for(prompt, str(folder), digest.__eq__, weights)
             yield _checked(prompt, student)
         return
-    load_config(folder)
+    check_is_model(folder)
     is_model = partial(is_digest_of, folder)
     check_made_for(prompt, str(folder), is_model, partial(weights_of, folder))
     yield _checked(prompt, folder)

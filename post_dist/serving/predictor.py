@@ -15,7 +15,7 @@ from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole
-from post_dist.runtime.distributed import World, alone
+from post_dist.runtime.distributed import World, single_process
 from post_dist.runtime.precision import choose_precision, precision_conflicts
 from post_dist.serving.model import fitting_model
 from post_dist.serving.predictions import Predictions, Response, class_prediction
@@ -93,7 +93,7 @@ def load_predictor(
         InputError: the model cannot be loaded.
         EnvironmentFault: the hub cannot be reached.
     """
-    world = alone()
+    world = single_process()
     engine = Engine(precision=precision)
     raise_conflicts("predict", precision_conflicts(engine, world.device.type))
     with fitting_model(prompt, model, revision) as found:

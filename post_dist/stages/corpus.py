@@ -6,10 +6,10 @@ It needs the teacher's tokenizer, and none of its weights.
 from pathlib import Path
 
 from post_dist.config.schema import RunConfig
-from post_dist.data.corpus import check_long_enough, separator_of
+from post_dist.data.corpus import check_long_enough, document_separator
 from post_dist.data.corpus_result import CorpusResult
 from post_dist.data.make_shards import make_shards
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.data.token_shards import read_index
 from post_dist.models.load import load_tokenizer, tokenizer_folder
 
@@ -30,10 +30,10 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
         Interrupted: this process was asked to stop. Finished shards are kept.
     """
     section, teacher = config.need_sections("corpus", "teacher")
-    refuse_private_text(config.private_task, section, "corpus")
+    check_not_private(config.private_task, section, "corpus")
     # Of a hub model, only the tokenizer is downloaded.
     tokenizer = load_tokenizer(tokenizer_folder(teacher))
-    folder = make_shards(section, tokenizer, separator_of(tokenizer), corpora_folder(config))
+    folder = make_shards(section, tokenizer, document_separator(tokenizer), corpora_folder(config))
     index = read_index(folder)
     # The shards are kept, because another run may hold out fewer sequences.
     check_long_enough(section, index.tokens)

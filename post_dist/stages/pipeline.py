@@ -32,10 +32,10 @@ from post_dist.stages.evaluate.rows import (
     TransferredPrompt,
     target_prompts,
 )
-from post_dist.stages.evaluate.stage import PromptSet, evaluate, refuse_evaluation
+from post_dist.stages.evaluate.stage import PromptSet, check_evaluation, evaluate
 from post_dist.stages.prompt_origin import check_made_for, is_digest_of, is_transferred
 from post_dist.stages.run_inputs import RunInputs, check_inputs
-from post_dist.stages.tune.stage import TunedModel, refuse_tuning, tune
+from post_dist.stages.tune.stage import TunedModel, check_tuning, tune
 
 if TYPE_CHECKING:
     from post_dist.stages.transfer.stage import DescribedModels
@@ -95,13 +95,13 @@ class Pipeline:
         Returns:
             The finished folder of the stage.
         """
-        from post_dist.stages.distill.stage import distill, refuse_distillation
+        from post_dist.stages.distill.stage import check_distillation, distill
 
         self._config.need("distill")
         folder = self._student_folder
         teacher = self.inputs.teacher
         if self._unfinished([folder]):
-            refuse_distillation(folder.config, teacher, self._world)
+            check_distillation(folder.config, teacher, self._world)
             with self.running([folder]):
                 distill(folder, teacher, self.inputs.teacher_digest, self._world, self._resume)
         if self._config.distill.attack_tokens:
@@ -112,7 +112,7 @@ class Pipeline:
         """Find or make the student whose manifest tells of attacks."""
         from post_dist.stages.distill.attack import attack
         from post_dist.stages.distill.attack_config import attacks_config
-        from post_dist.stages.distill.stage import refuse_distillation
+        from post_dist.stages.distill.stage import check_distillation
 
         # Settings that do not name the layers, such as `auto`, may stand for another student.
         digest = self._world.on_main(lambda: read_manifest(student.artifact, "student").digest)
@@ -120,7 +120,7 @@ class Pipeline:
         folder = run_folder(attacks_config(self._config), "distill", inputs, label="attack")
         teacher = self.inputs.teacher
         if self._unfinished([folder]):
-            refuse_distillation(folder.config, teacher, self._world)
+            check_distillation(folder.config, teacher, self._world)
             with self.running([folder]):
                 digest = self.inputs.teacher_digest
                 attack(folder, student.artifact, teacher, digest, self._world, self._resume)
@@ -132,13 +132,13 @@ class Pipeline:
         Returns:
             The folder of their files, and the number of files.
         """
-        from post_dist.stages.distill.stage import refuse_distillation, write_signals
+        from post_dist.stages.distill.stage import check_distillation, write_signals
 
         self._config.need("distill")
         teacher = self.inputs.teacher
         # The folder is not made: the signals are beside it.
         folder = self._student_folder
-        refuse_distillation(folder.config, teacher, self._world)
+        check_distillation(folder.config, teacher, self._world)
         return write_signals(folder, teacher, self.inputs.teacher_digest, self._world)
 
     def warm_start(self) -> RunFolder:
@@ -149,7 +149,7 @@ class Pipeline:
         """
         from post_dist.stages.warm_start.stage import (
             WarmStartModels,
-            refuse_warm_start,
+            check_warm_start,
             warm_start,
         )
 
@@ -159,7 +159,7 @@ class Pipeline:
         folder = run_folder(self._config, "warm_start", inputs)
         if self._unfinished([folder]):
             models = WarmStartModels(self.inputs.teacher, self.student, self._student_name, digests)
-            refuse_warm_start(folder.config, models, self._world)
+            check_warm_start(folder.config, models, self._world)
             with self.running([folder]):
                 warm_start(folder, models, self._world, self._resume)
         return folder
@@ -202,7 +202,7 @@ class Pipeline:
             try:
                 source = self._source(folder)
                 if several:
-                    self._refuse_alone(folder, source)
+                    self._check_one_of_several(folder, source)
                 sources[folder] = source
             except ArtifactRefused as error:
                 refused.append(error)
@@ -255,7 +255,7 @@ class Pipeline:
         # The signature holds the digest of every prompt, so other prompts give another table.
         folder = self.private_folder(config, "evaluate", inputs | _prompt_digests(prompts))
         if self._unfinished([folder]):
-            refuse_evaluation(folder.config, models, prompts, self._world)
+            check_evaluation(folder.config, models, prompts, self._world)
             with self.running([folder]):
                 evaluate(folder, models, prompts, inputs, self._world)
         return folder
@@ -385,24 +385,24 @@ class Pipeline:
         folder = self.private_folder(config, "tune", inputs, label)
         if self._unfinished([folder]):
             private_task = config.need_task("private_task")
-            refuse_tuning(folder.config, private_task, model, self._world)
+            check_tuning(folder.config, private_task, model, self._world)
             with self.running([folder]):
                 tune(folder, private_task, model, self._world, self._resume)
         return folder
 
-    def _refuse_alone(self, folder: Path, source: SoftPromptArtifact) -> None:
+    def _check_one_of_several(self, folder: Path, source: SoftPromptArtifact) -> None:
         """Refuse one of several prompts if it does not suit the models.
 
         Raises:
             ArtifactRefused: it would stop the transfer of the others.
         """
         from post_dist.stages.transfer.job import TransferRequest
-        from post_dist.stages.transfer.stage import refuse_transfer
+        from post_dist.stages.transfer.stage import check_transfer
 
         # The owner's mistake is the owner's, and not one of the run file.
         request = TransferRequest(self._transfer_folder(self._config, source), source)
         with refusing(folder):
-            refuse_transfer([request], self._described_models, self._world)
+            check_transfer([request], self._described_models, self._world)
 
     def _transfer(
         self, wanted: Sequence[tuple[RunConfig, SoftPromptArtifact]]
@@ -420,7 +420,7 @@ class Pipeline:
         if not wanted:
             return [], {}
         from post_dist.stages.transfer.job import TransferRequest
-        from post_dist.stages.transfer.stage import Target, refuse_transfer, transfer
+        from post_dist.stages.transfer.stage import Target, check_transfer, transfer
 
         requests = []
         for config, source in wanted:
@@ -432,7 +432,7 @@ class Pipeline:
         failed = {}
         if unfinished:
             missing = [by_folder[folder.path] for folder in unfinished]
-            refuse_transfer(missing, self._described_models, self._world)
+            check_transfer(missing, self._described_models, self._world)
             with self.running(unfinished):
                 target = Target(self.inputs.teacher, self.inputs.teacher_weights)
                 failed = transfer(missing, target, self.student, self._world, self._resume)

@@ -15,7 +15,7 @@ import torch
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.schema import PromptTraining
 from post_dist.errors import InputError
-from post_dist.runtime.checkpoint import optimizer_state, save_tensors, take_up
+from post_dist.runtime.checkpoint import optimizer_state, restore_newest, save_tensors
 from post_dist.runtime.distributed import World
 from post_dist.runtime.metric_log import MetricRecord
 from post_dist.runtime.nonfinite import NonFiniteGuard
@@ -54,7 +54,7 @@ class PromptRun:
     open_metrics: Callable[[RunFolder, World], MetricRecord]
     show_loss: bool
 
-    def take_up(self, resume: str, world: World) -> int:
+    def restore_newest(self, resume: str, world: World) -> int:
         """Restore the newest checkpoint if one exists.
 
         Args:
@@ -67,7 +67,9 @@ class PromptRun:
         # The parameters were plain tensors until now. Training needs their gradients.
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        return take_up(self.parameters, self.optimizer, self.folder.checkpoints, resume, world)
+        return restore_newest(
+            self.parameters, self.optimizer, self.folder.checkpoints, resume, world
+        )
 
     def save(self, step: int) -> None:
         """Save a checkpoint from which step number `step` is the next one."""

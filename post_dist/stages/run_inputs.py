@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from post_dist.admission.door import admit_prompt, admit_student, refuse_unchecked
+from post_dist.admission.door import admit_prompt, admit_student, check_trusted
 from post_dist.admission.refusal import refusing
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind, parse_manifest
 from post_dist.artifacts.prompt import SoftPromptArtifact, read_prompt
@@ -15,7 +15,7 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Inputs, RunConfig
 from post_dist.config.sources import Corpus, DataSource
 from post_dist.data.corpus_files import source_digest
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
@@ -25,9 +25,10 @@ from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.families import is_masked
 from post_dist.models.load import (
     check_is_folder,
-    load_config,
+    check_is_model,
     load_tokenizer,
     model_folder,
+    read_config,
     weights_digest,
 )
 from post_dist.runtime.distributed import World
@@ -72,7 +73,7 @@ class RunInputs:
             self._world.together(fetch if self._world.local_rank == 0 else lambda: None)
             found = partial(model_folder, self._config.teacher, is_here=True)
             folder = self._world.together(found)
-        load_config(folder)
+        check_is_model(folder)
         return folder
 
     @cached_property
@@ -194,7 +195,7 @@ class RunInputs:
         source: DataSource | Corpus = getattr(self._config, section)
         if section != "private_task":
             private = self._config.private_task
-            self._world.on_main(partial(refuse_private_text, private, source, section))
+            self._world.on_main(partial(check_not_private, private, source, section))
         if isinstance(source, Corpus):
             return self._world.on_main(partial(source_digest, source))
         if source.path is None:
@@ -216,14 +217,14 @@ def _is_trusted(inputs: Inputs) -> bool:
     # A sender might leave the manifest out, and with it the signature.
     if inputs.trusted_keys or (student / FILE_NAME).exists():
         return False
-    refuse_unchecked(student, trusted=inputs.trust_model)
+    check_trusted(student, trusted=inputs.trust_model)
     return True
 
 
 def _digest_of_student(folder: Path) -> str:
     """Return the digest in a student's manifest, or that of its files if it has no manifest."""
     if not (folder / FILE_NAME).exists():
-        load_config(folder)
+        check_is_model(folder)
         return fingerprint(folder)
     # Its hashes have been compared when it was admitted.
     return parse_manifest(folder / FILE_NAME).digest
@@ -266,7 +267,7 @@ def check_inputs(config: RunConfig, teacher: Path) -> None:
             if config.tune.counts_right:
                 load_examples(task, "validation", "private_task")
         prompt_task = PromptTask.of_section(task, config.tune.init_text)
-        model = load_config(teacher)
+        model = read_config(teacher)
         TaskReader(
             prompt_task,
             load_tokenizer(teacher),

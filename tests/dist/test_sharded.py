@@ -13,7 +13,6 @@ from started import run_script
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from post_dist.config.schema import Corpus as CorpusSection
 from post_dist.config.schema import Student
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import RankBatch
@@ -208,9 +207,7 @@ def plain_terms(
 def plain_losses(run: Path, frozen: int) -> list[tuple[float, float, float]]:
     """Return the terms of each step of a training loop in plain torch."""
     folder = run.parent.parent / "teacher"
-    section = CorpusSection(
-        path=folder.parent / "long.csv", sequence_length=96, held_out_sequences=8
-    )
+    section = Corpus(path=folder.parent / "long.csv", sequence_length=96, held_out_sequences=8)
     corpus = build_corpus(
         section, load_tokenizer(folder), run / "corpora", 0, World(0, 1, 0, "none", CPU)
     )

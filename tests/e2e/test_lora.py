@@ -101,7 +101,7 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
     from post_dist.models.answers import answers_of
     from post_dist.models.batch_inference import InferenceRun
     from post_dist.models.lora_layers import chosen_shapes
-    from post_dist.runtime.distributed import alone
+    from post_dist.runtime.distributed import single_process
 
     folder = write_model(tmp_path / "model", family)
     targets = ("query", "output.dense") if family == "roberta" else ("v_proj", "down_proj")
@@ -117,7 +117,7 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
         task, load_tokenizer(folder), masked=model.masked, vocabulary=model.vocabulary_size
     )
     examples = reader.encode([text for text, _ in tiny.sentences(5, 1)])
-    run = InferenceRun(2, alone(), "test")
+    run = InferenceRun(2, single_process(), "test")
     ours = answers_of(model, examples, reader, made, run)
     plain = answers_of(model, examples, reader, replace(made, adapter=None), run)
     assert (ours - plain).abs().max() > 0.1

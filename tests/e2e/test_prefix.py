@@ -121,7 +121,7 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
     from post_dist.data.task_reader import TaskReader
     from post_dist.models.answers import answers_of
     from post_dist.models.batch_inference import InferenceRun
-    from post_dist.runtime.distributed import alone
+    from post_dist.runtime.distributed import single_process
 
     folder = write_model(tmp_path / "model", family)
     model = load_whole(folder, "fp32", torch.device("cpu"))
@@ -133,7 +133,7 @@ def test_peft_gives_the_same_scores(tmp_path: Path, family: str) -> None:
         TASK, load_tokenizer(folder), masked=False, vocabulary=model.vocabulary_size
     )
     examples = reader.encode([text for text, _ in tiny.sentences(5, 1)])
-    run = InferenceRun(2, alone(), "test")
+    run = InferenceRun(2, single_process(), "test")
 
     # The prefix that a prompt starts with says what the prompt says.
     prompt = replace(made, embeddings=start_nd, adapter=None)
@@ -185,7 +185,7 @@ def test_responses_behind_a_prefix_are_those_behind_its_prompt(tmp_path: Path, f
     from post_dist.data.task_reader import TaskReader
     from post_dist.models.answers import answers_of
     from post_dist.models.batch_inference import InferenceRun
-    from post_dist.runtime.distributed import alone
+    from post_dist.runtime.distributed import single_process
 
     folder = write_model(tmp_path / "model", family)
     model = load_whole(folder, "fp32", torch.device("cpu"))
@@ -195,7 +195,7 @@ def test_responses_behind_a_prefix_are_those_behind_its_prompt(tmp_path: Path, f
     )
     texts = [text for text, _ in tiny.sentences(6, 1)]
     examples = reader.encode([*texts, "x"])
-    run = InferenceRun(4, alone(), "test")
+    run = InferenceRun(4, single_process(), "test")
     prompt = PromptContents(torch.randn(5, 32), task, None)
     # Vectors of another prompt stand beside it. They must not run.
     started = initial_prefix(model, prompt.embeddings)

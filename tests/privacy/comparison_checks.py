@@ -66,7 +66,7 @@ def a_comparison_is_charged_once() -> None:
     assert [each.score_noise_multiplier for each in search.spent({2: 5})] == [2.0, None]
 
 
-def a_count_that_is_told_twice_is_charged_twice() -> None:
+def a_count_that_is_released_twice_is_charged_twice() -> None:
     plan = replace(plan_of(steps=3), score_noise_multiplier=2.0)
     assert plan.spent({1: 3}, {1: 1}) == [plan]
     assert plan.spent({1: 3}, {2: 1}) == [replace(plan, score_noise_multiplier=2 / 2**0.5)]
@@ -136,7 +136,7 @@ def a_statement_has_the_search_and_the_target_of_its_settings() -> None:
 CHECKS: list[Callable[[], None]] = [
     a_comparison_has_the_noise_of_the_plan,
     a_comparison_is_charged_once,
-    a_count_that_is_told_twice_is_charged_twice,
+    a_count_that_is_released_twice_is_charged_twice,
     a_comparison_is_in_the_statement,
     a_statement_has_the_search_and_the_target_of_its_settings,
 ]

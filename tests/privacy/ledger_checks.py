@@ -61,7 +61,7 @@ class ToyPart:
 
 def open_ledger(place: Path) -> AbstractContextManager[Any]:
     """Open the ledger of a folder, which also holds the anchors."""
-    anchor = part("privacy.anchor").find_anchor(
+    anchor = part("privacy.anchor").claim_anchor(
         place / "anchors", place / "ledger.jsonl", (), may_move=True
     )
     return part("privacy.ledger").lock_ledger(anchor)
@@ -213,13 +213,13 @@ def a_run_may_go_on_while_its_budget_is_added_up() -> None:
     budgets = part("privacy.budget")
     with folder() as place:
         train_toy(place, fresh_source("a"), plan_of(sampling_probability=0.05))
-        real = budgets.known_anchor
+        real = budgets.find_anchor
 
-        def known_anchor(*given: Any) -> Any:
+        def find_anchor(*given: Any) -> Any:
             train_toy(place, fresh_source("b"), plan_of(sampling_probability=0.05))
             return real(*given)
 
-        with mock.patch.object(budgets, "known_anchor", known_anchor):
+        with mock.patch.object(budgets, "find_anchor", find_anchor):
             read = partial(budgets.budget_of, place / "ledger.jsonl", None, place / "anchors")
             assert not refused(read, "ArtifactRefused", "no longer all there")
 
@@ -404,7 +404,7 @@ def copies_of_the_data_share_a_ledger() -> None:
 
         def find(data: Path, ledger: Path | None = None) -> Any:
             beside = data.with_name(f"{data.name}.ledger.jsonl")
-            return anchor.find_anchor(
+            return anchor.claim_anchor(
                 place / "anchors", ledger or beside, marks_of(path=data), may_move=ledger is None
             )
 
@@ -448,7 +448,7 @@ def data_with_two_ledgers_are_refused() -> None:
 
         def find(data: Path, chosen: Path | None = None) -> Any:
             beside = data.with_name(f"{data.name}.ledger.jsonl")
-            return anchor.find_anchor(
+            return anchor.claim_anchor(
                 place / "anchors", chosen or beside, marks_of(path=data), may_move=chosen is None
             )
 
@@ -494,7 +494,7 @@ def the_ledger_beside_the_data_counts_for_every_account() -> None:
             task = {"name": "toy", "visibility": "private", "path": str(data)} | words
             section = {"ledger_anchors": place / "anchors" / account} | privacy
             given = {"name": "toy", "private_task": task, "privacy": section}
-            return ledger.anchor_of(RunConfig.model_validate(given))
+            return ledger.claim_anchor_for(RunConfig.model_validate(given))
 
         def spend(account: str, data: Path, cap: float) -> Path:
             with ledger.lock_ledger(find(account, data)) as opened:
@@ -529,7 +529,7 @@ def advice_for_a_ledger_that_cannot_be_written_keeps_to_it() -> None:
             if exists:
                 path.touch()
             denied = mock.patch.object(os, "open", side_effect=PermissionError(13, "denied"))
-            anchor = part("privacy.anchor").find_anchor(place / "a", path, (), may_move=True)
+            anchor = part("privacy.anchor").claim_anchor(place / "a", path, (), may_move=True)
             start = part("privacy.ledger").lock_ledger(anchor).__enter__
             with denied:
                 assert refused(start, "InputError", advice), f"the file is there: {exists}"
@@ -548,7 +548,7 @@ def hub_data_have_one_ledger() -> None:
         for number, changes in enumerate([{}, {"revision": "2"}, {"hub_split": "train[:50%]"}]):
             marks = marks_of(**{"hub": "me/private", "revision": "1"} | changes)
             path = place / f"{number}.jsonl"
-            find = partial(anchor.find_anchor, place / "anchors", path, marks, may_move=False)
+            find = partial(anchor.claim_anchor, place / "anchors", path, marks, may_move=False)
             if not number:
                 with part("privacy.ledger").lock_ledger(find()) as opened:
                     part("privacy.ledger").LedgerRun(opened, "run", plan_of(), None)
@@ -593,7 +593,7 @@ def a_file_that_is_no_ledger_stays_as_it_is() -> None:
             assert path.read_bytes() == contents, f"{name} was changed"
             assert not (place / "state").exists(), f"{name} has an anchor"
     with folder() as place:
-        device = part("privacy.anchor").find_anchor(
+        device = part("privacy.anchor").claim_anchor(
             place / "anchors", Path("/dev/null"), (), may_move=False
         )
         start = part("privacy.ledger").lock_ledger(device).__enter__
@@ -622,7 +622,7 @@ def an_anchor_forgets_nothing() -> None:
     """A run that was stopped at its start goes on after others have run."""
     anchor = part("privacy.anchor")
     with folder() as place:
-        find = partial(anchor.find_anchor, place / "anchors", place / "ledger.jsonl")
+        find = partial(anchor.claim_anchor, place / "anchors", place / "ledger.jsonl")
         stopped = find((), may_move=True)
         edited = find(("edited data",), may_move=True)
         ledger = part("privacy.ledger")
@@ -638,7 +638,7 @@ def an_anchor_forgets_nothing() -> None:
             ledger.LedgerRun(opened, "run", plan_of(), None)
         (again,) = place.glob("anchors/*.json")
         for mark in ("edited data", "more data"):
-            elsewhere = anchor.find_anchor(
+            elsewhere = anchor.claim_anchor(
                 place / "anchors", place / "b.jsonl", (mark,), may_move=True
             )
             assert elsewhere.file == again, f"the anchor has forgotten the {mark}"

@@ -17,7 +17,7 @@ from post_dist.artifacts.task import PromptTask
 from post_dist.config.load import load_run
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 from post_dist.privacy.calibration import private_plan
-from post_dist.privacy.ledger import LedgerRun, anchor_of, lock_ledger
+from post_dist.privacy.ledger import LedgerRun, claim_anchor_for, lock_ledger
 
 STAGES = ["distill", "tune", "transfer", "evaluate"]
 
@@ -298,7 +298,7 @@ def spend(run: Path, account: str) -> Path:
     config = load_run(run, [each.removeprefix("--set=") for each in PRIVATE], None)
     privacy = config.privacy.model_copy(update={"ledger_anchors": run.parent / account})
     config = config.model_copy(update={"privacy": privacy})
-    with lock_ledger(anchor_of(config)) as opened:
+    with lock_ledger(claim_anchor_for(config)) as opened:
         ledger = LedgerRun(opened, "run", private_plan(config), 10.0)
         for step in range(4):
             ledger.intend(0, step, f"{step}")

@@ -18,9 +18,9 @@ from post_dist.runtime.checkpoint import (
     load_tensors,
     newest_step,
     optimizer_state,
+    restore_newest,
     save_tensors,
     seal,
-    take_up,
 )
 from post_dist.runtime.distributed import World
 from post_dist.runtime.local_copies import LocalCopies
@@ -134,7 +134,7 @@ def test_an_optimizer_goes_on_from_its_checkpoint(tmp_path: Path, name: str, sto
         group = {"params": [parameter], "lr": 0.1, **averaging_from(steps)}
         optimizer = make_optimizer(name, [group])
         world = World(0, 1, 0, "none", torch.device("cpu"))
-        assert take_up([parameter], optimizer, tmp_path, "auto", world) == first
+        assert restore_newest([parameter], optimizer, tmp_path, "auto", world) == first
         values = []
         for step in range(first, last):
             parameter.grad = gradients[step].clone()

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import SETTINGS
-from post_dist.config.schema import Corpus as CorpusSection
+from post_dist.config.schema import Corpus
 from post_dist.config.sources import DataSource, Task
 from post_dist.data import documents as documents_module
 from post_dist.data import duplicates, token_parts
@@ -67,12 +67,12 @@ ODD_LINES = (
 """Lines on which readers of text differ."""
 
 
-def section_of(path: object, **fields: object) -> CorpusSection:
+def section_of(path: object, **fields: object) -> Corpus:
     base = {"path": path, "sequence_length": 16, "held_out_sequences": 1, "workers": 1}
-    return CorpusSection.model_validate(base | fields)
+    return Corpus.model_validate(base | fields)
 
 
-def documents(section: CorpusSection, unit_bytes: int = 1 << 20) -> list[str]:
+def documents(section: Corpus, unit_bytes: int = 1 << 20) -> list[str]:
     """All documents, read unit by unit."""
     found = []
     for unit in units_of(section, unit_bytes):
@@ -97,7 +97,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [text for text, _ in tiny.sentences(count, seed)]
 
 
-def work_in(folder: Path, section: CorpusSection, **fields: Any) -> TokenizerWork:
+def work_in(folder: Path, section: Corpus, **fields: Any) -> TokenizerWork:
     """Work with units and parts so small that a short text has many of them."""
     folder.mkdir(exist_ok=True)
     small = {"units": units_of(section, 600), "part_characters": 250} | fields
@@ -553,7 +553,7 @@ def test_another_run_waits_for_the_one_that_makes_the_shards(
     reference = make_shards(section, WORDS, END, tmp_path / "reference")
     folder = tmp_path / "corpora" / reference.name
     folder.mkdir(parents=True)
-    monkeypatch.setattr(make_shards_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(make_shards_module, "_POLL_SECONDS", 0.01)
     with (folder / "lock").open("w") as lock:
         assert lock_file(lock)
         found: list[Path] = []

@@ -288,7 +288,7 @@ def test_the_student_moves_between_two_claims(tmp_path: Path) -> None:
     student = multiprocessing.get_context("fork").Process(
         target=lambda: _Claims(files, 10).move(0), daemon=True
     )
-    with claims._alone():
+    with claims._exclusive():
         student.start()
         student.join(1)
         assert files.first_read() == 3

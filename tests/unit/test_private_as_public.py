@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from post_dist.config.sources import Corpus, Task
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.errors import PrivacyRefused
 
 ROWS = {
@@ -53,18 +53,18 @@ def test_the_private_file_is_no_public_text_under_any_name(folder: Path, way: st
     ]
     for public in named:
         with pytest.raises(PrivacyRefused, match=r"names the private data: .*\.csv is that of"):
-            refuse_private_text(private, public, "corpus")
+            check_not_private(private, public, "corpus")
 
 
 def test_other_text_is_read_without_a_look_at_the_private_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = Corpus(path=folder / "public.csv")
-    refuse_private_text(None, public, "corpus")
+    check_not_private(None, public, "corpus")
     with (folder / "public.csv").open("a") as file:
         file.write("one more,0\n")
     monkeypatch.setattr("post_dist.data.private_as_public.fingerprint", None)
-    refuse_private_text(private_task(folder), public, "corpus")
+    check_not_private(private_task(folder), public, "corpus")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_other_text_is_read_without_a_look_at_the_private_file(
 def test_a_private_split_of_a_hub_data_set_is_no_public_text(public: dict[str, str]) -> None:
     private = Task(**ROWS, **HUB, test_hub_split="test")
     with pytest.raises(PrivacyRefused, match="public_task names the private data: some/reviews"):
-        refuse_private_text(
+        check_not_private(
             private, Task(name="public", visibility="public", **HUB | public), "public_task"
         )
 
@@ -90,7 +90,7 @@ def test_another_split_of_a_hub_data_set_may_be_public() -> None:
     private = Task(**ROWS, **HUB, test_hub_split="test")
     others = [{"hub_split": "unlabeled"}, {"hub": "other/reviews"}, {"hub_config": "german"}]
     for other in others:
-        refuse_private_text(private, Corpus(**HUB | other), "corpus")
+        check_not_private(private, Corpus(**HUB | other), "corpus")
 
 
 @pytest.mark.parametrize(

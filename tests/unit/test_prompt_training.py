@@ -51,7 +51,7 @@ def train(
             losses.append((run.parameters[0] * scale).sum())
         return losses
 
-    first_steps = [run.take_up("auto", ALONE) for run in runs]
+    first_steps = [run.restore_newest("auto", ALONE) for run in runs]
     failures = train_prompts(runs, losses_at, first_steps[0], ALONE)
     return [run.parameters[0].detach() for run in runs], failures
 
@@ -65,7 +65,7 @@ def test_a_step_of_several_prompts_reads_all_values_at_once(tmp_path: Path) -> N
     """`tolist` of one tensor, which a CPU does not count as a read. A `bool` of a tensor counts."""
     runs = [make_run(tmp_path / name, 12) for name in ("one", "other")]
     for run in runs:
-        run.take_up("auto", ALONE)
+        run.restore_newest("auto", ALONE)
     trainer = PromptTrainer(runs, lambda step: [run.parameters[0].sum() for run in runs], ALONE)
     assert reads_of(lambda: trainer.take_step(1)) == 0
 
@@ -99,7 +99,7 @@ def test_the_last_prompt_that_diverges_ends_the_training(tmp_path: Path) -> None
     assert None not in failures
     assert len(read_metric_log(tmp_path / "one" / "metrics.jsonl")) == 6
     run = make_run(tmp_path / "alone", 12)
-    first_step = run.take_up("auto", ALONE)
+    first_step = run.restore_newest("auto", ALONE)
     with pytest.raises(InputError, match="5 steps in a row were not finite"):
         train_prompt(run, lambda step: run.parameters[0].sum() * float("nan"), first_step, ALONE)
 
@@ -108,7 +108,7 @@ def test_a_loss_from_private_data_is_not_shown(tmp_path: Path) -> None:
     texts = []
     for show_loss in (True, False):
         run = make_run(tmp_path / f"{show_loss}", steps=1, show_loss=show_loss)
-        run.take_up("auto", ALONE)
+        run.restore_newest("auto", ALONE)
         trainer = PromptTrainer([run], lambda step, run=run: [run.parameters[0].sum()], ALONE)
         texts.append(trainer.take_step(0))
     assert texts == ["loss 6.0000", ""]

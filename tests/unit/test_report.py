@@ -13,12 +13,12 @@ from border.hostile import sign
 from report_run import HOSTILE, table_row, write_full_run, write_table
 
 from post_dist.config.yaml_files import write_yaml
-from post_dist.privacy.anchor import default_anchor_folder, find_anchor
+from post_dist.privacy.anchor import claim_anchor, default_anchor_folder
 from post_dist.privacy.ledger import lock_ledger
 from post_dist.privacy.spending import Cap
 from post_dist.report import finished_evaluation, read_table, write_report
 from post_dist.report.charts import loss_chart
-from post_dist.report.lineage import Made
+from post_dist.report.lineage import ReportedArtifact
 from post_dist.report.tables import cautions, table_text
 
 ROW = table_row("zero-shot", 0.75)
@@ -162,7 +162,9 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     ],
 )
 def test_a_head_on_the_large_llm_has_no_steps(settings: dict, said: str) -> None:
-    made = Made("transferred", "0", config={"transfer": {"objective": "ensemble", **settings}})
+    made = ReportedArtifact(
+        "transferred", "0", config={"transfer": {"objective": "ensemble", **settings}}
+    )
     assert made.detail == said
 
 
@@ -217,7 +219,7 @@ def test_the_budget_of_the_data_is_that_of_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "runs/tune-1/resolved.yaml").write_text(write_yaml(settings))
     assert "Privacy budget" not in page_of(evaluation)
     ledger = tmp_path / "a.csv.ledger.jsonl"
-    anchor = find_anchor(default_anchor_folder(), ledger, (), may_move=False)
+    anchor = claim_anchor(default_anchor_folder(), ledger, (), may_move=False)
     with lock_ledger(anchor) as opened:
         opened.set_cap(Cap(10.0, 1e-5))
     page = page_of(evaluation)

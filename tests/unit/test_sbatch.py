@@ -726,7 +726,7 @@ def test_a_job_that_slurm_has_forgotten_is_not_waited_for(monkeypatch: pytest.Mo
         return looked[-1]
 
     monkeypatch.setattr(follow_module, "_state", look)
-    monkeypatch.setattr(follow_module, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(follow_module, "_POLL_SECONDS", 0.0)
     job = SimpleNamespace(stage="distill", job_id="17", log="the/log")
     with pytest.raises(EnvironmentFault, match=r"ended as UNKNOWN(.|\n)*the/log"):
         follow_module.follow([job], lambda line: None)

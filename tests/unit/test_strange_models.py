@@ -24,7 +24,7 @@ from post_dist.privacy.gradients import sharing_is_faster
 from post_dist.runtime.distributed import World
 from post_dist.stages.check.run import check_run
 from post_dist.stages.distill.conflicts import conflicts
-from post_dist.stages.distill.stage import refuse_distillation
+from post_dist.stages.distill.stage import check_distillation
 
 CPU = torch.device("cpu")
 TOKENS = {"vocab_size": 600, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -250,7 +250,7 @@ def test_a_teacher_whose_students_no_owner_can_use_is_refused(tmp_path: Path) ->
     found = check_run(load_run(run)).conflicts
     assert any("no embeddings" in conflict.message for conflict in found)
     with pytest.raises(InputError, match="no embeddings"):
-        refuse_distillation(load_run(run), tmp_path / "teacher", World(0, 1, 0, "none", CPU))
+        check_distillation(load_run(run), tmp_path / "teacher", World(0, 1, 0, "none", CPU))
 
 
 def test_a_family_that_no_owner_knows_is_told(
@@ -265,7 +265,7 @@ def test_a_family_that_no_owner_knows_is_told(
         if family == "gpt_neo":
             write(tmp_path / "teacher", config)
         caplog.clear()
-        refuse_distillation(load_run(run), tmp_path / "teacher", World(0, 1, 0, "none", CPU))
+        check_distillation(load_run(run), tmp_path / "teacher", World(0, 1, 0, "none", CPU))
         assert ("know no family" in caplog.text) == (family == "gpt_neo")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from post_dist.admission.door import admit_prompt, described_student, refuse_unchecked
+from post_dist.admission.door import admit_prompt, check_trusted, described_student
 from post_dist.artifacts.manifest import FILE_NAME, ArtifactKind
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.task import PromptTask
@@ -152,7 +152,7 @@ class GivenParts:
         # The rule is that of the stages. A foreign configuration is read only behind the door.
         inputs = self._config.inputs
         if not inputs.trusted_keys and not (given / FILE_NAME).exists():
-            refuse_unchecked(given, trusted=inputs.trust_model)
+            check_trusted(given, trusted=inputs.trust_model)
             return read_model(given, stage, self._findings)
         with described_student(given, inputs.trusted_keys) as folder:
             return read_model(folder, stage, self._findings)

@@ -22,14 +22,14 @@ from post_dist.config.yaml_files import read_yaml
 from post_dist.conflicts import Conflict, Layout
 from post_dist.data.corpus_files import corpus_files, units_of
 from post_dist.data.documents import documents_of
-from post_dist.data.private_as_public import refuse_private_text
+from post_dist.data.private_as_public import check_not_private
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import check_write_access, writing
 from post_dist.models.facts import ModelFacts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.runtime.private_process import forgetting_private_data
-from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.check.given import GivenParts
 from post_dist.stages.check.models import same_tokenizer
 from post_dist.stages.check.report import CheckReport, Findings, LabelTokens, PlanEpsilon
@@ -104,14 +104,14 @@ class _Check:
         if self.stages:
             # Every stage writes its run there.
             output = self.config.output / self.config.name
-            self.findings.attempt(self.stages[0], partial(_refuse_unwritable, output))
+            self.findings.attempt(self.stages[0], partial(_check_writable, output))
 
     def _check_public_sections(self) -> None:
         """Check that no public section names the private data."""
         config = self.config
         for where, public in (("corpus", config.corpus), ("public_task", config.public_task)):
-            refuse = partial(refuse_private_text, config.private_task, public, where)
-            self.findings.attempt(where, refuse)
+            check = partial(check_not_private, config.private_task, public, where)
+            self.findings.attempt(where, check)
 
     def _runnable_stages(self) -> list[Stage]:
         """List the stages whose sections the run file has. Another party runs the others."""
@@ -315,7 +315,7 @@ class _Check:
 
     def _check_ledger(self, plan: "PrivacyPlan") -> None:
         """Check that the ledger of the private data allows a run with this plan."""
-        from post_dist.privacy.ledger import refuse_spending
+        from post_dist.privacy.ledger import check_spending
 
         task = self.config.private_task
         # Data that cannot be read are a conflict of their own.
@@ -331,14 +331,14 @@ class _Check:
             self.findings.not_checked.append(f"tune: the cap, because {begun} may be resumed")
         new = plan if begun is None else None
 
-        def refuse() -> None:
+        def check() -> None:
             with forgetting_private_data():
-                refuse_spending(self.config, new)
+                check_spending(self.config, new)
 
-        self.findings.attempt("tune", refuse)
+        self.findings.attempt("tune", check)
 
 
-def _refuse_unwritable(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written to.
 
     Raises:

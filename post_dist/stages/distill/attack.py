@@ -35,7 +35,7 @@ from post_dist.stages.distill.given_away import perplexities
 from post_dist.stages.distill.held_out import held_out_metrics
 from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
-from post_dist.stages.distill.teacher import Teacher, load_teacher
+from post_dist.stages.distill.teacher import LoadedTeacher, load_teacher
 from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class _Attacked:
 
     student: Path
     steps: int
-    teacher: Teacher
+    teacher: LoadedTeacher
     teacher_head: nn.Module | None
     text: DistillationText
 
@@ -124,7 +124,7 @@ def _settings_of(student: Path) -> dict[str, Any]:
 
 
 def _teacher_head(
-    folder: RunFolder, layers: tuple[int, ...], teacher: Teacher, world: World
+    folder: RunFolder, layers: tuple[int, ...], teacher: LoadedTeacher, world: World
 ) -> nn.Module | None:
     """Return the teacher's head if the student's own was trained.
 

@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from post_dist.config.schema import RunConfig
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.data.masking import Masking, next_token_labels
 from post_dist.data.order import RankBatch
 from post_dist.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Batch:
+class CorpusBatch:
     """Sequences as both models read them.
 
     Attributes:
@@ -31,10 +31,10 @@ class Batch:
     labels_BT: torch.Tensor
     positions_BT: torch.Tensor | None
 
-    def __getitem__(self, sequences: slice) -> "Batch":
+    def __getitem__(self, sequences: slice) -> "CorpusBatch":
         """Return some of the sequences, without copying them."""
         positions_BT = self.positions_BT
-        return Batch(
+        return CorpusBatch(
             self.numbers[sequences],
             self.input_ids_BT[sequences],
             self.labels_BT[sequences],
@@ -51,7 +51,7 @@ class DistillationText:
         device: device of the batches.
     """
 
-    def __init__(self, corpus: Corpus, masking: Masking | None, device: torch.device) -> None:
+    def __init__(self, corpus: PackedCorpus, masking: Masking | None, device: torch.device) -> None:
         self.corpus = corpus
         self._masking = masking
         self._device = device
@@ -61,12 +61,12 @@ class DistillationText:
         """Whether the text is masked."""
         return self._masking is not None
 
-    def training(self, rank_batch: RankBatch) -> Batch:
+    def training(self, rank_batch: RankBatch) -> CorpusBatch:
         """Return the training sequences at the places of a micro-batch."""
         numbers = self.corpus.numbers(rank_batch)
         return self._read(numbers, self.corpus.sequences(numbers), rank_batch.rows)
 
-    def held_out(self, rank_batch: RankBatch) -> Batch:
+    def held_out(self, rank_batch: RankBatch) -> CorpusBatch:
         """Return the held-out sequences of a micro-batch."""
         first = self.corpus.num_training_sequences
         numbers = [first + row for row in rank_batch.rows]
@@ -74,15 +74,19 @@ class DistillationText:
         places = [-1 - row for row in rank_batch.rows]
         return self._read(numbers, self.corpus.held_out(rank_batch), places)
 
-    def _read(self, numbers: list[int], sequences_BT: torch.Tensor, places: list[int]) -> Batch:
+    def _read(
+        self, numbers: list[int], sequences_BT: torch.Tensor, places: list[int]
+    ) -> CorpusBatch:
         # A causal model predicts the next token of the text as it is.
         if self._masking is None:
             input_ids_BT = sequences_BT.to(self._device)
             labels_BT = next_token_labels(sequences_BT).to(self._device)
-            return Batch(numbers, input_ids_BT, labels_BT, self.corpus.positions(input_ids_BT))
+            return CorpusBatch(
+                numbers, input_ids_BT, labels_BT, self.corpus.positions(input_ids_BT)
+            )
         # A masked model reads packed documents together. Its positions cannot keep them apart.
         masked_BT, labels_BT = self._masking(sequences_BT, places)
-        return Batch(numbers, masked_BT.to(self._device), labels_BT.to(self._device), None)
+        return CorpusBatch(numbers, masked_BT.to(self._device), labels_BT.to(self._device), None)
 
 
 def masking_for(

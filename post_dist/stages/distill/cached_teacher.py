@@ -18,7 +18,7 @@ import torch
 
 from post_dist.artifacts.run_folder import sharding_settings
 from post_dist.config.schema import Engine
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.files import digest_of
 from post_dist.losses.signals import TeacherSignal
 from post_dist.runtime.distributed import World
@@ -42,7 +42,7 @@ class CachedTeacher:
         device: device of the returned signals.
     """
 
-    def __init__(self, worker: SignalWorker, corpus: Corpus, device: torch.device) -> None:
+    def __init__(self, worker: SignalWorker, corpus: PackedCorpus, device: torch.device) -> None:
         self._worker = worker
         self._corpus = corpus
         self._names = worker.maker.names
@@ -103,7 +103,7 @@ def signal_worker(
     teacher_digest: str,
     engine: Engine,
     maker: SignalMaker,
-    corpus: Corpus,
+    corpus: PackedCorpus,
     world: World,
 ) -> Iterator[SignalWorker]:
     """Yield a worker that writes the files that training reads. All ranks call it.
@@ -140,7 +140,7 @@ def signal_worker(
 
 
 def _covered(
-    teacher_digest: str, engine: Engine, maker: SignalMaker, corpus: Corpus
+    teacher_digest: str, engine: Engine, maker: SignalMaker, corpus: PackedCorpus
 ) -> dict[str, Any]:
     """Return everything that the signals and their places depend on."""
     return {

@@ -12,7 +12,7 @@ from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
 from post_dist.models.student import layer_conflicts
-from post_dist.runtime.shard_group import engine_conflicts, shard_group_size
+from post_dist.runtime.engine_conflicts import engine_conflicts, shard_group_size
 from post_dist.stages.distill.signal_files import files_of, most_files_of_a_step
 from post_dist.stages.distill.signal_format import (
     GIB,

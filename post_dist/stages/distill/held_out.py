@@ -14,7 +14,7 @@ from post_dist.losses.pieces import logit_pieces, split_positions
 from post_dist.losses.terms import TERMS
 from post_dist.runtime.distributed import World
 from post_dist.runtime.gathering import gathered
-from post_dist.stages.distill.batches import Batch, DistillationText
+from post_dist.stages.distill.batches import CorpusBatch, DistillationText
 from post_dist.stages.distill.model import DistillationModel
 from post_dist.stages.distill.online_teacher import OnlineTeacher
 
@@ -74,7 +74,7 @@ def held_out_metrics(
     return metrics
 
 
-def _last_positions(batch: Batch, *, is_masked: bool) -> torch.Tensor:
+def _last_positions(batch: CorpusBatch, *, is_masked: bool) -> torch.Tensor:
     """Return the position [B] that predicts a token: the last one, or the first masked one."""
     labels_BT = batch.labels_BT
     if is_masked:

@@ -3,7 +3,7 @@
 import logging
 
 from post_dist.config.schema import Student
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import running
 from post_dist.models.student import least_harmful_layers, listed_layers
@@ -16,7 +16,11 @@ _SEQUENCES = 32
 
 
 def choose_layers(
-    section: Student, teacher: LanguageModel, corpus: Corpus, micro_batch_size: int, world: World
+    section: Student,
+    teacher: LanguageModel,
+    corpus: PackedCorpus,
+    micro_batch_size: int,
+    world: World,
 ) -> tuple[int, ...]:
     """Return the layers to keep, ascending. All ranks call it.
 

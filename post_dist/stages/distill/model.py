@@ -22,8 +22,8 @@ from post_dist.models.compiled import compile_layers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.lower_block import forward_above, take_out_lower_block
 from post_dist.models.student import freeze
+from post_dist.runtime.deepspeed_conflicts import naming_deepspeed_settings
 from post_dist.runtime.distributed import World
-from post_dist.runtime.further_settings import refusing_further_settings
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.zero import train_sharded
 
@@ -167,5 +167,5 @@ def student_engine(
     model = DistillationModel(
         student, section, head_is_frozen=student_section.freeze_head, teacher_head=teacher_head
     )
-    with refusing_further_settings(config.engine):
+    with naming_deepspeed_settings(config.engine):
         return train_sharded(model, optimizer, settings, world)

@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.errors import EnvironmentFault
 from post_dist.files import lock_file, make_folder, writing
 from post_dist.runtime.distributed import World
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _CLAIMS = "claims"
 """Name of the empty file whose byte N is locked by the worker that makes the file in slot N."""
-_SECONDS_BETWEEN_LOOKS = 1.0
-"""Time until a worker looks again whether another one has finished or died."""
+_POLL_SECONDS = 1.0
+"""Time until a worker checks again whether another one has finished or died."""
 
 
 class _Claims:
@@ -80,7 +80,7 @@ class _Claims:
         for file in self._claimed:
             self._unlock(file)
         self._claimed = []
-        with self._alone():
+        with self._exclusive():
             # Without a limit, full subfolders are not listed again: with a million files that would
             # take hours.
             if self._files.limited:
@@ -101,11 +101,11 @@ class _Claims:
             InputError: the folder cannot be written to.
             EnvironmentFault: the disk is full, or the file system has no locks.
         """
-        with self._alone():
+        with self._exclusive():
             self._files.write_first_read(first)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Keep other processes from claiming files and from moving, if there is a limit.
 
         Otherwise a worker could remove a file just after the student has moved back and found it.
@@ -182,7 +182,7 @@ class SignalWorker:
     """
 
     def __init__(
-        self, files: SignalFiles, count: int, maker: SignalMaker, corpus: Corpus, world: World
+        self, files: SignalFiles, count: int, maker: SignalMaker, corpus: PackedCorpus, world: World
     ) -> None:
         self.files = files
         self.count = count
@@ -224,7 +224,7 @@ class SignalWorker:
             Interrupted: a rank was asked to stop; complete files are kept.
         """
         awaited = -1
-        told = False
+        is_logged = False
         while self._ready < wanted:
             self._leave_if_requested()
             self._ready, numbers, is_full = self._world.on_main(lambda: self._claim(wanted))
@@ -233,18 +233,18 @@ class SignalWorker:
                 for _ in numbers:
                     advance("")
             elif is_full:
-                if not told:
+                if not is_logged:
                     log.info("distill.cache_gib is reached: waiting for distill to read the files")
-                told = True
-                # A student may take hours for a file, so each look counts as progress.
+                is_logged = True
+                # A student may take hours for a file, so each poll counts as progress.
                 phase("waiting for distill to read signals")
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
             elif self._ready < wanted:
                 # A wait is reported to the watchdog once, so it ends if a worker hangs.
                 if awaited != self._ready:
                     awaited = self._ready
                     phase(f"waiting for another worker's file {self.files.path(awaited)}")
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
 
     def move(self, first: int) -> None:
         """Let later files take the place of those before number `first`. The student calls it.

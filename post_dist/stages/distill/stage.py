@@ -16,7 +16,7 @@ from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
-from post_dist.data.corpus import Corpus
+from post_dist.data.corpus import PackedCorpus
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.files import write_folder
 from post_dist.models.facts import read_facts
@@ -32,7 +32,7 @@ from post_dist.runtime.distributed import World
 from post_dist.runtime.engine_checkpoint import engine_checkpoints, engine_start
 from post_dist.runtime.local_copies import LocalCopies
 from post_dist.runtime.progress import progress
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.runtime.training import EverySteps, run_training
 from post_dist.runtime.watchdog import phase
@@ -46,13 +46,13 @@ from post_dist.stages.distill.model import student_engine
 from post_dist.stages.distill.online_teacher import OnlineTeacher
 from post_dist.stages.distill.signal_maker import SignalMaker
 from post_dist.stages.distill.signals import SignalSource
-from post_dist.stages.distill.teacher import Teacher, load_teacher
+from post_dist.stages.distill.teacher import LoadedTeacher, load_teacher
 from post_dist.stages.distill.trainer import DistillationJob, StudentStep
 
 log = logging.getLogger(__name__)
 
 
-def refuse_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
+def check_distillation(config: RunConfig, teacher_folder: Path, world: World) -> None:
     """Refuse a run file that does not suit the teacher or the ranks. All ranks call it.
 
     It reads the teacher's configuration and tokenizer, and no weights.
@@ -79,7 +79,7 @@ def distill(
 ) -> None:
     """Train a student and write it to `folder.artifact`. All ranks call it.
 
-    `refuse_distillation` comes first. The artifact's manifest also gets the metrics of the held-out
+    `check_distillation` comes first. The artifact's manifest also gets the metrics of the held-out
     split.
 
     Args:
@@ -205,7 +205,7 @@ def _copies_folder(folder: RunFolder) -> Path | None:
 
 
 def _write_untrained(
-    folder: RunFolder, teacher: Teacher, corpus: Corpus, world: World, *, resumes: bool
+    folder: RunFolder, teacher: LoadedTeacher, corpus: PackedCorpus, world: World, *, resumes: bool
 ) -> Path:
     """Write the untrained student unless an earlier start has written it, and return its folder.
 
@@ -242,7 +242,7 @@ def _write_untrained(
 
 def _write_artifact(
     artifact: Path,
-    teacher: Teacher,
+    teacher: LoadedTeacher,
     student: PreTrainedModel,
     precision: Precision,
     settings: dict[str, Any],

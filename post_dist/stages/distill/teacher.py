@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.config.precision import Precision
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import raise_conflicts
-from post_dist.data.corpus import Corpus, build_corpus
+from post_dist.data.corpus import PackedCorpus, build_corpus
 from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Teacher:
+class LoadedTeacher:
     """The teacher of a distillation.
 
     Attributes:
@@ -49,14 +49,16 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     precision: Precision
 
-    def reads(self, corpus: Corpus, config: RunConfig, device: torch.device) -> DistillationText:
+    def reads(
+        self, corpus: PackedCorpus, config: RunConfig, device: torch.device
+    ) -> DistillationText:
         """Return the corpus as this model reads it."""
         return DistillationText(corpus, masking_for(self.model, self.tokenizer, config), device)
 
 
 def load_teacher(
     config: RunConfig, folder: Path, digest: str, world: World
-) -> tuple[Corpus, Teacher]:
+) -> tuple[PackedCorpus, LoadedTeacher]:
     """Read the corpus with the teacher's tokenizer, and load the teacher in shards.
 
     Args:
@@ -84,4 +86,4 @@ def load_teacher(
         check_documents_apart(model)
     percent = 100 * shard_share(model)
     log.info("teacher: %d layers, this rank holds %.0f%%", len(model.layers), percent)
-    return corpus, Teacher(folder, digest, model, tokenizer, precision)
+    return corpus, LoadedTeacher(folder, digest, model, tokenizer, precision)

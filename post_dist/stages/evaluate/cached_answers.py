@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
-from post_dist.artifacts.run_folder import in_order, sharding_settings
+from post_dist.artifacts.run_folder import labels_for_digest, sharding_settings
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
@@ -111,7 +111,7 @@ class CachedAnswers:
         self._encoded = self._reader.encode(split.examples.texts)
         # Path and name of the task do not change the answers, so they are not part of the key.
         settings = split.task.model_dump(mode="json", exclude={"path", "name"})
-        settings["labels"] = in_order(settings["labels"])
+        settings["labels"] = labels_for_digest(settings["labels"])
         self._key = {"model": evaluated.digest, "rows": split.digest, "task": settings}
         self._cache = cache
         self._batch_size = batch_size

@@ -7,8 +7,8 @@ from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.runtime.precision import precision_conflicts
-from post_dist.runtime.shard_group import engine_conflicts
 from post_dist.stages.context_length import context_conflicts
 
 

@@ -25,7 +25,7 @@ from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer
 from post_dist.runtime.distributed import World
 from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.stages.evaluate.cached_answers import EvaluationSplit, ModelFolders, load_answers
 from post_dist.stages.evaluate.conflicts import PromptedModel, conflicts
 from post_dist.stages.evaluate.private_text_baseline import plan_like, private_text_scores
@@ -70,7 +70,7 @@ class _WordScores:
     private: Mapping[str, torch.Tensor]
 
 
-def refuse_evaluation(
+def check_evaluation(
     config: RunConfig, models: ModelFolders, prompts: Sequence[PromptSet], world: World
 ) -> None:
     """Refuse prompts of another student or task, and settings that do not suit the models.
@@ -122,7 +122,7 @@ def evaluate(
 ) -> None:
     """Compute all rows and write `table.json` to `folder.artifact`.
 
-    `refuse_evaluation` comes first.
+    `check_evaluation` comes first.
 
     Args:
         folder: the run folder.

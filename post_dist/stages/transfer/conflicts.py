@@ -11,7 +11,7 @@ from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.lora_layers import lora_conflicts
-from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.stages.context_length import context_conflicts
 
 LEAST_TEXTS = 8

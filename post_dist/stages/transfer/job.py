@@ -104,7 +104,7 @@ def prepared_job(
         open_metrics=open_public_metrics,
         show_loss=True,
     )
-    first_step = run.take_up(resume, world)
+    first_step = run.restore_newest(resume, world)
     return TransferJob(request.source, objective, start_nd, lora, run, first_step)
 
 

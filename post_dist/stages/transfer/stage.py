@@ -29,7 +29,7 @@ from post_dist.models.load import load_tokenizer, load_whole, model_name, tokeni
 from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.stages.prompt_origin import check_belongs
 from post_dist.stages.prompt_training import train_prompts
 from post_dist.stages.transfer.artifact import NamedTarget, Transferred, write_transferred
@@ -109,7 +109,7 @@ def describe_models(teacher_folder: Path, student_folder: Path) -> DescribedMode
     return DescribedModels(models, tokenizers)
 
 
-def refuse_transfer(
+def check_transfer(
     requests: Sequence[TransferRequest], described: DescribedModels, world: World
 ) -> None:
     """Refuse prompts of another student, and settings that do not suit the models or the ranks.
@@ -159,7 +159,7 @@ def transfer(
 ) -> dict[Path, PostDistError]:
     """Train a prompt for the target for each request, and write it to the request's artifact.
 
-    `refuse_transfer` comes first. Prompts of the same shape are trained together. They gather the
+    `check_transfer` comes first. Prompts of the same shape are trained together. They gather the
     target's weights once in each step. A prompt that overflows does not stop the others.
 
     Args:

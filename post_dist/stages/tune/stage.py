@@ -38,7 +38,7 @@ from post_dist.stages.tune.without_privacy import tune_without_privacy
 log = logging.getLogger(__name__)
 
 
-def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, world: World) -> None:
+def check_tuning(config: RunConfig, private_task: Task, model: TunedModel, world: World) -> None:
     """Refuse a run file that does not suit the model or the data. It reads no weights.
 
     Args:
@@ -52,7 +52,7 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
         InputError: there are conflicts; the message lists all of them. Or the data cannot be read.
         PrivacyRefused: the accountants disagree, or another run holds the ledger of the data.
     """
-    refuse_settings(config, model, world)
+    check_settings(config, model, world)
 
     def read_data() -> None:
         load_examples(private_task, "train", "private_task")
@@ -61,15 +61,15 @@ def refuse_tuning(config: RunConfig, private_task: Task, model: TunedModel, worl
             if config.tune.counts_right:
                 load_examples(private_task, "validation", "private_task")
             # Opacus takes seconds to import.
-            from post_dist.privacy.private_run import refuse_private_tuning
+            from post_dist.privacy.private_run import check_private_tuning
 
-            refuse_private_tuning(config)
+            check_private_tuning(config)
 
     with forgetting_private_data():
         world.on_main(read_data)
 
 
-def refuse_settings(config: RunConfig, model: TunedModel, world: World) -> None:
+def check_settings(config: RunConfig, model: TunedModel, world: World) -> None:
     """Refuse a run file that does not suit the model. It reads no weights and no data.
 
     Raises:
@@ -88,7 +88,7 @@ def refuse_settings(config: RunConfig, model: TunedModel, world: World) -> None:
 def tune(
     folder: RunFolder, private_task: Task, model: TunedModel, world: World, resume: str
 ) -> None:
-    """Tune a prompt on a model and write it to `folder.artifact`. `refuse_tuning` comes first.
+    """Tune a prompt on a model and write it to `folder.artifact`. `check_tuning` comes first.
 
     Private data stay in one process, so only rank 0 tunes. Without `privacy.enabled` the prompt may
     reveal the private data.
@@ -111,7 +111,7 @@ def tune(
         task = load_task(private_task, folder.config, model, alone)
         refuse_connections()
         if model.public_prompt is None:
-            task = replace(task, adapter=_kept(folder, task.adapter))
+            task = replace(task, adapter=_persisted_head(folder, task.adapter))
         parameters, statement = _train(folder, task, model.name, alone, resume)
         kind = tuned_kind(folder.config.tune)
         contents = kind.contents(task, parameters, statement)
@@ -181,7 +181,7 @@ def load_task(private_task: Task, config: RunConfig, tuned: TunedModel, world: W
     return replace(task, examples=examples, targets=targets, users=loaded.users)
 
 
-def _kept(folder: RunFolder, adapter: Adapter | None) -> Adapter | None:
+def _persisted_head(folder: RunFolder, adapter: Adapter | None) -> Adapter | None:
     """Return the head that the first start of a run has made, and keep it for later ones.
 
     Mean and scale of a head may come from texts that the model writes, and another machine may

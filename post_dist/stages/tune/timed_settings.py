@@ -26,7 +26,7 @@ from post_dist.privacy.suggested_settings import (
 from post_dist.runtime.distributed import World
 from post_dist.runtime.private_process import owner_only
 from post_dist.stages.tune.speed import TuningSpeed, measure_speed
-from post_dist.stages.tune.stage import refuse_settings
+from post_dist.stages.tune.stage import check_settings
 from post_dist.stages.tune.tuned_model import TunedModel
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def settings_for_minutes(
     # The speed is that of the prompt which will be tuned.
     of_prompt = _left_open(config, model)
     config = _with_prompt_length(config, of_prompt)
-    refuse_settings(config, model, world)
+    check_settings(config, model, world)
     speed = _speed(config, model, world)
     plan = plan_for(config, speed, minutes)
     return {

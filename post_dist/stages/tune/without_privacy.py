@@ -39,6 +39,6 @@ def tune_without_privacy(
         open_metrics=open_private_metrics,
         show_loss=False,
     )
-    first_step = run.take_up(resume, world)
+    first_step = run.restore_newest(resume, world)
     train_prompt(run, lambda step: part.loss(parameters, step), first_step, world)
     return result_of(parameters, optimizer)

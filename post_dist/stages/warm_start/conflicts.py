@@ -3,7 +3,7 @@
 from post_dist.config.schema import RunConfig
 from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
-from post_dist.runtime.shard_group import engine_conflicts
+from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.stages.context_length import context_conflicts
 
 

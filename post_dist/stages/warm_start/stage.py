@@ -40,7 +40,7 @@ from post_dist.models.sharded import load_sharded
 from post_dist.runtime.distributed import World
 from post_dist.runtime.optimizers import make_optimizer
 from post_dist.runtime.precision import choose_precision
-from post_dist.runtime.rank_layout import layout_of
+from post_dist.runtime.shard_group import layout_of
 from post_dist.runtime.trackers import open_public_metrics
 from post_dist.stages.prompt_training import PromptRun, train_prompt
 from post_dist.stages.transfer.public_statistics import LEAST_INFORMATION, class_information
@@ -74,7 +74,7 @@ class WarmStartModels:
     digests: dict[str, str]
 
 
-def refuse_warm_start(config: RunConfig, models: WarmStartModels, world: World) -> None:
+def check_warm_start(config: RunConfig, models: WarmStartModels, world: World) -> None:
     """Refuse settings that do not suit the models or the ranks. It reads no weights.
 
     Raises:
@@ -87,7 +87,7 @@ def refuse_warm_start(config: RunConfig, models: WarmStartModels, world: World) 
 
 
 def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume: str) -> None:
-    """Tune the public prompt and write it to `folder.artifact`. `refuse_warm_start` comes first.
+    """Tune the public prompt and write it to `folder.artifact`. `check_warm_start` comes first.
 
     If teacher or student say the same of all texts, the prompt stays as it was initialized.
 
@@ -259,7 +259,7 @@ def _train(
         wanted_BC = wanted_NC[own.rows].to(world.device)
         return own.weight * softened_kl(wanted_BC, scores_BC, 1.0, None)
 
-    train_prompt(run, loss_at, run.take_up(resume, world), world)
+    train_prompt(run, loss_at, run.restore_newest(resume, world), world)
     return prompt_nd.detach()
 
 

@@ -44,7 +44,7 @@ _OUR_ZERO_FIELDS: Mapping[str, str] = {
 """The field of the run file for each setting of `zero_optimization` that post_dist makes."""
 
 
-def _refuse_ours(given: Mapping[Any, Any], ours: Mapping[str, str]) -> None:
+def _check_not_ours(given: Mapping[Any, Any], ours: Mapping[str, str]) -> None:
     """Refuse the settings that post_dist makes from fields of the run file."""
     found = [f"set {ours[key]} in place of {key}" for key in given if key in ours]
     if found:
@@ -55,7 +55,7 @@ def _check_zero(given: Any) -> Any:
     # pydantic reports another type itself.
     if not isinstance(given, dict):
         return given
-    _refuse_ours(given, _OUR_ZERO_FIELDS)
+    _check_not_ours(given, _OUR_ZERO_FIELDS)
     for key, value in given.items():
         if not isinstance(value, bool | int | float):
             raise ValueError(f"{key} holds neither a number, true nor false")
@@ -65,7 +65,7 @@ def _check_zero(given: Any) -> Any:
 ZeroSettings = Annotated[dict[str, bool | int | float], BeforeValidator(_check_zero)]
 
 
-class FurtherSettings(Section):
+class DeepSpeedSettings(Section):
     """Further settings of DeepSpeed, under its own names. They reach the engines of all models.
 
     A setting that another field of the run file makes is refused. Any of these may change results,
@@ -82,5 +82,5 @@ class FurtherSettings(Section):
     @classmethod
     def _leaves_ours_alone(cls, fields: Any) -> Any:
         if isinstance(fields, dict):
-            _refuse_ours(fields, _OUR_FIELDS)
+            _check_not_ours(fields, _OUR_FIELDS)
         return fields

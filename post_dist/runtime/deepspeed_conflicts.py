@@ -15,7 +15,7 @@ _REMOVED = "legacy_stage1"
 """A setting that DeepSpeed's model still has. True ends every ZeRO stage with an error."""
 
 
-def further_conflicts(engine: Engine) -> list[Conflict]:
+def deepspeed_conflicts(engine: Engine) -> list[Conflict]:
     """Find the settings of ZeRO that DeepSpeed does not have, or whose values it refuses."""
     given = engine.deepspeed.zero_optimization if engine.deepspeed else {}
     if not given:
@@ -44,7 +44,7 @@ def further_conflicts(engine: Engine) -> list[Conflict]:
 
 
 @contextmanager
-def refusing_further_settings(engine: Engine) -> Iterator[None]:
+def naming_deepspeed_settings(engine: Engine) -> Iterator[None]:
     """Name `engine.deepspeed` in the errors with which DeepSpeed refuses settings at its start.
 
     DeepSpeed's model of its settings does not know which of them go together.
