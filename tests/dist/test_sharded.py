@@ -13,7 +13,7 @@ from started import run_script
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from post_dist.config.schema import Student
+from post_dist.config.schema import Corpus, Student
 from post_dist.data.corpus import build_corpus
 from post_dist.data.order import RankBatch
 from post_dist.extras import op_cache
