@@ -1,11 +1,12 @@
 """Rows of the comparison table: what each needs, and what it computes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Evaluate, RunConfig, Transfer
 from post_dist.config.sources import Task as PrivateTask
 from post_dist.data.tasks import Examples
@@ -32,9 +33,7 @@ SOURCE = Path("source")
 BASELINES = ("published transfer", "full prompt tuning")
 
 
-@dataclass(frozen=True)
-class Task:
-    class_biases: tuple[float, ...] = ()
+TASK = PromptTask("{text}", (("bad",), ("good",)), 48, False, "")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Prompt:
 
     value: float
     epsilon: float | None = None
-    task: Task = field(default_factory=Task)
+    task: PromptTask = TASK
     adapter: object = None
 
 
@@ -128,7 +127,7 @@ def test_a_second_variant_repeats_no_row_without_a_prompt() -> None:
 
 
 def test_biases_are_added_and_shown_without_but_not_for_the_direct_transfer() -> None:
-    biased = Prompt(0.5, None, Task((0.25, -0.25)))
+    biased = Prompt(0.5, None, replace(TASK, class_biases=(0.25, -0.25)))
     entries = table_entries(inputs(source=biased, label=", x"), first=False)
     found = values(entries)
     assert found["student + prompt, x"] == 1.75
@@ -139,7 +138,7 @@ def test_biases_are_added_and_shown_without_but_not_for_the_direct_transfer() ->
 
 
 def test_a_prompt_with_a_head_is_not_used_without_it() -> None:
-    headed = Prompt(0.5, None, Task(), adapter=object())
+    headed = Prompt(0.5, adapter=object())
     found = values(table_entries(inputs(source=headed), first=False))
     assert "student + prompt" in found
     assert "direct transfer" not in found
