@@ -740,7 +740,7 @@ def test_a_plot_that_cannot_be_written_is_no_traceback(
     code, out, err = main("plan", run, "--nodes=8", "--sweep=8,64", f"--output={tmp_path / 'file'}")
     assert code == 2
     assert "weak scaling, 64 GPUs" in out, "the numbers come first"
-    assert f"cannot write {tmp_path / 'file' / 'llama3-70b' / 'plan.png'}: Not a directory" in err
+    assert f"cannot write {tmp_path / 'file' / 'llama3-70b'}: Not a directory" in err
 
     measured = tmp_path / "1.json"
     measured.write_text(measurement())
