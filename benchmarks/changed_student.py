@@ -13,7 +13,6 @@ them take two hours on two cores.
 Shapes: B sequences, T tokens.
 """
 
-import argparse
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from arguments import measure_or_show
 from experiments import experiments
 from markdown_table import markdown_table
 from results import Results
@@ -87,7 +87,7 @@ CHANGES: dict[str, Change] = {
 
 def main() -> None:
     """Measure the changes that have no result yet, or print the table."""
-    chosen = parse_arguments()
+    chosen = measure_or_show(__doc__).parse_args()
     prepare_environment()
     results = Results(chosen.results or default_results("changed-student"))
     if chosen.part == "show":
@@ -233,19 +233,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append((name, *[f"{accuracies[row]:.1f}" for row in rows], *perplexities))
     heads = ["change", *rows, *[f"perplexity after {number:,} tokens" for number in tokens]]
     return markdown_table(heads, lines)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["measure", "show"])
-    parser.add_argument(
-        "--output", type=Path, default=BENCHMARKS.parent / "runs", help="folder of the runs"
-    )
-    parser.add_argument("--results", type=Path, help="file of results; default: by this device")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

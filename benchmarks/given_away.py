@@ -8,11 +8,10 @@ given-away-DEVICE.json. A measurement that is in the file is not repeated, so th
 stopped at any time. An attack with a million tokens takes half an hour on two cores.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
+from arguments import measure_or_show
 from experiments import SMALLER_STUDENTS, TWO_CORES
 from markdown_table import markdown_table
 from results import Results
@@ -27,7 +26,7 @@ ATTACK_TOKENS = (100_000, 1_000_000)
 
 def main() -> None:
     """Measure the students that have no result yet, or print the table."""
-    chosen = parse_arguments()
+    chosen = measure_or_show(__doc__).parse_args()
     prepare_environment()
     results = Results(chosen.results or default_results("given-away"))
     if chosen.part == "show":
@@ -68,19 +67,6 @@ def table(results: dict[str, Any]) -> str:
     heads += ["perplexity of the teacher", "of the student", *attacked]
     heads += ["zero-shot accuracy of the teacher, %", "of the student, %"]
     return markdown_table(heads, lines)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["measure", "show"])
-    parser.add_argument(
-        "--output", type=Path, default=BENCHMARKS.parent / "runs", help="folder of the students"
-    )
-    parser.add_argument("--results", type=Path, help="file of results; default: by this device")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

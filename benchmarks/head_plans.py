@@ -11,16 +11,15 @@ Results go to head-plans-DEVICE.json. A measurement that is in the file is not r
 program may be stopped at any time. All of them take two hours on two cores.
 """
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from arguments import measure_or_show
 from experiments import HEAD, TWO_CORES, task_settings
 from markdown_table import markdown_table
 from results import Results
@@ -91,7 +90,7 @@ class Cell:
 
 def main() -> None:
     """Measure the tasks that have no result yet, or print the tables."""
-    chosen = parse_arguments()
+    chosen = measure_or_show(__doc__).parse_args()
     prepare_environment()
     results = Results(chosen.results or default_results("head-plans"))
     if chosen.part == "show":
@@ -238,19 +237,6 @@ def _at_both_epsilons(results: dict[str, Any], steps: int, share: float, rate_fa
         found = [task["rows"][name] for task in results.values() for name in names]
         means.append(f"{100 * statistics.mean(found):.1f}")
     return ", ".join(means)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["measure", "show"])
-    parser.add_argument(
-        "--output", type=Path, default=BENCHMARKS.parent / "runs", help="folder of the student"
-    )
-    parser.add_argument("--results", type=Path, help="file of results; default: by this device")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

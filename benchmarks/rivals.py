@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from arguments import measure_or_show
 from experiments import HEAD, TASKS
 from results import Results
 from rival_tables import rivals_table
@@ -108,18 +109,11 @@ def measure(rival: str, task: str, seed: int, chosen: argparse.Namespace, result
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["measure", "show"])
+    parser = measure_or_show(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument(
-        "--output", type=Path, default=BENCHMARKS.parent / "runs", help="folder of the student"
-    )
-    parser.add_argument("--results", type=Path, help="file of results; default: by this device")
     parser.add_argument("--ours", type=Path, help="results of utility.py; default: by this device")
     return parser.parse_args()
 
