@@ -75,7 +75,8 @@ def test_what_is_advised_fits_what_was_tuned(
         head = LinearHead.untrained(torch.randn(9, 32), 2)
         task = replace(task, adapter=head)
         tuned = replace(tuned, adapter=head)
-    report_one_class(task, tuned, ALONE)
+    with caplog.at_level(logging.WARNING):
+        report_one_class(task, tuned, ALONE)
     (warning,) = of_tuning(caplog)
     assert warning.getMessage().endswith(f"depend on the text; try {remedies}")
 
