@@ -9,7 +9,7 @@ The parts:
 
     tests       the tests marked gpu
     tune        private and ordinary tuning steps, with a profile of each
-    distill     a distillation step beside the published loop, TRL's and Liger's losses, and compiled
+    distill     a distillation step, plain and compiled, beside the published loop, TRL and Liger
     transfer    a transfer step beside the published loop, also for GPT2-XL
     private     a whole private run: 200 steps of 512 gradients
     large       Llama-3-8B with random weights and a student of two layers, beside the plan
