@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("_local_scalar_dense", "nonzero")
@@ -35,3 +36,15 @@ def reads_of(work: Callable[[], object]) -> int:
     """Return how often the host waits for a value in a piece of work."""
     counts = operations_of(work)
     return sum(counts[name] for name in READS)
+
+
+def profiled_operations_of(work: Callable[[], object]) -> int:
+    """Return the number of operations of a piece of work, with the fused ones of compiled code.
+
+    A dispatch mode would turn the compiled code off. Fused operations show in a profile if
+    `cpp.enable_kernel_profile` of torch's compiler was set when they were compiled.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        work()
+    names = [event.name for event in recorded.events() if not event.cpu_children]
+    return sum(name.startswith("aten::") or "cpp_fused" in name for name in names)

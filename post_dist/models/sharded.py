@@ -82,7 +82,7 @@ def _load_shards(
     # Whatever is wrong with the files is found here, on all ranks alike, before they share a step.
     units = weight_units(on_meta, folder)
     # One rank reads them, because two tables of a large model have gigabytes.
-    world.on_main(lambda: check_tied(folder, on_meta))
+    world.on_main(lambda: check_tied(folder, on_meta.all_tied_weights_keys))
     largest = max(parameter.numel() for parameter in on_meta.parameters())
     zero_settings = frozen_settings(engine, precision, math.ceil(largest / group.size))
 

@@ -4,11 +4,11 @@ A folder may hold other weights too, such as those of an earlier version or of a
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from post_dist.errors import InputError
 
@@ -55,25 +55,25 @@ def _files_of_index(folder: Path) -> list[Path]:
     return files
 
 
-def check_tied(folder: Path, model: PreTrainedModel) -> None:
+def check_tied(folder: Path, tied: Mapping[str, str]) -> None:
     """Check that tied weights that the files hold under two names are the same under both.
 
     Otherwise transformers does not tie them, whatever config.json says, and other loaders do.
 
     Args:
         folder: folder of the model.
-        model: the model, loaded or on the meta device.
+        tied: the name of a weight by that of another one to which config.json ties it.
 
     Raises:
         InputError: their values differ.
     """
+    if not tied:
+        return
     file_of = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             file_of.update(dict.fromkeys(weights.keys(), file))
-    # A model that transformers has loaded no longer lists the weights that it did not tie.
-    of_config = model.get_expanded_tied_weights_keys(all_submodels=True)
-    for one, other in of_config.items():
+    for one, other in tied.items():
         if one in file_of and other in file_of and not _equal(one, other, file_of):
             raise InputError(
                 f"{folder}: config.json ties {one} to {other}, and their stored values differ",

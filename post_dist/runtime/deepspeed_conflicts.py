@@ -55,11 +55,11 @@ def naming_deepspeed_settings(engine: Engine) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # An error of torch or of the machine is a RuntimeError or an OSError.
-        of_machine = isinstance(error, RuntimeError | OSError)
-        if isinstance(error, NotImplementedError):
-            of_machine = False
-        if not engine.deepspeed or of_machine or isinstance(error, PostDistError):
+        # An error of torch or of the machine is a RuntimeError, which a NotImplementedError is too,
+        # or an OSError.
+        says_unsupported = isinstance(error, NotImplementedError)
+        is_other = isinstance(error, RuntimeError | OSError | PostDistError)
+        if not engine.deepspeed or (is_other and not says_unsupported):
             raise
         raise InputError(
             f"engine.deepspeed: DeepSpeed does not start with these settings: {first_line(error)}",

@@ -1,13 +1,13 @@
 """Compiled layers and losses beside the plain ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from operations import profiled_operations_of
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from post_dist.config.schema import Distill
 from post_dist.errors import EnvironmentFault
@@ -31,14 +31,6 @@ def _without_compiled_code() -> Iterator[None]:
         yield
 
 
-def operations_of(work: Callable[[], object]) -> int:
-    """Return the number of operations and fused kernels of a piece of work."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        work()
-    names = [event.name for event in recorded.events() if not event.cpu_children]
-    return sum(name.startswith("aten::") or "cpp_fused" in name for name in names)
-
-
 def gradients_of(model: LanguageModel, input_ids_BT: torch.Tensor) -> list[torch.Tensor]:
     """Return the gradients of a sum over the last hidden states."""
     model.zero_grad()
@@ -55,8 +47,8 @@ def test_compiled_layers_compute_the_same_with_few_operations(tmp_path: Path) ->
     expected = gradients_of(plain, input_ids_BT)
     found = gradients_of(fused, input_ids_BT)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    operations = operations_of(lambda: gradients_of(fused, input_ids_BT))
-    assert operations < 0.4 * operations_of(lambda: gradients_of(plain, input_ids_BT))
+    operations = profiled_operations_of(lambda: gradients_of(fused, input_ids_BT))
+    assert operations < 0.4 * profiled_operations_of(lambda: gradients_of(plain, input_ids_BT))
     with pytest.raises(RuntimeError, match="do not see the hooks"):
         fused(input_ids_BT, answer=torch.tensor([3, 4, 5]))
 
@@ -76,8 +68,8 @@ def test_a_compiled_loss_is_the_plain_one_with_few_operations() -> None:
         return loss, gradient_Nd
 
     torch.testing.assert_close(loss_of(compiled=True), loss_of(compiled=False))
-    operations = operations_of(lambda: loss_of(compiled=True))
-    assert operations < 0.75 * operations_of(lambda: loss_of(compiled=False))
+    operations = profiled_operations_of(lambda: loss_of(compiled=True))
+    assert operations < 0.75 * profiled_operations_of(lambda: loss_of(compiled=False))
 
 
 def test_a_missing_compiler_is_named_before_the_first_step(
