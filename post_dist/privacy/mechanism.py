@@ -102,7 +102,7 @@ class PrivateOptimizer(DPOptimizer):
         flat = [gradient.double().flatten(1) for gradient in self.grad_samples]
         finite_B = _finite_examples(flat)
         # One norm over all parameters: the prompt and the class biases share the clipping norm.
-        norm_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0).sqrt()
+        norm_B = sum(_folded(part.square()) for part in flat).sqrt()
         factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)
         unclipped_B = finite_B & (norm_B <= self.max_grad_norm)
         self._unclipped = self._unclipped + (2 * unclipped_B.long() - 1).sum()
@@ -169,6 +169,21 @@ class PrivateOptimizer(DPOptimizer):
         self.signal_skip_step(not last)
         self.step()
         self.zero_grad()
+
+
+def _folded(values_Bm: torch.Tensor) -> torch.Tensor:
+    """Return the sum [B] of each row, in fp64. It overwrites the values.
+
+    A row's sum has the same bits in every batch, on every device. `torch.sum` splits a long row by
+    the number of rows, so one example could move another's norm across the clipping norm.
+    """
+    width = values_Bm.shape[1]
+    while width > 1:
+        # The upper half of each row is added to its lower half, and a middle value is kept.
+        upper = width // 2
+        width -= upper
+        values_Bm[:, :upper] += values_Bm[:, width : width + upper]
+    return values_Bm[:, 0]
 
 
 def _finite_examples(flat: Sequence[torch.Tensor]) -> torch.Tensor:

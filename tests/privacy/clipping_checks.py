@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -65,6 +66,46 @@ def the_clipping_norm_moves_by_a_noisy_quantile() -> None:
     assert paid, "the noise on the sum does not pay for the quantile"
 
 
+def no_example_moves_the_norm_of_another() -> None:
+    """Two threads sum a long row alone otherwise than beside a row of zeros."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = _gradients_on_the_edge()
+        assert gradients, "torch.sum rounds a row alike in every batch: this check tests nothing"
+        for gradient in gradients:
+            alone, beside = _small_among(gradient), _small_among(gradient, others=1)
+            assert beside - alone == 1, "an example with a gradient of zero counts for two"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _gradients_on_the_edge() -> list[torch.Tensor]:
+    """Return gradients [1, m] that `torch.sum` clips to C = 1 alone and not beside zeros."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(30):
+        row = torch.randn(1, 57_600, generator=generator, dtype=torch.float64)
+        for ulps in range(-8, 9):
+            on_edge = row / row.square().sum(dim=1).sqrt() * (1 + ulps * 2.0**-53)
+            beside = torch.cat([on_edge, torch.zeros_like(on_edge)])
+            sums = [part.square().sum(dim=1).sqrt()[0] for part in (on_edge, beside)]
+            if (sums[0] <= 1) != (sums[1] <= 1):
+                found.append(on_edge)
+                break
+    return found
+
+
+def _small_among(gradient: torch.Tensor, others: int = 0) -> int:
+    """Return what a gradient and some gradients of zero add to the count of small gradients."""
+    parameter = torch.zeros(gradient.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    made = replace(plan_of(clip_quantile=QUANTILE), max_grad_norm=1.0)
+    private = part("privacy.mechanism").PrivateOptimizer(optimizer, made, fresh_source())
+    private.accumulate([torch.cat([gradient, gradient.new_zeros(others, gradient.shape[1])])])
+    return int(private._unclipped)
+
+
 def an_adaptive_run_resumes_with_its_norm() -> None:
     plan = plan_of(clip_quantile=QUANTILE, sampling_probability=1.0)
     trainer = part("privacy.trainer")
@@ -90,5 +131,6 @@ def an_adaptive_run_resumes_with_its_norm() -> None:
 CHECKS: list[Callable[[], None]] = [
     the_clipping_norm_follows_its_quantile,
     the_clipping_norm_moves_by_a_noisy_quantile,
+    no_example_moves_the_norm_of_another,
     an_adaptive_run_resumes_with_its_norm,
 ]

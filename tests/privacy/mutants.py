@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "clip after sum",
         "privacy.mechanism",
-        "norm_B = torch.stack([part.square().sum(dim=1) for part in flat]).sum(dim=0).sqrt()",
+        "norm_B = sum(_folded(part.square()) for part in flat).sqrt()",
         "squares = [part.nan_to_num(0, 0, 0).sum(dim=0).square().sum() for part in flat]\n"
         "        norm_B = torch.stack(squares).sum().sqrt().expand(len(flat[0]))",
         "one_example_moves_the_sum_by_the_norm_at_most",
@@ -58,9 +58,16 @@ MUTANTS = [
     Mutant(
         "norm of the prompt without the biases",
         "privacy.mechanism",
-        "part.square().sum(dim=1) for part in flat]",
-        "part.square().sum(dim=1) for part in flat[:1]]",
+        "_folded(part.square()) for part in flat)",
+        "_folded(part.square()) for part in flat[:1])",
         "one_example_moves_the_sum_by_the_norm_at_most",
+    ),
+    Mutant(
+        "a norm whose rounding depends on the batch",
+        "privacy.mechanism",
+        "_folded(part.square()) for part in flat)",
+        "part.square().sum(dim=1) for part in flat)",
+        "no_example_moves_the_norm_of_another",
     ),
     Mutant(
         "each parameter clipped by itself",
