@@ -21,7 +21,7 @@ def measure(page: Page) -> None:
         folder = Path(scratch)
         run = subject.write_run(folder)
         teacher = subject.write_teacher(folder)
-        config = subject.load_config(run, "bf16", "distill.compile=true")
+        config = subject.load_config(run, "bf16", "engine.compile=true")
         steps = PageMeasure(page, f"The student of {subject.name}")
         found = bench_distill(config, teacher, world, steps)
         page.add(

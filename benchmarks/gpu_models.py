@@ -40,6 +40,8 @@ _TEXTS = 24 if _TINY else 8000
 REPEATS = 2 if _TINY else 7
 PRECISIONS = ("fp32",) if _TINY else ("bf16", "fp32")
 """A CPU is slow in bf16."""
+COMPILED = () if _TINY else ("engine.compile=true",)
+"""A CPU takes minutes to compile."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def measure(page: Page) -> None:
             run = subject.write_run(folder)
             target = subject.write_teacher(folder)
             student = subject.write_student(folder)
-            config = subject.load_config(run, "bf16")
+            config = subject.load_config(run, "bf16", *gpu_models.COMPILED)
             steps = PageMeasure(page, f"{subject.name} and its student")
             found = bench_transfer(config, target, student, world, steps)
             page.add(

@@ -22,7 +22,7 @@ def measure(page: Page) -> None:
             folder = Path(scratch)
             run = subject.write_run(folder)
             student = subject.write_student(folder)
-            config = subject.load_config(run, precision)
+            config = subject.load_config(run, precision, *gpu_models.COMPILED)
             steps = PageMeasure(page, f"The student of {subject.name}, {precision}")
             found = bench_tune(config, student, world, steps)
             page.add(

@@ -43,7 +43,6 @@ LATEST = "latest"
 _LATER_FIELDS = {
     "attack_tokens",
     "comparison_noise_multiplier",
-    "compile",
     "deduplicate",
     "deepspeed",
 }

@@ -95,7 +95,7 @@ def bench_distill(
     """
     facts = read_facts(teacher_folder)
     for cache in _CACHES:
-        with_cache = _with_cache(config, cache, compiled=config.distill.compile)
+        with_cache = _with_cache(config, cache)
         found = conflicts(with_cache, facts, layout_of(config.engine, world))
         raise_conflicts("bench distill", found)
     corpus_section, student_section = required_sections(config)
@@ -127,13 +127,11 @@ def bench_distill(
     }
 
 
-def _with_cache(
-    config: RunConfig, cache: Literal["none", "hidden", "sampled"], *, compiled: bool = False
-) -> RunConfig:
+def _with_cache(config: RunConfig, cache: Literal["none", "hidden", "sampled"]) -> RunConfig:
     """Return the run file with a kind of cache, and the number of steps that the cache covers."""
     # A cache without a limit, because the timed steps read the same files many times.
     changes: dict[str, Any] = {"cache": cache, "cache_gib": None}
-    changes |= {"steps": _STEPS, "learning_rate": 0.0, "compile": compiled}
+    changes |= {"steps": _STEPS, "learning_rate": 0.0}
     if cache == "sampled":
         # A cache of samples has no hidden states, so the terms that compare them are left out.
         for term in hidden_terms_in_use(config.distill):
@@ -172,7 +170,7 @@ class _Ways:
     """
 
     def __init__(self, config: RunConfig, precision: Precision, inputs: _Inputs) -> None:
-        self._config = _with_cache(config, "none", compiled=config.distill.compile)
+        self._config = _with_cache(config, "none")
         self._precision = precision
         self._inputs = inputs
         _, self._student_section = required_sections(config)
@@ -196,7 +194,7 @@ class _Ways:
             ways["TRL's GKD loss"] = self._peer(trl_distillation_loss)
         if find_spec("liger_kernel") and self.teacher.has_linear_head:
             ways["Liger's chunked loss"] = self._peer(liger_distillation_loss)
-        if self._config.distill.compile:
+        if self._config.engine.compile:
             compiled_teacher = self._load_teacher()
             compile_layers(compiled_teacher)
             ways["ours, compiled"] = self._ours("none", compiled_teacher)
@@ -219,7 +217,8 @@ class _Ways:
         """Return the step of the distill stage; compiled if its teacher is given compiled."""
         world = self._inputs.world
         corpus = self._inputs.corpus
-        config = _with_cache(self._config, cache, compiled=compiled_teacher is not None)
+        engine = self._config.engine.model_copy(update={"compile": compiled_teacher is not None})
+        config = _with_cache(self._config, cache).model_copy(update={"engine": engine})
         section = config.distill
         lower_layers = section.layers_in_teacher(self._student_section)
         source: SignalSource = OnlineTeacher(compiled_teacher or self.teacher, lower_layers)

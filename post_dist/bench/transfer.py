@@ -8,6 +8,7 @@ Shapes: B examples, n prompt tokens, d width, V vocabulary.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from post_dist.config.sources import Task
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.template import Batch
 from post_dist.errors import InputError
+from post_dist.models.compiled import compile_layers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
@@ -43,7 +45,7 @@ _NOISE = 0.1
 is not plain text."""
 
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-_VARIANTS = ("published loop", "ours", "cached, plain torch")
+_VARIANTS = ("published loop", "ours", "ours, compiled", "cached, plain torch")
 
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Takes a step; returns its loss and the gradient [n, d] of the prompt."""
@@ -95,7 +97,8 @@ def bench_transfer(
     for variant in _VARIANTS:
         for precision in _PRECISIONS:
             name = f"{variant} {precision}"
-            ordered[name] = steps[name]
+            if name in steps:
+                ordered[name] = steps[name]
 
     difference = _max_difference(ordered)
     batch_size = config.transfer.batch_size
@@ -120,6 +123,7 @@ class _Setting:
         objective: loss and examples.
         models: the student, and the target as the stage loads it.
         whole_target: the target without ZeRO.
+        compiled_target: the target with compiled layers; None if `engine.compile` is not set.
         source_nd: the source prompt.
         seconds: time of the forward passes before the first step.
         device: device of the models.
@@ -128,17 +132,22 @@ class _Setting:
     objective: TransferObjective
     models: ModelPair
     whole_target: LanguageModel
+    compiled_target: LanguageModel | None
     source_nd: torch.Tensor
     seconds: float
     device: torch.device
 
     def variants(self) -> dict[str, LossOf]:
         """Return the loss function of each variant, by name."""
-        return {
+        variants: dict[str, LossOf] = {
             "published loop": self._published_loss,
-            "ours": self._our_loss,
+            "ours": partial(self._our_loss, self.models),
             "cached, plain torch": self._cached_loss(),
         }
+        if self.compiled_target is not None:
+            compiled = ModelPair(self.models.student, self.compiled_target)
+            variants["ours, compiled"] = partial(self._our_loss, compiled)
+        return variants
 
     def _published_loss(self, chosen: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
         batch = self._batch(chosen, self.objective.reader.template.max_length)
@@ -151,8 +160,10 @@ class _Setting:
             self.objective.section,
         )
 
-    def _our_loss(self, chosen: list[int], prompt_nd: torch.Tensor) -> torch.Tensor:
-        (loss,) = transfer_losses(self.models, [self.objective], [prompt_nd], [chosen])
+    def _our_loss(
+        self, models: ModelPair, chosen: list[int], prompt_nd: torch.Tensor
+    ) -> torch.Tensor:
+        (loss,) = transfer_losses(models, [self.objective], [prompt_nd], [chosen])
         return loss
 
     def _cached_loss(self) -> LossOf:
@@ -221,10 +232,15 @@ class _TransferBench:
         start = time.perf_counter()
         objective = builder.build(self._task, source_nd, self._section)
         seconds = time.perf_counter() - start
+        compiled_target = None
+        if self._config.engine.compile:
+            compiled_target = load_whole(self._teacher, precision, device)
+            compile_layers(compiled_target)
         return _Setting(
             objective=objective,
             models=models,
             whole_target=load_whole(self._teacher, precision, device),
+            compiled_target=compiled_target,
             source_nd=source_nd,
             seconds=seconds,
             device=device,

@@ -7,6 +7,7 @@ Shapes: B examples, n prompt tokens, d width.
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.data.template import Batch
 from post_dist.errors import InputError
 from post_dist.models.classifier import PromptInput, class_losses
+from post_dist.models.compiled import compile_layers
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import prompt_from_text
@@ -50,10 +52,10 @@ _GradientsAt = Callable[[torch.Tensor], torch.Tensor]
 def bench_tune(
     config: RunConfig, student: Path, world: World, measure: Measure = time_steps
 ) -> dict[str, Any]:
-    """Measure time and memory of five kinds of tuning step.
+    """Measure time and memory of five kinds of tuning step, and of two with compiled layers.
 
     A step is a whole step with Adam on `tune.batch_size` examples of `private_task.max_length`
-    tokens.
+    tokens. Layers are compiled if `engine.compile` is set.
 
     Args:
         config: the run file.
@@ -77,7 +79,8 @@ def bench_tune(
             "bench tune needs the section `private_task`, with label words and a length"
         )
     tokenizer = load_tokenizer(student)
-    model = load_whole(student, choose_precision(config.engine, world.device), world.device)
+    precision = choose_precision(config.engine, world.device)
+    model = load_whole(student, precision, world.device)
     if model.masked:
         raise InputError(
             "bench tune compares ways to share a prefix, and a masked model has no prefix to share",
@@ -104,6 +107,10 @@ def bench_tune(
         model, reader, batch.to(world.device), classes_B.to(world.device), start_nd
     )
     steps = variants.steps()
+    if config.engine.compile:
+        compiled = load_whole(student, precision, world.device)
+        compile_layers(compiled)
+        steps |= variants.compiled_steps(compiled)
     max_difference = _max_difference(steps)
     settings = {
         "precision": str(model.model.dtype).removeprefix("torch."),
@@ -157,12 +164,24 @@ class _StepVariants:
         """Return the steps by name. The first is the baseline of the ratios."""
         # The hooks are registered once. They have their own copy of the prompt.
         hooks = OpacusHooks(self._model, self._verbalizer, self._start_nd)
+        model = self._model
         return {
-            "ordinary non-private": self._ordinary(self._plain_losses),
+            "ordinary non-private": self._ordinary(partial(self._plain_losses, model)),
             "opacus hooks": self._private(lambda prompt_nd: hooks(self._batch, self._classes_B)),
-            "dp": self._private(self._exact_gradients(share_prefix=False)),
-            "dp shared prefix": self._private(self._exact_gradients(share_prefix=True)),
+            "dp": self._private(self._exact_gradients(model, share_prefix=False)),
+            "dp shared prefix": self._private(self._exact_gradients(model, share_prefix=True)),
             "non-private shared prefix": self._ordinary(self._losses_with_shared_prefix),
+        }
+
+    def compiled_steps(self, model: LanguageModel) -> dict[str, _Step]:
+        """Return the two steps that compiled layers take, by name.
+
+        Args:
+            model: the student with compiled layers.
+        """
+        return {
+            "ordinary, compiled": self._ordinary(partial(self._plain_losses, model)),
+            "dp, compiled": self._private(self._exact_gradients(model, share_prefix=False)),
         }
 
     def _ordinary(self, losses_at: Callable[[torch.Tensor], torch.Tensor]) -> _Step:
@@ -200,17 +219,17 @@ class _StepVariants:
 
         return step
 
-    def _plain_losses(self, prompt_nd: torch.Tensor) -> torch.Tensor:
-        return plain_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt_nd)
+    def _plain_losses(self, model: LanguageModel, prompt_nd: torch.Tensor) -> torch.Tensor:
+        return plain_losses(model, self._verbalizer, self._batch, self._classes_B, prompt_nd)
 
     def _losses_with_shared_prefix(self, prompt_nd: torch.Tensor) -> torch.Tensor:
         prompt = PromptInput(prefix=self._model.prefix_of(prompt_nd))
         return class_losses(self._model, self._verbalizer, self._batch, self._classes_B, prompt)
 
-    def _exact_gradients(self, *, share_prefix: bool) -> _GradientsAt:
+    def _exact_gradients(self, model: LanguageModel, *, share_prefix: bool) -> _GradientsAt:
         def gradients_at(prompt_nd: torch.Tensor) -> torch.Tensor:
             gradients = ExampleGradients(
-                self._model, self._verbalizer, [prompt_nd], share_prefix=share_prefix
+                model, self._verbalizer, [prompt_nd], share_prefix=share_prefix
             )
             return gradients(self._batch, self._classes_B)[0]
 
@@ -222,11 +241,15 @@ def _max_difference(steps: dict[str, _Step]) -> float:
     expected_Bnd = steps["dp"]()
     # Ways to compute each example's gradient must agree example by example.
     differences = []
-    for name in ("opacus hooks", "dp shared prefix"):
+    for name in ("opacus hooks", "dp shared prefix", "dp, compiled"):
+        if name not in steps:
+            continue
         differences.append(_relative_difference(steps[name](), expected_Bnd))
     # A non-private step gives only the sum, which is compared as a batch of one.
     expected_sum_Bnd = expected_Bnd.sum(dim=0)[None]
-    for name in ("ordinary non-private", "non-private shared prefix"):
+    for name in ("ordinary non-private", "non-private shared prefix", "ordinary, compiled"):
+        if name not in steps:
+            continue
         differences.append(_relative_difference(steps[name]()[None], expected_sum_Bnd))
     return max(differences)
 

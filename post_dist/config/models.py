@@ -122,6 +122,11 @@ class Engine(Section):
     deepspeed: DeepSpeedSettings | None = None
     """Further settings of DeepSpeed. Private tuning runs without DeepSpeed and does not read
     them."""
+    # How operations are run.
+    compile: bool = False
+    """Let torch compile the layers of the models that training runs, and the loss of `distill`.
+    That fuses small operations, so sums are rounded otherwise. It needs whole models, a C++
+    compiler, and Triton on a GPU. The first steps take longer, by some minutes on a CPU."""
     # When a rank counts as lost.
     hang_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
     """Seconds without progress after which a process reports its phase and stack, and exits; a day

@@ -91,11 +91,6 @@ class Distill(Section):
     """Weight of the cosine loss on the last hidden states."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of the tokens that a masked model must predict."""
-    # How it is computed.
-    compile: bool = False
-    """Let torch compile the layers of both models and the loss, which fuses their small operations.
-    Sums are then rounded otherwise. It needs whole models, a C++ compiler, and Triton on a GPU. The
-    first step takes longer, by about a minute."""
     # What the student gives away.
     attack_tokens: tuple[PositiveInt, ...] = ()
     """Numbers of tokens. For each, a copy of the finished student is distilled further with all of

@@ -29,6 +29,7 @@ import torch
 from post_dist.config.schema import Tune
 from post_dist.data.template import NO_TOKEN, Batch
 from post_dist.errors import InputError
+from post_dist.models.compiled import compile_again
 from post_dist.models.families import layer_kinds
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.tuning_task import TuningTask
@@ -165,6 +166,7 @@ def _with_random_weights(task: TuningTask, generator: torch.Generator) -> Langua
             # The scales of layer norms are vectors around 1.
             start = 1.0 if parameter.dim() == 1 else 0.0
             parameter.copy_(noise + start)
+    compile_again(model)
     return model
 
 

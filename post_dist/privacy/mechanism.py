@@ -102,7 +102,8 @@ class PrivateOptimizer(DPOptimizer):
         flat = [gradient.double().flatten(1) for gradient in self.grad_samples]
         finite_B = _finite_examples(flat)
         # One norm over all parameters: the prompt and the class biases share the clipping norm.
-        norm_B = sum(_folded(part.square()) for part in flat).sqrt()
+        squares_B = [_folded(part.square()) for part in flat]
+        norm_B = sum(squares_B[1:], start=squares_B[0]).sqrt()
         factor_B = torch.where(finite_B, self._grid_factors(norm_B), 0.0)
         unclipped_B = finite_B & (norm_B <= self.max_grad_norm)
         self._unclipped = self._unclipped + (2 * unclipped_B.long() - 1).sum()

@@ -35,6 +35,19 @@ def engine_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     return found
 
 
+def compile_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
+    """Check that a frozen large model is whole on each rank if its layers are compiled."""
+    is_sharded = shard_group_size(engine, layout) > 1 or engine.offload != "none"
+    if not (engine.compile and is_sharded):
+        return []
+    return [
+        Conflict(
+            "engine.compile: the large LLM is sharded here",
+            "set engine.shard_group: 1 and engine.offload: none, or leave engine.compile out",
+        )
+    ]
+
+
 def _group_conflicts(engine: Engine, layout: Layout) -> list[Conflict]:
     """Check that the ranks divide into shard groups, and that offload has shards to move."""
     # The schema refuses `shard_group: 1` with offload, but `node` and `all` may also mean 1 rank.

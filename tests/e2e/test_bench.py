@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -75,6 +76,17 @@ def test_tune_and_transfer(run: Path, main: Callable) -> None:
     variants = at_each_precision(["published loop", "ours", "cached, plain torch"])
     check_measurements(measured, variants, "samples")
     assert measured["once"]["rows"] > 0
+
+
+def test_compiled_steps_stand_beside_plain_ones(run: Path, main: Callable) -> None:
+    settings = ("--set=engine.compile=true", "--set=engine.precision=fp32")
+    assert main("distill", run)[0] == 0
+    # Fusing would take minutes, and is tested elsewhere.
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        for stage, name in (("tune", "dp, compiled"), ("transfer", "ours, compiled fp32")):
+            measured = bench(main, stage, run, *settings)
+            assert name in measured["ratios"]
+            assert measured["max_difference"] < 1e-5
 
 
 def test_several_ranks_are_refused(run: Path, post_dist: Callable) -> None:

@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "clip after sum",
         "privacy.mechanism",
-        "norm_B = sum(_folded(part.square()) for part in flat).sqrt()",
+        "norm_B = sum(squares_B[1:], start=squares_B[0]).sqrt()",
         "squares = [part.nan_to_num(0, 0, 0).sum(dim=0).square().sum() for part in flat]\n"
         "        norm_B = torch.stack(squares).sum().sqrt().expand(len(flat[0]))",
         "one_example_moves_the_sum_by_the_norm_at_most",
@@ -58,15 +58,15 @@ MUTANTS = [
     Mutant(
         "norm of the prompt without the biases",
         "privacy.mechanism",
-        "_folded(part.square()) for part in flat)",
-        "_folded(part.square()) for part in flat[:1])",
+        "sum(squares_B[1:], start=squares_B[0])",
+        "squares_B[0]",
         "one_example_moves_the_sum_by_the_norm_at_most",
     ),
     Mutant(
         "a norm whose rounding depends on the batch",
         "privacy.mechanism",
-        "_folded(part.square()) for part in flat)",
-        "part.square().sum(dim=1) for part in flat)",
+        "_folded(part.square())",
+        "part.square().sum(dim=1)",
         "no_example_moves_the_norm_of_another",
     ),
     Mutant(

@@ -95,8 +95,8 @@ def test_a_run_file_that_fits_has_no_conflict(run: Path) -> None:
         ),
         (["distill.cache=hidden"], {"masked": True}, "other masks each time"),
         (["engine.zero_stage=3", "student.freeze_head=false"], {}, "a trained head does not go"),
-        (["distill.compile=true", "engine.zero_stage=3"], {}, "the student is sharded here"),
-        (["distill.compile=true", "engine.offload=cpu"], {}, "the teacher is sharded here"),
+        (["engine.compile=true", "engine.zero_stage=3"], {}, "the student is sharded here"),
+        (["engine.compile=true", "engine.offload=cpu"], {}, "the large LLM is sharded here"),
         ([], {"context_length": 16}, "exceeds the teacher's context of 16"),
     ],
 )
@@ -109,10 +109,10 @@ def test_each_conflict_is_found_alone(
 
 
 def test_compiled_models_are_whole_on_each_of_two_ranks(run: Path) -> None:
-    config = load_run(run, ["distill.compile=true"], None)
+    config = load_run(run, ["engine.compile=true"], None)
     (conflict,) = conflicts(config, LLAMA, Layout(ranks=2, ranks_per_node=2))
-    assert "the teacher is sharded here" in conflict.message
-    config = load_run(run, ["distill.compile=true", "engine.shard_group=1"], None)
+    assert "the large LLM is sharded here" in conflict.message
+    config = load_run(run, ["engine.compile=true", "engine.shard_group=1"], None)
     assert not conflicts(config, LLAMA, Layout(ranks=2, ranks_per_node=2))
 
 

@@ -12,7 +12,7 @@ from post_dist.losses.metric_labels import METRIC_LABELS
 from post_dist.losses.terms import hidden_terms_in_use
 from post_dist.models.facts import ModelFacts
 from post_dist.models.student import layer_conflicts
-from post_dist.runtime.engine_conflicts import engine_conflicts, shard_group_size
+from post_dist.runtime.engine_conflicts import compile_conflicts, engine_conflicts
 from post_dist.stages.distill.signal_files import files_of, most_files_of_a_step
 from post_dist.stages.distill.signal_format import (
     GIB,
@@ -52,7 +52,7 @@ def conflicts(config: RunConfig, teacher: ModelFacts, layout: Layout) -> list[Co
     # All conflicts are listed at once, so a user can fix the run file in one go.
     found = engine_conflicts(config.engine, layout)
     found += layer_conflicts(student, teacher.layers)
-    found += _compile_conflicts(config, layout)
+    found += compile_conflicts(config.engine, layout)
     found += _training_conflicts(config, student, teacher)
     found += _cache_conflicts(config, teacher)
     found += _corpus_conflicts(corpus, teacher)
@@ -125,31 +125,16 @@ def epoch_conflicts(section: Distill, sequences: int) -> list[Conflict]:
     ]
 
 
-def _compile_conflicts(config: RunConfig, layout: Layout) -> list[Conflict]:
-    """Check that both models are whole on each rank if their layers are compiled."""
-    if not config.distill.compile:
-        return []
-    found = []
-    if shard_group_size(config.engine, layout) > 1 or config.engine.offload != "none":
-        found.append(
-            Conflict(
-                "distill.compile: the teacher is sharded here",
-                "set engine.shard_group: 1 and engine.offload: none, or leave distill.compile out",
-            )
-        )
-    if config.engine.zero_stage == 3:
-        found.append(
-            Conflict(
-                "distill.compile: the student is sharded here",
-                "set engine.zero_stage: 2, or leave distill.compile out",
-            )
-        )
-    return found
-
-
 def _training_conflicts(config: RunConfig, student: Student, teacher: ModelFacts) -> list[Conflict]:
     """Check that the chosen parts of the student can be trained."""
     found = []
+    if config.engine.zero_stage == 3 and config.engine.compile:
+        found.append(
+            Conflict(
+                "engine.compile: the student is sharded here",
+                "set engine.zero_stage: 2, or leave engine.compile out",
+            )
+        )
     if config.engine.zero_stage == 3 and not student.freeze_head:
         found.append(
             Conflict(

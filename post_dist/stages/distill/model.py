@@ -144,7 +144,7 @@ def student_engine(
     # Freezing comes first, because it needs the embeddings, which are removed with the lower block.
     freeze(student, student_section)
     take_out_lower_block(student, section.layers_in_teacher(student_section))
-    if section.compile:
+    if config.engine.compile:
         compile_layers(student)
     if config.engine.activation_checkpointing:
         student.checkpoint_activations()

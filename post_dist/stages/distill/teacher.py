@@ -80,7 +80,7 @@ def load_teacher(
         found += limit_conflicts(config, read_facts(folder), precision)
         raise_conflicts("distill", found)
     model = load_sharded(folder, config.engine, precision, world)
-    if config.distill.compile:
+    if config.engine.compile:
         compile_layers(model)
     if corpus_section.separate_documents and not model.masked:
         check_documents_apart(model)

@@ -11,7 +11,7 @@ from post_dist.conflicts import Conflict, Layout
 from post_dist.models.facts import ModelFacts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.lora_layers import lora_conflicts
-from post_dist.runtime.engine_conflicts import engine_conflicts
+from post_dist.runtime.engine_conflicts import compile_conflicts, engine_conflicts
 from post_dist.stages.context_length import context_conflicts
 
 LEAST_TEXTS = 8
@@ -75,6 +75,8 @@ def conflicts(
     if public_task is None:
         return [Conflict("the run file lacks the section public_task", "add it")]
     found = engine_conflicts(config.engine, layout)
+    if config.transfer.adapter != "head":
+        found += compile_conflicts(config.engine, layout)
     found += _model_conflicts(config.transfer, models)
     limit = public_task.max_rows
     if config.transfer.adapter == "head" and limit is not None and limit < LEAST_TEXTS:

@@ -23,6 +23,7 @@ from post_dist.data.task_reader import TaskReader
 from post_dist.errors import InputError, PostDistError
 from post_dist.models.adapted import adapted
 from post_dist.models.answers import OutputsNotFinite
+from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, model_name, tokenizer_fingerprint
@@ -187,6 +188,10 @@ def transfer(
     precision = choose_precision(config.engine, world.device)
     student = load_whole(student_folder, precision, world.device)
     target = load_sharded(large.folder, config.engine, precision, world)
+    # The steps of a head read hidden states, and run no layer.
+    trains = any(request.folder.config.transfer.adapter != "head" for request in requests)
+    if config.engine.compile and trains:
+        compile_layers(target)
     models = ModelPair(student, target)
 
     named = NamedTarget(

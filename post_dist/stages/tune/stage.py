@@ -20,6 +20,7 @@ from post_dist.conflicts import Layout, raise_conflicts
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import load_examples
 from post_dist.files import write_file
+from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.load import load_tokenizer, load_whole
 from post_dist.models.prompt_init import neutral_prompt, prompt_from_text
@@ -139,6 +140,9 @@ def bound_task(
     tokenizer = load_tokenizer(tuned.folder)
     precision = choose_precision(config.engine, world.device)
     model = load_whole(tuned.folder, precision, world.device)
+    # The steps of a head read hidden states, and run no layer.
+    if config.engine.compile and section.adapter != "head":
+        compile_layers(model)
     # The reader binds the task to the model's tokenizer.
     prompt_task = PromptTask.of_section(private_task, section.init_text)
     reader = TaskReader(

@@ -32,6 +32,7 @@ from post_dist.losses.divergence import softened_kl
 from post_dist.losses.transfer import share_matching_offsets
 from post_dist.models.batch_inference import InferenceRun, outputs_at_answers
 from post_dist.models.classifier import word_scores
+from post_dist.models.compiled import compile_layers
 from post_dist.models.facts import read_facts
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerprint
@@ -114,6 +115,8 @@ def warm_start(folder: RunFolder, models: WarmStartModels, world: World, resume:
 
     precision = choose_precision(config.engine, world.device)
     model = load_whole(models.student, precision, world.device)
+    if config.engine.compile:
+        compile_layers(model)
     tokenizer = load_tokenizer(models.student)
     reader = TaskReader(task, tokenizer, masked=model.masked, vocabulary=model.vocabulary_size)
     # A student may have fewer layers than the run file names.
