@@ -7,6 +7,7 @@ is the ledger, which holds keyed commitments and stays with the owner.
 import logging
 import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from post_dist.privacy.ledger import LedgerRun, claim_anchor_for, lock_ledger
 from post_dist.privacy.plan import PrivacyPlan
 from post_dist.privacy.randomness import destroy_key, open_source
 from post_dist.privacy.search import run_search
+from post_dist.privacy.spending import DataSpending
 from post_dist.privacy.statement import privacy_statement
 from post_dist.privacy.trainer import PrivateRun, PrivateTrainer, TrialSettings
 from post_dist.privacy.tuned_part import tuned_kind
@@ -79,6 +81,10 @@ def tune_privately(
             key_file.unlink(missing_ok=True)
         # An unfinished run resumes with its key, and so with its name in the ledger.
         source = open_source(key_file, plan.noise_source, config.seed)
+        begun = _resumed(plan, config.privacy.target_epsilon, open_ledger.spending, source.run)
+        if begun != plan:
+            _log_cost(begun)
+            plan = begun
         ledger = LedgerRun(open_ledger, source.run, plan, config.privacy.max_total_epsilon)
         run = PrivateRun(plan, source, ledger, folder.checkpoints, folder.path.name, world)
         # A search varies these settings; a single run uses them as they are.
@@ -95,6 +101,27 @@ def tune_privately(
         destroy_key(key_file, source)
         ledger.finish()
         return parameters, privacy_statement(ledger.spending)
+
+
+def _resumed(
+    plan: PrivacyPlan, target: float | None, spending: DataSpending, run: str
+) -> PrivacyPlan:
+    """Return the plan of a run that may have begun under a version that calibrates otherwise.
+
+    Args:
+        plan: the plan that this version gives the run.
+        target: the epsilon that its noise was calibrated for; None for a given noise.
+        spending: what the runs of the ledger have spent.
+        run: name of the run.
+
+    Returns:
+        The plan with which the run began, if that differs in its noise alone and meets the target.
+    """
+    begun = spending.runs.get(run)
+    if begun is None or target is None or begun.plan == plan:
+        return plan
+    same = replace(begun.plan, noise_multiplier=plan.noise_multiplier) == plan
+    return begun.plan if same and account(begun.plan).epsilon <= target else plan
 
 
 def _single_run(trainer: PrivateTrainer, settings: TrialSettings) -> list[torch.Tensor]:

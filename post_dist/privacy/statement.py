@@ -7,11 +7,14 @@ from typing import Any
 
 from post_dist.errors import ArtifactRefused
 from post_dist.privacy.accounting import (
+    FINE,
+    MOST_GROUP_EPSILON,
     PRV_ABOVE,
     account,
     composed_epsilon,
     cost_of,
     group_epsilons,
+    pld_name,
     rdp_epsilon,
 )
 from post_dist.privacy.calibration import LEAST_SIGMA
@@ -61,7 +64,8 @@ _SETTINGS = (
 )
 """Fields of a statement that have the name of their setting."""
 
-_EPSILONS = ("epsilon_at_delta", "epsilon_for_groups")
+_GROUPS = "epsilon_for_groups"
+_EPSILONS = ("epsilon_at_delta", _GROUPS)
 _COMPUTED = frozenset(
     (
         *("private", "epsilon", "steps_repeated", "neighbouring_relation", "sampling"),
@@ -146,8 +150,11 @@ def statement_problems(statement: dict[str, Any]) -> list[str]:
         promise = f"its numbers give an epsilon above {_MOST_EPSILON:g}, which promises nothing"
         return [*problems, promise]
     # Version 0.1.0 stated no groups.
-    if "epsilon_for_groups" in statement:
-        computed["epsilon_for_groups"] = group_epsilons(_spent(plan, repeated), plan.delta)
+    if _GROUPS in statement:
+        computed[_GROUPS] = group_epsilons(_spent(plan, repeated), plan.delta)
+    # Older statements have one interval for all losses. It gives higher numbers than a finer one.
+    if computed["accountant"].startswith("PLD") and statement.get("accountant") == pld_name(FINE):
+        computed["accountant"] = pld_name(FINE)
     return problems + _delta_problems(plan) + _number_problems(statement, computed)
 
 
@@ -246,7 +253,12 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
         if isinstance(number, dict) and isinstance(claims, dict) and set(claims) - set(number):
             problems.append(f"its `{name}` holds more than post_dist computes")
         for label, claimed, least in _pairs(name, claims, number):
-            if isinstance(least, str):
+            # No epsilon for a group promises nothing. Earlier statements leave such groups out.
+            if name == _GROUPS and isinstance(claims, dict) and claimed is None:
+                continue
+            if least is None:
+                problems.append(f"its numbers give {label} above {MOST_GROUP_EPSILON:g}")
+            elif isinstance(least, str):
                 if claimed != least:
                     problems.append(f"its {label} is not {least!r}")
             elif not _is_between(claimed, 0, math.inf):
@@ -258,7 +270,7 @@ def _number_problems(statement: dict[str, Any], computed: dict[str, Any]) -> lis
     return problems
 
 
-def _pairs(name: str, claimed: Any, computed: Any) -> list[tuple[str, Any, float]]:
+def _pairs(name: str, claimed: Any, computed: Any) -> list[tuple[str, Any, Any]]:
     """Return label, claim and computed value of each number in an entry of a statement."""
     if not isinstance(computed, dict):
         return [(name, claimed, computed)]

@@ -404,18 +404,8 @@ MUTANTS = [
     Mutant(
         "sigma rounded down",
         "privacy.calibration",
-        "    multiples = math.ceil(math.exp(log_sigma) / _SIGMA_GRID)\n"
-        "    # The coarse loss is the more pessimistic one, so the first multiple meets "
-        "the target as a rule.\n"
-        "    while True:\n"
-        "        rounded = replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, "
-        "4))\n"
-        "        if epsilon_of(rounded, FINE) <= target:\n"
-        "            return rounded\n",
-        "    multiples = math.floor(math.exp(log_sigma) / _SIGMA_GRID)\n"
-        "    while True:\n"
-        "        return replace(plan, noise_multiplier=round(multiples * _SIGMA_GRID, "
-        "4))\n",
+        "    while epsilon_of(with_noise(found)) > target:\n        found += 1\n",
+        "    found -= 1\n",
         "calibration_meets_its_target_from_below",
     ),
     Mutant(
@@ -474,6 +464,41 @@ MUTANTS = [
         "near_prv = prv - _PRV_BELOW <= pld <= prv + PRV_ABOVE",
         "near_prv = pld <= prv + PRV_ABOVE",
         "accountants_must_agree",
+    ),
+    Mutant(
+        "PLD refused above another upper bound",
+        "privacy.accounting",
+        'checks["rdp"] < prv - _PRV_BELOW or not near_prv',
+        'checks["rdp"] < pld or not near_prv',
+        "accountants_must_agree",
+    ),
+    Mutant(
+        "more noise than the target needs",
+        "privacy.calibration",
+        "for interval in (FINE, None):",
+        "for interval in ():",
+        "calibration_gives_no_more_noise_than_needed",
+    ),
+    Mutant(
+        "a budget on an interval above the losses",
+        "privacy.accounting",
+        "COARSE if many and fits else",
+        "COARSE if many else",
+        "budgets_of_many_runs_are_not_overstated",
+    ),
+    Mutant(
+        "a group that is not protected is believed",
+        "privacy.statement",
+        'problems.append(f"its numbers give {label} above {MOST_GROUP_EPSILON:g}")',
+        "pass",
+        "groups_that_are_not_protected_have_no_epsilon",
+    ),
+    Mutant(
+        "a resumed run with other settings keeps its plan",
+        "privacy.private_run",
+        "if same and account(begun.plan).epsilon <= target",
+        "if same",
+        "a_resumed_run_keeps_its_noise",
     ),
     Mutant(
         "claims taken at their word",

@@ -84,6 +84,18 @@ def calibration_meets_its_target_from_below() -> None:
         assert plan.noise_multiplier == sigma
 
 
+def calibration_gives_no_more_noise_than_needed() -> None:
+    """Many steps that reveal little each: a coarse interval gives sigma 12.38 for them."""
+    accounting = part("privacy.accounting")
+    calibrated = part("privacy.calibration").calibrated
+    plan = plan_of(sampling_probability=0.001, steps=10_000, delta=10**-6.6)
+    found = calibrated(plan, 0.1)
+    assert found.noise_multiplier < 4.03
+    assert 0.0998 <= accounting.account(found).epsilon <= 0.1
+    # A target that no sigma meets on the coarse interval.
+    assert calibrated(plan, 0.01).noise_multiplier < 36
+
+
 def calibration_of_a_search_gives_the_known_noise() -> None:
     search = {"mean_trials": 3, "learning_rate": [0.1]}
     config = config_of(tune_section(search=search), target_epsilon=3.0)
@@ -204,6 +216,25 @@ def groups_cost_what_their_examples_tell_together() -> None:
     assert claim["epsilon_for_groups"]["2"] > found["2"] + 0.1, "repeats cost groups nothing"
 
 
+@on_a_coarse_grid
+def groups_that_are_not_protected_have_no_epsilon() -> None:
+    plan = plan_of(sampling_probability=0.3, noise_multiplier=1.5)
+    problems = part("privacy.statement").statement_problems
+    claim = part("privacy.statement").privacy_statement(spending_of(plan, ONCE))
+    groups = claim["epsilon_for_groups"]
+    assert groups["2"] < groups["4"] < 200
+    assert groups["8"] is None
+    assert problems(claim) == []
+    believed = [
+        {"2": groups["2"], "4": groups["4"]},
+        {"2": groups["2"], "4": None, "8": None},
+    ]
+    for known in believed:
+        assert problems(claim | {"epsilon_for_groups": known}) == [], "an older file is refused"
+    for false in (groups | {"8": 150.0}, groups | {"16": None}, ["none"], "none", None):
+        assert problems(claim | {"epsilon_for_groups": false}), f"{false} was believed"
+
+
 def attacks_are_bounded_at_one_percent() -> None:
     plan = plan_of(sampling_probability=1.0, steps=1, noise_multiplier=1.0)
     cost = part("privacy.accounting").account(plan)
@@ -248,6 +279,59 @@ def accountants_must_agree() -> None:
             except part("errors").PrivacyRefused:
                 continue
         raise AssertionError(f"a loss for {factor} of the noise was believed")
+    # PLD and RDP are both upper bounds, so either may be the tighter one.
+    accounting._check_agreement({"pld": 0.0130, "rdp": 0.0092, "prv": 0.0182})
+    try:
+        accounting._check_agreement({"pld": 1.0, "rdp": 0.94, "prv": 1.0})
+    except part("errors").PrivacyRefused:
+        return
+    raise AssertionError("an upper bound below the range of another accountant was believed")
+
+
+def little_loss_in_each_step_is_accounted_tightly() -> None:
+    accounting = part("privacy.accounting")
+    for sigma in (10.0, 30.0, 100.0):
+        plan = plan_of(sampling_probability=0.001, steps=10_000, noise_multiplier=sigma, delta=1e-5)
+        cost = accounting.account(plan)
+        assert cost.epsilon < cost.cross_checks["rdp"]
+    # Older statements of such plans have another interval, and higher numbers.
+    statement = part("privacy.statement")
+    begun = {(0, step): {"a"} for step in range(plan.steps)}
+    claim = statement.privacy_statement(spending_of(plan, begun))
+    older = "PLD (dp-accounting, discretisation 0.0001)"
+    assert older != claim["accountant"]
+    assert statement.statement_problems(claim) == []
+    assert statement.statement_problems(claim | {"accountant": older}) == []
+
+
+def budgets_of_many_runs_are_not_overstated() -> None:
+    accounting = part("privacy.accounting")
+    delta = 10**-6.6
+    plan = plan_of(sampling_probability=0.001, steps=10_000, delta=delta)
+    runs = [replace(plan, noise_multiplier=2 + number / 100) for number in range(12)]
+    # Twelve times the steps with the noise of the first and of the last run.
+    most, least = (
+        accounting.composed_epsilon([replace(run, steps=120_000)], delta)
+        for run in (runs[0], runs[-1])
+    )
+    assert least < accounting.composed_epsilon(runs, delta) < most
+
+
+@on_a_coarse_grid
+def a_resumed_run_keeps_its_noise() -> None:
+    """A version that calibrates otherwise goes on with the plan that the ledger has."""
+    resumed = part("privacy.private_run")._resumed
+    plan = plan_of(noise_multiplier=3.0)
+    target = part("privacy.accounting").account(plan).epsilon
+    for begun, kept in (
+        (replace(plan, noise_multiplier=3.1), True),
+        (replace(plan, noise_multiplier=2.9), False),
+        (replace(plan, noise_multiplier=3.1, steps=plan.steps - 1), False),
+    ):
+        spending = part("privacy.spending").DataSpending({"a": spending_of(begun, ONCE)})
+        assert resumed(plan, target, spending, "a") == (begun if kept else plan)
+        assert resumed(plan, target, spending, "another") == plan
+        assert resumed(plan, None, spending, "a") == plan, "the run file gives the noise"
 
 
 @on_a_coarse_grid
@@ -301,6 +385,7 @@ CHECKS: list[Callable[[], None]] = [
     accountants_give_the_known_numbers,
     the_library_composes_as_by_hand,
     calibration_meets_its_target_from_below,
+    calibration_gives_no_more_noise_than_needed,
     calibration_of_a_search_gives_the_known_noise,
     calibration_refuses_targets_out_of_range,
     the_plan_is_declared_and_never_counted,
@@ -308,9 +393,13 @@ CHECKS: list[Callable[[], None]] = [
     statements_hold_what_was_charged,
     a_repeated_step_costs_what_its_one_sample_tells,
     groups_cost_what_their_examples_tell_together,
+    groups_that_are_not_protected_have_no_epsilon,
     attacks_are_bounded_at_one_percent,
     a_seeded_run_voids_the_others,
     a_large_delta_is_warned_of,
     accountants_must_agree,
+    little_loss_in_each_step_is_accounted_tightly,
+    budgets_of_many_runs_are_not_overstated,
+    a_resumed_run_keeps_its_noise,
     untrusted_statements_are_refused_soon,
 ]

@@ -1,6 +1,7 @@
 """Membership inference: its arithmetic on made-up confidences, and the command on a small run."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import tiny
 
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
+from post_dist.privacy.accounting import cost_of
+from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.membership import attack, balanced_members, confidences
 from post_dist.stages.membership import finished_result, shadow_privacy
 
+ROOT = Path(__file__).resolve().parents[2]
 SHADOWS = 8
 ROWS = 2000
 RATE = "true_positive_rate_at_1_percent_false"
@@ -173,3 +178,14 @@ def test_a_shadow_prompt_says_that_it_is_not_private() -> None:
     shadow = shadow_privacy(config, 40)
     assert shadow.noise_source == "seeded"
     assert shadow.target_epsilon == 8.0
+
+
+def test_the_page_has_the_bound_of_the_run_that_it_describes() -> None:
+    settings = ["privacy.enabled=true", "privacy.expected_batch_size=100"]
+    config = load_run(ROOT / "examples/demo.yaml", [*settings, "privacy.target_epsilon=8"])
+    # Four shadow prompts on 600 examples have 300 members each.
+    shadow = config.model_copy(update={"privacy": shadow_privacy(config, 300)})
+    plan = private_plan(shadow)
+    bound = cost_of([plan], plan).true_positive_rate
+    page = (ROOT / "docs/privacy.md").read_text()
+    assert re.findall(r"(\d+)% of true positives", page) == [f"{100 * bound:.0f}"]

@@ -119,6 +119,12 @@ def _write_card(
         warnings = claims.pop("warnings")
         if warnings:
             notes["Warning"] = warnings
+        # A reader would take None for no cost.
+        groups = claims["epsilon_for_groups"].items()
+        claims["epsilon_for_groups"] = {
+            size: "above 200, no promise" if epsilon is None else epsilon
+            for size, epsilon in groups
+        }
         rows |= claims
         # Nobody is told which of its candidates a search has chosen.
         if config.tune.search is not None:
