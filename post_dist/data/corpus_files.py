@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.sources import Corpus
+from post_dist.data.sources import PARSING_ERRORS
 from post_dist.errors import InputError
 from post_dist.files import digest_as_read, digest_of, file_digest
 from post_dist.runtime.stop import leave_if_requested
@@ -287,5 +288,5 @@ def _row_groups(file: Path) -> int:
     try:
         with parquet.ParquetFile(file) as table:
             return table.num_row_groups
-    except (OSError, ArrowException):
+    except (OSError, *PARSING_ERRORS):
         raise InputError(f"corpus.path: {file} cannot be read as PARQUET") from None

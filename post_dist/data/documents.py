@@ -5,29 +5,28 @@ A document is composed as in `data/sources.py`, from a row of a table or a line 
 
 import gzip
 import io
-import re
-import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
 import pandas as pd
 import pyarrow
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import Unit, file_type
 from post_dist.data.delimited import (
     ENCODING,
-    OPTIONS,
-    TSV_OPTIONS,
     FileFault,
     check_distinct_names,
-    check_header,
-    csv_delimiter,
+    check_encoding,
+    layout_of,
+    rows_of,
 )
 from post_dist.data.sources import (
     LINE_PARSER,
+    PARSING_ERRORS,
     arrow_as_written,
     as_written,
     complete_rows,
@@ -41,9 +40,6 @@ _BLOCK_BYTES = 1 << 20
 """Bytes of lines that are read at once."""
 _ROWS = 256
 """Rows of a table that are read at once. A row may hold a long document."""
-
-_PARSING_ERRORS = (ValueError, RecursionError, EOFError, zlib.error, ArrowException)
-"""Errors of the parsers. Those of pandas are ValueErrors."""
 
 
 def documents_of(section: Corpus, unit: Unit) -> Iterator[str]:
@@ -85,18 +81,11 @@ def _tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
         raise InputError(f"corpus.path: {unit.path} is not UTF-8 text") from None
     except FileFault as fault:
         raise InputError(f"corpus.path: {unit.path}{fault}", fault.hint) from None
-    except _PARSING_ERRORS as error:
+    except PARSING_ERRORS:
         # The parser's own message may quote a document of any length.
-        place = _line_in(error)
         raise InputError(
-            f"corpus.path: {unit.path}{place} cannot be read as {suffix[1:].upper()}"
+            f"corpus.path: {unit.path} cannot be read as {suffix[1:].upper()}"
         ) from None
-
-
-def _line_in(error: Exception) -> str:
-    """Return the place that a message of pandas names. The rest of the message is dropped."""
-    found = re.search(r"line (\d+)", str(error))
-    return "" if found is None else f", line {found[1]},"
 
 
 # Lines of text.
@@ -172,10 +161,13 @@ def _blocks_of_lines(unit: Unit) -> Iterator[tuple[int, str]]:
 def _decode(block: bytes, unit: Unit, place: int) -> str:
     try:
         # Only the beginning of a file can hold a byte order mark.
-        return block.decode("utf-8" if place else ENCODING)
+        text = block.decode("utf-8" if place else ENCODING)
     except UnicodeDecodeError as error:
         line = _line_at(unit, place + error.start)
         raise InputError(f"corpus.path: {unit.path}, line {line} is not UTF-8 text") from None
+    if not place:
+        check_encoding(text.partition("\n")[0])
+    return text
 
 
 def _line_at(unit: Unit, place: int) -> int:
@@ -206,30 +198,31 @@ def _open(unit: Unit) -> IO[bytes]:
 
 
 def _csv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
-    with _open(unit) as file:
-        header = cast(io.BufferedReader, file).peek(1)
-        header = re.split(rb"[\r\n]", header, maxsplit=1)[0]
-    yield from _delimited(unit, OPTIONS | {"sep": csv_delimiter(header)})
+    yield from _delimited(unit, ".csv")
 
 
 def _tsv_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:
-    yield from _delimited(unit, TSV_OPTIONS)
+    yield from _delimited(unit, ".tsv")
 
 
-def _delimited(unit: Unit, options: dict[str, Any]) -> Iterator[pd.DataFrame]:
+def _delimited(unit: Unit, suffix: str) -> Iterator[pd.DataFrame]:
     with _open(unit) as file:
-        # pandas reports an empty file as a file without columns. A zstd stream has no way back.
         if not cast(io.BufferedReader, file).peek(1):
             raise InputError(f"corpus.path: {unit.path} is empty")
-    with _open(unit) as file:
-        check_header(file, options)
-    with _open(unit) as file:
-        reader: Any = pd.read_csv(file, chunksize=_ROWS, **options)
-        for table in reader:
-            # As in `data/delimited.py`, a first row with too many fields shifts all columns.
-            if not isinstance(table.index, pd.RangeIndex):
-                raise ValueError("line 2")
-            yield table
+    # A zstd stream has no way back.
+    with _open_lines(unit) as lines:
+        layout = layout_of(lines, suffix)
+    with _open_lines(unit) as lines:
+        names, rows = rows_of(lines, layout, blank_lines=False)
+        # A table without rows may lack a column too.
+        yield pd.DataFrame([], columns=names, dtype=object)
+        while piece := list(islice(rows, _ROWS)):
+            yield pd.DataFrame(piece, columns=names, dtype=object)
+
+
+def _open_lines(unit: Unit) -> IO[str]:
+    """Open the file of a unit as text. Line ends inside of quotes are kept."""
+    return io.TextIOWrapper(cast(Any, _open(unit)), encoding=ENCODING, newline="")
 
 
 def _parquet_tables(section: Corpus, unit: Unit) -> Iterator[pd.DataFrame]:

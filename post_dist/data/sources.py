@@ -7,6 +7,7 @@ To add a file type, write a function and add a line to `_READERS`.
 """
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,12 +16,29 @@ from typing import Any
 
 import pandas as pd
 import pyarrow
-from pyarrow import parquet
+from pyarrow import ArrowException, parquet
 
 from post_dist.config.sources import DataSource
-from post_dist.data.delimited import ENCODING, FileFault, check_distinct_names, read_csv, read_tsv
+from post_dist.data.delimited import (
+    ENCODING,
+    FileFault,
+    check_distinct_names,
+    check_encoding,
+    read_csv,
+    read_tsv,
+)
 from post_dist.errors import EnvironmentFault, InputError
 from post_dist.runtime.watchdog import unwatched
+
+PARSING_ERRORS = (
+    ValueError,
+    RecursionError,
+    OverflowError,  # Python knows no date after the year 9999
+    EOFError,
+    zlib.error,
+    ArrowException,
+)
+"""Errors of the parsers. Their messages may quote the file."""
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
@@ -42,8 +60,13 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-LINE_PARSER = json.JSONDecoder(object_pairs_hook=_fields)
-"""Parser of a line of JSONL. It raises FileFault for a key that could stand for two values."""
+LINE_PARSER = json.JSONDecoder(
+    object_pairs_hook=_fields, parse_float=lambda written: _value_as_written(float(written))
+)
+"""Parser of a line of JSONL. It raises FileFault for a key that could stand for two values.
+
+1.0 is 1, as in a column of floating-point numbers of Parquet.
+"""
 
 
 def has_whole_characters(found: dict[str, Any]) -> bool:
@@ -64,7 +87,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_lines(path: Path) -> pd.DataFrame:
-    return pd.DataFrame({"text": path.read_text(encoding=ENCODING).splitlines()})
+    text = path.read_text(encoding=ENCODING)
+    check_encoding(text.partition("\n")[0])
+    return pd.DataFrame({"text": text.splitlines()})
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
@@ -78,8 +103,8 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 
 
 _HINTS = {
-    ".csv": "put a text that holds a separator or a line end in quotes",
-    ".tsv": "write a text without tabs and line ends",
+    ".csv": "write the names of the columns into the first line",
+    ".tsv": "write the names of the columns into the first line",
     ".jsonl": "write one JSON object on each line",
 }
 """What a file of each type must have, for messages."""
@@ -132,7 +157,9 @@ def read_rows(
         raise InputError(f"{where}: {source.path or source.hub} has no rows")
     texts = compose_texts(source, table)
     numbers = [place + 1 for place in table.index]
-    return Rows(numbers, texts, _strings(table, answer_column), _strings(table, user_column))
+    # White space makes no other user. `tasks.py` compares answers with the labels of the run file.
+    users = [user.strip() for user in _strings(table, user_column)]
+    return Rows(numbers, texts, _strings(table, answer_column), users)
 
 
 def complete_rows(
@@ -317,9 +344,8 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
         raise InputError(f"{where}: {path} is not UTF-8 text", "save it as UTF-8") from None
     except FileFault as fault:
         raise InputError(f"{where}: {path}{fault}", fault.hint) from None
-    except (ValueError, RecursionError, OverflowError):
-        # Python knows no date after the year 9999. The parser's own message is dropped, because it
-        # may quote an example.
+    except PARSING_ERRORS:
+        # The parser's own message is dropped, because it may quote an example.
         if path.stat().st_size == 0:
             raise InputError(f"{where}: {path} is empty") from None
         raise InputError(

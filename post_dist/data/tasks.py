@@ -4,6 +4,7 @@ The provider's stages do not import this file.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -140,13 +141,23 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
     if task.response_column is not None:
         return written.strip()
     labels = list(task.labels)
-    if written not in labels:
+    if written in labels:
+        return labels.index(written)
+    # A label is the same with white space around it, and 1.0 is 1.
+    plain = list(map(_plain, labels))
+    if _plain(written) not in plain:
         raise InputError(
             f"{where}: row {row} has a label in column '{task.label_column}' "
             f"that is not in {where}.labels",
             f"{where}.labels has {', '.join(labels)}",
         )
-    return labels.index(written)
+    return plain.index(_plain(written))
+
+
+def _plain(label: str) -> str:
+    """Return a label without white space around it; a whole number without decimals."""
+    found = re.fullmatch(r"(-?\d+)\.0+", label.strip())
+    return label.strip() if found is None else found[1]
 
 
 def _place(unit: str, task: Task) -> float:

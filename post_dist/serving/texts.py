@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from post_dist.data.delimited import ENCODING
+from post_dist.data.delimited import ENCODING, FileFault, check_encoding
 from post_dist.data.sources import read_column
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump
@@ -35,10 +35,13 @@ def read_texts(source: str, column: str | None) -> list[str]:
     try:
         content = sys.stdin.buffer.read() if source == STDIN else path.read_bytes()
         text = content.decode(ENCODING)
+        check_encoding(text.partition("\n")[0])
     except OSError as error:
         raise InputError(f"{_WHERE}: {path}: {error.strerror or 'cannot be read'}") from None
     except UnicodeError:
         raise InputError(f"{_WHERE}: {source} is not UTF-8 text") from None
+    except FileFault as fault:
+        raise InputError(f"{_WHERE}: {source}{fault}", fault.hint) from None
     # Other tools count line feeds alone, so `splitlines`, which knows more ends, would shift lines.
     lines = text.split("\n")
     if not lines[-1]:

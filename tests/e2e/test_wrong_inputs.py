@@ -390,8 +390,14 @@ CASES = [
     Case(
         "data with a first row too long",
         2,
-        "cannot be read as CSV",
+        "private.csv, line 2: more fields than the header has",
         write("private.csv", "text,label\nsecret,1,\nsecret,0\n"),
+    ),
+    Case(
+        "data with a row too short",
+        2,
+        "private.csv, line 3: fewer fields than the header has",
+        write("private.csv", "text,label\nsecret,1\nsecret\n"),
     ),
     Case(
         "data not of objects",

@@ -838,6 +838,13 @@ MUTANTS = [
         "a_user_changes_no_other_user_s_examples",
     ),
     Mutant(
+        "white space makes another user",
+        "data.sources",
+        "[user.strip() for user in _strings(table, user_column)]",
+        "_strings(table, user_column)",
+        "a_user_changes_no_other_user_s_examples",
+    ),
+    Mutant(
         "users dispute each other's labels",
         "data.tasks",
         "        if answer_of.setdefault((user, text), answer) != answer:\n",

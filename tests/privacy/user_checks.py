@@ -93,7 +93,10 @@ def a_user_changes_no_other_user_s_examples() -> None:
     )
     assert sorted(row[:2] for row in kept if row[2] == 3) == [("a", 1), ("b", 0)]
     # All examples of a user are in one split.
-    many = [(f"text {number}", 0, f"user {number % 40}") for number in range(400)]
+    names = [f"user {number}" for number in range(40)] + [
+        f" user {number} " for number in range(40)
+    ]
+    many = [(f"text {number}", 0, names[number % 80]) for number in range(400)]
     halves = {"validation_share": 0.5}
     sizes = [len(set(examples(many, split, **halves).users)) for split in ("train", "validation")]
     assert sum(sizes) == 43, "a user is in two splits"

@@ -1,6 +1,7 @@
 """Tables as strangers bring them: each row stays one row, and no message quotes one."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,3 +247,204 @@ def test_rows_without_a_user_are_left_out(tmp_path: Path, suffix: str) -> None:
     found = [load_examples(section, split, "t") for split in ("train", "validation", "test")]
     assert sum(len(split.texts) for split in found) == 20
     assert all(len(set(split.users or [])) == len(split.texts) for split in found)
+
+
+def documents(path: Path) -> list[str]:
+    """Read a file as a corpus, which has readers of its own."""
+    section = Corpus(path=path)
+    return [text for unit in units_of(section) for text in documents_of(section, unit)]
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_user_is_one_user_however_written(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    texts = [f"t{row}" for row in range(200)]
+    users = [str(row // 4) for row in range(200)]
+    written: list[object] = [f" {user}\t" if row % 2 else user for row, user in enumerate(users)]
+    if suffix == ".jsonl":
+        written = [float(user) if row % 2 else int(user) for row, user in enumerate(users)]
+    table = pd.DataFrame({"text": texts, "label": "0", "who": pd.Series(written, dtype=object)})
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, table.to_dict("records"))))
+    elif suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
+    section = task(path, user_column="who")
+    user_of = dict(zip(texts, users, strict=True))
+    found = [load_examples(section, split, "t") for split in SPLITS]
+    people = [{user_of[text] for text in split.texts} for split in found]
+    assert sum(map(len, people)) == len(set(users)), "all examples of a user are in one split"
+    assert [len(set(split.users)) for split in found] == list(map(len, people))
+
+
+def test_a_number_of_a_json_file_is_that_of_a_parquet_file(tmp_path: Path) -> None:
+    rows = [{"text": number, "label": 1.0} for number in (3.0, -0.0, 2.5, 1e300, 7)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    pd.DataFrame({"text": [3.0, -0.0, 2.5, 1e300, 7], "label": 1.0}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    found = rows_of(path)
+    assert found[:3] == [("3", "1"), ("0", "1"), ("2.5", "1")]
+    assert found == rows_of(tmp_path / "a.parquet")
+    assert documents(path) == [text for text, _ in found]
+    assert read_column(path, "text", "t") == [text for text, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("labels", "written"),
+    [
+        ({"0": ["bad"], "1": ["good"]}, [0, 1, 1.0, "1 ", "1.0"]),
+        # Run files of earlier versions had the keys that the data had.
+        ({0.0: ["bad"], 1.0: ["good"]}, [0.0, 1.0, 1, "1.0", " 1"]),
+        ({"bad ": ["bad"], "good": ["good"]}, ["bad ", "good", "good ", "\tgood", "good"]),
+        ({"v1.0": ["bad"], "v1": ["good"]}, ["v1.0", "v1", "v1 ", "v1", " v1"]),
+        ({"good": ["bad"], "good ": ["good"]}, ["good", "good ", "good ", "good ", "good "]),
+    ],
+)
+def test_a_label_is_that_of_the_run_file_however_written(
+    tmp_path: Path, labels: dict, written: list[object]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"t{row}", "label": label} for row, label in enumerate(written)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    section = task(path, labels=labels, validation_share=0.0, test_share=0.0)
+    assert load_examples(section, "train", "t").classes == [0, 1, 1, 1, 1]
+    path.write_text(json.dumps({"text": "a", "label": "v2.0"}))
+    with pytest.raises(InputError, match="row 1 has a label"):
+        load_examples(section, "train", "t")
+
+
+@pytest.mark.parametrize("suffix", SEPARATORS)
+@pytest.mark.parametrize("row", ["secret", "secret\n1", "# secret", "\x1a"])
+def test_a_row_too_short_is_named_by_its_line(tmp_path: Path, suffix: str, row: str) -> None:
+    path = tmp_path / f"films{suffix}"
+    rows = [SEPARATORS[suffix].join(film) for film in [("text", "label"), *FILMS]]
+    rows[5:5] = ["", row]
+    path.write_text("\n".join(rows))
+    for read in (rows_of, documents, lambda path: read_column(path, "text", "texts")):
+        with pytest.raises(InputError, match=r"line 7: fewer fields than the header has") as found:
+            read(path)
+        assert "secret" not in str(found.value)
+        assert "write the separators of empty fields too" in str(found.value)
+
+
+def test_a_blank_row_and_empty_fields_are_no_short_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,note\na,0,\n\n  \n,,\nb,1,\n")
+    assert read_column(path, "text", "t") == ["a", "", "  ", "", "b"]
+    assert documents(path) == ["a", "", "b"]
+
+
+def test_a_tsv_file_with_quotes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    for text, problem in (
+        ("good\nfilm", "line 3: fewer fields"),
+        ("good\tfilm", "line 3: more fields"),
+        ('a "good" film', "line 3: a field is quoted as in CSV"),
+    ):
+        table = pd.DataFrame({"text": ["first", text], "label": ["0", "1"]})
+        table.to_csv(path, sep="\t", index=False)
+        for read in (rows_of, documents):
+            with pytest.raises(InputError, match=rf"{problem}[^\n]*\n.*name .*\.csv"):
+                read(path)
+        # The hint helps: a CSV file may have tabs.
+        as_csv = path.with_suffix(".csv")
+        as_csv.write_bytes(path.read_bytes())
+        assert rows_of(as_csv) == [("first", "0"), (text, "1")]
+        assert documents(as_csv) == ["first", text]
+
+
+@pytest.mark.parametrize("line", ["sep=;", '"SEP=;"', "sep=|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_separator_line_is_no_header(tmp_path: Path, line: str, end: str) -> None:
+    path = tmp_path / "a.csv"
+    separator = line.strip('"')[-1]
+    rows = [separator.join(row) for row in [("text", "label"), *FILMS]]
+    path.write_text("\ufeff" + end.join([line, *rows, ""]), encoding="utf-8", newline="")
+    assert rows_of(path) == FILMS
+    assert documents(path) == [text for text, _ in FILMS]
+    path.write_text("\n".join([line, *rows, "secret"]))
+    with pytest.raises(InputError, match="line 43: fewer fields"):
+        rows_of(path)
+
+
+def test_a_tsv_file_names_no_other_separator(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("sep=\t\ntext\tlabel\na\t0\n")
+    assert (rows_of(path), documents(path)) == ([("a", "0")], ["a"])
+    path.write_text("sep=;\ntext;label\na;0\n")
+    for read in (rows_of, documents):
+        with pytest.raises(InputError, match=r"separator than tabs\n  name it .csv"):
+            read(path)
+
+
+def test_no_column_without_a_name_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    # pandas writes an index that way.
+    pd.DataFrame(FILMS, columns=["text", "label"]).to_csv(path)
+    assert list(read_table(path, "t").columns) == ["text", "label"]
+    assert rows_of(path) == FILMS
+    path.write_text(" ,\na,0\n")
+    with pytest.raises(InputError, match="write the names of the columns into the first line"):
+        read_table(path, "t")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_name_of_a_column_may_hold_line_ends(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "a.csv"
+    name = 'my, "own"\ntext; here\r\nand here'
+    table = pd.DataFrame(FILMS, columns=[name, "label"])
+    table.to_csv(path, index=False, sep=separator)
+    assert list(read_table(path, "t").columns) == [name, "label"]
+    assert rows_of(path, text=f"{{{name}}}") == FILMS
+    section = Corpus(path=path, text=f"{{{name}}}")
+    (unit,) = units_of(section)
+    assert list(documents_of(section, unit)) == [text for text, _ in FILMS]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt"])
+def test_utf_16_without_a_mark_is_no_utf_8(tmp_path: Path, suffix: str, encoding: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("text\tlabel\nhello\t0\n".encode(encoding))
+    for read in (lambda path: read_table(path, "t"), documents):
+        with pytest.raises(InputError, match=r"is not UTF-8 text.*\n  save it as UTF-8"):
+            read(path)
+
+
+def test_a_damaged_parquet_file_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {
+        "text": pyarrow.array([f"t{row}" for row in range(50)]),
+        "label": pyarrow.array(["0", "1"] * 25).dictionary_encode(),
+        "when": pyarrow.array(range(50), pyarrow.timestamp("us", tz="UTC")),
+    }
+    parquet.write_table(pyarrow.table(columns), path, compression="none")
+    whole = path.read_bytes()
+    generator = random.Random(1)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        place = generator.randrange(len(whole) - 900, len(whole))
+        damaged[place] = (damaged[place] + 2) % 256
+        path.write_bytes(damaged)
+        for read in (lambda path: read_table(path, "t"), documents):
+            try:
+                read(path)
+            except InputError:
+                refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("suffix", SEPARATORS)
+def test_a_text_may_have_any_length(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    text = "long " * 40_000 + "end"
+    path.write_text(f"label{SEPARATORS[suffix]}text\n0{SEPARATORS[suffix]}{text}\n")
+    assert rows_of(path) == [(text, "0")]
+    assert documents(path) == [text]
