@@ -9,6 +9,7 @@ from post_dist.stages.evaluate.metrics import (
     classification_metrics,
     response_metrics,
     wilson_interval,
+    words_of,
 )
 
 
@@ -51,3 +52,33 @@ def test_responses_match_apart_from_white_space() -> None:
     assert metrics["exact_match"] == 0.5
     assert metrics["rouge_1"] == pytest.approx((1 + 2 / 3) / 2)
     assert metrics["n"] == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["привет мир", "你好世界", "مَرحبا بالعالم", "हिन्दी भाषा", "ภาษาไทย", "한국어", "été"]
+)
+def test_a_right_response_has_the_full_rouge_in_any_script(text: str) -> None:
+    metrics = response_metrics([text], [text])
+    assert (metrics["rouge_1"], metrics["rouge_l"]) == (1.0, 1.0)
+    assert response_metrics(["other words"], [text])["rouge_1"] == 0.0
+
+
+def test_words_are_split_as_the_docs_say() -> None:
+    assert words_of("हिन्दी भाषा, e\u0301te\u0301_ÉTÉ!") == ["हिन्दी", "भाषा", "été", "été"]
+    assert words_of("你好a世3か月") == ["你", "好", "a", "世", "3", "か", "月"]
+    assert words_of("ที่นี่ x") == ["ที่", "นี่", "x"]
+    assert words_of(" \u0301 ?!") == []
+
+
+def test_rouge_of_english_is_that_of_its_package() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    pieces = ["Films", "film,", "co-operate", "_a_b", "3.5", "don't", "“flies”", "dies!", "\t", ""]
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        response, reference = (" ".join(generator.choice(pieces, 6)) for _ in range(2))
+        scores = scorer.score(reference, response)
+        metrics = response_metrics([response], [reference])
+        assert metrics["rouge_1"] == scores["rouge1"].fmeasure
+        assert metrics["rouge_l"] == scores["rougeL"].fmeasure

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from post_dist.artifacts.evaluation_table import MAJORITY, TF_IDF
@@ -41,6 +42,16 @@ def test_a_class_without_training_examples_is_never_chosen() -> None:
 
 def test_one_class_alone_has_a_majority_only() -> None:
     assert list(text_baselines(examples(1, 1), ["x"], 2)) == [MAJORITY]
+
+
+@pytest.mark.parametrize("text", ["😀🎉", "?!", "", " "])
+def test_texts_without_a_word_leave_the_majority(text: str) -> None:
+    training = Examples([text, text + text], [0, 1], responses=[], users=[])
+    assert list(text_baselines(training, [text, "word"], 2)) == [MAJORITY]
+    scores_NC = private_text_scores(training, [text, "word"], 2, plan_like(STATEMENT))
+    assert scores_NC.shape == (2, 2)
+    # Texts to classify need no word that is known.
+    assert list(text_baselines(examples(0, 1), [text], 2)) == [MAJORITY, TF_IDF]
 
 
 STATEMENT = {"epsilon": 8.0, "delta": 1e-4, "declared_examples": 300, "unit": "one example"}

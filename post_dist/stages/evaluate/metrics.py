@@ -3,10 +3,21 @@
 Shapes: N examples, C classes.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f"  # Burmese
+    "\u1780-\u17ff"  # Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese characters
+)
+"""A character of a script without spaces between words."""
 
 
 def classification_metrics(scores_NC: np.ndarray, classes_N: np.ndarray) -> dict[str, Any]:
@@ -46,13 +57,24 @@ def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[st
 
     Returns:
         `exact_match`, which ignores differences in white space, and its `interval_95`; `rouge_1`
-        and `rouge_l`, mean F1 scores with stemming; and the number of examples `n`.
+        and `rouge_l`, mean F1 scores over `words_of`; and the number of examples `n`.
     """
     # Few tasks generate text, and this package takes two seconds to import.
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
     # Stemming makes "films" match "film", as is usual for ROUGE.
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    english = DefaultTokenizer(use_stemmer=True)
+
+    class Words(Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            words: list[str] = []
+            for word in words_of(text):
+                # The default knows no letters but those of English.
+                words += english.tokenize(word) if word.isascii() else [word]
+            return words
+
+    scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=Words())
     exact = []
     rouge_1 = []
     rouge_l = []
@@ -68,6 +90,31 @@ def response_metrics(generated: Sequence[str], wanted: Sequence[str]) -> dict[st
         "rouge_l": float(np.mean(rouge_l)),
         "n": len(exact),
     }
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into words for ROUGE: runs of letters and digits, in lower case.
+
+    Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words. There, each
+    character is a word, together with the marks above and below it.
+    """
+    words: list[str] = []
+    is_in_word = False
+    is_extensible = False
+    for character in unicodedata.normalize("NFC", text.lower()):
+        if unicodedata.category(character).startswith("M"):
+            # A mark belongs to the letter before it, and one behind a space to none.
+            if is_in_word:
+                words[-1] += character
+            continue
+        is_single = _WITHOUT_SPACES.match(character) is not None
+        is_in_word = character.isalnum()
+        if is_in_word and is_extensible and not is_single:
+            words[-1] += character
+        elif is_in_word:
+            words.append(character)
+        is_extensible = is_in_word and not is_single
+    return words
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:

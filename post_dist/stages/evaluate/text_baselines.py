@@ -31,18 +31,26 @@ def text_baselines(
         num_classes: number C of classes of the task.
 
     Returns:
-        The class scores [N, C] by the name of the baseline. TF-IDF needs two classes or more among
-        the training examples.
+        The class scores [N, C] by the name of the baseline. TF-IDF is left out if it cannot be
+        fitted: it needs two classes or more among the training examples, and a word.
     """
     counts_C = np.bincount(training.classes, minlength=num_classes)
     found = {MAJORITY: torch.from_numpy(counts_C).float().expand(len(texts), -1).clone()}
     if np.count_nonzero(counts_C) > 1:
-        found[TF_IDF] = _tf_idf_scores(training, texts, num_classes)
+        scores_NC = _tf_idf_scores(training, texts, num_classes)
+        if scores_NC is not None:
+            found[TF_IDF] = scores_NC
     return found
 
 
-def _tf_idf_scores(training: Examples, texts: Sequence[str], num_classes: int) -> torch.Tensor:
-    """Return the log-probabilities [N, C] of logistic regression on words and word pairs."""
+def _tf_idf_scores(
+    training: Examples, texts: Sequence[str], num_classes: int
+) -> torch.Tensor | None:
+    """Return the log-probabilities [N, C] of logistic regression on words and word pairs.
+
+    Returns:
+        None if it cannot be fitted.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -50,7 +58,11 @@ def _tf_idf_scores(training: Examples, texts: Sequence[str], num_classes: int) -
     # One letter may be a word, and texts may be in any language.
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+")
     classifier = make_pipeline(words, LogisticRegression(C=_INVERSE_REGULARIZATION, max_iter=1000))
-    classifier.fit(training.texts, training.classes)
+    try:
+        classifier.fit(training.texts, training.classes)
+    except ValueError:
+        # Texts of emoji or punctuation alone have no word. Other rows of the table need none.
+        return None
     scores_NC = np.full((len(texts), num_classes), _NEVER)
     scores_NC[:, classifier.classes_] = classifier.predict_log_proba(texts)
     return torch.from_numpy(scores_NC).float()
