@@ -106,9 +106,11 @@ def main() -> None:
     """Run the command line, and end the process with its exit code."""
     silence_deepspeed()
     leave_in_seconds()
-    # A terminal that cannot show a character gets its number, and no error.
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # A terminal that cannot show a character gets its number, and no error. Programs that read
+        # a file or a pipe get UTF-8 in any locale.
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     if _asks_for_json():
         reserve_stdout()
     code = run_command()

@@ -1,5 +1,6 @@
 """The commands `predict` and `export`: labels of texts, and a prompt for other software."""
 
+import codecs
 import csv
 import json
 import sys
@@ -135,9 +136,11 @@ def _printed(prediction: "ClassPrediction | Response") -> dict[str, Any]:
 def _json_line(fields: dict[str, Any]) -> str:
     """Return a JSON object whose characters all print, and that a reader of JSON takes as it was.
 
-    A terminal acts on some characters that JSON does not escape, and a model may generate any.
+    A terminal acts on some characters that JSON does not escape, and a model may generate any. Not
+    every terminal has all characters.
     """
-    line = json.dumps(fields, ensure_ascii=False)
+    has_all = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    line = json.dumps(fields, ensure_ascii=not has_all)
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)
 
 

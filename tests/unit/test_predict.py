@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,11 @@ def test_a_byte_order_mark_is_no_text(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     path = source if source == "-" else str(tmp_path / source)
     assert read_texts(path, None) == ["a film", "a \ufeff mark inside"]
+    content = "a film\nanother".encode("utf-16-le")
+    (tmp_path / "t.txt").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        read_texts(path, None)
 
 
 def test_biases_and_head_take_part(tmp_path: Path, model: Path) -> None:
@@ -199,6 +205,25 @@ def test_a_full_disk_behind_standard_output_is_told(
     assert ended.returncode == 3
     assert "the disk is full" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_file_gets_the_same_values_in_any_locale(
+    prompt: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = served.write_prompt(
+        tmp_path / "emoji", model, replace(served.TASK, label_names=("é\U0001f44e", "雪"))
+    )
+    (tmp_path / "t.txt").write_text("a film\n")
+    command = [sys.executable, "-m", "post_dist", "predict", folder, tmp_path / "t.txt"]
+    command.append(f"--model={model}")
+    printed = []
+    for encoding, more in (("ascii", "--format=jsonl"), ("latin-1", "--format=csv")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run([*command, more], env=environment, capture_output=True, check=True)
+        printed.append(ended.stdout.decode())
+    assert list(json.loads(printed[0])["scores"]) == ["é\U0001f44e", "雪"]
+    header, _ = csv.reader(printed[1].splitlines())
+    assert header == ["label", "index", "score é\U0001f44e", "score 雪"]
 
 
 def test_a_reader_that_ends_early_is_no_error(prompt: Path, model: Path, tmp_path: Path) -> None:

@@ -53,6 +53,12 @@ def test_a_terminal_gets_no_control_character_of_a_response(
     assert line.isprintable()
     assert json.loads(line) == {"response": steering}
     assert line.endswith(' ü 雪 😀"}'), "what prints stays readable"
+    # A terminal without all characters gets them as escapes of JSON.
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+        line = _json_line({"response": steering})
+    assert line.isascii()
+    assert json.loads(line) == {"response": steering}
     # A file gets the response as it is.
     _print_csv([Response(steering)], ())
     assert list(csv.reader(io.StringIO(capsys.readouterr().out)))[1] == [steering]
