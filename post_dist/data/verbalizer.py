@@ -64,9 +64,12 @@ class Verbalizer:
                 other_index, other_word = first_use.setdefault(token_id, (index, word))
                 if other_index != index:
                     token = tokenizer.convert_ids_to_tokens(token_id)
+                    # Letters may share a token too: that of the space before them.
+                    are_letters = len(other_word) == len(word) == 1
                     raise InputError(
                         f"the label words {other_word!r} and {word!r} share the token {token!r}",
-                        "choose words that begin differently, or letters",
+                        "choose words whose first tokens differ"
+                        + ("" if are_letters else ", such as letters"),
                     )
 
     def lift(self, logits_BV: torch.Tensor, biases: Sequence[float]) -> torch.Tensor:

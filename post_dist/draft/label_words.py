@@ -47,6 +47,9 @@ def label_words(labels: Sequence[str], column: str, model: DraftModel | None) ->
         labels: the values of the label column.
         column: name of the label column.
         model: gives the tokens of the words; may be None.
+
+    Raises:
+        InputError: the model's tokenizer can tell neither the labels nor letters apart.
     """
     lower = [label.strip().lower() for label in labels]
     # The name of a column of true and false asks a question, which yes and no answer.
@@ -54,23 +57,32 @@ def label_words(labels: Sequence[str], column: str, model: DraftModel | None) ->
         lower = [_ANSWERS[word] for word in lower]
     written = [label.strip() for label in labels]
     letters = [_letters(number) for number in range(len(labels))]
-    if model is None:
-        proposed = lower if len(set(lower)) == len(lower) else written
-        return LabelWords(proposed, (), multi=True)
     # A single token is best, and a word that says something is better than a letter.
-    for words, multi in ((lower, False), (written, False), (lower, True), (written, True)):
+    for words, multi in (
+        (lower, False),
+        (written, False),
+        (lower, True),
+        (written, True),
+        (letters, False),
+        (letters, True),
+    ):
         found = _bound(words, model, multi=multi)
         if found is not None:
-            return found
-    for multi in (False, True):
-        found = _bound(letters, model, multi=multi)
-        if found is not None:
-            return replace(found, letters=True)
-    return LabelWords(letters, (), multi=True, letters=True)
+            return replace(found, letters=words is letters)
+    raise InputError(
+        "--model: the model's tokenizer has no first token of its own for each label, nor for each "
+        f"of the letters {letters[0]} to {letters[-1]}",
+        "give another model; or write the run file without --model, name the model in `inputs`, "
+        "and choose label words by the tokens that `check` lists",
+    )
 
 
-def _bound(words: Sequence[str], model: DraftModel, *, multi: bool) -> LabelWords | None:
+def _bound(words: Sequence[str], model: DraftModel | None, *, multi: bool) -> LabelWords | None:
     """Bind words to the tokenizer. Return None if they cannot be told apart by their tokens."""
+    if model is None:
+        # Whether a word is a single token shows when there is a tokenizer.
+        is_distinct = len(set(words)) == len(words)
+        return LabelWords(words, (), multi) if multi and is_distinct else None
     classes = tuple((word,) for word in words)
     try:
         verbalizer = Verbalizer(

@@ -279,8 +279,13 @@ def test_verbalizer_refuses_words_of_several_tokens_and_shared_words() -> None:
     assert Verbalizer(
         (("bad",), ("extraordinary",)), WORDS, vocabulary=600, allow_multi_token=True
     ).token_ids
-    with pytest.raises(InputError, match="share the token"):
+    with pytest.raises(InputError, match="share the token") as words:
         Verbalizer((("bad", "good"), ("good",)), WORDS, vocabulary=600, allow_multi_token=False)
+    assert words.value.hint == "choose words whose first tokens differ, such as letters"
+    # Both begin with the token of the space before a word.
+    with pytest.raises(InputError, match="'A' and 'B' share the token") as letters:
+        Verbalizer((("A",), ("B",)), WORDS, vocabulary=600, allow_multi_token=True)
+    assert letters.value.hint == "choose words whose first tokens differ"
 
 
 def test_a_label_word_of_unknown_characters_is_refused() -> None:

@@ -95,7 +95,10 @@ def test_labels_that_begin_alike_get_letters_and_a_start_that_names_them(
 ) -> None:
     labels = ("xxqz1", "xxqz2", "xxqz3")
     data = write_table(tmp_path / "t.csv", labels=labels)
-    model = tiny.write_model(tmp_path / "llama", "llama")
+    model = tiny.write_model(tmp_path / "llama", "llama", unused=3)
+    tokenizer = tiny.tokenizer("llama")
+    tokenizer.add_tokens([" A", " B", " C"])
+    tokenizer.save_pretrained(model)
     options = (f"--data={data}", "--text=body", "--label=topic_name", f"--model={model}")
     code, _, err = main("init", tmp_path / "work", *options)
     assert code == 0, err
@@ -105,6 +108,49 @@ def test_labels_that_begin_alike_get_letters_and_a_start_that_names_them(
     assert "# Letters, because labels begin with the same token" in run.read_text()
     # Letters do not name the classes.
     assert config.tune.init_text == "Predict if this text is xxqz1 (A), xxqz2 (B) or xxqz3 (C)"
+    code, out, err = main("check", run)
+    assert code == 0, out + err
+
+
+def test_a_tokenizer_that_knows_neither_labels_nor_letters_is_refused_with_a_way_out(
+    tmp_path: Path, main: Callable
+) -> None:
+    # The tokenizer splits each of these words behind the space before it.
+    data = write_table(tmp_path / "t.csv", labels=("HIV", "cold", "xflu"))
+    model = tiny.write_model(tmp_path / "llama", "llama")
+    work = tmp_path / "work"
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", work, *options, f"--model={model}")
+    assert code == 2
+    assert "no first token of its own for each label, nor for each of the letters A to C" in err
+    assert not work.exists()
+    # What the hint says leads to a run file that `check` accepts.
+    code, _, err = main("init", work, *options)
+    assert code == 0, err
+    run = work / "run.yaml"
+    inputs = (f"--set=inputs.student={model}", "--set=inputs.trust_model=true")
+    inputs += ("--set=private_task.max_length=100",)
+    code, out, _ = main("check", run, *inputs)
+    assert code == 2
+    assert "share the token" in out
+    text = run.read_text()
+    for word, better in (("hiv", "film"), ("cold", "good"), ("xflu", "bad")):
+        text = text.replace(f'["{word}"]', f'["{better}"]')
+    run.write_text(text)
+    code, out, err = main("check", run, *inputs)
+    assert code == 0, out + err
+
+
+@pytest.mark.parametrize("labels", [("a", "a "), ("b", "B", " b")])
+def test_without_a_model_labels_that_are_one_word_get_letters(
+    tmp_path: Path, main: Callable, labels: tuple[str, ...]
+) -> None:
+    data = write_table(tmp_path / "t.csv", labels=labels)
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    words = post_dist.load_run(tmp_path / "work/run.yaml").private_task.labels.values()
+    assert list(words) == [("A",), ("B",), ("C",)][: len(labels)]
 
 
 def test_a_user_column_makes_the_numbers_count_users(tmp_path: Path, main: Callable) -> None:
