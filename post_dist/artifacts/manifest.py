@@ -34,7 +34,7 @@ class Manifest:
         kind: kind of the artifact.
         parents: sha256 of each input by its role. It is the `fingerprint` of a model, or the
             `Manifest.digest` of an artifact.
-        config: the settings that made the artifact; never anything computed from private data.
+        config: the settings that made the artifact. No run computes any of them from private data.
         files: sha256 of each file by its path in the folder.
         tokenizer: `tokenizer_fingerprint` of the tokenizer that the artifact was made with.
         versions: version of each package that can change the artifact.

@@ -84,7 +84,7 @@ class Provenance:
         model_name: name of the model that the prompt is for, in PEFT's configuration.
         tokenizer: fingerprint of that model's tokenizer.
         parents: sha256 of each input by its role.
-        config: the settings that made the prompt; never anything computed from private data.
+        config: the settings that made the prompt. No run computes any of them from private data.
     """
 
     model_name: str

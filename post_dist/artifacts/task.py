@@ -1,4 +1,4 @@
-"""`task.json`: the task of a soft prompt. The provider learns no more about the private task.
+"""`task.json`: the task of a soft prompt. The provider learns all of it.
 
 Shapes: N examples, C classes.
 """
@@ -59,7 +59,8 @@ class PromptTask:
             init_text: the text that the prompt is initialized from; None for a sentence with the
                 task's label words.
         """
-        # The labels were written into the run file. They are not read from the private data.
+        # The labels are those of the run file. `init` copies them there from the private table, so
+        # they count as released.
         return cls(
             template=section.template or "{text}",
             label_words=tuple(section.labels.values()),

@@ -89,7 +89,7 @@ def _write_demo(folder: Path) -> list[Path]:
 
 def _after_draft(run: Path, names_model: bool) -> list[str]:
     """Say what to do with a drafted run file."""
-    lines = [f"wrote {run}; it holds the values of your label column, as the prompt will"]
+    lines = [f"wrote {run}; it holds your labels and your table's rounded size, as the prompt will"]
     if not names_model:
         lines.append("it names no model to tune on yet: name one in `inputs`")
     check = command_line("post-dist", "check", run)

@@ -8,7 +8,7 @@ from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Sect
 
 
 class Privacy(Section):
-    """The plan of a private run. It is public: nothing here may be computed from private data."""
+    """The plan of a private run. It is public: what `init` rounds from private data is released."""
 
     enabled: bool = False
     """Tune with differential privacy (DP-SGD)."""

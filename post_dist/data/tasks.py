@@ -149,7 +149,7 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
         raise InputError(
             f"{where}: row {row} has a label in column '{task.label_column}' "
             f"that is not in {where}.labels",
-            f"{where}.labels has {', '.join(labels)}",
+            f"add it there with a word, or change the row; {where}.labels has {', '.join(labels)}",
         )
     return plain.index(_plain(written))
 

@@ -1,5 +1,7 @@
 """The columns of a table that make its examples, and the values of the labels."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,12 @@ from post_dist.config.sources import is_label_name
 from post_dist.data.sources import rows_with
 from post_dist.errors import InputError
 
+FEWEST_OF_LABEL = 10
+"""Fewest texts, or users, of a label that `init` publishes.
+
+The validation and the test split have a tenth each. Of fewer, they have less than one on average,
+so nobody could tell whether the class was learned. But its name would tell that somebody has it.
+"""
 _MOST_CLASSES = 50
 _UNUSABLE = set('{}!:"\\')
 """Characters that a column's name may not have, because `text` is a format string."""
@@ -29,6 +37,11 @@ class Columns:
     text: str
     label: str
     user: str | None = None
+
+    @property
+    def units(self) -> str:
+        """What epsilon protects and labels are counted by: different texts, or users."""
+        return "different texts" if self.user is None else "users"
 
 
 def chosen_columns(
@@ -142,3 +155,26 @@ def label_values(table: pd.DataFrame, column: str) -> list[str]:
             "a label is at most 100 printable characters",
         )
     return labels
+
+
+def rare_labels(table: pd.DataFrame, columns: Columns, labels: Sequence[str]) -> list[str]:
+    """Return the labels that fewer than `FEWEST_OF_LABEL` texts have, or users if there are any.
+
+    Raises:
+        InputError: the other labels are fewer than two.
+    """
+    # As tuning counts: a row without a text is left out, and equal texts are one example.
+    used = rows_with(table, columns.text)
+    if columns.user is not None:
+        used = rows_with(used, columns.user)
+    units = used[columns.user or columns.text].map(str).str.strip()
+    pairs = set(zip(used[columns.label].map(str), units, strict=True))
+    number_of_units = Counter(label for label, _ in pairs)
+    rare = [label for label in labels if number_of_units[label] < FEWEST_OF_LABEL]
+    if len(labels) - len(rare) < 2:
+        raise InputError(
+            f"--label: fewer than 2 values of column '{columns.label}' have {FEWEST_OF_LABEL} "
+            f"{columns.units} or more",
+            "is it the column of the labels? If it is, merge labels, or add examples",
+        )
+    return rare

@@ -1,6 +1,7 @@
 """The text of a run file, from the owner's table and model."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,20 @@ from post_dist.config.presets import PRESETS, PresetName
 from post_dist.config.sources import Task
 from post_dist.config.stages import HEAD_DEFAULTS
 from post_dist.data.sources import read_table, rows_with
-from post_dist.draft.columns import chosen_columns, count_units, label_values
+from post_dist.draft.columns import (
+    FEWEST_OF_LABEL,
+    Columns,
+    chosen_columns,
+    count_units,
+    label_values,
+    rare_labels,
+)
 from post_dist.draft.label_words import LabelWords, label_words, question
 from post_dist.draft.model import DraftModel, read_draft_model
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
+
+log = logging.getLogger(__name__)
 
 _FEWEST_UNITS = 100
 """With fewer rows, or users, delta would be above the 0.01 that `verify` accepts."""
@@ -36,7 +46,7 @@ private_task:
   # post_dist puts a space before each word{space}.
   labels:
 {labels}
-{note}  template: {template}
+{rare}{note}  template: {template}
   max_length: {max_length:<22} # tokens of text and template; a longer text loses its beginning
   validation_share: 0.1              # 10% of the {units}, chosen by a hash
   test_share: 0.1                    # another 10%, which only `evaluate` reads
@@ -46,7 +56,8 @@ tune:
   enabled: true
   target_epsilon: 8                  # the noise is chosen so that the run meets this
   # The number of training {units} is private. This is {share:.0%} of the {units}, rounded up to one
-  # digit: put a number here that you would publish. delta becomes its power -1.1, {delta:.1e}.
+  # digit: put a number here that you would publish. Whoever gets the prompt reads it, and what
+  # follows from it: batch size, steps, and delta, which becomes its power -1.1, {delta:.1e}.
   declared_examples: {declared}
   expected_batch_size: {batch_size}
   steps: {steps}
@@ -76,6 +87,12 @@ _NO_USER = """\
 _MULTI = """\
   # Words of several tokens are allowed: the first token of each counts.
   allow_multi_token: true
+"""
+_RARE = """\
+    # Fewer than {fewest} {units} have each of these labels. In the prompt, its name would tell that
+    # somebody has it, and so few examples teach little. Merge it with another label in your table,
+    # and write this file anew. To publish it, remove the # before it, and put a word into [].
+{lines}
 """
 _LETTERS = """\
   # Letters, because labels begin with the same token. Words that say what the class is work better.
@@ -129,6 +146,9 @@ def draft_run(
             f"--data: {data.name} has fewer than {_FEWEST_UNITS} {kind} with a label",
             "a private run needs more",
         )
+    rare = rare_labels(table, columns, labels)
+    # Their names are not published unless the owner says so.
+    labels = [label for label in labels if label not in rare]
     known = None if model is None else read_draft_model(model)
     words = label_words(labels, columns.label, known)
     # The label word follows the template, which therefore ends by asking for it.
@@ -143,6 +163,15 @@ def draft_run(
     usual = HEAD_DEFAULTS["batch_size"] if has_head else settings.expected_batch_size
     batch_size = min(usual, declared // 10)
     steps = HEAD_DEFAULTS["steps"] if has_head else settings.steps_for(declared, batch_size)
+    if rare:
+        log.warning(
+            "labels that fewer than %d %s have: %d. A name would tell that somebody has it, so it "
+            "is a comment in the run file: merge the label with another one in your table, or "
+            "publish it as the comment says",
+            FEWEST_OF_LABEL,
+            columns.units,
+            len(rare),
+        )
     return _FORMAT.format(
         name=_quoted(_name(data)),
         inputs=_inputs(folder, known),
@@ -153,6 +182,7 @@ def draft_run(
         units=kind,
         space=_space(words),
         labels=_label_lines(labels, words),
+        rare=_rare_lines(rare, columns),
         note=_note(words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
@@ -216,6 +246,14 @@ def _label_lines(labels: Sequence[str], words: LabelWords) -> str:
             line = f"{line:<36} # token {shown}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _rare_lines(rare: Sequence[str], columns: Columns) -> str:
+    """Return comments with the labels that would publish what few have; none if there are none."""
+    if not rare:
+        return ""
+    lines = "\n".join(f"    # {_quoted(label)}: []" for label in rare)
+    return _RARE.format(fewest=FEWEST_OF_LABEL, units=columns.units, lines=lines)
 
 
 def _inputs(folder: Path, model: DraftModel | None) -> str:

@@ -4,7 +4,8 @@ The sampler, clipping, noise and accounting all follow from it. This module does
 
 Two data sets are neighbors if one has one more unit than the other: one more example, or one more
 user with all their examples. Under this relation the number of units is itself private. So every
-number in the plan is declared in the run file, and none is counted from the data.
+number in the plan is declared in the run file, and no run counts it from the data. Where `init`
+has rounded it from the size of the table, it counts as released.
 """
 
 from collections.abc import Mapping

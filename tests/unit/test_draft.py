@@ -153,6 +153,72 @@ def test_without_a_model_labels_that_are_one_word_get_letters(
     assert list(words) == [("A",), ("B",), ("C",)][: len(labels)]
 
 
+def write_rare(path: Path, rare: list[tuple[str, str]], **columns: list[str]) -> Path:
+    """A table of 240 texts with two labels, and of rows of rare ones, with further columns."""
+    texts = [text for text, _ in tiny.sentences(240, 1)]
+    rows = [(text, ("bad", "good")[row % 2]) for row, text in enumerate(texts)] + rare
+    table = pd.DataFrame(rows, columns=["body", "diagnosis"])
+    table.assign(**columns).to_csv(path, index=False)
+    return path
+
+
+def test_a_label_that_few_have_is_published_only_if_the_owner_says_so(
+    tmp_path: Path, main: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Equal texts are one example, and a text that is missing is none.
+    rare = [("seen once", "HIV")] * 12 + [("", "gout")] * 12
+    rare += [(f"seen {row}", "mumps") for row in range(9)]
+    rare += [(f"saw {row}", "film") for row in range(10)]
+    data = write_rare(tmp_path / "t.csv", rare)
+    model = tiny.write_model(tmp_path / "llama", "llama")
+    options = (f"--data={data}", "--text=body", "--label=diagnosis", f"--model={model}")
+    code, out, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    said = out + err + caplog.text
+    assert "labels that fewer than 10 different texts have: 3. A name would tell" in said
+    assert not any(word in said for word in ("HIV", "gout", "mumps", "seen"))
+    run = tmp_path / "work/run.yaml"
+    config = post_dist.load_run(run)
+    assert set(config.private_task.labels) == {"bad", "film", "good"}
+    assert not any(label in str(config.tune.init_text) for label in ("HIV", "gout", "mumps"))
+    # No row is dropped: they are refused until the owner has decided.
+    code, out, _ = main("check", run)
+    assert code == 2
+    assert "has a label in column 'diagnosis' that is not in private_task.labels" in out
+    text = run.read_text()
+    for label, word in (("HIV", "story"), ("gout", "cast"), ("mumps", "music")):
+        assert f'    # "{label}": []\n' in text
+        text = text.replace(f'# "{label}": []', f'"{label}": ["{word}"]')
+    run.write_text(text)
+    code, out, err = main("check", run)
+    assert code == 0, out + err
+
+
+def test_a_label_of_few_users_is_rare_however_many_texts_they_have(
+    tmp_path: Path, main: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    rare = [(f"seen {row}", "HIV") for row in range(60)]
+    users = [f"u{row}" for row in range(240)] + [f"v{row % 9}" for row in range(60)]
+    data = write_rare(tmp_path / "t.csv", rare, user=users)
+    options = (f"--data={data}", "--text=body", "--label=diagnosis", "--user=user")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    assert "labels that fewer than 10 users have: 1." in err + caplog.text
+    labels = post_dist.load_run(tmp_path / "work/run.yaml").private_task.labels
+    assert set(labels) == {"bad", "good"}
+
+
+def test_common_labels_are_published_without_a_warning(
+    tmp_path: Path, main: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_rare(tmp_path / "t.csv", [])
+    options = (f"--data={data}", "--text=body", "--label=diagnosis")
+    code, out, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    assert "fewer" not in err + caplog.text + (tmp_path / "work/run.yaml").read_text()
+    assert "it holds your labels and your table's rounded size, as the prompt will" in out
+
+
 def test_a_user_column_makes_the_numbers_count_users(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", rows=1500)
     table = pd.read_csv(data)
@@ -264,6 +330,10 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
         (("--text=body", "--label=topic_name", "--model=org/name"), "hf download"),
         (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
         (("--text=body", "--label=topic_name", "--data={gap}"), "has 1 different values"),
+        (
+            ("--text=body", "--label=topic_name", "--data={rare}"),
+            "fewer than 2 values of column 'topic_name' have 10 different texts or more",
+        ),
         (("--data={none}",), "No such file"),
         (("--data={nohead}",), "the first line seems to be an example"),
         (("--data={nohead}", "--text=body", "--label=topic"), "write a line with the names"),
@@ -276,6 +346,7 @@ def test_wrong_input_leaves_nothing(
     tables = {
         "few": write_table(tmp_path / "few.csv", rows=90),
         "gap": write_table(tmp_path / "gap.csv", labels=("secret", " ")),
+        "rare": write_table(tmp_path / "rare.csv", labels=("flu",) * 30 + ("secret",)),
         "none": tmp_path / "none.csv",
         "nohead": tmp_path / "nohead.csv",
         "header": write_table(tmp_path / "header.csv", rows=0),

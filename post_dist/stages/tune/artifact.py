@@ -78,7 +78,7 @@ def _settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
 
 
 def _used_settings(config: RunConfig, model: TunedModel) -> dict[str, Any]:
-    """Return the settings of `tune` that the run has used. They tell nothing of the data."""
+    """Return the settings of `tune` that the run has used. No run computes them from the data."""
     # A public prompt replaces the text that the prompt would start from.
     unused = set() if model.public_prompt is None else {"init_text"}
     if not config.privacy.enabled:
