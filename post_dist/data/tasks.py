@@ -7,11 +7,15 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from post_dist.config.sources import Task
 from post_dist.data.sources import is_missing, read_rows
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
+
+Answer = TypeVar("Answer")
+"""A label as it is written, the index of a class, or a response."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,31 @@ class Examples:
     users: list[int]
 
 
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row that has a text, and a label or a response.
+
+    Attributes:
+        number: number of the row in the source, from 1.
+        user: the user; empty without a user column, as if all rows were those of one user.
+        text: the text.
+        written: the label or response as it is written.
+    """
+
+    number: int
+    user: str
+    text: str
+    written: str
+
+
 def load_examples(task: Task, split: str, where: str) -> Examples:
     """Load the labeled examples of one split, each text once.
 
     If they come from a file, this process then makes no connection until a
     `forgetting_private_data` around it ends.
 
-    A row without a label is left out, and so is a text with two different labels or responses.
+    A row without a text or label is left out, and so is a text with two different labels or
+    responses.
     One row more or less in the file then adds or removes at most one example. Private tuning relies
     on that. If the first of two labels were kept, one row could replace an example. A replacement
     counts as two changes.
@@ -54,31 +76,15 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
         InputError: a label is not in the task's labels, or the split is empty. The message gives
             the number of the row, and never its contents.
     """
-    answer_column = task.response_column or task.label_column
-    leave_no_core_dump()
-    rows = read_rows(task, _hub_split(task, split), where, answer_column, task.user_column)
-    # Another split of a hub data set may have to be fetched. The steps of tuning come behind it.
-    if task.path is not None:
-        refuse_connections()
-    # Without a user column, all rows are those of one nameless user.
-    users = rows.users or [""] * len(rows.texts)
-
-    # Rows of other splits are checked too, so every run finds a wrong label.
-    answer_of: dict[tuple[str, str], int | str] = {}
-    disputed = set()
-    found = zip(rows.numbers, users, rows.texts, rows.answers, strict=True)
-    for row, user, text, written in found:
-        if _is_unlabeled(task, written):
-            continue
-        answer = _answer(task, written, row, where)
+    answers_found = []
+    for row in answered_rows(task, split, where):
+        user, text = row.user, row.text
+        # Rows of other splits are checked too, so every run finds a wrong label.
+        answer = _answer(task, row.written, row.number, where)
         # The examples of a user are not divided.
-        if not text or not _belongs(task, user or text, split):
-            continue
-        if answer_of.setdefault((user, text), answer) != answer:
-            disputed.add((user, text))
-    # Disputed texts are removed at the end. Otherwise a third row could add the text again.
-    for key in disputed:
-        del answer_of[key]
+        if _belongs(task, user or text, split):
+            answers_found.append((user, text, answer))
+    answer_of = undisputed(answers_found)
     if not answer_of:
         raise InputError(f"{where}: the {split} split is empty")
 
@@ -95,6 +101,45 @@ def load_examples(task: Task, split: str, where: str) -> Examples:
         responses=[str(answer) for answer in answers] if generates else [],
         users=[] if task.user_column is None else _numbered(user for user, _ in kept),
     )
+
+
+def answered_rows(task: Task, split: str, where: str) -> list[AnsweredRow]:
+    """Read the rows that have a text, and a label or a response. Labels are not checked.
+
+    If they come from a file, this process then makes no connection, as in `load_examples`.
+
+    Args:
+        task: the task.
+        split: names the split of a hub data set; a file is always read whole.
+        where: the run file's section, for messages.
+    """
+    answer_column = task.response_column or task.label_column
+    leave_no_core_dump()
+    rows = read_rows(task, _hub_split(task, split), where, answer_column, task.user_column)
+    # Another split of a hub data set may have to be fetched. The steps of tuning come behind it.
+    if task.path is not None:
+        refuse_connections()
+    users = rows.users or [""] * len(rows.texts)
+    columns = zip(rows.numbers, users, rows.texts, rows.answers, strict=True)
+    found = [AnsweredRow(*values) for values in columns]
+    return [row for row in found if row.text and not _is_unanswered(task, row.written)]
+
+
+def undisputed(answers: Iterable[tuple[str, str, Answer]]) -> dict[tuple[str, str], Answer]:
+    """Return the answer to each text of a user, without texts that have two different answers.
+
+    Args:
+        answers: a user, a text and an answer of each row.
+    """
+    answer_of: dict[tuple[str, str], Answer] = {}
+    disputed = set()
+    for user, text, answer in answers:
+        if answer_of.setdefault((user, text), answer) != answer:
+            disputed.add((user, text))
+    # Disputed texts are removed at the end. Otherwise a third row could add the text again.
+    for key in disputed:
+        del answer_of[key]
+    return answer_of
 
 
 def _numbered(users: Iterable[str]) -> list[int]:
@@ -129,11 +174,10 @@ def _belongs(task: Task, unit: str, split: str) -> bool:
     return (has_own_test_set and split == "test") or split_of(unit, task) == split
 
 
-def _is_unlabeled(task: Task, written: str) -> bool:
+def _is_unanswered(task: Task, written: str) -> bool:
     """Return whether a row has nothing in the column of its label or response."""
-    if task.response_column is not None:
-        return is_missing(written)
-    return bool(task.labels) and is_missing(written) and written not in task.labels
+    is_label = task.response_column is None and written in task.labels
+    return is_missing(written) and not is_label
 
 
 def _answer(task: Task, written: str, row: int, where: str) -> int | str:

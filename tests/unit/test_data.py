@@ -90,6 +90,13 @@ def test_a_label_outside_the_verbalizer_names_the_row_and_nothing_of_it(tmp_path
     assert "77" not in str(caught.value)
 
 
+def test_a_row_without_a_text_needs_no_label_word(tmp_path: Path) -> None:
+    rows = tiny.sentences(50, 0)
+    whole = load_examples(task(tiny.write_csv(tmp_path / "a.csv", rows)), "train", "t")
+    rows.insert(5, (" ", 77))
+    assert load_examples(task(tiny.write_csv(tmp_path / "b.csv", rows)), "train", "t") == whole
+
+
 def test_public_texts_come_without_labels_and_never_from_a_private_task(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\nfirst\nsecond\nfirst\n")
