@@ -16,8 +16,9 @@ from post_dist.artifacts.peft_format import LAYER_LIMIT, NAMED_FIELDS, PROMPT_EM
 from post_dist.artifacts.strict_json import SMALL_FILE_BYTES, read_small
 from post_dist.artifacts.task import PromptTask
 from post_dist.artifacts.tensor_file import read_layout, read_tensors
+from post_dist.config.label_names import label_fault
 from post_dist.config.sections import steers_terminal
-from post_dist.config.sources import has_places, is_label_name
+from post_dist.config.sources import has_places
 from post_dist.errors import ArtifactRefused
 
 MAX_VIRTUAL_TOKENS = 512
@@ -171,7 +172,7 @@ def _label_names(names: Any) -> tuple[str, ...]:
     """Return the names of the classes, which are printed beside the predictions."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("not a list of names")
-    if not all(map(is_label_name, names)) or len(set(names)) < len(names):
+    if any(map(label_fault, names)) or len(set(names)) < len(names):
         raise ValueError("not a name of its own for each class")
     return tuple(names)
 

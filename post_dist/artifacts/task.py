@@ -3,6 +3,7 @@
 Shapes: N examples, C classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,15 +67,23 @@ class PromptTask:
             label_words=tuple(section.labels.values()),
             max_length=section.max_length,
             allow_multi_token=section.allow_multi_token,
-            init_text=_sentence(section) if init_text is None else init_text,
+            init_text=_start_of(section) if init_text is None else init_text,
             max_response_length=section.response_length,
             label_names=tuple(section.labels),
         )
 
 
-def _sentence(section: Task) -> str:
-    """Return a sentence that names the task, as a start for its prompt."""
-    words = [of_class[0].strip() for of_class in section.labels.values()]
+def _start_of(section: Task) -> str:
+    """Return a sentence with the first label word of each class."""
+    return start_sentence([of_class[0].strip() for of_class in section.labels.values()])
+
+
+def start_sentence(words: Sequence[str]) -> str:
+    """Return a sentence that names the task, as a start for its prompt.
+
+    Args:
+        words: a word for each class; none for a task that generates text.
+    """
     if not words:
         return "Write the response to this text"
     *others, last = words

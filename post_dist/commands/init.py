@@ -1,8 +1,9 @@
 """The command `init`: a run file for the demo, or for a table of one's own."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from post_dist.config.assets import asset
 from post_dist.config.presets import PresetName
 from post_dist.errors import InputError, command_line
 from post_dist.files import make_folder, write_file, writing
+
+if TYPE_CHECKING:
+    from post_dist.draft import Columns
 
 _DEMO_FILES = ("demo.yaml", "fetch_demo.py")
 _RUN_FILE = "run.yaml"
@@ -51,6 +55,7 @@ def init(  # noqa: PLR0913 - typer reads the options from parameters
                 "give it with --data",
             )
         files = _write_demo(folder)
+        result: dict[str, Any] = {}
         run, script = files
         lines = [
             f"{command_line('python', script)}        fetches the demo's model and data",
@@ -65,11 +70,12 @@ def init(  # noqa: PLR0913 - typer reads the options from parameters
 
         # Draft first, so that wrong input leaves no folder behind.
         drafted = draft_run(folder, data, text, label, user, model, preset or "laptop")
-        write_file(run, lambda partial: partial.write_text(drafted, encoding="utf-8"))
+        write_file(run, lambda partial: partial.write_text(drafted.text, encoding="utf-8"))
         files = [run]
-        lines = _after_draft(run, names_model=model is not None)
+        result = {"columns": asdict(drafted.columns)}
+        lines = _after_draft(run, drafted.columns, names_model=model is not None)
     if json_:
-        print_json({"run_file": files[0], "files": files})
+        print_json({"run_file": files[0], "files": files} | result)
     else:
         print(*lines, sep="\n")
 
@@ -87,9 +93,11 @@ def _write_demo(folder: Path) -> list[Path]:
     return files
 
 
-def _after_draft(run: Path, names_model: bool) -> list[str]:
+def _after_draft(run: Path, columns: "Columns", *, names_model: bool) -> list[str]:
     """Say what to do with a drafted run file."""
     lines = [f"wrote {run}; it holds your labels and your table's rounded size, as the prompt will"]
+    chosen = f"text = {columns.text}, label = {columns.label}"
+    lines.append(chosen if columns.user is None else f"{chosen}, user = {columns.user}")
     if not names_model:
         lines.append("it names no model to tune on yet: name one in `inputs`")
     check = command_line("post-dist", "check", run)

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from post_dist.config.label_names import MOST_LABEL_CHARACTERS, label_fault
 from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section, steers_terminal
 from post_dist.config.yaml_files import read_yaml
 
 _NAMED_TASKS = Path(__file__).parent / "named_tasks.yaml"
-_MOST_LABEL_CHARACTERS = 100
 _SOURCE_FIELDS = (
     "hub",
     "hub_config",
@@ -199,10 +199,11 @@ class Task(DataSource):
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"labels.{label} has an empty list or word")
-            if not is_label_name(label):
+            fault = label_fault(label)
+            if fault is not None:
                 raise ValueError(
-                    f"labels has the label {label[:20]!a}, and a label is at most "
-                    f"{_MOST_LABEL_CHARACTERS} printable characters: it becomes part of the prompt"
+                    f"labels has the label {label[:20]!a}, which {fault}; a label is at most "
+                    f"{MOST_LABEL_CHARACTERS} printable characters: it becomes part of the prompt"
                 )
             if any(map(steers_terminal, words)):
                 raise ValueError(f"labels.{label} has a word with control characters")
@@ -214,17 +215,12 @@ class Task(DataSource):
             # Labels are handed on with the prompt, and this one would be that of a private example.
             raise ValueError(
                 f"label_column '{self.label_column}' is also one of the labels: is the first line "
-                "of the file an example? Write a line with the names of the columns above it, or "
-                "rename the column"
+                "of the file an example? Write a line with the names of the columns above it. Is "
+                "it repeated below? Delete that row. Or rename the column"
             )
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share leave nothing to train on")
         return self
-
-
-def is_label_name(label: str) -> bool:
-    """Return whether a label can be handed on with a prompt: short, and printable."""
-    return len(label) <= _MOST_LABEL_CHARACTERS and label.isprintable()
 
 
 def placeholders(template: str) -> list[str]:

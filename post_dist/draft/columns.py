@@ -1,23 +1,17 @@
-"""The columns of a table that make its examples, and the values of the labels."""
+"""The columns of a table that make its examples."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from post_dist.config.sources import is_label_name
-from post_dist.data.sources import rows_with
+from post_dist.data.sources import is_missing
 from post_dist.errors import InputError
 
-FEWEST_OF_LABEL = 10
-"""Fewest texts, or users, of a label that `init` publishes.
-
-The validation and the test split have a tenth each. Of fewer, they have less than one on average,
-so nobody could tell whether the class was learned. But its name would tell that somebody has it.
-"""
-_MOST_CLASSES = 50
+MOST_CLASSES = 50
+_TEXT_NAMES = {"text", "texts"}
+_LABEL_NAMES = {"label", "labels"}
 _UNUSABLE = set('{}!:"\\')
 """Characters that a column's name may not have, because `text` is a format string."""
 _MOST_WORDS = 3
@@ -57,29 +51,50 @@ def chosen_columns(
         user: column with the user of each text; None if no user has several.
 
     Raises:
-        InputError: a column is not given or does not exist, or its name cannot be used. The
-            message guesses a missing one.
+        InputError: a column is not given or does not exist, two are the same, or a name cannot be
+            used. The message guesses a missing one.
     """
-    # A column without a name in the file may have a number for a name.
     names = [str(name) for name in table.columns]
-    listed = ", ".join(names)
-    if text is None or label is None:
-        guess = _guess(table)
-        # Of two columns, texts and labels are hard to confuse.
-        if len(names) == 2 and (text, label, user) == (None, None, None):
-            return _usable(guess, table, data)
-        _check_has_header(names, data)
+    if len(names) < 2:
         raise InputError(
-            f"{data.name} has the columns {listed}",
-            f"name two of them, perhaps --text '{guess.text}' --label '{guess.label}'",
+            f"--data: {data.name} has one column, and a table needs texts and labels",
+            "add a column of labels; if there is one, separate it by commas, semicolons or tabs",
         )
-    for option, column in (("--text", text), ("--label", label), ("--user", user)):
-        if column is not None and column not in names:
+    options = {"--text": text, "--label": label, "--user": user}
+    given = {option: column for option, column in options.items() if column is not None}
+    _check_given(given, names, data)
+    if len(names) == 2 and not given:
+        text, label = _told_apart(table, data)
+    if text is None or label is None:
+        _check_has_header(names, data)
+        text, label = _guess(table, text, label, user)
+        advice = "add a column: texts, labels and users have one each"
+        if text is not None and label is not None:
+            advice = f"name two of them, perhaps --text '{text}' --label '{label}'"
+        raise InputError(f"{data.name} has the columns {', '.join(names)}", advice)
+    return _usable(Columns(text, label, user), table, data)
+
+
+def _check_given(given: dict[str, str], names: list[str], data: Path) -> None:
+    """Check the columns that options name.
+
+    Raises:
+        InputError: one does not exist, or two are the same.
+    """
+    option_of: dict[str, str] = {}
+    for option, column in given.items():
+        if column not in names:
             _check_has_header(names, data)
             raise InputError(
-                f"{option}: {data.name} has no column '{column}'", f"columns: {listed}"
+                f"{option}: {data.name} has no column '{column}'", f"columns: {', '.join(names)}"
             )
-    return _usable(Columns(text, label, user), table, data)
+        other = option_of.setdefault(column, option)
+        # Labels become part of the prompt, so texts or users would too.
+        if other != option:
+            raise InputError(
+                f"{other} and {option} name the same column",
+                "name a column of its own for each; a table of texts alone needs one of labels",
+            )
 
 
 def _check_has_header(names: list[str], data: Path) -> None:
@@ -98,83 +113,116 @@ def _check_has_header(names: list[str], data: Path) -> None:
 
 def _usable(columns: Columns, table: pd.DataFrame, data: Path) -> Columns:
     """Return columns whose names a run file can hold."""
-    # The label would get into the run file, and from there into the prompt.
-    if columns.label in set(table[columns.label].map(str)):
-        raise InputError(
-            f"{data.name}: the column of the labels is called as one of its own labels, so the "
-            "first line seems to be an example",
-            "write a line with the names of the columns above it, such as text,label, or rename "
-            "the column",
-        )
+    _check_label_name(columns, table, data)
     # `text` of the run file is a format string, in which these characters mean something else.
     if _UNUSABLE & set(columns.text):
         raise InputError(
             f"--text: the name of column '{columns.text}' has one of {' '.join(sorted(_UNUSABLE))}",
             "rename the column",
         )
-    if not (columns.text + columns.label).isprintable():
+    if not (columns.text + columns.label + (columns.user or "")).isprintable():
         raise InputError(f"{data.name}: the name of a column is not printable", "rename the column")
     return columns
 
 
-def _guess(table: pd.DataFrame) -> Columns:
-    """Guess the columns: the longest values are texts, and the fewest different ones labels."""
-    lengths = {str(name): table[name].map(str).map(len).mean() for name in table.columns}
-    text = max(lengths, key=lambda name: lengths[name])
-    others = [name for name in lengths if name != text] or [text]
-    different = {name: table[name].map(str).nunique() for name in others}
-    # A column with one value tells no classes apart.
-    label = min(different, key=lambda name: (different[name] < 2, different[name]))
-    return Columns(text, label)
+def _check_label_name(columns: Columns, table: pd.DataFrame, data: Path) -> None:
+    """Refuse a table in which the name of the label column is a label too.
 
-
-def count_units(table: pd.DataFrame, columns: Columns) -> int:
-    """Return how many rows a table has, or how many users if epsilon holds for users."""
-    if columns.user is None:
-        return len(table)
-    # As the stages count: a row without a user is left out.
-    return int(rows_with(table, columns.user)[columns.user].map(str).nunique())
-
-
-def label_values(table: pd.DataFrame, column: str) -> list[str]:
-    """Return the values of the label column, in a fixed order.
+    It would get into the run file, and from there into the prompt.
 
     Raises:
-        InputError: a value cannot be a label, or there are too few or too many.
+        InputError: a row repeats the header, or the first line seems to be an example.
     """
-    labels = sorted(set(table[column].map(str)))
-    if not 2 <= len(labels) <= _MOST_CLASSES:
+    labels = enumerate(table[columns.label].map(str))
+    named = [place for place, label in labels if label == columns.label]
+    if not named:
+        return
+    header = [str(name) for name in table.columns]
+    # Files were joined, each with its header, and perhaps with a byte order mark.
+    rows = (map(str, table.iloc[place]) for place in named)
+    if all([value.strip("\ufeff") for value in row] == header for row in rows):
         raise InputError(
-            f"--label: column '{column}' has {len(labels)} different values, and a task has 2 to "
-            f"{_MOST_CLASSES} classes",
-            "is it the column of the labels?",
+            f"--data: row {named[0] + 1} of {data.name} repeats the header",
+            "delete the row; rows are counted from 1 below the header",
         )
-    if not all(map(is_label_name, labels)):
-        raise InputError(
-            f"--label: a value of column '{column}' is too long or not printable",
-            "a label is at most 100 printable characters",
-        )
-    return labels
+    raise InputError(
+        f"{data.name}: the column of the labels is called as one of its own labels, so the "
+        "first line seems to be an example",
+        "write a line with the names of the columns above it, such as text,label, or rename "
+        "the column",
+    )
 
 
-def rare_labels(table: pd.DataFrame, columns: Columns, labels: Sequence[str]) -> list[str]:
-    """Return the labels that fewer than `FEWEST_OF_LABEL` texts have, or users if there are any.
+def _told_apart(table: pd.DataFrame, data: Path) -> tuple[str, str]:
+    """Return which of two columns has the texts, and which the labels.
 
     Raises:
-        InputError: the other labels are fewer than two.
+        InputError: neither their names nor their values tell.
     """
-    # As tuning counts: a row without a text is left out, and equal texts are one example.
-    used = rows_with(table, columns.text)
-    if columns.user is not None:
-        used = rows_with(used, columns.user)
-    units = used[columns.user or columns.text].map(str).str.strip()
-    pairs = set(zip(used[columns.label].map(str), units, strict=True))
-    number_of_units = Counter(label for label, _ in pairs)
-    rare = [label for label in labels if number_of_units[label] < FEWEST_OF_LABEL]
-    if len(labels) - len(rare) < 2:
-        raise InputError(
-            f"--label: fewer than 2 values of column '{columns.label}' have {FEWEST_OF_LABEL} "
-            f"{columns.units} or more",
-            "is it the column of the labels? If it is, merge labels, or add examples",
-        )
-    return rare
+    first, second = names = [str(name) for name in table.columns]
+    other = {first: second, second: first}
+    # A name is certain, and that of one column settles both.
+    text = _only(names, _TEXT_NAMES)
+    label = _only(names, _LABEL_NAMES)
+    if text is None and label is None:
+        # A private run needs more different texts than a task may have classes.
+        many = [name for name in names if _number_of_values(table[name]) > MOST_CLASSES]
+        if len(many) != 1:
+            _check_has_header(names, data)
+            raise InputError(
+                f"{data.name} has the columns {first}, {second}, and neither names nor values tell "
+                "which has the labels",
+                "name them with --text and --label",
+            )
+        text = many[0]
+    text = text or other[str(label)]
+    return text, other[text]
+
+
+def _guess(
+    table: pd.DataFrame, text: str | None, label: str | None, user: str | None
+) -> tuple[str | None, str | None]:
+    """Guess the columns of texts and labels that are not given, among those that are free.
+
+    Args:
+        table: the table.
+        text: column of the texts, if it is given.
+        label: column of the labels, if it is given.
+        user: column of the users, if it is given.
+
+    Returns:
+        The column of the texts and that of the labels; None for one if no column is left.
+    """
+    free = [str(name) for name in table.columns if str(name) not in (text, label, user)]
+    text = text or _only(free, _TEXT_NAMES)
+    label = label or _only(free, _LABEL_NAMES)
+    free = [name for name in free if name not in (text, label)]
+    if text is None and free:
+        text = max(free, key=lambda name: _mean_length(table[name]))
+        free.remove(text)
+    if label is None and free:
+        counts = {name: _number_of_values(table[name]) for name in free}
+        # A column with one value tells no classes apart.
+        label = min(free, key=lambda name: (counts[name] < 2, counts[name]))
+    return text, label
+
+
+def _only(names: Sequence[str], known: Collection[str]) -> str | None:
+    """Return the only column with one of some known names; None if there are none or several."""
+    found = [name for name in names if name.strip().lower() in known]
+    return found[0] if len(found) == 1 else None
+
+
+def _written(values: pd.Series) -> list[str]:
+    return [str(value).strip() for value in values if not is_missing(value)]
+
+
+def _number_of_values(values: pd.Series) -> int:
+    """Return how many different values a column has, without missing ones."""
+    return len(set(_written(values)))
+
+
+def _mean_length(values: pd.Series) -> float:
+    """Return how many characters a value has on average, without missing ones."""
+    written = _written(values)
+    return sum(map(len, written)) / max(len(written), 1)

@@ -4,31 +4,23 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from post_dist.artifacts.manifest import FILE_NAME
-from post_dist.artifacts.task import PromptTask
+from post_dist.artifacts.task import start_sentence
 from post_dist.config.presets import PRESETS, PresetName
-from post_dist.config.sources import Task
 from post_dist.config.stages import HEAD_DEFAULTS
-from post_dist.data.sources import read_table, rows_with
-from post_dist.draft.columns import (
-    FEWEST_OF_LABEL,
-    Columns,
-    chosen_columns,
-    count_units,
-    label_values,
-    rare_labels,
-)
+from post_dist.data.sources import read_table
+from post_dist.draft.columns import Columns, chosen_columns
 from post_dist.draft.label_words import LabelWords, label_words, question
+from post_dist.draft.labels import FEWEST_OF_LABEL, read_labels
 from post_dist.draft.model import DraftModel, read_draft_model
 from post_dist.errors import InputError
 from post_dist.runtime.private_process import leave_no_core_dump, refuse_connections
 
 log = logging.getLogger(__name__)
 
-_FEWEST_UNITS = 100
-"""With fewer rows, or users, delta would be above the 0.01 that `verify` accepts."""
 _MAX_LENGTH = 128
 _TRAIN_SHARE = 0.8
 
@@ -74,7 +66,7 @@ _COMPARISON = """\
 """
 _FEWEST_COMPARED = 3000
 """With fewer declared examples, the noise of a comparison may hide any gain. They are rounded up to
-one digit, so these are at least 2,001 training rows."""
+one digit, so these are at least 2,001 training texts."""
 _USER = """\
   # Epsilon holds for all texts of a user together. declared_examples and expected_batch_size count
   # users.
@@ -99,6 +91,19 @@ _LETTERS = """\
 """
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A drafted run file.
+
+    Attributes:
+        text: the text of the file.
+        columns: the columns of the table that it names.
+    """
+
+    text: str
+    columns: Columns
+
+
 def draft_run(
     folder: Path,
     data: Path,
@@ -107,7 +112,7 @@ def draft_run(
     user: str | None,
     model: Path | None,
     preset: PresetName = "laptop",
-) -> str:
+) -> Draft:
     """Draft a run file for private tuning on a table of labeled texts.
 
     Args:
@@ -119,12 +124,9 @@ def draft_run(
         model: the student, or any other model to tune on; None to name it later.
         preset: name of the settings.
 
-    Returns:
-        The text of the run file.
-
     Raises:
         InputError: a column is not given or does not exist, the labels cannot be used, too few
-            rows or users have one, or the model cannot be used.
+            texts or users have one, or the model cannot be used.
     """
     # Everything that can be wrong with the table is found before a model is read.
     leave_no_core_dump()
@@ -134,21 +136,12 @@ def draft_run(
     if table.empty:
         raise InputError(
             f"--data: {data.name} has no rows",
-            f"a private run needs {_FEWEST_UNITS} with a label, or more",
+            "a private run needs a hundred texts with a label, or more",
         )
     columns = chosen_columns(table, data, text, label, user)
-    table = rows_with(table, columns.label)
-    labels = label_values(table, columns.label)
-    units = count_units(table, columns)
-    kind = "rows" if user is None else "users"
-    if units < _FEWEST_UNITS:
-        raise InputError(
-            f"--data: {data.name} has fewer than {_FEWEST_UNITS} {kind} with a label",
-            "a private run needs more",
-        )
-    rare = rare_labels(table, columns, labels)
-    # Their names are not published unless the owner says so.
-    labels = [label for label in labels if label not in rare]
+    found = read_labels(data, columns)
+    # The names of rare labels are not published unless the owner says so.
+    labels = found.common
     known = None if model is None else read_draft_model(model)
     words = label_words(labels, columns.label, known)
     # The label word follows the template, which therefore ends by asking for it.
@@ -156,33 +149,33 @@ def draft_run(
     if known is not None and known.facts.masked:
         template += " {mask}"
     # Rounding hides the exact count, and rounding up keeps delta below one over that count.
-    declared = _round_up(_TRAIN_SHARE * units)
+    declared = _round_up(_TRAIN_SHARE * found.number_of_units)
     settings = PRESETS[preset]
     # A masked model has no head without a public prompt.
     has_head = settings.prefers_head and not (known is not None and known.facts.masked)
     usual = HEAD_DEFAULTS["batch_size"] if has_head else settings.expected_batch_size
     batch_size = min(usual, declared // 10)
     steps = HEAD_DEFAULTS["steps"] if has_head else settings.steps_for(declared, batch_size)
-    if rare:
+    if found.rare:
         log.warning(
             "labels that fewer than %d %s have: %d. A name would tell that somebody has it, so it "
             "is a comment in the run file: merge the label with another one in your table, or "
             "publish it as the comment says",
             FEWEST_OF_LABEL,
             columns.units,
-            len(rare),
+            len(found.rare),
         )
-    return _FORMAT.format(
+    text_of_file = _FORMAT.format(
         name=_quoted(_name(data)),
         inputs=_inputs(folder, known),
         path=_quoted(os.path.relpath(data.resolve(), folder.resolve())),
         text=_quoted(f"{{{columns.text}}}"),
         label=_quoted(columns.label),
         user=_NO_USER if user is None else _USER.format(user=_quoted(user)),
-        units=kind,
+        units="texts" if user is None else "users",
         space=_space(words),
         labels=_label_lines(labels, words),
-        rare=_rare_lines(rare, columns),
+        rare=_rare_lines(found.rare, columns),
         note=_note(words),
         template=_quoted(template),
         max_length=_max_length(known, settings.num_virtual_tokens),
@@ -200,6 +193,7 @@ def draft_run(
         delta=declared**-1.1,
         batch_size=batch_size,
     )
+    return Draft(text_of_file, columns)
 
 
 def _comparison(declared: int, user: str | None) -> str:
@@ -225,12 +219,11 @@ def _start(labels: Sequence[str], words: LabelWords, *, needed: bool) -> str:
     if not needed:
         return ""
     # A letter alone would tell the model nothing of the class.
-    classes = {
-        label: (f"{label} ({word})" if words.letters else word,)
+    classes = [
+        f"{label.strip()} ({word})" if words.letters else word
         for label, word in zip(labels, words.words, strict=True)
-    }
-    section = Task(name="draft", visibility="private", path=Path("draft"), labels=classes)
-    sentence = PromptTask.of_section(section, None).init_text
+    ]
+    sentence = start_sentence(classes)
     return f"  init_text: {_quoted(sentence)}   # the prompt starts from these words\n"
 
 

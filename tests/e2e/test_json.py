@@ -110,7 +110,7 @@ CALLS = {
     ),
     "init": Calls(
         "{w}/own --data={w}/private.csv --text=text --label=label",
-        "run_file files",
+        "run_file files columns",
         {
             "{w}/own --data={w}/private.csv": 2,
             "{w}/new --data={w}/none.csv --text=text --label=label": 2,

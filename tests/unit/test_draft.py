@@ -1,5 +1,6 @@
 """`post-dist init --data`: a run file for the owner's own table, which `check` accepts."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def test_a_draft_with_a_model_is_accepted_and_its_words_are_tokens(
         code, out, err = main("init", work, *options)
         assert code == 0, err
         run = work / "run.yaml"
-        _, check, tune = out.splitlines()
+        _, columns, check, tune = out.splitlines()
+        assert columns == "text = body, label = topic_name"
         assert check.endswith("   lists what does not fit, and epsilon")
         # The folder has a space in its name, and the line is for a shell.
         assert shlex.split(check)[:3] == ["post-dist", "check", str(run)]
@@ -166,7 +168,9 @@ def test_a_label_that_few_have_is_published_only_if_the_owner_says_so(
     tmp_path: Path, main: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Equal texts are one example, and a text that is missing is none.
-    rare = [("seen once", "HIV")] * 12 + [("", "gout")] * 12
+    rare = [("seen once", "HIV")] * 12 + [(" ", "gout")] * 12
+    # A text with two labels is none either.
+    rare += [(f"sighted {row}", label) for row in range(12) for label in ("good", "lupus")]
     rare += [(f"seen {row}", "mumps") for row in range(9)]
     rare += [(f"saw {row}", "film") for row in range(10)]
     data = write_rare(tmp_path / "t.csv", rare)
@@ -176,17 +180,18 @@ def test_a_label_that_few_have_is_published_only_if_the_owner_says_so(
     assert code == 0, err
     said = out + err + caplog.text
     assert "labels that fewer than 10 different texts have: 3. A name would tell" in said
-    assert not any(word in said for word in ("HIV", "gout", "mumps", "seen"))
+    assert not any(word in said for word in ("HIV", "gout", "lupus", "mumps", "seen"))
     run = tmp_path / "work/run.yaml"
     config = post_dist.load_run(run)
     assert set(config.private_task.labels) == {"bad", "film", "good"}
-    assert not any(label in str(config.tune.init_text) for label in ("HIV", "gout", "mumps"))
+    assert not any(label in str(config.tune.init_text) for label in ("HIV", "lupus", "mumps"))
+    assert "gout" not in run.read_text(), "no stage reads a row without a text"
     # No row is dropped: they are refused until the owner has decided.
     code, out, _ = main("check", run)
     assert code == 2
     assert "has a label in column 'diagnosis' that is not in private_task.labels" in out
     text = run.read_text()
-    for label, word in (("HIV", "story"), ("gout", "cast"), ("mumps", "music")):
+    for label, word in (("HIV", "story"), ("lupus", "cast"), ("mumps", "music")):
         assert f'    # "{label}": []\n' in text
         text = text.replace(f'# "{label}": []', f'"{label}": ["{word}"]')
     run.write_text(text)
@@ -300,6 +305,190 @@ def test_a_table_of_two_columns_needs_no_names(
     assert (task.text, task.label_column) == ("{body}", "topic_name")
 
 
+def write_rows(path: Path, header: str, rows: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(f"{first},{second}\n" for first, second in [header.split(","), *rows]))
+    return path
+
+
+LONG = ("a long name of a class", "an even longer name of a class")
+
+
+@pytest.mark.parametrize(
+    ("header", "text", "label"),
+    [
+        ("text,mood", "text", "mood"),
+        ("note,Label", "note", "Label"),
+        # No name tells. A task has no class for each of 200 values.
+        ("note,mood", "note", "mood"),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_texts_that_are_shorter_than_their_labels_are_texts(
+    tmp_path: Path, main: Callable, header: str, text: str, label: str, *, turned: bool
+) -> None:
+    # The missing cells of the labels are no labels, and have no length.
+    rows = [(f"t{row}", LONG[row % 2] if row < 150 else "") for row in range(200)]
+    names = header.split(",")
+    if turned:
+        names, rows = names[::-1], [row[::-1] for row in rows]
+    data = write_rows(tmp_path / "t.csv", ",".join(names), rows)
+    code, out, err = main("init", tmp_path / "work", f"--data={data}")
+    assert code == 0, err
+    assert f"text = {text}, label = {label}" in out.splitlines()
+    task = post_dist.load_run(tmp_path / "work/run.yaml").private_task
+    assert (task.text, task.label_column, set(task.labels)) == (f"{{{text}}}", label, set(LONG))
+
+
+def test_a_column_named_text_never_becomes_the_labels(tmp_path: Path, main: Callable) -> None:
+    rows = [(f"t{n % 20}", LONG[n % 2]) for n in range(400)]
+    data = write_rows(tmp_path / "t.csv", "text,label", rows)
+    code, _, err = main("init", tmp_path / "work", f"--data={data}")
+    assert (code, "fewer than 100 different texts with a label" in err) == (2, True), err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("different", [20, 200])
+def test_two_columns_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, main: Callable, different: int
+) -> None:
+    rows = [(f"secret {n % different}", f"a longer secret {n % different}") for n in range(200)]
+    data = write_rows(tmp_path / "t.csv", "note,reply", rows)
+    code, out, err = main("init", tmp_path / "work", f"--data={data}")
+    assert (code, out) == (2, "")
+    assert "has the columns note, reply, and neither names nor values tell" in err
+    assert "secret" not in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_init_says_which_columns_it_has_named(tmp_path: Path, main: Callable) -> None:
+    users = [f"u{row}" for row in range(240)]
+    data = write_rare(tmp_path / "t.csv", [], user=users)
+    options = (f"--data={data}", "--text=body", "--label=diagnosis", "--user=user")
+    code, out, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    assert "text = body, label = diagnosis, user = user" in out.splitlines()
+    code, out, err = main("init", tmp_path / "other", *options, "--json")
+    assert code == 0, err
+    columns = {"text": "body", "label": "diagnosis", "user": "user"}
+    assert json.loads(out)["columns"] == columns
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.jsonl"])
+@pytest.mark.parametrize("options", [(), ("--text=a|b", "--label=a|b")])
+def test_a_table_of_one_column_has_no_labels(
+    tmp_path: Path, main: Callable, name: str, options: tuple[str, ...]
+) -> None:
+    # Texts that many have would pass for labels.
+    rows = [f"secret {n % 9}|{n % 2}" for n in range(200)]
+    data = tmp_path / name
+    if name == "t.jsonl":
+        data.write_text("".join(json.dumps({"a|b": row}) + "\n" for row in rows))
+    else:
+        data.write_text("\n".join(["a|b", *rows]))
+    code, out, err = main("init", tmp_path / "work", f"--data={data}", *options)
+    assert (code, out) == (2, "")
+    assert f"{name} has one column, and a table needs texts and labels" in err
+    assert "separate it by commas, semicolons or tabs" in err
+    assert "secret" not in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_only_what_the_stages_use_counts(tmp_path: Path, main: Callable) -> None:
+    rows = [(f"text {n}", ("good", "bad")[n % 2]) for n in range(105)]
+    # 2,000 rows of five texts, 30 without a text, and 20 texts with two labels.
+    rows += [(f"text {n % 5}", ("good", "bad")[n % 5 % 2]) for n in range(2000)]
+    rows += [("", "gout")] * 30
+    rows += [(f"double {n}", label) for n in range(20) for label in ("good", "bad")]
+    data = write_rows(tmp_path / "t.csv", "text,label", rows)
+    code, _, err = main("init", tmp_path / "work", f"--data={data}")
+    assert code == 0, err
+    config = post_dist.load_run(tmp_path / "work/run.yaml")
+    task = config.private_task
+    splits = ("train", "validation", "test")
+    kept = [load_examples(task, split, "private_task").texts for split in splits]
+    assert sum(map(len, kept)) == 105
+    # 80% of the 105, rounded up to one digit.
+    assert config.privacy.declared_examples == 90
+    assert set(task.labels) == {"good", "bad"}
+    assert "gout" not in (tmp_path / "work/run.yaml").read_text()
+    # Six texts more with two labels leave 99.
+    rows += [(f"text {n}", ("bad", "good")[n % 2]) for n in range(10, 16)]
+    data = write_rows(tmp_path / "few.csv", "text,label", rows)
+    code, _, err = main("init", tmp_path / "few", f"--data={data}")
+    assert (code, "fewer than 100 different texts with a label" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_header_between_the_rows_is_named_by_its_row(
+    tmp_path: Path, main: Callable, mark: str
+) -> None:
+    rows = [(f"secret {n}", ("good", "bad")[n % 2]) for n in range(300)]
+    rows.insert(120, (f"{mark}note", "mood"))
+    data = write_rows(tmp_path / "t.csv", "note,mood", rows)
+    code, _, err = main("init", tmp_path / "work", f"--data={data}")
+    assert code == 2
+    assert "row 121 of t.csv repeats the header\n  delete the row" in err
+    assert "secret" not in err
+    # What the hint says is enough.
+    del rows[120]
+    data = write_rows(tmp_path / "t.csv", "note,mood", rows)
+    code, _, err = main("init", tmp_path / "work", f"--data={data}")
+    assert code == 0, err
+
+
+def test_a_class_may_be_called_as_a_column_is_by_default(tmp_path: Path, main: Callable) -> None:
+    data = write_table(tmp_path / "t.csv", labels=("label", "parcel", "text"))
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    config = post_dist.load_run(tmp_path / "work/run.yaml")
+    assert set(config.private_task.labels) == {"label", "parcel", "text"}
+    assert config.tune.init_text == "Predict if this text is label, parcel or text"
+    code, out, err = main("check", tmp_path / "work/run.yaml")
+    assert code == 0, out + err
+
+
+@pytest.mark.parametrize(
+    ("label", "fault"),
+    [
+        ("secret\u00a0!", "NO-BREAK SPACE (U+00A0) at position 7"),
+        ("secret\x07", "a control character (U+0007) at position 7"),
+        ("secret\u200d", "ZERO WIDTH JOINER (U+200D) at position 7"),
+        ("secret" * 17, "has more than 100 characters"),
+    ],
+)
+def test_a_label_that_cannot_be_handed_on_is_named_by_its_fault(
+    tmp_path: Path, main: Callable, label: str, fault: str
+) -> None:
+    data = write_table(tmp_path / "t.csv", labels=("good", label))
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 2
+    assert "--label: the value of column 'topic_name' in row 2 has" in err
+    assert fault in err
+    assert "secret" not in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_labels_of_persian_words_and_composed_emoji_are_accepted(
+    tmp_path: Path, main: Callable
+) -> None:
+    labels = (
+        "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f680",
+    )
+    data = write_table(tmp_path / "t.csv", labels=labels)
+    options = (f"--data={data}", "--text=body", "--label=topic_name")
+    code, _, err = main("init", tmp_path / "work", *options)
+    assert code == 0, err
+    run = tmp_path / "work/run.yaml"
+    task = post_dist.load_run(run).private_task
+    assert set(task.labels) == set(labels)
+    assert {word for words in task.labels.values() for word in words} == set(labels)
+    code, out, err = main("check", run)
+    assert code == 0, out + err
+
+
 def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> None:
     data = write_table(tmp_path / "t.csv", labels=("0", "1"))
     work = tmp_path / "work"
@@ -321,6 +510,16 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
             "t.csv has the columns id, body, topic_name\n  name two of them, perhaps --text 'body'",
         ),
         (("--text=body",), "--label 'topic_name'"),
+        (("--text=topic_name",), "perhaps --text 'topic_name' --label 'id'"),
+        (("--label=body",), "perhaps --text 'topic_name' --label 'body'"),
+        (("--text=body", "--user=topic_name"), "--text 'body' --label 'id'"),
+        (("--text=body", "--label=body"), "--text and --label name the same column"),
+        (("--text=body", "--label=id", "--user=id"), "--label and --user name the same column"),
+        (("--text=id", "--user=id"), "--text and --user name the same column"),
+        (
+            ("--data={two}", "--text=note", "--user=mood"),
+            "two.csv has the columns note, mood\n  add a column: texts, labels and users",
+        ),
         (("--text=none", "--label=topic_name"), "has no column 'none'\n  columns: id, body"),
         (
             ("--text=body", "--label=topic_name", "--user=none"),
@@ -328,7 +527,7 @@ def test_a_draft_without_a_model_is_accepted(tmp_path: Path, main: Callable) -> 
         ),
         (("--text=body", "--label=id"), "has 240 different values, and a task has 2 to 50"),
         (("--text=body", "--label=topic_name", "--model=org/name"), "hf download"),
-        (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 rows"),
+        (("--text=body", "--label=topic_name", "--data={few}"), "fewer than 100 different texts"),
         (("--text=body", "--label=topic_name", "--data={gap}"), "has 1 different values"),
         (
             ("--text=body", "--label=topic_name", "--data={rare}"),
@@ -347,6 +546,7 @@ def test_wrong_input_leaves_nothing(
         "few": write_table(tmp_path / "few.csv", rows=90),
         "gap": write_table(tmp_path / "gap.csv", labels=("secret", " ")),
         "rare": write_table(tmp_path / "rare.csv", labels=("flu",) * 30 + ("secret",)),
+        "two": write_rows(tmp_path / "two.csv", "note,mood", [("secret", "1")] * 200),
         "none": tmp_path / "none.csv",
         "nohead": tmp_path / "nohead.csv",
         "header": write_table(tmp_path / "header.csv", rows=0),

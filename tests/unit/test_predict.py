@@ -19,6 +19,7 @@ import torch
 
 import post_dist
 from post_dist.artifacts.head import LinearHead
+from post_dist.config.label_names import label_fault
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of, file_digests
 from post_dist.serving.texts import read_texts
@@ -261,3 +262,26 @@ def test_labels_that_cannot_be_handed_on_are_found_in_the_run_file(tmp_path: Pat
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(InputError, match="at most 100 printable characters"):
             post_dist.load_run(tmp_path / "bad.yaml")
+
+
+def test_label_names_of_any_script_are_handed_on(tmp_path: Path, model: Path) -> None:
+    # Persian and Hindi join letters by characters without a width, as composed emoji do.
+    joined = (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f469\u200d\U0001f680",
+    )
+    assert [label_fault(label) for label in joined] == [None] * 3
+    task = replace(served.TASK, label_names=joined[:2])
+    folder = served.write_prompt(tmp_path / "joined", model, task)
+    (found,) = post_dist.load_prompt(folder).predict(["a film"], model)
+    assert found.label in joined
+    # Elsewhere, they would only make two labels look alike.
+    for label in (
+        "no\u200dt",
+        "\u0645\u200c",
+        "\u200c\u0645",
+        "\u0645\u200c\u200d\u0645",
+        "\u0645\u200c b",
+    ):
+        assert "does not print" in str(label_fault(label))
