@@ -188,17 +188,17 @@ def _answer(task: Task, written: str, row: int, where: str) -> int | str:
     if written in labels:
         return labels.index(written)
     # A label is the same with white space around it, and 1.0 is 1.
-    plain = list(map(_plain, labels))
-    if _plain(written) not in plain:
+    plain = list(map(plain_label, labels))
+    if plain_label(written) not in plain:
         raise InputError(
             f"{where}: row {row} has a label in column '{task.label_column}' "
             f"that is not in {where}.labels",
             f"add it there with a word, or change the row; {where}.labels has {', '.join(labels)}",
         )
-    return plain.index(_plain(written))
+    return plain.index(plain_label(written))
 
 
-def _plain(label: str) -> str:
+def plain_label(label: str) -> str:
     """Return a label without white space around it; a whole number without decimals."""
     found = re.fullmatch(r"(-?\d+)\.0+", label.strip())
     return label.strip() if found is None else found[1]

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from post_dist.config.label_names import MOST_LABEL_CHARACTERS, label_fault
 from post_dist.config.sources import Task
-from post_dist.data.tasks import AnsweredRow, answered_rows, undisputed
+from post_dist.data.tasks import AnsweredRow, answered_rows, plain_label, undisputed
 from post_dist.draft.columns import MOST_CLASSES, Columns
 from post_dist.errors import InputError
 
@@ -51,7 +51,9 @@ def read_labels(data: Path, columns: Columns) -> Labels:
         label_column=columns.label,
         user_column=columns.user,
     )
-    rows = answered_rows(section, "train", "--data")
+    rows = []
+    for row in answered_rows(section, "train", "--data"):
+        rows.append(replace(row, written=plain_label(row.written)))
     # A label of disputed texts alone counts as rare: the stages refuse a row with an unknown label.
     labels = _labels_of(rows, columns.label)
     label_of = undisputed((row.user, row.text, row.written) for row in rows)
