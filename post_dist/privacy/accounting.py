@@ -270,16 +270,17 @@ def _composed(plans: Sequence[PrivacyPlan]) -> PrivacyAccountant:
 
 def _interval(plans: Sequence[PrivacyPlan]) -> float:
     """Return the discretization interval for the published epsilon of runs."""
-    least_noise = min(plan.noise_multiplier for plan in plans)
-    fits = _least_loss(plans) >= _INTERVALS_IN_A_LOSS * FINE
-    return FINE if fits or least_noise < _LEAST_NOISE_FOR_FINEST else FINE / 5
+    return FINE if _least_loss(plans) >= _INTERVALS_IN_A_LOSS * FINE else FINE / 5
 
 
 def _least_loss(plans: Sequence[PrivacyPlan]) -> float:
     """Return the least of the plans' losses of a step, each as a root mean square.
 
-    That of Poisson sampling is q (exp(1 / sigma^2) - 1)^(1/2) to first order in q.
+    That of Poisson sampling is q (exp(1 / sigma^2) - 1)^(1/2) to first order in q. It is infinite
+    here for a sigma so small that a finer interval is not worth its time.
     """
+    if min(plan.noise_multiplier for plan in plans) < _LEAST_NOISE_FOR_FINEST:
+        return math.inf
     return min(
         plan.sampling_probability * math.sqrt(math.expm1(plan.noise_multiplier**-2))
         for plan in plans
