@@ -3,7 +3,7 @@
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,12 @@ import torch
 
 from post_dist.admission.quarantine import Quarantined, quarantined
 from post_dist.admission.refusal import refusing
+from post_dist.artifacts.head import LinearHead
+from post_dist.artifacts.lora import Lora
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, ArtifactKind, Manifest
+from post_dist.artifacts.prefix import Prefix
 from post_dist.artifacts.prompt import PRIVACY, SoftPromptArtifact, read_prompt_files
+from post_dist.config.stages import AdapterName
 from post_dist.errors import ArtifactRefused, printable
 from post_dist.files import make_folder, put_in_place
 
@@ -27,6 +31,13 @@ _DESCRIPTION = frozenset(("config.json", "tokenizer.json", "tokenizer_config.jso
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PERPLEXITY = re.compile(r"teacher|student( after [0-9]{1,18} more tokens)?")
 """Names of the models whose perplexity a student's manifest states."""
+_ADAPTERS: Mapping[type, AdapterName] = {
+    type(None): "prompt",
+    LinearHead: "head",
+    Lora: "lora",
+    Prefix: "prefix",
+}
+"""What `tune.adapter` calls each kind of adapter."""
 _PARENTS = {
     "student": {"teacher"},
     "public prompt": {"teacher", "student"},
@@ -72,9 +83,37 @@ def check_prompt(inside: Quarantined, kind: ArtifactKind) -> SoftPromptArtifact:
     if prompt.privacy is not None:
         problems = statement_problems(prompt.privacy)
         problems += settings_problems(prompt.privacy, inside.manifest.config)
+        if _lacks_privacy_settings(inside.manifest):
+            problems.append("the manifest does not hold the settings of its privacy")
         if problems:
             raise ArtifactRefused(f"{PRIVACY}: {'; '.join(problems)}")
+    problems = _tuning_problems(prompt)
+    if problems:
+        raise ArtifactRefused(f"{FILE_NAME}: {'; '.join(problems)}")
     return prompt
+
+
+def _lacks_privacy_settings(manifest: Manifest) -> bool:
+    """Return whether a tuned prompt has no settings to compare its privacy statement with."""
+    # A transfer passes the statement of its source on, and holds none of the owner's settings.
+    is_transferred = "source prompt" in manifest.parents
+    return not is_transferred and not isinstance(manifest.config.get("privacy"), dict)
+
+
+def _tuning_problems(prompt: SoftPromptArtifact) -> list[str]:
+    """Describe where a prompt is not what the settings of its tuning give."""
+    settings = prompt.manifest.config.get("tune")
+    if not isinstance(settings, dict):
+        return []
+    problems = []
+    count = settings.get("num_virtual_tokens")
+    is_right = type(count) is int and count == len(prompt.embeddings)
+    if count is not None and not is_right:
+        problems.append("tune.num_virtual_tokens is not the number of its vectors")
+    # Version 0.1.0 tuned nothing but prompts.
+    if settings.get("adapter", "prompt") != _ADAPTERS[type(prompt.adapter)]:
+        problems.append("tune.adapter is not what was tuned")
+    return problems
 
 
 def admit_student(folder: Path, place: Path, keys: Sequence[str] = ()) -> Path:

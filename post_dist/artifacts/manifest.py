@@ -20,7 +20,9 @@ ArtifactKind = Literal["student", "public prompt", "soft prompt", "evaluation"]
 FILE_NAME = "post_dist.json"
 SIGNATURE = f"{FILE_NAME}.sig"
 """Signature of the manifest, which `post-dist sign` adds. It is not one of the listed files."""
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+_PARTLY_HASHED = 1
+"""The schema version whose digest covers neither settings nor tokenizer."""
 SIZE_LIMIT_BYTES = 1 << 20
 """Size limit of a manifest, which lists about ten files. A larger one is refused unparsed."""
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "peft")
@@ -51,8 +53,19 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The artifact's own sha256, over kind, files and parents."""
-        return digest_of({"kind": self.kind, "files": self.files, "parents": self.parents})
+        """The artifact's own sha256, over the whole manifest.
+
+        What was made from an artifact of schema version 1 names the digest that it had then.
+        """
+        # Whoever changes the version of a newer manifest gets another digest too.
+        if self.schema_version == _PARTLY_HASHED:
+            return digest_of({"kind": self.kind, "files": self.files, "parents": self.parents})
+        return digest_of(asdict(self))
+
+    @property
+    def digest_covers_settings(self) -> bool:
+        """Whether the digest changes with the settings."""
+        return self.schema_version != _PARTLY_HASHED
 
 
 def write_artifact(
@@ -98,7 +111,8 @@ def write_artifact(
         (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")
         # The check reads the folder with its manifest, as its receiver will.
         check(folder)
-        written.append(manifest)
+        # Its digest is that of the manifest as everybody else reads it.
+        written.append(parse_manifest(folder / FILE_NAME))
 
     write_folder(destination, fill_and_list)
     return written[0]
@@ -132,7 +146,7 @@ def parse_manifest(path: Path) -> Manifest:
     """Read a manifest without looking at the files that it lists.
 
     Raises:
-        ArtifactRefused: it is not a manifest of this schema version.
+        ArtifactRefused: it is not a manifest of a known schema version.
     """
     refused = ArtifactRefused(f"{path} cannot be read as a manifest")
     try:
@@ -147,10 +161,10 @@ def parse_manifest(path: Path) -> Manifest:
         raise refused from None
     if not is_sound:
         raise refused
-    if manifest.schema_version != _SCHEMA_VERSION:
+    if manifest.schema_version not in (_PARTLY_HASHED, _SCHEMA_VERSION):
         raise ArtifactRefused(
             f"{path} has schema version {manifest.schema_version}, "
-            f"this post_dist reads {_SCHEMA_VERSION}"
+            f"this post_dist reads {_PARTLY_HASHED} and {_SCHEMA_VERSION}"
         )
     return manifest
 

@@ -31,6 +31,8 @@ _ADAPTERS = {"head": "linear head", "lora": "LoRA", "prefix": "prefix"}
 PREFIX_TUNING = "PREFIX_TUNING"
 """PEFT's name of a prefix."""
 _DETAIL_LENGTH = 120
+_MATCH = "files match their hashes"
+_OLDER_MATCH = f"{_MATCH}; nothing covers the settings (older version)"
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def _described(role: str, folder: Path, inside: Quarantined) -> ReportedArtifact
         role,
         inside.manifest.digest,
         folder,
-        check="files match their hashes",
+        check=_MATCH if inside.manifest.digest_covers_settings else _OLDER_MATCH,
         intact=True,
         config=inside.manifest.config,
         privacy=privacy_claim(copy),

@@ -69,6 +69,18 @@ def privacy(**fields: Any) -> Change:
     return edit_json("privacy.json", **fields)
 
 
+def edit_tune(**fields: Any) -> Change:
+    """Return a change of the settings of tuning in the manifest."""
+
+    def change(folder: Path) -> None:
+        path = folder / "post_dist.json"
+        manifest = json.loads(path.read_text())
+        manifest["config"]["tune"] |= fields
+        path.write_text(json.dumps(manifest))
+
+    return change
+
+
 def put_number(field: str, digits: str) -> Change:
     """Return a change of a claim to a number that Python does not write."""
 
@@ -169,6 +181,14 @@ REFUSED: dict[str, Change] = {
     "a manifest without privacy": edit_json(
         "post_dist.json", config={"privacy": {"enabled": False}}
     ),
+    "a manifest that says nothing of privacy": edit_json("post_dist.json", config={"tune": {}}),
+    "a manifest with privacy that is none": edit_json(
+        "post_dist.json", config={"tune": {}, "privacy": [True]}
+    ),
+    "a manifest with more vectors": edit_tune(num_virtual_tokens=99),
+    "a manifest with vectors that are true": edit_tune(num_virtual_tokens=True),
+    "a manifest with another adapter": edit_tune(adapter="lora"),
+    "a manifest with an adapter that is a list": edit_tune(adapter=["prompt"]),
     "epsilon as text": privacy(epsilon="0.01"),
     "infinite steps": privacy(steps=10**30),
     "delta 1": privacy(delta=1.0),

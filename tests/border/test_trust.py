@@ -136,6 +136,23 @@ def test_a_prompt_is_bound_to_every_file_of_its_student(tmp_path: Path, name: st
     assert parse_manifest(student / FILE_NAME).digest != before
 
 
+MANIFEST_CHANGES: dict[str, Change] = {
+    "a setting": edit_json(FILE_NAME, config={"distill": {"steps": 9}}),
+    "the tokenizer": edit_json(FILE_NAME, tokenizer="f" * 64),
+    "a version": edit_json(FILE_NAME, versions={"torch": "0"}),
+    "the version of its format": edit_json(FILE_NAME, schema_version=1),
+}
+
+
+@pytest.mark.parametrize("name", MANIFEST_CHANGES)
+def test_a_prompt_is_bound_to_the_whole_manifest_of_its_student(tmp_path: Path, name: str) -> None:
+    student = tiny.write_student(tmp_path / "student")
+    before = parse_manifest(student / FILE_NAME).digest
+    assert read_manifest(student, "student").digest == before
+    MANIFEST_CHANGES[name](student)
+    assert parse_manifest(student / FILE_NAME).digest != before
+
+
 def test_the_fingerprint_of_a_model_covers_every_byte(tmp_path: Path) -> None:
     content = bytearray(12 << 20)
     (tmp_path / "config.json").write_text("{}")

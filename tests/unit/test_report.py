@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import report_run
 from border.hostile import sign
 from report_run import HOSTILE, table_row, write_full_run, write_table
 
+from post_dist.artifacts.manifest import parse_manifest
 from post_dist.config.yaml_files import write_yaml
 from post_dist.privacy.anchor import claim_anchor, default_anchor_folder
 from post_dist.privacy.ledger import lock_ledger
@@ -150,6 +152,29 @@ def test_the_lineage_is_what_the_evaluation_recorded_and_its_files_are_checked(
     assert page.count("✓ files match their hashes") == 3
     assert page.count("✗ files were changed") == 1
     assert "77 steps" not in page
+
+
+def test_settings_that_the_evaluation_has_not_seen_are_not_shown(tmp_path: Path) -> None:
+    evaluation = write_full_run(tmp_path)
+    path = tmp_path / "tune-1/artifact/post_dist.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["tune"]["num_virtual_tokens"] = 99
+    path.write_text(json.dumps(manifest))
+    page = page_of(evaluation)
+    assert page.count("✓ files match their hashes") == 2
+    assert "99 prompt vectors" not in page
+
+
+def test_nothing_vouches_for_the_settings_of_an_older_artifact(tmp_path: Path) -> None:
+    """The digest of its manifest covers its files alone."""
+    write_full_run(tmp_path)
+    path = tmp_path / "distill-1/artifact/post_dist.json"
+    manifest = json.loads(path.read_text()) | {"schema_version": 1}
+    path.write_text(json.dumps(manifest))
+    student = parse_manifest(path).digest
+    shutil.rmtree(tmp_path / "evaluate-0")
+    page = page_of(write_table(tmp_path, ROW, student=student))
+    assert "✓ files match their hashes; nothing covers the settings (older version)" in page
 
 
 @pytest.mark.parametrize(
