@@ -1,5 +1,6 @@
 """The commands for the privacy cost of a run: planned, spent, and audited."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
@@ -19,6 +20,7 @@ from post_dist.commands.options import (
     with_epsilon,
 )
 from post_dist.commands.printing import print_json, print_numbers, refuse
+from post_dist.config.privacy import LEAST_DELTA
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError, PostDistError, PrivacyRefused
 from post_dist.runtime.ranks import leave_ranks, this_rank
@@ -59,7 +61,7 @@ def budget(
     delta: Annotated[
         float | None,
         typer.Option(
-            min=0,
+            min=LEAST_DELTA,
             max=1,
             help="Delta of the total; default: the cap's, or the smallest of the runs.",
         ),
@@ -94,6 +96,8 @@ def budget(
 
 def budget_lines(result: Mapping[str, Any]) -> list[str]:
     """Write a budget as a sentence, and a bar for the epsilon of each run and of all together."""
+    from post_dist.artifacts.card import plain
+
     cap = result["cap"]
     limit = "" if cap is None else f" of {cap:g}"
     end = "; no limit is set." if cap is None else "."
@@ -111,16 +115,22 @@ def budget_lines(result: Mapping[str, Any]) -> list[str]:
     lines.append(f"{'together':<16}  {_bar_of(result, whole)}")
     if result["anchor"] is not None:
         lines.append(f"The anchor {result['anchor']} shows no removed row.")
-    return lines
+    # A path may hold characters that steer a terminal.
+    return [plain(line) for line in lines]
 
 
 def _epsilon(entry: Mapping[str, Any]) -> str:
-    return f"{entry['epsilon']:.3f}" if entry["private"] else "infinity"
+    return f"{entry['epsilon']:.3f}" if _is_bounded(entry) else "infinity"
 
 
 def _bar_of(entry: Mapping[str, Any], whole: float) -> str:
-    share = entry["epsilon"] / whole if entry["private"] else 1.0
+    share = entry["epsilon"] / whole if _is_bounded(entry) else 1.0
     return f"{bar(share)} {_epsilon(entry):>8}"
+
+
+def _is_bounded(entry: Mapping[str, Any]) -> bool:
+    """Return whether there is an epsilon. An accountant may find none for much spending."""
+    return bool(entry["private"] and math.isfinite(entry["epsilon"]))
 
 
 class Attack(StrEnum):

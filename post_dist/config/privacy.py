@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section
 
+LEAST_DELTA = 1e-12
+"""Smallest delta that the accountants take. Further below, epsilon comes out as infinity."""
+
 
 class Privacy(Section):
     """The plan of a private run. It is public: what `init` rounds from private data is released."""

@@ -22,7 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from post_dist.artifacts.strict_json import read_dataclass
 from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.errors import ArtifactRefused, InputError, PostDistError, PrivacyRefused
@@ -33,6 +37,8 @@ from post_dist.runtime.private_process import owner_only
 log = logging.getLogger(__name__)
 
 _LOCK = "lock"
+_MOST_BYTES = 16 << 20
+"""Size of an anchor that knows about 200,000 versions of the data."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class AnchorRecord:
     """
 
     ledger: str
-    rows: int
+    rows: Annotated[int, Field(ge=0)]
     first: str
     last: str
     salt: str
@@ -403,11 +409,14 @@ def _read_record(file: Path) -> AnchorRecord:
         ArtifactRefused: the file is not an anchor.
     """
     try:
-        fields = json.loads(file.read_text())
-        return AnchorRecord(**fields | {"data": tuple(fields["data"])})
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_dataclass(file, AnchorRecord, _MOST_BYTES)
+    except (OSError, ValueError):
+        # It may be that of these data: nothing else tells whose it is. Without it, a run could
+        # begin a second ledger for them.
         raise ArtifactRefused(
-            f"{file} is not the anchor of a privacy ledger", "restore it from a copy"
+            f"{file} is not the anchor of a privacy ledger",
+            "restore it from a copy; without it, nothing knows which data have spent from its "
+            "ledger",
         ) from None
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from post_dist.config.privacy import LEAST_DELTA
 from post_dist.errors import InputError
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
@@ -53,13 +54,13 @@ def budget_of(path: Path, delta: float | None, anchors: Path | None = None) -> d
             need not be one.
 
     Raises:
-        InputError: the file cannot be read, delta is not from 0 to 1, or `anchors` holds no anchor
-            of the ledger.
+        InputError: the file cannot be read, delta is not from 1e-12 to 1, or `anchors` holds no
+            anchor of the ledger.
         ArtifactRefused: the ledger was changed.
     """
     # NaN passes the comparisons of the command line.
-    if delta is not None and not 0 <= delta <= 1:
-        raise InputError(f"--delta must be from 0 to 1, not {delta:g}")
+    if delta is not None and not LEAST_DELTA <= delta <= 1:
+        raise InputError(f"--delta must be from {LEAST_DELTA:g} to 1, not {delta:g}")
     # A run may add rows at any time. The ledger, read last, has at least those of its anchor.
     anchor = _anchor(path, anchors)
     lines = ledger_lines(path)
@@ -70,13 +71,13 @@ def budget_of(path: Path, delta: float | None, anchors: Path | None = None) -> d
     if delta is None:
         delta = _usual_delta(spending)
     runs = [_budget_row(run, alone, delta) for run, alone in spending.runs.items()]
-    total = composed_epsilon(spending.plans(), delta)
+    plans = spending.plans()
     cap = spending.cap
     return {
         "ledger": str(path),
-        "epsilon": total,
+        "epsilon": composed_epsilon(plans, delta),
         "delta": delta,
-        "private": total < math.inf,
+        "private": all(plan.private for plan in plans),
         "cap": None if cap is None else cap.epsilon,
         "cap_delta": None if cap is None else cap.delta,
         "anchor": None if anchor is None else str(anchor.file),
@@ -96,15 +97,15 @@ def change_cap(
         anchors: folder with the anchor of the ledger. None takes that in the owner's home.
 
     Raises:
-        InputError: there is no such ledger, epsilon is no positive number, delta is not between
-            0 and 1, or `anchors` holds no anchor of the ledger.
+        InputError: there is no such ledger, epsilon is no positive number, delta is below 1e-12
+            or not below 1, or `anchors` holds no anchor of the ledger.
         PrivacyRefused: a run holds the ledger.
         ArtifactRefused: the ledger was changed.
     """
     if not 0 < epsilon < math.inf:
         raise InputError(f"--cap must be a number above zero, not {epsilon:g}")
-    if delta is not None and not 0 < delta < 1:
-        raise InputError(f"--delta must be between 0 and 1, not {delta:g}")
+    if delta is not None and not LEAST_DELTA <= delta < 1:
+        raise InputError(f"--delta must be from {LEAST_DELTA:g} to below 1, not {delta:g}")
     if not path.is_file():
         raise InputError(f"there is no privacy ledger {path}", "the first private run makes it")
     # A file that is no ledger gets no anchor, and a mistyped folder neither.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from dp_accounting import DpEvent, dp_event
 
+from post_dist.config.privacy import LEAST_DELTA
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 from post_dist.privacy.sampling import PoissonSampler, Sampler
@@ -28,7 +29,7 @@ _BOUNDS = {
     "sampling_probability": (1e-12, 1),
     "steps": (1, 10**6),
     "max_grad_norm": (1e-6, 1e6),
-    "delta": (1e-12, 1),
+    "delta": (LEAST_DELTA, 1),
     "expected_batch_size": (1e-6, 1e9),
     "declared_examples": (2, 10**9),
     "mean_trials": (1.001, 1e4),

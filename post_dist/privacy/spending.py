@@ -3,17 +3,22 @@
 import errno
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from post_dist.config.privacy import LEAST_DELTA
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.privacy.plan import PrivacyPlan
 
 _MOST_BYTES = 1 << 30
 """Size of a ledger of about 4 million steps."""
+_RUN = re.compile(r"[0-9A-Za-z_-]{1,64}")
+"""Name of a run."""
 _ROW_START = '{"row": "'
 """Every row begins with its kind."""
 
@@ -129,7 +134,10 @@ class DataSpending:
             plan = PrivacyPlan(**row["plan"])
             if plan.out_of_bounds():
                 raise ValueError(row["run"])
-            self.runs[row["run"]] = Spending(plan, str(row["opened"]))
+            # The name is printed.
+            if not _RUN.fullmatch(row["run"]):
+                raise ValueError(row["run"])
+            self.runs[row["run"]] = Spending(plan, _time(row["opened"]))
         elif kind == "step":
             place = (int(row["trial"]), int(row["step"]))
             self.runs[row["run"]].intents.setdefault(place, set()).add(str(row["commitment"]))
@@ -142,10 +150,22 @@ class DataSpending:
             raise ValueError(kind)
 
 
+def _time(text: str) -> str:
+    """Return a time as `isoformat` writes it, such as 2026-11-28T07:56:19+00:00.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    # The parser takes any character between the date and the time.
+    if datetime.fromisoformat(text).isoformat() != text:
+        raise ValueError(text)
+    return text
+
+
 def _cap(row: dict[str, Any]) -> Cap:
     epsilon = row["epsilon"]
     cap = Cap(None if epsilon is None else float(epsilon), float(row["delta"]))
-    if not 0 < cap.delta < 1 or not (cap.epsilon is None or cap.epsilon > 0):
+    if not LEAST_DELTA <= cap.delta < 1 or not (cap.epsilon is None or cap.epsilon > 0):
         raise ValueError(row)
     return cap
 

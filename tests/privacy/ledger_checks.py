@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -661,12 +662,85 @@ def no_plan_of_a_ledger_breaks_the_accountants() -> None:
     ]
     for changes in bad:
         with folder() as place:
-            row = {"row": "opened", "run": "a", "opened": "", "plan": asdict(plan_of()) | changes}
-            start = part("privacy.spending").NO_ROW
-            path = place / "ledger.jsonl"
-            path.write_text(json.dumps(row | {"previous": start}) + "\n")
-            read = partial(part("privacy.budget").budget_of, path, None)
-            assert refused(read, "ArtifactRefused", "is not a ledger row"), f"{changes} was read"
+            changed = {"plan": asdict(plan_of()) | changes}
+            assert refused_row(place, changed), f"{changes} was read"
+
+
+def no_name_or_time_of_a_ledger_steers_a_terminal() -> None:
+    """`budget` prints both."""
+    now = "2026-11-28T07:56:19+00:00"
+    names = ["a\x1b[2J", "a\nb", "a b", "", "a" * 65, "\u0661", 7, None, ["a"]]
+    times = ["", "2026-11-28", now.replace("T", "\x1b"), f"{now}\n", "today", 2026, None, [now]]
+    bad = [{"run": name} for name in names] + [{"opened": time} for time in times]
+    for changes in bad:
+        with folder() as place:
+            assert refused_row(place, changes), f"{changes} was read"
+    with folder() as place:
+        assert not refused_row(place, {})
+
+
+def refused_row(place: Path, changes: dict[str, Any]) -> bool:
+    """Return whether a ledger whose first row has these changes is refused."""
+    row = {"row": "opened", "run": "a", "opened": "2026-11-28T07:56:19+00:00"}
+    row |= {"plan": asdict(plan_of())} | changes
+    path = place / "ledger.jsonl"
+    path.write_text(json.dumps(row | {"previous": part("privacy.spending").NO_ROW}) + "\n")
+    read = partial(part("privacy.budget").budget_of, path, None)
+    return refused(read, "ArtifactRefused", "is not a ledger row")
+
+
+def no_delta_below_that_of_a_plan_is_taken() -> None:
+    """Far below, an accountant finds an infinite epsilon."""
+    budget = part("privacy.budget")
+    with folder() as place:
+        train_toy(place, fresh_source("a"), plan_of())
+        path = place / "ledger.jsonl"
+        before = path.read_bytes()
+        for delta in (0.0, 1e-300, -1.0, 2.0, math.nan):
+            read = partial(budget.budget_of, path, delta, place / "anchors")
+            assert refused(read, "InputError", "--delta must be from 1e-12 to 1"), f"{delta}"
+            set_cap = partial(budget.change_cap, path, 5.0, delta, place / "anchors")
+            assert refused(set_cap, "InputError", "--delta must be from 1e-12"), f"{delta}"
+        assert path.read_bytes() == before
+        assert budget.budget_of(path, 1e-12, place / "anchors")["private"] is True
+        lines = before.decode().splitlines(keepends=True)
+        cap = {"row": "cap", "epsilon": 5.0, "delta": 1e-300}
+        path.write_text("".join([*lines, chained(lines, cap)]))
+        read = partial(budget.budget_of, path, None)
+        assert refused(read, "ArtifactRefused", "is not a ledger row")
+
+
+def an_anchor_that_is_none_is_refused() -> None:
+    anchor = part("privacy.anchor")
+    with folder() as place:
+        find = partial(
+            anchor.claim_anchor, place / "anchors", place / "ledger.jsonl", (), may_move=True
+        )
+        find()
+        (file,) = place.glob("anchors/*.json")
+        honest = json.loads(file.read_text())
+        changes = [
+            *({"rows": rows} for rows in (-1, "1", 1.5, True, None)),
+            *({name: 7} for name in ("ledger", "first", "last", "salt", "data")),
+            {"data": "abc"},
+            {"data": [7]},
+            {"more": 1},
+        ]
+        texts = [json.dumps(honest | change) for change in changes]
+        texts += ["", "[]", "[" * 100_000, '{"a":' * 100_000, "\0" * 100, "{}"]
+        texts.append(file.read_text()[:-1] + ', "rows": 9}')
+        for text in texts:
+            file.write_text(text)
+            assert refused(find, "ArtifactRefused", "is not the anchor"), text[:200]
+        file.unlink()
+        os.mkfifo(file)
+        assert refused(find, "ArtifactRefused", "is not the anchor"), "a pipe"
+        file.unlink()
+        with file.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+        assert refused(find, "ArtifactRefused", "is not the anchor"), "an endless file"
+        file.write_text(json.dumps(honest))
+        assert find().record.rows == 0
 
 
 CHECKS: list[Callable[[], None]] = [
@@ -693,4 +767,7 @@ CHECKS: list[Callable[[], None]] = [
     a_row_without_its_line_break_is_charged,
     an_anchor_forgets_nothing,
     no_plan_of_a_ledger_breaks_the_accountants,
+    no_name_or_time_of_a_ledger_steers_a_terminal,
+    no_delta_below_that_of_a_plan_is_taken,
+    an_anchor_that_is_none_is_refused,
 ]

@@ -116,7 +116,7 @@ def play(place: Path, chance: random.Random) -> Counter:
     runs: dict[str, tuple[PrivacyPlan, list[str]]] = {}
     for number in range(chance.randrange(2, 8)):
         again = [name for name, (plan, sums) in runs.items() if len(sums) <= plan.steps]
-        name = chance.choice([*again, f"run {number}"])
+        name = chance.choice([*again, f"run-{number}"])
         plan, sums = runs.setdefault(name, (chance.choice(PLANS), []))
         begun = path.exists() and path.stat().st_size > 0
         given = chance.choice([cap, cap, None, cap + 1]) if begun else cap

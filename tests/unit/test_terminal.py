@@ -83,6 +83,12 @@ def test_a_budget_is_a_sentence_and_bars() -> None:
     lines = budget_lines(public | {"runs": [seeded]})
     assert lines[0].endswith("epsilon infinity, at delta 1e-05; no limit is set.")
     assert bar(1) in lines[2]
+    # An accountant may find no epsilon for what private runs have spent together.
+    much = whole | {"epsilon": float("inf"), "cap": None, "anchor": "a\x1b[2J\nb"}
+    lines = budget_lines(much | {"runs": [run]})
+    assert lines[0].endswith("epsilon infinity, at delta 1e-05; no limit is set.")
+    assert lines[3] == f"together          {bar(1)} infinity"
+    assert lines[4] == "The anchor a [2J b shows no removed row."
 
 
 def test_tuning_is_followed_by_a_command_if_predict_can_read_the_texts(
