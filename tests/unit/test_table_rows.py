@@ -1,10 +1,12 @@
 """Rows of the comparison table: what each needs, and what it computes."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.schema import Evaluate, RunConfig, Transfer
@@ -15,6 +17,7 @@ from post_dist.models import sharded
 from post_dist.runtime.distributed import World
 from post_dist.stages.evaluate import cached_answers, rows
 from post_dist.stages.evaluate.cached_answers import (
+    CachedAnswers,
     EvaluatedModel,
     EvaluationSplit,
     ModelFolders,
@@ -195,6 +198,49 @@ def test_a_baseline_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
     entries = table_entries(inputs(), first=True)
     assert entries[-1].name == "first class"
     assert len(table_entries(inputs(), first=False)) == len(entries) - 3
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "older", "renamed", "reshaped", "pipe"])
+def test_damaged_answers_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Those of an older version, which have no digest, too."""
+    answers = CachedAnswers.__new__(CachedAnswers)
+    answers._key = {"model": "m"}
+    answers._cache = tmp_path / "answers"
+    answers._world = World(0, 1, 0, "none", torch.device("cpu"))
+    computed = []
+
+    def compute(prompt: None, label: str) -> torch.Tensor:
+        computed.append(label)
+        return torch.arange(6.0).reshape(3, 2)
+
+    monkeypatch.setattr(answers, "_compute", compute)
+    for _ in range(2):
+        assert answers.answers(None, "zero-shot").equal(torch.arange(6.0).reshape(3, 2))
+    assert len(computed) == 1
+    (file,) = answers._cache.iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "bit":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "older":
+        save_file({"answers": torch.zeros(3, 2)}, file)
+    elif damage == "reshaped":
+        file.write_bytes(bytes(content).replace(b"[3,2]", b"[2,3]"))
+    elif damage == "renamed":
+        file.write_bytes(bytes(content).replace(b'"answers"', b'"questio"'))
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    for _ in range(2):
+        assert answers.answers(None, "zero-shot").equal(torch.arange(6.0).reshape(3, 2))
+    assert len(computed) == 2
+    assert list(answers._cache.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 Shapes: N examples, C classes, R tokens of a response, n prompt tokens.
 """
 
+import hashlib
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
 from post_dist.artifacts.run_folder import labels_for_digest, sharding_settings
@@ -19,7 +23,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.data.task_reader import TaskReader
 from post_dist.data.tasks import Examples
-from post_dist.files import digest_of, make_folder, write_file
+from post_dist.files import digest_of, make_folder, write_file, writing
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
@@ -27,6 +31,13 @@ from post_dist.models.load import load_tokenizer, load_whole, tokenizer_fingerpr
 from post_dist.runtime.distributed import World
 from post_dist.runtime.precision import choose_precision
 from post_dist.stages.evaluate.metrics import classification_metrics, response_metrics
+
+log = logging.getLogger(__name__)
+
+_ANSWERS = "answers"
+"""Name of the tensor in a file of answers."""
+_DIGEST = "sha256"
+"""Key in the header of a file for the digest of its answers. Older versions wrote none."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +155,14 @@ class CachedAnswers:
         prompt_digest = None if prompt is None else prompt.manifest.digest
         key = digest_of({**self._key, "prompt": prompt_digest})
         file = self._cache / f"{key[:16]}.safetensors"
-        if not world.on_main(file.exists):
-            computed = self._compute(prompt, label)
-            world.on_main(lambda: self._store(file, computed))
         # Rank 0 reads the file for all ranks, because other nodes may see a new file only later.
-        stored = load_file(file)["answers"] if world.is_main else torch.empty(0)
-        return world.from_main(stored)
+        stored = world.on_main(lambda: self._stored(file, key))
+        if stored is not None:
+            return stored
+        computed = self._compute(prompt, label).cpu()
+        world.on_main(lambda: self._store(file, key, computed))
+        # Ranks may differ in the last bits. A resumed run has those of rank 0.
+        return world.from_main(computed)
 
     def metrics(self, answers: torch.Tensor) -> dict[str, Any]:
         """Compute the metrics of answers.
@@ -169,10 +182,47 @@ class CachedAnswers:
         run = InferenceRun(self._batch_size, self._world, label)
         return answers_of(self._model, self._encoded, self._reader, prompt, run)
 
-    def _store(self, file: Path, computed: torch.Tensor) -> None:
+    def _stored(self, file: Path, key: str) -> torch.Tensor | None:
+        """Return the answers that a file holds; None if they are not stored as they were written.
+
+        Args:
+            file: the file.
+            key: what the answers depend on, as a digest.
+
+        Raises:
+            InputError: the damaged file cannot be removed.
+        """
+        if not file.is_file():
+            return None
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as content:
+            # A flipped bit in the header may leave neither the tensor nor the digest.
+            answers = content.get_tensor(_ANSWERS)
+            if (content.metadata() or {}).get(_DIGEST) == _digest(key, answers):
+                return answers
+        # The name of the file would confirm a guess of the private examples.
+        log.warning(
+            "evaluate: stored answers in %s are damaged, or of an older version: they are computed "
+            "again",
+            self._cache,
+        )
+        with writing(file):
+            file.unlink()
+        return None
+
+    def _store(self, file: Path, key: str, computed: torch.Tensor) -> None:
         # Only the owner may read answers to private examples.
         make_folder(self._cache, mode=0o700)
-        write_file(file, lambda partial: save_file({"answers": computed}, partial))
+        header = {_DIGEST: _digest(key, computed)}
+        write_file(file, lambda partial: save_file({_ANSWERS: computed}, partial, header))
+
+
+def _digest(key: str, answers: torch.Tensor) -> str:
+    """Return the sha256 of answers [N, C] or [N, R], of their shape, and of their key."""
+    # With the key, a file under another file's name is noticed too.
+    digest = hashlib.sha256(f"{key} {answers.dtype} {tuple(answers.shape)}".encode())
+    # numpy has no bfloat16, so the bytes are hashed.
+    digest.update(answers.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_answers(
