@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from post_dist.artifacts.run_folder import ENVIRONMENT
-from post_dist.errors import InputError, Interrupted
+from post_dist.artifacts.strict_json import dataclass_of, parse_object, read_small
+from post_dist.errors import EnvironmentFault, InputError, Interrupted
 from post_dist.files import append_line
 from post_dist.report.runs import RunProgress, progress_below
 from post_dist.runtime.launcher import FINAL_EXIT_CODES
+from post_dist.stages.distill.first_read import read_first
 
 _MOST_RESTARTS = 10
 _SAME_FAILURE = 2
@@ -140,10 +142,10 @@ def _read(record: Path) -> list[Failure]:
     if not record.exists():
         return []
     failures = []
-    for line in record.read_text().splitlines():
+    for line in record.read_text(errors="replace").splitlines():
         # A full disk may have cut a line.
-        with contextlib.suppress(ValueError, TypeError):
-            failures.append(Failure(**json.loads(line)))
+        with contextlib.suppress(ValueError):
+            failures.append(dataclass_of(Failure, parse_object(line.encode())))
     return failures
 
 
@@ -155,7 +157,7 @@ def _step(folder: Path, stage: str, job: str) -> int:
     """
     if stage == "signals":
         # With `distill.cache_gib`, files that the student has read are removed. It says how many.
-        read = sum(int(file.read_text()) for file in folder.glob("teacher-signals-*/first"))
+        read = sum(_first_read(signals) for signals in folder.glob("teacher-signals-*"))
         return read + sum(1 for _ in folder.glob("teacher-signals-*/*/[0-9]*.safetensors"))
     try:
         runs = progress_below(folder)
@@ -166,13 +168,22 @@ def _step(folder: Path, stage: str, job: str) -> int:
     return sum(run.step or 0 for run in own)
 
 
+def _first_read(signals: Path) -> int:
+    """Return how many files of a folder of signals the student has read; 0 if nothing tells it."""
+    try:
+        return read_first(signals)
+    except EnvironmentFault:
+        # The stage itself names the damaged file.
+        return 0
+
+
 def _job_of(folder: Path, run: RunProgress) -> str | None:
     """Return the number of the job in which the newest start of a run took place."""
     try:
-        environment = json.loads((folder / run.run / ENVIRONMENT).read_text())
+        job = read_small(folder / run.run / ENVIRONMENT).get("slurm_job")
     except (OSError, ValueError):
         return None
-    return environment.get("slurm_job") if isinstance(environment, dict) else None
+    return job if isinstance(job, str) else None
 
 
 def _reason(folder: Path, job: str, since: float) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -295,6 +296,22 @@ def test_the_student_moves_between_two_claims(tmp_path: Path) -> None:
     student.join()
     assert files.first_read() == 0
     claims.close()
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "4", "\u0663", " 3", "9" * 5000, "1e3", "\0\0"])
+def test_a_damaged_number_of_the_first_file_is_named(tmp_path: Path, text: str) -> None:
+    files = SignalFiles(tmp_path, 3 * SEQUENCES_A_FILE)
+    assert files.first_read() == 0
+    files.write_first_read(3)
+    assert files.first_read() == 3
+    (tmp_path / "first").write_text(text)
+    with pytest.raises(EnvironmentFault, match="first is damaged") as refused:
+        files.first_read()
+    assert "delete it" in refused.value.hint
+    (tmp_path / "first").unlink()
+    os.mkfifo(tmp_path / "first")
+    with pytest.raises(EnvironmentFault, match="first is damaged"):
+        files.first_read()
 
 
 def test_another_limit_resumes_the_same_run(run: Path) -> None:

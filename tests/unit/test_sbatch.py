@@ -256,6 +256,10 @@ def test_restarts_are_bounded_and_an_equal_failure_is_the_last(tmp_path: Path) -
     # With a limit of the cache, the student says how many files it has read.
     (tmp_path / "teacher-signals-1/first").write_text("7")
     assert decide(137, worker) == (True, "restart 3 of 10: exit code 137 at step 8")
+    (tmp_path / "teacher-signals-1/first").write_text("\0\0")
+    assert decide(137, worker) == (True, "restart 4 of 10: exit code 137 at step 1")
+    (tmp_path / "teacher-signals-1/first").write_text("7")
+    assert decide(137, worker) == (True, "restart 5 of 10: exit code 137 at step 8")
     assert not decide(137, worker)[0]
     assert (tmp_path / "slurm" / "18_1_failures.jsonl").exists()
 
@@ -294,10 +298,12 @@ def test_a_record_that_a_full_disk_has_cut_is_read_on(
     assert fail(tmp_path, 137, 10)[0]
     record = tmp_path / "slurm" / "17_failures.jsonl"
     with record.open("a") as file:
+        file.write('{"time": "x", "exit_code": 1, "step": [], "reason": 7}\n')
+        file.write("[" * 100_000 + "\n")
         file.write('{"time": 1')
     assert fail(tmp_path, 137, 20) == (True, "restart 2 of 3: exit code 137 at step 20")
     assert not fail(tmp_path, 137, 20)[0]
-    assert len(record.read_text().splitlines()) == 4
+    assert len(record.read_text().splitlines()) == 6
     # Without a record, nobody would count the restarts.
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr(restart, "append_line", full)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from post_dist.errors import EnvironmentFault
 from post_dist.files import write_file, writing
+from post_dist.stages.distill.first_read import read_first, write_first
 
 FORMAT = 2
 """Number of this format. The folder's name depends on it, so older files are never read."""
@@ -36,8 +37,6 @@ _OPEN_FILES = 256
 """Files that a reader keeps open. The usual limit of a process is 1,024 open files."""
 _DIGESTS = "sha256"
 """Key in the header of a file for the digests of its sequences."""
-_FIRST = "first"
-"""Name of the file with the number of the first file that the student still reads."""
 
 
 class SignalFiles:
@@ -96,11 +95,12 @@ class SignalFiles:
                 yield file
 
     def first_read(self) -> int:
-        """Return the number of the first file that the student still reads; 0 before it starts."""
-        try:
-            return int((self.folder / _FIRST).read_text())
-        except FileNotFoundError:
-            return 0
+        """Return the number of the first file that the student still reads; 0 before it starts.
+
+        Raises:
+            EnvironmentFault: the file that says so is damaged.
+        """
+        return read_first(self.folder, files_of(self._places))
 
     def write_first_read(self, first: int) -> None:
         """Write the number of the first file that the student still reads.
@@ -109,7 +109,7 @@ class SignalFiles:
             InputError: the folder cannot be written to.
             EnvironmentFault: the disk is full.
         """
-        write_file(self.folder / _FIRST, lambda partial: partial.write_text(str(first)))
+        write_first(self.folder, first)
 
     def empty_slot(self, file: int) -> None:
         """Remove other files in the slot of a file, and unfinished ones of dead processes.
