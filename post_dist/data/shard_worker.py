@@ -91,6 +91,9 @@ def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
 
 def _wait_until_made(process: subprocess.Popen[bytes]) -> None:
     for line in cast(IO[bytes], process.stdout):
+        # A worker that is killed may leave the beginning of a line.
+        if not line.endswith(b"\n"):
+            break
         answer: dict[str, Any] = json.loads(line)
         phase(f"tokenizing the corpus, unit {answer['unit']}")
         # Only the fields of the error cross the border of the process.

@@ -42,6 +42,6 @@ def _evaluations(path: Path) -> set[str]:
     found = set()
     for line in path.read_bytes().splitlines() if path.exists() else []:
         # A full disk, or the end of a process, may have cut a line.
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             found.add(str(json.loads(line)["evaluation"]))
     return found

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
+from post_dist.artifacts.strict_json import read_dataclass
 from post_dist.config.sources import Corpus
 from post_dist.data.corpus_files import Unit
 from post_dist.data.documents import documents_of
@@ -37,6 +40,10 @@ _DOCUMENTS_AT_ONCE = 1000
 """Documents in one call of the tokenizer."""
 
 
+_Count = Annotated[int, Field(ge=0, lt=1 << 40)]
+"""A number in a record. The tokens of all parts together fit 64 bits."""
+
+
 @dataclass(frozen=True)
 class PartRecord:
     """The record of a finished part.
@@ -51,11 +58,11 @@ class PartRecord:
         is_last: whether the unit ends with this part.
     """
 
-    unit: int
-    number: int
-    tokens: int
-    documents: int
-    size: int
+    unit: _Count
+    number: _Count
+    tokens: _Count
+    documents: _Count
+    size: _Count
     sha256: str
     is_last: bool
 
@@ -149,12 +156,12 @@ def finished_parts(folder: Path, unit: int) -> list[PartRecord]:
 def read_record(part: Path) -> PartRecord | None:
     """Return the record of a part, or None if the part is not finished."""
     try:
-        record = PartRecord(**json.loads(record_path(part).read_text()))
-        complete = part.stat().st_size == record.size
-    except (OSError, ValueError, TypeError):
+        record = read_dataclass(record_path(part), PartRecord)
+        # A file of another size was cut off by a crash of the machine.
+        is_complete = part.stat().st_size == record.size
+    except (OSError, ValueError):
         return None
-    # A file of another size was cut off by a crash of the machine.
-    return record if complete else None
+    return record if is_complete and record.name == part.name else None
 
 
 def record_path(part: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from post_dist.artifacts.strict_json import dataclass_of, read_small
 from post_dist.data.token_parts import TOKENS, PartRecord
 from post_dist.errors import ArtifactRefused
 from post_dist.files import digest_of, file_digest, write_file
@@ -25,6 +26,8 @@ from post_dist.runtime.watchdog import phase
 FORMAT_VERSION = 1
 INDEX = "index.json"
 """Name of the index. With it, the shards are sealed."""
+_MOST_INDEX_BYTES = 1 << 30
+"""Size of the index of about 5 million parts."""
 _OPEN_PARTS = 256
 """Parts that a reader keeps open. The usual limit of a process is 1,024 open files."""
 _HASHING_THREADS = 8
@@ -91,12 +94,13 @@ def read_index(folder: Path) -> ShardIndex:
     """
     path = folder / INDEX
     try:
-        fields = json.loads(path.read_bytes())
-        parts = [PartRecord(**part) for part in fields["parts"]]
+        fields = read_small(path, _MOST_INDEX_BYTES)
+        parts = [dataclass_of(PartRecord, part) for part in fields["parts"]]
         index = ShardIndex(fields["contents"], parts)
         # Every field is compared, so that no flipped bit passes.
         if index.fields() == fields:
             return index
+    # `parts` may be missing, or anything but a list of objects.
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise ArtifactRefused(

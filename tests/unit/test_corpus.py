@@ -40,10 +40,10 @@ from post_dist.data.make_shards import fill_folder, make_shards
 from post_dist.data.order import RankBatch
 from post_dist.data.sources import read_rows
 from post_dist.data.split_reads import count_split_read
-from post_dist.data.token_parts import DOCUMENT_LENGTHS, TokenizerWork
+from post_dist.data.token_parts import DOCUMENT_LENGTHS, TokenizerWork, finished_parts
 from post_dist.data.token_shards import TokenShards, read_index
 from post_dist.errors import ArtifactRefused, InputError, Interrupted
-from post_dist.files import lock_file
+from post_dist.files import digest_of, lock_file
 from post_dist.privacy.ledger import ledger_beside
 from post_dist.runtime import stop
 from post_dist.runtime.distributed import World
@@ -596,6 +596,52 @@ def test_a_flipped_bit_is_refused_by_name_and_the_part_made_again(tmp_path: Path
         path.unlink()
         assert make_shards(section, WORDS, END, tmp_path / "corpora") == folder
         assert files_of(folder) == sealed
+
+
+def test_an_index_or_a_record_that_holds_anything_is_not_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(texts(60)))
+    section = section_of(tmp_path / "a.txt")
+    folder = make_shards(section, WORDS, END, tmp_path / "corpora")
+    sealed = files_of(folder)
+    index = folder / "index.json"
+    honest = json.loads(index.read_text())
+    strange = ["[" * 100_000, '{"a":' * 100_000, "[]", json.dumps(honest | {"parts": 7})]
+    for changes in (
+        {"tokens": -1},
+        {"tokens": 10**30},
+        {"unit": "x"},
+        {"size": True},
+        {"unit": 1.0},
+    ):
+        strange.append(json.dumps(with_digest(honest, changes)))
+    for text in strange:
+        index.write_text(text)
+        with pytest.raises(ArtifactRefused, match="is not as it was written"):
+            make_shards(section, WORDS, END, tmp_path / "corpora")
+    index.unlink()
+    os.mkfifo(index)
+    with pytest.raises(ArtifactRefused, match="is not as it was written"):
+        make_shards(section, WORDS, END, tmp_path / "corpora")
+    index.unlink()
+
+    # A part whose record is damaged is made again.
+    written = honest["parts"][0]
+    record = folder / "part-000000-0000.json"
+    record.write_text(json.dumps(written))
+    assert len(finished_parts(folder, 0)) == 1
+    for changes in ({"tokens": -1}, {"documents": "x"}, {"unit": 3}, {"sha256": 7}, {"more": 1}):
+        record.write_text(json.dumps(written | changes))
+        assert finished_parts(folder, 0) == []
+    record.write_text("[" * 100_000)
+    assert make_shards(section, WORDS, END, tmp_path / "corpora") == folder
+    assert files_of(folder) == sealed
+
+
+def with_digest(index: dict, changes: dict) -> dict:
+    """Return the fields of an index whose first part has changes, with the digest of all."""
+    first, *others = index["parts"]
+    parts = [first | changes, *others]
+    return index | {"parts": parts, "digest": digest_of([index["contents"], parts])}
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
