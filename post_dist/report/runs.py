@@ -7,7 +7,6 @@ A folder may come from another party. Then its files may hold anything, and what
 steps or seconds is not shown.
 """
 
-import json
 import math
 import os
 import time
@@ -22,12 +21,13 @@ from post_dist.artifacts.run_folder import SETTINGS, is_finished
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
 from post_dist.report.lineage import listed_claim, manifest_of, settings_of, steps_of
+from post_dist.runtime.checkpoint_folders import checkpoint_folders, step_of
+from post_dist.runtime.metric_log import MOST_STEPS, MetricLine, metric_lines
 
 _TAIL_BYTES = 1 << 16
 _SILENT_SECONDS = 60.0
 _SILENT_STEPS = 10
 """A run that has written nothing for this long may have ended, so no time left is given."""
-_MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _public_progress(path: Path, steps: int) -> RunProgress:
     lines = _last_lines(metrics) if metrics.is_file() else []
     if not lines:
         return RunProgress(path.name, "unfinished", step=_checkpoint(path), steps=steps)
-    done = lines[-1].step + 1
+    done = int(lines[-1]["step"]) + 1
     silent = max(time.time() - metrics.stat().st_mtime, 0.0)
     speed = _speed(lines)
     left = None
@@ -200,9 +200,8 @@ def _public_progress(path: Path, steps: int) -> RunProgress:
 
 def _checkpoint(path: Path) -> int:
     """Return the step of the newest checkpoint, or 0 without one."""
-    names = [found.name.removeprefix("step-") for found in path.glob("checkpoints/step-*")]
-    steps = [int(name) for name in names if name.isdecimal()]
-    return max((step for step in steps if step <= _MOST_STEPS), default=0)
+    newest_first = checkpoint_folders(path / "checkpoints")
+    return step_of(newest_first[0]) if newest_first else 0
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -214,55 +213,28 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _whole(value: object) -> int | None:
     """Return a value if it is a number of steps."""
     # True and False do not count as numbers.
-    return value if type(value) is int and 0 <= value <= _MOST_STEPS else None
+    return value if type(value) is int and 0 <= value <= MOST_STEPS else None
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of the metrics: a step, and the seconds since the start of its process."""
-
-    step: int
-    seconds: float
-
-
-def _line(text: bytes) -> _Line:
-    """Read a line of the metrics.
-
-    Raises:
-        ValueError, TypeError, KeyError, OverflowError, RecursionError: it is cut, half written, or
-            no line of the metrics.
-    """
-    line = json.loads(text)
-    step = _whole(line["step"])
-    seconds = float(line["seconds"])
-    if step is None or not math.isfinite(seconds):
-        raise ValueError(text)
-    return _Line(step, seconds)
-
-
-def _last_lines(path: Path) -> list[_Line]:
+def _last_lines(path: Path) -> list[MetricLine]:
     """Read the last lines of a metrics file that one process has written."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
         texts = file.read().split(b"\n")
-    lines: list[_Line] = []
-    for text in texts:
-        try:
-            line = _line(text)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            # The first line may be cut, and the last one may be half written.
-            continue
+    lines: list[MetricLine] = []
+    # The first line may be cut, and the last one may be half written.
+    for line in metric_lines(texts):
         # The clock starts again when a run resumes.
-        if lines and line.seconds < lines[-1].seconds:
+        if lines and line["seconds"] < lines[-1]["seconds"]:
             lines.clear()
         lines.append(line)
     return lines
 
 
-def _speed(lines: Sequence[_Line]) -> float | None:
+def _speed(lines: Sequence[MetricLine]) -> float | None:
     """Return the steps per second of these lines, or None if they are too few."""
-    seconds = lines[-1].seconds - lines[0].seconds
-    steps = lines[-1].step - lines[0].step
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    steps = lines[-1]["step"] - lines[0]["step"]
     # Numbers of others may give zero or infinity.
     speed = steps / seconds if seconds > 0 else 0.0
     return speed if 0 < speed < math.inf else None

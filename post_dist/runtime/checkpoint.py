@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from post_dist.artifacts.strict_json import read_small
 from post_dist.files import file_digests, write_folder
+from post_dist.runtime.checkpoint_folders import checkpoint_folders, step_of
 from post_dist.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ KEEP = 2
 """Number of checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
 _TENSORS = "state.safetensors"
 SEAL = "checkpoint.json"
+_MOST_SEAL_BYTES = 16 << 20
+"""Size of the seal of a checkpoint of 150,000 ranks."""
 
 
 def newest_step(folder: Path) -> int:
@@ -31,7 +35,7 @@ def newest_step(folder: Path) -> int:
 
     A damaged checkpoint is named in the log and deleted.
     """
-    return _newest(_newest_first(folder), is_whole, _discard)
+    return _newest(checkpoint_folders(folder), is_whole, _discard)
 
 
 def save_tensors(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -148,7 +152,7 @@ def start_step(
     # Only rank 0 lists the folder, because other ranks could see it half deleted.
     if world.is_main and resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    found = world.from_main(_newest_first(folder) if world.is_main else [])
+    found = world.from_main(checkpoint_folders(folder) if world.is_main else [])
     step = _newest(found, whole or read_by_main, discard)
     if step:
         # A private search keeps the checkpoints of each trial in a subfolder. The number of trials
@@ -171,10 +175,10 @@ def seal(folder: Path, digests: dict[str, str] | None = None) -> None:
 def sealed_digests(folder: Path) -> dict[str, str] | None:
     """Return the digests in a folder's seal, or None if it has no seal that can be read."""
     try:
-        sealed = json.loads((folder / SEAL).read_text())
+        sealed = read_small(folder / SEAL, _MOST_SEAL_BYTES)
     except (OSError, ValueError):
         return None
-    return sealed if isinstance(sealed, dict) else None
+    return sealed if all(isinstance(digest, str) for digest in sealed.values()) else None
 
 
 def is_whole(folder: Path) -> bool:
@@ -195,15 +199,9 @@ def _newest(
     """Return the step of the first undamaged checkpoint, and discard those before it."""
     for path in newest_first:
         if whole(path):
-            return _step_of(path)
+            return step_of(path)
         discard(path)
     return 0
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    # Somebody may have put a copy beside them, such as step-20.bak.
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=_step_of, reverse=True)
 
 
 def _discard(path: Path) -> None:
@@ -211,11 +209,7 @@ def _discard(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def drop_old(folder: Path) -> None:
     """Delete all checkpoints in a folder but the newest ones."""
-    for old in _newest_first(folder)[KEEP:]:
+    for old in checkpoint_folders(folder)[KEEP:]:
         shutil.rmtree(old)

@@ -256,8 +256,32 @@ def test_what_lies_beside_checkpoints_harms_none(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-2", tmp_path / "step-2.bak")
     (tmp_path / "step-2" / ".nfs0000000003c4").touch()
     assert newest_step(tmp_path) == 2
+    # Other digits, a number in another form, a file, a link and a pipe are no checkpoints either.
+    beside = ["step-2.bak", "step-1\u0662", "step-\u00b2", "step-09", f"step-{'9' * 200}"]
+    for name in beside[1:]:
+        shutil.copytree(tmp_path / "step-2", tmp_path / name)
+    (tmp_path / "step-7").write_text("")
+    (tmp_path / "step-8").symlink_to("step-2.bak")
+    os.mkfifo(tmp_path / "step-9")
+    assert newest_step(tmp_path) == 2
     save_tensors(tmp_path, 3, {"a": torch.zeros(1)})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-2.bak", "step-3"]
+    left = ["step-2", "step-3", *beside, "step-7", "step-8", "step-9"]
+    assert {path.name for path in tmp_path.iterdir()} == set(left)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[]", '{"state.safetensors": 7}', "\xff"]
+)
+def test_a_seal_that_holds_anything_is_that_of_a_damaged_checkpoint(
+    tmp_path: Path, text: str
+) -> None:
+    for step in (1, 2):
+        save_tensors(tmp_path, step, {"a": torch.zeros(1)})
+    (tmp_path / "step-2" / checkpoint.SEAL).write_text(text, encoding="latin-1")
+    assert newest_step(tmp_path) == 1
+    (tmp_path / "step-1" / checkpoint.SEAL).unlink()
+    os.mkfifo(tmp_path / "step-1" / checkpoint.SEAL)
+    assert newest_step(tmp_path) == 0
 
 
 def test_a_copy_that_cannot_be_written_is_only_said(

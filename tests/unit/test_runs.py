@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -98,6 +99,8 @@ def test_files_of_others_hold_anything(
     (run / "metrics.jsonl").write_text(metrics)
     private = write_unfinished(tmp_path / "runs/tune-1a2b3c4d", tune=[1], privacy=[1])
     (private / "checkpoints" / f"step-{'9' * 200}").mkdir(parents=True)
+    (private / "checkpoints" / "step-1\u0662").mkdir()
+    (private / "checkpoints" / "step-9").write_text("")
     os.utime(private / "resolved.yaml", (2**40, 2**40))
     (tmp_path / "runs/other").mkdir()
     (tmp_path / "runs/other/post_dist.json").symlink_to("nowhere")
@@ -388,5 +391,21 @@ def test_a_line_of_metrics_that_a_full_disk_has_cut_is_left_out(tmp_path: Path) 
     for step in (1, 2):
         metrics.write(step, loss=0.5)
     assert [line["step"] for line in read_metric_log(path)] == [0, 1, 2]
+    with path.open("ab") as file:
+        for text in (
+            b"[1]",
+            b"7",
+            b'{"seconds": 1}',
+            b'{"step": 4, "seconds": 1, "loss": "low"}',
+            b'{"step": 4, "seconds": 1, "loss": ' + b"9" * 400 + b"}",
+            b'{"step": [4], "seconds": 1}',
+            b'{"step": -4, "seconds": 1}',
+            b'{"step": true, "seconds": 1}',
+            b"[" * 100_000,
+            b"\xff\xfe",
+        ):
+            file.write(text + b"\n")
+    metrics.write(3, loss=math.nan)
+    assert [line["step"] for line in read_metric_log(path)] == [0, 1, 2, 3]
     with pytest.raises(EnvironmentFault, match="the disk is full"):
         MetricLog(Path("/dev/full")).write(0, loss=1.0)
