@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from post_dist.artifacts.strict_json import read_number
 from post_dist.files import write_file
 from post_dist.privacy.search import charge_score, noisy_score
 from post_dist.privacy.trainer import PrivateTrainer
@@ -46,7 +47,12 @@ class Comparison:
             charge_score(self._run, difference, trial=0)
             gained = noisy_score(difference, self._run.plan, self._run.source, trial=0)
             write_file(self._file, lambda partial: partial.write_text(json.dumps(gained)))
-        gained = float(json.loads(self._file.read_text()))
+        try:
+            gained = read_number(self._file)
+        except (OSError, ValueError):
+            # It was paid for, and without the key it cannot be drawn again.
+            log.warning("tune: %s is damaged, so nothing tells what tuning has gained", self._file)
+            return
         deviation = float(self._run.plan.score_noise_multiplier or 0.0)
         measured = (
             f"with noise of standard deviation {deviation:g}, {gained:+.0f} validation examples "

@@ -153,7 +153,7 @@ def _read(path: Path) -> RandomSource:
     try:
         fields = json.loads(text)
         return RandomSource(str(fields["run"]), bytes.fromhex(fields["key"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ArtifactRefused(
             f"{path} does not hold the key of a run", _start_over(path.parent)
         ) from None

@@ -20,12 +20,13 @@ import numpy as np
 
 from post_dist.artifacts.prompt import read_prompt
 from post_dist.artifacts.run_folder import MEMBERSHIP, RunFolder
+from post_dist.artifacts.strict_json import read_small
 from post_dist.config.privacy import Privacy
 from post_dist.config.schema import RunConfig, Stage
 from post_dist.config.sources import Task
 from post_dist.data.public_text import load_public_texts
 from post_dist.data.tasks import Examples, load_examples
-from post_dist.errors import ArtifactRefused, InputError, PrivacyRefused
+from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError, PrivacyRefused
 from post_dist.files import digest_of, write_file
 from post_dist.privacy.membership import (
     AttackSuccess,
@@ -363,14 +364,22 @@ def _numbers(model: str, success: AttackSuccess) -> dict[str, float]:
 
 
 def finished_result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read the result of a finished audit; None if it is not finished."""
+    """Read the result of a finished audit; None if it is not finished.
+
+    Raises:
+        EnvironmentFault: the file is damaged.
+    """
     file = folder.path / MEMBERSHIP
     if not file.is_file():
         return None
     # The audit may have been killed before it had deleted all of them.
     shutil.rmtree(folder.path / _SHADOWS, ignore_errors=True)
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
+    try:
+        return read_small(file)
+    except (OSError, ValueError):
+        raise EnvironmentFault(
+            f"{file} is damaged", "delete it, and the same command attacks again"
+        ) from None
 
 
 def _finish(folder: RunFolder, shadows: Path, result: dict[str, Any]) -> None:

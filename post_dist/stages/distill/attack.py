@@ -17,6 +17,7 @@ from torch import nn
 
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, read_manifest, write_artifact
 from post_dist.artifacts.run_folder import RunFolder
+from post_dist.artifacts.strict_json import read_number
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 from post_dist.files import write_file, write_folder
@@ -166,9 +167,7 @@ def _loss(
     """
     result = place.with_suffix(".json")
     # Rank 0 decides for all ranks, because other nodes may see the file later.
-    found: float | None = world.on_main(
-        lambda: json.loads(result.read_text()) if result.exists() else None
-    )
+    found = world.on_main(lambda: _kept_loss(result))
     if found is not None:
         return found
     loss = _attacked_loss(config, place, attacked, metrics, world)
@@ -180,6 +179,14 @@ def _loss(
 
     world.on_main(keep)
     return loss
+
+
+def _kept_loss(result: Path) -> float | None:
+    """Return the loss of an attack that is over; None if it has to be made, or made again."""
+    try:
+        return read_number(result)
+    except (OSError, ValueError):
+        return None
 
 
 def _attacked_loss(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from post_dist.artifacts.run_folder import influential_settings
+from post_dist.artifacts.strict_json import read_dataclass
 from post_dist.config.schema import RunConfig
 from post_dist.errors import InputError
 from post_dist.files import digest_of, write_file
@@ -139,10 +140,10 @@ def kept_speed(path: Path) -> TuningSpeed:
         InputError: the file does not hold one.
     """
     try:
-        speed = TuningSpeed(**json.loads(path.read_text()))
+        speed = read_dataclass(path, TuningSpeed)
         if speed.pass_seconds > 0:
             return speed
-    except (ValueError, TypeError):
+    except (OSError, ValueError):
         pass
     raise InputError(f"{path} holds no speed", "delete it, and the speed is measured again")
 
