@@ -94,6 +94,18 @@ def a_count_that_is_released_twice_is_charged_twice() -> None:
     assert epsilons[0] == epsilons[1] == epsilons[2] < epsilons[3] - 0.05, epsilons
 
 
+def a_damaged_comparison_does_not_stop_its_run() -> None:
+    """Its noise cannot be drawn again without the key."""
+    kind = part("privacy.comparison").Comparison
+    for text in ("", "x", "[" * 100_000, "null", "9" * 1000):
+        with folder() as place:
+            compared = kind.__new__(kind)
+            compared._file = place / "comparison.json"
+            compared._file.write_text(text)
+            compared._run = None
+            compared.finish(())
+
+
 def a_comparison_is_in_the_statement() -> None:
     statement = part("privacy.statement")
     spending = part("privacy.spending")
@@ -137,6 +149,7 @@ CHECKS: list[Callable[[], None]] = [
     a_comparison_has_the_noise_of_the_plan,
     a_comparison_is_charged_once,
     a_count_that_is_released_twice_is_charged_twice,
+    a_damaged_comparison_does_not_stop_its_run,
     a_comparison_is_in_the_statement,
     a_statement_has_the_search_and_the_target_of_its_settings,
 ]

@@ -12,6 +12,7 @@ import tiny
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.config.load import load_run
 from post_dist.config.schema import RunConfig
+from post_dist.errors import EnvironmentFault
 from post_dist.privacy.accounting import cost_of
 from post_dist.privacy.calibration import private_plan
 from post_dist.privacy.membership import attack, balanced_members, confidences
@@ -169,6 +170,15 @@ def test_shadows_that_a_killed_audit_has_left_are_deleted(tmp_path: Path) -> Non
     (tmp_path / "membership.json").write_text("{}")
     assert finished_result(folder) == {}
     assert not rows.parent.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"student_auc": NaN}'])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "membership.json"
+    file.write_text(text)
+    with pytest.raises(EnvironmentFault, match=r"membership.json is damaged") as refused:
+        finished_result(RunFolder(tmp_path, "tune", RunConfig(name="a")))
+    assert "delete it" in refused.value.hint
 
 
 def test_a_shadow_prompt_says_that_it_is_not_private() -> None:

@@ -31,7 +31,7 @@ from post_dist.artifacts.run_folder import SETTINGS
 from post_dist.config.schema import Corpus
 from post_dist.config.sources import DataSource, Task
 from post_dist.data import documents as documents_module
-from post_dist.data import duplicates, token_parts
+from post_dist.data import duplicates, shard_worker, token_parts
 from post_dist.data import make_shards as make_shards_module
 from post_dist.data.corpus import build_corpus
 from post_dist.data.corpus_files import units_of
@@ -42,7 +42,7 @@ from post_dist.data.sources import read_rows
 from post_dist.data.split_reads import count_split_read
 from post_dist.data.token_parts import DOCUMENT_LENGTHS, TokenizerWork, finished_parts
 from post_dist.data.token_shards import TokenShards, read_index
-from post_dist.errors import ArtifactRefused, InputError, Interrupted
+from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError, Interrupted
 from post_dist.files import digest_of, lock_file
 from post_dist.privacy.ledger import ledger_beside
 from post_dist.runtime import stop
@@ -523,6 +523,13 @@ def test_a_killed_start_loses_only_unfinished_parts(
     assert kills >= 5
     fill_folder(work, {})
     assert files_of(work.folder) == files_of(whole.folder)
+
+
+def test_a_worker_that_is_killed_within_a_line_has_ended() -> None:
+    process = SimpleNamespace(stdout=[b'{"unit": 0, "made": false}\n', b'{"unit": 0, '])
+    process.wait = lambda: -9
+    with pytest.raises(EnvironmentFault, match="has ended with exit code -9"):
+        shard_worker._wait_until_made(process)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
