@@ -161,7 +161,8 @@ def head(fields: Fields, folder: Path) -> None:
     untrained = LinearHead.untrained(torch.randn(9, 32), 2)
     contents = PromptContents(prompt.embeddings, prompt.task, None, untrained)
     found = prompt.manifest
-    origin = Provenance("model", found.tokenizer, found.parents, found.config)
+    config = found.config | {"tune": found.config["tune"] | {"adapter": "head"}}
+    origin = Provenance("model", found.tokenizer, found.parents, config)
     shutil.rmtree(folder / "prompt")
     write_prompt(folder / "prompt", contents, origin, lambda _: None)
 
