@@ -23,6 +23,8 @@ SIGNATURE = f"{FILE_NAME}.sig"
 _SCHEMA_VERSION = 2
 _PARTLY_HASHED = 1
 """The schema version whose digest covers neither settings nor tokenizer."""
+PERPLEXITY = "perplexity"
+"""Field of a student's settings for what attacks on it have reached."""
 SIZE_LIMIT_BYTES = 1 << 20
 """Size limit of a manifest, which lists about ten files. A larger one is refused unparsed."""
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "peft")
@@ -53,14 +55,19 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The artifact's own sha256, over the whole manifest.
+        """The artifact's own sha256, over the whole manifest but for the perplexity of a student.
 
-        What was made from an artifact of schema version 1 names the digest that it had then.
+        An attack on a finished student adds to its perplexities, and what was made with the student
+        still belongs to it. What was made from an artifact of schema version 1 names the digest
+        that it had then.
         """
         # Whoever changes the version of a newer manifest gets another digest too.
         if self.schema_version == _PARTLY_HASHED:
             return digest_of({"kind": self.kind, "files": self.files, "parents": self.parents})
-        return digest_of(asdict(self))
+        config = dict(self.config)
+        if self.kind == "student":
+            config.pop(PERPLEXITY, None)
+        return digest_of(asdict(self) | {"config": config})
 
     @property
     def digest_covers_settings(self) -> bool:
@@ -108,7 +115,7 @@ def write_artifact(
             tokenizer=tokenizer,
             versions=versions,
         )
-        (folder / FILE_NAME).write_text(json.dumps(asdict(manifest), indent=2, default=str) + "\n")
+        write_manifest(folder, manifest)
         # The check reads the folder with its manifest, as its receiver will.
         check(folder)
         # Its digest is that of the manifest as everybody else reads it.
@@ -116,6 +123,12 @@ def write_artifact(
 
     write_folder(destination, fill_and_list)
     return written[0]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest into the folder of its artifact, which is not yet in its place."""
+    text = json.dumps(asdict(manifest), indent=2, default=str)
+    (folder / FILE_NAME).write_text(f"{text}\n")
 
 
 def read_manifest(folder: Path, kind: ArtifactKind) -> Manifest:

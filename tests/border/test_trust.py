@@ -138,6 +138,7 @@ def test_a_prompt_is_bound_to_every_file_of_its_student(tmp_path: Path, name: st
 
 MANIFEST_CHANGES: dict[str, Change] = {
     "a setting": edit_json(FILE_NAME, config={"distill": {"steps": 9}}),
+    "what it gives away": edit_json(FILE_NAME, config={"given_away": {}}),
     "the tokenizer": edit_json(FILE_NAME, tokenizer="f" * 64),
     "a version": edit_json(FILE_NAME, versions={"torch": "0"}),
     "the version of its format": edit_json(FILE_NAME, schema_version=1),

@@ -8,14 +8,20 @@ import copy
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE, read_manifest, write_artifact
+from post_dist.artifacts.manifest import (
+    FILE_NAME,
+    PERPLEXITY,
+    SIGNATURE,
+    read_manifest,
+    write_manifest,
+)
 from post_dist.artifacts.run_folder import RunFolder
 from post_dist.artifacts.strict_json import read_number
 from post_dist.config.schema import RunConfig
@@ -220,29 +226,22 @@ def _attacked_loss(
 def _write(artifact: Path, student: Path, losses: dict[int, float]) -> None:
     """Write the student with a manifest that tells of the attacks.
 
-    Its files stay as they are. So it has the digest that it had, and whatever was made with it
-    still belongs to it.
+    All else stays as it is. So it has the digest that it had, and whatever was made with it still
+    belongs to it.
     """
     manifest = read_manifest(student, "student")
     reached = perplexities(manifest.config["held_out"], losses)
+    attacked = replace(manifest, config=manifest.config | {PERPLEXITY: reached})
 
     def fill(place: Path) -> None:
         # A signature is that of the old manifest.
         others = shutil.ignore_patterns(FILE_NAME, SIGNATURE)
         shutil.copytree(student, place, ignore=others, dirs_exist_ok=True)
-
-    def check(place: Path) -> None:
+        write_manifest(place, attacked)
+        # The copies have the hashes of the old files.
         read_manifest(place, "student")
 
-    write_artifact(
-        artifact,
-        "student",
-        fill,
-        parents=manifest.parents,
-        config=manifest.config | {"perplexity": reached},
-        tokenizer=manifest.tokenizer,
-        check=check,
-    )
+    write_folder(artifact, fill)
 
 
 class _LaterSteps:
