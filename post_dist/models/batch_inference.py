@@ -20,7 +20,7 @@ class InferenceRun:
     """Settings of one pass over many examples.
 
     Attributes:
-        batch_size: number of examples that each rank runs at once.
+        batch_size: maximum number of examples that each rank runs at once.
         world: the ranks that share the examples.
         label: name of the pass in progress bars and messages.
         show: whether to show progress. Counts in the log of a private run would look like its own.
@@ -57,17 +57,21 @@ def map_batches(
     # Batches of examples with similar length need little padding.
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].token_ids))
 
+    # A round is no larger than the examples need, so that a single one is no batch of copies.
+    of_a_rank = -(-len(examples) // run.world.size)
+    batch_size = min(run.batch_size, max(of_a_rank, 1))
+
     # Copies of the longest example fill up the last round. Their results are dropped below.
-    examples_per_round = run.batch_size * run.world.size
+    examples_per_round = batch_size * run.world.size
     missing = -len(examples) % examples_per_round
     padded = by_length + by_length[-1:] * missing
 
     results: list[torch.Tensor] = []
-    first = run.world.rank * run.batch_size
+    first = run.world.rank * batch_size
     rounds = len(padded) // examples_per_round
     with progress(run.label, rounds, show=run.show and run.world.is_main) as advance:
         for start in range(first, len(padded), examples_per_round):
-            batch = [examples[index] for index in padded[start : start + run.batch_size]]
+            batch = [examples[index] for index in padded[start : start + batch_size]]
             results.append(run.world.concatenate(compute(batch)).cpu())
             advance("")
             if stop_requested(run.world):
