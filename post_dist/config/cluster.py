@@ -12,7 +12,7 @@ from post_dist.config.job_options import (
     SrunOption,
     VariableName,
 )
-from post_dist.config.sections import PositiveInt, Section
+from post_dist.config.sections import Count, PositiveInt, Section
 
 ClusterStage = Literal["corpus", "signals", "distill", "warm_start", "tune", "transfer", "evaluate"]
 
@@ -52,7 +52,7 @@ class Resources(Section):
     # Size of the job.
     nodes: PositiveInt = 1
     """Number of nodes."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    gpus_per_node: Count = 0
     """GPUs on each node, with one task per GPU; 0 for a cluster without GPUs."""
     tasks_per_node: PositiveInt | None = None
     """Tasks on each node. Default: `gpus_per_node`, or 1 without GPUs."""
@@ -110,7 +110,7 @@ class Resources(Section):
 class SignalWorkers(Resources):
     """The workers of `signals`, which are a job array, and what each of them requests."""
 
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Count = 0
     """Number of workers, for a run with `distill.cache`. `submit` starts them before `distill`,
     which trains as their files arrive. 0: `distill` writes the signals alone."""
 
@@ -125,7 +125,7 @@ class Cluster(Resources):
     signal_seconds: PositiveInt = 120
     """Seconds before the time limit at which a job gets a signal to save. Slurm then queues the
     job again, and it resumes."""
-    max_restarts: Annotated[int, Field(ge=0)] = 10
+    max_restarts: Count = 10
     """Largest number of times that a job is queued again after a rank died or hung. Time limits,
     failed nodes and preemption do not count. The same failure twice at the same step ends the job,
     and so do three time limits at the same step."""

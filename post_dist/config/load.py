@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from post_dist.config.schema import RunConfig
 from post_dist.config.yaml_files import read_yaml
 from post_dist.errors import InputError
+from post_dist.paths import kind_of
 
 _INTERNAL_PLACES = ("function-", "literal[", "tuple[", "constrained-")
 """Prefixes of the names that pydantic gives to the alternatives of a union, in an error's place."""
@@ -18,6 +19,7 @@ _WORDINGS = {
     "list_type": "Input should be a list, such as [first, second]",
     "dict_type": "Input should be a mapping, with a name and a value a line",
     "path_type": "Input should be a path",
+    "too_short": "Input should be a list that is not empty",
     "model_type": "Input should be a section, with a field a line",
 }
 """Our words for types of Python, by pydantic's name of the problem."""
@@ -46,7 +48,7 @@ def load_run(
     for override in overrides or []:
         _override(fields, override)
     if output is not None:
-        fields["output"] = str(output.resolve())
+        fields["output"] = str(output.absolute())
     try:
         return RunConfig.model_validate(fields, context={"folder": path.resolve().parent})
     except ValidationError as error:
@@ -55,9 +57,10 @@ def load_run(
 
 def _read_sections(path: Path) -> dict[str, Any]:
     # A FIFO or a device would never end.
-    if path.exists() and not path.is_file():
+    kind = kind_of(path)
+    if kind in ("folder", "other"):
         raise InputError(f"cannot read the run file {path}: it is not a file")
-    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+    if kind == "file" and path.stat().st_size > _MOST_BYTES:
         raise InputError(f"cannot read the run file {path}: it is above {_MOST_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,13 +1,22 @@
 """The run file's sections for models: the teacher, the student, and their layout over the ranks."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from post_dist.config.deepspeed_section import DeepSpeedSettings
 from post_dist.config.precision import PrecisionChoice
-from post_dist.config.sections import FilePath, PositiveFloat, PositiveInt, Section, beside_run_file
+from post_dist.config.sections import (
+    Count,
+    FilePath,
+    PositiveInt,
+    Seconds,
+    Section,
+    beside_run_file,
+)
+from post_dist.errors import InputError
+from post_dist.paths import kind_of
 
 
 class Teacher(Section):
@@ -24,7 +33,10 @@ class Teacher(Section):
     def _local_folder_beside_run_file(cls, path: str, info: ValidationInfo) -> str:
         # A hub name looks like a relative path. It is a folder if the folder exists.
         local = beside_run_file(Path(path), info)
-        is_local = local.exists() or path.startswith((".", "/", "~"))
+        try:
+            is_local = path.startswith((".", "/", "~")) or kind_of(local) != ""
+        except InputError as problem:
+            raise ValueError(str(problem)) from None
         return str(local) if is_local else path
 
     @model_validator(mode="after")
@@ -47,7 +59,7 @@ class Student(Section):
     num_layers: PositiveInt | None = None
     """Number of layers of the student; required unless `layers` is a list."""
     # What is not trained.
-    frozen_lower_layers: Annotated[int, Field(ge=0)] = 0
+    frozen_lower_layers: Count = 0
     """Number of the student's first layers that are not trained. They must be the teacher's own
     first layers. In training they run once for both models."""
     freeze_embeddings: bool = True
@@ -128,12 +140,12 @@ class Engine(Section):
     That fuses small operations, so sums are rounded otherwise. It needs whole models, a C++
     compiler, and Triton on a GPU. The first steps take longer, by some minutes on a CPU."""
     # When a rank counts as lost.
-    hang_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
+    hang_timeout_seconds: Seconds = 1800.0
     """Seconds without progress after which a process reports its phase and stack, and exits; a day
     at most, because the collectives' own limit is two."""
-    join_timeout_seconds: PositiveFloat = 600.0
-    """Seconds that a rank waits at its start for all others. Then it names those that are missing,
-    and exits."""
+    join_timeout_seconds: Seconds = 600.0
+    """Seconds that a rank waits at its start for all others, a day at most. Then it names those
+    that are missing, and exits."""
 
     @model_validator(mode="after")
     def _layout_is_possible(self) -> "Engine":

@@ -13,7 +13,7 @@ from post_dist.config.cluster import Cluster
 from post_dist.config.models import Engine, Student, Teacher
 from post_dist.config.privacy import Privacy
 from post_dist.config.public_keys import PublicKey
-from post_dist.config.sections import FilePath, Section
+from post_dist.config.sections import FilePath, FilePaths, Section
 from post_dist.config.sources import Corpus, Task
 from post_dist.config.stages import (
     Distill,
@@ -79,7 +79,7 @@ class Inputs(Section):
     public_prompt: FilePath | None = None
     """Folder of a public prompt for the student, which `post-dist warm-start` made. Tuning starts
     from it."""
-    source_prompt: FilePath | tuple[FilePath, ...] | None = None
+    source_prompt: FilePath | FilePaths | None = None
     """Folder of a prompt that was tuned on the student. For `transfer`, it may be a list of the
     prompts of several owners."""
     target_prompt: FilePath | None = None

@@ -3,12 +3,20 @@
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from post_dist.config.label_names import MOST_LABEL_CHARACTERS, label_fault
-from post_dist.config.sections import FilePath, Fraction, PositiveInt, Section, steers_terminal
+from post_dist.config.sections import (
+    FilePath,
+    FilePaths,
+    Fraction,
+    Length,
+    PositiveInt,
+    Section,
+    steers_terminal,
+)
 from post_dist.config.yaml_files import read_yaml
 
 _NAMED_TASKS = Path(__file__).parent / "named_tasks.yaml"
@@ -87,7 +95,7 @@ class Corpus(DataSource):
     """The provider's public text for distillation."""
 
     # pyrefly: ignore[bad-override]
-    path: FilePath | tuple[FilePath, ...] | None = None
+    path: FilePath | FilePaths | None = None
     """A file, a folder, a pattern such as `data/*.jsonl.gz`, or a list of them: TXT (a document per
     line), JSONL, CSV, TSV or Parquet. All but Parquet may be compressed (.gz, .zst). Give this
     field or `hub`."""
@@ -96,7 +104,7 @@ class Corpus(DataSource):
     deduplicate: bool = False
     """Keep only the first of documents with equal text. `max_rows` and `max_tokens` count documents
     before that."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
+    sequence_length: Length = 512
     """Tokens of one sequence. Documents are packed into sequences of this length."""
     max_tokens: PositiveInt | None = None
     """Maximum number of tokens to use. Default: all."""
@@ -133,7 +141,7 @@ class Task(DataSource):
     """Maximum number of tokens of a response, including the end-of-text token. A longer response is
     cut at its end."""
     # How long a text may be.
-    max_length: Annotated[int, Field(ge=8)] = 128
+    max_length: Length = 128
     """Maximum number of tokens of a text in its template. A longer text is cut at its beginning;
     the template is kept whole."""
     # How the examples are split.

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from post_dist.config.models import Student
-from post_dist.config.sections import Fraction, PositiveFloat, PositiveInt, Section, steers_terminal
+from post_dist.config.sections import (
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Temperature,
+    Weight,
+    steers_terminal,
+)
 
 OptimizerName = Literal["adam", "adamw", "sgd", "averaged_sgd"]
 
@@ -80,14 +88,14 @@ class Distill(Section):
     max_grad_norm: PositiveFloat = 5.0
     """Norm to which the gradient of a step is clipped."""
     # The loss: the soft targets, the language modeling loss and the cosine of hidden states.
-    temperature: PositiveFloat = 2.0
+    temperature: Temperature = 2.0
     """Temperature of teacher and student in the soft-target loss."""
-    alpha_ce: Annotated[float, Field(ge=0)] = 5.0
+    alpha_ce: Weight = 5.0
     """Weight of the soft-target loss: the KL divergence from the teacher's softened distribution
     to the student's."""
-    alpha_lm: Annotated[float, Field(ge=0)] = 2.0
+    alpha_lm: Weight = 2.0
     """Weight of the language modeling loss: the cross-entropy of the corpus's tokens."""
-    alpha_cos: Annotated[float, Field(ge=0)] = 1.0
+    alpha_cos: Weight = 1.0
     """Weight of the cosine loss on the last hidden states."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of the tokens that a masked model must predict."""
@@ -168,7 +176,7 @@ class Search(Section):
     It runs a random number of trials and keeps the one with the best noisy score.
     """
 
-    mean_trials: Annotated[float, Field(gt=1)]
+    mean_trials: Annotated[float, Field(gt=1, le=1e6)]
     """Mean number of trials. The number is drawn from a logarithmic distribution."""
     # The candidates: a trial draws one value from each list.
     learning_rate: tuple[PositiveFloat, ...] = ()
@@ -202,7 +210,7 @@ class WarmStart(PromptTraining):
     init_text: InitText | None = None
     """The prompt starts from the embeddings of this text, repeated or cut to its length. Default: a
     sentence with the label words of the task."""
-    class_shares: tuple[Annotated[float, Field(ge=1e-6)], ...] = ()
+    class_shares: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = ()
     """Share of each class among the texts, as far as it is known without private data. The scores
     of the large LLM are shifted to these shares. Default: equal shares."""
     head_layers: Annotated[int, Field(gt=0, le=64)] = 4
@@ -352,7 +360,7 @@ class Transfer(AdapterTraining):
     alpha: Fraction | Literal["auto"] = 0.5
     """Weight of L2 in the published loss. `auto` estimates it from how often the models agree on
     the public text."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Temperature of the distributions that the loss compares."""
     proxy_lambda: PositiveFloat = 1.0
     """lambda of the proxy-tuned logits z_t(x) + lambda (z_s(p_s+x) - z_s(x)). `ensemble` leaves out
