@@ -161,7 +161,7 @@ ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 
 
 def test_the_last_good_micro_batch_stands_in_with_weight_zero() -> None:
-    stand_in = _StandIn(ALONE)
+    stand_in = _StandIn(ALONE, torch.float32)
     engine = FakeEngine([1.0, float("nan"), 2.0, 3.0])
     assert stand_in.forward(engine, ("first",), 0)[0] == 1.0
     loss, terms = stand_in.forward(engine, ("second",), 1)
@@ -174,11 +174,34 @@ def test_the_last_good_micro_batch_stands_in_with_weight_zero() -> None:
 
 def test_the_first_micro_batch_has_no_replacement() -> None:
     with pytest.raises(InputError, match="the first micro-batch is not finite on rank 0"):
-        _StandIn(ALONE).forward(FakeEngine([float("inf")]), ("first",), 0)
+        _StandIn(ALONE, torch.float32).forward(FakeEngine([float("inf")]), ("first",), 0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "step", "hint"),
+    [
+        (torch.float32, 0, "check that the teacher's weights are finite"),
+        (
+            torch.bfloat16,
+            0,
+            "check that the teacher's weights are finite, or set engine.precision to fp32",
+        ),
+        (torch.float32, 7, "lower distill.learning_rate"),
+        (
+            torch.float16,
+            7,
+            "lower distill.learning_rate, or set engine.precision to bf16 or fp32",
+        ),
+    ],
+)
+def test_the_hint_names_what_may_have_done_it(precision: torch.dtype, step: int, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _StandIn(ALONE, precision).forward(FakeEngine([float("inf")]), ("first",), step)
+    assert caught.value.hint == hint
 
 
 def test_five_bad_micro_batches_in_a_row_end_the_run() -> None:
-    stand_in = _StandIn(ALONE)
+    stand_in = _StandIn(ALONE, torch.float32)
     stand_in.forward(FakeEngine([1.0]), ("good",), 0)
     for step in range(1, 5):
         stand_in.forward(FakeEngine([float("nan"), 1.0]), ("bad",), step)

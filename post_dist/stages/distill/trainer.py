@@ -26,7 +26,8 @@ from post_dist.stages.distill.signals import SignalSource
 
 log = logging.getLogger(__name__)
 
-_NOT_FINITE_HINT = "lower distill.learning_rate, or set engine.precision to bf16 or fp32"
+_WIDER = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}
+"""The precisions of a larger range or of more digits, by that of the student."""
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, TeacherSignal]
 """What `DistillationModel` takes: tokens, labels, positions and the teacher's signal."""
@@ -59,7 +60,8 @@ class StudentStep:
         self._text = text
         self._world = world
         self._skipped_steps = skipped_steps
-        self._stand_in = _StandIn(world)
+        precision = next(engine.parameters()).dtype
+        self._stand_in = _StandIn(world, precision)
 
     @property
     def skipped(self) -> int:
@@ -134,10 +136,17 @@ class _StandIn:
 
     A sharded model needs equally many forward and backward passes on all ranks. If one rank must
     replace its micro-batch, all ranks replace theirs.
+
+    Args:
+        world: the ranks.
+        precision: precision of the student's weights.
     """
 
-    def __init__(self, world: World) -> None:
-        self.guard = NonFiniteGuard("distill", _NOT_FINITE_HINT, unit="micro-batches")
+    def __init__(self, world: World, precision: torch.dtype) -> None:
+        wider = _WIDER.get(precision)
+        self._or_wider = "" if wider is None else f", or set engine.precision to {wider}"
+        self._lower = f"lower distill.learning_rate{self._or_wider}"
+        self.guard = NonFiniteGuard("distill", self._lower, unit="micro-batches")
         self._world = world
         self._last_good: _Inputs | None = None
 
@@ -168,9 +177,12 @@ class _StandIn:
         )
         self.guard.record(step, finite=False, where=f" ({where})")
         if self._last_good is None:
+            # A run that resumes has taken steps before its first micro-batch.
+            hint = self._lower
+            if step == 0:
+                hint = f"check that the teacher's weights are finite{self._or_wider}"
             raise InputError(
-                f"distill: the loss of the first micro-batch is not finite {where}",
-                _NOT_FINITE_HINT,
+                f"distill: the loss of the first micro-batch is not finite {where}", hint
             )
         # The weight is 0, so the backward pass runs on all ranks and changes nothing.
         loss, terms, _ = engine(*self._last_good)
