@@ -18,6 +18,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from post_dist.errors import EnvironmentFault, InputError
+from post_dist.paths import reading
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +73,15 @@ def _is_hidden(path: Path) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of every byte of a file or of a model folder, without its hidden files."""
-    if path.is_file():
-        return file_digest(path)
-    return digest_of(file_digests(path, hidden=False))
+    """Return a digest of every byte of a file or of a model folder, without its hidden files.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with reading(path):
+        if path.is_file():
+            return file_digest(path)
+        return digest_of(file_digests(path, hidden=False))
 
 
 def digest_as_read(digest: str, suffix: str) -> str:

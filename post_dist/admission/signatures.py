@@ -16,6 +16,7 @@ from post_dist.admission.private_folder import private_folder
 from post_dist.artifacts.manifest import FILE_NAME, SIGNATURE
 from post_dist.errors import ArtifactRefused, EnvironmentFault, InputError
 from post_dist.files import write_file
+from post_dist.paths import kind_of
 
 NAMESPACE = "post_dist"
 """Purpose that a signature names. One that was made for git or for mail is refused."""
@@ -75,7 +76,7 @@ def sign(folder: Path, key: Path, manifest: bytes) -> str:
         InputError: the key cannot be used, or the folder cannot be written to.
         EnvironmentFault: OpenSSH is not installed.
     """
-    if not key.is_file():
+    if kind_of(key) != "file":
         raise InputError(f"{key} is not a key file", "`ssh-keygen -t ed25519` makes a key")
     with private_folder() as copy:
         (copy / FILE_NAME).write_bytes(manifest)

@@ -26,6 +26,7 @@ from post_dist.config.yaml_files import write_yaml
 from post_dist.errors import ArtifactRefused, EnvironmentFault
 from post_dist.extras import installed_versions
 from post_dist.files import FOLDER_MODE, digest_of, lock_file, make_folder, writing
+from post_dist.paths import kind_of
 
 _PACKAGES = ("post_dist", "torch", "transformers", "deepspeed", "datasets", "peft", "safetensors")
 
@@ -81,7 +82,8 @@ MEMBERSHIP = "membership.json"
 
 def is_finished(run: Path) -> bool:
     """Return whether the run in a folder has its artifact, or the result of its audit."""
-    return (run / "artifact" / FILE_NAME).is_file() or (run / MEMBERSHIP).is_file()
+    results = (run / "artifact" / FILE_NAME, run / MEMBERSHIP)
+    return any(kind_of(result) == "file" for result in results)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the artifact exists. It gets its name only when it is complete."""
-        return (self.artifact / FILE_NAME).is_file()
+        return kind_of(self.artifact / FILE_NAME) == "file"
 
     def link_latest(self) -> None:
         """Let `latest/<stage>` beside this folder lead to it, for people to type."""

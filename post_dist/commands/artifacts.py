@@ -11,6 +11,7 @@ from post_dist.commands.printing import print_json, print_numbers, refuse
 from post_dist.config.public_keys import read_public_key
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import remove_unfinished
+from post_dist.paths import kind_of
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.")]
 
@@ -71,10 +72,10 @@ def report(
 
     # Check all paths before the first page is written.
     for path in paths:
-        if not path.exists():
+        if not kind_of(path):
             raise InputError(f"{path} does not exist")
-    folders = [path for path in paths if path.is_dir()]
-    files = [path for path in paths if path.is_file()]
+    folders = [path for path in paths if kind_of(path) == "folder"]
+    files = [path for path in paths if kind_of(path) == "file"]
     # Folders are runs, and files are measurements. A user may give both.
     # A file that is refused leaves all pages as they are.
     merged = _merge_measurements(files) if files else {}

@@ -13,6 +13,7 @@ from post_dist.config.assets import asset
 from post_dist.config.presets import PresetName
 from post_dist.errors import InputError, command_line
 from post_dist.files import make_folder, write_file, writing
+from post_dist.paths import kind_of
 
 if TYPE_CHECKING:
     from post_dist.draft import Columns
@@ -64,7 +65,7 @@ def init(  # noqa: PLR0913 - typer reads the options from parameters
     else:
         # An edited run file is never overwritten.
         run = folder / _RUN_FILE
-        if run.exists():
+        if kind_of(run):
             raise InputError(f"{run} exists already", "give another folder")
         from post_dist.draft import draft_run  # loads torch
 
@@ -84,7 +85,7 @@ def _write_demo(folder: Path) -> list[Path]:
     """Write the demo's files, all of them or none. The run file is the first."""
     files = [folder / name for name in _DEMO_FILES]
     for file in files:
-        if file.exists():
+        if kind_of(file):
             raise InputError(f"{file} exists already", "give another folder")
     make_folder(folder)
     with writing(folder):

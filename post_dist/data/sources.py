@@ -28,6 +28,7 @@ from post_dist.data.delimited import (
     read_tsv,
 )
 from post_dist.errors import EnvironmentFault, InputError
+from post_dist.paths import kind_of
 from post_dist.runtime.watchdog import unwatched
 
 PARSING_ERRORS = (
@@ -328,7 +329,7 @@ def read_table(path: Path, where: str) -> pd.DataFrame:
     Raises:
         InputError: the file cannot be read. The message quotes nothing of it.
     """
-    if path.is_dir():
+    if kind_of(path) == "folder":
         raise InputError(f"{where}: {path.name} is a folder", "give a file")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:

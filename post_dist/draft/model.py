@@ -9,6 +9,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.errors import InputError
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import check_has_weights, load_tokenizer
+from post_dist.paths import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def read_draft_model(folder: Path) -> DraftModel:
         InputError: the folder does not hold a whole model.
         ArtifactRefused: the model comes from another party, and is refused.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         raise InputError(
             f"--model: {folder} is not a folder",
             "download a hub model first: hf download ORG/NAME --local-dir DIR",

@@ -33,6 +33,7 @@ from post_dist.models.language_model import LanguageModel
 from post_dist.models.model_checks import check_config, check_split
 from post_dist.models.quantized import dequantizer
 from post_dist.models.weight_files import check_tied, weight_files
+from post_dist.paths import kind_of, reading
 from post_dist.runtime.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def check_is_folder(folder: Path) -> None:
     Raises:
         InputError: it is something else, or missing.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         raise InputError(f"{folder} is not a folder", "give a model folder in Hugging Face format")
 
 
@@ -202,8 +203,13 @@ def weights_digest(files: Mapping[str, str]) -> str:
 
 
 def weights_of(folder: Path) -> str:
-    """Return the `weights_digest` of a model, from its weights alone."""
-    return weights_digest(file_digests(folder, f"*{_WEIGHTS_SUFFIX}"))
+    """Return the `weights_digest` of a model, from its weights alone.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    with reading(folder):
+        return weights_digest(file_digests(folder, f"*{_WEIGHTS_SUFFIX}"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -31,6 +31,7 @@ from post_dist.config.schema import RunConfig
 from post_dist.config.sources import Task
 from post_dist.errors import ArtifactRefused, InputError, PostDistError, PrivacyRefused
 from post_dist.files import check_write_access, file_digest, write_file
+from post_dist.paths import kind_of, reading
 from post_dist.privacy.spending import NO_FIRST_ROW, NO_ROW, ledger_lines, row_hash
 from post_dist.runtime.private_process import owner_only
 
@@ -252,7 +253,7 @@ def expected_anchor(folder: Path, ledger: Path, marks: Sequence[str], *, may_mov
 
 def find_anchor(folder: Path, ledger: Path) -> Anchor | None:
     """Return the anchor of a ledger, if there is one. Nothing is written."""
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         return None
     return _match(_anchors(folder), ledger.resolve(), ())
 
@@ -262,7 +263,7 @@ def ledger_of_copies(folder: Path, data: Path) -> Path | None:
 
     Nothing is written.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         return None
     anchor = _that_knows(_anchors(folder), data, file_marks(data))
     return None if anchor is None else anchor.ledger
@@ -398,7 +399,8 @@ def _anchors(folder: Path) -> list[Anchor]:
     Raises:
         ArtifactRefused: a file is not an anchor.
     """
-    files = sorted(folder.glob("[0-9a-f]*.json"))
+    with reading(folder):
+        files = sorted(folder.glob("[0-9a-f]*.json"))
     return [Anchor(file, _read_record(file)) for file in files]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from post_dist.config.privacy import LEAST_DELTA
 from post_dist.errors import InputError
+from post_dist.paths import kind_of
 from post_dist.privacy.accounting import composed_epsilon
 from post_dist.privacy.anchor import (
     Anchor,
@@ -36,9 +37,9 @@ def ledger_for(path: Path, anchors: Path | None = None) -> Path:
         anchors: folder with the anchor of the ledger. None takes that in the owner's home.
     """
     beside = ledger_beside(path)
-    if beside.exists():
+    if kind_of(beside):
         return beside
-    if not path.is_file():
+    if kind_of(path) != "file":
         return path
     return ledger_of_copies(anchors or default_anchor_folder(), path) or path
 
@@ -106,7 +107,7 @@ def change_cap(
         raise InputError(f"--cap must be a number above zero, not {epsilon:g}")
     if delta is not None and not LEAST_DELTA <= delta < 1:
         raise InputError(f"--delta must be from {LEAST_DELTA:g} to below 1, not {delta:g}")
-    if not path.is_file():
+    if kind_of(path) != "file":
         raise InputError(f"there is no privacy ledger {path}", "the first private run makes it")
     # A file that is no ledger gets no anchor, and a mistyped folder neither.
     read_ledger(path)

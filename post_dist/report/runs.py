@@ -20,6 +20,7 @@ from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.artifacts.run_folder import SETTINGS, is_finished
 from post_dist.config.schema import STAGE_SECTIONS, Stage
 from post_dist.errors import InputError
+from post_dist.paths import kind_of
 from post_dist.report.lineage import listed_claim, manifest_of, settings_of, steps_of
 from post_dist.runtime.checkpoint_folders import checkpoint_folders, step_of
 from post_dist.runtime.metric_log import MOST_STEPS, MetricLine, metric_lines
@@ -104,7 +105,7 @@ def run_folders(folder: Path) -> list[Path]:
     Raises:
         InputError: there is no such folder.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         raise InputError(f"{folder} is not a folder", "give the folder of your runs")
     found = []
     for place, inner, files in os.walk(folder):

@@ -50,9 +50,7 @@ class LocalCopies:
 
     def find(self, digest: str) -> Path | None:
         """Return an undamaged copy of a file by the file's digest, or None if there is none."""
-        if self._folder is None:
-            return None
-        for copy in self._folder.glob(f"*-{digest}.safetensors"):
+        for copy in self._named(f"*-{digest}.safetensors"):
             try:
                 if file_digest(copy, partial(phase, "reading a copy")) == digest:
                     return copy
@@ -64,15 +62,23 @@ class LocalCopies:
 
     def clear(self) -> None:
         """Delete this rank's copies, of which a finished run has no use."""
-        for copy in self._own():
-            try:
+        try:
+            for copy in self._own():
                 copy.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("a copy of a checkpoint stays on this node: %s", error)
+        except OSError as error:
+            log.warning("a copy of a checkpoint stays on this node: %s", error)
 
     def _own(self) -> list[Path]:
         """Return this rank's copies, the oldest first."""
+        own = self._named(f"rank{self._rank}-*.safetensors")
+        return sorted(own, key=lambda copy: copy.stat().st_mtime_ns)
+
+    def _named(self, pattern: str) -> list[Path]:
+        """Return the copies whose names match a pattern; none if the folder cannot be read."""
         if self._folder is None:
             return []
-        own = self._folder.glob(f"rank{self._rank}-*.safetensors")
-        return sorted(own, key=lambda copy: copy.stat().st_mtime_ns)
+        try:
+            return list(self._folder.glob(pattern))
+        except OSError as error:
+            log.warning("the copies of checkpoints on this node are not read: %s", error)
+            return []

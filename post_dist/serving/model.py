@@ -20,6 +20,7 @@ from post_dist.models.embedding_table import largest_embedding_norm
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.generation import generation_conflicts
 from post_dist.models.load import check_is_model, load_tokenizer, model_folder, weights_of
+from post_dist.paths import kind_of
 from post_dist.stages.context_length import context_conflicts
 from post_dist.stages.prompt_origin import (
     check_belongs,
@@ -78,7 +79,7 @@ def fitting_model(
         ) from None
     folder = model_folder(section)
     # A model with a manifest is a student, perhaps of another party.
-    if (folder / FILE_NAME).exists():
+    if kind_of(folder / FILE_NAME):
         with private_folder() as place:
             student = admit_student(folder, place)
             digest = parse_manifest(student / FILE_NAME).digest

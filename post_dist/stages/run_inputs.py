@@ -31,6 +31,7 @@ from post_dist.models.load import (
     read_config,
     weights_digest,
 )
+from post_dist.paths import kind_of, reading
 from post_dist.runtime.distributed import World
 from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.runtime.watchdog import unwatched
@@ -89,7 +90,7 @@ class RunInputs:
     @cached_property
     def _teacher_files(self) -> dict[str, str]:
         with unwatched("hashing the teacher"):  # a disk may take minutes for hundreds of GB
-            return self._world.on_main(partial(file_digests, self.teacher))
+            return self._world.on_main(partial(_digests_of_model, self.teacher))
 
     @cached_property
     def student(self) -> Path | None:
@@ -119,7 +120,12 @@ class RunInputs:
         A refused command then leaves nothing behind.
         """
         around = self._admitted.parent
-        if any(around.glob(f"*/{SETTINGS}")):
+        try:
+            is_begun = any(around.glob(f"*/{SETTINGS}"))
+        except OSError:
+            # The folder itself cannot be looked at, so nothing was written there.
+            return
+        if is_begun:
             return
         # A property is kept under its name once it has been read.
         copy = vars(self).get("student")
@@ -203,6 +209,11 @@ class RunInputs:
         return self._world.on_main(partial(_digest_of_file, source.path, section))
 
 
+def _digests_of_model(folder: Path) -> dict[str, str]:
+    with reading(folder):
+        return file_digests(folder)
+
+
 def _is_trusted(inputs: Inputs) -> bool:
     """Return whether the given student has no manifest, and is used without a check.
 
@@ -215,7 +226,7 @@ def _is_trusted(inputs: Inputs) -> bool:
         return False
     check_is_folder(student)
     # A sender might leave the manifest out, and with it the signature.
-    if inputs.trusted_keys or (student / FILE_NAME).exists():
+    if inputs.trusted_keys or kind_of(student / FILE_NAME):
         return False
     check_trusted(student, trusted=inputs.trust_model)
     return True
@@ -223,7 +234,7 @@ def _is_trusted(inputs: Inputs) -> bool:
 
 def _digest_of_student(folder: Path) -> str:
     """Return the digest in a student's manifest, or that of its files if it has no manifest."""
-    if not (folder / FILE_NAME).exists():
+    if not kind_of(folder / FILE_NAME):
         check_is_model(folder)
         return fingerprint(folder)
     # Its hashes have been compared when it was admitted.
@@ -236,8 +247,9 @@ def _digest_of_file(path: Path, section: str) -> str:
     Raises:
         InputError: the path is missing, or is not a file.
     """
-    if not path.is_file():
-        problem = "no file" if path.exists() else "missing"
+    kind = kind_of(path)
+    if kind != "file":
+        problem = "no file" if kind else "missing"
         raise InputError(f"{section}.path: {path} is {problem}")
     return digest_as_read(fingerprint(path), path.suffix)
 

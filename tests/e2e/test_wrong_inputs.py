@@ -205,6 +205,7 @@ DISTILL = ("distill", "{run}")
 TUNE = ("tune", "{run}", *GIVEN_STUDENT)
 TRANSFER = ("transfer", "{run}", *GIVEN_STUDENT, *GIVEN_PROMPT)
 EVALUATE = ("evaluate", "{run}")
+PRIVATE_DATA = put("private_task.path", "x" * 300 + ".csv")
 OWNER_EVALUATES = (*EVALUATE, *GIVEN_STUDENT, *GIVEN_PROMPT)
 
 CASES = [
@@ -611,6 +612,41 @@ CASES = [
     ),
     Case("stage before its turn", 2, "distill is not finished", command=EVALUATE),
     Case("tune before distill", 2, "run `post-dist distill` first", command=("tune", "{run}")),
+    # paths that cannot be looked at
+    Case("run file with a long name", 2, "File name too long", command=("plan", "x" * 300)),
+    Case("private data with a long name", 2, "File name too long", PRIVATE_DATA, TUNE),
+    Case("teacher with a long name", 2, "File name too long", put("teacher.path", "x" * 300)),
+    Case(
+        "student with a long name",
+        2,
+        "File name too long",
+        command=("tune", "{run}", "--set", f"inputs.student={'x' * 300}"),
+    ),
+    Case(
+        "output with a long name", 2, "File name too long", command=(*TUNE, "--output", "x" * 300)
+    ),
+    Case("runs with a long name", 2, "File name too long", command=("status", "x" * 300)),
+    Case("report with a long name", 2, "File name too long", command=("report", "x" * 300)),
+    Case("folder with a long name", 2, "File name too long", command=("init", "x" * 300)),
+    Case("ledger with a long name", 2, "File name too long", command=("budget", "x" * 300)),
+    Case(
+        "anchors with a long name",
+        2,
+        "File name too long",
+        command=("budget", "{run}", "--anchors", "x" * 300),
+    ),
+    Case(
+        "export with a long name",
+        2,
+        "File name too long",
+        command=("export", "{prompt}", "--to=peft", "--model={student}", f"--output={'x' * 300}"),
+    ),
+    Case(
+        "key with a long name",
+        2,
+        "File name too long",
+        command=("sign", "{prompt}", "--key", "x" * 300),
+    ),
     # the privacy plan
     Case(
         "privacy without a target",
@@ -874,6 +910,8 @@ def test_wrong_input(case: Case, base: Path, tmp_path: Path, main: Callable) -> 
     assert not list(folder.rglob("*.partial"))
     assert not list(folder.glob("runs/*/*/artifact"))
     assert not list(folder.glob("runs/*/tune-*")), "a refused stage leaves no folder"
+    if not list(folder.glob("runs/*/*/resolved.yaml")):
+        assert not list(folder.glob("runs/*/admitted")), "a refused stage leaves no copy"
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

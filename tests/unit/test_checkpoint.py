@@ -199,6 +199,16 @@ def test_a_rank_keeps_two_copies_on_its_node(tmp_path: Path) -> None:
     assert {path.name.partition("-")[0] for path in (tmp_path / "node").iterdir()} == {"rank10"}
 
 
+def test_a_folder_for_copies_that_cannot_be_read_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies = LocalCopies(tmp_path / ("x" * 300), 0)
+    copies.keep({"a": torch.ones(1)}, "0" * 64)
+    assert copies.find("0" * 64) is None
+    copies.clear()
+    assert "File name too long" in caplog.text
+
+
 @pytest.mark.parametrize(("alike", "flipped"), [(True, True), (False, False), (False, True)])
 def test_no_rank_reads_what_nobody_has_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, alike: bool, flipped: bool

@@ -12,6 +12,7 @@ from post_dist.config.schema import RunConfig, Stage
 from post_dist.errors import InputError
 from post_dist.models.load import tokenizer_folder
 from post_dist.models.student import stand_in_layers
+from post_dist.paths import kind_of
 from post_dist.stages.check.models import (
     CheckedModel,
     find_weights,
@@ -146,12 +147,12 @@ class GivenParts:
 
     def _read_given_student(self, given: Path, stage: Stage) -> CheckedModel:
         """Read a student that `inputs` gives. Its weights are not hashed, which may take long."""
-        if not given.is_dir():
+        if kind_of(given) != "folder":
             return read_model(given, stage, self._findings)
         find_weights(given, stage, self._findings)
         # The rule is that of the stages. A foreign configuration is read only behind the door.
         inputs = self._config.inputs
-        if not inputs.trusted_keys and not (given / FILE_NAME).exists():
+        if not inputs.trusted_keys and not kind_of(given / FILE_NAME):
             check_trusted(given, trusted=inputs.trust_model)
             return read_model(given, stage, self._findings)
         with described_student(given, inputs.trusted_keys) as folder:

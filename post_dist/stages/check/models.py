@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from post_dist.models.facts import ModelFacts, read_facts
 from post_dist.models.load import load_tokenizer, tokenizer_fingerprint
 from post_dist.models.weight_files import weight_files
+from post_dist.paths import kind_of
 from post_dist.stages.check.report import Findings
 
 
@@ -35,7 +36,7 @@ def read_model(folder: Path, stage: str, findings: Findings) -> CheckedModel:
     """
     # A missing folder is one error, not one for each of its files.
     facts = findings.attempt(stage, lambda: read_facts(folder))
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         return CheckedModel(None, None)
     tokenizer = findings.attempt(stage, lambda: load_tokenizer(folder))
     return CheckedModel(facts, tokenizer)
@@ -46,7 +47,7 @@ def find_weights(folder: Path, stage: str, findings: Findings) -> None:
 
     A folder without any is no conflict, because they may be downloaded later.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         return
     if any(folder.glob("*.safetensors")):
         findings.attempt(stage, lambda: weight_files(folder))

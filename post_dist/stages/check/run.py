@@ -28,6 +28,7 @@ from post_dist.data.tasks import load_examples
 from post_dist.errors import InputError, PostDistError
 from post_dist.files import check_write_access, writing
 from post_dist.models.facts import ModelFacts
+from post_dist.paths import reading
 from post_dist.runtime.engine_conflicts import engine_conflicts
 from post_dist.runtime.private_process import forgetting_private_data
 from post_dist.stages.check.given import GivenParts
@@ -320,9 +321,10 @@ class _Check:
         task = self.config.private_task
         # Data that cannot be read are a conflict of their own.
         path = None if task is None else task.path
-        if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             return
-        begun = _run_with_these_settings(self.config)
+        find = partial(_run_with_these_settings, self.config)
+        begun = self.findings.attempt("tune", find)
         # A finished run spends nothing, and a resumed one is charged already.
         if begun is not None and is_finished(begun):
             self.findings.not_checked.append(f"tune: the ledger, because {begun} is finished")
@@ -354,7 +356,10 @@ def _run_with_these_settings(config: RunConfig) -> Path | None:
     Whether its inputs are the same too shows only when all of them are hashed.
     """
     wanted = influential_settings(config, "tune")
-    for run in sorted((config.output / config.name).glob("tune-*")):
+    around = config.output / config.name
+    with reading(around):
+        runs = sorted(around.glob("tune-*"))
+    for run in runs:
         try:
             settings = read_yaml((run / SETTINGS).read_text(), str(run / SETTINGS))
             found = influential_settings(RunConfig.model_validate(settings), "tune")
