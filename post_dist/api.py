@@ -23,16 +23,19 @@ Importing this module does not load torch. Errors that a user can fix are raised
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
 
 from post_dist.artifacts.manifest import FILE_NAME
 from post_dist.config import load
+from post_dist.config.arguments import checked
 from post_dist.config.public_keys import read_public_key
 from post_dist.config.schema import STAGE_SECTIONS, RunConfig, Stage
+from post_dist.config.sections import PositiveInt
 from post_dist.data.corpus_result import CorpusResult
 from post_dist.errors import (
     ArtifactRefused,
@@ -51,11 +54,9 @@ from post_dist.results import (
     TimedSettings,
     TransferResult,
 )
-from post_dist.runtime.launcher import remove_launcher_variables
 from post_dist.runtime.private_process import forgetting_private_data
-from post_dist.runtime.ranks import join_ranks, leave_ranks
+from post_dist.runtime.ranks import joined_ranks, leave_ranks, one_call_at_a_time
 from post_dist.runtime.stop import listening, stopped, was_requested
-from post_dist.runtime.watchdog import pause_watchdog
 
 if TYPE_CHECKING:
     from post_dist.artifacts.run_folder import RunFolder
@@ -67,10 +68,12 @@ if TYPE_CHECKING:
 Resume = Literal["auto", "never"]
 """auto: resume an unfinished stage from its last checkpoint. never: start it from its beginning."""
 _Result = TypeVar("_Result")
+_Minutes = Annotated[float, Field(gt=0, le=1e6)]
 _ALL_STAGES: frozenset[Stage] = frozenset(STAGE_SECTIONS)
 _RESUMES = "the same command resumes from the last checkpoint"
 
 
+@checked
 def load_run(
     path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None
 ) -> RunConfig:
@@ -94,11 +97,10 @@ def load_run(
         >>> config.name, config.tune.steps
         ('demo', 200)
     """
-    if isinstance(overrides, str):
-        raise InputError("overrides is one string", "give a list of strings")
     return load.load_run(Path(path), list(overrides), None if output is None else Path(output))
 
 
+@checked
 def tokenize_corpus(config: RunConfig) -> CorpusResult:
     """Tokenize the corpus on CPUs, before a job that needs GPUs (optional: `distill` does it too).
 
@@ -125,6 +127,7 @@ def tokenize_corpus(config: RunConfig) -> CorpusResult:
         return corpus.tokenize_corpus(config)
 
 
+@checked
 def write_signals(config: RunConfig) -> SignalsResult:
     """Write the teacher's signals that `distill` will read (optional: `distill` does it too).
 
@@ -150,6 +153,7 @@ def write_signals(config: RunConfig) -> SignalsResult:
     return _with_stages(config, frozenset(("distill",)), "auto", run)
 
 
+@checked
 def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
     """Distill the large LLM into a student (the provider's first stage).
 
@@ -174,6 +178,7 @@ def distill(config: RunConfig, *, resume: Resume = "auto") -> StudentResult:
     return _with_stages(config, frozenset(("distill",)), resume, run)
 
 
+@checked
 def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PublicPromptResult:
     """Tune a prompt on the student with public text, for private tuning to start from.
 
@@ -200,7 +205,8 @@ def warm_start(config: RunConfig, *, resume: Resume = "auto") -> PublicPromptRes
     return _with_stages(config, frozenset(("warm_start",)), resume, run)
 
 
-def settings_for_minutes(config: RunConfig, minutes: float) -> TimedSettings:
+@checked
+def settings_for_minutes(config: RunConfig, minutes: _Minutes) -> TimedSettings:
     """Choose the settings of a private run that takes some minutes on this machine.
 
     It loads the student and times gradients of random text. No private data is read. The choice is
@@ -226,6 +232,7 @@ def settings_for_minutes(config: RunConfig, minutes: float) -> TimedSettings:
     return _with_stages(config, frozenset(), "auto", run)
 
 
+@checked
 def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
     """Tune a soft prompt on the student with the private data (the owner's stage).
 
@@ -254,6 +261,7 @@ def tune(config: RunConfig, *, resume: Resume = "auto") -> PromptResult:
     return _with_stages(config, frozenset(("tune",)), resume, run)
 
 
+@checked
 def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
     """Transfer the soft prompt to the large LLM with public text (the provider's second stage).
 
@@ -280,6 +288,7 @@ def transfer(config: RunConfig, *, resume: Resume = "auto") -> TransferResult:
     return _with_stages(config, frozenset(("transfer",)), resume, run)
 
 
+@checked
 def evaluate(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     """Compare zero-shot, the prompts and the baselines on one split.
 
@@ -305,6 +314,7 @@ def evaluate(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     return _with_stages(config, frozenset(("evaluate",)), resume, run)
 
 
+@checked
 def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     """Run the three stages and the evaluation, and write the report page.
 
@@ -326,7 +336,10 @@ def pipeline(config: RunConfig, *, resume: Resume = "auto") -> EvaluationResult:
     return _with_stages(config, _ALL_STAGES, resume, run)
 
 
-def audit_membership(config: RunConfig, *, shadows: int = 8, rows: int = 1000) -> dict[str, Any]:
+@checked
+def audit_membership(
+    config: RunConfig, *, shadows: PositiveInt = 8, rows: PositiveInt = 1000
+) -> dict[str, Any]:
     """Measure how well an attacker tells which private rows a prompt was tuned on (LiRA).
 
     It tunes shadow prompts with the settings and the epsilon of the run file, each on half of the
@@ -383,10 +396,16 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
         (400, True)
     """
     from post_dist.privacy import accounting, calibration
+    from post_dist.privacy.plan import PrivacyPlan
 
     # If the run file gives a target epsilon, this first searches for the noise multiplier.
     if isinstance(plan, RunConfig):
         plan = calibration.private_plan(plan)
+    if not isinstance(plan, PrivacyPlan):
+        raise InputError(
+            "account: plan is not a run file that `load_run` has read "
+            f"(found {type(plan).__name__})"
+        )
     cost = accounting.account(plan)
     return PrivacyCost(
         epsilon=cost.epsilon,
@@ -403,6 +422,7 @@ def account(plan: "PrivacyPlan | RunConfig") -> PrivacyCost:
     )
 
 
+@checked
 def load_prompt(folder: str | Path, *, keys: Sequence[str | Path] = ()) -> "Prompt":
     """Read a soft prompt from an untrusted folder, and check it.
 
@@ -439,42 +459,47 @@ def _with_stages(
     run: Callable[["Pipeline", "World"], _Result],
 ) -> _Result:
     """Join the ranks and run stages; raise Ctrl-C and a lost rank as errors with a hint."""
-    with listening(), forgetting_private_data():
-        # The order matters: `join_ranks` sets variables that torch reads when it is loaded.
-        world = join_ranks(config)
-        from post_dist.stages.pipeline import Pipeline
-
-        stages = Pipeline(config, world, may_run, resume)
+    with one_call_at_a_time(), listening(), forgetting_private_data():
         try:
-            return run(stages, world)
-        except (InputError, ArtifactRefused, PrivacyRefused):
-            if world.is_main:
-                stages.inputs.discard_student()
-            raise
+            # The order matters: joining sets variables that torch reads when it is loaded.
+            with joined_ranks(config) as world:
+                from post_dist.runtime.ambient import default_modes
+                from post_dist.stages.pipeline import Pipeline
+
+                stages = Pipeline(config, world, may_run, resume)
+                with default_modes():
+                    return _run_stages(stages, world, run)
         except KeyboardInterrupt:
             raise Interrupted("interrupted", _RESUMES) from None
-        except Interrupted:
-            # All ranks have agreed to stop, so all of them come here. One may have been ended.
-            with suppress(RuntimeError):
-                leave_ranks()
+
+
+def _run_stages(
+    stages: "Pipeline", world: "World", run: Callable[["Pipeline", "World"], _Result]
+) -> _Result:
+    """Run stages; leave nothing of a refused call, and raise a lost rank as an error."""
+    try:
+        return run(stages, world)
+    except (InputError, ArtifactRefused, PrivacyRefused):
+        if world.is_main:
+            stages.inputs.discard_student()
+        raise
+    except Interrupted:
+        # All ranks have agreed to stop, so all of them come here. One may have been ended.
+        with suppress(RuntimeError):
+            leave_ranks()
+        raise
+    except RuntimeError as error:
+        # A collective that loses its connection raises a RuntimeError. Any other RuntimeError
+        # is a bug of this package, and its traceback is needed.
+        if not world.lost_a_rank(error):
             raise
-        except RuntimeError as error:
-            # A collective that loses its connection raises a RuntimeError. Any other RuntimeError
-            # is a bug of this package, and its traceback is needed.
-            if not world.lost_a_rank(error):
-                raise
-            # It has left because it was asked to stop, as this rank was.
-            if was_requested():
-                raise stopped("another rank has left") from None
-            raise EnvironmentFault(
-                "another rank has left, or cannot be reached",
-                f"look at the log of that rank; {_RESUMES}",
-            ) from None
-        finally:
-            # Otherwise the watchdog would end a notebook that waits between two cells.
-            pause_watchdog()
-            if world.launcher == "none":
-                remove_launcher_variables(os.environ)
+        # It has left because it was asked to stop, as this rank was.
+        if was_requested():
+            raise stopped("another rank has left") from None
+        raise EnvironmentFault(
+            "another rank has left, or cannot be reached",
+            f"look at the log of that rank; {_RESUMES}",
+        ) from None
 
 
 def _student_result(folder: "RunFolder") -> StudentResult:

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import signal
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 from post_dist.errors import (
     ArtifactRefused,
@@ -112,13 +112,3 @@ def keep_from_restarting(exit_code: int, environment: Mapping[str, str]) -> None
     under_torchrun = environment.get("TORCHELASTIC_RUN_ID")
     if exit_code in FINAL_EXIT_CODES and speaks and under_torchrun:
         os.kill(os.getppid(), signal.SIGTERM)
-
-
-def remove_launcher_variables(environment: MutableMapping[str, str]) -> None:
-    """Remove the variables of `ENVIRONMENT_OF_ONE_PROCESS` again.
-
-    A process that is started later, such as `post-dist` from a notebook, would take them for its
-    own and join a group that is not its own.
-    """
-    for name in ENVIRONMENT_OF_ONE_PROCESS:
-        environment.pop(name, None)

@@ -1,10 +1,14 @@
 """Join the ranks of the launcher for a command, a job or an API call, and leave them again."""
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from post_dist.config.schema import RunConfig
-from post_dist.runtime.launcher import end_with_launcher
+from post_dist.errors import EnvironmentFault
+from post_dist.runtime.launcher import ENVIRONMENT_OF_ONE_PROCESS, end_with_launcher
 from post_dist.runtime.watchdog import pause_watchdog, watch
 
 if TYPE_CHECKING:
@@ -16,6 +20,10 @@ class _Joined:
 
     world: "World | None" = None
     hang_timeout_seconds = 0.0
+
+
+_running = threading.Lock()
+"""Held while a call of the API runs in this process."""
 
 
 def this_rank() -> int:
@@ -50,6 +58,51 @@ def join_ranks(config: RunConfig) -> "World":
     _Joined.world = world
     _Joined.hang_timeout_seconds = limit_seconds
     return world
+
+
+@contextmanager
+def one_call_at_a_time() -> Iterator[None]:
+    """Refuse a second call of the API in this process.
+
+    Two calls would share the launcher's variables, the watchdog, and the network that is refused
+    while private data are in memory.
+
+    Raises:
+        EnvironmentFault: another call runs.
+    """
+    if not _running.acquire(blocking=False):
+        raise EnvironmentFault(
+            "another thread of this process runs a stage",
+            "call one function of post_dist at a time, or start a process for each",
+        )
+    try:
+        yield
+    finally:
+        _running.release()
+
+
+@contextmanager
+def joined_ranks(config: RunConfig) -> Iterator["World"]:
+    """Join the ranks for a call of the API. At its end, the process is as it was before.
+
+    The process group stays, for the next call.
+
+    Raises:
+        EnvironmentFault: any error of `join_ranks`.
+    """
+    before = {name: os.environ.get(name) for name in ENVIRONMENT_OF_ONE_PROCESS}
+    try:
+        yield join_ranks(config)
+    finally:
+        # Otherwise the watchdog would end a notebook that waits between two cells.
+        pause_watchdog()
+        # A process that is started later, such as `post-dist` from a notebook, would take the
+        # variables of a process without a launcher for its own, and join a group that is not.
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def leave_ranks() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from post_dist.artifacts.card import write_card
 from post_dist.artifacts.prompt import (
@@ -16,11 +16,11 @@ from post_dist.errors import InputError, command_line
 from post_dist.files import write_folder
 from post_dist.models.embedding_table import read_embedding_table
 from post_dist.models.facts import meta_model
+from post_dist.paths import kind_of
 from post_dist.serving.completions import write_completions
 from post_dist.serving.model import FittingModel, fitting_model
 from post_dist.serving.peft_check import check_peft_reads
-
-ExportFormat = Literal["vllm", "peft", "hub"]
+from post_dist.serving.prompt import ExportFormat
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Export:
     @property
     def is_hub_name(self) -> bool:
         """Whether the model is one of the hub; otherwise it is a folder of this machine."""
-        return not Path(self.name).exists()
+        return not kind_of(Path(self.name))
 
     @property
     def address(self) -> str:
@@ -69,7 +69,7 @@ def export_prompt(
         InputError: the form cannot hold this prompt, or the folder exists.
         EnvironmentFault: the hub cannot be reached, or the disk is full.
     """
-    if destination.exists():
+    if kind_of(destination):
         raise InputError(f"{destination} exists already", "give another folder with --output")
     adapter = prompt.adapter
     takes = adapter is None or form == "hub" or (form == "peft" and adapter.in_peft)

@@ -6,15 +6,17 @@ Shapes: N texts, C classes.
 from collections.abc import Sequence
 
 from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.config.arguments import Text, checked
 from post_dist.config.models import Engine
 from post_dist.config.precision import PrecisionChoice
+from post_dist.config.sections import PositiveInt
 from post_dist.conflicts import raise_conflicts
 from post_dist.data.task_reader import TaskReader
-from post_dist.errors import InputError
 from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole
+from post_dist.runtime.ambient import default_modes
 from post_dist.runtime.distributed import World, single_process
 from post_dist.runtime.precision import choose_precision, precision_conflicts
 from post_dist.serving.model import fitting_model
@@ -39,7 +41,9 @@ class Predictor:
         self._reader = reader
         self._world = world
 
-    def predict(self, texts: Sequence[str], batch_size: int = 32) -> Predictions:
+    @checked
+    @default_modes()
+    def predict(self, texts: Sequence[Text], batch_size: PositiveInt = 32) -> Predictions:
         """Predict the class of each text, or generate the response to it.
 
         Args:
@@ -50,9 +54,8 @@ class Predictor:
             One prediction for each text, in their order.
 
         Raises:
-            InputError: `texts` is no list of strings.
+            InputError: `texts` is not a list of strings, or `batch_size` is no number above zero.
         """
-        check_texts(texts)
         if not texts:
             return []
         # The stages strip a text too, after composing it from its columns.
@@ -63,17 +66,6 @@ class Predictor:
             return [Response(text) for text in self._reader.texts_of(answers)]
         scores_NC = self._prompt.task.with_biases(answers)
         return [class_prediction(self._prompt.task.class_names, row) for row in scores_NC]
-
-
-def check_texts(texts: Sequence[str]) -> None:
-    """Check that texts are a list of strings.
-
-    Raises:
-        InputError: they are one string, whose characters would be taken for texts, or hold
-            something else.
-    """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise InputError("texts is not a list of strings", "give one text as [text]")
 
 
 def load_predictor(

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from post_dist.admission.door import admit_prompt
 from post_dist.artifacts.prompt import SoftPromptArtifact
+from post_dist.config.arguments import Text, checked
 from post_dist.config.precision import PrecisionChoice
+from post_dist.config.sections import PositiveInt
 
 if TYPE_CHECKING:  # loads transformers, which a prompt without a model does not need
-    from post_dist.serving.export import ExportFormat
     from post_dist.serving.predictions import Predictions
     from post_dist.serving.predictor import Predictor
+
+ExportFormat = Literal["vllm", "peft", "hub"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +44,7 @@ class Prompt(SoftPromptArtifact):
         """
         return cls(**vars(admit_prompt(folder, keys=keys)))
 
+    @checked
     def on_model(
         self, model: str | Path, *, revision: str | None = None, precision: PrecisionChoice = "auto"
     ) -> "Predictor":
@@ -61,14 +65,15 @@ class Prompt(SoftPromptArtifact):
 
         return load_predictor(self, str(model), revision, precision)
 
+    @checked
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         model: str | Path,
         *,
         revision: str | None = None,
         precision: PrecisionChoice = "auto",
-        batch_size: int = 32,
+        batch_size: PositiveInt = 32,
     ) -> "Predictions":
         """Predict the class of each text, or generate the response to it.
 
@@ -83,17 +88,15 @@ class Prompt(SoftPromptArtifact):
             One prediction for each text, in their order.
 
         Raises:
-            PostDistError: any error of `on_model`, or `texts` is no list of strings.
+            PostDistError: any error of `on_model`, or an argument is of the wrong type.
         """
-        from post_dist.serving.predictor import check_texts
-
-        check_texts(texts)
         predictor = self.on_model(model, revision=revision, precision=precision)
         return predictor.predict(texts, batch_size)
 
+    @checked
     def export(
         self,
-        form: "ExportFormat",
+        form: ExportFormat,
         model: str | Path,
         destination: str | Path,
         *,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 import post_dist
 from post_dist.config.assets import asset
@@ -67,6 +68,25 @@ def test_results_are_typed_and_a_finished_stage_gives_the_same(tmp_path: Path) -
     assert post_dist.distill(config) == student
     assert watchdog._Watch.paused, "a notebook that waits for its user does not hang"
     assert "MASTER_PORT" not in os.environ, "a command from the notebook has a group of its own"
+
+
+def test_modes_around_a_call_change_nothing(tmp_path: Path) -> None:
+    """A notebook may have switched gradients off, or autocast on."""
+    run = tiny.write_run(tmp_path)
+
+    def weights(output: str) -> list[bytes]:
+        config = post_dist.load_run(run, output=tmp_path / output)
+        files = (
+            post_dist.distill(config).artifact / "model.safetensors",
+            post_dist.tune(config).artifact / "adapter_model.safetensors",
+        )
+        return [file.read_bytes() for file in files]
+
+    expected = weights("plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert weights("autocast") == expected
+    with torch.inference_mode():
+        assert weights("inference") == expected
 
 
 def test_ctrl_c_saves_and_the_next_call_resumes(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import doctest
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,11 @@ from post_dist import api
 from post_dist.artifacts.prompt import PromptContents, Provenance, write_prompt
 from post_dist.artifacts.task import PromptTask
 from post_dist.config.assets import asset
-from post_dist.errors import PostDistError
+from post_dist.config.schema import RunConfig
+from post_dist.errors import EnvironmentFault, InputError, Interrupted, PostDistError
+from post_dist.runtime import ranks, watchdog
+
+DEMO = asset("examples/demo.yaml")
 
 NAMES = [
     "CorpusResult",
@@ -97,6 +104,93 @@ def test_a_stage_says_what_is_missing(tmp_path: Path) -> None:
     run.write_text("name: x\n")
     with pytest.raises(PostDistError, match="lacks the sections teacher, student, corpus"):
         post_dist.distill(post_dist.load_run(run))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda config: post_dist.load_run(None), "path is not a string or a path"),
+        (lambda config: post_dist.load_run("\0"), "no file has such a name"),
+        (lambda config: post_dist.load_run("x" * 300), "File name too long"),
+        (lambda config: post_dist.load_run("run.yaml", None), "overrides is not a list"),
+        (lambda config: post_dist.load_run("run.yaml", [1]), r"overrides\[0\] is not a string"),
+        (lambda config: post_dist.load_run(DEMO, output="\0"), "output: .*embedded null byte"),
+        (lambda config: post_dist.distill("run.yaml"), "config is not a run file that `load_run`"),
+        (lambda config: post_dist.tune({"name": "x"}), "config is not a run file that `load_run`"),
+        (lambda config: post_dist.account("run.yaml"), "plan is not a run file that `load_run`"),
+        (lambda config: post_dist.tune(config, resume="Never"), r"'never' \(found 'Never'\)"),
+        (lambda config: post_dist.tune(config, resume=None), r"'never' \(found None\)"),
+        (lambda config: post_dist.pipeline(config, resume=True), r"'never' \(found True\)"),
+        (lambda config: post_dist.settings_for_minutes(config, "5"), "minutes is not a number"),
+        (lambda config: post_dist.settings_for_minutes(config, 1e300), "minutes is not less"),
+        (lambda config: post_dist.audit_membership(config, shadows="8"), "shadows is not a whole"),
+        (lambda config: post_dist.audit_membership(config, rows=True), "rows is not a whole"),
+        (lambda config: post_dist.load_prompt("p", keys="key"), "keys is not a list"),
+        (lambda config: post_dist.load_prompt("p", keys=[None]), r"keys\[0\] is not a string or"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(call: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(post_dist.load_run(DEMO))
+
+
+def test_a_refused_start_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the watchdog would end a notebook half an hour later."""
+    # Some clusters leave such a set of variables behind.
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(EnvironmentFault, match="RANK are set, but LOCAL_RANK"):
+        post_dist.distill(post_dist.load_run(DEMO))
+    assert watchdog._Watch.paused
+    assert (os.environ["RANK"], os.environ.get("WORLD_SIZE")) == ("0", None)
+
+
+def test_an_interrupted_start_leaves_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise every later call would be refused for the variables of the first."""
+
+    def interrupt(local_rank: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("post_dist.runtime.distributed._use_device", interrupt)
+    with pytest.raises(Interrupted):
+        post_dist.distill(post_dist.load_run(DEMO))
+    assert watchdog._Watch.paused
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
+
+
+def test_one_call_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls would share the watchdog, and the network that private data close."""
+    config = post_dist.load_run(DEMO)
+    begun = threading.Event()
+    ends = threading.Event()
+
+    def wait(config: RunConfig) -> None:
+        begun.set()
+        ends.wait(60)
+        raise InputError("the first call ends")
+
+    monkeypatch.setattr(ranks, "join_ranks", wait)
+    refusals = []
+
+    def first() -> None:
+        try:
+            post_dist.distill(config)
+        except InputError as error:
+            refusals.append(str(error))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(60)
+    try:
+        with pytest.raises(EnvironmentFault, match="another thread of this process runs a stage"):
+            post_dist.tune(config)
+    finally:
+        ends.set()
+        thread.join()
+    assert refusals == ["the first call ends"]
+    with pytest.raises(InputError, match="the first call ends"):
+        post_dist.tune(config)
 
 
 def test_a_plan_and_its_run_file_cost_the_same() -> None:

@@ -218,18 +218,46 @@ def test_all_errors_are_named_at_once_with_their_places(tmp_path: Path) -> None:
         ("privacy.target_epsilon=false", "privacy.target_epsilon: is a number, not false"),
         ("warm_start={class_shares: [1.0e-300, 1]}", "warm_start.class_shares.0: input should be"),
         ("inputs.student=3", "inputs.student: input should be a path"),
+        ("engine.shard_group=true", "engine.shard_group: is a number, not true"),
+        ("engine.zero_stage=true", "engine.zero_stage: is a number, not true"),
+        ("student={layers: [0, true]}", "student.layers: is a number, not true"),
+        ("evaluate.private_rows=[false]", "evaluate.private_rows: is a number, not false"),
+        ("teacher.path=true", "teacher.path: input should be a valid string"),
+        ("distill.temperature=1e308", "distill.temperature: input should be less than or equal"),
+        ("distill.temperature=1e-30", "distill.temperature: input should be greater than or eq"),
+        ("transfer.temperature=1e9", "transfer.temperature: input should be less than or equal"),
+        ("corpus={path: a.txt, max_rows: 10000000000000000000}", "corpus.max_rows: is 2^63 or"),
+        ("cluster.nodes=10000000000000000000000", "cluster.nodes: is 2^63 or more"),
+        ("cluster.max_restarts=10000000000000000000000", "cluster.max_restarts: is 2^63 or more"),
+        ("distill.learning_rate=1e300", "distill.learning_rate: is above 1e30"),
+        ("distill.alpha_ce=1e300", "distill.alpha_ce: is above 1e30"),
+        ("engine.join_timeout_seconds=1e308", "join_timeout_seconds: input should be less than"),
+        ("corpus={path: []}", "corpus.path: input should be a path or a list that is not empty"),
+        ("inputs.source_prompt=[]", "input should be a path or a list that is not empty"),
     ],
 )
 def test_errors_of_types_speak_of_yaml(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load(tmp_path, MINIMAL, override)
     assert message in str(caught.value)
-    assert "tuple" not in str(caught.value)
+    assert "tuple" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.sbatch={spread-job: true}",
+        "engine.deepspeed.zero_optimization={overlap_comm: true}",
+        "tune.class_bias=true",
+    ],
+)
+def test_true_is_taken_where_a_field_names_it(tmp_path: Path, override: str) -> None:
+    load(tmp_path, MINIMAL, override)
 
 
 def test_overrides_are_a_list(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(MINIMAL)
-    with pytest.raises(InputError, match="overrides is one string"):
+    with pytest.raises(InputError, match="overrides is not a list"):
         post_dist.load_run(tmp_path / "run.yaml", "transfer.alpha=0.5")
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import served
@@ -20,6 +21,7 @@ import torch
 import post_dist
 from post_dist.artifacts.head import LinearHead
 from post_dist.config.label_names import label_fault
+from post_dist.data.template import Batch, Template
 from post_dist.errors import ArtifactRefused, InputError
 from post_dist.files import digest_of, file_digests
 from post_dist.serving.texts import read_texts
@@ -177,13 +179,77 @@ def test_wrong_input_is_refused_and_no_text_is_quoted(  # noqa: PLR0913
     assert "secret" not in err
 
 
-@pytest.mark.parametrize("texts", ["a text", [3], [None], ["one", b"two"]])
-def test_texts_are_a_list_of_strings(prompt: Path, model: Path, texts: Any) -> None:
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a text", r"texts is not a list \(found str\)"),
+        (None, r"texts is not a list \(found NoneType\)"),
+        (map(str, [1, 2]), r"texts is not a list \(found map\)"),
+        (np.array(["a"]), r"texts is not a list \(found ndarray\)"),
+        ({"a text"}, r"texts is not a list \(found set\)"),
+        ([3], r"texts\[0\] is not a string \(found int\)"),
+        (["one", b"two"], r"texts\[1\] is not a string \(found bytes\)"),
+        (["\ud800"], r"texts\[0\] holds half a character"),
+    ],
+)
+def test_texts_are_a_list_of_strings(prompt: Path, model: Path, texts: Any, message: str) -> None:
     loaded = post_dist.load_prompt(prompt)
-    with pytest.raises(InputError, match="not a list of strings"):
+    with pytest.raises(InputError, match=message):
         loaded.predict(texts, "no model is needed to tell")
-    with pytest.raises(InputError, match="not a list of strings"):
+    with pytest.raises(InputError, match=message):
         loaded.on_model(model, precision="fp32").predict(texts)
+
+
+def test_a_generator_that_is_refused_is_not_used_up(prompt: Path) -> None:
+    texts = map(str, [1, 2])
+    with pytest.raises(InputError, match="not a list"):
+        post_dist.load_prompt(prompt).predict(texts, "no model is needed to tell")
+    assert list(texts) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda prompt: prompt.predict(["a"], "m", batch_size=0), "batch_size is not greater"),
+        (lambda prompt: prompt.predict(["a"], "m", batch_size="3"), "batch_size is not a whole"),
+        (lambda prompt: prompt.predict(["a"], "m", batch_size=True), "batch_size is not a whole"),
+        (lambda prompt: prompt.predict(["a"], None), "model is not a string or a path"),
+        (lambda prompt: prompt.on_model("m", precision="fp8"), "precision is not 'auto', 'fp32'"),
+        (lambda prompt: prompt.on_model("x" * 300), "xxx"),
+        (lambda prompt: prompt.on_model("\0"), "is not a folder"),
+        (lambda prompt: prompt.export("zip", "m", "o"), "form is not 'vllm', 'peft' or 'hub'"),
+        (lambda prompt: prompt.export("peft", "m", "\0"), "no file has such a name"),
+        (lambda prompt: prompt.export("peft", "m", "x" * 300), "File name too long"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(prompt: Path, call: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(post_dist.load_prompt(prompt))
+
+
+def test_modes_around_a_call_change_no_prediction(prompt: Path, model: Path) -> None:
+    predictor = post_dist.load_prompt(prompt).on_model(model, precision="fp32")
+    expected = predictor.predict(["a film", "another one"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predictor.predict(["a film", "another one"]) == expected
+
+
+def test_a_batch_is_no_larger_than_its_texts(
+    prompt: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = post_dist.load_prompt(prompt).on_model(model, precision="fp32")
+    sizes = []
+    collate = Template.collate
+
+    def record(template: Template, chosen: list) -> Batch:
+        sizes.append(len(chosen))
+        return collate(template, chosen)
+
+    monkeypatch.setattr(Template, "collate", record)
+    predictor.predict(["one text"])
+    predictor.predict(["one", "two", "three"], batch_size=10**12)
+    predictor.predict(["one", "two", "three"], batch_size=2)
+    assert sizes == [1, 3, 2, 2]
 
 
 def test_a_prompt_is_described_in_a_line(prompt: Path) -> None:
