@@ -96,3 +96,10 @@ def main(
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

@@ -63,11 +63,11 @@ MUTANTS = [
         "one_example_moves_the_sum_by_the_norm_at_most",
     ),
     Mutant(
-        "a norm whose rounding depends on the batch",
+        "a norm whose order of summands depends on the batch",
         "privacy.mechanism",
         "_folded(part.square())",
         "part.square().sum(dim=1)",
-        "no_example_moves_the_norm_of_another",
+        "a_norm_is_added_up_in_one_order",
     ),
     Mutant(
         "each parameter clipped by itself",

@@ -6,7 +6,6 @@ Shapes: B examples, n prompt tokens, d width.
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,13 +134,6 @@ def test_a_gradient_that_is_not_finite_stays_with_its_example() -> None:
             assert gradients[1:].isfinite().all()
     finally:
         table.data[poisoned] = kept
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def wide_task(

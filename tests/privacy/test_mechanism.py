@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from operations import reads_of
 from privacy.all_checks import CHECKS
 from privacy.checks import noisy_sums, plan_of, quiet_source
+from privacy.clipping_checks import small_among
 
 from post_dist.privacy.mechanism import PrivateOptimizer
 
@@ -27,6 +28,23 @@ def test_the_host_reads_no_value_before_the_sum_is_complete(clip_quantile: float
         quiet_source(),
     )
     assert reads_of(lambda: private.accumulate([torch.randn(4, 3, 2)])) == 0
+
+
+def test_no_example_moves_the_norm_of_another(two_threads: None) -> None:
+    """Two threads add up a long row otherwise when it is alone in its batch."""
+    generator = torch.Generator().manual_seed(1)
+    split = 0
+    for _ in range(30):
+        row = torch.randn(1, 57_600, generator=generator, dtype=torch.float64)
+        for ulps in range(-8, 9):
+            on_edge = row / row.square().sum(dim=1).sqrt() * (1 + ulps * 2.0**-53)
+            beside = torch.cat([on_edge, torch.zeros_like(on_edge)])
+            alone, first = (part.square().sum(dim=1).sqrt()[0] for part in (on_edge, beside))
+            if (alone <= 1) != (first <= 1):
+                split += 1
+                # A gradient of zero counts for one.
+                assert small_among(on_edge, others=1) - small_among(on_edge) == 1
+    assert split, "torch.sum rounds a row alike in every batch: this test shows nothing"
 
 
 EXTREMES = [
