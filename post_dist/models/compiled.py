@@ -1,11 +1,15 @@
 """Let torch compile the layers of a model, which fuses their small operations."""
 
+import os
+import stat
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers import Cache
 
 from post_dist.errors import EnvironmentFault, first_line
@@ -25,9 +29,11 @@ def compile_layers(model: LanguageModel) -> None:
     the number of its layer, so each layer would have code of its own.
 
     Raises:
-        EnvironmentFault: torch cannot compile on this machine.
+        EnvironmentFault: torch cannot compile on this machine, or others may write where it keeps
+            compiled code.
     """
     _set_compiler()
+    _check_cache(Path(cache_dir()))
     _check_compiler(model.model.device.type)
     for layer in model.layers:
         if not isinstance(layer, SkippedLayer):
@@ -68,6 +74,21 @@ def _set_compiler() -> None:
     torch._inductor.config.deterministic = True
     # The masks of packed sequences are cached. Compiled code makes its own, which are equal.
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+
+
+def _check_cache(folder: Path) -> None:
+    """Refuse a folder of compiled code that others may write to, because torch runs what is there.
+
+    By default it has a name in the folder of temporary files that anybody could take first.
+    """
+    status = folder.stat()
+    owners = {folder.lstat().st_uid, status.st_uid}
+    if owners == {os.geteuid()} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return
+    raise EnvironmentFault(
+        f"engine.compile: others may write to {folder}, from which torch runs compiled code",
+        "set TORCHINDUCTOR_CACHE_DIR to a folder that only this account may write to",
+    )
 
 
 @cache

@@ -1,6 +1,7 @@
 """Compiled layers and losses beside the plain ones."""
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,29 @@ def test_a_compiled_loss_is_the_plain_one_with_few_operations() -> None:
     torch.testing.assert_close(loss_of(compiled=True), loss_of(compiled=False))
     operations = profiled_operations_of(lambda: loss_of(compiled=True))
     assert operations < 0.75 * profiled_operations_of(lambda: loss_of(compiled=False))
+
+
+def test_compiled_code_of_others_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_whole(tiny.write_model(tmp_path / "model", "llama", layers=1), "fp32", CPU)
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared))
+    for mode in (0o777, 0o775):
+        shared.mkdir(exist_ok=True)
+        shared.chmod(mode)
+        with pytest.raises(EnvironmentFault, match=r"others may write to .*shared"):
+            compile_layers(model)
+    shared.chmod(0o755)
+    compile_layers(model)
+    if os.geteuid() == 0:
+        # Whoever made a link may let it lead elsewhere later.
+        link = tmp_path / "link"
+        link.symlink_to(shared)
+        os.chown(link, 65534, 65534, follow_symlinks=False)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(link))
+        with pytest.raises(EnvironmentFault, match="others may write"):
+            compile_layers(model)
 
 
 def test_a_missing_compiler_is_named_before_the_first_step(
