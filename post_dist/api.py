@@ -463,7 +463,7 @@ def _with_stages(
         try:
             # The order matters: joining sets variables that torch reads when it is loaded.
             with joined_ranks(config) as world:
-                from post_dist.runtime.ambient import default_modes
+                from post_dist.runtime.torch_modes import default_modes
                 from post_dist.stages.pipeline import Pipeline
 
                 stages = Pipeline(config, world, may_run, resume)

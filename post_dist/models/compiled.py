@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers import Cache
 
 from post_dist.errors import EnvironmentFault, first_line
@@ -33,7 +32,7 @@ def compile_layers(model: LanguageModel) -> None:
             compiled code.
     """
     _set_compiler()
-    _check_cache(Path(cache_dir()))
+    _check_cache()
     _check_compiler(model.model.device.type)
     for layer in model.layers:
         if not isinstance(layer, SkippedLayer):
@@ -76,11 +75,14 @@ def _set_compiler() -> None:
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
 
 
-def _check_cache(folder: Path) -> None:
+def _check_cache() -> None:
     """Refuse a folder of compiled code that others may write to, because torch runs what is there.
 
     By default it has a name in the folder of temporary files that anybody could take first.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # loads the compiler
+
+    folder = Path(cache_dir())
     status = folder.stat()
     owners = {folder.lstat().st_uid, status.st_uid}
     if owners == {os.geteuid()} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -16,9 +16,9 @@ from post_dist.models.answers import answers_of
 from post_dist.models.batch_inference import InferenceRun
 from post_dist.models.language_model import LanguageModel
 from post_dist.models.load import load_whole
-from post_dist.runtime.ambient import default_modes
 from post_dist.runtime.distributed import World, single_process
 from post_dist.runtime.precision import choose_precision, precision_conflicts
+from post_dist.runtime.torch_modes import default_modes
 from post_dist.serving.model import fitting_model
 from post_dist.serving.predictions import Predictions, Response, class_prediction
 
