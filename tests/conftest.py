@@ -103,3 +103,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def without_fusion() -> Iterator[None]:
+    """Compile models without the minutes that fusing takes: only what the compiler sees of them."""
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        yield

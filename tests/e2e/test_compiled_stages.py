@@ -1,9 +1,8 @@
 """Stages whose models torch compiles, beside the plain ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from e2e.test_head import write_run
 from torch._dynamo.utils import counters
@@ -24,15 +23,9 @@ def values(output: Path) -> list[torch.Tensor]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def without_fusion() -> Iterator[None]:
-    """Fusing would take minutes, and is tested elsewhere."""
-    torch._dynamo.reset()
-    with torch.compiler.set_stance("default", force_backend="eager"):
-        yield
-
-
-def test_compiled_stages_make_the_same_prompts(tmp_path: Path, main: Callable) -> None:
+def test_compiled_stages_make_the_same_prompts(
+    tmp_path: Path, main: Callable, without_fusion: None
+) -> None:
     run = write_run(tmp_path)
     settings = (
         "--set=tune.adapter=lora",
@@ -55,7 +48,9 @@ def test_compiled_stages_make_the_same_prompts(tmp_path: Path, main: Callable) -
     torch.testing.assert_close(made["true"], made["false"], rtol=1e-3, atol=1e-4)
 
 
-def test_a_compiled_student_is_tuned_privately(tmp_path: Path, main: Callable) -> None:
+def test_a_compiled_student_is_tuned_privately(
+    tmp_path: Path, main: Callable, without_fusion: None
+) -> None:
     run = write_run(tmp_path)
     settings = ("--set=tune.adapter=prompt", "--set=engine.compile=true")
     assert main("warm-start", run, *settings)[0] == 0

@@ -63,7 +63,7 @@ def test_the_student_is_that_of_the_online_teacher(
 
 
 def test_a_compiled_student_is_the_plain_one_and_has_signals_of_its_own(
-    run: Path, main: Callable, tmp_path: Path
+    run: Path, main: Callable, tmp_path: Path, without_fusion: None
 ) -> None:
     # The last micro-batch of a step is a smaller one, so there are two shapes.
     options = (FP32, "--set=distill.steps=5", "--set=student.frozen_lower_layers=1")

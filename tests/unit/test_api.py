@@ -87,7 +87,9 @@ def test_a_prompt_is_read_with_its_task_and_its_claim(tmp_path: Path) -> None:
     task = PromptTask("{text} It was", (("bad",), ("good",)), 32, False, "Review")
     privacy = json.loads(STATEMENT.read_text())
     contents = PromptContents(embeddings_nd, task, privacy)
-    provenance = Provenance("the student", tokenizer="", parents={"model": "1" * 64}, config={})
+    settings = {"privacy": {"enabled": True}}
+    parents = {"model": "1" * 64}
+    provenance = Provenance("the student", tokenizer="", parents=parents, config=settings)
     write_prompt(tmp_path / "prompt", contents, provenance, lambda folder: None)
     prompt = post_dist.load_prompt(str(tmp_path / "prompt"))
     assert torch.equal(prompt.embeddings, embeddings_nd)

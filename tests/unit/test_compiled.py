@@ -58,13 +58,6 @@ def test_compiled_layers_compute_the_same_with_few_operations(tmp_path: Path) ->
     assert operations < 0.4 * profiled_operations_of(lambda: gradients_of(plain, input_ids_BT))
 
 
-@pytest.fixture
-def without_fusion() -> Iterator[None]:
-    """What the compiler sees of a model is tested without the minutes that fusing takes."""
-    with torch.compiler.set_stance("default", force_backend="eager"):
-        yield
-
-
 @pytest.mark.parametrize("share_prompt", [False, True])
 def test_compiled_layers_see_hooks_and_serve_all_shapes(
     tmp_path: Path, share_prompt: bool, without_fusion: None
