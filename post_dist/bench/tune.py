@@ -241,15 +241,13 @@ def _max_difference(steps: dict[str, _Step]) -> float:
     expected_Bnd = steps["dp"]()
     # Ways to compute each example's gradient must agree example by example.
     differences = []
-    for name in ("opacus hooks", "dp shared prefix", "dp, compiled"):
-        if name not in steps:
-            continue
+    of_examples = {"opacus hooks", "dp shared prefix", "dp, compiled"}
+    for name in of_examples & steps.keys():
         differences.append(_relative_difference(steps[name](), expected_Bnd))
     # A non-private step gives only the sum, which is compared as a batch of one.
     expected_sum_Bnd = expected_Bnd.sum(dim=0)[None]
-    for name in ("ordinary non-private", "non-private shared prefix", "ordinary, compiled"):
-        if name not in steps:
-            continue
+    of_sums = {"ordinary non-private", "non-private shared prefix", "ordinary, compiled"}
+    for name in of_sums & steps.keys():
         differences.append(_relative_difference(steps[name]()[None], expected_sum_Bnd))
     return max(differences)
 

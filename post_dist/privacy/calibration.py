@@ -1,4 +1,4 @@
-"""Find the smallest noise multiplier with which a plan meets its target epsilon."""
+"""Find the least noise with which a plan meets its target epsilon, within a tolerance."""
 
 from collections.abc import Callable
 from dataclasses import replace
